@@ -1,0 +1,1 @@
+"""What each layer does: streams, importance, similarity, cost."""

@@ -1,0 +1,1 @@
+"""Records -> samples -> packed batches."""

@@ -1,0 +1,1 @@
+"""Terms that let a teacher model guide the student."""

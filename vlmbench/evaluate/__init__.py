@@ -1,0 +1,1 @@
+"""Tasks, scorers, generation, statistics and the report."""

@@ -1,0 +1,1 @@
+"""The published methods, each as a recipe with its proof."""

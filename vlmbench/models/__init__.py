@@ -1,0 +1,1 @@
+"""Vision front ends, masks and the VLM itself."""

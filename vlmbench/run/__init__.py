@@ -1,0 +1,1 @@
+"""Running notebooks as experiments: the papermill engine and the command line."""

@@ -1,0 +1,1 @@
+"""Recipe, Stage and Scale; the loop; checkpoints."""
