@@ -1,0 +1,83 @@
+# vlmbench: every command shares one environment, .venv, installed from constraints.txt.
+#
+#   make bench            train the control recipe on the embedded world, evaluate it, write report.html and figures
+#   make bench SEEDS=3    the same over three seeds
+#   make test             the notebooks' own tests, then pytest
+#   make docs             the documentation site in _site/ (warnings are errors)
+#   make lab              JupyterLab on 127.0.0.1
+#   make figures          redraw figures/ from the stored results
+#   make speed            print speed ratios measured in one run
+#   make export           notebooks -> vlmbench/, cleaned, README.md and the mirrored run notebooks refreshed
+#   make clean            remove what these commands generated (not .venv, not runs)
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SEEDS  ?= 1
+PORT   ?= 8888
+# where torch comes from: pass TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU build on an ordinary machine
+TORCH_INDEX ?=
+TORCH  := $(shell sed -n 's/^\(torch==[^;[:space:]]*\).*/\1/p' constraints.txt)
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# without this two torch processes on the same cores run several times slower
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test test-notebooks test-python docs lab figures speed export clean venv venv-core
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/python:
+	@echo "== creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# torch is named first and alone, so that no CUDA package comes along with another requirement
+$(VENV)/.core: constraints.txt settings.ini setup.py | $(BIN)/python
+	@echo "== installing $(TORCH) and the package into $(VENV) (about a minute)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) --editable .
+	@touch $@
+
+# lmms-eval only serves as an independent check of our scorers; its own requirements would bring torchvision
+$(VENV)/.dev: $(VENV)/.core
+	@echo "== installing the dev and docs extras into $(VENV)"
+	$(PIP) --editable ".[dev,docs]"
+	$(PIP) --no-deps lmms-eval
+	@touch $@
+
+venv-core: $(VENV)/.core
+venv: $(VENV)/.dev
+
+bench: venv-core
+	$(BIN)/vlmbench bench --seeds $(SEEDS)
+
+speed: venv-core
+	$(BIN)/vlmbench run speed
+
+figures: venv-core
+	$(BIN)/python -m vlmbench.evaluate.report figures
+
+test: test-notebooks test-python
+
+test-notebooks: venv
+	@echo "== notebooks' tests"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1200 $(BIN)/nbdev_test --n_workers 2 --do_print --timing \
+		--skip_folder_re '^([_.]|runs$$)'
+
+test-python: venv
+	@echo "== pytest"
+	timeout --kill-after=30 1500 $(BIN)/python -m pytest -q --durations=10
+
+docs: venv
+	$(BIN)/python docs/build.py
+
+lab: venv
+	cd nbs && ../$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) --no-browser
+
+export: venv
+	$(BIN)/python scripts/export.py
+
+clean:
+	rm -rf _proc _site _docs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .jupyter_cache
+	find nbs vlmbench tests docs -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+"""Bring everything that is generated from the notebooks up to date, in one place:
+
+* `vlmbench/`              exported modules (nbdev_export)
+* `nbs/**/*.ipynb`         without outputs and stray metadata (nbdev_clean)
+* `vlmbench/_notebooks/`   copies of `nbs/runs/*.ipynb`, so that an installed wheel can run them
+* `README.md`              `nbs/index.ipynb` as Markdown
+
+    python scripts/export.py            write
+    python scripts/export.py --check    write, and exit 1 naming every file that was not current
+"""
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+root = Path(__file__).resolve().parent.parent
+NOTICE = '<!-- Made from nbs/index.ipynb by scripts/export.py: edit the notebook, not this file. -->\n\n'
+
+
+def notebooks(folder: Path) -> list[Path]:
+    "Every notebook below `folder`, checkpoints left out."
+    return sorted(p for p in folder.rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(folder).parts))
+
+
+def mirror() -> None:
+    "Copy `nbs/runs/*.ipynb` to `vlmbench/_notebooks/` and delete copies whose original is gone."
+    src, dst = root/'nbs'/'runs', root/'vlmbench'/'_notebooks'
+    dst.mkdir(exist_ok=True)
+    wanted = {p.name for p in notebooks(src)} if src.exists() else set()
+    for old in dst.glob('*.ipynb'):
+        if old.name not in wanted: old.unlink()
+    for name in sorted(wanted): shutil.copyfile(src/name, dst/name)
+
+
+def readme() -> None:
+    "Render the home page notebook as README.md: directives and hidden cells dropped, notebook links kept relative to the root."
+    nb = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
+    nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
+    for cell in nb.cells:
+        if cell.cell_type == 'code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+        else: cell.source = re.sub(r'\]\((?![a-z]+:|#|/|\.\./)([^)]+)\)', r'](nbs/\1)', cell.source).replace('](../', '](')
+    body, _ = MarkdownExporter().from_notebook_node(nb)
+    text = '\n'.join(line.rstrip() for line in body.strip().splitlines())
+    (root/'README.md').write_text(NOTICE + re.sub(r'\n{3,}', '\n\n', text) + '\n', encoding='utf8')
+
+
+def snapshot() -> dict[str, str]:
+    "Hash of every file these steps may write."
+    files = [*notebooks(root/'nbs'), *(root/'vlmbench').rglob('*.py'), *(root/'vlmbench'/'_notebooks').glob('*.ipynb'), root/'README.md']
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.exists()}
+
+
+def main(check: bool) -> int:
+    before = snapshot()
+    bin_ = Path(sys.executable).parent
+    for tool in ('nbdev_export', 'nbdev_clean'): subprocess.run([bin_/tool], cwd=root, check=True)
+    mirror()
+    readme()
+    after = snapshot()
+    # a module whose notebook is gone would survive every export
+    orphans = [str(p.relative_to(root)) for p in (root/'vlmbench').rglob('*.py')
+               if (m := re.search(r'File to edit: (\S+\.ipynb)', p.read_text(encoding='utf8'))) and not (p.parent/m[1]).exists()]
+    changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    for name in orphans: print(f'{name}: exported from a notebook that no longer exists; delete it', file=sys.stderr)
+    print(f"{len(after)} files, {len(changed)} {'not current' if check else 'updated'}" + ''.join(f'\n  {n}' for n in changed))
+    return int(bool(orphans) or (check and bool(changed)))
+
+
+if __name__ == '__main__':
+    if set(sys.argv[1:]) - {'--check'}: sys.exit(__doc__)
+    sys.exit(main('--check' in sys.argv))
