@@ -280,7 +280,7 @@ def load_weights(params: Mapping[str, nn.Parameter], tensors: Mapping[str, torch
             if p.shape != tensors[n].shape: raise CheckpointError(f'{where}: {n} has shape {tuple(tensors[n].shape)}, the model {tuple(p.shape)}')
             p.copy_(tensors[n])
 
-# %% ../../nbs/train/20_checkpoint.ipynb #a2d9e629
+# %% ../../nbs/train/20_checkpoint.ipynb #3fef2f54
 def merged_state_dict(model: nn.Module, merge: bool = True) -> dict[str, torch.Tensor]:
     "State dict under the plain model's names, with LoRA updates added to copies of their base weights (`merge=False`: left out)."
     out, lora_ = {}, lora_modules(model)
@@ -298,7 +298,7 @@ def merged_state_dict(model: nn.Module, merge: bool = True) -> dict[str, torch.T
 def export(model: nn.Module, processor: Any, folder: str | Path, merge: bool = True, overwrite: bool = False) -> Path:
     """Write `model` (and `processor`, if given) as an ordinary transformers folder, atomically; returns the folder.
 
-    `merge`: add LoRA to the weights; otherwise write the base and `adapter_GROUP` folders that peft loads. The model in memory is not changed.
+    `merge`: add LoRA to the weights; otherwise write the base and `GROUP_lora` folders that peft loads. The model in memory is not changed.
     Raises FileExistsError if `folder` exists and `overwrite` is false."""
     folder = Path(folder); tmp = folder.with_name(f'.tmp-{folder.name}')
     if folder.exists() and not overwrite: raise FileExistsError(f'{folder} exists; choose another folder or pass overwrite=True')
@@ -312,8 +312,8 @@ def export(model: nn.Module, processor: Any, folder: str | Path, merge: bool = T
             config = LoraConfig(r=first.r[adapter], lora_alpha=first.lora_alpha[adapter], target_modules=sorted(mine))
             tensors = {f'base_model.model.{n.replace(f".{adapter}.", ".")}': t.contiguous() for n, t in model.state_dict().items()
                        if any(n.startswith(f'{o}.lora_') for o in mine)}
-            config.save_pretrained(tmp / f'adapter_{adapter}')
-            save_file(tensors, tmp / f'adapter_{adapter}' / 'adapter_model.safetensors')
+            config.save_pretrained(tmp / adapter)
+            save_file(tensors, tmp / adapter / 'adapter_model.safetensors')
     for p in tmp.rglob('*'):
         if p.is_file(): _fsync(p)
     if folder.exists(): shutil.rmtree(folder)

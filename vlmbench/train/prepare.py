@@ -47,7 +47,7 @@ def _blocks(group, tune, names, at):
     _need(not gone, f'{at}: group {group!r} has {len(have)} blocks ({block_ranges(have)}), so {what} do not exist')
     return want
 
-# %% ../../nbs/train/05_prepare.ipynb #8c83b9cb
+# %% ../../nbs/train/05_prepare.ipynb #2c099656
 def _lora_targets(model, group, tune, names, blocks, at):
     owners = {n.rpartition('.')[0] for n in names}
     linear = [n for n, m in model.named_modules() if n in owners and isinstance(m, nn.Linear)]
@@ -71,7 +71,7 @@ def _inject(model, group, tune, targets, seed, at):
     config = LoraConfig(r=tune.r, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=f'(?:{names})')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model, adapter_name=group)
+        inject_adapter_in_model(config, model, adapter_name=f'{group}_lora')
     if hasattr(model, 'peft_config'): del model.peft_config
     new = set(lora_modules(model)) - before
     _need(new == set(targets), f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets in group {group!r}')
