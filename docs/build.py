@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
@@ -56,6 +57,8 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
     from render import entry
 
     nb = NBProcessor(src, procs=[populate_language, add_show_docs, strip_ansi, hide_line], process=True).nb
+    nb.cells = [c for auto, group in groupby(nb.cells, lambda c: bool(getattr(c, 'has_sd', False)))
+                for c in (reversed(list(group)) if auto else group)]  # nbdev adds the entries of one cell last name first
     raw = nbformat.reads(src.read_text(encoding='utf8'), as_version=4)
     modname, shell = default_exp(raw), CaptureShell(src) if execute else None
     module = import_module(modname) if modname else None
@@ -98,15 +101,22 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
             shell.cell(cell)
             if shell.exc: raise SystemExit(f'{src.relative_to(root)}: this cell failed\n\n{cell.source}\n\n{shell.prettytb(fname=src.name)}')
         if 'hide' in directives or 'default_exp' in directives: continue
-        new = nbformat.v4.new_code_cell(cell.source.strip('\n'))
+        new = nbformat.v4.new_code_cell(re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n'))
         if not new.source.strip(): continue
         exported = {'export', 'exports', 'exporti'} & directives.keys()
         only_imports = all(re.match(r'(from|import|#|\s|\))', ln) or not ln for ln in new.source.splitlines())
-        if exported or (only_imports and 'import' in new.source): new.metadata['tags'] = ['hide-input']
+        imports = only_imports and 'import' in new.source
+        if exported or imports:
+            new.metadata['tags'] = ['hide-input']
+            new.metadata['mystnb'] = {'code_prompt_show': 'Imports' if imports else 'Source', 'code_prompt_hide': 'Imports' if imports else 'Source'}
+        if imports and not pending and out and out[-1].metadata.get('imports'):
+            out[-1].source += '\n' + new.source
+            continue
+        if imports: new.metadata['imports'] = True
         new.outputs = [] if exported else clean_outputs(cell.get('outputs') or [])
         if directives.get('echo:', [''])[0] == 'false' or 'hide_input' in directives: new.metadata['tags'] = ['remove-input']
         if directives.get('output:', [''])[0] == 'false' or 'hide_output' in directives: new.outputs = []
-        (pending if exported else out).append(new)
+        (pending if exported and not imports else out).append(new)
     flush()
     if nbs/'runs' in src.parents:
         note = nbformat.v4.new_markdown_cell('```{note}\nPapermill executes this notebook, one parameter a line: `vlmbench run '
@@ -201,7 +211,6 @@ def link_pages(files: list[Path]) -> None:
             if cell.cell_type == 'markdown':
                 own = (cell.metadata.get('symbol') or {}).get('label')
                 cell.source = outside_links(link(cell.source, rel, own), nbs/rel)
-                if own: cell.metadata['tags'] = ['api-entry']
         dst = src_dir/rel
         dst.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, dst)
@@ -321,7 +330,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--output', type=Path, default=root/'_site')
     ap.add_argument('--jobs', type=int, default=2)
-    ap.add_argument('--only', nargs='*', type=Path, help='build only these notebooks (the home page is always built); for drafts')
+    ap.add_argument('--only', nargs='*', type=Path, help='build only these notebooks and the home page; a draft: warnings do not count')
     ap.add_argument('--no-execute', action='store_true', help='do not run example cells: pages without outputs')
     ap.add_argument('--no-math', action='store_true', help='do without MathJax: formulas appear as TeX')
     ap.add_argument('--prepare', nargs=2, type=Path, metavar=('SRC', 'DST'), help=argparse.SUPPRESS)
@@ -340,7 +349,7 @@ def main() -> None:
     navigation(files, data_cards() if not args.only else [], results_page())
     if not args.no_math: mathjax(root/'docs'/'_static')
     shutil.rmtree(args.output, ignore_errors=True)
-    sphinx = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html', '-c', str(root/'docs'), '-d', str(root/'_proc'/'doctrees'), str(src_dir), str(args.output)]
+    sphinx = [sys.executable, '-m', 'sphinx', *([] if args.only else ['-W']), '--keep-going', '-q', '-b', 'html', '-c', str(root/'docs'), '-d', str(root/'_proc'/'doctrees'), str(src_dir), str(args.output)]
     if subprocess.run(sphinx).returncode: sys.exit('docs: Sphinx reported warnings; they count as errors')
     if found := foreign_resources(args.output): sys.exit('docs: these pages fetch from another host:\n  ' + '\n  '.join(found))
     print(f'docs: open {args.output/"index.html"}')

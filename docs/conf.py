@@ -19,8 +19,6 @@ suppress_warnings = ['myst.header']  # side notes jump from H2 to H4
 nb_output_stderr = 'remove'
 nb_merge_streams = True
 nb_number_source_lines = False
-nb_code_prompt_show = 'Show the {type}'
-nb_code_prompt_hide = 'Hide the {type}'
 nb_ipywidgets_js = {}  # these default to scripts on a CDN
 
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist', 'attrs_inline', 'attrs_block', 'tasklist']
@@ -36,7 +34,7 @@ html_logo = str(here/'_static'/'logo.svg')
 html_favicon = str(here/'_static'/'favicon.svg')
 html_copy_source = False
 html_show_sourcelink = False
-html_last_updated_fmt = None
+html_context = {'default_mode': 'auto'}
 html_theme_options = {
     'home_page_in_toc': False, 'show_navbar_depth': 1, 'show_toc_level': 2, 'use_download_button': False,
     'use_fullscreen_button': False, 'use_issues_button': False, 'use_repository_button': False, 'toc_title': 'On this page',
