@@ -18,11 +18,12 @@ __all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'image_key', 'lettered', 'apply_promp
 from ..data.record import ImageRef, Quarantine, Sample, Turn, read_records
 from .scorers import MultipleChoice, Scorer, get_scorer, row_answers
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #528ff1c6
+# %% ../../nbs/evaluate/00_tasks.ipynb #4d16a79b
 @dataclass(frozen=True)
 class Item:
-    """One question: `turns` end with the user's question (prompt applied), `images` are lazy references or PIL images.
-    `answers`: accepted answers; `question_type`, `choices`, `group` (pairs, rotated copies), `cluster` (shared picture)."""
+    """One question: `turns` end with the user's question (prompt applied), `images` are lazy references or PIL images, `regions`
+    are marked parts of them. `answers`: accepted answers; `question_type`, `choices`, `group` (pairs, rotated copies),
+    `cluster` (shared picture), `question` (its bare text)."""
     id: str
     turns: tuple[Turn, ...]
     images: tuple[Any, ...]
@@ -32,11 +33,17 @@ class Item:
     group: str | None = None
     cluster: str = ''
     question: str = ''
+    regions: tuple[Any, ...] = ()
 
     @property
     def row(self) -> dict[str, Any]:
         "What a scorer reads."
-        return dict(id=self.id, answers=list(self.answers), question_type=self.question_type, choices=self.choices, group=self.group)
+        return dict(id=self.id, answers=list(self.answers), question_type=self.question_type, choices=self.choices,
+                    group=self.group)
+
+    def sample(self) -> Sample:
+        "The question as a sample without an answer: what a processor encodes."
+        return Sample(self.id, list(self.turns), list(self.images), list(self.regions))
 
 def image_key(image) -> str:
     "Name of a picture: its path, or a hash of its pixels where it has none."
@@ -45,7 +52,7 @@ def image_key(image) -> str:
     data = getattr(image, 'data', None) or f'{image.mode}{image.size}'.encode() + image.tobytes()
     return 'pixels-' + hashlib.sha256(data).hexdigest()[:16]
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #baf97f90
+# %% ../../nbs/evaluate/00_tasks.ipynb #b55e812d
 _MARKERS = re.compile(r'(?:\s*<image>\s*)+')
 
 def lettered(choices) -> str:
@@ -65,16 +72,18 @@ def _pick(value, i: int, n: int):
     return value[i]
 
 def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'question_type', history: bool = False) -> list[Item]:
-    """The questions of a sample. `meta[type_key]`, `meta['answers']`, `'choices'` and `'group'` belong to the one question or, as
-    lists, to each in turn; without 'answers' the assistant's text is the answer. Raises ValueError naming the sample."""
+    """The questions of a sample. `meta[type_key]` (or its plural), `meta['answers']`, `'choices'` and `'group'` belong to the one
+    question or, as lists, to each in turn; without 'answers' the assistant's text is the answer. `meta['cluster']` (default:
+    the first picture) names what questions have in common. Raises ValueError naming the sample."""
     system = tuple(t for t in sample.turns[:1] if t.role == 'system')
     turns = sample.turns[len(system):]
     asked = [i for i, t in enumerate(turns) if t.role == 'user']
     if not asked: raise ValueError(f'sample {sample.id!r} ({sample.source}) has no user turn: nothing is asked')
-    key = sample.meta.get('scene') or (image_key(sample.images[0]) if sample.images else None)
+    given = {**sample.meta, type_key: sample.meta.get(type_key, sample.meta.get(f'{type_key}s'))}    # a list has a plural name
+    key = sample.meta.get('cluster') or (image_key(sample.images[0]) if sample.images else sample.id)
     marks, items = '<image>\n' * len(sample.images), []
     for n, i in enumerate(asked):
-        try: meta = {k: _pick(sample.meta.get(k), n, len(asked)) for k in (type_key, 'answers', 'choices', 'group')}
+        try: meta = {k: _pick(given.get(k), n, len(asked)) for k in (type_key, 'answers', 'choices', 'group')}
         except ValueError as e: raise ValueError(f'sample {sample.id!r} ({sample.source}): {e}') from None
         reply = turns[i + 1].text if i + 1 < len(turns) and turns[i + 1].role == 'assistant' else None
         answers = row_answers(dict(id=sample.id, answers=meta['answers'] if meta['answers'] is not None else reply))
@@ -84,11 +93,11 @@ def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'qu
         user = Turn('user', apply_prompt(prompt, text, meta['choices']))
         name = f'{sample.id}/{n}' if len(asked) > 1 else str(sample.id)
         items.append(Item(name, (*system, *before, user), tuple(sample.images), tuple(answers), str(meta[type_key] or 'all'),
-                          meta['choices'], None if meta['group'] is None else str(meta['group']), str(key or sample.id),
-                          apply_prompt('{question}', text).replace('<image>', '').strip()))
+                          meta['choices'], None if meta['group'] is None else str(meta['group']), str(key),
+                          text.replace('<image>', '').strip(), tuple(sample.regions)))
     return items
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #b15a98fe
+# %% ../../nbs/evaluate/00_tasks.ipynb #bd41a2b2
 def _digest(rows: Iterable[Any]) -> str:
     h = hashlib.sha256()
     for r in rows: h.update(json.dumps(r, ensure_ascii=False, default=str).encode() + b'\n')
@@ -126,7 +135,8 @@ class Task:
     @cached_property
     def prompt_hash(self) -> str:
         "Hash of all a model sees (turns and picture names; not the pixels)."
-        return _digest([i.id, [[t.role, t.text] for t in i.turns], [image_key(x) for x in i.images]] for i in self.items)
+        return _digest([i.id, [[t.role, t.text] for t in i.turns], [image_key(x) for x in i.images],
+                        [[r.box, r.polygons] for r in i.regions]] for i in self.items)
 
     @cached_property
     def content_hash(self) -> str:
