@@ -39,7 +39,7 @@ def resolve_path(path: str|Path, root: str|Path|tuple|None = None) -> Path:
     raise ImageError(f'outside the root: {path} leads to {full}, not below {", ".join(map(str, roots))}; '
                      'name its folder as a further root if you trust it')
 
-# %% ../../nbs/data/20_image.ipynb #9bd2521d
+# %% ../../nbs/data/20_image.ipynb #1ced5874
 FORMATS = 'JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'ICO', 'TGA', 'PCX'
 MAX_PIXELS = 89_478_485                # Pillow's own warning level: a quarter of a GiB of RGB
 
@@ -50,23 +50,25 @@ def _formats():
 
 def _what_is(head: bytes) -> str:
     text = head.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
-    for mark, name in ((b'version https://git-lfs', 'a Git LFS pointer: fetch the file with git lfs pull'), (b'%pdf', 'a PDF'),
-                       (b'<!doctype html', 'an HTML page, probably a failed download'), (b'<html', 'an HTML page, probably a failed download'),
-                       (b'%!ps', 'PostScript'), (b'pk\3\4', 'a zip archive'), (b'\x1f\x8b', 'a gzip file')):
+    for mark, name in ((b'version https://git-lfs', 'a Git LFS pointer: fetch the file with git lfs pull'),
+                       (b'<!doctype html', 'an HTML page, probably a failed download'), (b'%pdf', 'a PDF'),
+                       (b'<html', 'an HTML page, probably a failed download'), (b'%!ps', 'PostScript'),
+                       (b'pk\3\4', 'a zip archive'), (b'\x1f\x8b', 'a gzip file')):
         if text.startswith(mark): return name
     if b'<svg' in text: return 'an SVG drawing: render it to PNG first'
     return 'only zeros' if not head.strip(b'\0') else f'no image format known here (first bytes {head[:8].hex(" ")})'
 
-# %% ../../nbs/data/20_image.ipynb #972b506c
+# %% ../../nbs/data/20_image.ipynb #88c888b4
 def to_rgb(img: Image.Image, background: tuple[int, int, int]|None = None) -> Image.Image:
-    """8-bit RGB from any Pillow mode. 16-bit grey keeps its upper byte; transparency is dropped, or laid over `background`.
+    """8-bit RGB from any Pillow mode. 16-bit grey keeps its upper byte; transparency is dropped, or laid over
+    `background`.
 
     Raises `ImageError` for 32-bit float or integer pixels beyond 16 bits: their range is unknown."""
     if img.mode == 'RGB': return img
     if img.mode.startswith('I') or img.mode == 'F':
         values = np.asarray(img)
         if img.mode == 'F' or values.min() < 0 or values.max() > 65535:
-            raise ImageError(f'pixel range: mode {img.mode} with values {values.min():g} to {values.max():g}; rescale it to 8 bits')
+            raise ImageError(f'pixel range: mode {img.mode} holds {values.min():g} to {values.max():g}; rescale it')
         return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert('RGB')
     transparent = 'A' in img.getbands() or 'transparency' in img.info
     if not transparent: return img.convert('RGB')
@@ -74,9 +76,10 @@ def to_rgb(img: Image.Image, background: tuple[int, int, int]|None = None) -> Im
     if background is None: return img.convert('RGB')
     return Image.alpha_composite(Image.new('RGBA', img.size, (*background, 255)), img).convert('RGB')
 
-# %% ../../nbs/data/20_image.ipynb #81043cf5
-_TURN = {2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180], 4: [Image.Transpose.FLIP_TOP_BOTTOM],
-         5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_270], 7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_90]}
+# %% ../../nbs/data/20_image.ipynb #d27e8652
+_T = Image.Transpose
+_TURN = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+         7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 
 def _warn(what): warnings.warn(f'{what} (said once, there may be more)', ImageWarning, stacklevel=3)
 
@@ -86,14 +89,15 @@ def _orientation(img, note):
         note('unreadable EXIF, orientation ignored')
         return 1
 
-# %% ../../nbs/data/20_image.ipynb #1db99532
-def load_image(ref, root=None, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int]|None = None, exif: bool = True,
-               note: Callable[[str], None]|None = None) -> Image.Image:
+# %% ../../nbs/data/20_image.ipynb #97441085
+def load_image(ref, root=None, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int]|None = None,
+               exif: bool = True, note: Callable[[str], None]|None = None) -> Image.Image:
     """The picture of `ref` as an RGB `PIL.Image`, fully decoded and upright.
 
-    `ref`: an `ImageRef`, a path (below `root`, where given), encoded bytes, or a `PIL.Image` (converted only). `max_pixels`: width times
-    height above it is refused. `background`: see `to_rgb`. `exif=False` keeps the stored orientation. `note` is told about each fallback
-    (first frame of an animation); by default it is a warning. Raises `ImageError`."""
+    `ref`: an `ImageRef`, a path (below `root`, where given), encoded bytes, or a `PIL.Image` (converted only).
+    `max_pixels`: width times height above it is refused. `background`: see `to_rgb`. `exif=False` keeps the stored
+    orientation. `note` is told about each fallback (first frame of an animation); by default it is a warning. Raises
+    `ImageError`."""
     note = note or _warn
     if isinstance(ref, Image.Image): return to_rgb(ref, background)
     path, data = getattr(ref, 'path', ref), getattr(ref, 'data', None)
@@ -110,29 +114,32 @@ def load_image(ref, root=None, max_pixels: int = MAX_PIXELS, background: tuple[i
     except FileNotFoundError: raise ImageError(f'missing: {full}') from None
     except OSError as e: raise ImageError(f'unreadable: {str(full)[:200]}: {e.strerror or e}') from None
 
-# %% ../../nbs/data/20_image.ipynb #26118f11
+# %% ../../nbs/data/20_image.ipynb #e71c7c07
 def _decode(file, name, n_bytes, max_pixels, background, exif, note):
     if not n_bytes: raise ImageError(f'empty: {name} has zero bytes')
-    if ImageFile.LOAD_TRUNCATED_IMAGES: note('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: truncated pictures pass as grey')
+    if ImageFile.LOAD_TRUNCATED_IMAGES: note('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut pictures pass as grey')
     head = file.read(512)
     file.seek(0)
     try:
         img = Image.open(file, formats=_formats())
         w, h = img.size
-        if w * h > max_pixels: raise ImageError(f'too large: {name} has {w} x {h} = {w * h:,} pixels, max_pixels={max_pixels:,}')
+        if w * h > max_pixels:
+            raise ImageError(f'too large: {name} has {w} x {h} = {w * h:,} pixels, max_pixels={max_pixels:,}')
         if w < 1 or h < 1: raise ImageError(f'empty: {name} has {w} x {h} pixels')
-        if getattr(img, 'n_frames', 1) > 1 and img.format != 'MPO': note('animated or multi-page picture, first frame used')
+        if getattr(img, 'n_frames', 1) > 1 and img.format != 'MPO':
+            note('animated or multi-page picture, first frame used')
         img.load()
-        turn = _TURN.get(_orientation(img, note), ()) if exif else ()
+        turn = _TURN.get(_orientation(img, note)) if exif else None
         img = to_rgb(img, background)
     except ImageError: raise
     except Image.UnidentifiedImageError: raise ImageError(f'not an image: {name} is {_what_is(head)}') from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise ImageError(f'too large: {name}: {e}') from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ImageError(f'too large: {name}: {e}') from None
     except Exception as e:                                        # decoders raise nearly anything on damaged bytes
         cut = isinstance(e, EOFError) or 'truncated' in str(e) or 'end of' in str(e)
-        raise ImageError(f'{"truncated" if cut else "damaged"}: {name} ({n_bytes:,} bytes): {type(e).__name__}: {e}') from e
-    for step in turn: img = img.transpose(step)
-    return img
+        what = 'truncated' if cut else 'damaged'
+        raise ImageError(f'{what}: {name} ({n_bytes:,} bytes): {type(e).__name__}: {e}') from e
+    return img if turn is None else img.transpose(turn)
 
 # %% ../../nbs/data/20_image.ipynb #c8c5bd96
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -182,7 +189,7 @@ def crop(img: Image.Image, size: int, resample: str = 'bicubic') -> Image.Image:
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
     return img.crop((left, top, left + size, top + size))
 
-# %% ../../nbs/data/20_image.ipynb #034951de
+# %% ../../nbs/data/20_image.ipynb #e5483afb
 NEXT_GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 def best_grid(h: int, w: int, grid) -> tuple[int, int]:
@@ -194,7 +201,8 @@ def best_grid(h: int, w: int, grid) -> tuple[int, int]:
     return max(grid, key=rank)
 
 def tiles(img: Image.Image, size: int = 336, grid=NEXT_GRID, resample: str = 'bicubic') -> list[Image.Image]:
-    "The whole picture squashed to `size`, then the tiles of its best canvas, row by row; canvases are multiples of `size`."
+    """The whole picture squashed to `size`, then the tiles of its best canvas, row by row; canvases are multiples of
+    `size`."""
     w, h = img.size
     H, W = best_grid(h, w, grid)
     if H % size or W % size: raise ValueError(f'grid {H} x {W} is no multiple of the tile size {size}')
@@ -204,9 +212,10 @@ def tiles(img: Image.Image, size: int = 336, grid=NEXT_GRID, resample: str = 'bi
     cut = [canvas.crop((x, y, x + size, y + size)) for y in range(0, H, size) for x in range(0, W, size)]
     return [squash(img, size, resample), *cut]
 
-# %% ../../nbs/data/20_image.ipynb #341ca9ab
+# %% ../../nbs/data/20_image.ipynb #26daa11c
 def any_aspect_size(h: int, w: int, long_side: int, multiple: int) -> tuple[int, int]:
-    "(height, width) with the long side at `long_side` and the short one rounded up to `multiple` (EVE card: 672 and 28)."
+    """(height, width) with the long side at `long_side` and the short one rounded up to `multiple` (EVE card: 672 and
+    28)."""
     if long_side % multiple: raise ValueError(f'long_side={long_side} is no multiple of {multiple}')
     cells = long_side // multiple
     short = max(1, -(-cells * min(h, w) // max(h, w))) * multiple
@@ -217,8 +226,10 @@ def any_aspect(img: Image.Image, long_side: int, multiple: int = 28, resample: s
     h, w = any_aspect_size(img.height, img.width, long_side, multiple)
     return img.resize((w, h), RESAMPLE[resample])
 
-def native_size(h: int, w: int, multiple: int = 14, min_pixels: int = 56 * 56, max_pixels: int = 14 * 14 * 50 * 80) -> tuple[int, int]:
-    "(height, width) near the own size, multiples of `multiple`, within the pixel budget. Raises `ImageError` for slivers."
+def native_size(h: int, w: int, multiple: int = 14, min_pixels: int = 56 * 56,
+                max_pixels: int = 14 * 14 * 50 * 80) -> tuple[int, int]:
+    """(height, width) near the own size, multiples of `multiple`, within the pixel budget. Raises `ImageError` for
+    slivers."""
     if min(h, w) < multiple: raise ImageError(f'too small: {w} x {h} has a side below {multiple} pixels')
     if max(h, w) / min(h, w) > 200: raise ImageError(f'too elongated: {w} x {h} has an aspect ratio over 200')
     new = [round(side / multiple) * multiple for side in (h, w)]
@@ -237,15 +248,16 @@ def native(img: Image.Image, multiple: int = 14, min_pixels: int = 56 * 56, max_
     h, w = native_size(img.height, img.width, multiple, min_pixels, max_pixels)
     return img.resize((w, h), RESAMPLE[resample])
 
-# %% ../../nbs/data/20_image.ipynb #cad282ca
+# %% ../../nbs/data/20_image.ipynb #6af47319
 MODES = 'squash', 'pad', 'crop', 'tiles', 'any_aspect', 'native'
 
 @dataclass(frozen=True)
 class ImageTransform:
     """Picture to tensors. `mode`: squash, pad, crop, tiles, any_aspect or native.
 
-    `size`: side of the square (of a tile; the long side for any_aspect; unused by native), or (height, width) for squash. `multiple`: side
-    lengths are multiples of it in any_aspect and native (0: `patch`). `background`: colour for pad (None: the mean colour)."""
+    `size`: side of the square (of a tile; the long side for any_aspect; unused by native), or (height, width) for
+    squash. `multiple`: side lengths are multiples of it in any_aspect and native (0: `patch`). `background`: colour for
+    pad (None: the mean colour)."""
     mode: str = 'squash'
     size: int|tuple[int, int] = 224
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -260,16 +272,19 @@ class ImageTransform:
 
     def __post_init__(self):
         if self.mode not in MODES: raise ValueError(f'mode={self.mode!r} is unknown; use one of {MODES}')
-        if self.resample not in RESAMPLE: raise ValueError(f'resample={self.resample!r} is unknown; use one of {sorted(RESAMPLE)}')
-        for f in fields(self):                                # lists (from JSON) become tuples, so that equal settings are equal
+        if self.resample not in RESAMPLE:
+            raise ValueError(f'resample={self.resample!r} is unknown; use one of {sorted(RESAMPLE)}')
+        for f in fields(self):                             # lists (from JSON) become tuples: equal settings are equal
             if isinstance(v := getattr(self, f.name), list): object.__setattr__(self, f.name, _tuples(v))
         if self.mode != 'squash' and not isinstance(self.size, int):
             raise ValueError(f'size={self.size} must be one number for mode={self.mode!r}')
         if len(self.mean) != 3 or len(self.std) != 3: raise ValueError('mean and std take three channel values')
 
     def __call__(self, img: Image.Image) -> list[dict]:
-        "One dict a picture for the front end (several for tiles, the whole one first). Raises `ImageError` for slivers."
-        return [dict(pixel_values=to_tensor(i, self.mean, self.std), size=(i.height, i.width)) for i in self.resize(to_rgb(img))]
+        """One dict a picture for the front end (several for tiles, the whole one first). Raises `ImageError` for
+        slivers."""
+        return [dict(pixel_values=to_tensor(i, self.mean, self.std), size=(i.height, i.width))
+                for i in self.resize(to_rgb(img))]
 
     def resize(self, img: Image.Image) -> list[Image.Image]:
         "The pictures before normalisation: what the model sees, for looking at."
@@ -288,7 +303,8 @@ class ImageTransform:
     @classmethod
     def from_dict(cls, settings: dict) -> 'ImageTransform':
         "The inverse of `to_dict`; an unknown key is an error."
-        if unknown := set(settings) - {f.name for f in fields(cls)}: raise ValueError(f'unknown image setting {sorted(unknown)}')
+        if unknown := set(settings) - {f.name for f in fields(cls)}:
+            raise ValueError(f'unknown image setting {sorted(unknown)}')
         return cls(**{k: _tuples(v) for k, v in settings.items()})
 
     @classmethod
@@ -298,32 +314,37 @@ class ImageTransform:
 
 def _tuples(value): return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
-# %% ../../nbs/data/20_image.ipynb #82b312ed
+# %% ../../nbs/data/20_image.ipynb #cf3d3a1b
 def from_image_processor(config: dict, mode: str|None = None, patch: int = 14) -> ImageTransform:
     """`ImageTransform` for a Hugging Face image processor's config dict (CLIP, SigLIP, LLaVA, LLaVA-NeXT style).
 
-    `mode` overrides the policy and keeps size and normalisation: LLaVA-1.5 is CLIP's config with `mode='pad'`. Raises ValueError naming
-    a setting that cannot be reproduced."""
+    `mode` overrides the policy and keeps size and normalisation: LLaVA-1.5 is CLIP's config with `mode='pad'`. Raises
+    ValueError naming a setting that cannot be reproduced."""
     def side(value, key):
         if value is None or isinstance(value, int): return value
         if 'shortest_edge' in value: return value['shortest_edge']
-        if set(value) >= {'height', 'width'}: return value['height'] if value['height'] == value['width'] else (value['height'], value['width'])
+        if set(value) >= {'height', 'width'}:
+            return value['height'] if value['height'] == value['width'] else (value['height'], value['width'])
         raise ValueError(f'{key}={value} is not supported; expected a number, shortest_edge, or height and width')
-    if abs(config.get('rescale_factor', 1 / 255) - 1 / 255) > 1e-9: raise ValueError(f"rescale_factor={config['rescale_factor']} is not 1/255")
+    if abs(config.get('rescale_factor', 1 / 255) - 1 / 255) > 1e-9:
+        raise ValueError(f"rescale_factor={config['rescale_factor']} is not 1/255")
     for key in ('do_resize', 'do_rescale'):
-        if config.get(key, True) is not True: raise ValueError(f'{key}=false is not supported: every policy here resizes and rescales')
+        if config.get(key, True) is not True:
+            raise ValueError(f'{key}=false is not supported: every policy here resizes and rescales')
     by_number = {v: k for k, v in RESAMPLE.items()}
-    if config.get('resample', 3) not in by_number: raise ValueError(f"resample={config['resample']} is unknown; known are {by_number}")
+    if config.get('resample', 3) not in by_number:
+        raise ValueError(f"resample={config['resample']} is unknown; known are {by_number}")
     kind = config.get('image_processor_type', config.get('feature_extractor_type', ''))
     size, cut = config.get('size', 224), side(config.get('crop_size'), 'crop_size')
-    short = isinstance(size, dict) and 'shortest_edge' in size or isinstance(size, int) and not kind.startswith('Siglip')
+    short = 'shortest_edge' in size if isinstance(size, dict) else not kind.startswith('Siglip')
     size, crops = side(size, 'size'), config.get('do_center_crop', False) and cut is not None
     if mode is None:
         if config.get('image_grid_pinpoints'): mode = 'tiles'
         elif config.get('do_pad'): mode = 'pad'
         elif short and crops: mode = 'crop'
         elif not short: mode = 'squash'
-        else: raise ValueError('size with shortest_edge and no do_center_crop keeps the aspect ratio; choose mode= explicitly')
+        else:
+            raise ValueError('shortest_edge without do_center_crop keeps the aspect ratio; choose mode= explicitly')
     if crops and cut != size: raise ValueError(f'crop_size={cut} differs from size={size}: not supported')
     normalise = config.get('do_normalize', True)
     extra = dict(grid=_tuples(config['image_grid_pinpoints'])) if config.get('image_grid_pinpoints') else {}

@@ -10,7 +10,7 @@ import json, os, tempfile
 from collections import Counter
 from pathlib import Path
 
-# %% ../../nbs/data/06_quarantine.ipynb #3ef666ab
+# %% ../../nbs/data/06_quarantine.ipynb #44cd1948
 class BadRecord(ValueError):
     "A row that cannot become a sample; the message is `category: detail`."
 
@@ -20,9 +20,10 @@ class TooManyBadRecords(RuntimeError):
 class Quarantine:
     """Counts, lists and caps the rows that were left out.
 
-    `cap`: largest allowed share of bad rows; `max_count`: largest allowed number (None: no limit); `path`: where `close` writes the
-    JSON list; `max_listed`: entries kept in full (counts stay exact); `allow_truncated`: go on with what a damaged file delivered
-    (its lost tail cannot be counted, so the default is to stop once the file's good rows are through)."""
+    `cap`: largest allowed share of bad rows; `max_count`: largest allowed number (None: no limit); `path`: where
+    `close` writes the JSON list; `max_listed`: entries kept in full (counts stay exact); `allow_truncated`: go on with
+    what a damaged file delivered (its lost tail cannot be counted, so the default is to stop once the file's good rows
+    are through)."""
     def __init__(self, cap: float = .01, max_count: int|None = None, path: str|Path|None = None,
                  max_listed: int = 10_000, allow_truncated: bool = False):
         if not 0 <= cap <= 1: raise ValueError(f'cap={cap} must be a share between 0 and 1')
@@ -40,7 +41,8 @@ class Quarantine:
         "List one bad row. It must be counted by `seen` as well. Raises `TooManyBadRecords` past the cap."
         self.n_bad += 1
         self.reasons[reason.partition(': ')[0]] += 1
-        if len(self.records) < self.max_listed: self.records.append(dict(source=str(source), row=row, id=id, reason=reason))
+        if len(self.records) < self.max_listed:
+            self.records.append(dict(source=str(source), row=row, id=id, reason=reason))
         if self.n_seen >= 100: self._judge()
         elif self.max_count is not None and self.n_bad > self.max_count: self._judge()
 
@@ -57,13 +59,14 @@ class Quarantine:
         if not too_many and self.n_bad <= self.cap * max(self.n_seen, self.n_bad): return
         limit = f'max_count={self.max_count}' if too_many else f'cap={self.cap:.2%}'
         first = '\n'.join(f"  {r['source']} row {r['row']} (id {r['id']}): {r['reason']}" for r in self.records[:5])
-        raise TooManyBadRecords(f'{self.n_bad:,} of {self.n_seen:,} rows are bad, more than {limit} allows. By reason: '
-                                f'{self.summary()}. First ones:\n{first}\nRepair the data, or raise the limit if you accept the loss.')
+        raise TooManyBadRecords(
+            f'{self.n_bad:,} of {self.n_seen:,} rows are bad, more than {limit} allows. By reason: {self.summary()}. '
+            f'First ones:\n{first}\nRepair the data, or raise the limit if you accept the loss.')
 
     def to_dict(self) -> dict:
         "Counts, notes and listed records, as `write` stores them."
-        return dict(seen=self.n_seen, quarantined=self.n_bad, by_reason=self.summary(), notes=dict(self.notes.most_common()),
-                    listed=len(self.records), records=self.records)
+        return dict(seen=self.n_seen, quarantined=self.n_bad, by_reason=self.summary(),
+                    notes=dict(self.notes.most_common()), listed=len(self.records), records=self.records)
 
     def write(self, path: str|Path):
         "Store `to_dict` as JSON at `path`, atomically."

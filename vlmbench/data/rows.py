@@ -68,7 +68,7 @@ def _next_value(w: _Window, decoder: json.JSONDecoder):
             w.pos = end
             return value
 
-# %% ../../nbs/data/05_rows.ipynb #b587708a
+# %% ../../nbs/data/05_rows.ipynb #5cc98d3d
 def _json_list(file, encoding='utf-8') -> Iterator[tuple[int, int, RawRow]]:
     "`(start, end, row)` for every item of the JSON list in binary `file`; offsets count decoded characters."
     w, decoder, number = _Window(file, encoding), json.JSONDecoder(), 0
@@ -76,7 +76,7 @@ def _json_list(file, encoding='utf-8') -> Iterator[tuple[int, int, RawRow]]:
     w.peek()
     for mark in ('\ufeff', '\xef\xbb\xbf'): w.pos += len(mark) * w.text.startswith(mark, w.pos)
     if w.peek() != '[':
-        yield broken('empty: the file holds no list' if not w.peek() else 'syntax error: the file does not start with a list')
+        yield broken('syntax error: the file is no list' if w.peek() else 'empty: the file holds no list')
         return
     w.pos += 1
     closed = w.peek() == ']'
@@ -129,21 +129,23 @@ def _parquet(path, batch_size=64) -> Iterator[tuple[int, int, RawRow]]:
         reason = ' '.join(str(e).split())[:200]
         yield number, number, RawRow(number, error=f'unreadable parquet: {reason}', fatal=True)
 
-# %% ../../nbs/data/05_rows.ipynb #fcdf68be
+# %% ../../nbs/data/05_rows.ipynb #9e2252d8
 FORMATS = 'json', 'jsonl', 'parquet'
 
 def file_format(path: str|Path) -> str:
-    "'json', 'jsonl' or 'parquet' for the file at `path`. Raises ValueError for another suffix, OSError where it cannot be read."
+    """'json', 'jsonl' or 'parquet' for the file at `path`. Raises ValueError for another suffix, OSError where it
+    cannot be read."""
     suffix = Path(path).suffix.lower()
     if suffix in ('.jsonl', '.ndjson'): return 'jsonl'
     if suffix in ('.parquet', '.pq'): return 'parquet'
-    if suffix != '.json': raise ValueError(f'{path}: unknown suffix {suffix!r}; use .json, .jsonl or .parquet, or name the format')
+    if suffix != '.json':
+        raise ValueError(f'{path}: unknown suffix {suffix!r}; use .json, .jsonl or .parquet, or name the format')
     with open(path, 'rb') as f:
         head = f.read(64).lstrip(b'\xef\xbb\xbf').lstrip()
         while not head and (more := f.read(WINDOW)): head = more.lstrip()
     return 'json' if not head or head[:1] == b'[' else 'jsonl'
 
-# %% ../../nbs/data/05_rows.ipynb #a0de4fc8
+# %% ../../nbs/data/05_rows.ipynb #564b5083
 def _spans(path, format=None, encoding='utf-8'):
     format = format or file_format(path)
     if format not in FORMATS: raise ValueError(f'format={format!r} is unknown; use one of {FORMATS}')
@@ -151,20 +153,24 @@ def _spans(path, format=None, encoding='utf-8'):
     with open(path, 'rb') as f: yield from _json_list(f, encoding) if format == 'json' else _json_lines(f)
 
 def iter_rows(path: str|Path, format: str|None = None) -> Iterator[RawRow]:
-    """Every row of `path` in file order, in constant memory. `format`: 'json' (a list), 'jsonl', 'parquet' or None (from the name).
+    """Every row of `path` in file order, in constant memory. `format`: 'json' (a list), 'jsonl', 'parquet' or None
+    (from the name).
 
-    A damaged file yields all rows before the damage and then one `RawRow` with `fatal` set; a missing file raises OSError."""
+    A damaged file yields all rows before the damage and then one `RawRow` with `fatal` set; a missing file raises
+    OSError."""
     for *_, row in _spans(path, format): yield row
 
-# %% ../../nbs/data/05_rows.ipynb #038b61c6
+# %% ../../nbs/data/05_rows.ipynb #bf8d7446
 class RowIndex(Sequence):
     """Indexable rows of a JSON list or JSON Lines file: `index[i]` reads and parses row `i` alone.
 
-    `errors` lists the rows that could not be read (`RawRow` without value); they take no place in the index, and `numbers[i]` is the
-    row number in the file. Raises ValueError for parquet (use `datasets`, which maps it) and OSError where the file cannot be read."""
+    `errors` lists the rows that could not be read (`RawRow` without value); they take no place in the index, and
+    `numbers[i]` is the row number in the file. Raises ValueError for parquet (use `datasets`, which maps it) and
+    OSError where the file cannot be read."""
     def __init__(self, path: str|Path, format: str|None = None):
         self.path, self.format = Path(path), format or file_format(path)
-        if self.format == 'parquet': raise ValueError(f'{path}: parquet has no row offsets; write it as .jsonl to index it')
+        if self.format == 'parquet':
+            raise ValueError(f'{path}: parquet has no row offsets; write it as .jsonl to index it')
         self.starts, self.ends, self.numbers, self.errors = array('Q'), array('Q'), array('Q'), []
         for start, end, row in _spans(path, self.format, 'latin-1'):
             if row.error: self.errors.append(row)
