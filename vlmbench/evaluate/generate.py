@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 # %% auto #0
-__all__ = ['fingerprint', 'GenerationLog', 'mean_colour', 'blinded', 'plan_batches', 'render_prompt', 'check_prompt', 'evaluate',
-           'rescore']
+__all__ = ['fingerprint', 'GenerationLog', 'mean_colour', 'blinded', 'plan_batches', 'render_prompt', 'prompt_inputs',
+           'check_prompt', 'evaluate', 'rescore']
 
-# %% ../../nbs/evaluate/20_generate.ipynb #601e879c
-from ..data.record import ImageRef, Sample
+# %% ../../nbs/evaluate/20_generate.ipynb #ae4d8fe4
+from ..data.record import ImageRef, Sample, Turn
+from ..data.template import TEMPLATES
 from .results import Results, result_stem, score_predictions
 from .tasks import Item, Task
 
@@ -110,31 +111,40 @@ def _ahead(make: Callable, jobs: Iterable) -> Iterator:
             waiting = future
         if waiting is not None: yield waiting.result()
 
-# %% ../../nbs/evaluate/20_generate.ipynb #116dc709
+# %% ../../nbs/evaluate/20_generate.ipynb #757f5cb2
+def _native(processor) -> bool: return hasattr(processor, 'encode') and getattr(processor, 'template', None) is not None
+
 def render_prompt(processor, sample: Sample) -> str:
     "The sample as one string that ends where the answer begins, image markers unexpanded."
-    if hasattr(processor, 'encode'): messages = [dict(role=t.role, content=t.text) for t in sample.turns]
-    else:
-        def content(text): return [dict(type='image')] * text.count('<image>') + [dict(type='text', text=text.replace('<image>', '').strip())]
-        messages = [dict(role=t.role, content=content(t.text)) for t in sample.turns]
+    def content(text):
+        if hasattr(processor, 'encode'): return text
+        return [dict(type='image')] * text.count('<image>') + [dict(type='text', text=text.replace('<image>', '').strip())]
+    messages = [dict(role=t.role, content=content(t.text)) for t in sample.turns]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
-def check_prompt(processor, sample: Sample, answer: str) -> None:
-    """Raise ValueError unless the evaluation prompt of `sample` is, token for token, what training shows before `answer`. Compares
-    with `processor.encode`; processors without it are not checked."""
-    if not hasattr(processor, 'encode'): return
-    trained = processor.encode(replace(sample, turns=[*sample.turns, type(sample.turns[0])('assistant', answer)]))
-    start = int((trained.labels != -100).nonzero()[-1]) + 1 if (trained.labels != -100).any() else 0
-    while start and trained.labels[start - 1] != -100: start -= 1      # first token of the last run of targets
-    images = [x.load() if hasattr(x, 'load') and not isinstance(x, Image.Image) else x for x in sample.images]
-    asked = processor(text=[render_prompt(processor, sample)], images=[images] if images else None, return_tensors='pt',
-                      padding_side='left')['input_ids'][0]
-    if asked.tolist() != trained.input_ids[:start].tolist():
-        tok = processor.tokenizer
-        raise ValueError(f'item {sample.id!r}: the evaluation prompt differs from the training prompt.\n  evaluation: {tok.decode(asked)[-200:]!r}\n'
-                         f'  training:   {tok.decode(trained.input_ids[:start])[-200:]!r}\nUse the template the model was trained with.')
+def prompt_inputs(processor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    "What `generate` takes for samples that end with a question: left-padded `input_ids` and `attention_mask` [batch, tokens], pixels."
+    if _native(processor):
+        from vlmbench.models.processor import stack_images
+        rows = [processor.encode(s, add_generation_prompt=True) for s in samples]
+        batch = processor.tokenizer.pad(dict(input_ids=[r.input_ids.tolist() for r in rows]), padding_side='left', return_tensors='pt')
+        return {**batch, **stack_images([i for r in rows for i in r.images])}
+    images = [s.images for s in samples] if samples[0].images else None
+    return dict(processor(text=[render_prompt(processor, s) for s in samples], images=images, return_tensors='pt', padding=True,
+                          padding_side='left', add_special_tokens=False))
 
-# %% ../../nbs/evaluate/20_generate.ipynb #980e5b38
+def check_prompt(processor, sample: Sample, answer: str) -> None:
+    """Raise ValueError unless the evaluation prompt of `sample` is, token for token, what training shows before `answer`.
+    Only processors that encode training samples can be checked."""
+    if not _native(processor): return
+    trained = processor.encode(replace(sample, turns=[*sample.turns, Turn('assistant', answer)])).input_ids.tolist()
+    asked = processor.encode(sample, add_generation_prompt=True).input_ids.tolist()
+    if trained[:len(asked)] != asked:
+        tok = processor.tokenizer
+        raise ValueError(f'item {sample.id!r}: the prompt differs from the training prompt.\n  evaluation: {tok.decode(asked)[-200:]!r}\n'
+                         f'  training:   {tok.decode(trained)[-200:]!r}\nA chat template must open an answer as it trains it.')
+
+# %% ../../nbs/evaluate/20_generate.ipynb #820df2d4
 @contextmanager
 def _evaluating(model):
     was = model.training
@@ -148,7 +158,8 @@ def _stop_ids(model, processor) -> list[int]:
     tok = processor.tokenizer
     eos = getattr(model.generation_config, 'eos_token_id', None)
     ids = set(eos if isinstance(eos, (list, tuple)) else [eos]) | {tok.eos_token_id}
-    stop = getattr(getattr(processor, 'template', None), 'stop', None)
+    template = getattr(processor, 'template', None)
+    stop = getattr(TEMPLATES.get(template, template) if isinstance(template, str) else template, 'stop', None)
     if isinstance(stop, str) and stop in tok.get_vocab(): ids.add(tok.convert_tokens_to_ids(stop))
     ids.discard(None)
     if not ids: raise ValueError('no end-of-answer token is known: set model.generation_config.eos_token_id or tokenizer.eos_token')
@@ -163,7 +174,7 @@ def _answers(new: torch.Tensor, stops: list[int], tokenizer) -> list[dict[str, A
                         n_tokens=len(row) if end is None else end + 1, finish='length' if end is None else 'stop'))
     return out
 
-# %% ../../nbs/evaluate/20_generate.ipynb #7c8b5ace
+# %% ../../nbs/evaluate/20_generate.ipynb #31e9a2e0
 def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens: int | None = None, blind: bool = False,
              out_dir: str | Path | None = None, condition: str | None = None, transform: Callable[[Sample], Sample] | None = None,
              seed: int | None = None, image_cache: int = 1024, overwrite: bool = False,
@@ -201,9 +212,7 @@ def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens:
             if transform is not None: s = transform(s)
             if blind: s.images = [blinded(x, colour) for x in s.images]
             samples.append(s)
-        texts = [render_prompt(processor, s) for s in samples]
-        images = [s.images for s in samples] if samples[0].images else None
-        return batch, texts, processor(text=texts, images=images, return_tensors='pt', padding=True, padding_side='left')
+        return batch, [render_prompt(processor, s) for s in samples], prompt_inputs(processor, samples)
 
     began, n_tokens, n_new = time.perf_counter(), 0, 0
     if todo:
@@ -223,7 +232,7 @@ def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens:
     seconds = time.perf_counter() - began
     header = dict(model=key['model'], dtype=dtype, max_new_tokens=limit, transform=how, seed=seed, batch_size=batch_size, resumed=resumed,
                   blind_colour=list(colour) if blind else None, seconds=round(seconds, 3), generated=n_new,
-                  tokens_per_s=round(n_tokens / seconds, 1), items_per_s=round(n_new / seconds, 2), prompt_checked=hasattr(processor, 'encode'))
+                  tokens_per_s=round(n_tokens / seconds, 1), items_per_s=round(n_new / seconds, 2), prompt_checked=_native(processor))
     results = score_predictions(task, {i.id: done[i.id] for i in task.items}, condition, header)
     results.header['cut_short'] = int((results.frame['finish'] == 'length').sum())
     if out_dir is not None: results.save(out_dir)
