@@ -132,7 +132,7 @@ class LengthGrouped:
         generator = torch.Generator().manual_seed(int(_rng(seed, epoch).integers(2**63)))
         return np.array(length_groups(self.lengths, self.group, generator, self.has_image), dtype=np.int64)
 
-# %% ../../nbs/data/40_mixture.ipynb #479fc2d9
+# %% ../../nbs/data/40_mixture.ipynb #ecb9ce28
 class StatefulSampler:
     """The stream of sample numbers of one rank. `order`: a number of samples (`Shuffled`) or an order. `epochs`: None = endless.
     `tail` for finite streams: 'uneven' (ranks may differ by one draw), 'drop' (the remainder) or 'repeat' (from the start)."""
@@ -161,12 +161,21 @@ class StatefulSampler:
     def at(self, k: int) -> int:
         "Sample number of this rank's draw `k`, for any `k`; `IndexError` past the end of a finite stream"
         if k < 0 or (self.epochs is not None and k >= len(self)): raise IndexError(f'draw {k} is outside the stream')
-        p = self.draw(k)
-        if self.epochs is not None: p %= self.epochs * len(self.order)
+        p = self.draw(k) if self.epochs is None else self.draw(k) % (self.epochs * len(self.order))
         epoch, i = divmod(p, len(self.order))
-        if epoch not in self._epochs:
-            self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: self.order(self.seed, epoch)}
-        return int(self._epochs[epoch][i])
+        return int(self._epoch(epoch)[i])
+
+    def substitute(self, k: int, attempt: int) -> int:
+        "Sample number to use in place of a bad draw `k`: drawn from the same epoch (so with its mix), fixed by seed and attempt"
+        p, n = self.draw(k), len(self.order)
+        return int(self._epoch(p // n)[_rng(self.seed, p, attempt).integers(n)])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        "The order of an epoch; neighbouring epochs are kept"
+        if (found := self._epochs.get(epoch)) is None:
+            found = self.order(self.seed, epoch)
+            self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: found}
+        return found
 
     def __iter__(self) -> Iterator[int]:
         "Go on from the current position"
