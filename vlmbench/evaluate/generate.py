@@ -16,7 +16,7 @@ from PIL import Image
 
 # %% auto #0
 __all__ = ['fingerprint', 'GenerationLog', 'mean_colour', 'blinded', 'plan_batches', 'render_prompt', 'prompt_inputs',
-           'check_prompt', 'evaluate', 'rescore']
+           'check_prompt', 'pick_examples', 'save_examples', 'evaluate', 'rescore']
 
 # %% ../../nbs/evaluate/20_generate.ipynb #ae4d8fe4
 from ..data.record import ImageRef, Sample, Turn
@@ -144,6 +144,28 @@ def check_prompt(processor, sample: Sample, answer: str) -> None:
         raise ValueError(f'item {sample.id!r}: the prompt differs from the training prompt.\n  evaluation: {tok.decode(asked)[-200:]!r}\n'
                          f'  training:   {tok.decode(trained)[-200:]!r}\nA chat template must open an answer as it trains it.')
 
+# %% ../../nbs/evaluate/20_generate.ipynb #4884320e
+def pick_examples(frame, n: int = 24) -> list[str]:
+    "Ids of up to `n` items with pictures: one right and one wrong answer of each question type in turn, in a fixed order."
+    shown = frame[frame['image'].notna()]
+    shown = shown.assign(right=shown['score'] >= .5, order=shown['id'].map(lambda i: hashlib.sha256(str(i).encode()).hexdigest()))
+    piles = [g.sort_values('order')['id'].tolist() for _, g in shown.groupby(['question_type', 'right'])]
+    return [p[k] for k in range(max(map(len, piles), default=0)) for p in piles if k < len(p)][:n]
+
+def save_examples(results: Results, task: Task, folder: str | Path, n: int = 24, transform=None, size: int = 256) -> None:
+    "Write small PNG copies of `pick_examples` pictures to `<result>.examples/` and list them in `results.header['examples']`."
+    stem, items, listed = result_stem(results.task, results.condition), {i.id: i for i in task.items}, []
+    for k, i in enumerate(pick_examples(results.frame, n)):
+        s = items[i].sample()
+        s.images = [x.load() if isinstance(x, ImageRef) else x for x in s.images]
+        picture = (s if transform is None else transform(s)).images[0].convert('RGB')
+        picture.thumbnail((size, size))
+        path = Path(folder)/f'{stem}.examples'/f'{k:02d}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        listed.append(dict(id=i, file=f'{path.parent.name}/{path.name}'))
+    results.header['examples'] = listed
+
 # %% ../../nbs/evaluate/20_generate.ipynb #820df2d4
 @contextmanager
 def _evaluating(model):
@@ -174,17 +196,17 @@ def _answers(new: torch.Tensor, stops: list[int], tokenizer) -> list[dict[str, A
                         n_tokens=len(row) if end is None else end + 1, finish='length' if end is None else 'stop'))
     return out
 
-# %% ../../nbs/evaluate/20_generate.ipynb #31e9a2e0
+# %% ../../nbs/evaluate/20_generate.ipynb #976f3b79
 def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens: int | None = None, blind: bool = False,
              out_dir: str | Path | None = None, condition: str | None = None, transform: Callable[[Sample], Sample] | None = None,
-             seed: int | None = None, image_cache: int = 1024, overwrite: bool = False,
+             seed: int | None = None, image_cache: int = 1024, examples: int = 24, overwrite: bool = False,
              on_batch: Callable[[int, int], None] | None = None) -> Results:
     """Greedy answers of `model` to all of `task`, scored.
 
     `blind` replaces pictures by the mean colour (`condition` defaults to 'image' or 'blind'). `out_dir`: where the log of
     generations and the results are written; an interrupted call resumes there. `transform` is applied to each sample just before it is
     encoded (drawing markers, say) and is named in the header. `seed` is the training run's, recorded only: decoding is greedy.
-    `image_cache`: decoded pictures kept. `on_batch(done, total)` is called after each batch; raise from it to stop early.
+    `image_cache`: decoded pictures kept; `examples`: pictures copied beside the results for the report. `on_batch(done, total)` is called after each batch; raise from it to stop early.
 
     Raises ValueError for a blind run without pictures, a log of other weights, or a prompt that differs from the training prompt."""
     if blind and not task.has_images: raise ValueError(f'task {task.name} has no pictures: a blind run would repeat the ordinary one')
@@ -235,10 +257,12 @@ def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens:
                   tokens_per_s=round(n_tokens / seconds, 1), items_per_s=round(n_new / seconds, 2), prompt_checked=_native(processor))
     results = score_predictions(task, {i.id: done[i.id] for i in task.items}, condition, header)
     results.header['cut_short'] = int((results.frame['finish'] == 'length').sum())
-    if out_dir is not None: results.save(out_dir)
+    if out_dir is not None:
+        if examples and condition == 'image': save_examples(results, task, out_dir, examples, transform)
+        results.save(out_dir)
     return results
 
-# %% ../../nbs/evaluate/20_generate.ipynb #e7544d1d
+# %% ../../nbs/evaluate/20_generate.ipynb #8e47b93f
 def rescore(task: Task, folder: str | Path, condition: str = 'image', save: bool = True) -> Results:
     """Results of `task` from the log in `folder`; the prompts must be the ones that were answered (ValueError otherwise). The model
     and speed facts of an earlier result are kept."""
@@ -249,7 +273,7 @@ def rescore(task: Task, folder: str | Path, condition: str = 'image', save: bool
         raise ValueError(f'{path} answers other prompts ({key["prompt_hash"][:10]}) than task {task.name} asks ({task.prompt_hash[:10]})')
     old = path.with_name(f'{result_stem(task.name, condition)}.json')
     facts = json.loads(old.read_text(encoding='utf8')) if old.exists() else {}
-    kept = {k: facts[k] for k in ('dtype', 'seed', 'batch_size', 'seconds', 'tokens_per_s', 'items_per_s', 'cut_short') if k in facts}
+    kept = {k: facts[k] for k in ('dtype', 'seed', 'batch_size', 'seconds', 'tokens_per_s', 'items_per_s', 'cut_short', 'examples') if k in facts}
     stored = GenerationLog(path, key).rows
     header = dict(model=key['model'], max_new_tokens=key['max_new_tokens'], **kept)
     out = score_predictions(task, {i.id: stored[i.id] for i in task.items if i.id in stored}, condition, header)
