@@ -72,8 +72,10 @@ test-python: venv
 docs: venv
 	$(BIN)/python docs/build.py
 
+# notebooks lose stray metadata each time they are saved
 lab: venv
-	cd nbs && ../$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) --no-browser
+	cd nbs && ../$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) --no-browser \
+		--ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter
 
 export: venv
 	$(BIN)/python scripts/export.py

@@ -1,7 +1,7 @@
 """Bring everything that is generated from the notebooks up to date, in one place:
 
 * `vlmbench/`              exported modules (nbdev_export)
-* `nbs/**/*.ipynb`         without outputs and stray metadata (nbdev_clean)
+* `nbs/**/*.ipynb`         without stray metadata (nbdev_clean) and without outputs
 * `vlmbench/_notebooks/`   copies of `nbs/runs/*.ipynb`, so that an installed wheel can run them
 * `README.md`              `nbs/index.ipynb` as Markdown
 
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from execnb.nbio import read_nb, write_nb
 from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parent.parent
@@ -25,6 +26,15 @@ NOTICE = '<!-- Made from nbs/index.ipynb by scripts/export.py: edit the notebook
 def notebooks(folder: Path) -> list[Path]:
     "Every notebook below `folder`, checkpoints left out."
     return sorted(p for p in folder.rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(folder).parts))
+
+
+def strip() -> None:
+    "Empty the outputs of every notebook; the site makes them afresh."
+    for path in notebooks(root/'nbs'):
+        nb = read_nb(path)
+        stored = [c for c in nb.cells if c.cell_type == 'code' and c.outputs]
+        for cell in stored: cell.outputs = []
+        if stored: write_nb(nb, path)
 
 
 def mirror() -> None:
@@ -44,6 +54,7 @@ def readme() -> None:
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
         else: cell.source = re.sub(r'\]\((?![a-z]+:|#|/|\.\./)([^)]+)\)', r'](nbs/\1)', cell.source).replace('](../', '](')
+    nb.metadata['language_info'] = {'name': 'python'}
     body, _ = MarkdownExporter().from_notebook_node(nb)
     text = '\n'.join(line.rstrip() for line in body.strip().splitlines())
     (root/'README.md').write_text(NOTICE + re.sub(r'\n{3,}', '\n\n', text) + '\n', encoding='utf8')
@@ -59,6 +70,7 @@ def main(check: bool) -> int:
     before = snapshot()
     bin_ = Path(sys.executable).parent
     for tool in ('nbdev_export', 'nbdev_clean'): subprocess.run([bin_/tool], cwd=root, check=True)
+    strip()
     mirror()
     readme()
     after = snapshot()

@@ -1,0 +1,100 @@
+"""The built site in a real browser, opened from disk: pages load alone, pictures show, formulas are set, search finds."""
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = Path(os.environ.get('VLMBENCH_SITE', ROOT/'_site'))
+FLAGS = ('--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts) if SITE.exists() else []
+
+
+@pytest.fixture(scope='module')
+def browser():
+    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed (extra: dev)')
+    exe = next((shutil.which(n) for n in ('chromium', 'chromium-browser', 'google-chrome') if shutil.which(n)), None)
+    if exe is None: pytest.skip('no Chromium on this machine: `apt-get install chromium`')
+    if not (SITE/'index.html').exists(): pytest.skip('the site is not built: `make docs`')
+    with api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=exe, args=FLAGS)
+        yield b
+        b.close()
+
+
+@pytest.fixture
+def page(browser):
+    "A page that remembers requests to other hosts and errors."
+    page = browser.new_page(viewport=dict(width=1400, height=900))
+    page.foreign, page.problems = [], []
+    page.on('request', lambda r: None if r.url.startswith(('file:', 'data:', 'blob:', 'about:')) else page.foreign.append(r.url))
+    page.on('pageerror', lambda e: page.problems.append(str(e)))
+    page.on('requestfailed', lambda r: page.problems.append(f'{r.url}: {r.failure}'))
+    yield page
+    page.close()
+
+
+def visit(page, name): page.goto((SITE/name).as_uri(), wait_until='load')
+
+
+def test_home_page(page):
+    visit(page, 'index.html')
+    assert page.locator('h1').first.inner_text().rstrip('#').strip() == 'vlmbench'
+    captions = page.locator('.bd-sidebar-primary .caption-text').all_inner_texts()
+    assert {'Data', 'Models', 'Training', 'Evaluation', 'Project'} <= set(captions), captions
+    assert page.locator('.bd-sidebar-primary img.only-light').first.evaluate('i => i.naturalWidth') > 0
+    assert page.get_by_text('make bench').first.is_visible()
+
+
+def test_every_page_stands_alone(page):
+    "No request leaves the disk, no script fails, every picture loads, every page has a title and content."
+    assert len(PAGES) > 5
+    for name in PAGES:
+        visit(page, name)
+        assert page.locator('h1').count() >= 1, f'{name} has no title'
+        broken = page.eval_on_selector_all('article img', 'els => els.filter(e => e.complete && !e.naturalWidth).map(e => e.src)')
+        assert not broken, f'{name}: {broken}'
+        assert not page.locator('.system-message').count(), f'{name} shows a Sphinx error'
+    assert not page.foreign, f'requests to other hosts: {page.foreign[:5]}'
+    assert not page.problems, page.problems[:5]
+
+
+def test_internal_links_lead_somewhere(page):
+    wrong = set()
+    for name in PAGES:
+        visit(page, name)
+        for href in page.eval_on_selector_all('article a.internal, .bd-sidebar-primary a.internal', 'els => els.map(e => e.href)'):
+            target, _, anchor = href.partition('#')
+            path = Path(target.removeprefix('file://'))
+            if not path.exists(): wrong.add(f'{name} -> {href}')
+            elif anchor and f'id="{anchor}"' not in path.read_text(encoding='utf8'): wrong.add(f'{name} -> {href}')
+    assert not wrong, sorted(wrong)[:10]
+
+
+def test_search_works_from_disk(page):
+    page.goto((SITE/'search.html').as_uri() + '?q=projector', wait_until='load')
+    page.wait_for_selector('#search-results li a', timeout=15_000)
+    hits = page.locator('#search-results li').all_inner_texts()
+    assert any('rojector' in h for h in hits), hits[:5]
+
+
+def test_formulas_are_typeset_without_network(page):
+    name = next((n for n in PAGES if 'class="math notranslate' in (SITE/n).read_text(encoding='utf8')), None)
+    if name is None: pytest.skip('no page holds a formula')
+    visit(page, name)
+    page.wait_for_selector('mjx-container', timeout=20_000)
+    assert not page.foreign
+
+
+def test_api_entry_has_an_anchor_a_signature_and_folded_source(page):
+    name = next(n for n in PAGES if 'section id="vlmbench-' in (SITE/n).read_text(encoding='utf8'))
+    visit(page, name)
+    entry = page.locator('section[id^="vlmbench-"]').first
+    assert entry.locator('.highlight-python pre').first.inner_text().split()[0] in ('def', 'class', 'async', 'property')
+    fold = page.locator('details.hide summary').first
+    body = page.locator('details.hide .highlight').first
+    assert not body.is_visible()
+    fold.click()
+    assert body.is_visible()
