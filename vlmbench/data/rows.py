@@ -49,22 +49,29 @@ class _Window:
                 self.pos += 1
             if not self.more(): return ''
 
-# %% ../../nbs/data/05_rows.ipynb #fd0d5c22
+# %% ../../nbs/data/05_rows.ipynb #2e8bcbf2
+_LITERALS = 'true', 'false', 'null', 'NaN', 'Infinity', '-Infinity'
+
 class _Broken(ValueError): "The text cannot be read past this point."
+
+def _unfinished(e: json.JSONDecodeError) -> bool:
+    "Could more text make it valid? Yes where the text ends in a string, an escape or the beginning of a literal."
+    rest = e.doc[e.pos:e.pos + 12]
+    return (e.msg.startswith('Unterminated string') or any(s.startswith(rest) for s in _LITERALS)
+            or 'escape' in e.msg and e.pos + len(rest) == len(e.doc) and len(rest) < 12)
 
 def _next_value(w: _Window, decoder: json.JSONDecoder):
     "Parse the JSON value at the window's position; `_Broken` says why there is none."
     while True:
         try: value, end = decoder.raw_decode(w.text, w.pos)
         except json.JSONDecodeError as e:
-            if not (e.msg.startswith('Unterminated string') or e.pos > len(w.text) - 16):
-                raise _Broken(f'syntax error: {e.msg} at character {w.base + e.pos:,}') from None
+            if not _unfinished(e): raise _Broken(f'syntax error: {e.msg} at character {w.base + e.pos:,}') from None
             if len(w.text) - w.pos > MAX_ROW: raise _Broken(f'too long: a row of over {MAX_ROW:,} characters') from None
             if not w.more(): raise _Broken('truncated: the file ends inside this row') from None
         except RecursionError: raise _Broken('syntax error: nested too deeply') from None
         except ValueError as e: raise _Broken(f'syntax error: {e}') from None
         else:
-            if end == len(w.text) and w.more(): continue          # a number may go on
+            if not w.text[end:end + 4].strip('.eE+-') and end + 4 > len(w.text) and w.more(): continue    # a cut number
             w.pos = end
             return value
 
