@@ -113,14 +113,14 @@ def lora(r: int, alpha: float, layers: Sequence[int] | int | None = None, dropou
     "Train low-rank factors (Hu et al. 2021) on the group's linear modules, in all blocks or in `layers`; the base stays frozen."
     return Tune('lora', lr=lr, layers=layers, r=r, alpha=alpha, dropout=dropout, targets=None if targets is None else tuple(targets))
 
-# %% ../../nbs/train/00_recipe.ipynb #bb91b19d
+# %% ../../nbs/train/00_recipe.ipynb #29ff618e
 @dataclass(frozen=True)
 class Stage:
     """One optimisation of one set of parameters on one data mixture.
 
     Exactly one of `budget_targets` (target tokens over all ranks) and `steps` bounds it. One optimizer step sees `accumulation` micro-batches
     of `batch_rows` rows of at most `max_tokens` tokens on every rank. `losses` names the extra loss terms the caller must hand to the loop
-    (a name, or a name with a weight: `('align', 0.5)`). `merge` folds LoRA back into the base at the end of the stage."""
+    (a name, or a name with a weight: `('align', 0.5)`). `too_long`: what happens to samples beyond `max_tokens`. `merge` folds LoRA back into the base at the end of the stage."""
     name: str
     trains: Mapping[str, Tune]
     data: str
@@ -140,6 +140,7 @@ class Stage:
     batch_rows: int = 8
     accumulation: int = 1
     packing: bool = True
+    too_long: str = 'error'
     losses: tuple = ()
     merge: bool = True
     gradient_checkpointing: bool = False
@@ -168,6 +169,7 @@ class Stage:
         for k in ('decay_embeddings', 'packing', 'merge', 'gradient_checkpointing'):
             _need(isinstance(getattr(self, k), bool), f'{at}: {k} must be true or false, got {getattr(self, k)!r}')
         _need(self.schedule in SCHEDULES, f'{at}: schedule must be one of {SCHEDULES}, got {self.schedule!r}')
+        _need(self.too_long in ('error', 'truncate', 'skip'), f"{at}: too_long must be 'error', 'truncate' or 'skip', got {self.too_long!r}")
         names = [l for l, _ in self.losses]
         _need(len(set(names)) == len(names), f'{at}: losses repeat a name: {names}')
         for g, t in self.trains.items():
