@@ -13,31 +13,34 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-# %% ../../nbs/data/40_mixture.ipynb #2c317baf
+# %% ../../nbs/data/40_mixture.ipynb #bd94baf1
 def interleave_evenly(lengths: Sequence[int], # items per source
                      ) -> np.ndarray:         # source number of each item of the stream, `[sum(lengths)]`
     "Spread every source evenly over the stream; item k of source j comes at k / lengths[j], ties to the first source"
     lengths = np.asarray(lengths, dtype=np.int64)
-    if (lengths < 0).any(): raise ValueError(f'lengths={lengths.tolist()}: a source cannot have a negative number of items')
+    if (lengths < 0).any(): raise ValueError(f'lengths={lengths.tolist()}: expected numbers of items, 0 or more')
     source = np.repeat(np.arange(len(lengths)), lengths)
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return source[np.lexsort((source, within / np.maximum(lengths, 1)[source]))]
 
-# %% ../../nbs/data/40_mixture.ipynb #f20c4f56
+# %% ../../nbs/data/40_mixture.ipynb #9e476d99
 def mixture_draws(sizes: Sequence[int],                       # items per source
                   weights: Sequence[float] | None = None,     # relative shares; default: the sizes
                   temperature: float = 1.,                    # flattens the shares
                   caps: Sequence[int | None] | None = None,   # largest number of draws per source, None = no limit
-                  total: int | None = None,                   # draws per epoch; default: every item once, up to the caps
+                  total: int | None = None,                   # draws per epoch; default: all items, up to the caps
                  ) -> list[int]:                              # draws per source and epoch
     "Draws per source, rounded to `total` by largest remainder; what a cap frees goes to the other sources"
     sizes = np.asarray(sizes, dtype=np.int64)
     if temperature <= 0: raise ValueError(f'temperature={temperature}: expected a positive number (1 keeps the shares)')
-    if weights is not None and len(weights) != len(sizes): raise ValueError(f'{len(weights)} weights for {len(sizes)} sources')
-    if caps is not None and len(caps) != len(sizes): raise ValueError(f'{len(caps)} caps for {len(sizes)} sources')
+    for name, given in (('weights', weights), ('caps', caps)):
+        if given is not None and len(given) != len(sizes):
+            raise ValueError(f'{len(given)} {name} for {len(sizes)} sources')
     share = np.asarray(sizes if weights is None else weights, dtype=float)
-    if (share < 0).any() or not share.sum(): raise ValueError(f'shares {share.tolist()}: expected numbers >= 0, one of them positive')
-    if (bad := np.flatnonzero((share > 0) & (sizes == 0))).size: raise ValueError(f'source {bad[0]} is empty but has weight {share[bad[0]]}')
+    if (share < 0).any() or not share.sum():
+        raise ValueError(f'weights {share.tolist()}: expected numbers >= 0, at least one of them positive')
+    if (bad := np.flatnonzero((share > 0) & (sizes == 0))).size:
+        raise ValueError(f'source {bad[0]} is empty but has weight {share[bad[0]]:g}; give it weight 0')
     share = np.where(share > 0, np.maximum(share, 1e-300) ** (1 / temperature), 0)
     limit = np.array([np.inf if c is None else c for c in (caps or [None] * len(sizes))])
     total = int(np.minimum(sizes, limit)[share > 0].sum()) if total is None else total
@@ -53,7 +56,7 @@ def mixture_draws(sizes: Sequence[int],                       # items per source
     for j in np.argsort(-(draws - whole), kind='stable')[:max(rest, 0)]: whole[j] += 1
     return whole.tolist()
 
-# %% ../../nbs/data/40_mixture.ipynb #852bc313
+# %% ../../nbs/data/40_mixture.ipynb #0bc2faf7
 def _even_chunks(group: list[int], lengths: Sequence[int], n: int) -> list[int]:
     "A group, longest first, cut into `n` chunks of like total length, chunk after chunk"
     if n == 1: return group
@@ -76,7 +79,8 @@ def length_groups(lengths: Sequence[int],                    # tokens (or words)
     def groups(members):
         perm = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
         cut = [perm[i:i + group] for i in range(0, len(perm), group)]
-        order = [i for c in cut for i in _even_chunks(sorted(c, key=lambda i: lengths[i], reverse=True), lengths, chunks)]
+        cut = [sorted(c, key=lambda i: lengths[i], reverse=True) for c in cut]
+        order = [i for c in cut for i in _even_chunks(c, lengths, chunks)]
         return [order[i:i + group] for i in range(0, len(order), group)]
     n = len(lengths)
     if has_image is None or all(has_image) or not any(has_image): return [i for g in groups(range(n)) for i in g]
@@ -86,7 +90,7 @@ def length_groups(lengths: Sequence[int],                    # tokens (or words)
     rest, full = sorted(pictures[-1] + text[-1]), pictures[:-1] + text[:-1]
     return [i for k in torch.randperm(len(full), generator=generator).tolist() for i in full[k]] + rest
 
-# %% ../../nbs/data/40_mixture.ipynb #c29b7654
+# %% ../../nbs/data/40_mixture.ipynb #2ad400e3
 def _rng(*key: int) -> np.random.Generator: return np.random.default_rng([k & 0xffffffffffffffff for k in key])
 
 @dataclass(frozen=True)
@@ -100,15 +104,16 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class EvenlyMixed:
-    """Sources one behind the other in the sample list (`sizes`), evenly spaced in the stream, `draws` of each per epoch. Within
-    a source the order is shuffled; draws beyond its size continue with a new shuffle, draws below it go on in the next epoch,
-    so no sample is drawn twice before all of its source were drawn."""
+    """Sources one behind the other in the sample list (`sizes`), evenly spaced in the stream, `draws` of each an epoch.
+    Within a source the order is shuffled. A source goes on where the last epoch left it and is shuffled anew when it is
+    through, so no sample is drawn twice before all of its source were drawn."""
     sizes: tuple[int, ...]
     draws: tuple[int, ...]
     shuffle: bool = True
     def __post_init__(self):
         if len(self.sizes) != len(self.draws): raise ValueError(f'{len(self.sizes)} sizes but {len(self.draws)} draws')
-        if any(d and not s for s, d in zip(self.sizes, self.draws)): raise ValueError(f'draws {self.draws} from sizes {self.sizes}')
+        if any(d and not s for s, d in zip(self.sizes, self.draws)):
+            raise ValueError(f'draws {self.draws} from sizes {self.sizes}: a source without items cannot be drawn from')
     def __len__(self): return sum(self.draws)
     def __call__(self, seed: int, epoch: int) -> np.ndarray:
         stream = interleave_evenly(self.draws)
@@ -116,8 +121,9 @@ class EvenlyMixed:
         for j, (size, n) in enumerate(zip(self.sizes, self.draws)):
             if n:
                 at = epoch * n + np.arange(n)                  # position in the source's own endless stream
-                passes = {p: _rng(seed, j, p).permutation(size) if self.shuffle else np.arange(size) for p in np.unique(at // size).tolist()}
-                res[stream == j] = start + np.concatenate([passes[p][at[at // size == p] % size] for p in passes])
+                one = lambda p: _rng(seed, j, p).permutation(size) if self.shuffle else np.arange(size)
+                res[stream == j] = start + np.concatenate([one(p)[at[at // size == p] % size]
+                                                           for p in range(at[0] // size, at[-1] // size + 1)])
             start += size
         return res
 
@@ -132,17 +138,21 @@ class LengthGrouped:
         generator = torch.Generator().manual_seed(int(_rng(seed, epoch).integers(2**63)))
         return np.array(length_groups(self.lengths, self.group, generator, self.has_image), dtype=np.int64)
 
-# %% ../../nbs/data/40_mixture.ipynb #ecb9ce28
+# %% ../../nbs/data/40_mixture.ipynb #90c32b21
 class StatefulSampler:
-    """The stream of sample numbers of one rank. `order`: a number of samples (`Shuffled`) or an order. `epochs`: None = endless.
-    `tail` for finite streams: 'uneven' (ranks may differ by one draw), 'drop' (the remainder) or 'repeat' (from the start)."""
+    "The stream of sample numbers of one rank"
     version = 1
-    def __init__(self, order, seed: int = 0, shuffle: bool = True, epochs: int | None = None, rank: int = 0, world: int = 1,
-                 tail: str = 'uneven'):
+    def __init__(self, order,                    # a number of samples, or an order
+                 seed: int = 0,
+                 shuffle: bool = True,           # for a number of samples
+                 epochs: int | None = None,      # None: endless
+                 rank: int = 0, world: int = 1,
+                 tail: str = 'uneven'):          # finite: ranks 'uneven' by one draw, 'drop' or 'repeat' the remainder
         self.order = Shuffled(int(order), shuffle) if isinstance(order, (int, np.integer)) else order
         if not len(self.order): raise ValueError('there are no samples to draw from')
         if not 0 <= rank < world: raise ValueError(f'rank={rank} world={world}: expected 0 <= rank < world')
-        if tail not in ('uneven', 'drop', 'repeat'): raise ValueError(f"tail={tail!r}: expected 'uneven', 'drop' or 'repeat'")
+        if tail not in ('uneven', 'drop', 'repeat'):
+            raise ValueError(f"tail={tail!r}: expected 'uneven', 'drop' or 'repeat'")
         self.seed, self.epochs, self.rank, self.world, self.tail = seed, epochs, rank, world, tail
         self.position, self._epochs = 0, {}
 
@@ -166,7 +176,7 @@ class StatefulSampler:
         return int(self._epoch(epoch)[i])
 
     def substitute(self, k: int, attempt: int) -> int:
-        "Sample number to use in place of a bad draw `k`: drawn from the same epoch (so with its mix), fixed by seed and attempt"
+        "Sample number in place of a bad draw `k`: from the same epoch, so with its mix; fixed by seed and attempt"
         p, n = self.draw(k), len(self.order)
         return int(self._epoch(p // n)[_rng(self.seed, p, attempt).integers(n)])
 
@@ -190,8 +200,8 @@ class StatefulSampler:
 
     def _identity(self) -> dict:
         mark = hashlib.sha256(repr(self.order).encode()).hexdigest()[:16]
-        return dict(version=self.version, seed=self.seed, length=len(self.order), order=mark, world=self.world, rank=self.rank,
-                    epochs=self.epochs, tail=self.tail)
+        return dict(version=self.version, seed=self.seed, length=len(self.order), order=mark, world=self.world,
+                    rank=self.rank, epochs=self.epochs, tail=self.tail)
 
     def state_dict(self) -> dict:
         "Position and identity: a few numbers, whatever the size of the data"
@@ -206,21 +216,22 @@ class StatefulSampler:
             raise ValueError(f'the sampler state belongs to another stream: {", ".join(wrong)}{hint}')
         self.position = int(state['position'])
 
-# %% ../../nbs/data/40_mixture.ipynb #00f6fa3c
+# %% ../../nbs/data/40_mixture.ipynb #dd2841ae
 def reshard_state(states: Sequence[dict], # sampler states of all ranks
                   world: int,             # new number of ranks
                  ) -> list[dict]:         # their states
     "Sampler states for another number of ranks; needs equal positions that the new ranks can share evenly"
     if len({s['position'] for s in states}) > 1 or len(states) != states[0]['world']:
-        raise ValueError(f'ranks stand at positions {[s["position"] for s in states]} of {states[0]["world"]} ranks: resharding needs all '
-                         'ranks at one position; resume with the old number of ranks')
+        raise ValueError(f'positions {[s["position"] for s in states]} of {states[0]["world"]} ranks: resharding needs '
+                         'the states of all ranks, at one position; resume with the old number of ranks')
     drawn = states[0]['position'] * states[0]['world']
-    if drawn % world: raise ValueError(f'{drawn} samples drawn so far cannot be shared by {world} ranks; choose a divisor')
+    if drawn % world:
+        raise ValueError(f'{drawn} samples drawn so far cannot be shared by {world} ranks; choose a divisor')
     return [dict(states[0], world=world, rank=r, position=drawn // world) for r in range(world)]
 
-# %% ../../nbs/data/40_mixture.ipynb #9b7129d7
+# %% ../../nbs/data/40_mixture.ipynb #20bc46a3
 class Mixture(Sequence):
-    "Named sources as one sequence, source after source; `order` draws them evenly spaced (see `mixture_draws` for the settings)"
+    "Named sources as one sequence, source after source; `order` spaces them evenly. Settings: see `mixture_draws`"
     def __init__(self, sources: dict[str, Sequence], weights: dict[str, float] | None = None, temperature: float = 1.,
                  caps: dict[str, int] | None = None, total: int | None = None, shuffle: bool = True):
         for what, given in (('weights', weights), ('caps', caps)):
