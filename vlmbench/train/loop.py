@@ -6,7 +6,7 @@
 __all__ = ['COUNTS', 'LossTerm', 'take', 'make_loader', 'lr_factor', 'Forward', 'Moment', 'Callback', 'set_aside_rng',
            'TrainResult', 'train', 'train_recipe']
 
-# %% ../../nbs/train/10_loop.ipynb #3b119b4a
+# %% ../../nbs/train/10_loop.ipynb #f21082e6
 import inspect, itertools, json, math, random, time, warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +28,7 @@ from .checkpoint import (CheckpointError, fingerprint, latest, load_optimizer_te
 from .guard import GradientAudit, NonFiniteLoss, diagnose
 from .metrics import (FLOP_CONVENTION, FlopModel, MetricLog, ProgressLine, batch_counts, make_tracker, peak_flops, peak_memory,
                                     read_metrics)
+from .optimizer import make_optimizer
 from .prepare import TrainPlan, prepare
 from .process import Preempted, Ranks, StopFlag
 from .recipe import Recipe, RecipeError, Stage, override
@@ -181,7 +182,7 @@ def _evaluate(callbacks, moment, last, monitor):
             raise RecipeError(f'monitor={monitor!r}, but callback {c.name!r} returned {sorted(values)}')
         yield c.name, values
 
-# %% ../../nbs/train/10_loop.ipynb #be5c203f
+# %% ../../nbs/train/10_loop.ipynb #b52e1600
 def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | None, out_dir: str | Path, *, seed: int = 0, precision: str = 'fp32',
           resume: str | Path | None = 'auto', callbacks: Sequence[Callback] = (), extra_losses: Mapping[str, LossTerm] | None = None,
           stop_flag: Any = None, loader: Any = None, groups: Mapping | None = None, device: str | None = None, save_every: int | None = None,
@@ -207,7 +208,7 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
     _check_precision(model, params, precision)
     opt_groups = plan.optimizer_groups()
     if heads: opt_groups.append(dict(name='losses.', lr=stage.lr, weight_decay=0., params=[*heads.values()], param_names=[*heads]))
-    optimizer = torch.optim.AdamW(opt_groups, betas=stage.betas, eps=stage.eps, fused=ranks.device.type in ('cpu', 'cuda'))
+    optimizer = make_optimizer(stage.optimizer, opt_groups, stage.betas, stage.eps, fused=ranks.device.type in ('cpu', 'cuda'))
     peak_lr = [g['lr'] for g in optimizer.param_groups]
     forward, flops = Forward(model, terms, ranks.device, precision), FlopModel(plan, groups)
     loader = loader if loader is not None else make_loader(samples, processor, stage, seed, ranks.rank, ranks.world, quarantine)
