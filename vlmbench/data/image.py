@@ -76,7 +76,7 @@ def to_rgb(img: Image.Image, background: tuple[int, int, int]|None = None) -> Im
     if background is None: return img.convert('RGB')
     return Image.alpha_composite(Image.new('RGBA', img.size, (*background, 255)), img).convert('RGB')
 
-# %% ../../nbs/data/20_image.ipynb #d27e8652
+# %% ../../nbs/data/20_image.ipynb #74fc1375
 _T = Image.Transpose
 _TURN = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
          7: _T.TRANSVERSE, 8: _T.ROTATE_90}
@@ -84,10 +84,10 @@ _TURN = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.T
 def _warn(what): warnings.warn(f'{what} (said once, there may be more)', ImageWarning, stacklevel=3)
 
 def _orientation(img, note):
-    try: return img.getexif().get(0x0112, 1)
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, OverflowError, struct.error):
-        note('unreadable EXIF, orientation ignored')
-        return 1
+    try: exif = img.getexif()
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, OverflowError, struct.error): exif = {}
+    if not exif and len(img.info.get('exif', b'')) > 20: note('unreadable EXIF, orientation ignored')
+    return exif.get(0x0112, 1)
 
 # %% ../../nbs/data/20_image.ipynb #97441085
 def load_image(ref, root=None, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int]|None = None,

@@ -49,16 +49,16 @@ class _Window:
                 self.pos += 1
             if not self.more(): return ''
 
-# %% ../../nbs/data/05_rows.ipynb #2e8bcbf2
+# %% ../../nbs/data/05_rows.ipynb #99093d57
 _LITERALS = 'true', 'false', 'null', 'NaN', 'Infinity', '-Infinity'
 
 class _Broken(ValueError): "The text cannot be read past this point."
 
 def _unfinished(e: json.JSONDecodeError) -> bool:
-    "Could more text make it valid? Yes where the text ends in a string, an escape or the beginning of a literal."
+    "Could more text make it valid? Yes where the text ends inside a string, an escape, a literal or a number."
     rest = e.doc[e.pos:e.pos + 12]
     return (e.msg.startswith('Unterminated string') or any(s.startswith(rest) for s in _LITERALS)
-            or 'escape' in e.msg and e.pos + len(rest) == len(e.doc) and len(rest) < 12)
+            or len(rest) < 12 and ('escape' in e.msg or not rest.strip('.eE+-')))
 
 def _next_value(w: _Window, decoder: json.JSONDecoder):
     "Parse the JSON value at the window's position; `_Broken` says why there is none."
