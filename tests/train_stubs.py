@@ -1,0 +1,73 @@
+"""A tiny random VLM and a packed, resumable loader over synthetic samples, shared by the training tests (and by the processes they start)."""
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+import warnings
+
+import torch
+
+from vlmbench.data.mixture import StatefulSampler
+from vlmbench.data.packing import BatchLoader
+from vlmbench.data.template import Encoded
+from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration
+from vlmbench.train.loop import train
+from vlmbench.train.recipe import Stage, frozen, full, layers, lora
+
+VOCAB, IMAGE, PIXELS, PATCHES = 40, 4, 16, 4
+
+
+def tiny_vlm(dropout=0., depth=3, tie=False, seed=0):
+    "1 image = 4 tokens of a two-block CLIP tower at 16 x 16 pixels; a three-block Llama."
+    torch.manual_seed(seed)
+    text = dict(model_type='llama', vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=2,
+                max_position_embeddings=128, attention_dropout=dropout, tie_word_embeddings=tie)
+    backbone = dict(model_type='clip_vision_model', hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                    image_size=PIXELS, patch_size=8, attention_dropout=dropout)
+    return VLMForConditionalGeneration(VLMConfig(text_config=text, vision_config=dict(type='encoder', backbone=backbone, select_layers=[-1]),
+                                                 image_token_id=IMAGE))
+
+
+def encode(i, images=True):
+    "Sample `i`: an image in three of four samples, a prompt, an answer of 1 to 9 tokens; all drawn from a generator seeded with `i`."
+    g = torch.Generator().manual_seed(1000 + i)
+    n = int(torch.randint(1, 10, (), generator=g)); prompt = int(torch.randint(2, 6, (), generator=g))
+    with_image = images and i % 4 != 3
+    text = torch.randint(5, VOCAB, (prompt + n,), generator=g)
+    ids = torch.cat([torch.full((PATCHES * with_image,), IMAGE), text])
+    labels = torch.cat([torch.full((len(ids) - n,), -100), text[prompt:]])
+    image_ids = torch.where(ids == IMAGE, 0, -1)
+    pixels = [dict(pixel_values=torch.randn(3, PIXELS, PIXELS, generator=g), size=(PIXELS, PIXELS))] if with_image else []
+    return Encoded(ids, labels, image_ids, pixels, f's{i}')
+
+
+def packed_loader(n=60, seed=0, rows=2, max_tokens=48, rank=0, world=1, images=True, prefetch=2, **kw):
+    return BatchLoader(range(n), lambda i: encode(i, images), StatefulSampler(n, seed=seed, rank=rank, world=world), max_tokens, rows, buffer=8,
+                       prefetch=prefetch, **kw)
+
+
+VARIANTS = dict(
+    full=dict(vision=full(1e-3), projector=full(), embed=full(), layers=full(), norm=full(), lm_head=full()),
+    lora=dict(projector=full(), layers=lora(4, 8, dropout=0.2, layers=(0, 2))),
+    frozen=dict(projector=full()),
+    blocks=dict(projector=full(), layers=layers((1,))))
+
+
+def a_stage(variant='full', steps=6, **kw):
+    kw = dict(lr=3e-3, accumulation=2, warmup_ratio=0.3, weight_decay=0.01) | kw
+    if not kw.get('budget_targets'): kw['steps'] = steps
+    return Stage('stage', VARIANTS[variant], data='synthetic', **kw)
+
+
+def run(out, variant='full', dropout=0.1, model=None, loader=None, stage=None, steps=6, **kw):
+    "Train the tiny VLM; returns (model, result)."
+    model = tiny_vlm(dropout) if model is None else model
+    kw = dict(device='cpu', progress_seconds=None, save_every=2) | kw
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='gradient audit|.*dropped .* lines')
+        return model, train(model, None, stage or a_stage(variant, steps), None, out, loader=packed_loader() if loader is None else loader, **kw)
+
+
+class StopAfter:
+    "A stop flag that is set once `steps` optimizer steps of `loader` have been taken."
+    def __init__(self, loader, micro): self.loader, self.micro = loader, micro
+    def is_set(self): return self.loader.counts['batches'] >= self.micro
