@@ -22,8 +22,9 @@ from .optimizer import make_optimizer
 from .recipe import Recipe, Stage, full
 
 # %% auto #0
-__all__ = ['PHRASE_WORDS', 'TextScenes', 'base_vit', 'pixels', 'base_llm', 'language_recipe', 'pretrain_llm', 'squashed',
-           'phrase_ids', 'patch_weights', 'PhraseTower', 'contrastive', 'pretrain_vit', 'linear_probe']
+__all__ = ['PHRASE_WORDS', 'PHRASES', 'BARS', 'TextScenes', 'base_vit', 'pixels', 'base_llm', 'language_recipe', 'pretrain_llm',
+           'squashed', 'phrase_ids', 'patch_weights', 'PhraseTower', 'contrastive', 'pretrain_vit', 'linear_probe',
+           'save_base']
 
 # %% ../../nbs/train/40_pretrain.ipynb #613d77fb
 class TextScenes:
@@ -81,8 +82,10 @@ def pretrain_llm(config: WorldConfig, out: str|Path, steps: int = 4000, warm_ste
     results = train_recipe(model, processor, language_recipe(steps, warm_steps, rows), data, out, seed=seed, precision=precision, **kwargs)
     return llm.eval(), tokenizer, results
 
-# %% ../../nbs/train/40_pretrain.ipynb #d5dfaf42
+# %% ../../nbs/train/40_pretrain.ipynb #84572360
 PHRASE_WORDS = SHAPES + DIGITS + tuple(COLORS) + SIZES + PLACES
+PHRASES = {('name',): .5, ('name', 'color', 'size', 'place'): .2, ('color',): .1, ('size',): .1, ('place',): .1}   # what a step mentions: chance
+_COLUMNS = ('name', 'color', 'size', 'place')
 
 def squashed(scene, config: WorldConfig, side: int) -> np.ndarray:
     "The picture of a scene at `side` x `side` px, uint8 `[side, side, 3]`: what an encoder with `squash` sees."
@@ -99,7 +102,7 @@ def patch_weights(thing, size, grid: int) -> np.ndarray:
     cover = np.outer(np.clip(np.minimum(g + 1, y1) - np.maximum(g, y0), 0, 1), np.clip(np.minimum(g + 1, x1) - np.maximum(g, x0), 0, 1)).ravel()
     return (cover / cover.sum()).astype(np.float32)
 
-# %% ../../nbs/train/40_pretrain.ipynb #b8e054b5
+# %% ../../nbs/train/40_pretrain.ipynb #2343bf7c
 class PhraseTower(nn.Module):
     "Text side of the contrastive pair: summed word vectors through an MLP, and the picture-side projections; thrown away afterwards."
     def __init__(self, width: int):
@@ -109,12 +112,12 @@ class PhraseTower(nn.Module):
         self.region, self.picture = nn.Linear(width, width), nn.Linear(width, width)
         self.scale = nn.Parameter(torch.tensor(3.))
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [phrases, 4] -> [phrases, width], unit length
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [phrases, words] -> [phrases, width], unit length
         return F.normalize(self.mlp(self.words(ids).sum(1)), dim=-1)
 
 def contrastive(seen: torch.Tensor,   # [n, width] unit vectors of regions or pictures
                 said: torch.Tensor,   # [n, width] unit vectors of their phrases
-                ids: torch.Tensor,    # [n, 4] word numbers; equal phrases are all correct
+                ids: torch.Tensor,    # [n, words] word numbers; equal phrases are all correct
                 scale: torch.Tensor) -> torch.Tensor:
     "Symmetric InfoNCE; rows with the same phrase share the target."
     logits = seen @ said.T * scale.exp()
@@ -122,7 +125,7 @@ def contrastive(seen: torch.Tensor,   # [n, width] unit vectors of regions or pi
     same = same / same.sum(1, keepdim=True)                 # symmetric up to the shared row sums
     return -((same * logits.log_softmax(1)).sum(1).mean() + (same.T * logits.log_softmax(0)).sum(0).mean()) / 2
 
-# %% ../../nbs/train/40_pretrain.ipynb #62da942a
+# %% ../../nbs/train/40_pretrain.ipynb #53899200
 def pretrain_vit(vit: SiglipVisionModel, config: WorldConfig, out: str|Path,
                  steps: int = 3000, batch: int = 96, scenes: int = 24000, lr: float = 1.5e-3, seed: int = 0, precision: str = 'bf16',
                  report_seconds: float = 15.) -> list[dict]:
@@ -152,7 +155,8 @@ def pretrain_vit(vit: SiglipVisionModel, config: WorldConfig, out: str|Path,
             chosen = [data[i] for i in rng.integers(0, len(data), batch)]
             owner = torch.tensor([j for j, (_, things) in enumerate(chosen) for _ in things])
             cover = torch.from_numpy(np.stack([w for _, things in chosen for w, _ in things]))
-            ids = torch.tensor([p for _, things in chosen for _, p in things])
+            said_of = [*PHRASES][rng.choice(len(PHRASES), p=[*PHRASES.values()])]
+            ids = torch.tensor([p for _, things in chosen for _, p in things])[:, [_COLUMNS.index(c) for c in said_of]]
             single = torch.tensor([len(things) == 1 for _, things in chosen])
             with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): seen = vit(pixel_values=pixels([x for x, _ in chosen]))
             patches, said = seen.last_hidden_state.float(), text(ids)
@@ -199,3 +203,36 @@ def linear_probe(vit: SiglipVisionModel, config: WorldConfig, n_train: int = 300
         model = LogisticRegression(max_iter=500).fit(a[ia], [label(things_a[i]) for i in ia])
         scores[name] = float(model.score(b[ib], [label(things_b[i]) for i in ib]))
     return scores
+
+# %% ../../nbs/train/40_pretrain.ipynb #2d422d3f
+BARS = dict(text=.95, color=.95, shape=.95, digit=.95)     # the least the base models must reach on held-out data
+
+def _card(title: str, kind: str, lines: list[str], scores: dict, parameters: int, seed: int) -> str:
+    front = f'---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [vlmbench, {kind}, embedded-world]\n---\n'
+    table = '\n'.join(f'| {k} | {v:.2%} |' for k, v in scores.items())
+    return f'{front}# {title}\n\n' + '\n\n'.join(lines) + (f'\n\n{parameters:,} parameters, trained from seed {seed} by `vlmbench run base` on the '
+           f'embedded world (training split only).\n\n| held-out accuracy | |\n|---|---|\n{table}\n\nA toy of its kind: it knows the '
+           'words and pictures of the embedded world and nothing else.\n')
+
+def save_base(folder: str|Path, llm, tokenizer, vit, text_scores: dict[str, float], probe_scores: dict[str, float], config: WorldConfig,
+              seed: int = 0, limit_mb: float = 10.) -> Path:
+    """Write `folder/llm` and `folder/vit` with weights, tokenizer, preprocessor and cards. `text_scores` hold a key 'all'. Raises `ValueError`
+    when the folder would exceed `limit_mb`; scores below `BARS` are written down as they are and announced in the card."""
+    from transformers import SiglipImageProcessorPil
+    folder = Path(folder)
+    side = vit.config.image_size
+    llm.save_pretrained(folder / 'llm'); tokenizer.save_pretrained(folder / 'llm'); vit.save_pretrained(folder / 'vit')
+    SiglipImageProcessorPil(size=dict(height=side, width=side)).save_pretrained(folder / 'vit')
+    low = [k for k, bar in BARS.items() if {**probe_scores, 'text': text_scores['all']}[k] < bar]
+    note = [f'**Below the bar of 95%:** {", ".join(low)}.'] if low else []
+    world = f'World: {config.min_objects} to {config.max_objects} objects, {config.image_size} px, jitter {config.jitter}, noise {config.noise}.'
+    (folder / 'llm' / 'README.md').write_text(_card(
+        'The tiny language model', 'text-generation', ['A `Qwen3ForCausalLM` that reads a described scene and answers questions about it.', world] + note,
+        text_scores, sum(p.numel() for p in llm.parameters()), seed), encoding='utf8')
+    (folder / 'vit' / 'README.md').write_text(_card(
+        'The tiny vision encoder', 'image-feature-extraction', ['A `SiglipVisionModel` trained by region-text contrastive learning; the figures are '
+        'linear probes on mean patch features of held-out single-object pictures.', world] + note, probe_scores,
+        sum(p.numel() for p in vit.parameters()), seed), encoding='utf8')
+    size = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 2**20
+    if size > limit_mb: raise ValueError(f'{folder} holds {size:.1f} MB, more than limit_mb={limit_mb}: choose a smaller width or depth')
+    return folder
