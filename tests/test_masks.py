@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from vlmbench.models.masks import allowed, attention_mask, document_positions, image_ids_of
 
-NO_COMPILE = settings(max_examples=60, deadline=None)
+NO_DEADLINE = settings(max_examples=60, deadline=None)
 
 
 @st.composite
@@ -46,7 +46,7 @@ def one_token_at_a_time(docs, imgs, pads, bidirectional, past=0, window=None):
     return out
 
 
-@NO_COMPILE
+@NO_DEADLINE
 @given(rows(), st.booleans(), st.data())
 def test_allowed_is_the_rule(inputs, bidirectional, data):
     past = data.draw(st.integers(0, inputs[0].shape[1] - 1))
@@ -55,7 +55,7 @@ def test_allowed_is_the_rule(inputs, bidirectional, data):
     assert torch.equal(got, one_token_at_a_time(*inputs, bidirectional, past, window))
 
 
-@NO_COMPILE
+@NO_DEADLINE
 @given(rows(), st.booleans(), st.integers(0, 3))
 def test_every_form_says_the_same(inputs, bidirectional, extra):
     docs, imgs, pads = inputs
@@ -159,6 +159,7 @@ def test_ready_masks_pass_through():
     assert eager.dtype == torch.float32 and torch.equal(eager == 0, ready)
 
 
+@NO_DEADLINE
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3))
 def test_positions_restart(documents):
     width = max(map(sum, documents))

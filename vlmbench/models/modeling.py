@@ -118,7 +118,7 @@ def _no_image_tokens(input_ids, image_token_id, past_key_values):
     if n := int((input_ids == image_token_id).sum()) if image_token_id is not None else 0:
         raise ValueError(f'{n} image tokens (id {image_token_id}) in input_ids, but no pixel_values were given')
 
-# %% ../../nbs/models/18_modeling.ipynb #39d0be3b
+# %% ../../nbs/models/18_modeling.ipynb #3c27f902
 def _language_mask(model, attention_mask, document_ids, image_ids, past_key_values, embeds):
     "What the language model gets as `attention_mask`."
     if isinstance(attention_mask, dict): return attention_mask                           # already one mask per layer type
@@ -126,16 +126,17 @@ def _language_mask(model, attention_mask, document_ids, image_ids, past_key_valu
     text, past = model.language_model.config, past_key_values.get_seq_length() if past_key_values is not None else 0
     if image_ids is not None and past and image_ids.shape[1] == embeds.shape[1]:
         image_ids = nn.functional.pad(image_ids, (past, 0), value=-1)
-    key_length = past_key_values.get_mask_sizes(embeds.shape[1], 0)[0] if past_key_values is not None else None
-    def make(window=None):
+    layers = list(getattr(text, 'layer_types', None) or ())
+    def make(window=None, layer=0):
+        key_length = past_key_values.get_mask_sizes(embeds.shape[1], layer)[0] if past_key_values is not None else None
         return build_mask(text._attn_implementation or 'sdpa', document_ids, image_ids, attention_mask, image_ids is not None, int(past),
                           window, key_length, embeds.dtype, embeds.device)
-    kinds = set(getattr(text, 'layer_types', None) or ())
+    kinds = set(layers)
     if unknown := kinds - {'full_attention', 'sliding_attention'}:
         raise ValueError(f'packed documents and bidirectional images need full or sliding attention layers; {text.model_type} has {unknown}')
     window = getattr(text, 'sliding_window', None)
     if (full := make()) is None: return attention_mask
-    if 'sliding_attention' in kinds: return {'full_attention': full, 'sliding_attention': make(window)}
+    if 'sliding_attention' in kinds: return {'full_attention': full, 'sliding_attention': make(window, layers.index('sliding_attention'))}
     return make(window) if window is not None and not kinds else full
 
 # %% ../../nbs/models/18_modeling.ipynb #5cb90efb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT_ENDS', 'FrontEnd', 'front_end_class', 'build_front_end', 'num_image_tokens', 'Projector', 'tower_config',
-           'backbone_dict', 'patch_grid', 'num_prefix_tokens', 'EncoderFrontEnd']
+           'backbone_dict', 'patch_grid', 'num_prefix_tokens', 'EncoderFrontEnd', 'blocks_of', 'drop_blocks']
 
 # %% ../../nbs/models/00_vision.ipynb #97f31f16
 import inspect, json, re
@@ -267,3 +267,19 @@ def _by_size(pixels: torch.Tensor, sizes: torch.Tensor | None):
     groups: dict[tuple, list[int]] = {}
     for i, r in enumerate(rows): groups.setdefault(r, []).append(i)
     return [(pixels[idx, :, :h, :w], idx) for (h, w), idx in groups.items()]
+
+# %% ../../nbs/models/00_vision.ipynb #95eb951f
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    "The transformer blocks of a tower or language model: its only outermost `ModuleList` of `num_hidden_layers` modules."
+    depth = model.config.num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found: raise ValueError(f'{type(model).__name__} has no ModuleList of num_hidden_layers = {depth} blocks')
+    return found[0]
+
+def drop_blocks(tower: PreTrainedModel, config: dict) -> dict:
+    "Remove (in place) the blocks of `tower` behind the deepest of `config['select_layers']`; returns the encoder settings for what is left."
+    depth = tower.config.num_hidden_layers
+    layers = [i + depth + 1 if i < 0 else i for i in config['select_layers']]
+    del blocks_of(tower)[max(1, *layers):]
+    tower.config.num_hidden_layers = max(1, *layers)
+    return {**config, 'backbone': backbone_dict(tower.config), 'select_layers': layers}

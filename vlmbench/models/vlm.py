@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'load_tower', 'tower_transform', 'add_image_token', 'build_
            'decoder_layers', 'VLMConfig', 'VLMModel', 'VLMForConditionalGeneration', 'VLMModelOutput', 'VLMOutput',
            'VLMProcessor']
 
-# %% ../../nbs/models/20_vlm.ipynb #a4c42116
+# %% ../../nbs/models/20_vlm.ipynb #d8241685
 import json, warnings
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..data.image import CLIP_MEAN, CLIP_STD, HALF, ImageTransform, from_image_p
 from ..data.template import IMAGE
 from .modeling import VLMConfig, VLMForConditionalGeneration, VLMModel, VLMModelOutput, VLMOutput
 from .processor import VLMProcessor
-from .vision import backbone_dict, build_front_end, tower_config
+from .vision import backbone_dict, blocks_of, build_front_end, drop_blocks, front_end_class, tower_config
 
 # %% ../../nbs/models/20_vlm.ipynb #f16eea52
 _all_ = ['VLMConfig', 'VLMModel', 'VLMForConditionalGeneration', 'VLMModelOutput', 'VLMOutput', 'VLMProcessor']
@@ -67,16 +67,17 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel, im
         warnings.warn(f'embedding resized from {rows} to {index + 1} rows for {image_token!r}', stacklevel=3)
     return index
 
-# %% ../../nbs/models/20_vlm.ipynb #ad43b50b
+# %% ../../nbs/models/20_vlm.ipynb #771999ed
 def build_vlm(llm: str | Path | PreTrainedModel, vision: str | Path | PreTrainedModel | None = None, front_end: dict | None = None,
               tokenizer: str | Path | PreTrainedTokenizerBase | None = None, template: str | None = None,
               transform: ImageTransform | str | None = None, image_token: str = IMAGE, bidirectional_images: bool = False,
-              dtype: torch.dtype | str = 'auto', attn_implementation: str | None = None, seed: int = 0):
+              dtype: torch.dtype | str = 'auto', attn_implementation: str | None = None, drop_unused_blocks: bool = False, seed: int = 0):
     """`(VLMForConditionalGeneration, VLMProcessor)` from a causal language model and a vision tower.
 
     `llm`, `vision`: Hub-layout folders or names, or loaded models (`vision` may be a whole CLIP-like folder; it stays `None` for front ends
     without a tower). `front_end`: settings of the front end, `type` default `encoder`. `tokenizer`: default the one beside `llm`.
     `template`: chat template by name. `transform`: an `ImageTransform`, or only its mode (e.g. `'pad'`), default the tower's own.
+    `drop_unused_blocks` removes tower blocks behind the deepest selected layer: less memory and time, the same features.
     `seed` draws the new parts. The model takes the dtype of the language model and comes in eval mode."""
     source = llm if not isinstance(llm, PreTrainedModel) else None
     if source is None and tokenizer is None: raise ValueError('tokenizer is needed when llm is a loaded model')
@@ -92,6 +93,7 @@ def build_vlm(llm: str | Path | PreTrainedModel, vision: str | Path | PreTrained
     tower = vision if isinstance(vision, PreTrainedModel) or vision is None else load_tower(vision, llm.dtype)
     settings = {'type': 'encoder', **(front_end or {})}
     if tower is not None: settings['backbone'] = backbone_dict(tower.config)
+    if drop_unused_blocks: settings = drop_blocks(tower, front_end_class(settings).resolve(settings))
     if transform is None or isinstance(transform, str):
         if tower is None: raise ValueError('transform is needed for a front end without a vision tower: pass an ImageTransform')
         transform = tower_transform(vision if not isinstance(vision, PreTrainedModel) else None, tower.config, transform)
@@ -106,6 +108,7 @@ def _check_head(llm: PreTrainedModel):
     "Refuse a language model whose logits are not `head(base(x))`."
     if llm.get_output_embeddings() is None: raise ValueError(f'{type(llm).__name__} has no language-modelling head')
     if llm.device.type == 'meta': return
+    llm.eval()                                                                           # dropout would differ between the two calls
     ids = torch.arange(4, device=llm.device)[None] % llm.config.vocab_size
     with torch.no_grad():
         ours = llm.get_output_embeddings()(llm.base_model(ids, use_cache=False).last_hidden_state)
@@ -125,7 +128,7 @@ def assemble(llm: PreTrainedModel, front, image_token_id: int, bidirectional_ima
     model.config.dtype = llm.dtype
     return model.eval()
 
-# %% ../../nbs/models/20_vlm.ipynb #c50903e2
+# %% ../../nbs/models/20_vlm.ipynb #a4270dbc
 GROUPS = ('vision', 'projector', 'embed', 'layers', 'norm', 'lm_head')
 
 def module_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -142,15 +145,13 @@ def module_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]
         if id(p) in embed: return 'embed'
         if id(p) in blocks: return 'layers'
         if name.startswith('lm_head.'): return 'lm_head'
-        if name.startswith('model.language_model.'): return 'norm' if 'norm' in name.split('.')[2] or 'ln' in name.split('.')[2] else 'embed'
+        if name.startswith('model.language_model.'):                                     # final norm; else e.g. a position table
+            return 'norm' if 'Norm' in type(model.get_submodule(name.rpartition('.')[0])).__name__ else 'embed'
         raise ValueError(f'parameter {name} belongs to none of {GROUPS}: keep extra modules outside the model')
     out = {g: [] for g in GROUPS}
     for name, p in model.named_parameters(): out[group(name, p)].append((name, p))
     return out
 
 def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
-    "The decoder blocks of a language model's base model: its only `ModuleList` of `num_hidden_layers` modules."
-    depth = language_model.config.num_hidden_layers
-    for child in language_model.children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth: return child
-    raise ValueError(f'{type(language_model).__name__} has no ModuleList of num_hidden_layers = {depth} blocks')
+    "The decoder blocks of a language model's base model: its `ModuleList` of `num_hidden_layers` modules."
+    return blocks_of(language_model)

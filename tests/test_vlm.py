@@ -1,0 +1,443 @@
+"""The VLM: packing isolation, masks, generation, loss, checkpointing, precision, peft, saving, groups."""
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen3Config, SiglipVisionConfig)
+
+import vlmbench.models.modeling as modeling
+from vlmbench.data.image import ImageTransform
+from vlmbench.data.record import Sample, Turn
+from vlmbench.models.processor import VLMProcessor
+from vlmbench.models.vision import backbone_dict
+from vlmbench.models.vlm import GROUPS, VLMConfig, VLMForConditionalGeneration, VLMModel, module_groups
+
+IMG, PAD = 4, 0
+TEXT = dict(vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            eos_token_id=2, pad_token_id=PAD)
+LANGUAGE = dict(llama=LlamaConfig(**TEXT), qwen2=Qwen2Config(**TEXT), qwen3=Qwen3Config(**TEXT, head_dim=8),
+                tied=LlamaConfig(**TEXT, tie_word_embeddings=True),
+                sliding=Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=4, max_window_layers=1))
+CLIP = CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
+
+
+def vlm(language='llama', bidirectional=False, **front):
+    torch.manual_seed(0)
+    settings = dict(type='encoder', backbone=backbone_dict(CLIP), **front)
+    model = VLMForConditionalGeneration(VLMConfig(text_config=copy.deepcopy(LANGUAGE[language]), vision_config=settings, image_token_id=IMG,
+                                                  bidirectional_images=bidirectional))
+    for n, p in model.named_parameters():
+        if p.ndim > 1: torch.nn.init.normal_(p, std=.2)
+    return model.eval()
+
+
+def document(words, images=0, seed=0):
+    "One document: `images` images, then `words` random words; its last three are targets."
+    g = torch.Generator().manual_seed(seed)
+    ids = [1, *([IMG] * 4 * images), *torch.randint(5, 48, (words,), generator=g).tolist()]
+    return dict(input_ids=ids, labels=[-100] * (len(ids) - 3) + ids[-3:], pixels=torch.randn(images, 3, 16, 16, generator=g))
+
+
+def packed(*rows, length=None):
+    "Rows of documents as a packed batch."
+    width = length or max(sum(len(d['input_ids']) for d in r) for r in rows)
+    out = {k: torch.full((len(rows), width), v) for k, v in dict(input_ids=PAD, labels=-100, position_ids=0, document_ids=-1, image_ids=-1).items()}
+    pixels = []
+    for i, row in enumerate(rows):
+        at = 0
+        for j, d in enumerate(row):
+            n, s = len(d['input_ids']), slice(at, at + len(d['input_ids']))
+            out['input_ids'][i, s] = torch.tensor(d['input_ids'])
+            out['labels'][i, s] = torch.tensor(d['labels'])
+            out['labels'][i, at] = -100
+            out['position_ids'][i, s], out['document_ids'][i, s] = torch.arange(n), j
+            first = sum(map(len, pixels))
+            slots = out['input_ids'][i, s] == IMG
+            out['image_ids'][i, s][slots] = first + torch.arange(int(slots.sum())) // 4
+            pixels.append(d['pixels'])
+            at += n
+    pixels = torch.cat(pixels)
+    return {**out, **(dict(pixel_values=pixels, image_sizes=torch.full((len(pixels), 2), 16)) if len(pixels) else {})}
+
+
+def padded(docs, side='left'):
+    width = max(len(d['input_ids']) for d in docs)
+    fill = lambda x, v: x + [v] * (width - len(x)) if side == 'right' else [v] * (width - len(x)) + x
+    pixels = torch.cat([d['pixels'] for d in docs])
+    return dict(input_ids=torch.tensor([fill(d['input_ids'], PAD) for d in docs]), labels=torch.tensor([fill(d['labels'], -100) for d in docs]),
+                attention_mask=torch.tensor([fill([1] * len(d['input_ids']), 0) for d in docs]), **(dict(pixel_values=pixels) if len(pixels) else {}))
+
+
+DOCS = [document(6, 1, 1), document(5, 0, 2), document(7, 2, 3), document(4, 1, 4)]
+
+
+# --- packing -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('bidirectional', [False, True])
+@pytest.mark.parametrize('language', LANGUAGE)
+def test_packed_equals_each_document_alone(language, bidirectional):
+    model = vlm(language, bidirectional)
+    batch = packed(DOCS[:2], DOCS[2:], length=29)
+    with torch.no_grad():
+        together = model(**batch)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            alone = model(**packed([DOCS[2 * i + j]])).logits[0]
+            assert (together.logits[i][batch['document_ids'][i] == j] - alone).abs().max() < 1e-4
+        losses = [model(**packed([d])).loss for d in DOCS]
+    assert abs(together.loss - sum(losses) / 4) < 1e-5                                   # three targets each
+    positions = batch.pop('position_ids')
+    with torch.no_grad(): assert torch.equal(model(**batch).logits, together.logits), 'positions follow from document_ids'
+    assert positions.max() == 15
+
+
+@pytest.mark.parametrize('attn', ['sdpa', 'eager'])
+@pytest.mark.parametrize('bidirectional', [False, True])
+@pytest.mark.parametrize('language', LANGUAGE)
+def test_a_document_never_moves_its_neighbours(language, bidirectional, attn):
+    "Change every word and pixel of one document: the others' logits do not move by one bit."
+    model = vlm(language, bidirectional)
+    model.set_attn_implementation(attn)
+    rows = [[DOCS[0], DOCS[2]], [DOCS[3], DOCS[1]]]
+    for a in (0, 2, 3):
+        words = len(DOCS[a]['input_ids']) - 1 - 4 * len(DOCS[a]['pixels'])
+        swapped = [[document(words, len(d['pixels']), 99) if d is DOCS[a] else d for d in row] for row in rows]
+        x, y = packed(*rows), packed(*swapped)
+        changed = torch.tensor([[d >= 0 and rows[i][d] is DOCS[a] for d in row] for i, row in enumerate(x['document_ids'].tolist())])
+        with torch.no_grad(): p, q = model(**x).logits, model(**y).logits
+        assert (p - q)[~changed].abs().max() == 0 and (p - q)[changed].abs().max() > 1e-3
+
+
+def test_gradients_do_not_leak_between_documents():
+    model = vlm(bidirectional=True)
+    batch = packed(DOCS[:3])
+    batch['pixel_values'].requires_grad_(True)
+    batch['labels'][batch['document_ids'] != 0] = -100
+    model(**batch).loss.backward()
+    moved = batch['pixel_values'].grad.abs().amax((1, 2, 3))
+    assert moved[0] > 0 and moved[1:].max() == 0
+
+
+# --- bidirectional images --------------------------------------------------------------------------------------------------------------
+
+def test_bidirectional_images_change_only_what_follows_them_and_need_no_ids():
+    causal, both = vlm(), vlm(bidirectional=True)
+    batch = packed([DOCS[2]])
+    plain = {k: batch[k] for k in ('input_ids', 'pixel_values')}
+    with torch.no_grad():
+        assert torch.allclose(both(**plain).logits, both(**batch).logits, atol=1e-6), 'image ids are derived from the images'
+        a, b = causal(**plain).logits, both(**plain).logits
+    assert torch.allclose(a[:, 0], b[:, 0], atol=1e-6) and (a - b)[:, 1].abs().max() > 1e-3
+
+
+def test_touching_images_stay_two():
+    model, doc = vlm(bidirectional=True), DOCS[2]
+    one = model(torch.tensor([doc['input_ids']]), doc['pixels'], output_hidden_states=True).hidden_states[1][0]
+    other = model(torch.tensor([doc['input_ids']]), torch.cat([doc['pixels'][:1], torch.randn(1, 3, 16, 16)]), output_hidden_states=True).hidden_states[1][0]
+    assert torch.equal(one[1:5], other[1:5]) and not torch.allclose(one[5:9], other[5:9])
+
+
+# --- generation ------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('bidirectional', [False, True])
+@pytest.mark.parametrize('language', ['llama', 'qwen2', 'qwen3', 'sliding'])
+def test_batched_cached_generation_is_one_by_one_generation(language, bidirectional):
+    model = vlm(language, bidirectional)
+    batch = padded(DOCS)
+    del batch['labels']
+    width, settings = batch['input_ids'].shape[1], dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    together = model.generate(**batch, **settings)[:, width:]
+    for d, row in zip(DOCS, together):
+        ids = torch.tensor([d['input_ids']])
+        pixels = dict(pixel_values=d['pixels']) if len(d['pixels']) else {}
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **pixels, **settings)[0, ids.shape[1]:]
+        assert row.tolist() == alone.tolist()
+    assert len(set(map(tuple, together.tolist()))) > 1
+    assert model.generate(**batch, **settings, use_cache=False)[:, width:].tolist() == together.tolist()
+    assert model.generate(**batch, **settings, cache_implementation='static')[:, width:].tolist() == together.tolist()
+    assert not (together == IMG).any()
+
+
+@pytest.mark.parametrize('settings', [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2)])
+def test_beams_keep_the_images_of_a_row_together(settings):
+    model, docs = vlm(), [DOCS[2], DOCS[1], DOCS[0]]                                    # two images, none, one
+    batch = padded(docs)
+    del batch['labels']
+    args, n = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, **settings), settings.get('num_return_sequences', 1)
+    together = model.generate(**batch, **args)[:, batch['input_ids'].shape[1]:].view(3, n, -1)
+    for d, rows in zip(docs, together):
+        ids = torch.tensor([d['input_ids']])
+        pixels = dict(pixel_values=d['pixels']) if len(d['pixels']) else {}
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **pixels, **args)[:, ids.shape[1]:]
+        assert rows.tolist() == alone.tolist()
+
+
+def test_prefill_in_two_pieces():
+    "A cache continued with more than one token: the second piece sees the first."
+    model = vlm(bidirectional=True)
+    ids, pixels = torch.tensor([DOCS[2]['input_ids']]), DOCS[2]['pixels']
+    with torch.no_grad():
+        whole = model(ids, pixels).logits
+        first = model(ids[:, :5], pixels[:1], use_cache=True)
+        second = model(ids[:, 5:], pixels[1:], past_key_values=first.past_key_values, use_cache=True)
+    assert torch.allclose(whole[:, 5:], second.logits, atol=1e-5)
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------------------------
+
+def test_training_scores_targets_only_and_loses_nothing():
+    model, batch, scored = vlm(), packed(DOCS[:2], DOCS[2:]), []
+    model.lm_head.register_forward_hook(lambda m, i, o: scored.append(o.numel() // o.shape[-1]))
+    full = model(**batch)
+    fast = model.train()(**batch)
+    asked = model(**batch, return_logits=True)
+    assert fast.logits is None and asked.logits.shape == full.logits.shape == (*batch['input_ids'].shape, 48)
+    assert scored == [batch['input_ids'].numel(), 12, batch['input_ids'].numel()]
+    assert torch.allclose(fast.loss, full.loss, atol=1e-6) and torch.allclose(asked.loss, full.loss, atol=1e-6)
+    labels = batch['labels']
+    by_hand = torch.nn.functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert torch.allclose(full.loss, by_hand, atol=1e-6)
+    assert torch.allclose(model(**batch, num_items_in_batch=torch.tensor(48)).loss, by_hand / 4, atol=1e-6)
+
+
+def test_sliced_loss_is_the_same(monkeypatch):
+    model, batch = vlm().train(), packed(DOCS[:2], DOCS[2:])
+    grads = []
+    for limit in (2 ** 27, 48 * 5):
+        monkeypatch.setattr(modeling, '_SLICE', limit)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*grads, strict=True): assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_no_target_is_a_zero_with_a_graph():
+    model, batch = vlm().train(), packed(DOCS[:2])
+    batch['labels'][:] = -100
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_last_logits_only():
+    model, batch = vlm(), packed([DOCS[0]])
+    labels = batch.pop('labels')
+    with torch.no_grad():
+        full, last = model(**batch).logits, model(**batch, logits_to_keep=1).logits
+        assert last.shape[1] == 1 and torch.allclose(full[:, -1:], last, atol=1e-6)
+        assert torch.allclose(model(**batch, labels=labels, logits_to_keep=1).loss, model(**batch, labels=labels).loss, atol=1e-6)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------------------------
+
+def test_count_mismatch_names_both_counts():
+    model, ids = vlm(), torch.tensor([DOCS[2]['input_ids']])
+    with pytest.raises(ValueError, match='8 image tokens .* made 4 features'): model(ids, DOCS[2]['pixels'][:1])
+    with pytest.raises(ValueError, match='8 image tokens .* no pixel_values'): model(ids)
+    with pytest.raises(ValueError, match='0 image tokens'): model(torch.tensor([[1, 7]]), DOCS[2]['pixels'])
+    with pytest.raises(ValueError, match='input_ids are needed'): model()
+    batch = packed(DOCS[:2])
+    with pytest.raises(ValueError, match='ambiguous'): model(**batch, attention_mask=torch.ones(1, 1, 17, 17))
+
+
+def test_flash_attention_is_refused_for_packed_documents():
+    model = vlm()
+    model.model.language_model.config._attn_implementation = 'flash_attention_2'
+    with pytest.raises(ValueError, match='cannot keep packed documents'): model(**packed(DOCS[:2]))
+
+
+# --- checkpointing, precision, peft ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('images', [True, False])
+@pytest.mark.parametrize('frozen', [(), ('vision',), ('vision', 'embed', 'projector'), ('vision', 'projector', 'embed', 'norm', 'lm_head')])
+def test_gradient_checkpointing_changes_no_gradient(frozen, images):
+    model, batch = vlm().train(), packed(*[DOCS[:2], DOCS[2:]] if images else [[DOCS[1]], [DOCS[1]]])
+    for g in frozen:
+        for _, p in module_groups(model)[g]: p.requires_grad_(False)
+    grads = []
+    for on in (False, True):
+        (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and any('.layers.' in n for n in grads[0])
+    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+    assert images or not any('vision' in n for n in grads[0])
+
+
+@pytest.mark.parametrize('bidirectional', [False, True])
+def test_bfloat16(bidirectional):
+    model, batch = vlm(bidirectional=bidirectional, boundary=True), packed(DOCS[:1])
+    batch['input_ids'] = torch.tensor([[1] + [IMG] * 6 + DOCS[0]['input_ids'][5:]])
+    batch = {**{k: batch[k] for k in ('pixel_values',)}, 'input_ids': batch['input_ids'], 'labels': batch['input_ids'].masked_fill(batch['input_ids'] == IMG, -100)}
+    exact = model(**batch).loss
+    model = model.to(torch.bfloat16).train()
+    loss = model(**batch).loss                                                           # fp32 pixels are cast by the front end
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss - exact) < .1
+    assert all(p.grad is None or (p.grad.dtype == torch.bfloat16 and torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+def test_autocast():
+    model, batch = vlm().train(), packed(DOCS[:2], DOCS[2:])
+    exact = model(**batch).loss
+    with torch.autocast('cpu', torch.bfloat16): loss = model(**batch).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss - exact) < .1 and model.lm_head.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('whole', [False, True], ids=['layers', 'model'])
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_peft(whole, checkpointing):
+    model, batch = vlm(), packed(DOCS[:2], DOCS[2:])
+    before = model(**batch).logits
+    names = '|'.join(n.replace('.', r'\.') for n, m in model.named_modules() if 'language_model.layers.1' in n and isinstance(m, torch.nn.Linear))
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=f'(?:{names})')
+    if whole: model = get_peft_model(model, config)
+    else:
+        inject_adapter_in_model(config, model)
+        for n, p in model.named_parameters(): p.requires_grad_('lora_' in n)
+    base = model.get_base_model() if whole else model
+    assert torch.equal(model.eval()(**batch).logits, before)
+    if checkpointing: base.gradient_checkpointing_enable()
+    model.train()(**batch).loss.backward()
+    grads = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert len(grads) == 7 and all('lora_B' in n and 'layers.1.' in n for n in grads)
+    groups = module_groups(model)
+    assert sum('lora_' in n for n, _ in groups['layers']) == 14
+    assert sum(map(len, groups.values())) == len(list(base.named_parameters()))
+    generated = model.eval().generate(**{k: v for k, v in padded(DOCS).items() if k != 'labels'}, max_new_tokens=3, do_sample=False)
+    assert len(generated) == 4
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('language', LANGUAGE)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_save_and_load(tmp_path, language, dtype):
+    model = vlm(language, bidirectional=True, select_layers=[-1, 1], post_layernorm=True, projector_norm=True, boundary=True).to(dtype)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(again) is VLMForConditionalGeneration and again.dtype == dtype and again.config.bidirectional_images
+    a, b = model.state_dict(), again.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == (language == 'tied')
+    assert again.generation_config.suppress_tokens == [IMG]
+    assert {f.name for f in tmp_path.iterdir()} == {'config.json', 'generation_config.json', 'model.safetensors'}
+    assert type(AutoModel.from_pretrained(tmp_path)) is VLMModel and type(AutoConfig.from_pretrained(tmp_path)) is VLMConfig
+
+
+def test_attention_back_end_of_the_language_model_is_a_setting(tmp_path):
+    vlm().save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation='eager')
+    assert model.model.language_model.config._attn_implementation == 'eager'
+    with torch.no_grad():
+        a, b = model(**packed(DOCS[:2])), vlm()(**packed(DOCS[:2]))
+        assert torch.allclose(a.logits, b.logits, atol=1e-4)
+
+
+def test_missing_weights_are_drawn_by_the_part_they_belong_to(tmp_path):
+    "A checkpoint without projector and boundary vectors: those are initialised, everything else is loaded."
+    model = vlm(boundary=True)
+    kept = {k: v for k, v in model.state_dict().items() if 'projector' not in k and 'oi' not in k.split('.')[-1]}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    again = VLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in kept.items())
+    vision = again.model.vision
+    assert torch.isfinite(vision.soi).all() and vision.soi.abs().sum() > 0
+    bound = vision.projector.mlp[0].in_features ** -.5                                   # nn.Linear's own default
+    assert 0 < vision.projector.mlp[0].weight.abs().max() <= bound and vision.projector.mlp[0].bias.abs().max() > 0
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('language', LANGUAGE)
+@pytest.mark.parametrize('front', [dict(), dict(boundary=True, select_layers=[-1], post_layernorm=True, projector_norm=True)])
+def test_every_parameter_is_in_one_group(language, front):
+    model = vlm(language, **front)
+    groups = module_groups(model)
+    names = [n for g in groups.values() for n, _ in g]
+    assert tuple(groups) == GROUPS and sorted(names) == sorted(n for n, _ in model.named_parameters()) and len(set(names)) == len(names)
+    prefix = dict(vision=('model.vision.tower.',), projector=('model.vision.',), embed=('model.language_model.embed_tokens.',),
+                  layers=('model.language_model.layers.',), norm=('model.language_model.norm.',), lm_head=('lm_head.',))
+    assert all(n.startswith(prefix[g]) for g, ps in groups.items() for n, _ in ps)
+    assert len(groups['lm_head']) == (language != 'tied') and len(groups['projector']) == (4 if not front else 10)
+
+
+def test_unknown_parameters_are_refused():
+    model = vlm()
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match='extra.weight belongs to none'): module_groups(model)
+
+
+def test_without_a_front_end_it_is_a_language_model(tmp_path):
+    model = VLMForConditionalGeneration(VLMConfig(text_config=LANGUAGE['llama'])).eval()
+    model.save_pretrained(tmp_path)
+    again, ids = AutoModelForImageTextToText.from_pretrained(tmp_path), torch.tensor([[1, 7, 9]])
+    assert torch.equal(again(ids).logits, model(ids).logits) and module_groups(again)['vision'] == module_groups(again)['projector'] == []
+    with pytest.raises(ValueError, match='no vision front end'): model(ids, torch.zeros(1, 3, 16, 16))
+
+
+# --- processor -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def processor():
+    words = ['<pad>', '<bos>', '<eos>', '<unk>', '<image>', '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', 'what', 'colour', 'red', 'blue']
+    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>')), pad_token='<pad>',
+                                  bos_token='<bos>', eos_token='<eos>', unk_token='<unk>', additional_special_tokens=words[4:9])
+    tok.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return VLMProcessor(tok, ImageTransform('squash', 16, patch=8), dict(type='encoder', backbone=backbone_dict(CLIP)), template='world')
+
+
+def picture(colour, size=(20, 12)): return Image.new('RGB', size, colour)
+
+
+def test_processor_feeds_the_model(processor):
+    model = vlm()
+    batch = processor(text=['<|user|> <image> what', '<|user|> what colour what <|assistant|>', '<image> <image>'],
+                      images=[picture('red'), picture('blue'), picture('red')])
+    assert batch['image_sizes'].tolist() == [[16, 16]] * 3 and batch['attention_mask'].sum(1).tolist() == [6, 5, 8]
+    with torch.no_grad():
+        out = model(**batch).logits
+        one = model(**processor(text='<|user|> <image> what', images=picture('red'))).logits
+    assert torch.allclose(out[0, -6:], one[0], atol=1e-5)
+
+
+def test_training_encoding_and_prompt_agree(processor):
+    turns = [Turn('user', '<image> what colour'), Turn('assistant', 'red'), Turn('user', 'what'), Turn('assistant', 'blue')]
+    full = processor.encode(Sample('a', turns, [picture('red')]))
+    prompt = processor.encode(Sample('a', turns[:3], [picture('red')]), add_generation_prompt=True)
+    n = len(prompt.input_ids)
+    assert full.input_ids[:n].tolist() == prompt.input_ids.tolist() and full.labels[n:].tolist() == full.input_ids[n:].tolist()
+    assert full.n_targets == 4 and torch.equal(full.image_ids >= 0, full.input_ids == IMG)
+
+
+@pytest.mark.parametrize('mode, size, images', [('any_aspect', 32, 1), ('tiles', 16, 3)])
+def test_variable_sizes_and_tiles(processor, mode, size, images):
+    transform = ImageTransform(mode, size, patch=8, grid=((16, 32), (32, 16)))
+    p = VLMProcessor(processor.tokenizer, transform, processor.front_end, template='world')
+    enc = p.encode(Sample('a', [Turn('user', '<image> what <image>'), Turn('assistant', 'red')], [picture('red', (40, 20)), picture('blue', (10, 30))]))
+    assert len(enc.images) == 2 * images
+    per = [p.num_image_tokens(*i['size']) for i in enc.images]
+    assert [int((enc.image_ids == k).sum()) for k in range(2 * images)] == per
+    batch = p(text='<image> what <image>', images=[picture('red', (40, 20)), picture('blue', (10, 30))])
+    assert int((batch['input_ids'] == IMG).sum()) == sum(per)
+    with torch.no_grad(): assert torch.isfinite(vlm()(**batch).logits).all()
+
+
+@pytest.mark.parametrize('call, message', [
+    (dict(text='<image>'), '1 <image> slots in the text, but 0 images'), (dict(text='what', images=['x']), '0 <image> slots'),
+    (dict(text=['<image>', 'what'], images=[['a'], ['b']]), 'text 1 has 0'), (dict(text=['what'], images=[['a'], []]), 'nested in 2 lists'),
+    (dict(images=['a']), 'text is needed'), (dict(text='what', videos=['v']), 'not supported')])
+def test_processor_errors(processor, call, message):
+    with pytest.raises(ValueError, match=message): processor(**call)
+
+
+def test_missing_picture_is_an_image_error(processor, tmp_path):
+    with pytest.raises(ValueError, match='missing: '): processor(text='<image>', images=str(tmp_path / 'none.png'))
