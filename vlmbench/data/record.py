@@ -108,7 +108,7 @@ def parse_turns(conversation, first_turn: str = 'drop') -> tuple[list[Turn], int
     if not any(t.role == 'user' for t in turns): raise BadRecord('no turns: the conversation asks nothing')
     return turns, dropped
 
-# %% ../../nbs/data/00_record.ipynb #d4ae5920
+# %% ../../nbs/data/00_record.ipynb #0e408a5f
 def _image_ref(value, root, allow_absolute=False) -> ImageRef:
     if isinstance(value, dict): value = value.get('bytes') or value.get('path')     # a Hugging Face image column
     if isinstance(value, (bytes, bytearray)): return ImageRef('', None, bytes(value))
@@ -117,9 +117,9 @@ def _image_ref(value, root, allow_absolute=False) -> ImageRef:
     if path.startswith(('http://', 'https://', 'data:')):
         raise BadRecord(f'bad image path: {path[:40]!r} is no file; download it first')
     if os.path.isabs(path):
-        for folder in (root,) if isinstance(root, (str, Path)) else root or ():
+        for i, folder in enumerate((root,) if isinstance(root, (str, Path)) else root or ()):
             inside = os.path.relpath(os.path.normpath(path), os.path.abspath(folder))
-            if inside.split(os.sep)[0] != '..': return ImageRef(inside, _root(root))
+            if inside.split(os.sep)[0] != '..': return ImageRef(path if i else inside, _root(root))
         if allow_absolute: return ImageRef(path, None)
         raise BadRecord(f'outside the root: {path!r} is not below {root}; allow_absolute=True trusts the file')
     depth = 0
@@ -202,7 +202,7 @@ def sample_from_vora(row: dict, root=None, allow_absolute: bool = False, first_t
 def _frames_prompt(n):
     return IMAGE_TOKEN * n if n < 2 else ''.join(f'{i}s: {IMAGE_TOKEN}; ' for i in range(1, n + 1)) + '\n'
 
-# %% ../../nbs/data/00_record.ipynb #ebc286b8
+# %% ../../nbs/data/00_record.ipynb #7b217ee1
 def _read(path, parse, quarantine, format=None) -> Iterator[Sample]:
     path = Path(path)
     note = quarantine.note if quarantine is not None else None
@@ -218,7 +218,7 @@ def _read(path, parse, quarantine, format=None) -> Iterator[Sample]:
             if quarantine is None: raise BadRecord(f'{path} row {raw.number} (id {id}): {e}') from None
             quarantine.add(str(path), raw.number, id and id.encode('utf-8', 'replace').decode(), str(e))
             if raw.fatal and not quarantine.allow_truncated:
-                raise BadRecord(f'{path} row {raw.number}: {e}. The rows before it were delivered, later ones are lost; '
+                raise BadRecord(f'{path} row {raw.number}: {e}. The rows before it were delivered, the rest is lost; '
                                 'fetch the file again, or accept it: Quarantine(allow_truncated=True)') from None
         else: yield sample
 

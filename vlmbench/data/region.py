@@ -39,7 +39,7 @@ def _numbers(value, what: str) -> tuple[float, ...]:
         raise BadRecord(f'bad region: {what} holds a value that is no pixel position')
     return tuple(value)
 
-# %% ../../nbs/data/07_region.ipynb #5b575f6d
+# %% ../../nbs/data/07_region.ipynb #bc252af8
 def parse_region(box=None, polygons=None, label=None, what='region') -> Region:
     "A validated `Region`; polygons may be flat or lists of (x, y) pairs. Raises `BadRecord`."
     if box is not None:
@@ -56,7 +56,7 @@ def parse_region(box=None, polygons=None, label=None, what='region') -> Region:
             polygon = [v for point in polygon for v in point]
         polygon = _numbers(polygon, f'a polygon of {what}')
         if len(polygon) % 2 or len(polygon) < 6:
-            raise BadRecord(f'bad region: polygon of {what} has {len(polygon)} numbers, expected three x, y pairs or more')
+            raise BadRecord(f'bad region: polygon of {what} has {len(polygon)} numbers, expected at least 3 x, y pairs')
         flat.append(polygon)
     if box is None and not flat: raise BadRecord(f'bad region: {what} has neither a box nor a polygon')
     return Region(box, tuple(flat), None if label is None else _text(label, f'the label of {what}'))
