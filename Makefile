@@ -56,7 +56,7 @@ speed: venv-core
 	$(BIN)/vlmbench run speed
 
 figures: venv-core
-	$(BIN)/python -m vlmbench.evaluate.report figures
+	$(BIN)/python scripts/figures.py
 
 test: test-notebooks test-python
 

@@ -50,7 +50,6 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
     "Execute one notebook and turn its exported cells into API entries. Runs in a process of its own."
     from importlib import import_module
 
-    from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     from nbdev.process import NBProcessor
     from nbdev.processors import add_show_docs, hide_line, populate_language, strip_ansi
@@ -81,12 +80,12 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
                 out.append(nbformat.v4.new_markdown_cell(cell.source))
             continue
         if m := re.match(r'show_doc\(\s*([\w.]+)', cell.source):
-            name, obj = m[1], None
-            scope = module if module is not None else None
-            for part in name.split('.'):
-                scope = getattr(scope, part, None) if scope is not None else None
-                obj = scope
-            if obj is None and shell is not None: obj = eval(name, shell.user_ns)
+            name, obj = m[1], module
+            for part in name.split('.'): obj = getattr(obj, part, None)
+            if obj is None and shell is not None:  # a symbol of another module, imported in the notebook
+                first, *rest = name.split('.')
+                obj = shell.user_ns.get(first)
+                for part in rest: obj = getattr(obj, part, None)
             if obj is None: raise SystemExit(f'{src.relative_to(root)}: show_doc({name}) names nothing in {modname}')
             label = f'{modname or src.stem}.{name}'.lower()
             if label in labels: label += '-' + str(len(labels))
@@ -257,26 +256,38 @@ def data_cards() -> list[str]:
 
 
 def results_page() -> list[str]:
-    "figures/ as a page: each folder's README.md (or the top one) followed by its pictures."
+    "figures/ as a page: for each folder its README.md, its table, its pictures, and a link to the full report."
     fig = root/'figures'
-    if not fig.exists() or not any(fig.rglob('*')): return []
-    shutil.copytree(fig, src_dir/'figures', dirs_exist_ok=True, ignore=lambda d, ns: [n for n in ns if Path(n).suffix not in ('.png', '.svg', '') or n.startswith('.')])
-    out = ['# Results', '', '> Figures and tables that the stored runs produced; every number carries its seeds and manifests.', '']
-    for folder in [fig, *sorted(d for d in fig.rglob('*') if d.is_dir())]:
-        rel, note = folder.relative_to(root), folder/'README.md'
-        pictures = sorted(p for p in folder.iterdir() if p.suffix in ('.png', '.svg'))
-        if not pictures and not note.exists(): continue
-        text = front_matter(note.read_text(encoding='utf8'))[1] if note.exists() else ''
+    if not fig.exists(): return []
+    lead = fig/'README.md'
+    out = ['# Results', '', '> Stored runs: every number has its seeds and its manifests', '']
+    out += [re.sub(r'^# .*\n', '', front_matter(lead.read_text(encoding='utf8'))[1]).strip(), ''] if lead.exists() else []
+    for folder in [fig, *sorted(d for d in fig.iterdir() if d.is_dir())]:
+        inner = folder.glob('*') if folder == fig else folder.rglob('*')
+        pictures = sorted(p for p in inner if p.suffix in ('.png', '.svg') and 'runs' not in p.relative_to(folder).parts)
+        note, table, report = folder/'README.md', folder/'table.md', folder/'report.html'
         if folder != fig:
-            text = re.sub(r'^#(?=#* )', '##', text, flags=re.M)
-            if not text.lstrip().startswith('#'): out += [f"## {folder.name.replace('_', ' ').replace('-', ' ')}", '']
-        else: text = re.sub(r'^# .*\n', '', text)
-        text = re.sub(r'(!?\[[^\]]*\])\((?![a-z]+:|/|#)([^)]+)\)',
-                      lambda m: f'{m[1]}({rel.as_posix()}/{m[2]})' if Path(m[2]).suffix in ('.png', '.svg') else m[1].strip('[]'), text)
-        out += [text.strip(), '']
-        out += [f'![{p.stem}]({(rel/p.name).as_posix()})\n\n*{p.stem.replace("_", " ")}*\n' for p in pictures if p.name not in text]
+            text = front_matter(note.read_text(encoding='utf8'))[1].strip() if note.exists() else ''
+            head = re.match(r'# (.+)\n?', text)
+            out += [f"## {head[1] if head else folder.name.replace('_', ' ')}", '', re.sub(r'^#', '##', text[head.end():] if head else text, flags=re.M), '']
+            if table.exists(): out += [table.read_text(encoding='utf8'), '']
+            if report.exists(): out += [f'<p><a class="report" href="{report.relative_to(root).as_posix()}">Full report: curves, examples, freeze tables, speed</a></p>', '']
+        for p in pictures:
+            target = src_dir/p.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(p, target)
+            out += [f'![{p.stem}]({p.relative_to(root).as_posix()})', '', f'*{p.stem.replace("_", " ").replace("-", ": ", 1)}*', '']
+    if len(out) < 6: return []
     (src_dir/'results.md').write_text('\n'.join(out) + '\n', encoding='utf8')
     return ['results']
+
+
+def copy_reports(site: Path) -> None:
+    "Reports are pages of their own, kept as they are."
+    for report in (root/'figures').glob('*/report.html'):
+        target = site/report.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(report, target)
 
 
 def navigation(files: list[Path], cards: list[str], results: list[str]) -> None:
@@ -351,6 +362,7 @@ def main() -> None:
     shutil.rmtree(args.output, ignore_errors=True)
     sphinx = [sys.executable, '-m', 'sphinx', *([] if args.only else ['-W']), '--keep-going', '-q', '-b', 'html', '-c', str(root/'docs'), '-d', str(root/'_proc'/'doctrees'), str(src_dir), str(args.output)]
     if subprocess.run(sphinx).returncode: sys.exit('docs: Sphinx reported warnings; they count as errors')
+    copy_reports(args.output)
     if found := foreign_resources(args.output): sys.exit('docs: these pages fetch from another host:\n  ' + '\n  '.join(found))
     print(f'docs: open {args.output/"index.html"}')
 
