@@ -76,10 +76,10 @@ def to_svg(fig: Figure, name: str, alt: str = '') -> str:
                   lambda m: f'<svg role="img" aria-label="{label}" style="max-width:{width:.0f}px" ' + ' '.join(g for g in m.groups() if g),
                   svg, count=1)
 
-# %% ../../nbs/lab/00_plots.ipynb #123d32db
+# %% ../../nbs/lab/00_plots.ipynb #c72409c8
 def _pretty(name: str) -> str: return str(name).replace('_', ' ')
 
-def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float = 9.) -> Figure:
+def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float = 11.2) -> Figure:
     "`accuracy_table` of one task: methods as dots with intervals per question type, blind and majority baselines behind them."
     if task is not None: table = table[table['task'] == task]
     if not len(table): raise ValueError(f'no results of task {task!r} to draw')
@@ -113,8 +113,8 @@ def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float =
         fig.legend(loc='outside upper left', ncols=4, fontsize=9, handletextpad=.3, columnspacing=1.2)
     return fig
 
-# %% ../../nbs/lab/00_plots.ipynb #0b8e6e5c
-def paired_figure(paired: pd.DataFrame, task: str | None = None, width: float = 9.) -> Figure:
+# %% ../../nbs/lab/00_plots.ipynb #ae64ce71
+def paired_figure(paired: pd.DataFrame, task: str | None = None, width: float = 11.2) -> Figure:
     "`paired_table` as a forest plot: difference a - b with interval; filled when Holm's p is below 0.05."
     if task is not None: paired = paired[paired['task'] == task]
     if not len(paired): raise ValueError(f'no paired comparison of task {task!r} to draw')
@@ -132,13 +132,13 @@ def paired_figure(paired: pd.DataFrame, task: str | None = None, width: float = 
         side = max(abs(v) for v in ax.get_xlim()); ax.set_xlim(-side, side)
     return fig
 
-# %% ../../nbs/lab/00_plots.ipynb #ea494f72
+# %% ../../nbs/lab/00_plots.ipynb #76cae969
 def smooth(y: Sequence[float], window: float) -> np.ndarray:
     "Centred moving average over `window` values (fewer at the ends); NaNs are skipped, and nothing lags."
     return pd.Series(np.asarray(y, float)).rolling(max(int(window), 1), center=True, min_periods=1).mean().to_numpy()
 
-def loss_figure(curves: Mapping[tuple[str, int, str], pd.DataFrame], key: str = 'loss', width: float = 9.) -> Figure:
-    "`curves`: (method, seed, stage) -> metrics table (`step`, `loss`, optionally `total_targets`). One panel per stage name."
+def loss_figure(curves: Mapping[tuple[str, int, str], pd.DataFrame], key: str = 'loss', width: float = 11.2) -> Figure:
+    "`curves`: (method, seed, stage) -> metrics table (`step`, `loss`, optionally `seen_targets`). One panel per stage name."
     curves = {k: v for k, v in curves.items() if key in v and len(v)}
     if not curves: raise ValueError(f'no metrics with a {key!r} column to draw')
     stages = list(dict.fromkeys(k[2] for k in curves))
@@ -149,10 +149,10 @@ def loss_figure(curves: Mapping[tuple[str, int, str], pd.DataFrame], key: str = 
         for ax in axes.flat[len(stages):]: ax.set_visible(False)
         for ax, stage in zip(axes.flat, stages):
             mine = {k: v for k, v in curves.items() if k[2] == stage}
-            counted = all('total_targets' in v for v in mine.values())
+            counted = all('seen_targets' in v for v in mine.values())
             tops = []
             for (m, _, _), f in mine.items():
-                x, y = f['total_targets' if counted else 'step'].to_numpy(float), f[key].to_numpy(float)
+                x, y = f['seen_targets' if counted else 'step'].to_numpy(float), f[key].to_numpy(float)
                 s = smooth(y, len(y) / 20)
                 ax.plot(x, y, color=colors[m], alpha=.22, lw=.8)
                 ax.plot(x, s, color=colors[m], label=None if m in named else _pretty(m)); named.add(m)
@@ -164,8 +164,8 @@ def loss_figure(curves: Mapping[tuple[str, int, str], pd.DataFrame], key: str = 
         fig.legend(loc='outside upper left', ncols=6, fontsize=9)
     return fig
 
-# %% ../../nbs/lab/00_plots.ipynb #3a70801c
-def examples_figure(examples: Sequence[Mapping[str, Any]], cols: int = 4, width: float = 9.) -> Figure:
+# %% ../../nbs/lab/00_plots.ipynb #5112e7f1
+def examples_figure(examples: Sequence[Mapping[str, Any]], cols: int = 4, width: float = 11.2) -> Figure:
     "Pictures with question, answer and truth. Each example: `picture` (path or PIL), question, prediction, answers, score."
     if not len(examples): raise ValueError('no examples to draw')
     from PIL import Image
@@ -184,8 +184,8 @@ def examples_figure(examples: Sequence[Mapping[str, Any]], cols: int = 4, width:
                          fontsize=8, fontweight='normal', color=PALETTE[2] if right else PALETTE[4], wrap=True)
     return fig
 
-# %% ../../nbs/lab/00_plots.ipynb #2e780bb3
-def freeze_figure(tables: Mapping[str, pd.DataFrame], width: float = 9.) -> Figure:
+# %% ../../nbs/lab/00_plots.ipynb #adeb5ffc
+def freeze_figure(tables: Mapping[str, pd.DataFrame], width: float = 11.2) -> Figure:
     "`tables`: title (method, stage) -> freeze table with columns group, parameters, trainable; small multiples of trained shares."
     tables = {k: t for k, t in tables.items() if len(t)}
     if not tables: raise ValueError('no freeze tables to draw')
