@@ -111,7 +111,7 @@ def _slice_config(config, keep, record):
     config.num_hidden_layers = len(keep)
     config.depth = dict(source_layers=record.source_layers, kept=list(record.kept), translators=list(record.translators))
 
-# %% ../../nbs/models/30_depth.ipynb #87db596a
+# %% ../../nbs/models/30_depth.ipynb #990b6b0b
 def shallow_copy(model: nn.Module, own: Sequence[nn.Module]=()) -> nn.Module:
     "A copy of the module tree that shares every tensor with `model`, except those of the submodules in `own`."
     private = {id(t) for m in own for t in (*m.parameters(), *m.buffers())}
@@ -123,8 +123,9 @@ def slice_layers(model: PreTrainedModel, keep: Sequence[int], translators: Seque
 
     `translators`: positions in the new numbering to record. `share=True` shares all tensors with `model` (no weight memory), except
     the translators', which are cloned because they will train. Raises ValueError on bad layers or an unmerged PEFT wrapper."""
-    if hasattr(model, 'peft_config'): raise ValueError('slice_layers: merge the adapters first (model.merge_and_unload()): their names carry '
-                                                       'layer numbers that slicing would change')
+    if any(hasattr(m, 'lora_A') for m in model.modules()):
+        raise ValueError('slice_layers: merge the adapters first (merge_and_unload or merge_lora): their names carry layer numbers '
+                         'that slicing would change')
     src = find_decoder(model)
     keep = check_layers(keep, len(src), 'keep')
     if not keep: raise ValueError('keep: at least one layer must stay')
