@@ -37,7 +37,8 @@ html_show_sourcelink = False
 html_context = {'default_mode': 'auto'}
 html_theme_options = {
     'home_page_in_toc': False, 'show_navbar_depth': 1, 'show_toc_level': 2, 'use_download_button': False,
-    'use_fullscreen_button': False, 'use_issues_button': False, 'use_repository_button': False, 'toc_title': 'On this page',
+    'use_fullscreen_button': False, 'use_issues_button': False, 'use_repository_button': False,
+    'toc_title': 'On this page',
 }
 copybutton_prompt_text = r'\$ '
 copybutton_prompt_is_regexp = True

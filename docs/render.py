@@ -1,7 +1,7 @@
 """API entries of the site: a symbol in, Markdown out.
 
-A signature, the docstring, a table of parameters (from the comment beside each one) and a table of public methods. Objects are
-taken from the exported package, so what is printed is what a user imports.
+A signature, the docstring, a table of parameters (from the comment beside each one) and a table of public methods.
+Objects are taken from the exported package, so what is printed is what a user imports.
 """
 import dataclasses
 import inspect
@@ -30,8 +30,10 @@ def docstring(obj: Any) -> str:
     for line in (doc or '').splitlines():
         if line.lstrip().startswith('```'): fence = not fence
         depth = len(line) - len(line.lstrip())
-        if fence or not line.strip() or re.match(r'\s*([-*+]|\d+\.|\|)\s', line): indent = None; out.append(line); continue
-        if depth < 2: indent = None; out.append(line); continue
+        if fence or depth < 2 or not line.strip() or re.match(r'\s*([-*+]|\d+\.|\|)\s', line):
+            indent = None
+            out.append(line)
+            continue
         if indent is None:
             indent = depth
             if out and out[-1].strip(): out.append('')
@@ -43,7 +45,8 @@ def annotation(a: Any) -> str:
     "A type as it would be written."
     if a is EMPTY or a is None: return ''
     text = a if isinstance(a, str) else inspect.formatannotation(a)
-    return re.sub(r'\b(?:typing|collections\.abc|pathlib|PIL\.Image|torch\.nn\.modules\.module|vlmbench(?:\.\w+)+)\.(?=[A-Z])', '', text)
+    homes = r'typing|collections\.abc|pathlib|PIL\.Image|torch\.nn\.modules\.module|vlmbench(?:\.\w+)+'
+    return re.sub(rf'\b(?:{homes})\.(?=[A-Z])', '', text)
 
 
 def default(d: Any) -> str:
@@ -90,7 +93,7 @@ def code(text: str) -> str:
 def parameters(obj: Any) -> str:
     "Markdown table of the parameters that carry a comment; empty when none does."
     try: dm = docments(obj, full=True, returns=True)
-    except (ValueError, TypeError, OSError, KeyError, SyntaxError): return ''  # no source or signature: nothing to tabulate
+    except (ValueError, TypeError, OSError, KeyError, SyntaxError): return ''  # no source or signature to read
     rows = [(n, p) for n, p in dm.items() if n not in ('self', 'cls')]
     if not any(p.get('docment') for _, p in rows): return ''
     out = ['| Parameter | Type | Default | Description |', '|---|---|---|---|']
@@ -103,7 +106,7 @@ def parameters(obj: Any) -> str:
 
 
 def methods(cls: type, documented: set[str]) -> str:
-    "Markdown table of the public methods and properties `cls` itself defines, without those that have an entry of their own."
+    "Markdown table of the public methods and properties `cls` itself defines and that have no entry of their own."
     rows = []
     for name, member in vars(cls).items():
         if name.startswith('_') or f'{cls.__name__}.{name}' in documented: continue
@@ -113,15 +116,15 @@ def methods(cls: type, documented: set[str]) -> str:
         if target is None or target.__module__ != cls.__module__: continue
         doc = (inspect.getdoc(target) or '').split('\n\n')[0]
         if not doc: continue
-        sig = name if isinstance(fn, property) else re.sub(r'^(async )?def ', '', signature(fn, name).replace(',\n)', ')').replace('(\n    ', '(')
-                                                           .replace('\n    ', ' '))
+        flat = signature(fn, name).replace(',\n)', ')').replace('(\n    ', '(').replace('\n    ', ' ')
+        sig = name if isinstance(fn, property) else re.sub(r'^(async )?def ', '', flat)
         rows.append(f'| {code(sig)} | {cell(doc)} |')
     return '\n'.join(['| Member | What it does |', '|---|---|', *rows]) if rows else ''
 
 
 def entry(obj: Any, name: str, level: int = 3, label: str = '', documented: set[str] = frozenset()) -> str:
     "One API entry: anchor, heading, signature, text, parameters, members."
-    parts = [f'({label})=' if label else '', f"{'#' * level} {name}".replace('_', r'\_'), f'```python\n{signature(obj, name)}\n```', docstring(obj),
-             parameters(obj), methods(obj, documented) if inspect.isclass(obj) else '']
-    head, rest = parts[:2], parts[2:]
-    return '\n'.join(p for p in head if p) + '\n\n' + '\n\n'.join(p for p in rest if p)
+    head = [f'({label})=' if label else '', f"{'#' * level} {name}".replace('_', r'\_')]
+    body = [f'```python\n{signature(obj, name)}\n```', docstring(obj), parameters(obj),
+            methods(obj, documented) if inspect.isclass(obj) else '']
+    return '\n'.join(filter(None, head)) + '\n\n' + '\n\n'.join(filter(None, body))

@@ -25,7 +25,8 @@ NOTICE = '<!-- Made from nbs/index.ipynb by scripts/export.py: edit the notebook
 
 def notebooks(folder: Path) -> list[Path]:
     "Every notebook below `folder`, checkpoints left out."
-    return sorted(p for p in folder.rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(folder).parts))
+    def hidden(p: Path) -> bool: return any(s.startswith(('.', '_')) for s in p.relative_to(folder).parts)
+    return sorted(p for p in folder.rglob('*.ipynb') if not hidden(p))
 
 
 def strip() -> None:
@@ -48,12 +49,14 @@ def mirror() -> None:
 
 
 def readme() -> None:
-    "Render the home page notebook as README.md: directives and hidden cells dropped, notebook links kept relative to the root."
+    "Render the home page notebook as README.md: no directives, no hidden cells, links relative to the root."
     nb = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-        else: cell.source = re.sub(r'\]\((?![a-z]+:|#|/|\.\./)([^)]+)\)', r'](nbs/\1)', cell.source).replace('](../', '](')
+        else:
+            inside = re.sub(r'\]\((?![a-z]+:|#|/|\.\./)([^)]+)\)', r'](nbs/\1)', cell.source)
+            cell.source = inside.replace('](../', '](')
     nb.metadata['language_info'] = {'name': 'python'}
     body, _ = MarkdownExporter().from_notebook_node(nb)
     text = '\n'.join(line.rstrip() for line in body.strip().splitlines())
@@ -62,7 +65,8 @@ def readme() -> None:
 
 def snapshot() -> dict[str, str]:
     "Hash of every file these steps may write."
-    files = [*notebooks(root/'nbs'), *(root/'vlmbench').rglob('*.py'), *(root/'vlmbench'/'_notebooks').glob('*.ipynb'), root/'README.md']
+    package = root/'vlmbench'
+    files = [*notebooks(root/'nbs'), *package.rglob('*.py'), *(package/'_notebooks').glob('*.ipynb'), root/'README.md']
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.exists()}
 
 
@@ -75,11 +79,13 @@ def main(check: bool) -> int:
     readme()
     after = snapshot()
     # a module whose notebook is gone would survive every export
-    orphans = [str(p.relative_to(root)) for p in (root/'vlmbench').rglob('*.py')
-               if (m := re.search(r'File to edit: (\S+\.ipynb)', p.read_text(encoding='utf8'))) and not (p.parent/m[1]).exists()]
+    def orphan(p: Path) -> bool:
+        m = re.search(r'File to edit: (\S+\.ipynb)', p.read_text(encoding='utf8'))
+        return bool(m) and not (p.parent/m[1]).exists()
+    orphans = [str(p.relative_to(root)) for p in (root/'vlmbench').rglob('*.py') if orphan(p)]
     changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
     for name in orphans: print(f'{name}: exported from a notebook that no longer exists; delete it', file=sys.stderr)
-    print(f"{len(after)} files, {len(changed)} {'not current' if check else 'updated'}" + ''.join(f'\n  {n}' for n in changed))
+    print(f"{len(after)} files, {len(changed)} {'not current' if check else 'updated'}", *changed, sep='\n  ')
     return int(bool(orphans) or (check and bool(changed)))
 
 

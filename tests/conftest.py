@@ -1,4 +1,4 @@
-"""What every test gets: no network, calm threads, and slow tests only when asked for (`--slow`, or CI=true in the environment)."""
+"""What every test gets: no network, calm threads, and slow tests only when asked for (`--slow`, or CI=true)."""
 import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -12,7 +12,8 @@ SLOW = 'slow: takes minutes or installs something; runs with --slow or CI=true'
 
 
 def pytest_addoption(parser):
-    parser.addoption('--slow', action='store_true', default=os.environ.get('CI', '').lower() in ('1', 'true'), help=SLOW)
+    ci = os.environ.get('CI', '').lower() in ('1', 'true')
+    parser.addoption('--slow', action='store_true', default=ci, help=SLOW)
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""The built site in a real browser, opened from disk: pages load alone, pictures show, formulas are set, search finds."""
+"""The built site in a real browser, opened from disk: pages load alone, pictures show, formulas set, search finds."""
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(os.environ.get('VLMBENCH_SITE', ROOT/'_site'))
 FLAGS = ('--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking '
          '--disable-component-update --disable-sync').split()
-PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts) if SITE.exists() else []
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts)
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +29,8 @@ def page(browser):
     "A page that remembers requests to other hosts and errors."
     page = browser.new_page(viewport=dict(width=1400, height=900))
     page.foreign, page.problems = [], []
-    page.on('request', lambda r: None if r.url.startswith(('file:', 'data:', 'blob:', 'about:')) else page.foreign.append(r.url))
+    local = ('file:', 'data:', 'blob:', 'about:')
+    page.on('request', lambda r: None if r.url.startswith(local) else page.foreign.append(r.url))
     page.on('pageerror', lambda e: page.problems.append(str(e)))
     page.on('requestfailed', lambda r: page.problems.append(f'{r.url}: {r.failure}'))
     yield page
@@ -54,7 +55,8 @@ def test_every_page_stands_alone(page):
     for name in PAGES:
         visit(page, name)
         assert page.locator('h1').count() >= 1, f'{name} has no title'
-        broken = page.eval_on_selector_all('article img', 'els => els.filter(e => e.complete && !e.naturalWidth).map(e => e.src)')
+        unseen = 'els => els.filter(e => e.complete && !e.naturalWidth).map(e => e.src)'
+        broken = page.eval_on_selector_all('article img', unseen)
         assert not broken, f'{name}: {broken}'
         assert not page.locator('.system-message').count(), f'{name} shows a Sphinx error'
     assert not page.foreign, f'requests to other hosts: {page.foreign[:5]}'
@@ -65,7 +67,8 @@ def test_internal_links_lead_somewhere(page):
     wrong = set()
     for name in PAGES:
         visit(page, name)
-        for href in page.eval_on_selector_all('article a.internal, .bd-sidebar-primary a.internal', 'els => els.map(e => e.href)'):
+        links = 'article a.internal, .bd-sidebar-primary a.internal'
+        for href in page.eval_on_selector_all(links, 'els => els.map(e => e.href)'):
             target, _, anchor = href.partition('#')
             path = Path(target.removeprefix('file://'))
             if not path.exists(): wrong.add(f'{name} -> {href}')

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # development tools and extras: the package must import without any of them
-FORBIDDEN = ['nbdev', 'execnb', 'ghapi', 'fastgit', 'jupyterlab', 'notebook', 'sphinx', 'myst_nb', 'pytest', 'hypothesis', 'playwright', 'ruff',
-             'tensorboard', 'torch.utils.tensorboard', 'gradio', 'trackio', 'wandb', 'lm_eval', 'lmms_eval', 'submitit', 'torchvision', 'ipywidgets']
+FORBIDDEN = '''nbdev execnb ghapi fastgit jupyterlab notebook sphinx myst_nb pytest hypothesis playwright ruff
+    tensorboard torch.utils.tensorboard gradio trackio wandb lm_eval lmms_eval submitit torchvision ipywidgets'''.split()
 IMPORT_ALL = textwrap.dedent('''
     import importlib, pkgutil, sys, vlmbench
     names = [m.name for m in pkgutil.walk_packages(vlmbench.__path__, 'vlmbench.')]
@@ -38,10 +38,11 @@ BLOCKER = textwrap.dedent('''
 
 def test_every_module_imports_without_dev_tools_and_extras(tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run([sys.executable, '-c', BLOCKER + IMPORT_ALL], capture_output=True, text=True, cwd=tmp_path, env=env)
+    def run(code):
+        return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = run(BLOCKER + IMPORT_ALL)
     assert done.returncode == 0, done.stderr[-3000:]
-    caught = subprocess.run([sys.executable, '-c', BLOCKER + "exec(compile('import pytest', 'x', 'exec'), {'__name__': 'vlmbench.x'})"],
-                            capture_output=True, text=True)
+    caught = run(BLOCKER + "exec('import pytest', {'__name__': 'vlmbench.x'})")
     assert caught.returncode and 'vlmbench.x imports pytest' in caught.stderr, 'the blocker itself does not work'
     assert int(done.stdout.split()[-1]) >= len(list((ROOT/'vlmbench').glob('*/__init__.py')))
 
@@ -52,8 +53,8 @@ def wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('wheel')
     for name in ('setup.py', 'settings.ini', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tmp)
     shutil.copytree(ROOT/'vlmbench', tmp/'vlmbench', ignore=shutil.ignore_patterns('__pycache__'))
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp/'dist', tmp],
-                   check=True, capture_output=True)
+    build = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation']
+    subprocess.run([*build, '--wheel-dir', tmp/'dist', tmp], check=True, capture_output=True)
     return next((tmp/'dist').glob('*.whl'))
 
 
@@ -62,16 +63,18 @@ def test_wheel_carries_package_assets_and_run_notebooks(wheel):
         names = set(z.namelist())
         meta = Parser().parsestr(z.read(next(n for n in names if n.endswith('.dist-info/METADATA'))).decode())
         entry = z.read(next(n for n in names if n.endswith('entry_points.txt'))).decode()
-    here = [p.relative_to(ROOT).as_posix() for p in (ROOT/'vlmbench').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    files = [p for p in (ROOT/'vlmbench').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
     assert 'vlmbench/py.typed' in names
-    missing = [n for n in here if n not in names]
+    missing = {p.relative_to(ROOT).as_posix() for p in files} - names
     assert not missing, f'not in the wheel: {missing}'
-    assert not [n for n in names if n.split('/')[0] not in ('vlmbench',) and '.dist-info' not in n], 'the wheel carries foreign top-level folders'
+    foreign = [n for n in names if n.split('/')[0] != 'vlmbench' and '.dist-info' not in n]
+    assert not foreign, f'the wheel carries {foreign}'
     runs = {p.name for p in (ROOT/'nbs'/'runs').glob('*.ipynb')}
     assert runs == {Path(n).name for n in names if n.startswith('vlmbench/_notebooks/')}
     assert set(meta.get_all('Provides-Extra')) == {'dev', 'docs', 'eval', 'serve', 'slurm'}
     assert '>=3.10' in meta['Requires-Python']
-    assert 'vlmbench=vlmbench.run.cli:main' in entry.replace(' ', '') and 'vlmbench=vlmbench.run.engine:VlmbenchEngine' in entry.replace(' ', '')
+    for point in ('vlmbench=vlmbench.run.cli:main', 'vlmbench=vlmbench.run.engine:VlmbenchEngine'):
+        assert point in entry.replace(' ', '')
 
 
 def test_core_requirements_hold_no_dev_tool(wheel):
@@ -84,17 +87,21 @@ def test_core_requirements_hold_no_dev_tool(wheel):
 
 @pytest.mark.slow
 def test_wheel_in_a_bare_environment(wheel, tmp_path):
-    "A new virtual environment gets the wheel and its core requirements, nothing else; every module imports, the command line answers."
+    "A new environment gets the wheel and its core requirements only; every module imports, the command line answers."
     venv.create(tmp_path/'venv', with_pip=True)
     python = tmp_path/'venv'/'bin'/'python'
     pip = [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '-c', ROOT/'constraints.txt']
-    torch = next(line.split(';')[0].strip() for line in (ROOT/'constraints.txt').read_text().splitlines() if line.startswith('torch=='))
+    pins = (ROOT/'constraints.txt').read_text().splitlines()
+    torch = next(line.split(';')[0].strip() for line in pins if line.startswith('torch=='))
     index = ['--index-url', os.environ['TORCH_INDEX']] if os.environ.get('TORCH_INDEX') else []
     subprocess.run([*pip, *index, torch], check=True, timeout=900)
     subprocess.run([*pip, wheel], check=True, timeout=900)
     env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
     def run(*cmd): return subprocess.run(cmd, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
-    done = run(python, '-c', IMPORT_ALL + f"\nhere = [n for n in {FORBIDDEN!r} if n in sys.modules]\nassert not here, here\nprint(vlmbench.__file__)")
+    done = run(python, '-c', IMPORT_ALL + f'''
+here = [n for n in {FORBIDDEN!r} if n in sys.modules]
+assert not here, here
+print(vlmbench.__file__)''')
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(tmp_path) in done.stdout, 'the installed copy was not the one imported'
     listed = run(python, '-m', 'pip', 'list', '--format=freeze').stdout.lower()
