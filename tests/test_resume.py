@@ -124,8 +124,7 @@ def child(out, where, variant):
                           env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'})
 
 
-@pytest.mark.parametrize('variant', ['full', 'lora'])
-def test_kill_9_between_write_and_rename(tmp_path, variant):
+def test_kill_9_between_write_and_rename(tmp_path, variant='lora'):
     "The process dies with a complete but unpublished state on disk: the run continues from the state before it and ends the same."
     dead = child(tmp_path / 'killed', 'before', variant)
     assert dead.returncode == -signal.SIGKILL, dead.stderr

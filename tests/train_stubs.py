@@ -2,16 +2,17 @@
 import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+import time
 import warnings
 
 import torch
 
 from vlmbench.data.mixture import StatefulSampler
-from vlmbench.data.packing import BatchLoader
+from vlmbench.data.packing import BatchLoader, collate_packed, pack
 from vlmbench.data.template import Encoded
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration
 from vlmbench.train.loop import train
-from vlmbench.train.recipe import Stage, frozen, full, layers, lora
+from vlmbench.train.recipe import Stage, full, layers, lora
 
 VOCAB, IMAGE, PIXELS, PATCHES = 40, 4, 16, 4
 
@@ -71,3 +72,36 @@ class StopAfter:
     "A stop flag that is set once `steps` optimizer steps of `loader` have been taken."
     def __init__(self, loader, micro): self.loader, self.micro = loader, micro
     def is_set(self): return self.loader.counts['batches'] >= self.micro
+
+
+class RowLoader:
+    "Micro-batches of two rows (one with images, one text-only); of `world` 2, rank 0 gets the first row and rank 1 the second."
+    def __init__(self, rank, world, poison=False):
+        self.i, self.rank, self.world = 0, rank, world
+        with_images = list(pack([encode(i) for i in range(60) if i % 4 != 3], 48)); text = list(pack([encode(i, False) for i in range(60, 120)], 48))
+        if poison: with_images[0][0].images[0]['pixel_values'][0, 0, 0] = float('nan')
+        self.pairs = list(zip(with_images, text))
+    def state_dict(self): return dict(i=self.i)
+    def load_state_dict(self, state): self.i = state['i']
+    def __iter__(self):
+        while True:
+            pair = self.pairs[self.i % len(self.pairs)]; self.i += 1
+            yield collate_packed([*pair] if self.world == 1 else [pair[self.rank]], 0, 48)
+
+
+class StopAtBatch:
+    def __init__(self, loader, batches): self.loader, self.batches = loader, batches
+    def is_set(self): return self.batches is not None and self.loader.i >= self.batches
+
+
+def two_rank_run(out, steps, stop_after=None, poison=False):
+    "What each of two ranks runs (started by `vlmbench.train.launch`); only rank 0 is asked to stop, or holds a poisoned image."
+    rank = int(os.environ['RANK']); torch.set_num_threads(1)
+    loader = RowLoader(rank, 2, poison and rank == 0)
+    stop = StopAtBatch(loader, 2 * stop_after if stop_after and rank == 0 else None)
+    run(out, dropout=0., stage=a_stage('full', steps), loader=loader, save_every=None, stop_flag=stop)
+
+
+def sleepy(out):
+    with open(os.path.join(out, f'pid-{os.environ["RANK"]}'), 'w') as f: f.write(str(os.getpid()))
+    time.sleep(300)
