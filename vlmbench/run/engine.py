@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RunStopped', 'verdict', 'kill_run', 'VlmbenchEngine', 'notebook_folders', 'find_notebook', 'run_notebook']
 
-# %% ../../nbs/run/00_engine.ipynb #58ca2fb1
+# %% ../../nbs/run/00_engine.ipynb #028dd7f8
 import os, sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 import click, psutil
 
@@ -170,7 +171,7 @@ def find_notebook(name: str | Path) -> Path:
     known = sorted({p.stem for f in notebook_folders() for p in f.glob('*.ipynb')})
     raise ParameterError(f'{name}: no such run notebook; known: {", ".join(known) or "none"}, or give a path to an .ipynb')
 
-# %% ../../nbs/run/00_engine.ipynb #d0120379
+# %% ../../nbs/run/00_engine.ipynb #5bbb06e2
 def run_notebook(name: str | Path, params: Mapping[str, Any] | None = None, out_dir: str | Path | None = None,
                  overwrite: bool = False, progress: bool = True, echo: bool = False, quiet: bool = False) -> int:
     """Runs a notebook (name or path) with `params` (text is parsed by declared type) in run folder `out_dir` and returns its
@@ -186,9 +187,11 @@ def run_notebook(name: str | Path, params: Mapping[str, Any] | None = None, out_
     full = {k: p.default for k, p in declared.items()} | values
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
     if 'out' in declared: values['out'] = str(folder)
+    text = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if echo else {}
     try:
-        papermill.execute_notebook(str(path), str(folder/path.name), values, engine_name='vlmbench', progress_bar=progress,
-            overwrite=overwrite, **(dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if echo else {}))
+        with _checked_already():
+            papermill.execute_notebook(str(path), str(folder/path.name), values, engine_name='vlmbench', progress_bar=progress,
+                                       overwrite=overwrite, **text)
     except RunStopped as e: return _say(e.message, e.exit_code, quiet)
     except papermill.exceptions.PapermillExecutionError as e:
         return _say(f'{path.stem} failed in cell {e.cell_index}: {e.ename}: {e.evalue}\nsee {folder/path.name}', 1, quiet)
@@ -196,6 +199,16 @@ def run_notebook(name: str | Path, params: Mapping[str, Any] | None = None, out_
         if not _dead(e): raise
         return _say(f'{path.stem}: the kernel died (killed, out of memory, or crashed); see {folder/"output.log"}', 138, quiet)
     return 0
+
+@contextmanager
+def _checked_already() -> Iterator[None]:
+    "Without papermill's own remarks about parameters: its pattern knows fewer types than ours, which have been checked."
+    import logging
+    def keep(record: Any) -> bool: return not str(record.msg).startswith(('Passed unknown parameter', 'Unable to parse line'))
+    log = logging.getLogger('papermill')
+    log.addFilter(keep)
+    try: yield
+    finally: log.removeFilter(keep)
 
 def _say(text: str, code: int, quiet: bool) -> int:
     if not quiet: print(text, file=sys.stderr)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'LOST_SECONDS', 'ENVIRONMENT', 'PACKAGES', 'RunFolderError', 'Preempted',
            'write_json', 'redact', 'versions', 'git_state', 'code_state', 'host_facts', 'data_hashes', 'Manifest',
-           'Heartbeat', 'default_folder', 'Run', 'read_runs']
+           'Heartbeat', 'default_folder', 'Stop', 'Run', 'read_runs']
 
 # %% ../../nbs/run/04_manifest.ipynb #a8dc0c34
 import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
@@ -78,7 +78,7 @@ def redact(value: Any, environ: Mapping[str, str] | None = None) -> Any:
         return re.sub(r'\b(\w*(?:token|secret|passw(?:or)?d|api_?key))=(\S+)', r'\1=<redacted>', v, flags=re.I)
     return clean(value)
 
-# %% ../../nbs/run/04_manifest.ipynb #9ad0630e
+# %% ../../nbs/run/04_manifest.ipynb #3d5e1b66
 PACKAGES = ('vlmbench', 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'tokenizers', 'safetensors', 'numpy',
             'pillow', 'pandas', 'papermill', 'nbclient', 'ipykernel')
 
@@ -100,7 +100,7 @@ def git_state(folder: str | Path) -> dict | None:
         status = git('status', '--porcelain', '--untracked-files=no')
     except (subprocess.SubprocessError, OSError): return None
     try: commit, diff = git('rev-parse', 'HEAD'), git('diff', 'HEAD')
-    except (subprocess.SubprocessError, OSError): commit, diff = None, ''   # a repository without a commit
+    except (subprocess.SubprocessError, OSError): commit, diff = '', ''   # a repository without a commit
     state = {'root': Path(root).name, 'commit': commit, 'branch': branch, 'dirty': bool(status)}
     return {**state, 'diff_sha256': hashlib.sha256(diff.encode()).hexdigest()} if status else state
 
@@ -248,7 +248,7 @@ class Heartbeat(threading.Thread):
         self._stopped.set()
         self.join(timeout=self.seconds + 1)
 
-# %% ../../nbs/run/04_manifest.ipynb #f43734fd
+# %% ../../nbs/run/04_manifest.ipynb #8ddf6912
 def default_folder(notebook: str, parameters: Mapping[str, Any], root: str | Path = 'runs') -> Path:
     "A fresh, readable run folder: `runs/<notebook>-<recipe>-<scale>-s<seed>-<date>-<time>`, of what the parameters name."
     words = [notebook, *(str(parameters[k]) for k in ('recipe', 'scale') if parameters.get(k))]
@@ -258,6 +258,15 @@ def default_folder(notebook: str, parameters: Mapping[str, Any], root: str | Pat
     while folder.exists(): folder, n = Path(root)/f'{stem}-{n}', n + 1
     return folder
 
+class Stop(threading.Event):
+    "A flag that remembers why it was set."
+    reason: str | None = None
+
+    def caught(self, number: int, frame: Any) -> None:
+        "A signal handler."
+        self.reason = f'received {signal.Signals(number).name}'
+        self.set()
+
 class Run:
     """One run as its notebook sees it: `run.folder` to write into, `run.stop` (an Event set by TERM, USR1, USR2),
     `run.record(...)`, `run.phase(...)`, `run.finish()`. Also a context manager. Raises `RunFolderError` as `Manifest.claim`."""
@@ -266,7 +275,7 @@ class Run:
         engine = os.environ.get('VLMBENCH_RUN_FOLDER')
         self.joined = engine is not None and os.environ.get('VLMBENCH_NOTEBOOK') == notebook
         self.folder = Path(engine if self.joined else out or default_folder(notebook, parameters))
-        self.manifest, self.stop = Manifest(self.folder), threading.Event()
+        self.manifest, self.stop = Manifest(self.folder), Stop()
         self.error: str | None = None
         self._heart, self._done, self._old = None, False, {}
         if self.joined: self.manifest.update(versions=versions(), host=host_facts(), kernel_pid=os.getpid())
@@ -281,7 +290,7 @@ class Run:
         "Signal handlers (in a main thread only) and, in a notebook, an ear for failing cells."
         if threading.current_thread() is threading.main_thread():
             for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-                self._old[s] = signal.signal(s, lambda number, frame: self.stop.set())
+                self._old[s] = signal.signal(s, self.stop.caught)
         self._shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
         if self._shell is not None: self._shell.events.register('post_run_cell', self._after_cell)
 
@@ -303,8 +312,8 @@ class Run:
         try:
             yield self
             outcome = 'completed'
-        except Preempted:
-            outcome = 'preempted'
+        except SystemExit as e:
+            outcome = 'preempted' if e.code == EXIT_CODES['preempted'] else 'failed'
             raise
         finally:
             entry = dict(name=name, seconds=round(time.perf_counter() - began, 3), outcome=outcome)
@@ -312,7 +321,7 @@ class Run:
 
     def check(self) -> None:
         "Raises `Preempted` once a stop signal has arrived. Call between units of work that the training loop does not see."
-        if self.stop.is_set(): raise Preempted('stop signal received')
+        if self.stop.is_set(): raise Preempted(self.stop.reason or 'stop requested')
 
     def finish(self, status: str = 'completed', reason: str | None = None) -> None:
         """Ends the run (once; later calls change nothing). Under the engine only the reason is noted: the engine, which
