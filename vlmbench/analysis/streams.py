@@ -47,9 +47,9 @@ def scores(frame: pd.DataFrame, metric: str, token_set: str='all', span: int=1) 
         raise ValueError(f'no rows for metric={metric!r}, token_set={token_set!r}, span={span}; the frame holds {have[:12]}')
     return rows.set_index('layer').value.sort_index()
 
-# %% ../../nbs/analysis/00_streams.ipynb #9ed706be
+# %% ../../nbs/analysis/00_streams.ipynb #bd823a0b
 LABEL_SETS = ('answer', 'prompt_text', 'answer_predicting')
-IMAGE_SETS = ('image', 'text_after_image')
+IMAGE_SETS = ('image', 'text_after_image', 'text_after_images')
 
 @dataclass(frozen=True)
 class TokenSets:
@@ -79,7 +79,7 @@ def _image_mask(batch, ids, image_token_id):
     if (m := batch.get('image_ids')) is not None: return m >= 0
     return None if image_token_id is None or ids is None else ids == image_token_id
 
-# %% ../../nbs/analysis/00_streams.ipynb #5af52bf2
+# %% ../../nbs/analysis/00_streams.ipynb #953c3998
 def token_sets(batch: Mapping, image_token_id: int|None=None, pad_token_id: int|None=None) -> TokenSets:
     """Name the token sets of a batch of `input_ids` or `inputs_embeds`.
 
@@ -99,7 +99,10 @@ def token_sets(batch: Mapping, image_token_id: int|None=None, pad_token_id: int|
     image = None if image is None else image & valid
     text = valid if image is None else valid & ~image
     masks |= dict(text=text, text_predicting=same & text.roll(-1, 1))
-    if image is not None: masks |= dict(image=image, text_after_image=text & _after(image, samples))
+    if image is not None:
+        first, last = _image_bounds(image, samples)
+        at = torch.arange(image.shape[1], device=image.device)
+        masks |= dict(image=image, text_after_image=text & (at > first), text_after_images=text & (at > last))
     targets = torch.full_like(samples, -100)
     source = labels if ids is None else ids
     if source is not None: targets[:, :-1] = torch.where(same[:, :-1], source[:, 1:].long(), -100)
@@ -109,13 +112,14 @@ def token_sets(batch: Mapping, image_token_id: int|None=None, pad_token_id: int|
         targets[:, :-1] = torch.where(masks['answer_predicting'][:, :-1], labels[:, 1:].long(), targets[:, :-1])
     return TokenSets(masks, samples, targets, image)
 
-def _after(image, samples):
-    "Positions behind the first image token of their own sample."
-    n = int(samples.max()) + 1
-    at = torch.arange(image.shape[1], device=image.device).expand_as(image)
-    first = torch.full((n + 1,), image.shape[1], device=image.device)
-    first.scatter_reduce_(0, torch.where(image, samples, n).flatten(), at.flatten(), 'amin')
-    return at > first[samples]
+def _image_bounds(image, samples):
+    "Position of the first and of the last image token of every token's sample; beyond the row where the sample has none."
+    n, none = int(samples.max()) + 1, image.shape[1]
+    at = torch.arange(none, device=image.device).expand_as(image).flatten()
+    where = torch.where(image, samples, n).flatten()
+    first = torch.full((n + 1,), none, device=image.device).scatter_reduce_(0, where, at, 'amin')
+    last = torch.full((n + 1,), -1, device=image.device).scatter_reduce_(0, where, at, 'amax')
+    return first[samples], torch.where(last < 0, none, last)[samples]
 
 # %% ../../nbs/analysis/00_streams.ipynb #ddfd2e59
 class Moments:
