@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # development tools and extras: the package must import without any of them
 FORBIDDEN = '''nbdev execnb ghapi fastgit jupyterlab notebook sphinx myst_nb pytest hypothesis playwright ruff
-    tensorboard torch.utils.tensorboard gradio trackio wandb lm_eval lmms_eval submitit torchvision ipywidgets'''.split()
+    tensorboard torch.utils.tensorboard gradio trackio wandb lm_eval lmms_eval
+    submitit torchvision ipywidgets'''.split()
 IMPORT_ALL = textwrap.dedent('''
     import importlib, pkgutil, sys, vlmbench
     names = [m.name for m in pkgutil.walk_packages(vlmbench.__path__, 'vlmbench.')]
