@@ -24,10 +24,11 @@ from ..data.template import TEMPLATES
 from .results import Results, result_stem, score_predictions
 from .tasks import Item, Task
 
-# %% ../../nbs/evaluate/20_generate.ipynb #7690c72f
+# %% ../../nbs/evaluate/20_generate.ipynb #2fb9a131
 @torch.no_grad()
 def fingerprint(model: torch.nn.Module) -> str:
-    "16 hex digits from names, shapes and values of all tensors of the state; equal for equal weights in the same precision."
+    """16 hex digits from names, shapes and values of all tensors of the state; equal for equal weights in the same
+    precision."""
     h = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
         flat = t.detach().reshape(-1)
@@ -36,10 +37,10 @@ def fingerprint(model: torch.nn.Module) -> str:
         h.update(f'{name}{tuple(t.shape)}{flat.sum():.12g}{(flat * ramp).sum():.12g}'.encode())
     return h.hexdigest()[:16]
 
-# %% ../../nbs/evaluate/20_generate.ipynb #50ad4c61
+# %% ../../nbs/evaluate/20_generate.ipynb #edbaec45
 class GenerationLog:
-    """Append-only JSON Lines file of answers. `key` must equal the stored header's key, or ValueError says what differs;
-    `overwrite=True` starts afresh. `rows`: id -> stored answer; `dropped`: unreadable lines found."""
+    """Append-only JSON Lines file of answers. `key` must equal the stored header's key, or ValueError says what
+    differs; `overwrite=True` starts afresh. `rows`: id -> stored answer; `dropped`: unreadable lines found."""
     def __init__(self, path: str | Path, key: Mapping[str, Any], overwrite: bool = False):
         self.path, self.key, self.rows, self.dropped = Path(path), dict(key), {}, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +53,14 @@ class GenerationLog:
         complete, rest = lines[:-1], lines[-1]
         entries = [self._parse(x) for x in complete]
         if not entries or entries[0] is None or 'header' not in entries[0]:
-            raise ValueError(f'{self.path} is no log of generations (its first line has no header); delete it or use overwrite=True')
+            raise ValueError(f'{self.path} is no log of generations (its first line has no header); delete it or use '
+                             f'overwrite=True')
         old = entries[0]['header']
         if diff := [k for k in {**old, **self.key} if old.get(k) != self.key.get(k)]:
-            raise ValueError(f'{self.path} holds answers of something else: ' + ', '.join(f'{k} was {old.get(k)!r}, is {self.key.get(k)!r}'
-                             for k in diff) + '; use another folder, or overwrite=True to discard them')
+            what = ', '.join(f'{k} was {old.get(k)!r}, is {self.key.get(k)!r}' for k in diff)
+            raise ValueError(f'{self.path} holds answers of something else: {what}; use another folder, or '
+                             f'overwrite=True '
+                             'to discard them')
         self.rows = {e['id']: e for e in entries[1:] if e is not None}
         self.dropped = sum(e is None for e in entries) + bool(rest)
         if rest: os.truncate(self.path, self.path.stat().st_size - len(rest))
@@ -76,10 +80,11 @@ class GenerationLog:
         self._write(rows)
         self.rows |= {r['id']: dict(r) for r in rows}
 
-# %% ../../nbs/evaluate/20_generate.ipynb #c03fe8e6
+# %% ../../nbs/evaluate/20_generate.ipynb #307ad6e2
 def mean_colour(processor) -> tuple[int, int, int]:
     "The colour (0-255) that the processor's normalisation maps to zero; mid-grey where the processor names no mean."
-    for part in (processor, *(getattr(processor, n, None) for n in ('transform', 'image_transform', 'image_processor'))):
+    for part in (processor, *(getattr(processor, n, None) for n in ('transform', 'image_transform',
+                                                                    'image_processor'))):
         for name in ('mean', 'image_mean'):
             mean = getattr(part, name, None)
             if mean is not None: return tuple(int(round(255 * float(m))) for m in mean)
@@ -90,14 +95,15 @@ def blinded(image, colour: tuple[int, int, int]) -> Image.Image:
     size = image.size if hasattr(image, 'size') else image.load().size
     return Image.new('RGB', size, colour)
 
-# %% ../../nbs/evaluate/20_generate.ipynb #f60aa1bb
+# %% ../../nbs/evaluate/20_generate.ipynb #be8a7d1a
 def plan_batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
     "Batches of similar length and equal numbers of pictures, longest first."
     if batch_size < 1: raise ValueError(f'batch_size={batch_size} must be at least 1')
     order = sorted(items, key=lambda i: (-len(i.images), -sum(len(t.text) for t in i.turns), i.id))
     batches: list[list[Item]] = []
     for i in order:
-        if batches and len(batches[-1]) < batch_size and len(batches[-1][0].images) == len(i.images): batches[-1].append(i)
+        last = batches[-1] if batches else None
+        if last and len(last) < batch_size and len(last[0].images) == len(i.images): last.append(i)
         else: batches.append([i])
     return batches
 
@@ -111,49 +117,59 @@ def _ahead(make: Callable, jobs: Iterable) -> Iterator:
             waiting = future
         if waiting is not None: yield waiting.result()
 
-# %% ../../nbs/evaluate/20_generate.ipynb #757f5cb2
+# %% ../../nbs/evaluate/20_generate.ipynb #749219b1
 def _native(processor) -> bool: return hasattr(processor, 'encode') and getattr(processor, 'template', None) is not None
 
 def render_prompt(processor, sample: Sample) -> str:
     "The sample as one string that ends where the answer begins, image markers unexpanded."
     def content(text):
         if hasattr(processor, 'encode'): return text
-        return [dict(type='image')] * text.count('<image>') + [dict(type='text', text=text.replace('<image>', '').strip())]
+        return [dict(type='image')] * text.count('<image>') + [dict(type='text',
+                                                                    text=text.replace('<image>', '').strip())]
     messages = [dict(role=t.role, content=content(t.text)) for t in sample.turns]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 def prompt_inputs(processor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    "What `generate` takes for samples that end with a question: left-padded `input_ids` and `attention_mask` [batch, tokens], pixels."
+    """What `generate` takes for samples that end with a question: left-padded `input_ids` and `attention_mask` [batch,
+    tokens], pixels."""
     if _native(processor):
         from vlmbench.models.processor import stack_images
         rows = [processor.encode(s, add_generation_prompt=True) for s in samples]
-        batch = processor.tokenizer.pad(dict(input_ids=[r.input_ids.tolist() for r in rows]), padding_side='left', return_tensors='pt')
+        batch = processor.tokenizer.pad(dict(input_ids=[r.input_ids.tolist() for r in rows]), padding_side='left',
+                                        return_tensors='pt')
         return {**batch, **stack_images([i for r in rows for i in r.images])}
     images = [s.images for s in samples] if samples[0].images else None
-    return dict(processor(text=[render_prompt(processor, s) for s in samples], images=images, return_tensors='pt', padding=True,
+    return dict(processor(text=[render_prompt(processor, s) for s in samples], images=images, return_tensors='pt',
+                          padding=True,
                           padding_side='left', add_special_tokens=False))
 
 def check_prompt(processor, sample: Sample, answer: str) -> None:
-    """Raise ValueError unless the evaluation prompt of `sample` is, token for token, what training shows before `answer`.
-    Only processors that encode training samples can be checked."""
+    """Raise ValueError unless the evaluation prompt of `sample` is, token for token, what training shows before
+    `answer`. Only processors that encode training samples can be checked."""
     if not _native(processor): return
     trained = processor.encode(replace(sample, turns=[*sample.turns, Turn('assistant', answer)])).input_ids.tolist()
     asked = processor.encode(sample, add_generation_prompt=True).input_ids.tolist()
     if trained[:len(asked)] != asked:
         tok = processor.tokenizer
-        raise ValueError(f'item {sample.id!r}: the prompt differs from the training prompt.\n  evaluation: {tok.decode(asked)[-200:]!r}\n'
-                         f'  training:   {tok.decode(trained)[-200:]!r}\nA chat template must open an answer as it trains it.')
+        raise ValueError(f'item {sample.id!r}: the prompt differs from the training prompt.\n  evaluation: '
+                         f'{tok.decode(asked)[-200:]!r}\n'
+                         f'  training:   {tok.decode(trained)[-200:]!r}\nA chat template must open an answer as it '
+                         f'trains it.')
 
-# %% ../../nbs/evaluate/20_generate.ipynb #4884320e
+# %% ../../nbs/evaluate/20_generate.ipynb #41d0ebc2
 def pick_examples(frame, n: int = 24) -> list[str]:
-    "Ids of up to `n` items with pictures: one right and one wrong answer of each question type in turn, in a fixed order."
+    """Ids of up to `n` items with pictures: one right and one wrong answer of each question type in turn, in a fixed
+    order."""
     shown = frame[frame['image'].notna()]
-    shown = shown.assign(right=shown['score'] >= .5, order=shown['id'].map(lambda i: hashlib.sha256(str(i).encode()).hexdigest()))
+    shown = shown.assign(right=shown['score'] >= .5,
+                         order=shown['id'].map(lambda i: hashlib.sha256(str(i).encode()).hexdigest()))
     piles = [g.sort_values('order')['id'].tolist() for _, g in shown.groupby(['question_type', 'right'])]
     return [p[k] for k in range(max(map(len, piles), default=0)) for p in piles if k < len(p)][:n]
 
-def save_examples(results: Results, task: Task, folder: str | Path, n: int = 24, transform=None, size: int = 256) -> None:
-    "Write small PNG copies of `pick_examples` pictures to `<result>.examples/` and list them in `results.header['examples']`."
+def save_examples(results: Results, task: Task, folder: str | Path, n: int = 24, transform=None,
+                  size: int = 256) -> None:
+    """Write small PNG copies of `pick_examples` pictures to `<result>.examples/` and list them in
+    `results.header['examples']`."""
     stem, items, listed = result_stem(results.task, results.condition), {i.id: i for i in task.items}, []
     for k, i in enumerate(pick_examples(results.frame, n)):
         s = items[i].sample()
@@ -166,7 +182,7 @@ def save_examples(results: Results, task: Task, folder: str | Path, n: int = 24,
         listed.append(dict(id=i, file=f'{path.parent.name}/{path.name}'))
     results.header['examples'] = listed
 
-# %% ../../nbs/evaluate/20_generate.ipynb #820df2d4
+# %% ../../nbs/evaluate/20_generate.ipynb #545d9bb9
 @contextmanager
 def _evaluating(model):
     was = model.training
@@ -184,7 +200,9 @@ def _stop_ids(model, processor) -> list[int]:
     stop = getattr(TEMPLATES.get(template, template) if isinstance(template, str) else template, 'stop', None)
     if isinstance(stop, str) and stop in tok.get_vocab(): ids.add(tok.convert_tokens_to_ids(stop))
     ids.discard(None)
-    if not ids: raise ValueError('no end-of-answer token is known: set model.generation_config.eos_token_id or tokenizer.eos_token')
+    if not ids:
+        raise ValueError('no end-of-answer token is known: set model.generation_config.eos_token_id or '
+                         'tokenizer.eos_token')
     return sorted(ids)
 
 def _answers(new: torch.Tensor, stops: list[int], tokenizer) -> list[dict[str, Any]]:
@@ -196,31 +214,38 @@ def _answers(new: torch.Tensor, stops: list[int], tokenizer) -> list[dict[str, A
                         n_tokens=len(row) if end is None else end + 1, finish='length' if end is None else 'stop'))
     return out
 
-# %% ../../nbs/evaluate/20_generate.ipynb #976f3b79
+# %% ../../nbs/evaluate/20_generate.ipynb #0c9af720
 def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens: int | None = None, blind: bool = False,
-             out_dir: str | Path | None = None, condition: str | None = None, transform: Callable[[Sample], Sample] | None = None,
+             out_dir: str | Path | None = None, condition: str | None = None, transform: Callable[[Sample], Sample]
+             | None = None,
              seed: int | None = None, image_cache: int = 1024, examples: int = 24, overwrite: bool = False,
              on_batch: Callable[[int, int], None] | None = None) -> Results:
     """Greedy answers of `model` to all of `task`, scored.
 
-    `blind` replaces pictures by the mean colour (`condition` defaults to 'image' or 'blind'). `out_dir`: where the log of
-    generations and the results are written; an interrupted call resumes there. `transform` is applied to each sample just before it is
-    encoded (drawing markers, say) and is named in the header. `seed` is the training run's, recorded only: decoding is greedy.
-    `image_cache`: decoded pictures kept; `examples`: pictures copied beside the results for the report. `on_batch(done, total)` is called after each batch; raise from it to stop early.
+    `blind` replaces pictures by the mean colour (`condition` defaults to 'image' or 'blind'). `out_dir`: where the log
+    of generations and the results are written; an interrupted call resumes there. `transform` is applied to each sample
+    just before it is encoded (drawing markers, say) and is named in the header. `seed` is the training run's, recorded
+    only: decoding is greedy. `image_cache`: decoded pictures kept; `examples`: pictures copied beside the results for
+    the report. `on_batch(done, total)` is called after each batch; raise from it to stop early.
 
-    Raises ValueError for a blind run without pictures, a log of other weights, or a prompt that differs from the training prompt."""
-    if blind and not task.has_images: raise ValueError(f'task {task.name} has no pictures: a blind run would repeat the ordinary one')
+    Raises ValueError for a blind run without pictures, a log of other weights, or a prompt that differs from the
+    training prompt."""
+    if blind and not task.has_images:
+        raise ValueError(f'task {task.name} has no pictures: a blind run would repeat the ordinary one')
     condition = condition or ('blind' if blind else 'image')
     limit = max_new_tokens or task.max_new_tokens
-    how = None if transform is None else getattr(transform, 'name', None) or getattr(transform, '__name__', type(transform).__name__)
+    how = None if transform is None else getattr(transform, '__name__', type(transform).__name__)
     dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
-    key = dict(task=task.name, prompt_hash=task.prompt_hash, condition=condition, blind=blind, model=fingerprint(model), dtype=dtype,
+    key = dict(task=task.name, prompt_hash=task.prompt_hash, condition=condition, blind=blind, model=fingerprint(model),
+               dtype=dtype,
                max_new_tokens=limit, transform=how)
-    store = None if out_dir is None else GenerationLog(Path(out_dir)/f'{result_stem(task.name, condition)}.generations.jsonl', key, overwrite)
+    log_name = f'{result_stem(task.name, condition)}.generations.jsonl'
+    store = None if out_dir is None else GenerationLog(Path(out_dir)/log_name, key, overwrite)
     done = {} if store is None else dict(store.rows)
     resumed = sum(i.id in done for i in task.items)
     todo = [i for i in task.items if i.id not in done]
     colour, device, stops = mean_colour(processor), next(model.parameters()).device, _stop_ids(model, processor)
+    pad = processor.tokenizer.pad_token_id
 
     @lru_cache(maxsize=image_cache)
     def decode(ref): return ref.load()
@@ -244,7 +269,7 @@ def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens:
         for batch, texts, inputs in _ahead(prepare, plan_batches(todo, batch_size)):
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
             out = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=stops,
-                                 pad_token_id=processor.tokenizer.pad_token_id if processor.tokenizer.pad_token_id is not None else stops[0])
+                                 pad_token_id=stops[0] if pad is None else pad)
             said = _answers(out[:, inputs['input_ids'].shape[1]:], stops, processor.tokenizer)
             rows = [dict(id=i.id, prompt=t, **a) for i, t, a in zip(batch, texts, said)]
             if store is not None: store.add(rows)
@@ -252,9 +277,11 @@ def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens:
             n_tokens, n_new = n_tokens + sum(a['n_tokens'] for a in said), n_new + len(batch)
             if on_batch is not None: on_batch(len(done), len(task.items))
     seconds = time.perf_counter() - began
-    header = dict(model=key['model'], dtype=dtype, max_new_tokens=limit, transform=how, seed=seed, batch_size=batch_size, resumed=resumed,
+    header = dict(model=key['model'], dtype=dtype, max_new_tokens=limit, transform=how, seed=seed,
+                  batch_size=batch_size, resumed=resumed,
                   blind_colour=list(colour) if blind else None, seconds=round(seconds, 3), generated=n_new,
-                  tokens_per_s=round(n_tokens / seconds, 1), items_per_s=round(n_new / seconds, 2), prompt_checked=_native(processor))
+                  tokens_per_s=round(n_tokens / seconds, 1), items_per_s=round(n_new / seconds, 2),
+                  prompt_checked=_native(processor))
     results = score_predictions(task, {i.id: done[i.id] for i in task.items}, condition, header)
     results.header['cut_short'] = int((results.frame['finish'] == 'length').sum())
     if out_dir is not None:
@@ -262,18 +289,21 @@ def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens:
         results.save(out_dir)
     return results
 
-# %% ../../nbs/evaluate/20_generate.ipynb #8e47b93f
+# %% ../../nbs/evaluate/20_generate.ipynb #96c26478
 def rescore(task: Task, folder: str | Path, condition: str = 'image', save: bool = True) -> Results:
-    """Results of `task` from the log in `folder`; the prompts must be the ones that were answered (ValueError otherwise). The model
-    and speed facts of an earlier result are kept."""
+    """Results of `task` from the log in `folder`; the prompts must be the ones that were answered (ValueError
+    otherwise). The model and speed facts of an earlier result are kept."""
     path = Path(folder)/f'{result_stem(task.name, condition)}.generations.jsonl'
-    if not path.exists(): raise FileNotFoundError(f'{path} is missing: nothing was generated for {task.name} under {condition!r}')
+    if not path.exists():
+        raise FileNotFoundError(f'{path} is missing: nothing was generated for {task.name} under {condition!r}')
     with open(path, encoding='utf8') as f: key = json.loads(f.readline())['header']
     if key['prompt_hash'] != task.prompt_hash:
-        raise ValueError(f'{path} answers other prompts ({key["prompt_hash"][:10]}) than task {task.name} asks ({task.prompt_hash[:10]})')
+        raise ValueError(f'{path} answers other prompts ({key["prompt_hash"][:10]}) than task {task.name} asks '
+                         f'({task.prompt_hash[:10]})')
     old = path.with_name(f'{result_stem(task.name, condition)}.json')
     facts = json.loads(old.read_text(encoding='utf8')) if old.exists() else {}
-    kept = {k: facts[k] for k in ('dtype', 'seed', 'batch_size', 'seconds', 'tokens_per_s', 'items_per_s', 'cut_short', 'examples') if k in facts}
+    names = ('dtype', 'seed', 'batch_size', 'seconds', 'tokens_per_s', 'items_per_s', 'cut_short', 'examples')
+    kept = {k: facts[k] for k in names if k in facts}
     stored = GenerationLog(path, key).rows
     header = dict(model=key['model'], max_new_tokens=key['max_new_tokens'], **kept)
     out = score_predictions(task, {i.id: stored[i.id] for i in task.items if i.id in stored}, condition, header)

@@ -16,14 +16,15 @@ import pandas as pd
 __all__ = ['COLUMNS', 'result_stem', 'Results', 'score_predictions', 'majority_baseline', 'chance_baseline', 'compare',
            'text_retention', 'run_facts', 'load_results', 'accuracy_table', 'paired_table']
 
-# %% ../../nbs/evaluate/15_results.ipynb #cce70fa3
+# %% ../../nbs/evaluate/15_results.ipynb #8a841188
 from .scorers import normalise
-from .stats import (Difference, Interval, bootstrap_ci, holm, mcnemar, minimum_detectable, paired_bootstrap,
+from .stats import (Interval, bootstrap_ci, holm, mcnemar, minimum_detectable, paired_bootstrap,
                                      seeds_interval)
 from .tasks import Item, Task, image_key, sample_items
 
-# %% ../../nbs/evaluate/15_results.ipynb #8b4c678f
-COLUMNS = ('task', 'condition', 'id', 'question_type', 'cluster', 'group', 'image', 'question', 'prompt', 'prediction', 'parsed',
+# %% ../../nbs/evaluate/15_results.ipynb #4c44db12
+COLUMNS = ('task', 'condition', 'id', 'question_type', 'cluster', 'group', 'image', 'question', 'prompt', 'prediction',
+           'parsed',
            'answers', 'score', 'n_tokens', 'finish', 'scorer')
 
 def result_stem(task: str, condition: str = 'image') -> str:
@@ -32,7 +33,8 @@ def result_stem(task: str, condition: str = 'image') -> str:
 
 @dataclass
 class Results:
-    "Scored answers of one task under one condition: `frame` (`COLUMNS`) and `header` (hashes, scorer, its `metrics`, model)."
+    """Scored answers of one task under one condition: `frame` (`COLUMNS`) and `header` (hashes, scorer, its `metrics`,
+    model)."""
     task: str
     condition: str
     frame: pd.DataFrame
@@ -57,13 +59,15 @@ class Results:
                     interval=self.interval(level).to_dict(), by_type=self.by_type(level).to_dict('records'))
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
-        "Write `<task>.parquet` and `<task>.json` into `folder`, each renamed into place when complete; returns both paths."
+        """Write `<task>.parquet` and `<task>.json` into `folder`, each renamed into place when complete; returns both
+        paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stem, tmp = result_stem(self.task, self.condition), f'.tmp{os.getpid()}'
         table, card = folder/f'{stem}.parquet', folder/f'{stem}.json'
         self.frame.to_parquet(f'{table}{tmp}', index=False)
-        Path(f'{card}{tmp}').write_text(json.dumps(self.summary(), indent=1, ensure_ascii=False, default=str), encoding='utf8')
+        Path(f'{card}{tmp}').write_text(json.dumps(self.summary(), indent=1, ensure_ascii=False, default=str),
+                                        encoding='utf8')
         for p in (table, card): os.replace(f'{p}{tmp}', p)
         return table, card
 
@@ -72,42 +76,52 @@ class Results:
         "Read what `save` wrote; raises FileNotFoundError naming the missing file."
         stem = Path(folder)/result_stem(task, condition)
         for end in ('.parquet', '.json'):
-            if not Path(f'{stem}{end}').exists(): raise FileNotFoundError(f'{stem}{end} is missing: no such result was saved')
+            if not Path(f'{stem}{end}').exists():
+                raise FileNotFoundError(f'{stem}{end} is missing: no such result was saved')
         card = json.loads(Path(f'{stem}.json').read_text(encoding='utf8'))
         made = {'task', 'condition', 'n', 'accuracy', 'interval', 'by_type'}
         frame = pd.read_parquet(f'{stem}.parquet')
         frame['answers'] = frame['answers'].map(list)
         return cls(task, condition, frame, {k: v for k, v in card.items() if k not in made})
 
-# %% ../../nbs/evaluate/15_results.ipynb #ba448773
-def score_predictions(task: Task, predictions: Mapping[str, Any], condition: str = 'image', header: Mapping | None = None) -> Results:
-    """Results of `task` from `predictions`: item id -> raw text, or -> {'prediction': ..., 'prompt', 'n_tokens', 'finish'}.
-    Every item needs one; raises ValueError with the number and the first of those missing. Extra ids are refused as well."""
+# %% ../../nbs/evaluate/15_results.ipynb #e8eb600c
+def score_predictions(task: Task, predictions: Mapping[str, Any], condition: str = 'image',
+                      header: Mapping | None = None) -> Results:
+    """Results of `task` from `predictions`: item id -> raw text, or -> {'prediction': ..., 'prompt', 'n_tokens',
+    'finish'}. Every item needs one; raises ValueError with the number and the first of those missing. Extra ids are
+    refused as well."""
     items = {i.id: i for i in task.items}
     if missing := [i for i in items if i not in predictions]:
-        raise ValueError(f'task {task.name}: {len(missing)} of {len(items)} items have no prediction, first {missing[0]!r}; '
+        raise ValueError(f'task {task.name}: {len(missing)} of {len(items)} items have no prediction, first '
+                         f'{missing[0]!r}; '
                          'generate the rest first')
     if extra := [p for p in predictions if p not in items]:
-        raise ValueError(f'task {task.name}: {len(extra)} predictions belong to no item, first {extra[0]!r}: another version of the task?')
+        raise ValueError(f'task {task.name}: {len(extra)} predictions belong to no item, first {extra[0]!r}: another '
+                         f'version of the task?')
     rows = []
     for i in task.items:
         g = predictions[i.id]
         g = g if isinstance(g, Mapping) else dict(prediction=g)
         text, row = str(g['prediction']), i.row
-        rows.append(dict(task=task.name, condition=condition, id=i.id, question_type=i.question_type, cluster=i.cluster, group=i.group,
-                         image=image_key(i.images[0]) if i.images else None, question=i.question, prompt=g.get('prompt', i.turns[-1].text),
-                         prediction=text, parsed=task.scorer.parse(text, row), answers=list(i.answers), score=task.scorer.score(text, row),
+        rows.append(dict(task=task.name, condition=condition, id=i.id, question_type=i.question_type, cluster=i.cluster,
+                         group=i.group,
+                         image=image_key(i.images[0]) if i.images else None, question=i.question,
+                         prompt=g.get('prompt', i.turns[-1].text),
+                         prediction=text, parsed=task.scorer.parse(text, row), answers=list(i.answers),
+                         score=task.scorer.score(text, row),
                          n_tokens=g.get('n_tokens'), finish=g.get('finish'), scorer=task.scorer.spec))
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    facts = dict(task_version=task.version, prompt_hash=task.prompt_hash, content_hash=task.content_hash, scorer=task.scorer.spec,
+    facts = dict(task_version=task.version, prompt_hash=task.prompt_hash, content_hash=task.content_hash,
+                 scorer=task.scorer.spec,
                  metrics=task.scorer.summary(frame))
     return Results(task.name, condition, frame, {**(header or {}), **facts})
 
-# %% ../../nbs/evaluate/15_results.ipynb #180a6128
+# %% ../../nbs/evaluate/15_results.ipynb #0391f542
 def majority_baseline(task: Task, train: Task | Iterable[Sample]) -> Results:
-    """Answer every question with its type's most frequent training answer (ties: alphabetical order). A type that training never
-    asks gets the most frequent answer overall; such items are counted in `header['unseen_types']`."""
-    source = train.items if isinstance(train, Task) else (i for s in train for i in sample_items(s, type_key=task.type_key))
+    """Answer every question with its type's most frequent training answer (ties: alphabetical order). A type that
+    training never asks gets the most frequent answer overall; such items are counted in `header['unseen_types']`."""
+    if isinstance(train, Task): source = train.items
+    else: source = (i for s in train for i in sample_items(s, type_key=task.type_key))
     counts: dict[str, Counter] = defaultdict(Counter)
     for i in source: counts[i.question_type].update([normalise(Counter(i.answers).most_common(1)[0][0], True)])
     if not counts: raise ValueError(f'majority baseline of {task.name}: the training split holds no questions')
@@ -129,49 +143,58 @@ def chance_baseline(task: Task, candidates: Callable[[Item], Sequence[str]], con
     out.header['metrics'] = {}     # expected scores: the benchmark's own summary does not apply
     return out
 
-# %% ../../nbs/evaluate/15_results.ipynb #335ca59c
+# %% ../../nbs/evaluate/15_results.ipynb #3e895fea
 def _aligned(a: Results, b: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
     if a.header.get('prompt_hash') != b.header.get('prompt_hash'):
-        raise ValueError(f'{a.task}: the two results answer different prompts (prompt_hash {str(a.header.get("prompt_hash"))[:10]} and '
+        raise ValueError(f'{a.task}: the two results answer different prompts (prompt_hash '
+                         f'{str(a.header.get("prompt_hash"))[:10]} and '
                          f'{str(b.header.get("prompt_hash"))[:10]}); evaluate both on the same version of the task')
     if a.header.get('scorer') != b.header.get('scorer'):
-        raise ValueError(f'{a.task}: scored by {a.header.get("scorer")} and {b.header.get("scorer")}; score both again with one scorer')
+        raise ValueError(f'{a.task}: scored by {a.header.get("scorer")} and {b.header.get("scorer")}; score both '
+                         f'again with one scorer')
     return a.frame.set_index('id'), b.frame.set_index('id').loc[a.frame['id']]
 
 def compare(a: Results, b: Results, level: float = .95) -> dict[str, Any]:
-    """Paired comparison a - b on identical prompts: `difference` (cluster bootstrap), `mcnemar` (0/1 scores only, else None; it takes
-    items as independent) and `detectable`, the smallest difference this test would find four times out of five."""
+    """Paired comparison a - b on identical prompts: `difference` (cluster bootstrap), `mcnemar` (0/1 scores only, else
+    None; it takes items as independent) and `detectable`, the smallest difference this test would find four times out
+    of five."""
     x, y = _aligned(a, b)
     d = paired_bootstrap(x['score'], y['score'], x['cluster'].tolist(), level)
     binary = bool(x['score'].isin([0, 1]).all() and y['score'].isin([0, 1]).all())
-    return dict(difference=d, mcnemar=mcnemar(x['score'], y['score']) if binary else None, detectable=minimum_detectable(d.se))
+    return dict(difference=d, mcnemar=mcnemar(x['score'], y['score']) if binary else None,
+                detectable=minimum_detectable(d.se))
 
 def text_retention(after: Results, before: Results, level: float = .95) -> dict[str, Any]:
-    """How much of the language model is left: accuracy on text-only questions `after` training over `before` (the same model with
-    untrained vision, or its bare language model), with both accuracies and their paired `difference`."""
+    """How much of the language model is left: accuracy on text-only questions `after` training over `before` (the same
+    model with untrained vision, or its bare language model), with both accuracies and their paired `difference`."""
     d = compare(after, before, level)['difference']
     return dict(before=before.accuracy, after=after.accuracy, difference=d,
                 retention=after.accuracy / before.accuracy if before.accuracy else float('nan'))
 
-# %% ../../nbs/evaluate/15_results.ipynb #9e6419d0
+# %% ../../nbs/evaluate/15_results.ipynb #97eeca49
 def run_facts(folder: str | Path) -> dict[str, Any]:
     "run, method, seed and the manifest of a run folder; `missing` lists what was not recorded."
     folder, missing = Path(folder), []
     manifest = {}
     if (folder/'manifest.json').exists():
         try: manifest = json.loads((folder/'manifest.json').read_text(encoding='utf8'))
-        except json.JSONDecodeError as e: missing.append(f'{folder.name}: manifest.json is damaged ({e.msg} at {e.pos})')
+        except json.JSONDecodeError as e:
+            missing.append(f'{folder.name}: manifest.json is damaged ({e.msg} at {e.pos})')
     else: missing.append(f'{folder.name}: manifest.json')
     said = manifest.get('parameters') or {}
     method = said.get('recipe') or said.get('method') or manifest.get('recipe') or manifest.get('method')
     if isinstance(method, Mapping): method = method.get('name')
     seed = said.get('seed', manifest.get('seed'))
-    if method is None: missing.append(f'{folder.name}: parameter recipe'); method = re.sub(r'[-_.]?seed[-_=]?\d+$', '', folder.name)
+    if method is None:
+        missing.append(f'{folder.name}: parameter recipe')
+        method = re.sub(r'[-_.]?seed[-_=]?\d+$', '', folder.name)
     if seed is None: missing.append(f'{folder.name}: parameter seed')
-    return dict(run=str(folder), method=str(method), seed=-1 if seed is None else int(seed), manifest=manifest, missing=missing)
+    return dict(run=str(folder), method=str(method), seed=-1 if seed is None else int(seed), manifest=manifest,
+                missing=missing)
 
 def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    "All result tables under the run folders as one tidy frame, with run, method and seed. A run without results is listed in `attrs`."
+    """All result tables under the run folders as one tidy frame, with run, method and seed. A run without results is
+    listed in `attrs`."""
     frames, missing = [], []
     for folder in map(Path, run_dirs):
         if not folder.is_dir(): raise FileNotFoundError(f'{folder} is not a run folder')
@@ -181,21 +204,27 @@ def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         if not files: missing.append(f'{folder.name}: results/*.parquet')
         for f in files:
             frame = pd.read_parquet(f)
-            card = json.loads(f.with_suffix('.json').read_text(encoding='utf8')) if f.with_suffix('.json').exists() else {}
-            frames.append(frame.assign(run=facts['run'], method=facts['method'], seed=facts['seed'], prompt_hash=card.get('prompt_hash', '')))
-    out = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*COLUMNS, 'run', 'method', 'seed', 'prompt_hash'])
+            card = f.with_suffix('.json')
+            card = json.loads(card.read_text(encoding='utf8')) if card.exists() else {}
+            frames.append(frame.assign(run=facts['run'], method=facts['method'], seed=facts['seed'],
+                                       prompt_hash=card.get('prompt_hash', '')))
+    empty = pd.DataFrame(columns=[*COLUMNS, 'run', 'method', 'seed', 'prompt_hash'])
+    out = pd.concat(frames, ignore_index=True) if frames else empty
     out.attrs['not_recorded'] = missing
     return out
 
-# %% ../../nbs/evaluate/15_results.ipynb #98b7cef2
+# %% ../../nbs/evaluate/15_results.ipynb #6df313ed
 def _matrix(frame: pd.DataFrame) -> tuple[np.ndarray, list[str], list[int]]:
-    "Scores [seeds, items] of one method, task and condition, the items' clusters, and the seeds; items missing in a seed are an error."
+    """Scores [seeds, items] of one method, task and condition, the items' clusters, and the seeds; items missing in a
+    seed are an error."""
     twice = frame.duplicated(['seed', 'id'])
     if twice.any():
         f = frame[twice].iloc[0]
-        raise ValueError(f"{f['method']} seed {f['seed']} has two runs of {f['task']}: pass one run folder per method and seed")
+        raise ValueError(f"{f['method']} seed {f['seed']} has two runs of {f['task']}: pass one run folder per method "
+                         f"and seed")
     wide = frame.pivot(index='seed', columns='id', values='score')
-    if wide.isna().any().any(): raise ValueError(f"{frame['method'].iloc[0]}: seeds answered different items of {frame['task'].iloc[0]}")
+    if wide.isna().any().any():
+        raise ValueError(f"{frame['method'].iloc[0]}: seeds answered different items of {frame['task'].iloc[0]}")
     clusters = frame.drop_duplicates('id').set_index('id').loc[wide.columns, 'cluster']
     return wide.to_numpy(float), clusters.tolist(), wide.index.tolist()
 
@@ -207,19 +236,22 @@ def _interval(frame: pd.DataFrame, level: float) -> Interval:
     return bootstrap_ci(scores.mean(0), clusters, level)
 
 def accuracy_table(frame: pd.DataFrame, level: float = .95) -> pd.DataFrame:
-    "Per task, method, condition and question type ('all' included): seeds, n, score, low, high and how the interval was made."
+    """Per task, method, condition and question type ('all' included): seeds, n, score, low, high and how the interval
+    was made."""
     rows = []
     for (task, method, condition), f in frame.groupby(['task', 'method', 'condition'], sort=False):
         for t, part in [*f.groupby('question_type', sort=True), ('all', f)]:
             i = _interval(part, level)
-            rows.append(dict(task=task, method=method, condition=condition, question_type=t, seeds=part['seed'].nunique(),
+            rows.append(dict(task=task, method=method, condition=condition, question_type=t,
+                             seeds=part['seed'].nunique(),
                              n=part['id'].nunique(), score=i.mean, low=i.low, high=i.high, interval=i.method))
-    return pd.DataFrame(rows, columns=['task', 'method', 'condition', 'question_type', 'seeds', 'n', 'score', 'low', 'high', 'interval'])
+    columns = ['task', 'method', 'condition', 'question_type', 'seeds', 'n', 'score', 'low', 'high', 'interval']
+    return pd.DataFrame(rows, columns=columns)
 
 def paired_table(frame: pd.DataFrame, level: float = .95, baseline: str | None = None) -> pd.DataFrame:
-    """Every pair of methods (or every method against `baseline`) per task on the real pictures: difference, interval, p, Holm's p, seeds
-    in common, and the difference this comparison could detect (power 80%). Pairs without a common seed or prompt are left out and
-    listed in `attrs['left_out']`."""
+    """Every pair of methods (or every method against `baseline`) per task on the real pictures: difference, interval,
+    p, Holm's p, seeds in common, and the difference this comparison could detect (power 80%). Pairs without a common
+    seed or prompt are left out and listed in `attrs['left_out']`."""
     rows, left_out = [], []
     for task, f in frame[frame['condition'] == 'image'].groupby('task', sort=False):
         methods = list(dict.fromkeys(f['method']))
@@ -233,11 +265,14 @@ def paired_table(frame: pd.DataFrame, level: float = .95, baseline: str | None =
             hashes = set(fa['prompt_hash']) | set(fb['prompt_hash'])
             if len(hashes) > 1: left_out.append(f'{task}: {a} and {b} answered different prompts'); continue
             (x, clusters, _), (y, _, _) = _matrix(fa), _matrix(fb)
-            d = seeds_interval(x - y, clusters, level, null=0.) if len(common) > 1 else paired_bootstrap(x[0], y[0], clusters, level)
+            d = seeds_interval(x - y, clusters, level,
+                               null=0.) if len(common) > 1 else paired_bootstrap(x[0], y[0], clusters, level)
             exact = mcnemar(x[0], y[0]).p if len(common) == 1 and np.isin([x, y], (0, 1)).all() else np.nan
-            rows.append(dict(task=task, a=a, b=b, seeds=len(common), n=x.shape[1], difference=d.mean, low=d.low, high=d.high, p=d.p,
+            rows.append(dict(task=task, a=a, b=b, seeds=len(common), n=x.shape[1], difference=d.mean, low=d.low,
+                             high=d.high, p=d.p,
                              mcnemar_p=exact, detectable=minimum_detectable(d.se), interval=d.method))
-    out = pd.DataFrame(rows, columns=['task', 'a', 'b', 'seeds', 'n', 'difference', 'low', 'high', 'p', 'mcnemar_p', 'detectable', 'interval'])
+    columns = ['task', 'a', 'b', 'seeds', 'n', 'difference', 'low', 'high', 'p', 'mcnemar_p', 'detectable', 'interval']
+    out = pd.DataFrame(rows, columns=columns)
     out['p_holm'] = holm(out['p'])
     out.attrs['left_out'] = left_out
     return out

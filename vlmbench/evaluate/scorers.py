@@ -15,10 +15,11 @@ __all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'normalise', 'Ex
            'parse_yes_no', 'POPE', 'MME', 'parse_choice', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed',
            'get_scorer']
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #8d5bc64c
+# %% ../../nbs/evaluate/10_scorers.ipynb #42e699f6
 @dataclass(frozen=True)
 class Scorer:
-    "Base of all scorers: `parse` a prediction, `score` it in [0, 1], `summary` of a scored table; `spec` names the behaviour."
+    """Base of all scorers: `parse` a prediction, `score` it in [0, 1], `summary` of a scored table; `spec` names the
+    behaviour."""
     name: ClassVar[str] = ''
     version: ClassVar[str] = '1'
     binary: ClassVar[bool] = True   # every score is 0 or 1 (McNemar's test applies)
@@ -26,7 +27,8 @@ class Scorer:
     @property
     def spec(self) -> str:
         "`name/version` plus every setting that differs from its default: what a results file records."
-        changed = ','.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self) if getattr(self, f.name) != f.default)
+        changed = ','.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self)
+                           if getattr(self, f.name) != f.default)
         return f'{self.name}/{self.version}' + (f'[{changed}]' if changed else '')
 
     def parse(self, prediction: str, row: Mapping[str, Any]) -> str:
@@ -41,21 +43,23 @@ class Scorer:
         "What the benchmark reports beyond the mean of `score`, from a table with parsed, answers, score (and group)."
         return {}
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #3b864faa
+# %% ../../nbs/evaluate/10_scorers.ipynb #6a5332b3
 def row_answers(row: Mapping[str, Any]) -> list[str]:
     "Accepted answers of a row as strings; raises ValueError naming the row when there are none."
     a = row.get('answers')
     a = [a] if isinstance(a, (str, int, float)) else list(a) if a is not None else []
     out = [str(x['answer'] if isinstance(x, Mapping) else x) for x in a]
-    if not out: raise ValueError(f"row {row.get('id', '?')!r} has no 'answers': a scorer needs at least one accepted answer")
+    if not out:
+        raise ValueError(f"row {row.get('id', '?')!r} has no 'answers': a scorer needs at least one accepted answer")
     return out
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #5f09980e
+# %% ../../nbs/evaluate/10_scorers.ipynb #f29aeadb
 _PUNCT = str.maketrans('', '', string.punctuation)
 _ARTICLES = {'a', 'an', 'the'}
 
 def normalise(text: str, articles: bool = False) -> str:
-    "Lower case, NFKC, no ASCII punctuation, single spaces; drops a/an/the unless `articles`. Never turns something into nothing."
+    """Lower case, NFKC, no ASCII punctuation, single spaces; drops a/an/the unless `articles`. Never turns something
+    into nothing."""
     words = unicodedata.normalize('NFKC', str(text)).lower().split()
     bare = ' '.join(w for w in (x.translate(_PUNCT) for x in words) if w) or ' '.join(words)
     return bare if articles else ' '.join(w for w in bare.split() if w not in _ARTICLES) or bare
@@ -71,16 +75,19 @@ class ExactMatch(Scorer):
     def score(self, prediction, row):
         return float(self.parse(prediction, row) in {normalise(a, self.articles) for a in row_answers(row)})
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #a63e67e1
-_CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
-they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's
-where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
-you'd you'd've you'll you're you've""".split()
-_RESTORE = {w[:i] + w[i + 1:]: w for w in _CONTRACTIONS for i, c in enumerate(w) if c == "'"} | {"somebody'd": 'somebodyd'}
-_NUMBERS = {w: str(i) for i, w in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
+# %% ../../nbs/evaluate/10_scorers.ipynb #6c4bc15b
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+_RESTORE = {w[:i] + w[i + 1:]: w for w in _CONTRACTIONS for i,
+            c in enumerate(w) if c == "'"} | {"somebody'd": 'somebodyd'}
+_NUMBERS = {w: str(i) for i,
+            w in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
 _VQA_PUNCT = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER, _LOOSE_PERIOD = re.compile(r'(?<=\d),+(?=\d)'), re.compile(r'\.(?!\d)')
 
@@ -93,11 +100,12 @@ def vqa_normalise(text: str) -> str:
     words = (_NUMBERS.get(w, w) for w in out.lower().split())
     return ' '.join(_RESTORE.get(w, w) for w in words if w not in _ARTICLES)
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #641ef7f9
+# %% ../../nbs/evaluate/10_scorers.ipynb #6c0c0e74
 @dataclass(frozen=True)
 class VQASoft(Scorer):
-    """VQA soft accuracy: mean over left-out people of min(1, matches among the others / 3). Needs the human answers (ten in VQA v2,
-    TextVQA and VizWiz). `tokenize=True` adds TextVQA's word splitting (`'s` apart, commas and question marks dropped)."""
+    """VQA soft accuracy: mean over left-out people of min(1, matches among the others / 3). Needs the human answers
+    (ten in VQA v2, TextVQA and VizWiz). `tokenize=True` adds TextVQA's word splitting (`'s` apart, commas and question
+    marks dropped)."""
     tokenize: bool = False
     name: ClassVar[str] = 'vqa_soft'
     binary: ClassVar[bool] = False
@@ -109,8 +117,10 @@ class VQASoft(Scorer):
     def score(self, prediction, row):
         answers = [self.parse(a) for a in row_answers(row)]
         n = len(answers)
-        if n < 4: raise ValueError(f"row {row.get('id', '?')!r} has {n} answer(s): VQA soft accuracy compares with the answers "
-                                   "of at least four people; use scorer 'exact_match' for a single reference answer")
+        if n < 4:
+            raise ValueError(f"row {row.get('id', '?')!r} has {n} answer(s): VQA soft accuracy compares with the "
+                             f"answers of "
+                                   "at least four people; use scorer 'exact_match' for a single reference answer")
         hits = Counter(answers)[self.parse(prediction)]
         return (hits * min(1., (hits - 1) / 3) + (n - hits) * min(1., hits / 3)) / n if hits else 0.
 
@@ -124,28 +134,31 @@ def parse_yes_no(text: str) -> str:
     if lead: return 'yes' if lead[1][0] in 'yY' else 'no'
     return 'no' if _NEGATION.search(first) else 'yes' if _YES.search(first) else ''
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #f5f00ae9
+# %% ../../nbs/evaluate/10_scorers.ipynb #fa79dd21
 def _one_answer(row) -> str: return parse_yes_no(row_answers(row)[0])
 
 @dataclass(frozen=True)
 class POPE(Scorer):
-    "Yes/no questions (POPE): score 1 if the parsed answer is right; `summary` has accuracy, precision, recall, F1, yes_rate, unparsed."
+    """Yes/no questions (POPE): 1 if the parsed answer is right; `summary`: accuracy, precision, recall, f1, yes_rate,
+    unparsed."""
     name: ClassVar[str] = 'pope'
 
     def parse(self, prediction, row=None): return parse_yes_no(prediction)
     def score(self, prediction, row):
         truth = _one_answer(row)
-        if not truth: raise ValueError(f"row {row.get('id', '?')!r}: the answer {row_answers(row)[0]!r} is neither yes nor no")
+        if not truth:
+            raise ValueError(f"row {row.get('id', '?')!r}: the answer {row_answers(row)[0]!r} is neither yes nor no")
         return float(self.parse(prediction) == truth)
 
     def summary(self, frame):
         truth, said = frame['answers'].map(lambda a: _one_answer(dict(answers=a))), frame['parsed']
         true, yes = (truth == 'yes').to_numpy(), (said == 'yes').to_numpy()
         tp, fp, fn = (true & yes).sum(), (~true & yes).sum(), (true & ~yes).sum()
-        return dict(accuracy=float((said == truth).mean()), precision=float(tp / max(tp + fp, 1)), recall=float(tp / max(tp + fn, 1)),
-                    f1=float(2 * tp / max(2 * tp + fp + fn, 1)), yes_rate=float(yes.mean()), unparsed=float((said == '').mean()))
+        out = dict(accuracy=(said == truth).mean(), precision=tp / max(tp + fp, 1), recall=tp / max(tp + fn, 1),
+                   f1=2 * tp / max(2 * tp + fp + fn, 1), yes_rate=yes.mean(), unparsed=(said == '').mean())
+        return {k: float(v) for k, v in out.items()}
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #7ea22913
+# %% ../../nbs/evaluate/10_scorers.ipynb #591b4881
 MME_COGNITION = ('commonsense_reasoning', 'numerical_calculation', 'text_translation', 'code_reasoning')
 
 @dataclass(frozen=True)
@@ -159,25 +172,28 @@ class MME(Scorer):
         if text in ('y', 'n', 'yes', 'no'): return {'y': 'yes', 'n': 'no'}.get(text, text)
         return 'yes' if 'yes' in text[:4] else 'no' if len(text) > 1 and 'no' in text[:4] else ''
 
-    def score(self, prediction, row): return float(self.parse(prediction) == row_answers(row)[0].lower().strip().replace('.', ''))
+    def score(self, prediction, row):
+        return float(self.parse(prediction) == row_answers(row)[0].lower().strip().replace('.', ''))
 
     def summary(self, frame):
-        if frame['group'].isna().any(): raise ValueError("MME needs a 'group' (the picture) in every row to pair its questions")
+        if frame['group'].isna().any():
+            raise ValueError("MME needs a 'group' (the picture) in every row to pair questions")
         pairs = frame.groupby(['question_type', 'group'])['score'].agg(['mean', 'min', 'size'])
         bad = pairs[pairs['size'] != 2]
-        if len(bad): raise ValueError(f'MME pictures have two questions each; {len(bad)} do not, first: {bad.index[0]} has '
-                                      f'{int(bad["size"].iloc[0])}')
+        if len(bad): raise ValueError(f'MME pictures have two questions each; {len(bad)} do not, first: {bad.index[0]} '
+                                      f'has {int(bad["size"].iloc[0])}')
         cats = 100 * (pairs['mean'] + pairs['min']).groupby(level=0).mean()
         thought = cats.index.isin(MME_COGNITION)
         return dict(accuracy=float(pairs['mean'].mean()), accuracy_plus=float(pairs['min'].mean()),
                     perception=float(cats[~thought].sum()), cognition=float(cats[thought].sum()),
                     **{f'score/{c}': float(v) for c, v in cats.items()})
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #732a6cb6
+# %% ../../nbs/evaluate/10_scorers.ipynb #8eb604c3
 _ANNOUNCED = r'\b(?:answer|option|choice|choose|select|pick)(?:\s+is|\s+would\s+be)?\s*:?\s*(?:option\s+)?[(\[*"\']*'
 
 def parse_choice(text: str, choices: Sequence[str] | Mapping[str, str]) -> str:
-    "Option letter named by `text`, or ''. `choices`: option texts in order (lettered from A) or a letter -> text mapping."
+    """Option letter named by `text`, or ''. `choices`: option texts in order (lettered from A) or a letter -> text
+    mapping."""
     opts = dict(choices) if isinstance(choices, Mapping) else dict(zip(string.ascii_uppercase, choices))
     text, letters = text.strip(), ''.join(opts)
     if m := re.fullmatch(rf'[\s(\[*"\']*([{letters}])[\s)\].:,;*"\']*', text, re.I): return m[1].upper()
@@ -194,22 +210,25 @@ def parse_choice(text: str, choices: Sequence[str] | Mapping[str, str]) -> str:
         if len(hits) == 1: return hits[0]
     return ''
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #dab6ad88
+# %% ../../nbs/evaluate/10_scorers.ipynb #578daada
 @dataclass(frozen=True)
 class MultipleChoice(Scorer):
-    """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter, an option text or a 0-based index.
-    `summary`: unparsed share; with a `group` per question (MMBench's rotated copies) also circular accuracy: all copies right."""
+    """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter, an option text or
+    a 0-based index. `summary`: unparsed share; with a `group` per question (MMBench's rotated copies) also circular
+    accuracy: all copies right."""
     name: ClassVar[str] = 'multiple_choice'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')
-        if c is None or len(c) < 2: raise ValueError(f"row {row.get('id', '?')!r}: multiple choice needs two 'choices' or more")
+        if c is None or len(c) < 2:
+            raise ValueError(f"row {row.get('id', '?')!r}: multiple choice needs two or more 'choices'")
         return dict(c) if isinstance(c, Mapping) else dict(zip(string.ascii_uppercase, c))
 
     def truth(self, row) -> str:
         "The right option's letter."
         opts, a = self.options(row), row_answers(row)[0].strip()
-        hits = [k for k in opts if k == a.upper()] or [k for k, v in opts.items() if normalise(v, True) == normalise(a, True)]
+        hits = [k for k in opts if k == a.upper()] or [k for k, v in opts.items()
+                                                       if normalise(v, True) == normalise(a, True)]
         if not hits and a.isdigit() and int(a) < len(opts): hits = [list(opts)[int(a)]]
         if not hits: raise ValueError(f"row {row.get('id', '?')!r}: answer {a!r} is no option of {opts}")
         return hits[0]
@@ -233,10 +252,11 @@ def edit_distance(a: str, b: str) -> int:
         for j, y in enumerate(b, 1): diag, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diag + (x != y))
     return row[-1]
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #b5f4c772
+# %% ../../nbs/evaluate/10_scorers.ipynb #280564bf
 @dataclass(frozen=True)
 class ANLS(Scorer):
-    "Average normalised Levenshtein similarity (ST-VQA, DocVQA): best over answers, 0 below `threshold`; case and spacing ignored."
+    """Average normalised Levenshtein similarity (ST-VQA, DocVQA): best over answers, 0 below `threshold`; case and
+    spacing ignored."""
     threshold: float = .5
     name: ClassVar[str] = 'anls'
     binary: ClassVar[bool] = False
@@ -248,14 +268,15 @@ class ANLS(Scorer):
         best = max(similar(self.parse(a)) for a in row_answers(row))
         return best if best >= self.threshold else 0.
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #f7f9dd86
+# %% ../../nbs/evaluate/10_scorers.ipynb #70903b94
 def _number(text: str) -> float | None:
     m = re.fullmatch(r'([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(%?)', text.strip().lower())
     return float(m[1]) / (100 if m[2] else 1) if m else None
 
 @dataclass(frozen=True)
 class Relaxed(Scorer):
-    "ChartQA's relaxed accuracy: numbers within `tolerance` of the reference (% divides by 100), other answers equal ignoring case."
+    """ChartQA's relaxed accuracy: numbers within `tolerance` of the reference (% is /100), other answers equal ignoring
+    case."""
     tolerance: float = .05
     name: ClassVar[str] = 'relaxed'
 
@@ -268,12 +289,13 @@ class Relaxed(Scorer):
             return abs(value - ref) <= self.tolerance * abs(ref) if numbers else said == self.parse(answer)
         return float(any(right(a) for a in row_answers(row)))
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #20673f23
+# %% ../../nbs/evaluate/10_scorers.ipynb #2ebc7f00
 SCORERS = {s.name: s for s in (ExactMatch(), VQASoft(), POPE(), MME(), MultipleChoice(), ANLS(), Relaxed())}
 SCORERS |= {'gqa': ExactMatch(articles=True), 'textvqa': VQASoft(tokenize=True)}
 
 def get_scorer(name: str | Scorer) -> Scorer:
     "The scorer of that exact name (a scorer passes through); raises ValueError listing the names."
     if isinstance(name, Scorer): return name
-    if name not in SCORERS: raise ValueError(f'unknown scorer {name!r}: use one of {", ".join(SCORERS)} or pass a Scorer')
+    if name not in SCORERS:
+        raise ValueError(f'unknown scorer {name!r}: use one of {", ".join(SCORERS)} or pass a Scorer')
     return SCORERS[name]

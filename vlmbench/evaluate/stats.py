@@ -13,10 +13,11 @@ from scipy import stats as _st
 __all__ = ['Interval', 'clustered_se', 'bootstrap_ci', 'Difference', 'paired_bootstrap', 'McNemar', 'mcnemar', 'holm',
            'seeds_interval', 'minimum_detectable', 'items_needed', 'design_effect']
 
-# %% ../../nbs/evaluate/30_stats.ipynb #a1c8c9bb
+# %% ../../nbs/evaluate/30_stats.ipynb #047ddc6a
 @dataclass(frozen=True)
 class Interval:
-    "A mean with its confidence interval: `mean`, `low`, `high`, standard error `se`, `n` items in `clusters` clusters, `method`."
+    """A mean with its confidence interval: `mean`, `low`, `high`, standard error `se`, `n` items in `clusters`
+    clusters, `method`."""
     mean: float
     low: float
     high: float
@@ -38,7 +39,8 @@ def _scores(x, name='scores') -> np.ndarray:
 def _sums(x: np.ndarray, clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
     "(sum of scores [clusters], number of items [clusters])"
     if clusters is None: return x, np.ones(len(x))
-    if len(clusters) != len(x): raise ValueError(f'{len(x)} scores but {len(clusters)} cluster names; one cluster name per score')
+    if len(clusters) != len(x):
+        raise ValueError(f'{len(x)} scores but {len(clusters)} cluster names; one cluster name per score')
     codes = {}
     inv = np.fromiter((codes.setdefault(c, len(codes)) for c in clusters), int, len(x))
     return np.bincount(inv, x), np.bincount(inv).astype(float)
@@ -66,7 +68,7 @@ def _resampled_means(s: np.ndarray, k: np.ndarray, n_boot: int, rng: np.random.G
         out[i:i + block] = s[pick].sum(1) / k[pick].sum(1)
     return out
 
-# %% ../../nbs/evaluate/30_stats.ipynb #1644ca90
+# %% ../../nbs/evaluate/30_stats.ipynb #2eaa343c
 def _jackknife(s, k): return (s.sum() - s) / np.maximum(k.sum() - k, 1e-12)
 
 def _limits(boot, mean, s, k, level, method) -> tuple[float, float]:
@@ -83,9 +85,9 @@ def _limits(boot, mean, s, k, level, method) -> tuple[float, float]:
 
 def bootstrap_ci(scores, clusters: Sequence | None = None, level: float = .95, method: str = 'percentile',
                  n_boot: int = 10_000, seed: int = 0) -> Interval:
-    """Bootstrap interval of the mean score (Efron & Tibshirani 1993). `clusters`: one name per score (the image), resampled
-    whole. `method`: 'percentile' or 'bca' (bias-corrected and accelerated). Scores that are all 0 or all 1 leave nothing to
-    resample: the interval is then Clopper-Pearson's over the clusters, and `.method` says so."""
+    """Bootstrap interval of the mean score (Efron & Tibshirani 1993). `clusters`: one name per score (the image),
+    resampled whole. `method`: 'percentile' or 'bca' (bias-corrected and accelerated). Scores that are all 0 or all 1
+    leave nothing to resample: the interval is then Clopper-Pearson's over the clusters, and `.method` says so."""
     if method not in ('percentile', 'bca'): raise ValueError(f"method={method!r}: use 'percentile' or 'bca'")
     x = _scores(scores)
     s, k = _sums(x, clusters)
@@ -97,12 +99,13 @@ def bootstrap_ci(scores, clusters: Sequence | None = None, level: float = .95, m
     low, high = _limits(boot, mean, s, k, level, method)
     return Interval(mean, low, high, float(boot.std(ddof=1)), len(x), len(s), level, method)
 
-# %% ../../nbs/evaluate/30_stats.ipynb #1c4e73b9
+# %% ../../nbs/evaluate/30_stats.ipynb #d757e0d2
 @dataclass(frozen=True)
 class Difference(Interval):
     "Mean of a - b with interval, and `p`: two-sided p-value of no difference."
     p: float = float('nan')
-    def __str__(self): return f'{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}], p = {self.p:.2g}'
+    def __str__(self):
+        return f'{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}], p = {self.p:.2g}'
 
 def _sign_flip_p(s: np.ndarray, n_perm: int, rng) -> float:
     "Two-sided sign-flip p-value of cluster sums; equal magnitudes are flipped together by a binomial."
@@ -117,12 +120,14 @@ def _sign_flip_p(s: np.ndarray, n_perm: int, rng) -> float:
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
     a, b = _scores(a, 'a'), _scores(b, 'b')
     if len(a) == len(b): return a, b
-    raise ValueError(f'a has {len(a)} scores and b {len(b)}: a paired comparison needs the same items in the same order')
+    raise ValueError(f'a has {len(a)} scores and b {len(b)}: a paired comparison needs the same items in the same '
+                     f'order')
 
 def paired_bootstrap(a, b, clusters: Sequence | None = None, level: float = .95, method: str = 'percentile',
                      n_boot: int = 10_000, seed: int = 0) -> Difference:
-    """Difference of mean scores a - b on the same items in the same order: cluster-wise bootstrap interval, sign-flip p-value.
-    Differences that are all equal leave nothing to resample: the interval is that point and `.method` is 'constant'."""
+    """Difference of mean scores a - b on the same items in the same order: cluster-wise bootstrap interval, sign-flip
+    p-value. Differences that are all equal leave nothing to resample: the interval is that point and `.method` is
+    'constant'."""
     a, b = _pair(a, b)
     if method not in ('percentile', 'bca'): raise ValueError(f"method={method!r}: use 'percentile' or 'bca'")
     d, rng = a - b, np.random.default_rng(seed)
@@ -130,9 +135,10 @@ def paired_bootstrap(a, b, clusters: Sequence | None = None, level: float = .95,
     mean, p = float(d.mean()), _sign_flip_p(s, n_boot, rng)
     if np.ptp(d) == 0: return Difference(mean, mean, mean, 0., len(d), len(s), level, 'constant', p)
     boot = _resampled_means(s, k, n_boot, rng)
-    return Difference(mean, *_limits(boot, mean, s, k, level, method), float(boot.std(ddof=1)), len(d), len(s), level, method, p)
+    return Difference(mean, *_limits(boot, mean, s, k, level, method), float(boot.std(ddof=1)), len(d), len(s), level,
+                      method, p)
 
-# %% ../../nbs/evaluate/30_stats.ipynb #43497804
+# %% ../../nbs/evaluate/30_stats.ipynb #912c6ed6
 @dataclass(frozen=True)
 class McNemar:
     "Counts of items only `a` (only `b`) got right, and the exact two-sided binomial p-value."
@@ -144,7 +150,8 @@ class McNemar:
 def mcnemar(a, b) -> McNemar:
     "McNemar's exact test (1947) on paired 0/1 scores; raises ValueError on scores that are not 0 or 1."
     a, b = _pair(a, b)
-    if not np.isin([a, b], (0, 1)).all(): raise ValueError('McNemar needs 0/1 scores; use paired_bootstrap for soft scores')
+    if not np.isin([a, b], (0, 1)).all():
+        raise ValueError('McNemar needs 0/1 scores; use paired_bootstrap for soft scores')
     n_a, n_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     return McNemar(n_a, n_b, len(a), float(_st.binomtest(n_a, n_a + n_b, .5).pvalue) if n_a + n_b else 1.)
 
@@ -157,21 +164,23 @@ def holm(p: Sequence[float]) -> np.ndarray:
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return out
 
-# %% ../../nbs/evaluate/30_stats.ipynb #fdaf0e5d
+# %% ../../nbs/evaluate/30_stats.ipynb #05f6efd8
 def seeds_interval(scores, clusters: Sequence | None = None, level: float = .95,
                    null: float | None = None) -> Interval | Difference:
-    """Interval of the mean over training seeds *and* test items (both are samples). `scores`: [seeds, items] on the same items
-    in the same order; `clusters`: one name per item. Pass a difference of two such matrices and `null=0` for a paired
-    comparison with p-value. `.method`: 'seeds x items', or 'items only (one seed)'."""
+    """Interval of the mean over training seeds *and* test items (both are samples). `scores`: [seeds, items] on the
+    same items in the same order; `clusters`: one name per item. Pass a difference of two such matrices and `null=0` for
+    a paired comparison with p-value. `.method`: 'seeds x items', or 'items only (one seed)'."""
     x = np.atleast_2d(np.asarray(scores, float))
-    if x.ndim != 2 or x.shape[1] < 2: raise ValueError(f'scores must be [seeds, items] with two items or more, got shape {x.shape}')
+    if x.ndim != 2 or x.shape[1] < 2:
+        raise ValueError(f'scores must be [seeds, items] with two items or more, got shape {x.shape}')
     for i, row in enumerate(x): _scores(row, f'scores of seed {i}')
     n_seed, n = x.shape
     mean = float(x.mean())
     sums = [_sums(row, clusters) for row in x]
     k = sums[0][1]
     units = len(k)
-    u = np.stack([(s - k * mean) * units / n for s, _ in sums]) + mean          # equal-weight cluster units with the same mean
+    u = np.stack([(s - k * mean) * units / n for s,
+                  _ in sums]) + mean          # equal-weight cluster units with the same mean
     if units < 2: raise ValueError('all items are in one cluster: no interval can be made from a single picture')
     ms_item = n_seed * u.mean(0).var(ddof=1)
     if n_seed == 1: var, df, how = ms_item / units, units - 1, 'items only (one seed)'
@@ -188,18 +197,20 @@ def seeds_interval(scores, clusters: Sequence | None = None, level: float = .95,
     if null is None: return Interval(*base)
     return Difference(*base, p=float(2 * _st.t.sf(abs(mean - null) / se, df)) if se else float(mean == null))
 
-# %% ../../nbs/evaluate/30_stats.ipynb #e8b39d5d
+# %% ../../nbs/evaluate/30_stats.ipynb #da98f718
 def minimum_detectable(se: float, alpha: float = .05, power: float = .8) -> float:
     "Smallest true difference found with probability `power`, given the standard error of the (paired) difference."
     return float((_st.norm.ppf(1 - alpha / 2) + _st.norm.ppf(power)) * se)
 
 def items_needed(difference: float, sd: float, alpha: float = .05, power: float = .8, design_effect: float = 1.) -> int:
-    """Items for a paired test to find `difference`. `sd`: standard deviation of the per-item differences (for 0/1 scores about the
-    square root of the share of items on which the methods disagree); `design_effect`: variance inflation by clusters."""
+    """Items for a paired test to find `difference`. `sd`: standard deviation of the per-item differences (for 0/1
+    scores about the square root of the share of items on which the methods disagree); `design_effect`: variance
+    inflation by clusters."""
     if not difference: raise ValueError('difference=0 cannot be detected with any number of items')
     return int(np.ceil(design_effect * ((_st.norm.ppf(1 - alpha / 2) + _st.norm.ppf(power)) * sd / difference) ** 2))
 
 def design_effect(scores, clusters: Sequence) -> float:
-    "Variance of the mean with clusters over its variance without: how many dependent items are worth one independent item."
+    """Variance of the mean with clusters over its variance without: how many dependent items are worth one independent
+    item."""
     plain = clustered_se(scores)
     return (clustered_se(scores, clusters) / plain) ** 2 if plain else 1.

@@ -18,12 +18,12 @@ __all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'image_key', 'lettered', 'apply_promp
 from ..data.record import ImageRef, Quarantine, Sample, Turn, read_records
 from .scorers import MultipleChoice, Scorer, get_scorer, row_answers
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #4d16a79b
+# %% ../../nbs/evaluate/00_tasks.ipynb #98114385
 @dataclass(frozen=True)
 class Item:
-    """One question: `turns` end with the user's question (prompt applied), `images` are lazy references or PIL images, `regions`
-    are marked parts of them. `answers`: accepted answers; `question_type`, `choices`, `group` (pairs, rotated copies),
-    `cluster` (shared picture), `question` (its bare text)."""
+    """One question: `turns` end with the user's question (prompt applied), `images` are lazy references or PIL images,
+    `regions` are marked parts of them. `answers`: accepted answers; `question_type`, `choices`, `group` (pairs, rotated
+    copies), `cluster` (shared picture), `question` (its bare text)."""
     id: str
     turns: tuple[Turn, ...]
     images: tuple[Any, ...]
@@ -52,7 +52,7 @@ def image_key(image) -> str:
     data = getattr(image, 'data', None) or f'{image.mode}{image.size}'.encode() + image.tobytes()
     return 'pixels-' + hashlib.sha256(data).hexdigest()[:16]
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #b55e812d
+# %% ../../nbs/evaluate/00_tasks.ipynb #ef09db4d
 _MARKERS = re.compile(r'(?:\s*<image>\s*)+')
 
 def lettered(choices) -> str:
@@ -71,15 +71,18 @@ def _pick(value, i: int, n: int):
     if len(value) != n: raise ValueError(f'{len(value)} entries for {n} questions')
     return value[i]
 
-def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'question_type', history: bool = False) -> list[Item]:
-    """The questions of a sample. `meta[type_key]` (or its plural), `meta['answers']`, `'choices'` and `'group'` belong to the one
-    question or, as lists, to each in turn; without 'answers' the assistant's text is the answer. `meta['cluster']` (default:
-    the first picture) names what questions have in common. Raises ValueError naming the sample."""
+def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'question_type',
+                 history: bool = False) -> list[Item]:
+    """The questions of a sample. `meta[type_key]` (or its plural), `meta['answers']`, `'choices'` and `'group'` belong
+    to the one question or, as lists, to each in turn; without 'answers' the assistant's text is the answer.
+    `meta['cluster']` (default: the first picture) names what questions have in common. Raises ValueError naming the
+    sample."""
     system = tuple(t for t in sample.turns[:1] if t.role == 'system')
     turns = sample.turns[len(system):]
     asked = [i for i, t in enumerate(turns) if t.role == 'user']
     if not asked: raise ValueError(f'sample {sample.id!r} ({sample.source}) has no user turn: nothing is asked')
-    given = {**sample.meta, type_key: sample.meta.get(type_key, sample.meta.get(f'{type_key}s'))}    # a list has a plural name
+    given = {**sample.meta,
+             type_key: sample.meta.get(type_key, sample.meta.get(f'{type_key}s'))}    # a list has a plural name
     key = sample.meta.get('cluster') or (image_key(sample.images[0]) if sample.images else sample.id)
     marks, items = '<image>\n' * len(sample.images), []
     for n, i in enumerate(asked):
@@ -92,12 +95,13 @@ def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'qu
         before = tuple(turns[:i]) if history else ()
         user = Turn('user', apply_prompt(prompt, text, meta['choices']))
         name = f'{sample.id}/{n}' if len(asked) > 1 else str(sample.id)
-        items.append(Item(name, (*system, *before, user), tuple(sample.images), tuple(answers), str(meta[type_key] or 'all'),
+        items.append(Item(name, (*system, *before, user), tuple(sample.images), tuple(answers),
+                          str(meta[type_key] or 'all'),
                           meta['choices'], None if meta['group'] is None else str(meta['group']), str(key),
                           text.replace('<image>', '').strip(), tuple(sample.regions)))
     return items
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #bd41a2b2
+# %% ../../nbs/evaluate/00_tasks.ipynb #2e6f6b93
 def _digest(rows: Iterable[Any]) -> str:
     h = hashlib.sha256()
     for r in rows: h.update(json.dumps(r, ensure_ascii=False, default=str).encode() + b'\n')
@@ -105,8 +109,9 @@ def _digest(rows: Iterable[Any]) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """Records + prompt + scorer. `prompt` holds '{question}' (and '{choices}'); `scorer` is a `Scorer` or its name; `version` is raised by
-    hand when records or prompt change meaning; `max_new_tokens` bounds an answer; `history` keeps earlier turns of a dialogue."""
+    """Records + prompt + scorer. `prompt` holds '{question}' (and '{choices}'); `scorer` is a `Scorer` or its name;
+    `version` is raised by hand when records or prompt change meaning; `max_new_tokens` bounds an answer; `history`
+    keeps earlier turns of a dialogue."""
     name: str
     samples: Sequence[Sample]
     scorer: Scorer | str = 'exact_match'
@@ -117,8 +122,10 @@ class Task:
     history: bool = False
 
     def __post_init__(self):
-        if not re.fullmatch(r'[\w.+-]+', self.name): raise ValueError(f'task name {self.name!r}: use letters, digits and . _ + - (it names files)')
-        if '{question}' not in self.prompt: raise ValueError(f"task {self.name}: prompt {self.prompt!r} lacks '{{question}}'")
+        if not re.fullmatch(r'[\w.+-]+', self.name):
+            raise ValueError(f'task name {self.name!r}: use letters, digits and . _ + - (it names files)')
+        if '{question}' not in self.prompt:
+            raise ValueError(f"task {self.name}: prompt {self.prompt!r} lacks '{{question}}'")
         if not len(self.samples): raise ValueError(f'task {self.name} has no samples')
         object.__setattr__(self, 'scorer', get_scorer(self.scorer))
         object.__setattr__(self, 'samples', tuple(self.samples))
@@ -129,7 +136,9 @@ class Task:
         items = tuple(i for s in self.samples for i in sample_items(s, self.prompt, self.type_key, self.history))
         seen: set[str] = set()
         twice = [i.id for i in items if i.id in seen or seen.add(i.id)]
-        if twice: raise ValueError(f'task {self.name}: {len(twice)} question ids appear twice, first {twice[0]!r}; ids pair results')
+        if twice:
+            raise ValueError(f'task {self.name}: {len(twice)} question ids appear twice, first {twice[0]!r}; ids pair '
+                             f'results')
         return items
 
     @cached_property
@@ -141,7 +150,8 @@ class Task:
     @cached_property
     def content_hash(self) -> str:
         "Hash of the prompts, the answers, the types, the scorer and the version."
-        return _digest([[self.prompt_hash, self.name, self.version, self.scorer.spec]] + [[i.id, i.row] for i in self.items])
+        return _digest([[self.prompt_hash, self.name, self.version, self.scorer.spec]]
+                       + [[i.id, i.row] for i in self.items])
 
     @property
     def has_images(self) -> bool: return any(i.images for i in self.items)
@@ -149,39 +159,46 @@ class Task:
     def head(self, n: int) -> Task:
         "The first `n` samples as a task named `<name>.head<n>`, so that its results are never mistaken for the whole."
         return replace(self, name=f'{self.name}.head{n}', samples=self.samples[:n])
-    def __repr__(self): return f'Task({self.name!r} v{self.version}, {len(self)} questions, {self.scorer.spec}, {self.content_hash[:10]})'
+    def __repr__(self):
+        what = f'{len(self)} questions, {self.scorer.spec}, {self.content_hash[:10]}'
+        return f'Task({self.name!r} v{self.version}, {what})'
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #dafb544b
+# %% ../../nbs/evaluate/00_tasks.ipynb #ca642b57
 def load_task(path: str | Path, name: str | None = None, image_root: str | Path | None = None,
               quarantine: Quarantine | None = None, **kwargs) -> Task:
-    """Task from a LLaVA-style JSON or JSONL. `name` defaults to the file's stem, `image_root` to its folder; `kwargs` go to
-    `Task`. Raises `BadRecord` at the first unusable row unless a `quarantine` is given."""
+    """Task from a LLaVA-style JSON or JSONL. `name` defaults to the file's stem, `image_root` to its folder; `kwargs`
+    go to `Task`. Raises `BadRecord` at the first unusable row unless a `quarantine` is given."""
     path = Path(path)
     return Task(name or path.stem, list(read_records(path, image_root or path.parent, quarantine)), **kwargs)
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #7ef09e15
+# %% ../../nbs/evaluate/00_tasks.ipynb #9d54981f
 WORLD_TASKS = ('vqa_test', 'text_test', 'region_test')
 
-def world_tasks(folder: str | Path, splits: Sequence[str] = WORLD_TASKS, limit: int | None = None, **kwargs) -> dict[str, Task]:
-    "Tasks of a folder written by `write_world`, by split name; a missing file is an error. `limit`: first samples only (renames)."
+def world_tasks(folder: str | Path, splits: Sequence[str] = WORLD_TASKS, limit: int | None = None,
+                **kwargs) -> dict[str, Task]:
+    """Tasks of a folder written by `write_world`, by split name; a missing file is an error. `limit`: first samples
+    only (renames)."""
     folder, out = Path(folder), {}
     for split in splits:
         if not (folder/f'{split}.json').exists():
-            raise FileNotFoundError(f'{folder/split}.json is missing: write it with vlmbench.data.world.write_world, or name other splits')
+            raise FileNotFoundError(f'{folder/split}.json is missing: write it with vlmbench.data.world.write_world, '
+                                    f'or name other splits')
         task = load_task(folder/f'{split}.json', **kwargs)
         out[split] = task.head(limit) if limit else task
     return out
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #633911a3
+# %% ../../nbs/evaluate/00_tasks.ipynb #4fbd50bd
 _BRIEF = '{question}\nAnswer the question using a single word or phrase.'
 KINDS: dict[str, tuple[str, str]] = {   # kind: (scorer, prompt)
-    'exact': ('exact_match', '{question}'), 'gqa': ('gqa', _BRIEF), 'vqa': ('vqa_soft', _BRIEF), 'textvqa': ('textvqa', _BRIEF),
+    'exact': ('exact_match', '{question}'), 'gqa': ('gqa', _BRIEF), 'vqa': ('vqa_soft', _BRIEF),
+    'textvqa': ('textvqa', _BRIEF),
     'pope': ('pope', _BRIEF), 'mme': ('mme', '{question}'), 'anls': ('anls', _BRIEF), 'relaxed': ('relaxed', _BRIEF),
-    'choice': ('multiple_choice', "{question}\n{choices}\nAnswer with the option's letter from the given choices directly.")}
+    'choice': ('multiple_choice',
+               "{question}\n{choices}\nAnswer with the option's letter from the given choices directly.")}
 
 def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[dict[str, Any]]:
-    """Rows of a benchmark file: a JSON list, {'data': [...]} or {'questions': [...]}, {id: row} (GQA), JSONL, CSV/TSV or parquet.
-    `annotations` (VQA v2): a JSON with 'annotations', joined on question_id."""
+    """Rows of a benchmark file: a JSON list, {'data': [...]} or {'questions': [...]}, {id: row} (GQA), JSONL, CSV/TSV
+    or parquet. `annotations` (VQA v2): a JSON with 'annotations', joined on question_id."""
     path = Path(path)
     if path.suffix in ('.tsv', '.csv'):
         csv.field_size_limit(2**31 - 1)
@@ -195,7 +212,7 @@ def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[d
     try: rows = json.loads(text)
     except json.JSONDecodeError as e:
         if 'Extra data' not in e.msg: raise ValueError(f'{path}: not JSON: {e}') from None
-        return [json.loads(line) for line in text.splitlines() if line.strip()]   # POPE's .json files hold one row a line
+        return [json.loads(line) for line in text.splitlines() if line.strip()]   # POPE: .json, one row a line
     if isinstance(rows, dict):
         inner = next((rows[k] for k in ('data', 'questions') if isinstance(rows.get(k), list)), None)
         rows = inner if inner is not None else [dict(v, id=k) for k, v in rows.items()]
@@ -205,25 +222,31 @@ def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[d
     if absent: raise ValueError(f'{annotations}: no annotation for {len(absent)} question(s), first {absent[0]}')
     return [{**r, **truth[r['question_id']]} for r in rows]
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #09e66b01
+# %% ../../nbs/evaluate/00_tasks.ipynb #cbac1bd2
 _KEYS = dict(id=('question_id', 'questionId', 'id', 'index', 'qid'), question=('question', 'text', 'query'),
-             answers=('answers', 'answer', 'label', 'target'), image=('image', 'image_path', 'imgname', 'image_id', 'imageId'),
-             question_type=('question_type', 'answer_type', 'category', 'type'), group=('group',), choices=('choices', 'options'))
+             answers=('answers', 'answer', 'label', 'target'), image=('image', 'image_path', 'imgname', 'image_id',
+                                                                      'imageId'),
+             question_type=('question_type', 'answer_type', 'category', 'type'), group=('group',),
+             choices=('choices', 'options'))
 
 def _image(value, root, folder_name: Callable | None):
     "A row's picture: a path, PIL, {'bytes': ...} of a parquet file, or base64 text of a TSV (MMBench)."
     if isinstance(value, Mapping): value = value.get('bytes') or value.get('path')
     if isinstance(value, str) and len(value) > 1000: value = base64.b64decode(value)
     if isinstance(value, bytes): return ImageRef('', None, value)
-    return value if hasattr(value, 'convert') else ImageRef(folder_name(value) if folder_name else str(value), str(root))
+    return value if hasattr(value, 'convert') else ImageRef(folder_name(value) if folder_name else str(value),
+                                                            str(root))
 
-def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_root: str | Path, keys: Mapping[str, str] | None = None,
+def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_root: str | Path, keys: Mapping[str, str]
+              | None = None,
               image_name: Callable[[Any], str] | None = None, **kwargs) -> Task:
-    """Task from benchmark `rows` (dictionaries) of a `kind` in `KINDS`. `keys` maps id, question, answers, image, question_type, group,
-    choices to column names where the usual ones do not fit; `image_name` turns a row's image id into a path under `image_root`.
-    MME rows without 'group' are paired by their picture. Raises ValueError naming row and columns."""
+    """Task from benchmark `rows` (dictionaries) of a `kind` in `KINDS`. `keys` maps id, question, answers, image,
+    question_type, group, choices to column names where the usual ones do not fit; `image_name` turns a row's image id
+    into a path under `image_root`. MME rows without 'group' are paired by their picture. Raises ValueError naming row
+    and columns."""
     if kind not in KINDS: raise ValueError(f'kind={kind!r} is unknown: use one of {", ".join(KINDS)}')
-    if unknown := set(keys or {}) - set(_KEYS): raise ValueError(f'keys names {sorted(unknown)}; known are {", ".join(_KEYS)}')
+    if unknown := set(keys or {}) - set(_KEYS):
+        raise ValueError(f'keys names {sorted(unknown)}; known are {", ".join(_KEYS)}')
     scorer, prompt = KINDS[kind]
     def get(row, what):
         names = (keys[what],) if keys and what in keys else _KEYS[what]
@@ -232,13 +255,17 @@ def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_roo
     for n, row in enumerate(rows):
         v = {k: get(row, k) for k in _KEYS}
         for need in ('question', 'answers'):
-            if v[need] is None: raise ValueError(f'{name} row {n}: no {need}; it has {sorted(row)}; name the column in keys={{{need!r}: ...}}')
+            if v[need] is None:
+                raise ValueError(f'{name} row {n}: no {need}; it has {sorted(row)}; name the column in '
+                                 f'keys={{{need!r}: ...}}')
         letters = {c: row[c] for c in 'ABCDEFGH' if row.get(c) not in (None, '', 'nan')}
         choices = v['choices'] if v['choices'] is not None else letters or None
         if isinstance(v['question_type'], (list, tuple)): v['question_type'] = '+'.join(map(str, v['question_type']))
         images = [] if v['image'] is None else [_image(v['image'], image_root, image_name)]
         group = v['group'] if v['group'] is not None or kind != 'mme' else image_key(images[0]) if images else None
-        ident = f"{v['id'] if v['id'] is not None else n}" + (f'/{n}' if kind == 'mme' else '')   # MME gives both questions one id
-        meta = dict(question_type=v['question_type'], answers=[str(a) for a in row_answers(dict(answers=v['answers']))], choices=choices, group=group)
-        samples.append(Sample(ident, [Turn('user', '<image>\n' * len(images) + str(v['question']))], images, source=name, meta=meta))
+        ident = f"{v['id'] if v['id'] is not None else n}" + f'/{n}' * (kind == 'mme')   # MME: one id for both questions
+        answers = [str(a) for a in row_answers(dict(answers=v['answers']))]
+        meta = dict(question_type=v['question_type'], answers=answers, choices=choices, group=group)
+        samples.append(Sample(ident, [Turn('user', '<image>\n' * len(images) + str(v['question']))], images,
+                              source=name, meta=meta))
     return Task(name, samples, kwargs.pop('scorer', scorer), kwargs.pop('prompt', prompt), **kwargs)

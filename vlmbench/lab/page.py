@@ -77,7 +77,7 @@ def wide(svg: str) -> str:
     "A figure that keeps its text readable on a phone by scrolling sideways."
     return f'<div class="scroll figure">{svg}</div>'
 
-# %% ../../nbs/lab/05_page.ipynb #cec8e902
+# %% ../../nbs/lab/05_page.ipynb #1085c841
 _CSS = '''
 :root{--bg:#fff;--ink:#1d2731;--soft:#5d6b78;--line:#dde3e9;--panel:#f5f7f9;--bar:#dbe8f7;
  --good:#1f8557;--bad:#c23b54;--accent:#2f6fba;color-scheme:light dark}
@@ -86,9 +86,9 @@ _CSS = '''
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main,header>div,nav>div{max-width:1120px;margin:0 auto;padding:0 20px}
-header{padding:34px 0 18px}h1{margin:0;font-size:30px;letter-spacing:-.02em;line-height:1.2}header p{color:var(--soft);margin:6px 0 0}
-nav{position:sticky;top:0;background:var(--bg);border-bottom:1px solid var(--line);z-index:3}
-nav>div{display:flex;gap:18px;overflow-x:auto;padding-top:9px;padding-bottom:9px}
+header{padding:34px 0 18px}h1{margin:0;font-size:30px;letter-spacing:-.02em;line-height:1.2}header
+p{color:var(--soft);margin:6px 0 0} nav{position:sticky;top:0;background:var(--bg);border-bottom:1px solid
+var(--line);z-index:3} nav>div{display:flex;gap:18px;overflow-x:auto;padding-top:9px;padding-bottom:9px}
 nav a{color:var(--soft);text-decoration:none;white-space:nowrap;font-size:14px}nav a:hover{color:var(--accent)}
 section{padding:26px 0 6px;scroll-margin-top:42px}h2{font-size:21px;margin:0 0 4px;letter-spacing:-.01em}
 h3{font-size:15px;margin:18px 0 6px}section>p{margin:2px 0 12px;max-width:92ch;color:var(--soft)}
@@ -113,20 +113,22 @@ td small{display:block;color:var(--soft);font-size:11.5px}th small{color:var(--s
 svg{width:100%;height:auto;display:block}.figure>svg{min-width:620px}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(185px,1fr));gap:14px;margin:10px 0}
 .card{margin:0;border:1px solid var(--line);border-radius:10px;overflow:hidden;background:var(--panel)}
-.card img{width:100%;aspect-ratio:4/3;object-fit:contain;background:#20262c;display:block}.card img.small{image-rendering:pixelated}
-.card figcaption{padding:9px 12px 11px;font-size:13.5px}.card p{margin:0}.card .q{font-weight:600;overflow-wrap:anywhere}
-.card ul{list-style:none;margin:6px 0;padding:0;overflow-wrap:anywhere}.card .t{color:var(--soft);font-size:12.5px}
-.right::after{content:" ✓";color:var(--good);font-weight:700}.wrong::after{content:" ✗";color:var(--bad);font-weight:700}
-details{border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:8px 13px}summary{cursor:pointer}
+.card img{width:100%;aspect-ratio:4/3;object-fit:contain;background:#20262c;display:block}.card
+img.small{image-rendering:pixelated} .card figcaption{padding:9px 12px 11px;font-size:13.5px}.card p{margin:0}.card
+.q{font-weight:600;overflow-wrap:anywhere} .card ul{list-style:none;margin:6px 0;padding:0;overflow-wrap:anywhere}.card
+.t{color:var(--soft);font-size:12.5px} .right::after{content:"
+✓";color:var(--good);font-weight:700}.wrong::after{content:" ✗";color:var(--bad);font-weight:700} details{border:1px
+solid var(--line);border-radius:8px;margin:8px 0;padding:8px 13px}summary{cursor:pointer}
 pre{overflow:auto;max-height:420px;font-size:12px;background:var(--panel);padding:12px;border-radius:6px}
-.bad{color:var(--bad)}footer{color:var(--soft);font-size:13px;padding:26px 0 40px}
-.missing{border-left:3px solid var(--bad);padding:6px 14px 6px 30px;background:var(--panel);border-radius:0 8px 8px 0;font-size:13.5px}
-@media print{nav{display:none}details,figure,tr{break-inside:avoid}}'''
+.bad{color:var(--bad)}footer{color:var(--soft);font-size:13px;padding:26px 0 40px} .missing{border-left:3px solid
+var(--bad);padding:6px 14px 6px 30px;background:var(--panel);border-radius:0 8px 8px 0;font-size:13.5px} @media
+print{nav{display:none}details,figure,tr{break-inside:avoid}}'''
 
-# %% ../../nbs/lab/05_page.ipynb #e906761e
+# %% ../../nbs/lab/05_page.ipynb #fbf0ae19
 def html_page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str, str, str]],
               foot: str = '') -> str:
-    "The page. `title` and headings are text; `lead`, notes, contents, `foot` and the values of `tiles` (name, value) are HTML."
+    """The page. `title` and headings are text; `lead`, notes, contents, `foot` and the values of `tiles` (name, value)
+    are HTML."""
     nav = ''.join(f'<a href="#{i}">{esc(h)}</a>' for i, h, _, _ in sections)
     body = ''.join(f'<section id="{i}"><h2>{esc(h)}</h2>{f"<p>{note}</p>" if note else ""}{content}</section>'
                    for i, h, note, content in sections)
@@ -134,5 +136,6 @@ def html_page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections:
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
             f'<title>{esc(title)}</title><style>{_CSS}</style></head><body><header><div><h1>{esc(title)}</h1><p>{lead}</p></div>'
-            f'</header><nav><div>{nav}</div></nav><main><div class="tiles">{cards}</div>{body}<footer>{foot}</footer></main>'
+            f'</header><nav><div>{nav}</div></nav><main><div '
+            f'class="tiles">{cards}</div>{body}<footer>{foot}</footer></main>'
             '</body></html>')
