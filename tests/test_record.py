@@ -1,5 +1,7 @@
 """Records: row streams, readers, quarantine, writing; what is in equals what comes out plus what is listed."""
-import io, json, math, os, pickle, string, subprocess, sys, threading
+
+import io, json, math, os, pickle, string, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa, pyarrow.parquet as pq
@@ -8,9 +10,24 @@ from hypothesis import given, settings, strategies as st
 
 from vlmbench.data import rows as rows_module
 from vlmbench.data.quarantine import BadRecord, Quarantine, TooManyBadRecords
-from vlmbench.data.record import (ImageRef, Records, Region, Sample, Turn, image_first, parse_turns, read_index, read_llava,
-                                  read_records, read_regions, read_vora, sample_from_llava, sample_from_vora, to_llava_row,
-                                  write_llava)
+from vlmbench.data.record import (
+    ImageRef,
+    Records,
+    Region,
+    Sample,
+    Turn,
+    image_first,
+    parse_turns,
+    read_index,
+    read_llava,
+    read_records,
+    read_regions,
+    read_vora,
+    sample_from_llava,
+    sample_from_vora,
+    to_llava_row,
+    write_llava,
+)
 from vlmbench.data.region import parse_regions
 from vlmbench.data.rows import RowIndex, file_format, iter_rows
 
@@ -19,51 +36,84 @@ ROOT = Path(__file__).parents[1]
 
 def row(i=0, image='a.jpg', **extra):
     mark = '<image>\n' if image else ''
-    out = {'id': i, 'conversations': [{'from': 'human', 'value': f'{mark}Q{i}?'}, {'from': 'gpt', 'value': f'A{i}'}], **extra}
+    out = {
+        'id': i,
+        'conversations': [{'from': 'human', 'value': f'{mark}Q{i}?'}, {'from': 'gpt', 'value': f'A{i}'}],
+        **extra,
+    }
     return {**out, 'image': image} if image else out
 
 
 # --- raw rows
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
-                           lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=4), v, max_size=4), max_leaves=12)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=4), v, max_size=4),
+    max_leaves=12,
+)
 
 
 @given(st.lists(json_values, max_size=8), st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_list_stream_equals_json_load(values, window, ascii, indent):
     data = json.dumps(values, ensure_ascii=ascii, indent=indent).encode('utf-8', 'surrogatepass')
     expected = json.loads(data.decode('utf-8', 'surrogateescape'))
-    old, rows_module.WINDOW = rows_module.WINDOW, window              # tiny windows cut rows everywhere
-    try: got = [r for *_, r in rows_module._json_list(io.BytesIO(data))]
-    finally: rows_module.WINDOW = old
+    old, rows_module.WINDOW = rows_module.WINDOW, window  # tiny windows cut rows everywhere
+    try:
+        got = [r for *_, r in rows_module._json_list(io.BytesIO(data))]
+    finally:
+        rows_module.WINDOW = old
     assert [r.error for r in got] == [None] * len(values)
     assert [r.value for r in got] == expected and [r.number for r in got] == list(range(len(values)))
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_truncated_list_delivers_every_complete_row(data):
-    values = data.draw(st.lists(st.dictionaries(st.text('ab"\\é', max_size=3), st.text('xy"]}{é', max_size=9), max_size=3), min_size=1, max_size=6))
+    values = data.draw(
+        st.lists(
+            st.dictionaries(st.text('ab"\\é', max_size=3), st.text('xy"]}{é', max_size=9), max_size=3),
+            min_size=1,
+            max_size=6,
+        )
+    )
     text = json.dumps(values).encode()
     cut = data.draw(st.integers(1, len(text) - 1))
     ends, at = [], 1
     for v in values:
-        at += len(json.dumps(v)); ends.append(at); at += 2
+        at += len(json.dumps(v))
+        ends.append(at)
+        at += 2
     old, rows_module.WINDOW = rows_module.WINDOW, data.draw(st.integers(1, 30))
-    try: got = [r for *_, r in rows_module._json_list(io.BytesIO(text[:cut]))]
-    finally: rows_module.WINDOW = old
+    try:
+        got = [r for *_, r in rows_module._json_list(io.BytesIO(text[:cut]))]
+    finally:
+        rows_module.WINDOW = old
     complete = sum(e <= cut for e in ends)
     assert [r.value for r in got[:-1]] == values[:complete]
     assert got[-1].fatal and got[-1].number == complete and 'truncated' in got[-1].error
 
 
-@pytest.mark.parametrize('data, n, error', [
-    (b'', 0, 'empty'), (b'  ', 0, 'empty'), (b'{"a": 1}', 0, 'no list'), (b'[]', 0, None), (b'\xef\xbb\xbf[{"a": 1}]', 1, None),
-    (b'[{"a": 1},]', 1, 'syntax error'), (b'[{"a": 1}] x', 1, "'x' after the end"), (b'[{"a": 1} {"a": 2}]', 1, "'{' where a comma"),
-    (b'[{"a": NaN, "b": 123456789012345678901234567890, "c": 1e999}, {"d": 1}]', 2, None), (b'[{"a": "\xff\xfe"}, {"d": 1}]', 2, None),
-    (b'[' * 100_000, 0, 'nested too deeply'), (b'[{"a": ' + b'9' * 10_000 + b'}, {"b": 1}]', 0, 'syntax error'),
-    (b'[{"a": "x\ny"}, {"b": 1}]', 0, 'control character'), (b'[1, 23, 4]', 3, None), (b'[tru', 0, 'truncated')])
+@pytest.mark.parametrize(
+    'data, n, error',
+    [
+        (b'', 0, 'empty'),
+        (b'  ', 0, 'empty'),
+        (b'{"a": 1}', 0, 'no list'),
+        (b'[]', 0, None),
+        (b'\xef\xbb\xbf[{"a": 1}]', 1, None),
+        (b'[{"a": 1},]', 1, 'syntax error'),
+        (b'[{"a": 1}] x', 1, "'x' after the end"),
+        (b'[{"a": 1} {"a": 2}]', 1, "'{' where a comma"),
+        (b'[{"a": NaN, "b": 123456789012345678901234567890, "c": 1e999}, {"d": 1}]', 2, None),
+        (b'[{"a": "\xff\xfe"}, {"d": 1}]', 2, None),
+        (b'[' * 100_000, 0, 'nested too deeply'),
+        (b'[{"a": ' + b'9' * 10_000 + b'}, {"b": 1}]', 0, 'syntax error'),
+        (b'[{"a": "x\ny"}, {"b": 1}]', 0, 'control character'),
+        (b'[1, 23, 4]', 3, None),
+        (b'[tru', 0, 'truncated'),
+    ],
+)
 def test_odd_lists(data, n, error):
     got = [r for *_, r in rows_module._json_list(io.BytesIO(data))]
     assert sum(r.error is None for r in got) == n
@@ -71,7 +121,7 @@ def test_odd_lists(data, n, error):
 
 
 def test_lines_survive_bad_lines(tmp_path):
-    p = tmp_path/'a.jsonl'
+    p = tmp_path / 'a.jsonl'
     p.write_bytes(b'\xef\xbb\xbf{"id": 0}\r\n\n{"id": 1\n' + b'[' * 100_000 + b'\n{"id": "\xff"}\n{"id": 4}')
     got = list(iter_rows(p))
     assert [r.error is None for r in got] == [True, False, False, True, True] and not any(r.fatal for r in got)
@@ -80,38 +130,46 @@ def test_lines_survive_bad_lines(tmp_path):
     assert [index[i] for i in range(3)] == [got[0].value, got[3].value, got[4].value]
 
 
-@given(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9), max_size=3), max_size=9), st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9), max_size=3), max_size=9),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
 def test_index_equals_stream(tmp_path_factory, values, lines, ascii):
-    p = tmp_path_factory.mktemp('i')/('a.jsonl' if lines else 'a.json')
+    p = tmp_path_factory.mktemp('i') / ('a.jsonl' if lines else 'a.json')
     dump = lambda v: json.dumps(v, ensure_ascii=ascii)
     p.write_bytes(('\n'.join(map(dump, values)) if lines else dump(values)).encode('utf-8', 'surrogatepass'))
     stream = [r.value for r in iter_rows(p)]
     index = RowIndex(p)
     assert list(index) == stream
-    copy = pickle.loads(pickle.dumps(index))                            # loader workers get a copy
+    copy = pickle.loads(pickle.dumps(index))  # loader workers get a copy
     assert list(copy) == stream
-    index.close(); copy.close()
 
 
 def test_index_is_thread_safe(tmp_path):
-    p = tmp_path/'a.json'
+    p = tmp_path / 'a.json'
     p.write_text(json.dumps([{'id': i, 'pad': 'x' * (i % 50)} for i in range(500)]))
-    index, wrong = RowIndex(p), []
-    def work(k): wrong.extend(i for i in range(k, 500, 4) if index[i]['id'] != i)
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert not wrong
+    index = RowIndex(p)
+    with ThreadPoolExecutor(4) as pool:
+        assert [r['id'] for r in pool.map(index.__getitem__, range(500))] == list(range(500))
 
 
 def test_format_by_name_and_content(tmp_path):
-    for name, text, expected in (('a.json', ' \n[1]', 'json'), ('b.json', '{"id": 1}\n', 'jsonl'), ('c.jsonl', '', 'jsonl'),
-                                 ('d.parquet', '', 'parquet'), ('e.json', '\n' * 100 + '[]', 'json'), ('f.json', '', 'json')):
-        (tmp_path/name).write_text(text)
-        assert file_format(tmp_path/name) == expected, name
-    with pytest.raises(ValueError, match='unknown suffix'): file_format(tmp_path/'rows.csv')
-    with pytest.raises(ValueError, match="format='csv'"): list(iter_rows(tmp_path/'a.json', 'csv'))
+    for name, text, expected in (
+        ('a.json', ' \n[1]', 'json'),
+        ('b.json', '{"id": 1}\n', 'jsonl'),
+        ('c.jsonl', '', 'jsonl'),
+        ('d.parquet', '', 'parquet'),
+        ('e.json', '\n' * 100 + '[]', 'json'),
+        ('f.json', '', 'json'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert file_format(tmp_path / name) == expected, name
+    with pytest.raises(ValueError, match='unknown suffix'):
+        file_format(tmp_path / 'rows.csv')
+    with pytest.raises(ValueError, match="format='csv'"):
+        list(iter_rows(tmp_path / 'a.json', 'csv'))
 
 
 # --- memory
@@ -127,165 +185,273 @@ print(n, rss() - before)
 
 
 def test_reader_memory_does_not_grow_with_the_file(tmp_path):
-    "Peak of the streaming reader at 1,000 and 30,000 rows; json.load of the same file proves that the probe can see a growth."
+    "Peak at 1,000 and at 20,000 rows; json.load of the same file proves that the probe can see a growth."
+
     def peak(how, n):
-        out = subprocess.run([sys.executable, '-c', CHILD, how, str(tmp_path/f'{n}.json')], capture_output=True, text=True, cwd=ROOT)
+        out = subprocess.run(
+            [sys.executable, '-c', CHILD, how, str(tmp_path / f'{n}.json')], capture_output=True, text=True, cwd=ROOT
+        )
         assert out.returncode == 0, out.stderr
         rows, kb = map(int, out.stdout.split())
         assert rows == n
         return kb
-    for n in (1_000, 30_000):
-        with open(tmp_path/f'{n}.json', 'w') as f:
+
+    for n in (1_000, 20_000):
+        with open(tmp_path / f'{n}.json', 'w') as f:
             f.write('[' + ',\n'.join(json.dumps(row(i, pad='x' * 700)) for i in range(n)) + ']')
-    small, large, whole = peak('stream', 1_000), peak('stream', 30_000), peak('load', 30_000)
-    assert whole > 25_000                                               # the file has 25 MB
+    small, large, whole = peak('stream', 1_000), peak('stream', 20_000), peak('load', 20_000)
+    assert whole > 15_000  # the file has 17 MB
     assert large < small + 8_000 and large < whole / 3
 
 
 # --- turns
 
+
 def test_roles_and_order():
     chat = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
     assert [t.role for t in parse_turns(chat)[0]] == ['system', 'user', 'assistant']
-    assert parse_turns(chat[1:2])[0] == [Turn('user', 'a')]                                        # a question without answer
-    for bad, reason in (([], 'asks nothing'), (chat[2:], 'asks nothing'), (chat[1:] + chat[:1], 'after the start'),
-                        ([{'from': 'bot', 'value': 'x'}], 'unknown role'), (['x'], 'turn 0 is str'), ('x', 'not a list'),
-                        ([{'from': 'human'}], 'text of turn 0 is NoneType'), ([{'from': ['human'], 'value': ''}], 'unknown role'),
-                        ([{'from': 'human', 'value': '\ud800'}], 'not valid UTF-8')):
-        with pytest.raises(BadRecord, match=reason): parse_turns(bad)
+    assert parse_turns(chat[1:2])[0] == [Turn('user', 'a')]  # a question without answer
+    for bad, reason in (
+        ([], 'asks nothing'),
+        (chat[2:], 'asks nothing'),
+        (chat[1:] + chat[:1], 'after the start'),
+        ([{'from': 'bot', 'value': 'x'}], 'unknown role'),
+        (['x'], 'turn 0 is str'),
+        ('x', 'not a list'),
+        ([{'from': 'human'}], 'text of turn 0 is NoneType'),
+        ([{'from': ['human'], 'value': ''}], 'unknown role'),
+        ([{'from': 'human', 'value': '\ud800'}], 'not valid UTF-8'),
+    ):
+        with pytest.raises(BadRecord, match=reason):
+            parse_turns(bad)
 
 
 def test_leading_answer_is_dropped_and_noted(tmp_path):
     chat = [{'from': 'gpt', 'value': 'Hello'}, {'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yes'}]
-    (tmp_path/'a.json').write_text(json.dumps([{'id': 1, 'conversations': chat}]))
+    (tmp_path / 'a.json').write_text(json.dumps([{'id': 1, 'conversations': chat}]))
     q = Quarantine()
-    s, = read_llava(tmp_path/'a.json', quarantine=q)
-    assert [t.text for t in s.turns] == ['Hi', 'Yes'] and q.notes == {'dropped leading assistant turn': 1} and not q.n_bad
-    with pytest.raises(BadRecord, match='answers before any question'): list(read_llava(tmp_path/'a.json', first_turn='error'))
+    (s,) = read_llava(tmp_path / 'a.json', quarantine=q)
+    assert (
+        [t.text for t in s.turns] == ['Hi', 'Yes'] and q.notes == {'dropped leading assistant turn': 1} and not q.n_bad
+    )
+    with pytest.raises(BadRecord, match='answers before any question'):
+        list(read_llava(tmp_path / 'a.json', first_turn='error'))
 
 
 # --- images of a row
 
+
 def test_image_key_variants():
     assert sample_from_llava(row(image=None)).images == []
     assert sample_from_llava({**row(image=None), 'image': None}).images == []
-    two = row(); two['image'] = ['a.jpg', 'b.jpg']; two['conversations'][0]['value'] = '<image> or <image>?'
+    two = row()
+    two['image'] = ['a.jpg', 'b.jpg']
+    two['conversations'][0]['value'] = '<image> or <image>?'
     assert [i.path for i in sample_from_llava(two, '/d').images] == ['a.jpg', 'b.jpg']
-    for value in ('', 3, {'x': 1}, [None], 'http://x/a.jpg', 'a\0.jpg', '../a.jpg', 'a/../../b.jpg', '/etc/passwd', 'data:image/png;base64,xx'):
-        with pytest.raises(BadRecord): sample_from_llava(row(image=value) if value else {**row(), 'image': value}, '/d')
-    with pytest.raises(BadRecord, match='1 <image> in the text but 0'): sample_from_llava({**row(), 'image': []}, '/d')
+    for value in (
+        '',
+        3,
+        {'x': 1},
+        [None],
+        'http://x/a.jpg',
+        'a\0.jpg',
+        '../a.jpg',
+        'a/../../b.jpg',
+        '/etc/passwd',
+        'data:image/png;base64,xx',
+    ):
+        with pytest.raises(BadRecord):
+            sample_from_llava(row(image=value) if value else {**row(), 'image': value}, '/d')
+    with pytest.raises(BadRecord, match='1 <image> in the text but 0'):
+        sample_from_llava({**row(), 'image': []}, '/d')
 
 
 def test_full_path_wins_and_stays_inside():
     r = {**row(image='ignored.jpg'), 'full_path': '/d/coco/a.jpg'}
     assert sample_from_llava(r, '/d').images == [ImageRef('coco/a.jpg', '/d')]
     assert sample_from_llava(r, ('/other', '/d')).images == [ImageRef('/d/coco/a.jpg', ('/other', '/d'))]
-    with pytest.raises(BadRecord, match='allow_absolute'): sample_from_llava(r, '/elsewhere')
+    with pytest.raises(BadRecord, match='allow_absolute'):
+        sample_from_llava(r, '/elsewhere')
     assert sample_from_llava(r, '/elsewhere', allow_absolute=True).images == [ImageRef('/d/coco/a.jpg', None)]
 
 
 def test_missing_mark_is_an_error_or_prepended(tmp_path):
-    r = row(); r['conversations'][0]['value'] = 'Describe the object.'
-    with pytest.raises(BadRecord, match="missing_mark='prepend'"): sample_from_llava(r)
-    (tmp_path/'a.json').write_text(json.dumps([r]))
+    r = row()
+    r['conversations'][0]['value'] = 'Describe the object.'
+    with pytest.raises(BadRecord, match="missing_mark='prepend'"):
+        sample_from_llava(r)
+    (tmp_path / 'a.json').write_text(json.dumps([r]))
     q = Quarantine()
-    s, = read_llava(tmp_path/'a.json', quarantine=q, missing_mark='prepend')
+    (s,) = read_llava(tmp_path / 'a.json', quarantine=q, missing_mark='prepend')
     assert s.turns[0].text == '<image>\nDescribe the object.' and q.notes == {'prepended missing <image>': 1}
 
 
 def test_ids(tmp_path):
-    (tmp_path/'a.json').write_text(json.dumps([row(7), row('7'), {k: v for k, v in row().items() if k != 'id'}, row(True), row([1])]))
+    (tmp_path / 'a.json').write_text(
+        json.dumps([row(7), row('7'), {k: v for k, v in row().items() if k != 'id'}, row(True), row([1])])
+    )
     q = Quarantine(cap=1)
-    assert [s.id for s in read_llava(tmp_path/'a.json', quarantine=q)] == ['7', '7', 'a.json:2']
+    assert [s.id for s in read_llava(tmp_path / 'a.json', quarantine=q)] == ['7', '7', 'a.json:2']
     assert q.summary() == {'wrong type': 2}
 
 
 # --- VoRA
 
+
 def test_vora_prompt_rules():
-    def text(question, n): return sample_from_vora({'id': 1, 'frames': [f'{i}.jpg' for i in range(n)], 'conversations':
-                                                    [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': 'R'}]}, '/d').turns[0].text
+    def text(question, n):
+        return (
+            sample_from_vora(
+                {
+                    'id': 1,
+                    'frames': [f'{i}.jpg' for i in range(n)],
+                    'conversations': [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': 'R'}],
+                },
+                '/d',
+            )
+            .turns[0]
+            .text
+        )
+
     assert text('Describe', 1) == '<image>Describe'
     assert text('Describe\n<image>', 1) == 'Describe\n<image>'
     assert text('<video>What', 3) == '1s: <image>; 2s: <image>; 3s: <image>; \nWhat'
-    with pytest.raises(BadRecord, match='1 <image> in the text but 2'): text('<image>Both', 2)
-    system = {'id': 1, 'frames': ['a.jpg'], 'conversations': [{'from': 'system', 'value': 'S'}, {'from': 'human', 'value': 'a'}]}
+    with pytest.raises(BadRecord, match='1 <image> in the text but 2'):
+        text('<image>Both', 2)
+    system = {
+        'id': 1,
+        'frames': ['a.jpg'],
+        'conversations': [{'from': 'system', 'value': 'S'}, {'from': 'human', 'value': 'a'}],
+    }
     assert [t.text for t in sample_from_vora(system).turns] == ['S', '<image>a']
 
 
 def test_vora_parquet(tmp_path):
     chat = [{'from': 'human', 'value': 'Describe'}, {'from': 'gpt', 'value': 'A dog'}]
-    table = pa.table({'id': ['a', 'b', 'c'], 'frames': [[b'\x89PNG'], None, []], 'conversations': [chat] * 3, 'note': ['x', None, 'y']})
-    pq.write_table(table, tmp_path/'v.parquet')
-    a, b, c = read_vora(tmp_path/'v.parquet')
+    table = pa.table(
+        {
+            'id': ['a', 'b', 'c'],
+            'frames': [[b'\x89PNG'], None, []],
+            'conversations': [chat] * 3,
+            'note': ['x', None, 'y'],
+        }
+    )
+    pq.write_table(table, tmp_path / 'v.parquet')
+    a, b, c = read_vora(tmp_path / 'v.parquet')
     assert a.images[0].data == b'\x89PNG' and a.meta == {'note': 'x'} and b.images == c.images == [] and b.meta == {}
     structs = pa.table({'id': [1], 'frames': [[{'bytes': b'\x89', 'path': 'p'}]], 'conversations': [json.dumps(chat)]})
-    pq.write_table(structs, tmp_path/'s.parquet')
-    assert next(read_records(tmp_path/'s.parquet')).images == [ImageRef('', None, b'\x89')]
-    (tmp_path/'cut.parquet').write_bytes((tmp_path/'v.parquet').read_bytes()[:-9])
-    with pytest.raises(BadRecord, match='unreadable parquet'): list(read_vora(tmp_path/'cut.parquet'))
+    pq.write_table(structs, tmp_path / 's.parquet')
+    assert next(read_records(tmp_path / 's.parquet')).images == [ImageRef('', None, b'\x89')]
+    (tmp_path / 'cut.parquet').write_bytes((tmp_path / 'v.parquet').read_bytes()[:-9])
+    with pytest.raises(BadRecord, match='unreadable parquet'):
+        list(read_vora(tmp_path / 'cut.parquet'))
 
 
 # --- regions
 
+
 def test_published_region_rows(tmp_path):
-    rows = [{'id': 'refcocog-1', 'image': 'x.jpg', 'answer': 'a dog', 'bboxes': [[60, 17, 120, 44]], 'segmentations': [[[1., 2, 3, 4, 5, 9.]]]},
-            {'id': 'flickr30k-1', 'image': 'x.jpg', 'bbox': [[[0, 0, 9, 9], [1, 1, 5, 5]], [[2, 2, 3, 3]]], 'grounding': 'a dog <bbox0>'},
-            {'id': 'custom', 'image': 'x.jpg', 'bbox': [1, 2, 3, 4], 'conversations': row()['conversations']},
-            {'id': 'nothing', 'image': 'x.jpg', 'answer': 'a'}]
-    (tmp_path/'r.json').write_text(json.dumps(rows))
+    rows = [
+        {
+            'id': 'refcocog-1',
+            'image': 'x.jpg',
+            'answer': 'a dog',
+            'bboxes': [[60, 17, 120, 44]],
+            'segmentations': [[[1.0, 2, 3, 4, 5, 9.0]]],
+        },
+        {
+            'id': 'flickr30k-1',
+            'image': 'x.jpg',
+            'bbox': [[[0, 0, 9, 9], [1, 1, 5, 5]], [[2, 2, 3, 3]]],
+            'grounding': 'a dog <bbox0>',
+        },
+        {'id': 'custom', 'image': 'x.jpg', 'bbox': [1, 2, 3, 4], 'conversations': row()['conversations']},
+        {'id': 'nothing', 'image': 'x.jpg', 'answer': 'a'},
+    ]
+    (tmp_path / 'r.json').write_text(json.dumps(rows))
     q = Quarantine(cap=1)
-    a, b, c = read_regions(tmp_path/'r.json', quarantine=q)
-    assert a.regions == [Region((60, 17, 120, 44), ((1, 2, 3, 4, 5, 9),))] and a.turns == [] and a.meta['answer'] == 'a dog'
+    a, b, c = read_regions(tmp_path / 'r.json', quarantine=q)
+    assert (
+        a.regions == [Region((60, 17, 120, 44), ((1, 2, 3, 4, 5, 9),))]
+        and a.turns == []
+        and a.meta['answer'] == 'a dog'
+    )
     assert [r.label for r in b.regions] == ['<bbox0>', '<bbox0>', '<bbox1>'] and b.meta['bbox'] == rows[1]['bbox']
     assert c.turns and c.regions == [Region((1, 2, 3, 4))] and q.n_bad == 1
-    with pytest.raises(BadRecord, match="format='region'"): list(read_llava(tmp_path/'r.json'))
+    with pytest.raises(BadRecord, match="format='region'"):
+        list(read_llava(tmp_path / 'r.json'))
 
 
-@pytest.mark.parametrize('bad', [
-    {'regions': [{'box': [1, 2, 3]}]}, {'regions': [{'box': [3, 2, 1, 4]}]}, {'regions': [{'box': [1, 2, math.nan, 4]}]}, {'regions': 3},
-    {'regions': [{'box': [1, 2, '3', 4]}]}, {'regions': [{}]}, {'regions': [{'polygons': [[1, 2, 3, 4]]}]}, {'regions': [[1, 2, 3, 4]]},
-    {'regions': [{'polygons': [[1, 2, 3, 4, 5, 6, 7]]}]}, {'regions': [{'box': [0, 0, 1, 1], 'colour': 'red'}]}, {'bboxes': [None]},
-    {'bboxes': [[0, 0, 1, 1]], 'segmentations': [None, None]}, {'regions': [{'box': [0, 0, 1, 1], 'label': 3}]}, {'bbox': ['x']},
-    {'regions': [{'box': [0, 0, 1e300, 1]}]}, {'regions': [{'box': [True, 0, 3, 1]}]}, {'regions': [{'polygons': 'x'}]}])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        {'regions': [{'box': [1, 2, 3]}]},
+        {'regions': [{'box': [3, 2, 1, 4]}]},
+        {'regions': [{'box': [1, 2, math.nan, 4]}]},
+        {'regions': 3},
+        {'regions': [{'box': [1, 2, '3', 4]}]},
+        {'regions': [{}]},
+        {'regions': [{'polygons': [[1, 2, 3, 4]]}]},
+        {'regions': [[1, 2, 3, 4]]},
+        {'regions': [{'polygons': [[1, 2, 3, 4, 5, 6, 7]]}]},
+        {'regions': [{'box': [0, 0, 1, 1], 'colour': 'red'}]},
+        {'bboxes': [None]},
+        {'bboxes': [[0, 0, 1, 1]], 'segmentations': [None, None]},
+        {'regions': [{'box': [0, 0, 1, 1], 'label': 3}]},
+        {'bbox': ['x']},
+        {'regions': [{'box': [0, 0, 1e300, 1]}]},
+        {'regions': [{'box': [True, 0, 3, 1]}]},
+        {'regions': [{'polygons': 'x'}]},
+    ],
+)
 def test_bad_regions_have_a_reason(bad):
-    with pytest.raises(BadRecord, match='bad region|wrong type'): parse_regions(bad)
+    with pytest.raises(BadRecord, match='bad region|wrong type'):
+        parse_regions(bad)
 
 
 # --- index of ids
 
+
 def test_index_of_ids_stays_in_its_folder(tmp_path):
-    (tmp_path/'rows').mkdir()
-    (tmp_path/'rows'/'a.json').write_text(json.dumps(row('a')))
-    (tmp_path/'secret.json').write_text(json.dumps(row('s')))
-    (tmp_path/'ids.json').write_text(json.dumps(['a', '../secret', 'none', 3]))
+    (tmp_path / 'rows').mkdir()
+    (tmp_path / 'rows' / 'a.json').write_text(json.dumps(row('a')))
+    (tmp_path / 'secret.json').write_text(json.dumps(row('s')))
+    (tmp_path / 'ids.json').write_text(json.dumps(['a', '../secret', 'none', 3]))
     q = Quarantine(cap=1)
-    assert [s.id for s in read_index(tmp_path/'ids.json', tmp_path/'rows', quarantine=q)] == ['a']
+    assert [s.id for s in read_index(tmp_path / 'ids.json', tmp_path / 'rows', quarantine=q)] == ['a']
     assert q.summary() == {'outside the root': 1, 'unreadable row file': 1, 'wrong type': 1}
 
 
 # --- quarantine
 
+
 def test_without_quarantine_the_first_bad_row_names_file_and_row(tmp_path):
-    (tmp_path/'a.json').write_text(json.dumps([row(0), {'id': 1}]))
-    with pytest.raises(BadRecord, match=r"a\.json row 1 \(id 1\): no turns"): list(read_llava(tmp_path/'a.json'))
+    (tmp_path / 'a.json').write_text(json.dumps([row(0), {'id': 1}]))
+    with pytest.raises(BadRecord, match=r"a\.json row 1 \(id 1\): no turns"):
+        list(read_llava(tmp_path / 'a.json'))
 
 
 def test_cap_is_judged_from_a_hundred_rows_and_at_close(tmp_path):
     rows = [row(i) if i % 10 else {'id': i} for i in range(300)]
-    (tmp_path/'a.json').write_text(json.dumps(rows))
-    q = Quarantine(cap=.05)
-    with pytest.raises(TooManyBadRecords, match='no turns'): list(read_llava(tmp_path/'a.json', quarantine=q))
+    (tmp_path / 'a.json').write_text(json.dumps(rows))
+    q = Quarantine(cap=0.05)
+    with pytest.raises(TooManyBadRecords, match='no turns'):
+        list(read_llava(tmp_path / 'a.json', quarantine=q))
     assert q.n_seen == 100
-    q = Quarantine(cap=.2, path=tmp_path/'bad.json')
-    assert len(list(read_llava(tmp_path/'a.json', quarantine=q))) == 270
+    q = Quarantine(cap=0.2, path=tmp_path / 'bad.json')
+    assert len(list(read_llava(tmp_path / 'a.json', quarantine=q))) == 270
     q.close()
-    stored = json.loads((tmp_path/'bad.json').read_text())
-    assert stored['seen'] == 300 and stored['quarantined'] == 30 and [r['row'] for r in stored['records']] == list(range(0, 300, 10))
-    q = Quarantine(cap=.5, max_count=3)
-    with pytest.raises(TooManyBadRecords, match='max_count=3'): list(read_llava(tmp_path/'a.json', quarantine=q))
+    stored = json.loads((tmp_path / 'bad.json').read_text())
+    assert (
+        stored['seen'] == 300
+        and stored['quarantined'] == 30
+        and [r['row'] for r in stored['records']] == list(range(0, 300, 10))
+    )
+    q = Quarantine(cap=0.5, max_count=3)
+    with pytest.raises(TooManyBadRecords, match='max_count=3'):
+        list(read_llava(tmp_path / 'a.json', quarantine=q))
     q = Quarantine(cap=1, max_listed=2)
-    list(read_llava(tmp_path/'a.json', quarantine=q))
+    list(read_llava(tmp_path / 'a.json', quarantine=q))
     assert q.n_bad == 30 and len(q.records) == 2 and q.to_dict()['quarantined'] == 30
 
 
@@ -296,9 +462,11 @@ def test_cap_holds_for_any_pattern(bad, cap):
     try:
         for i, b in enumerate(bad):
             q.seen()
-            if b: q.add('f', i, None, 'x: y')
+            if b:
+                q.add('f', i, None, 'x: y')
         q.close()
-    except TooManyBadRecords: raised = True
+    except TooManyBadRecords:
+        raised = True
     shares = [sum(bad[:n]) / n for n in range(100, len(bad) + 1)] + [sum(bad) / len(bad)]
     over = [sum(bad[:n]) > cap * n for n in range(100, len(bad))] + [sum(bad) > cap * len(bad)]
     assert raised == any(over), (shares, cap)
@@ -306,26 +474,35 @@ def test_cap_holds_for_any_pattern(bad, cap):
 
 def test_truncated_file_delivers_then_stops_or_goes_on(tmp_path):
     text = json.dumps([row(i) for i in range(300)])
-    (tmp_path/'a.json').write_text(text[:len(text) // 2])
+    (tmp_path / 'a.json').write_text(text[: len(text) // 2])
     got, q = [], Quarantine()
     with pytest.raises(BadRecord, match='truncated.*allow_truncated'):
-        for s in read_llava(tmp_path/'a.json', quarantine=q): got.append(s.id)
+        for s in read_llava(tmp_path / 'a.json', quarantine=q):
+            got.append(s.id)
     assert got == [str(i) for i in range(len(got))] and len(got) > 100 and q.records[0]['row'] == len(got)
     q = Quarantine(allow_truncated=True)
-    assert [s.id for s in read_llava(tmp_path/'a.json', quarantine=q)] == got and q.summary() == {'truncated': 1}
-    with pytest.raises(BadRecord, match='truncated'): list(read_llava(tmp_path/'a.json'))
-    with pytest.raises(FileNotFoundError): list(read_llava(tmp_path/'none.json'))
+    assert [s.id for s in read_llava(tmp_path / 'a.json', quarantine=q)] == got and q.summary() == {'truncated': 1}
+    with pytest.raises(BadRecord, match='truncated'):
+        list(read_llava(tmp_path / 'a.json'))
+    with pytest.raises(FileNotFoundError):
+        list(read_llava(tmp_path / 'none.json'))
 
 
 # --- writing
 
 texts = st.text(st.characters(exclude_categories=('Cs',)), max_size=12).filter(lambda t: '<image>' not in t)
 numbers = st.integers(-9999, 9999) | st.floats(-9999, 9999)
-boxes = st.tuples(numbers, numbers, st.floats(1, 99), st.floats(1, 99)).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
+boxes = st.tuples(numbers, numbers, st.floats(1, 99), st.floats(1, 99)).map(
+    lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
+)
 polygons = st.lists(numbers, min_size=6, max_size=10).filter(lambda p: len(p) % 2 == 0).map(tuple)
 regions = st.builds(Region, boxes, st.lists(polygons, max_size=2).map(tuple), st.none() | texts)
-metas = st.dictionaries(st.sampled_from(['answers', 'question_type', 'x é']), json_values.filter(lambda v: True), max_size=2)
-paths = st.lists(st.text(string.ascii_letters + 'é _-', min_size=1, max_size=5).filter(str.strip), min_size=1, max_size=3).map('/'.join)
+metas = st.dictionaries(
+    st.sampled_from(['answers', 'question_type', 'x é']), json_values.filter(lambda v: True), max_size=2
+)
+paths = st.lists(
+    st.text(string.ascii_letters + 'é _-', min_size=1, max_size=5).filter(str.strip), min_size=1, max_size=3
+).map('/'.join)
 
 
 @st.composite
@@ -334,48 +511,64 @@ def samples(draw):
     pairs = draw(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
     turns = [t for q, a in pairs for t in (Turn('user', q), Turn('assistant', a))]
     turns[0] = Turn('user', '<image>' * n + turns[0].text)
-    if draw(st.booleans()): turns.insert(0, Turn('system', draw(texts)))
-    if draw(st.booleans()): turns.pop()
-    return Sample(draw(texts.filter(bool)), turns, [ImageRef(p, 'root') for p in draw(st.lists(paths, min_size=n, max_size=n))],
-                  draw(st.lists(regions, max_size=2)), draw(texts.filter(bool)), draw(metas))
+    if draw(st.booleans()):
+        turns.insert(0, Turn('system', draw(texts)))
+    if draw(st.booleans()):
+        turns.pop()
+    return Sample(
+        draw(texts.filter(bool)),
+        turns,
+        [ImageRef(p, 'root') for p in draw(st.lists(paths, min_size=n, max_size=n))],
+        draw(st.lists(regions, max_size=2)),
+        draw(texts.filter(bool)),
+        draw(metas),
+    )
 
 
 @given(st.lists(samples(), max_size=4), st.sampled_from(['a.json', 'a.jsonl']))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_write_then_read_is_the_identity(tmp_path_factory, items, name):
-    path = tmp_path_factory.mktemp('w')/name
+    path = tmp_path_factory.mktemp('w') / name
     utf8 = lambda v: json.dumps(v, ensure_ascii=False).encode('utf-8', 'replace')
-    items = [s for s in items if b'?' not in utf8(s.meta)]                       # lone surrogates in meta are refused on reading
+    items = [s for s in items if b'?' not in utf8(s.meta)]  # lone surrogates in meta are refused on reading
     assert write_llava(items, path) == len(items)
     assert list(read_llava(path, 'root')) == items
     assert list(Records(path, 'root')) == items
 
 
 def test_write_is_atomic_and_refuses_what_it_cannot_say(tmp_path):
-    path = tmp_path/'a.json'
+    path = tmp_path / 'a.json'
     write_llava([sample_from_llava(row(1))], path)
     before = path.read_bytes()
+
     def broken():
         yield sample_from_llava(row(2))
         raise RuntimeError('generator died')
-    with pytest.raises(RuntimeError): write_llava(broken(), path)
+
+    with pytest.raises(RuntimeError):
+        write_llava(broken(), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['a.json']
-    with pytest.raises(ValueError, match='in memory'): to_llava_row(Sample('1', [Turn('user', '<image>')], [ImageRef('', None, b'x')]))
-    with pytest.raises(ValueError, match='row keys'): to_llava_row(Sample('1', [Turn('user', '')], meta={'id': 3}))
-    with pytest.raises(ValueError, match='.jsonl'): write_llava([], tmp_path/'a.csv')
+    with pytest.raises(ValueError, match='in memory'):
+        to_llava_row(Sample('1', [Turn('user', '<image>')], [ImageRef('', None, b'x')]))
+    with pytest.raises(ValueError, match='row keys'):
+        to_llava_row(Sample('1', [Turn('user', '')], meta={'id': 3}))
+    with pytest.raises(ValueError, match='.jsonl'):
+        write_llava([], tmp_path / 'a.csv')
     absolute = Sample('1', [Turn('user', '<image>')], [ImageRef('/x/a.jpg')], source='s')
     write_llava([absolute], path)
     assert list(read_llava(path, allow_absolute=True)) == [absolute]
 
 
 def test_records_random_access(tmp_path):
-    path = tmp_path/'a.json'
+    path = tmp_path / 'a.json'
     path.write_text(json.dumps([row(0), {'id': 1}, row(2)]))
     records = Records(path, '/d')
     assert len(records) == 3 and records[2].id == '2' and records[2].where == 'a.json:2' and records[-3].id == '0'
-    with pytest.raises(BadRecord, match='a.json row 1: no turns'): records[1]
+    with pytest.raises(BadRecord, match='a.json row 1: no turns'):
+        records[1]
     path.write_text(json.dumps([row(0), row(1)])[:-20])
-    with pytest.raises(BadRecord, match='truncated'): Records(path)
+    with pytest.raises(BadRecord, match='truncated'):
+        Records(path)
     q = Quarantine(allow_truncated=True)
     assert len(Records(path, quarantine=q)) == 1 and q.n_bad == 1
 

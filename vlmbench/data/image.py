@@ -39,7 +39,7 @@ def resolve_path(path: str|Path, root: str|Path|tuple|None = None) -> Path:
     raise ImageError(f'outside the root: {path} leads to {full}, not below {", ".join(map(str, roots))}; '
                      'name its folder as a further root if you trust it')
 
-# %% ../../nbs/data/20_image.ipynb #1ced5874
+# %% ../../nbs/data/20_image.ipynb #37329abb
 FORMATS = 'JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'ICO', 'TGA', 'PCX'
 MAX_PIXELS = 89_478_485                # Pillow's own warning level: a quarter of a GiB of RGB
 
@@ -47,6 +47,9 @@ MAX_PIXELS = 89_478_485                # Pillow's own warning level: a quarter o
 def _formats():
     Image.init()
     return tuple(f for f in FORMATS if f in Image.OPEN)
+
+_MAGIC = ((b'\x89PNG', 'PNG'), (b'\xff\xd8\xff', 'JPEG'), (b'GIF8', 'GIF'), (b'RIFF', 'WEBP'), (b'II*\0', 'TIFF'),
+          (b'MM\0*', 'TIFF'), (b'BM', 'BMP'))
 
 def _what_is(head: bytes) -> str:
     text = head.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
@@ -114,7 +117,7 @@ def load_image(ref, root=None, max_pixels: int = MAX_PIXELS, background: tuple[i
     except FileNotFoundError: raise ImageError(f'missing: {full}') from None
     except OSError as e: raise ImageError(f'unreadable: {str(full)[:200]}: {e.strerror or e}') from None
 
-# %% ../../nbs/data/20_image.ipynb #e71c7c07
+# %% ../../nbs/data/20_image.ipynb #aea3fe0c
 def _decode(file, name, n_bytes, max_pixels, background, exif, note):
     if not n_bytes: raise ImageError(f'empty: {name} has zero bytes')
     if ImageFile.LOAD_TRUNCATED_IMAGES: note('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut pictures pass as grey')
@@ -132,7 +135,10 @@ def _decode(file, name, n_bytes, max_pixels, background, exif, note):
         turn = _TURN.get(_orientation(img, note)) if exif else None
         img = to_rgb(img, background)
     except ImageError: raise
-    except Image.UnidentifiedImageError: raise ImageError(f'not an image: {name} is {_what_is(head)}') from None
+    except Image.UnidentifiedImageError:
+        if kind := next((kind for magic, kind in _MAGIC if head.startswith(magic)), None):
+            raise ImageError(f'damaged: {name} ({n_bytes:,} bytes) starts as {kind} but its header is broken') from None
+        raise ImageError(f'not an image: {name} is {_what_is(head)}') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ImageError(f'too large: {name}: {e}') from None
     except Exception as e:                                        # decoders raise nearly anything on damaged bytes

@@ -130,7 +130,7 @@ def _image_ref(value, root, allow_absolute=False) -> ImageRef:
 
 def _root(root): return root if root is None else str(root) if isinstance(root, (str, Path)) else tuple(map(str, root))
 
-# %% ../../nbs/data/00_record.ipynb #7c9d130e
+# %% ../../nbs/data/00_record.ipynb #f69bc13a
 _LLAVA_KEYS = {'id', 'image', 'full_path', 'conversations', 'messages', 'regions', 'source'}
 
 def sample_from_llava(row: dict, image_root=None, allow_absolute: bool = False, first_turn: str = 'drop',
@@ -164,7 +164,8 @@ def sample_from_llava(row: dict, image_root=None, allow_absolute: bool = False, 
                                                        + (" (missing_mark='prepend' adds one)" if not slots else ''))
     meta = {k: v for k, v in row.items() if k not in _LLAVA_KEYS}
     _strings_only(meta)
-    return Sample(id, turns, images, regions, _text(row.get('source', source), 'source'), meta, where)
+    source = source if row.get('source') is None else _text(row['source'], 'source')
+    return Sample(id, turns, images, regions, source, meta, where)
 
 def _id(value, where):
     if value is None: return where

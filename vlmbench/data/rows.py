@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WINDOW', 'MAX_ROW', 'FORMATS', 'RawRow', 'file_format', 'iter_rows', 'RowIndex']
 
-# %% ../../nbs/data/05_rows.ipynb #3485591b
-import codecs, json, os
+# %% ../../nbs/data/05_rows.ipynb #c1dfa02d
+import codecs, json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,7 +167,7 @@ def iter_rows(path: str|Path, format: str|None = None) -> Iterator[RawRow]:
     OSError."""
     for *_, row in _spans(path, format): yield row
 
-# %% ../../nbs/data/05_rows.ipynb #bf8d7446
+# %% ../../nbs/data/05_rows.ipynb #69cd6d11
 class RowIndex(Sequence):
     """Indexable rows of a JSON list or JSON Lines file: `index[i]` reads and parses row `i` alone.
 
@@ -182,19 +182,13 @@ class RowIndex(Sequence):
         for start, end, row in _spans(path, self.format, 'latin-1'):
             if row.error: self.errors.append(row)
             else: self.starts.append(start); self.ends.append(end); self.numbers.append(row.number)
-        self._file = None
 
     def __len__(self): return len(self.starts)
 
     def __getitem__(self, i):
         if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]
-        if self._file is None: self._file = open(self.path, 'rb')
-        data = os.pread(self._file.fileno(), self.ends[i] - self.starts[i], self.starts[i])
+        with open(self.path, 'rb', buffering=0) as f:                  # no state to share between threads or workers
+            f.seek(self.starts[i])
+            data = f.read(self.ends[i] - self.starts[i])
         return json.loads(data.decode('utf-8-sig' if not i else 'utf-8', 'surrogateescape'))
-
-    def __getstate__(self): return {**self.__dict__, '_file': None}
-
-    def close(self):
-        "Close the file; it opens again when a row is asked for."
-        if self._file is not None: self._file.close(); self._file = None
