@@ -348,3 +348,14 @@ def test_patterns_parquet_and_tsv(copy):
 
 def test_ordered_sizes():
     assert list(SIZES.values()) == sorted(SIZES.values())
+
+
+def test_the_embedded_world_matches_its_card(tmp_path):
+    from vlmbench.data.world import WorldSize, write_world
+
+    names = [Path(f['path']).stem for f in load_card('world').files]
+    write_world(tmp_path / 'world', sizes=WorldSize(**dict.fromkeys(names, 4)))
+    report = check('world', tmp_path / 'world', full=True)
+    assert report.status == 0, str(report)
+    assert sorted(report.summary.file) == sorted(p.name for p in (tmp_path / 'world').glob('*_*.json'))
+    assert (report.summary.pictures_opened > 0).sum() == len(names) - 2                     # all but the text files
