@@ -226,7 +226,13 @@ def test_collator_errors():
     with pytest.raises(ValueError, match='more than length=4'): collate_packed([[doc]], 0, length=4)
     with pytest.raises(ValueError, match='more than length=4'): collate_padded([doc], 0, length=4)
     with pytest.raises(ValueError, match="side='middle'"): collate_padded([doc], 0, side='middle')
-    for batch in (collate_padded([doc], 0, length=9), collate_packed([[doc]], 0, 9)): assert batch['labels'].shape == (1, 9)
+    for batch in (collate_padded([doc], 0, length=9), collate_packed([[doc]], 0, 9)):
+        assert batch['labels'].shape == (1, 9)
+    seen, unseen = encode(Row('1', 5, (1, 3))), encode(Row('2', 5, (1, 3)))
+    unseen.images, unseen.id = [], 'blind'
+    with pytest.raises(ValueError, match="document 'blind' has tokens of 1 images but 0 pictures"):
+        collate_packed([[seen, unseen]], 0)
+    assert collate_packed([[unseen, unseen]], 0)['image_ids'].max() == 1        # without any pixels, for masks alone
 
 
 # --- the loader -------------------------------------------------------------------------------------------------------
@@ -337,7 +343,7 @@ def test_the_cap_stops_a_run():
 def test_samples_without_targets_are_bad():
     def mute(row, rng=None):
         e = encode(row)
-        if int(row.id) % 4 == 0: e.labels[1:] = IGNORE              # nothing predicts the first token, so it does not count
+        if int(row.id) % 4 == 0: e.labels[1:] = IGNORE              # nothing predicts the first token
         return e
     data = loader(sampler=StatefulSampler(60, 0, epochs=1), encode_fn=mute)
     drawn = {int(i) for b in data for i in b['sample_ids']}
@@ -395,7 +401,8 @@ def test_a_state_of_other_settings_is_refused(kw):
 def test_settings_are_checked():
     for kw, reason in ((dict(too_long='cut'), "too_long='cut'"), (dict(on_bad='ignore'), "on_bad='ignore'"),
                        (dict(side='up'), "side='up'"), (dict(batch_tokens=64), 'packing=False'),
-                       (dict(batch_tokens=8, packing=False), 'at least max_tokens'), (dict(batch_rows=0), 'batch_rows=0'), (dict(prefetch=-1), 'prefetch=-1')):
+                       (dict(batch_tokens=8, packing=False), 'at least max_tokens'),
+                       (dict(batch_rows=0), 'batch_rows=0'), (dict(prefetch=-1), 'prefetch=-1')):
         with pytest.raises(ValueError, match=reason): loader(**kw)
 
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from vlmbench.data.record import Turn
-from vlmbench.data.spans import EOS, IMAGE, TARGETS, ChatTemplate
+from vlmbench.data.spans import EOS, IMAGE, TARGETS
 from vlmbench.data.template import (IGNORE, TEMPLATES, encode, from_messages, get_template,
                                     images_first, prompt_is_prefix, target_texts, to_messages)
 
@@ -54,7 +54,7 @@ def byte_level(llama=False):
 
 
 def sentencepiece_like(scheme, rstrip=False, pieces=None):
-    "BPE over characters with spaces as '▁' and byte fallback; `scheme`: 'first', 'always' or 'legacy' (as a normaliser)"
+    "BPE over characters with '▁' for spaces and byte fallback; `scheme`: 'first', 'always', 'legacy' (a normaliser)"
     strips = lambda c: rstrip and c.startswith('<|') and c != '<|end_header_id|>'
     control = [AddedToken(c, rstrip=strips(c), special=True) for c in CONTROL]
     if pieces is None:

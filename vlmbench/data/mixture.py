@@ -6,10 +6,10 @@
 __all__ = ['interleave_evenly', 'mixture_draws', 'length_groups', 'Shuffled', 'EvenlyMixed', 'LengthGrouped', 'StatefulSampler',
            'reshard_state', 'Mixture']
 
-# %% ../../nbs/data/40_mixture.ipynb #ab846a8e
+# %% ../../nbs/data/40_mixture.ipynb #4d801698
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import numpy as np
 import torch
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'IGNORE', 'get_template', 'to_messages', 'from_messages', 'images_first', 'Encoded', 'encode',
-           'target_texts', 'prompt_is_prefix', 'Span', 'ChatTemplate', 'pieces', 'check_turns', 'IMAGE', 'BOS', 'EOS',
-           'CONTENT']
+           'target_texts', 'prompt_is_prefix', 'Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']
 
-# %% ../../nbs/data/10_template.ipynb #4104eb9f
+# %% ../../nbs/data/10_template.ipynb #2b8875ce
 import json, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from .record import Turn
-from .spans import BOS, CONTENT, EOS, IMAGE, ChatTemplate, Span, check_turns, pieces
+from .spans import BOS, CONTENT, EOS, IMAGE, ChatTemplate, Span, pieces
 
 # %% ../../nbs/data/10_template.ipynb #e502619d
 def _assistant_system(person: str) -> str:
@@ -44,8 +43,8 @@ def _chatml(name: str, close: str, **kw) -> ChatTemplate:
 
 def _phi(role: str) -> tuple[Span, ...]: return pieces((f'<|{role}|>',), '\n', CONTENT, ('<|end|>',), '\n')
 
-# %% ../../nbs/data/10_template.ipynb #8e7f9d91
-_all_ = ['Span', 'ChatTemplate', 'pieces', 'check_turns', 'IMAGE', 'BOS', 'EOS', 'CONTENT']  # of data.spans
+# %% ../../nbs/data/10_template.ipynb #2daa58ce
+_all_ = ['Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']  # of data.spans
 
 TEMPLATES = {t.name: t for t in (
     _vicuna('vicuna_v1', 'user'), _vicuna('llava_v1', 'human'),
