@@ -144,6 +144,14 @@ def test_audit_waits_for_images_and_refuses_a_dead_group(tmp_path):
     with pytest.raises(NoGradient, match="group 'projector' should train"): run(tmp_path / 'b', 'frozen', model=model)
 
 
+def test_a_text_only_step_leaves_a_lone_projector_alone(tmp_path):
+    "Nothing that trains is reached: no gradient, no update, no decay, and the run goes on."
+    model = tiny_vlm(); before = [p.clone() for p in model.parameters()]
+    _, result = run(tmp_path, model=model, stage=a_stage('frozen', 2, weight_decay=0.5), loader=packed_loader(images=False))
+    assert result.done and result.audit.waiting == ['projector'] and list(result.history.grad_norm) == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
 def test_metrics_are_complete_and_plausible(tmp_path):
     _, result = run(tmp_path, steps=3, save_every=None)
     h = result.history

@@ -97,7 +97,7 @@ def _positions(x, batch):
     if 'pixel_values' in batch and bad.ndim and len(bad) == len(batch['pixel_values']): return bad.reshape(len(bad), -1).any(-1)
     return None
 
-# %% ../../nbs/train/08_guard.ipynb #25a1a3e9
+# %% ../../nbs/train/08_guard.ipynb #785ec352
 def diagnose(plan: TrainPlan, micro: Sequence[Mapping[str, Any]], loss_of: Callable[[Mapping[str, Any]], torch.Tensor], rank: int = 0) -> list[dict]:
     """Find the non-finite tensor of each micro-batch: dicts `rank`, `micro` (its number), `tensor` (name and what it is), `samples` (ids).
 
@@ -123,7 +123,7 @@ def diagnose(plan: TrainPlan, micro: Sequence[Mapping[str, Any]], loss_of: Calla
             for p in plan.trainable.values(): p.grad = None
             loss = loss_of(batch)
             if _bad(loss): note('loss', loss)
-            if not found:
+            if not found and loss.requires_grad:
                 loss.backward()
                 bad = [n for n, p in plan.trainable.items() if p.grad is not None and _bad(p.grad)]
                 if bad: note(f'gradient of {bad[0]}' + (f' and {len(bad) - 1} more' if len(bad) > 1 else ''), loss)

@@ -182,7 +182,7 @@ def _evaluate(callbacks, moment, last, monitor):
             raise RecipeError(f'monitor={monitor!r}, but callback {c.name!r} returned {sorted(values)}')
         yield c.name, values
 
-# %% ../../nbs/train/10_loop.ipynb #b52e1600
+# %% ../../nbs/train/10_loop.ipynb #e829bfca
 def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | None, out_dir: str | Path, *, seed: int = 0, precision: str = 'fp32',
           resume: str | Path | None = 'auto', callbacks: Sequence[Callback] = (), extra_losses: Mapping[str, LossTerm] | None = None,
           stop_flag: Any = None, loader: Any = None, groups: Mapping | None = None, device: str | None = None, save_every: int | None = None,
@@ -263,7 +263,7 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
             parts = 0
             for batch in micro:
                 loss, losses = forward.losses(batch, counts)
-                loss.backward()
+                if loss.requires_grad: loss.backward()           # a text-only micro-batch does not reach a projector that trains alone
                 parts = parts + torch.stack([loss.detach().float(), *losses])
 
             ranks.sum_gradients([*params.values()])

@@ -102,7 +102,7 @@ def patch_weights(thing, size, grid: int) -> np.ndarray:
     cover = np.outer(np.clip(np.minimum(g + 1, y1) - np.maximum(g, y0), 0, 1), np.clip(np.minimum(g + 1, x1) - np.maximum(g, x0), 0, 1)).ravel()
     return (cover / cover.sum()).astype(np.float32)
 
-# %% ../../nbs/train/40_pretrain.ipynb #2343bf7c
+# %% ../../nbs/train/40_pretrain.ipynb #0b37227e
 class PhraseTower(nn.Module):
     "Text side of the contrastive pair: summed word vectors through an MLP, and the picture-side projections; thrown away afterwards."
     def __init__(self, width: int):
@@ -119,11 +119,11 @@ def contrastive(seen: torch.Tensor,   # [n, width] unit vectors of regions or pi
                 said: torch.Tensor,   # [n, width] unit vectors of their phrases
                 ids: torch.Tensor,    # [n, words] word numbers; equal phrases are all correct
                 scale: torch.Tensor) -> torch.Tensor:
-    "Symmetric InfoNCE; rows with the same phrase share the target."
+    "Symmetric InfoNCE minus the entropy of its targets (0 is perfect); rows with the same phrase share the target."
     logits = seen @ said.T * scale.exp()
     same = (ids[:, None] == ids[None]).all(-1).float()
-    same = same / same.sum(1, keepdim=True)                 # symmetric up to the shared row sums
-    return -((same * logits.log_softmax(1)).sum(1).mean() + (same.T * logits.log_softmax(0)).sum(0).mean()) / 2
+    floor, same = same.sum(1).log().mean(), same / same.sum(1, keepdim=True)
+    return -((same * logits.log_softmax(1)).sum(1).mean() + (same.T * logits.log_softmax(0)).sum(0).mean()) / 2 - floor
 
 # %% ../../nbs/train/40_pretrain.ipynb #53899200
 def pretrain_vit(vit: SiglipVisionModel, config: WorldConfig, out: str|Path,
