@@ -171,22 +171,21 @@ def find_notebook(name: str | Path) -> Path:
     known = sorted({p.stem for f in notebook_folders() for p in f.glob('*.ipynb')})
     raise ParameterError(f'{name}: no such run notebook; known: {", ".join(known) or "none"}, or give a path to an .ipynb')
 
-# %% ../../nbs/run/00_engine.ipynb #5bbb06e2
+# %% ../../nbs/run/00_engine.ipynb #48aaa9be
 def run_notebook(name: str | Path, params: Mapping[str, Any] | None = None, out_dir: str | Path | None = None,
                  overwrite: bool = False, progress: bool = True, echo: bool = False, quiet: bool = False) -> int:
     """Runs a notebook (name or path) with `params` (text is parsed by declared type) in run folder `out_dir` and returns its
     exit code: 0 completed, 1 a cell failed, 75 preempted, 130 interrupted, 138 the kernel died. The executed notebook is
     `<out_dir>/<name>.ipynb`. `progress` shows a bar of cells, `echo` passes the cells' text through.
     Raises `ParameterError` when the run is refused."""
-    import papermill
-    from papermill.engines import papermill_engines
-    papermill_engines.register('vlmbench', VlmbenchEngine)
     path = find_notebook(name)
     declared = notebook_parameters(load_notebook(path), path.stem)
     values = check_parameters(declared, params or {}, path.stem)
     full = {k: p.default for k, p in declared.items()} | values
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
     if 'out' in declared: values['out'] = str(folder)
+    import papermill
+    papermill.engines.papermill_engines.register('vlmbench', VlmbenchEngine)
     text = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if echo else {}
     try:
         with _checked_already():

@@ -7,10 +7,10 @@ __all__ = ['BARS', 'sync', 'time_in_turns', 'ratio', 'PeakMemory', 'Mix', 'make_
            'make_step', 'padded_batches', 'packed_batches', 'fill', 'packing_speed', 'step_speed', 'generation_speed',
            'data_wait', 'speed_table']
 
-# %% ../../nbs/run/30_speed.ipynb #d871f43f
-import copy, gc, statistics, time
+# %% ../../nbs/run/30_speed.ipynb #c3d091de
+import copy, ctypes, gc, inspect, statistics, sys, threading, time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +21,50 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-# %% ../../nbs/run/30_speed.ipynb #4d0f8ca5
+# %% ../../nbs/run/30_speed.ipynb #a962e557
 from ..data.packing import collate_packed, collate_padded, pack
 from ..data.template import Encoded
-from ..models.vlm import VLMConfig, VLMForConditionalGeneration
+from ..models.vlm import VLMForConditionalGeneration
 
-# %% ../../nbs/run/30_speed.ipynb #9b3eed6e
+# %% ../../nbs/run/30_speed.ipynb #189e04b0
 def sync(device: torch.device | str) -> None:
     "Wait for a GPU's queue; nothing on a CPU."
     if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
 
-def time_in_turns(work: Mapping[str, Callable[[], Any]], rounds: int = 5, device: torch.device | str = 'cpu') -> dict[str, list[float]]:
-    "Seconds of each callable in each of `rounds` rounds (after one to warm up), the order reversed every other round."
+def time_in_turns(work: Mapping[str, Callable[[], Any]], rounds: int = 5, device: torch.device | str = 'cpu',
+                  clock: str = 'wall') -> dict[str, list[float]]:
+    """Seconds of each callable in each of `rounds` rounds (after one to warm up), the order reversed every other round. `clock`: 'wall', or 'cpu',
+    this process's processor seconds, for a CPU that others use at the same time."""
+    if clock not in ('wall', 'cpu'): raise ValueError(f"clock must be 'wall' or 'cpu', got {clock!r}")
+    if clock == 'cpu' and torch.device(device).type != 'cpu': raise ValueError(f"clock='cpu' cannot time work on {device}; use 'wall'")
+    now = time.perf_counter if clock == 'wall' else time.process_time
     took: dict[str, list[float]] = {k: [] for k in work}
     for r in range(-1, rounds):
         for name in (list(work) if r % 2 else list(work)[::-1]):
             gc.collect()
             sync(device)
-            began = time.perf_counter()
+            began = now()
             work[name]()
             sync(device)
-            if r >= 0: took[name].append(time.perf_counter() - began)
+            if r >= 0: took[name].append(now() - began)
     return took
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     "Median over rounds of a/b: each round's pair saw the same machine."
     return statistics.median(x/y for x, y in zip(a, b))
 
-# %% ../../nbs/run/30_speed.ipynb #3376673a
+# %% ../../nbs/run/30_speed.ipynb #26869164
 class PeakMemory:
     "Context manager: `mb`, the largest memory above the start while inside, in MB (GPU: allocator; CPU: resident size, sampled every 5 ms)."
     def __init__(self, device: torch.device | str = 'cpu'): self.device, self.mb = torch.device(device), float('nan')
 
     def __enter__(self) -> 'PeakMemory':
         gc.collect()
+        if sys.platform == 'linux' and (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)): trim(0)
         if self.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(self.device)
             self.start = torch.cuda.memory_allocated(self.device)
             return self
-        import threading
         process, self._stop = psutil.Process(), threading.Event()
         self.start = self.peak = process.memory_info().rss
         def watch() -> None:
@@ -103,15 +108,15 @@ def make_mix(mix: Mix = Mix()) -> list[Encoded]:
         out.append(Encoded(ids, labels, torch.where(ids == 4, 0, -1), images, str(k)))
     return out
 
-# %% ../../nbs/run/30_speed.ipynb #bfcedf72
+# %% ../../nbs/run/30_speed.ipynb #c4c41291
 @dataclass(frozen=True)
 class Shape:
-    "Size of the timed models: a Llama and a CLIP tower."
-    hidden: int = 192
+    "Size of the timed models: a Llama and a CLIP tower of about a thirtieth of it, as in LLaVA-1.5."
+    hidden: int = 256
     layers: int = 6
     heads: int = 4
-    vision_hidden: int = 128
-    vision_layers: int = 4
+    vision_hidden: int = 64
+    vision_layers: int = 3
     image_size: int = 64
     patch: int = 8
     vocab: int = 512
@@ -144,14 +149,13 @@ def our_model(reference: LlavaForConditionalGeneration) -> VLMForConditionalGene
     for mine, other in zip(linear, (theirs.linear_1, theirs.linear_2), strict=True): mine.load_state_dict(other.state_dict())
     return assemble(llm, front, 4)
 
-# %% ../../nbs/run/30_speed.ipynb #7391f087
+# %% ../../nbs/run/30_speed.ipynb #45ba685d
 def make_step(model: nn.Module, device: torch.device | str = 'cpu', freeze: str = 'vision') -> Callable[[Mapping[str, Any]], float]:
     "A function that takes a batch through one optimizer step of `model` and returns the loss; parameters with `freeze` in their name stay."
     model.to(device).train()
     for n, p in model.named_parameters(): p.requires_grad_(freeze not in n)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
-    import inspect
     takes = set(inspect.signature(model.forward).parameters)
     def step(batch: Mapping[str, Any]) -> float:
         loss = model(**{k: v.to(device) for k, v in batch.items() if k in takes and torch.is_tensor(v)}).loss
@@ -162,7 +166,7 @@ def make_step(model: nn.Module, device: torch.device | str = 'cpu', freeze: str 
         return loss.item()
     return step
 
-# %% ../../nbs/run/30_speed.ipynb #20a28c0c
+# %% ../../nbs/run/30_speed.ipynb #4eb8514b
 def padded_batches(documents: Sequence[Encoded], positions: int) -> list[dict]:
     "Documents in order, as many in a padded batch as keep rows x longest within `positions`."
     batches, now = [], []
@@ -183,12 +187,12 @@ def fill(batches: Sequence[Mapping[str, Any]]) -> float:
     return sum(int((b['document_ids'] >= 0).sum()) for b in batches)/sum(b['input_ids'].numel() for b in batches)
 
 def packing_speed(model: nn.Module, documents: Sequence[Encoded], rows: int = 8, max_tokens: int = 256, rounds: int = 3,
-                  device: torch.device | str = 'cpu') -> dict[str, Any]:
+                  device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
     "Target tokens per second of training on `documents` packed and padded, their ratio, how full the batches are, and peak memory."
     step = make_step(model, device)
     batches = dict(packed=packed_batches(documents, rows, max_tokens), padded=padded_batches(documents, rows*max_tokens))
     targets = {k: sum(int(b['n_targets']) for b in v) for k, v in batches.items()}
-    took = time_in_turns({k: lambda v=v: [step(b) for b in v] for k, v in batches.items()}, rounds, device)
+    took = time_in_turns({k: lambda v=v: [step(b) for b in v] for k, v in batches.items()}, rounds, device, clock)
     memory = {}
     for k, v in batches.items():
         with PeakMemory(device) as m: step(max(v, key=lambda b: b['input_ids'].numel()))
@@ -198,22 +202,23 @@ def packing_speed(model: nn.Module, documents: Sequence[Encoded], rows: int = 8,
                 **{f'{k}_targets_per_s': r for k, r in rate.items()}, **{f'{k}_fill': fill(v) for k, v in batches.items()},
                 **{f'{k}_batches': len(v) for k, v in batches.items()}, **{f'{k}_memory_mb': m for k, m in memory.items()})
 
-# %% ../../nbs/run/30_speed.ipynb #8980cb75
+# %% ../../nbs/run/30_speed.ipynb #5802120a
 def step_speed(reference: LlavaForConditionalGeneration, model: nn.Module, documents: Sequence[Encoded], rounds: int = 5,
-               device: torch.device | str = 'cpu') -> dict[str, Any]:
+               device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
     "Seconds of one training step on one padded batch: ours, transformers' LLaVA, their ratio, and peak memory of both."
-    batch = collate_padded(list(documents), 0)
+    whole = collate_padded(list(documents), 0)
+    batch = {k: whole[k] for k in ('input_ids', 'attention_mask', 'labels', 'pixel_values')}
     steps = dict(ours=make_step(model, device), transformers=make_step(reference, device))
-    took = time_in_turns({k: lambda s=s: s(batch) for k, s in steps.items()}, rounds, device)
+    took = time_in_turns({k: lambda s=s: s(batch) for k, s in steps.items()}, rounds, device, clock)
     memory = {}
     for k, s in steps.items():
         with PeakMemory(device) as m: s(batch)
         memory[f'{k}_memory_mb'] = m.mb
     return dict(ratio=ratio(took['ours'], took['transformers']), **{f'{k}_s': statistics.median(v) for k, v in took.items()}, **memory)
 
-# %% ../../nbs/run/30_speed.ipynb #bc418e1e
+# %% ../../nbs/run/30_speed.ipynb #73cf1e7e
 def generation_speed(model: nn.Module, documents: Sequence[Encoded], new_tokens: int = 16, rounds: int = 3,
-                     device: torch.device | str = 'cpu') -> dict[str, Any]:
+                     device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
     "New tokens per second of greedy generation for all `documents` in one left-padded batch and one by one, and their ratio."
     model.to(device).eval()
     keys = ('input_ids', 'attention_mask', 'pixel_values', 'image_sizes')
@@ -222,7 +227,7 @@ def generation_speed(model: nn.Module, documents: Sequence[Encoded], new_tokens:
     @torch.no_grad()
     def run(groups: Sequence[dict]) -> None:
         for g in groups: model.generate(**g, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-    took = time_in_turns(dict(batched=lambda g=[inputs(documents)]: run(g), single=lambda g=[inputs([d]) for d in documents]: run(g)), rounds, device)
+    took = time_in_turns(dict(batched=lambda g=[inputs(documents)]: run(g), single=lambda g=[inputs([d]) for d in documents]: run(g)), rounds, device, clock)
     n = len(documents)*new_tokens
     return dict(ratio=ratio(took['single'], took['batched']), **{f'{k}_tokens_per_s': n/statistics.median(v) for k, v in took.items()})
 
