@@ -155,6 +155,13 @@ def test_resume_is_exact(order, position, world, data):
     assert len(json.dumps(state)) < 300
 
 
+def test_epochs_and_seeds_differ():
+    for order in (Shuffled(40), EvenlyMixed((30, 10), (30, 10)), LengthGrouped(tuple(range(1, 41)), 4)):
+        assert (order(0, 0) == order(0, 0)).all()
+        assert (order(0, 0) != order(0, 1)).any() and (order(0, 0) != order(1, 0)).any()
+    assert (Shuffled(40, shuffle=False)(0, 0) == Shuffled(40, shuffle=False)(1, 5)).all()
+
+
 @pytest.mark.parametrize('other, named', [
     (dict(seed=2), 'seed'), (dict(order=11), 'length'), (dict(shuffle=False), 'order'), (dict(world=2), 'world'),
     (dict(rank=1, world=4), 'rank'), (dict(order=LengthGrouped((1,) * 10, 2)), 'order')])
