@@ -38,7 +38,8 @@ def card_page(name: str, head: dict, body: str) -> str:
     facts = {k: v for k, v in head.items() if k not in hidden and v not in (None, [], {}, 'unknown', ['unknown'])}
     rows = '\n'.join(f"| {k.replace('_', ' ')} | {show(v)} |" for k, v in facts.items())
     if not re.search(r'^# ', body, re.M): body = f"# {head.get('pretty_name', name)}\n\n{body}"
-    return re.sub(r'^(# .+)$', lambda m: f'{m[1]}\n\n| | |\n|---|---|\n{rows}\n', escape(body), count=1, flags=re.M)
+    table = f'\n\n| fact | |\n|---|---|\n{rows}\n'
+    return re.sub(r'^# .+$', lambda m: m[0] + table, escape(body), count=1, flags=re.M)
 
 
 def data_cards() -> list[str]:
@@ -57,7 +58,7 @@ def data_cards() -> list[str]:
                  [m.replace('_', ' ') for m in head.get('used_by', [])]]
         return f"| [{cell(head.get('pretty_name', name))}]({name}.md) | " + ' | '.join(map(show, facts)) + ' |'
 
-    out = ['# Data cards', '', '> Source, licence, row schema and known faults of every data set the methods name', '',
+    out = ['# Data sets', '', '> Source, licence, row schema and known faults of every data set the methods name', '',
            'Check a local copy against its card with `vlmbench data check CARD FOLDER`. "unknown" means that the fact '
            'could not be established; read the source before you use the data.', '']
     roles = {n: h.get('role', 'other') for n, (h, _) in cards.items()}

@@ -54,7 +54,9 @@ def default(d: Any) -> str:
     if d is EMPTY: return ''
     if isinstance(d, type(dataclasses.MISSING)): return ''
     text = getattr(d, '__name__', None) or repr(d)
-    text = re.sub(r' at 0x[0-9a-f]+', '', text)
+    if not isinstance(d, str):
+        text = re.sub(r"<(?:class|function) '?(?:[\w.]+\.)?(\w+)'?[^>]*>", r'\1', text)
+        text = re.sub(r'<[^>]*>', '...', text)  # what has no source form
     return text if len(text) <= 48 else text[:45] + '...'
 
 
