@@ -214,7 +214,7 @@ def _answers(new: torch.Tensor, stops: list[int], tokenizer) -> list[dict[str, A
                         n_tokens=len(row) if end is None else end + 1, finish='length' if end is None else 'stop'))
     return out
 
-# %% ../../nbs/evaluate/20_generate.ipynb #0c9af720
+# %% ../../nbs/evaluate/20_generate.ipynb #c72fb20c
 def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens: int | None = None, blind: bool = False,
              out_dir: str | Path | None = None, condition: str | None = None, transform: Callable[[Sample], Sample]
              | None = None,
@@ -250,21 +250,20 @@ def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens:
     @lru_cache(maxsize=image_cache)
     def decode(ref): return ref.load()
 
+    def show(i: Item) -> Sample:
+        s = i.sample()
+        try: s.images = [decode(x) if isinstance(x, ImageRef) else x for x in s.images]
+        except (OSError, ValueError) as e: raise ValueError(f'task {task.name}, item {i.id!r}: {e}') from e
+        if transform is not None: s = transform(s)
+        if blind: s.images = [blinded(x, colour) for x in s.images]
+        return s
+
     def prepare(batch: list[Item]):
-        samples = []
-        for i in batch:
-            s = i.sample()
-            try: s.images = [decode(x) if isinstance(x, ImageRef) else x for x in s.images]
-            except (OSError, ValueError) as e: raise ValueError(f'task {task.name}, item {i.id!r}: {e}') from e
-            if transform is not None: s = transform(s)
-            if blind: s.images = [blinded(x, colour) for x in s.images]
-            samples.append(s)
+        samples = [show(i) for i in batch]
         return batch, [render_prompt(processor, s) for s in samples], prompt_inputs(processor, samples)
 
     began, n_tokens, n_new = time.perf_counter(), 0, 0
-    if todo:
-        probe = todo[0].sample()
-        check_prompt(processor, probe if transform is None else transform(probe), todo[0].answers[0])
+    if todo: check_prompt(processor, show(todo[0]), todo[0].answers[0])
     with _evaluating(model):
         for batch, texts, inputs in _ahead(prepare, plan_batches(todo, batch_size)):
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}

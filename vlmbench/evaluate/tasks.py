@@ -52,8 +52,8 @@ def image_key(image) -> str:
     data = getattr(image, 'data', None) or f'{image.mode}{image.size}'.encode() + image.tobytes()
     return 'pixels-' + hashlib.sha256(data).hexdigest()[:16]
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #ef09db4d
-_MARKERS = re.compile(r'(?:\s*<image>\s*)+')
+# %% ../../nbs/evaluate/00_tasks.ipynb #bc2e786d
+_MARKERS = re.compile(r'\s*(?:<image>\s?)+')
 
 def lettered(choices) -> str:
     "Options one per line: 'A. red', 'B. green'."
@@ -187,7 +187,7 @@ def world_tasks(folder: str | Path, splits: Sequence[str] = WORLD_TASKS, limit: 
         out[split] = task.head(limit) if limit else task
     return out
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #4fbd50bd
+# %% ../../nbs/evaluate/00_tasks.ipynb #4b59c55f
 _BRIEF = '{question}\nAnswer the question using a single word or phrase.'
 KINDS: dict[str, tuple[str, str]] = {   # kind: (scorer, prompt)
     'exact': ('exact_match', '{question}'), 'gqa': ('gqa', _BRIEF), 'vqa': ('vqa_soft', _BRIEF),
@@ -215,7 +215,9 @@ def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[d
         return [json.loads(line) for line in text.splitlines() if line.strip()]   # POPE: .json, one row a line
     if isinstance(rows, dict):
         inner = next((rows[k] for k in ('data', 'questions') if isinstance(rows.get(k), list)), None)
-        rows = inner if inner is not None else [dict(v, id=k) for k, v in rows.items()]
+        if inner is not None: rows = inner
+        elif all(isinstance(v, dict) for v in rows.values()): rows = [dict(v, id=k) for k, v in rows.items()]
+        else: rows = [rows]                                     # JSON Lines with one line
     if annotations is None: return rows
     truth = {a['question_id']: a for a in json.loads(Path(annotations).read_text(encoding='utf8'))['annotations']}
     absent = [r['question_id'] for r in rows if r['question_id'] not in truth]

@@ -124,7 +124,7 @@ pre{overflow:auto;max-height:420px;font-size:12px;background:var(--panel);paddin
 var(--bad);padding:6px 14px 6px 30px;background:var(--panel);border-radius:0 8px 8px 0;font-size:13.5px} @media
 print{nav{display:none}details,figure,tr{break-inside:avoid}}'''
 
-# %% ../../nbs/lab/05_page.ipynb #fbf0ae19
+# %% ../../nbs/lab/05_page.ipynb #acd9d954
 def html_page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str, str, str]],
               foot: str = '') -> str:
     """The page. `title` and headings are text; `lead`, notes, contents, `foot` and the values of `tiles` (name, value)
@@ -135,7 +135,8 @@ def html_page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections:
     cards = ''.join(f'<div class="tile"><b>{v}</b><span>{esc(k)}</span></div>' for k, v in tiles)
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-            f'<title>{esc(title)}</title><style>{_CSS}</style></head><body><header><div><h1>{esc(title)}</h1><p>{lead}</p></div>'
+            f'<title>{esc(title)}</title><style>{_CSS}</style></head><body>'
+            f'<header><div><h1>{esc(title)}</h1><p>{lead}</p></div>'
             f'</header><nav><div>{nav}</div></nav><main><div '
             f'class="tiles">{cards}</div>{body}<footer>{foot}</footer></main>'
             '</body></html>')
