@@ -92,37 +92,51 @@ class CKA(StreamMetric):
                         for a in range(len(c)) for b in range(a + 1, len(c))]
         return out
 
-# %% ../../nbs/analysis/30_similarity.ipynb #7eb35028
+# %% ../../nbs/analysis/30_similarity.ipynb #e7d7a492
 def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None, scaling: float|None=None, softcap: float|None=None,
                    sinks: Tensor|None=None) -> Tensor:
     """Attention probabilities `[batch, heads, queries, keys]`, float32, of the rows `index` `[batch, queries]` (-1 = unused row).
 
     query `[batch, heads, tokens, head_dim]`, key `[batch, key-value heads, tokens, head_dim]`, mask as for sdpa (None = causal)."""
     b, heads, t, dim = query.shape
-    groups, keys = heads // key.shape[1], key.shape[2]
+    groups, keys, never = heads // key.shape[1], key.shape[2], torch.finfo(torch.float32).min     # finite: a padded row stays finite
     at = index.clamp(min=0)
     q = query.gather(2, at[:, None, :, None].expand(b, heads, -1, dim)).unflatten(1, (-1, groups)).flatten(2, 3)
     logits = (q.float() @ key.float().mT * (scaling if scaling is not None else dim**-.5)).view(b, heads, at.shape[1], keys)
     if softcap: logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
-        logits = logits.masked_fill((torch.arange(keys, device=at.device) > at[..., None])[:, None], float('-inf'))
+        logits = logits.masked_fill((torch.arange(keys, device=at.device) > at[..., None])[:, None], never)
     else:
         rows = mask.expand(b, -1, -1, -1)[..., :keys].gather(2, at[:, None, :, None].expand(b, mask.shape[1], -1, keys))
-        logits = logits.masked_fill(~rows, float('-inf')) if mask.dtype == torch.bool else logits + rows.float()
+        logits = logits.masked_fill(~rows, never) if mask.dtype == torch.bool else logits + rows.float()
     if sinks is None: return logits.softmax(-1)
     return torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(b, heads, at.shape[1], 1)], -1).softmax(-1)[..., :-1]
 
-# %% ../../nbs/analysis/30_similarity.ipynb #17c659a2
+# %% ../../nbs/analysis/30_similarity.ipynb #2664bdc5
+def _blockwise(query, key, value, mask, scaling, extra, block=64):
+    "Attention output `[batch, tokens, heads, head_dim]` with the eager extras, from `block` rows at a time."
+    b, t, out = query.shape[0], query.shape[2], []
+    for at in torch.arange(t, device=query.device).split(block):
+        p = attention_rows(query, key, at.expand(b, -1), mask, scaling, **extra).to(value.dtype)
+        grouped = p.unflatten(1, (value.shape[1], -1)).flatten(2, 3) @ value
+        out.append(grouped.unflatten(2, (-1, len(at))).flatten(1, 2).transpose(1, 2))
+    return torch.cat(out, 1)
+
 @contextmanager
 def collecting_rows(decoder: Decoder, collect):
-    "Call `collect(layer, query, key, mask, scaling, kwargs)` for every attention call of the decoder's layers, which run on sdpa meanwhile."
+    "Call `collect(layer, query, key, mask, scaling, extra)` for every attention call of the decoder's layers, which run on sdpa meanwhile."
     watched = {id(m): i for i, layer in enumerate(decoder.layers) for m in layer.modules()}
     configs = {id(c): c for m in decoder.stack.modules() if (c := getattr(m, 'config', None)) is not None}.values()
     before = [(c, c._attn_implementation) for c in configs]
+    eager = decoder.config._attn_implementation == 'eager'
     local, plain = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS['sdpa']
     previous = local.get('sdpa')
     def rows_too(module, query, key, value, attention_mask, scaling=None, dropout=0., **kwargs):
-        if (layer := watched.get(id(module))) is not None: collect(layer, query, key, attention_mask, scaling, kwargs)
+        if (layer := watched.get(id(module))) is not None:
+            given = dict(softcap=kwargs.get('softcap'), sinks=kwargs.get('s_aux'))
+            extra = {k: v for k, v in given.items() if v is not None} if eager else {}
+            collect(layer, query, key, attention_mask, scaling, extra)
+            if extra: return _blockwise(query, key, value, attention_mask, scaling, extra), None
         return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     try:
         for c, _ in before: c._attn_implementation = 'sdpa'
@@ -133,7 +147,7 @@ def collecting_rows(decoder: Decoder, collect):
         else: ALL_ATTENTION_FUNCTIONS['sdpa'] = previous
         for c, name in before: c._attn_implementation = name
 
-# %% ../../nbs/analysis/30_similarity.ipynb #e87b645f
+# %% ../../nbs/analysis/30_similarity.ipynb #0ff48bd1
 SEGMENTS = ('system', 'image', 'instruction', 'answer')
 
 class ImageAttention(StreamMetric):
@@ -166,9 +180,9 @@ class ImageAttention(StreamMetric):
         rest = tokens.masks['text'] & ~answer
         return rest & ~after, tokens.image, rest & after, answer
 
-    def _collect(self, layer, query, key, mask, scaling, kwargs):
+    def _collect(self, layer, query, key, mask, scaling, extra):
         if self.queries is None: return
-        p = attention_rows(query, key, self.queries, mask, scaling, kwargs.get('softcap'), kwargs.get('s_aux'))
+        p = attention_rows(query, key, self.queries, mask, scaling, **extra)
         self.layer_rows[layer] = torch.einsum('bhqk,bks->bqhs', p, self.segments[:, :p.shape[-1]])[self.chosen]   # [queries, heads, 4]
 
 # %% ../../nbs/analysis/30_similarity.ipynb #2a54c65f

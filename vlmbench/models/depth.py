@@ -224,7 +224,7 @@ def _own_outside(model, decoder):
                 if t is not None and id(t) not in inside:
                     store[k] = nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
 
-# %% ../../nbs/models/30_depth.ipynb #9e873571
+# %% ../../nbs/models/30_depth.ipynb #aa5c7b59
 @dataclass(frozen=True)
 class Graft:
     "Report of `graft`: names loaded, vision-side names that kept their values, names of the source left out (language model)."
@@ -239,7 +239,7 @@ def graft(target: nn.Module, source: nn.Module|Mapping[str, Tensor]) -> Graft:
     Raises ValueError if the source holds no vision-side tensor, an unknown name, or one of another shape."""
     decoder = find_decoder(target)
     inside, base = _inside(decoder), _unwrapped(target)
-    named = dict([*base.named_parameters(remove_duplicate=False), *base.named_buffers()])
+    named = base.state_dict(keep_vars=True)
     outside = {n: t for n, t in named.items() if id(t) not in inside}
     if isinstance(source, nn.Module): source = {n: t for n, t in _unwrapped(source).state_dict(keep_vars=True).items()}
     language = tuple(n for n in named if id(named[n]) in inside)

@@ -1,0 +1,279 @@
+"""Layer scores, their rankings, regions, ablations and weight changes."""
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, get_peft_model
+
+from depth_models import FAMILIES, batch, decoder, llava, rows
+from vlmbench.analysis.ablation import answer_loss, drop_one, gradient_scores, greedy_drop, revert_one, split_samples
+from vlmbench.analysis.importance import (STRATEGIES, AngularDistance, BlockInfluence, agreement, best_block, iterative_prune_order, plot_scores,
+                                          prune_order, region, region_size, sparse_uniform, stability, top_k_overlap)
+from vlmbench.analysis.streams import residual_states, scores, stream
+from vlmbench.analysis.weights import check_same_base, layer_weights, lora_norm, lora_update, parameter_change
+from vlmbench.models.depth import prune
+
+DATA = [batch(), batch((8, 10), seed=1)]
+
+
+# ------------------------------------------------------------------------------------------------------------ streaming scores
+@pytest.mark.parametrize('family', FAMILIES)
+def test_block_influence_and_angles_by_definition(family):
+    model, x = FAMILIES[family](), batch()
+    frame = stream(model, [x], [BlockInfluence(), AngularDistance()]).frame
+    with torch.no_grad(): h = torch.stack(residual_states(model, x)[0]).double()
+    valid, image = x['attention_mask'].bool(), x['image_mask']
+    cos = torch.cosine_similarity(h[:-1], h[1:], dim=-1)
+    np.testing.assert_allclose(scores(frame, 'block_influence'), 1 - cos[:, valid].mean(1), atol=1e-9)
+    np.testing.assert_allclose(scores(frame, 'block_influence', 'image'), 1 - cos[:, image].mean(1), atol=1e-9)
+    rowwise = torch.stack([cos[:, b, valid[b]].mean(1) for b in range(3)], 1).mean(1)
+    np.testing.assert_allclose(scores(frame, 'block_influence_per_sample'), 1 - rowwise, atol=1e-9)
+    both = (cos[:, image].mean(1) + cos[:, valid & ~image].mean(1)) / 2
+    np.testing.assert_allclose(scores(frame, 'block_influence_balanced', 'image+text'), 1 - both, atol=1e-9)
+    last = valid.sum(1) - 1
+    for n in (1, 3):
+        c = torch.cosine_similarity(h[:-n, range(3), last], h[n:, range(3), last], dim=-1).clamp(-1, 1)
+        np.testing.assert_allclose(scores(frame, 'angular_activation', 'last', n), (c.arccos() / torch.pi).mean(1), atol=1e-7)
+        assert best_block(frame, n) == int((c.arccos()).mean(1).argmin())
+
+
+def test_identical_states_have_distance_zero():
+    model = decoder()
+    with torch.no_grad():
+        for p in (*model.model.layers[2].self_attn.o_proj.parameters(), *model.model.layers[2].mlp.down_proj.parameters()): p.zero_()
+    frame = stream(model, DATA, [BlockInfluence(), AngularDistance()]).frame
+    assert scores(frame, 'angular_activation', 'last')[2] < 1e-7 and abs(scores(frame, 'block_influence')[2]) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------------ regions
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 90), st.data())
+def test_every_strategy_gives_k_distinct_layers(n, data):
+    k = data.draw(st.integers(1, n))
+    for name in STRATEGIES:
+        r = region(name, k, n, seed=3)
+        assert len(r) == len(set(r)) == k and 0 <= r[0] and r[-1] < n and r == sorted(r), name
+    if k < n: assert [i + 1 for i in sparse_uniform(n, k)] == sparse_uniform(n, k, 1)
+    a = sparse_uniform(n, k)
+    if 1 < k < n and (k % 2 == 0 or n % 2 == 0): assert [n - 2 - i for i in reversed(a)] == a          # symmetric unless the middle falls between
+
+
+def test_random_regions_are_seeded():
+    assert region('random', 5, 30, seed=1) == region('random', 5, 30, seed=1) != region('random', 5, 30, seed=2)
+
+
+def test_top_k_of_scores():
+    s = pd.Series([.3, .1, .9, .3], index=[0, 1, 2, 3])
+    assert region(s, 2) == [0, 2] and region(s, 2, largest=False) == [0, 1] and region(s, 1, exclude=[2]) == [0] and region(s, .5, 4) == [0, 2]
+    assert region_size(.25, 32) == 8 and region_size(.01, 32) == 1 and region_size(1., 7) == 7
+
+
+@pytest.mark.parametrize('call,message', [
+    (lambda: region('sparse_uniform', 33, 32), 'k=33 layers cannot be chosen from a decoder of 32'), (lambda: region('top', 0, 4), 'k=0'),
+    (lambda: region('top', 1.5, 4), r'must lie in \(0, 1\]'), (lambda: region('top', 2), 'needs depth'), (lambda: region('median', 2, 8), 'unknown strategy'),
+    (lambda: region([1, 2, 3], 4), 'k=4'), (lambda: region([1, 2], 1, depth=3), 'the decoder has 3'), (lambda: region([1., np.nan], 1), 'have no score'),
+    (lambda: region('top', 2, 8, exclude=[1]), 'exclude works on scores'), (lambda: prune_order(pd.Series([1., 2.]), [5]), 'layer 5 does not exist')])
+def test_bad_regions(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+def test_iterative_order_measures_again():
+    model = decoder(8)
+    order = iterative_prune_order(model, DATA, 4, [0, 7])
+    for i in range(4):
+        frame = stream(prune(model, order[:i]) if i else model, DATA, [AngularDistance(['last'])]).frame
+        left = [l for l in range(8) if l not in order[:i]]
+        s = scores(frame, 'angular_activation', 'last').rename(dict(enumerate(left)))
+        assert s.drop([0, 7]).idxmin() == order[i]
+    with pytest.raises(ValueError, match='not an iterator'): iterative_prune_order(model, iter(DATA), 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement and stability
+def test_agreement_and_overlap():
+    a = pd.Series(range(10), dtype=float)
+    t = agreement(dict(a=a, b=a * 2 + 1, c=-a), 3).set_index(['a', 'b'])
+    assert t.tau['a', 'b'] == pytest.approx(1) and t.tau['a', 'c'] == pytest.approx(-1) and t.overlap['a', 'c'] == 0 and t.chance.eq(.3).all()
+    assert top_k_overlap(a, a.sample(frac=1, random_state=0), 4) == 1
+    with pytest.raises(ValueError, match='score different layers'): agreement(dict(a=a, b=a[:5]), 2)
+
+
+def test_stability_along_one_stream():
+    res = stream(decoder(), [batch(seed=i) for i in range(6)], [BlockInfluence(['all'])], snapshots=[3, 9, 18])
+    s = stability(res.snapshots, 'block_influence', k=2)
+    assert s.samples.tolist() == [3, 9, 18] and s.largest_change.iloc[-1] == 0 and s.largest_change.iloc[0] > 0
+    first = stream(decoder(), [batch(seed=0)], [BlockInfluence(['all'])]).frame
+    pd.testing.assert_frame_equal(res.snapshots[3], first)
+
+
+# ------------------------------------------------------------------------------------------------------------ ablation
+@pytest.mark.parametrize('family', FAMILIES)
+def test_drop_one_equals_pruned_models(family):
+    model = FAMILIES[family]()
+    r = drop_one(model, DATA)
+    naive = [answer_loss(prune(model, [i]), DATA).value for i in range(len(scores(r.frame, 'drop_one_loss', 'answer')))]
+    np.testing.assert_allclose(scores(r.frame, 'drop_one_loss', 'answer'), naive, atol=1e-5)
+    assert r.base.n == 15 and (scores(r.frame, 'drop_one_ppl_ratio', 'answer') > 0).all()
+
+
+def test_loss_equals_the_models_own():
+    model, x = decoder(), batch()
+    with torch.no_grad(): theirs = model(**{k: x[k] for k in ('input_ids', 'attention_mask', 'labels')})
+    at = x['labels'][:, 1:] != -100
+    accuracy = (theirs.logits[:, :-1].argmax(-1) == x['labels'][:, 1:])[at].float().mean().item()
+    ours = answer_loss(model, [x])
+    assert ours.value == pytest.approx(theirs.loss.item(), abs=1e-5) and ours.accuracy == pytest.approx(accuracy)
+
+
+def test_drop_one_of_a_vlm_from_pixels():
+    model, ids = llava(), batch()['input_ids'].clamp(min=4)
+    ids[:, 1:5] = 3
+    x = dict(input_ids=ids, labels=batch()['labels'], pixel_values=torch.randn(3, 3, 8, 8))
+    r = drop_one(model, [x], layers=[1, 5])
+    np.testing.assert_allclose(scores(r.frame, 'drop_one_loss', 'answer')[5], answer_loss(prune(model, [5]), [x]).value, atol=1e-5)
+
+
+def test_work_of_drop_one_is_half():
+    "Layer calls: L for the shared pass, then only the layers above the dropped one."
+    model, calls = decoder(8), []
+    for i, l in enumerate(model.model.layers): l.register_forward_hook(lambda m, a, o, i=i: calls.append(i))
+    drop_one(model, DATA[:1])
+    assert len(calls) == 8 + 8 * 7 // 2 <= .6 * 8 * 8
+
+
+def test_greedy_drop_is_greedy():
+    model = decoder(7)
+    r = greedy_drop(model, DATA, 3)
+    gone = []
+    for layer, loss in zip(r.order, r.loss):
+        table = {i: answer_loss(model, DATA, [*gone, i]).value for i in range(1, 6) if i not in gone}
+        assert min(table, key=table.get) == layer and table[layer] == pytest.approx(loss, abs=1e-5)
+        gone.append(layer)
+    assert set(greedy_drop(model, DATA, 2, candidates=[0, 6]).order) == {0, 6}
+
+
+def test_revert_one_against_hand_made_models():
+    base, tuned = decoder(), decoder()
+    with torch.no_grad():
+        for i in (0, 4):
+            for p in tuned.model.layers[i].parameters(): p.add_(.1 * torch.randn_like(p))
+    before = {k: v.clone() for k, v in tuned.state_dict().items()}
+    r = revert_one(tuned, base, DATA)
+    for i in range(6):
+        mixed = copy.deepcopy(tuned)
+        mixed.model.layers[i].load_state_dict(base.model.layers[i].state_dict())
+        assert scores(r.frame, 'revert_one_loss', 'answer')[i] == pytest.approx(answer_loss(mixed, DATA).value, abs=1e-5)
+    assert scores(r.frame, 'revert_one_delta', 'answer')[[1, 2, 3, 5]].abs().max() == 0
+    assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items())
+
+
+@pytest.mark.parametrize('f', [drop_one, answer_loss, gradient_scores, lambda m, b: greedy_drop(m, b, 1)])
+def test_losses_need_labels(f):
+    with pytest.raises(ValueError, match='needs labels'): f(decoder(), [{k: v for k, v in DATA[0].items() if k != 'labels'}])
+    with pytest.raises(ValueError, match='every label is -100'): f(decoder(), [DATA[0] | dict(labels=torch.full_like(DATA[0]['labels'], -100))])
+
+
+@pytest.mark.parametrize('k,kw', [(6, {}), (2, dict(candidates=[1])), (1, dict(candidates=[9]))])
+def test_greedy_limits(k, kw):
+    with pytest.raises(ValueError, match='cannot be removed|does not exist'): greedy_drop(decoder(), DATA, k, **kw)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+def test_gradient_scores_by_autograd():
+    model = decoder(3)
+    frame = gradient_scores(model, DATA)
+    per_sample, tokens = [], []
+    for r in [r for x in DATA for r in rows(x)]:
+        m = copy.deepcopy(model)
+        m(**{k: r[k] for k in ('input_ids', 'attention_mask', 'position_ids', 'labels')}).loss.backward()
+        per_sample.append([{n: p.grad for n, p in l.named_parameters()} for l in m.model.layers])
+        tokens.append(3)
+    for l in range(3):
+        w, g = dict(model.model.layers[l].named_parameters()), [s[l] for s in per_sample]
+        mean = {n: sum(t * s[n] for t, s in zip(tokens, g)) / sum(tokens) for n in w}
+        total = lambda f: sum(f(n).double().sum().item() for n in w)
+        want = dict(taylor=total(lambda n: (w[n] * mean[n]).abs()), taylor_absolute=total(lambda n: sum((w[n] * s[n]).abs() for s in g)),
+                    taylor_summed=total(lambda n: (w[n] * sum(s[n] for s in g)).abs()), fisher=total(lambda n: sum(s[n]**2 for s in g) / 5),
+                    grad_norm=total(lambda n: mean[n]**2)**.5, pruner_second=total(lambda n: w[n]**2 * sum(s[n]**2 for s in g) / 5))
+        for k, v in want.items(): assert scores(frame, k, 'answer')[l] == pytest.approx(v, rel=1e-4), k
+    assert frame[frame.metric == 'fisher'].standard_error.gt(0).all()
+
+
+def test_frozen_layers_and_existing_gradients_survive():
+    model = decoder(3)
+    model.requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    model.model.layers[1].mlp.up_proj.weight.grad = torch.ones_like(model.model.layers[1].mlp.up_proj.weight)
+    gradient_scores(model, DATA[:1], unit='batch')
+    assert [p.requires_grad for p in model.parameters()] == ['layers.1.' in n for n, _ in model.named_parameters()]
+    assert (model.model.layers[1].mlp.up_proj.weight.grad == 1).all()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters() if getattr(p, '_post_accumulate_grad_hooks', None))
+
+
+def test_split_samples_refuses_what_it_cannot_cut():
+    with pytest.raises(ValueError, match='packs several documents'): split_samples(dict(input_ids=torch.ones(1, 4), document_ids=torch.tensor([[0, 0, 1, 1]])))
+    with pytest.raises(ValueError, match='3 images for 2 rows'): split_samples(dict(input_ids=torch.ones(2, 4), pixel_values=torch.ones(3, 1)))
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31 - 1))
+def test_lora_norm_without_the_product(r, n, m, seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(r, n, generator=g), torch.randn(m, r, generator=g)
+    assert lora_norm(a, b, .5) == pytest.approx((.5 * b @ a).double().norm().item(), rel=1e-4, abs=1e-6)
+
+
+def test_lora_update_of_a_peft_model_and_its_merge():
+    base = decoder()
+    peft = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, lora_alpha=6, target_modules=r'model\.layers\.[14]\..*_proj'))
+    with torch.no_grad():
+        for n, p in peft.named_parameters():
+            if 'lora_B' in n: p.normal_()
+    up = lora_update(peft, base=base)
+    assert scores(up, 'lora_update', 'weights')[[0, 2, 3, 5]].eq(0).all() and set(up.n) == {0, 7}
+    with pytest.raises(ValueError, match='merge the adapters first'): parameter_change(peft, base)
+    change = parameter_change(peft.merge_and_unload(), base)
+    np.testing.assert_allclose(scores(up, 'lora_update_relative', 'weights'), scores(change, 'parameter_change', 'weights'), rtol=1e-4)
+    np.testing.assert_allclose(scores(up, 'lora_update_sum', 'weights'), scores(change, 'parameter_l2_sum', 'weights'), rtol=1e-4)
+
+
+def test_parameter_change_from_folders(tmp_path):
+    base, tuned = decoder(), decoder()
+    with torch.no_grad(): tuned.model.layers[3].self_attn.q_proj.weight.mul_(2)
+    base.save_pretrained(tmp_path / 'base')
+    tuned.save_pretrained(tmp_path / 'tuned', max_shard_size='5KB')
+    assert len(list((tmp_path / 'tuned').glob('*.safetensors'))) > 1
+    frame = parameter_change(tmp_path / 'tuned', str(tmp_path / 'base'))
+    pd.testing.assert_frame_equal(frame, parameter_change(tuned, base))
+    assert scores(frame, 'parameter_ratio_sum_base', 'weights')[3] == pytest.approx(1, abs=1e-6)
+
+
+def test_towers_do_not_count_as_decoders():
+    model = llava()
+    with pytest.raises(ValueError, match='give prefix='): layer_weights(model.state_dict())
+    names = layer_weights(model.state_dict(), 'model.language_model')
+    assert len(names) == 6 and torch.equal(names[2]['mlp.up_proj.weight'], layer_weights(model)[2]['mlp.up_proj.weight'])
+    with pytest.raises(ValueError, match="prefix 'x' has no layers"): layer_weights(model.state_dict(), 'x')
+
+
+@pytest.mark.parametrize('other,message', [
+    (lambda: decoder(seed=9), 'median cosine'), (lambda: decoder(5), '6 layers against 5'), (lambda: decoder(intermediate_size=20), r'\(24, 16\) against \(20, 16\)'),
+    (lambda: decoder(attention_bias=True), 'layer 0 differs in')])
+def test_checkpoints_of_different_bases(other, message):
+    for f in (lambda: parameter_change(decoder(), other()), lambda: revert_one(decoder(), other(), DATA)):
+        with pytest.raises(ValueError, match=message): f()
+
+
+def test_related_can_be_waived():
+    check_same_base(layer_weights(decoder()), layer_weights(decoder(seed=9)), related=False)
+    assert parameter_change(decoder(), decoder(seed=9), related=False).value.gt(0).all()
+
+
+def test_heat_map():
+    frame = stream(decoder(), DATA, [BlockInfluence(['all', 'image']), AngularDistance()]).frame
+    ax = plot_scores(frame)
+    assert ax.images[0].get_array().shape[1] == 6 and np.nanmax(ax.images[0].get_array()) == 1
+    with pytest.raises(ValueError, match='no rows with span 9'): plot_scores(frame, 9)
