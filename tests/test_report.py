@@ -178,7 +178,10 @@ def test_looks_right(browser, page, width, scheme, tmp_path):
     assert (ground < 60) == (scheme == 'dark') and abs(ground - ink) > 120          # figures follow the scheme
     labels = tab.evaluate("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.getAttribute('href')))")
     assert labels
+    marks = tab.evaluate("[...document.querySelectorAll('.cards li')].map(l => getComputedStyle(l, '::after').content)")
+    assert any('✓' in m for m in marks) and any('✗' in m for m in marks)            # right and wrong are marked
     details = tab.locator('#runs details').first
+    assert details.evaluate('e => getComputedStyle(e).borderTopWidth') == '1px'     # the whole style sheet was understood
     details.locator('summary').click()
     assert details.locator('pre').is_visible() and '"recipe"' in details.locator('pre').inner_text()
     tab.screenshot(path=tmp_path / 'page.png', full_page=True)

@@ -77,32 +77,33 @@ def wide(svg: str) -> str:
     "A figure that keeps its text readable on a phone by scrolling sideways."
     return f'<div class="scroll figure">{svg}</div>'
 
-# %% ../../nbs/lab/05_page.ipynb #1085c841
+# %% ../../nbs/lab/05_page.ipynb #8a5feaea
 _CSS = '''
-:root{--bg:#fff;--ink:#1d2731;--soft:#5d6b78;--line:#dde3e9;--panel:#f5f7f9;--bar:#dbe8f7;
- --good:#1f8557;--bad:#c23b54;--accent:#2f6fba;color-scheme:light dark}
+:root{--bg:#fff;--ink:#1d2731;--soft:#5d6b78;--line:#dde3e9;--panel:#f5f7f9;--bar:#dbe8f7; --good:#1f8557;
+ --bad:#c23b54;--accent:#2f6fba;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--bg:#11161b;--ink:#e4eaf0;--soft:#94a2af;--line:#2c3640;--panel:#1a2128;
- --bar:#21374f;--good:#52c08d;--bad:#f07a90;--accent:#7fb2ee}}
+  --bar:#21374f;--good:#52c08d;--bad:#f07a90;--accent:#7fb2ee}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main,header>div,nav>div{max-width:1120px;margin:0 auto;padding:0 20px}
-header{padding:34px 0 18px}h1{margin:0;font-size:30px;letter-spacing:-.02em;line-height:1.2}header
-p{color:var(--soft);margin:6px 0 0} nav{position:sticky;top:0;background:var(--bg);border-bottom:1px solid
-var(--line);z-index:3} nav>div{display:flex;gap:18px;overflow-x:auto;padding-top:9px;padding-bottom:9px}
+body{margin:0;background:var(--bg);color:var(--ink);
+ font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main,header>div,nav>div{max-width:1120px;margin:0 auto;padding:0 20px}header{padding:34px 0 18px}
+h1{margin:0;font-size:30px;letter-spacing:-.02em;line-height:1.2}header p{color:var(--soft);margin:6px 0 0}
+nav{position:sticky;top:0;background:var(--bg);border-bottom:1px solid var(--line);z-index:3}
+nav>div{display:flex;gap:18px;overflow-x:auto;padding-top:9px;padding-bottom:9px}
 nav a{color:var(--soft);text-decoration:none;white-space:nowrap;font-size:14px}nav a:hover{color:var(--accent)}
 section{padding:26px 0 6px;scroll-margin-top:42px}h2{font-size:21px;margin:0 0 4px;letter-spacing:-.01em}
 h3{font-size:15px;margin:18px 0 6px}section>p{margin:2px 0 12px;max-width:92ch;color:var(--soft)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));gap:12px;margin:18px 0 4px}
 .tile{background:var(--panel);border-radius:10px;padding:12px 15px}
-.tile b{display:block;font-size:24px;letter-spacing:-.02em;line-height:1.25}.tile>span{color:var(--soft);font-size:13px}
-.scroll{overflow-x:auto;margin:6px 0 14px}
+.tile b{display:block;font-size:24px;letter-spacing:-.02em;line-height:1.25}
+.tile>span{color:var(--soft);font-size:13px}.scroll{overflow-x:auto;margin:6px 0 14px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:7px 11px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}
 thead th{color:var(--soft);font-weight:500;font-size:13px}tbody th,th:first-child{text-align:left;font-weight:500}
 tbody th{position:sticky;left:0;background:var(--bg);z-index:1}details tbody th{background:var(--bg)}
 td small{display:block;color:var(--soft);font-size:11.5px}th small{color:var(--soft);font-weight:400}
 .bar{background:linear-gradient(90deg,var(--bar) var(--v),transparent 0);border-radius:3px;padding:1px 5px;
- display:inline-block;min-width:62px}
+  display:inline-block;min-width:62px}
 .freeze th,.freeze td{padding:6px 7px;font-size:13px}
 .freeze :is(th,td):nth-child(2),.freeze :is(th,td):nth-child(3){text-align:left}
 .none{color:var(--soft);font-style:italic;font-size:12.5px}.tile .none{font-size:15px;font-weight:400}
@@ -113,16 +114,18 @@ td small{display:block;color:var(--soft);font-size:11.5px}th small{color:var(--s
 svg{width:100%;height:auto;display:block}.figure>svg{min-width:620px}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(185px,1fr));gap:14px;margin:10px 0}
 .card{margin:0;border:1px solid var(--line);border-radius:10px;overflow:hidden;background:var(--panel)}
-.card img{width:100%;aspect-ratio:4/3;object-fit:contain;background:#20262c;display:block}.card
-img.small{image-rendering:pixelated} .card figcaption{padding:9px 12px 11px;font-size:13.5px}.card p{margin:0}.card
-.q{font-weight:600;overflow-wrap:anywhere} .card ul{list-style:none;margin:6px 0;padding:0;overflow-wrap:anywhere}.card
-.t{color:var(--soft);font-size:12.5px} .right::after{content:"
-✓";color:var(--good);font-weight:700}.wrong::after{content:" ✗";color:var(--bad);font-weight:700} details{border:1px
-solid var(--line);border-radius:8px;margin:8px 0;padding:8px 13px}summary{cursor:pointer}
+.card img{width:100%;aspect-ratio:4/3;object-fit:contain;background:#20262c;display:block}
+.card img.small{image-rendering:pixelated}.card figcaption{padding:9px 12px 11px;font-size:13.5px}.card p{margin:0}
+.card .q{font-weight:600;overflow-wrap:anywhere}
+.card ul{list-style:none;margin:6px 0;padding:0;overflow-wrap:anywhere}.card .t{color:var(--soft);font-size:12.5px}
+.right::after{content:" ✓";color:var(--good);font-weight:700}
+.wrong::after{content:" ✗";color:var(--bad);font-weight:700}
+details{border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:8px 13px}summary{cursor:pointer}
 pre{overflow:auto;max-height:420px;font-size:12px;background:var(--panel);padding:12px;border-radius:6px}
-.bad{color:var(--bad)}footer{color:var(--soft);font-size:13px;padding:26px 0 40px} .missing{border-left:3px solid
-var(--bad);padding:6px 14px 6px 30px;background:var(--panel);border-radius:0 8px 8px 0;font-size:13.5px} @media
-print{nav{display:none}details,figure,tr{break-inside:avoid}}'''
+.bad{color:var(--bad)}footer{color:var(--soft);font-size:13px;padding:26px 0 40px}
+.missing{border-left:3px solid var(--bad);padding:6px 14px 6px 30px;background:var(--panel);
+ border-radius:0 8px 8px 0;font-size:13.5px}
+@media print{nav{display:none}details,figure,tr{break-inside:avoid}}'''
 
 # %% ../../nbs/lab/05_page.ipynb #acd9d954
 def html_page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str, str, str]],

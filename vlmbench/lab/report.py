@@ -249,7 +249,7 @@ def _freeze_section(runs) -> str:
         out += folded(f'<b>{pretty(m)}</b>', f'<div class="two">{inner}</div>', shown=n < 2)
     return out
 
-# %% ../../nbs/lab/10_report.ipynb #391f229d
+# %% ../../nbs/lab/10_report.ipynb #fc9eb98d
 def _tiles(runs, methods, acc, tasks) -> list[tuple[str, str]]:
     seeds = {r.seed for r in runs if r.seed >= 0}
     tiles = [('runs', str(len(runs))), ('methods', str(len(methods))),
@@ -292,6 +292,7 @@ def write_report(run_dirs: Iterable[str | Path], out: str | Path,
         scorers = esc(', '.join(mine['scorer'].unique()))
         note = (f'Percent, with {100 * level:.0f}% intervals over pictures (and seeds, where there are several); '
                 f'{mine["id"].nunique():,} questions, scored by {scorers}. Best method per column in bold.')
+        if 2 <= mine['seed'].nunique() <= 4: note += ' Few seeds say little about the spread between seeds: that widens intervals.'
         sections.append((f'task-{t}', f'Accuracy: {t.replace("_", " ")}', note, content))
     if not tasks: sections.append(('accuracy', 'Accuracy', '', f'<p>{NOT_RECORDED}</p>'))
     kept = [[f'{pretty(r.method)} <small>{pretty(r.task)}</small>', percent(r.before), percent(r.after),
