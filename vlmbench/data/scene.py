@@ -23,7 +23,7 @@ PLACES = ('top-left', 'top', 'top-right', 'left', 'center', 'right', 'bottom-lef
 NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 QUESTION_TYPES = ('color', 'size', 'where', 'shape', 'digit', 'count', 'exist', 'spatial')
 
-# %% ../../nbs/data/55_scene.ipynb #fbe8c367
+# %% ../../nbs/data/55_scene.ipynb #513d331f
 @dataclass(frozen=True)
 class WorldConfig:
     "What the embedded world looks like; `WorldConfig.at(level)` gives the named difficulty levels."
@@ -32,7 +32,8 @@ class WorldConfig:
     image_size: int = 64         # side of a square picture, px
     odd_share: float = .25       # share of pictures that are not square
     digit_share: float = .4      # chance that an object is a handwritten digit
-    jitter: float = .06          # largest shift of an object off its cell's centre, in cells
+    aspect: float = 1.25         # long side over short side of those
+    jitter: float = .03          # largest shift of an object off its cell's centre, in cells
     noise: float = .02           # standard deviation of the pixel noise, in [0, 1] units
     seed: int = 0                # seed of every draw
 
@@ -41,6 +42,7 @@ class WorldConfig:
             raise ValueError(f'WorldConfig: objects must satisfy 1 <= min_objects <= max_objects <= 9, got '
                              f'{self.min_objects}..{self.max_objects}; the grid has nine places')
         if self.image_size < 32: raise ValueError(f'WorldConfig.image_size={self.image_size}: digits are unreadable below 32 px')
+        if not 1 <= self.aspect <= 4: raise ValueError(f'WorldConfig.aspect={self.aspect}: use a number in [1, 4]')
         for name in ('odd_share', 'digit_share', 'jitter', 'noise'):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f'WorldConfig.{name}={getattr(self, name)}: use a number in [0, 1]')
 
@@ -49,7 +51,7 @@ class WorldConfig:
            **changes) -> 'WorldConfig':
         "The settings of a named difficulty level, with `changes` on top."
         levels = dict(easy=dict(max_objects=2, jitter=0., odd_share=0., noise=0.), default={},
-                      hard=dict(min_objects=3, max_objects=6, jitter=.12, noise=.06, odd_share=.5))
+                      hard=dict(min_objects=3, max_objects=6, jitter=.12, noise=.06, odd_share=.5, aspect=1.5))
         if level not in levels: raise ValueError(f'difficulty {level!r} is unknown; use one of {sorted(levels)}')
         return cls(**{**levels[level], **changes})
 
@@ -87,7 +89,7 @@ def split_of(scene: Scene) -> str:
     bucket = zlib.crc32(signature(scene).encode()) % 10
     return 'train' if bucket < 7 else 'val' if bucket < 8 else 'test'
 
-# %% ../../nbs/data/55_scene.ipynb #7df63044
+# %% ../../nbs/data/55_scene.ipynb #a434f16e
 def make_scene(config: WorldConfig, # difficulty and seed
                split: str,          # 'train', 'val' or 'test'
                index: int,          # number of the scene within the split
@@ -105,9 +107,8 @@ def make_scene(config: WorldConfig, # difficulty and seed
         things = tuple(Thing(name, str(rng.choice(list(COLORS))), str(rng.choice(SIZES)), int(place),
                              tuple(float(x) for x in rng.uniform(-config.jitter, config.jitter, 2)), int(rng.integers(2**31)))
                        for name, place in zip(names, places))
-        s, b = config.image_size, config.image_size * 5 // 4
-        odd = [(b, s), (s, b), (s * 3 // 2, s), (s, s * 3 // 2)]
-        size = odd[rng.integers(len(odd))] if rng.random() < config.odd_share else (s, s)
+        s, b = config.image_size, round(config.image_size * config.aspect)
+        size = ((b, s), (s, b))[rng.integers(4) % 2] if rng.random() < config.odd_share else (s, s)
         scene = Scene(things, size, split, int(rng.integers(2**31)))
         if split_of(scene) == split: return scene
 

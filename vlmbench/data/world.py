@@ -21,16 +21,16 @@ from .scene import (COLORS, DESCRIBE, DIGITS, PLACES, SHAPES, SPLITS, Scene, Thi
 __all__ = ['KINDS', 'digit_pool', 'shape_distance', 'geometry', 'coverage', 'render', 'region', 'scene_samples', 'WorldSize',
            'write_world', 'load_world', 'asset_path']
 
-# %% ../../nbs/data/60_world.ipynb #d1668eff
+# %% ../../nbs/data/60_world.ipynb #69cd42dd
 @functools.lru_cache(maxsize=None)
 def digit_pool(split: str) -> dict[str, np.ndarray]:
-    "Handwritten samples of each digit for a split: `{'0': [n, 8, 8] in [0, 1], ...}`; 70% train, 10% val, 20% test."
+    "Handwritten samples of each digit for a split: `{'0': [n, 8, 8] in [0, 1], ...}`; 80% train, 5% val, 15% test."
     from sklearn.datasets import load_digits
     data, rng, pools = load_digits(), np.random.default_rng(20), {}
     for d in range(10):
         own = data.images[data.target == d] / 16.
         own = own[rng.permutation(len(own))]
-        a, b = int(.7 * len(own)), int(.8 * len(own))
+        a, b = int(.8 * len(own)), int(.85 * len(own))
         pools[str(d)] = dict(train=own[:a], val=own[a:b], test=own[b:])[split].astype(np.float32)
     return pools
 
@@ -45,12 +45,12 @@ def shape_distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if name == 'triangle': return np.maximum(y - .75, .894 * abs(x) - .447 * (y + 1.))
     raise ValueError(f'shape {name!r} is unknown; the world has {SHAPES}')
 
-# %% ../../nbs/data/60_world.ipynb #60fa38b7
+# %% ../../nbs/data/60_world.ipynb #b3faf802
 def geometry(thing: Thing, size: tuple[int, int]) -> tuple[float, float, float]:
     "Centre x, y and radius of an object in px, for a picture of `(width, height)`."
     (row, col), (w, h) = divmod(thing.place, 3), size
-    cell = min(w, h) / 3
-    radius = cell * (.44 if thing.size == 'large' else .29)
+    small = .36 if thing.is_digit else .29                                   # an 8 x 8 digit needs 16 px
+    radius = min(w, h) / 3 * (.46 if thing.size == 'large' else small)
     return (col + .5 + thing.shift[0]) * w / 3, (row + .5 + thing.shift[1]) * h / 3, radius
 
 def coverage(thing: Thing, size: tuple[int, int], split: str) -> np.ndarray:
