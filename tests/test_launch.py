@@ -1,4 +1,5 @@
-"""Two CPU ranks over gloo: the same step as one rank, text-only batches on one rank, preemption, and failures that name the rank."""
+"""Two CPU ranks over gloo: the same step as one rank, text-only batches on one rank, preemption, and failures that name
+the rank."""
 import os
 import signal
 import subprocess
@@ -12,8 +13,8 @@ import torch
 
 from train_stubs import RowLoader, a_stage, run
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
-from vlmbench.train.metrics import read_metrics
 from vlmbench.train.launch import LaunchError, launch
+from vlmbench.train.metrics import read_metrics
 from vlmbench.train.process import Preempted
 
 HERE = str(Path(__file__).parent)
@@ -21,7 +22,8 @@ ENV = dict(PYTHONPATH=os.pathsep.join([HERE, os.environ.get('PYTHONPATH', '')]))
 
 
 def on_two_ranks(function, tmp_path, **kwargs):
-    return launch(f'train_stubs:{function}', dict(out=str(tmp_path / 'run'), **kwargs), ranks=2, log_dir=tmp_path / 'logs', cpu=True, threads=1, timeout=240, env=ENV)
+    return launch(f'train_stubs:{function}', dict(out=str(tmp_path / 'run'), **kwargs), ranks=2,
+                  log_dir=tmp_path / 'logs', cpu=True, threads=1, timeout=240, env=ENV)
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +35,8 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_two_ranks_equal_one(tmp_path, uninterrupted):
-    "Rows with images go to rank 0, text-only rows to rank 1: weights and losses equal those of one process with both rows."
+    """Rows with images go to rank 0, text-only rows to rank 1: weights and losses equal those of one process with both
+    rows."""
     _, result = run(tmp_path, dropout=0., stage=a_stage('full', 4), loader=RowLoader(0, 1), save_every=None)
     one = load_state(result.checkpoint)
     assert one.shared['targets'] == uninterrupted.shared['targets']
@@ -44,7 +47,8 @@ def test_two_ranks_equal_one(tmp_path, uninterrupted):
 
 
 def test_two_ranks_preempted_and_resumed_equal_uninterrupted(tmp_path, uninterrupted):
-    "One rank is asked to stop: both save the same step and leave; started again, they end where an uninterrupted run ends."
+    """One rank is asked to stop: both save the same step and leave; started again, they end where an uninterrupted run
+    ends."""
     with pytest.raises(Preempted): on_two_ranks('two_rank_run', tmp_path, steps=4, stop_after=2)
     assert latest(tmp_path / 'run').name == 'step-00000002'
     on_two_ranks('two_rank_run', tmp_path, steps=4)
@@ -62,8 +66,7 @@ def test_non_finite_on_one_rank_stops_both_with_the_sample_named(tmp_path):
 
 PARENT = textwrap.dedent('''
     import sys
-    from vlmbench.train.metrics import read_metrics
-from vlmbench.train.launch import launch
+    from vlmbench.train.launch import launch
     launch('train_stubs:sleepy', dict(out=sys.argv[1]), ranks=2, log_dir=sys.argv[1], cpu=True, threads=1)
 ''')
 
@@ -78,7 +81,8 @@ def alive(pid):
 def test_killing_the_parent_takes_the_ranks_down(tmp_path):
     parent = subprocess.Popen([sys.executable, '-c', PARENT, str(tmp_path)], env={**os.environ, **ENV})
     wanted, end = [tmp_path / f'pid-{r}' for r in (0, 1)], time.monotonic() + 120
-    while not all(p.exists() and p.read_text() for p in wanted) and time.monotonic() < end: time.sleep(0.1)
+    while not all(p.exists() and p.read_text()
+                  for p in wanted) and parent.poll() is None and time.monotonic() < end: time.sleep(0.1)
     pids = [int(p.read_text()) for p in wanted]
     assert all(map(alive, pids))
     parent.send_signal(signal.SIGKILL); parent.wait()

@@ -1,4 +1,5 @@
-"""The training loop: loss by global target tokens, guards before the update, metrics, callbacks, extra loss terms, precision, stages in a row."""
+"""The training loop: loss by global target tokens, guards before the update, metrics, callbacks, extra loss terms,
+precision, stages in a row."""
 import json
 import math
 import warnings
@@ -42,16 +43,19 @@ def test_accumulation_equals_one_batch(tmp_path, rows):
     _, b = run(tmp_path / 'many', dropout=0., stage=a_stage(steps=3, accumulation=8 // rows), loader=Rows(rows))
     assert list(a.history.targets) == list(b.history.targets)
     assert a.history.loss.to_numpy() == pytest.approx(b.history.loss.to_numpy(), rel=1e-5)
-    for (n, x), y in zip(weights(tmp_path / 'one').items(), weights(tmp_path / 'many').values()): assert torch.allclose(x, y, atol=2e-5), n
+    for (n, x), y in zip(weights(tmp_path / 'one').items(),
+                         weights(tmp_path / 'many').values()): assert torch.allclose(x, y, atol=2e-5), n
 
 
 def test_reported_loss_is_the_mean_over_all_targets(tmp_path):
     model = tiny_vlm()
     batches, total, n = Rows(2).batches, 0., 0
     for b in batches:
-        with torch.no_grad(): logits = model.eval()(**{k: v for k, v in b.items() if isinstance(v, torch.Tensor)}).logits
+        with torch.no_grad(): logits = model.eval()(**{k: v for k, v in b.items()
+                                                       if isinstance(v, torch.Tensor)}).logits
         keep = b['labels'][:, 1:] != -100
-        total += float(nn.functional.cross_entropy(logits[:, :-1][keep], b['labels'][:, 1:][keep], reduction='sum')); n += int(keep.sum())
+        total += float(nn.functional.cross_entropy(logits[:, :-1][keep], b['labels'][:, 1:][keep],
+                                                   reduction='sum')); n += int(keep.sum())
     _, result = run(tmp_path, dropout=0., stage=a_stage(steps=1, accumulation=4), loader=Rows(2))
     assert result.history.loss[0] == pytest.approx(total / n, rel=1e-5) and result.history.targets[0] == n
 
@@ -72,7 +76,8 @@ def test_extra_term_is_normalised_globally_and_its_head_trains_and_resumes(tmp_p
     first, term = FeatureNorm(), FeatureNorm()
     _, a = run(tmp_path / 'one', dropout=0., stage=stage, loader=Rows(8), extra_losses=dict(norm=term))
     assert not torch.equal(first.head.weight, term.head.weight)
-    assert a.history['loss'].to_numpy() == pytest.approx((a.history['losses/target'] + 0.5 * a.history['losses/norm']).to_numpy(), rel=1e-5)
+    assert a.history['loss'].to_numpy() == pytest.approx((a.history['losses/target']
+                                                          + 0.5 * a.history['losses/norm']).to_numpy(), rel=1e-5)
     four = a_stage(steps=3, accumulation=4, losses=[('norm', 0.5)])
     _, b = run(tmp_path / 'four', dropout=0., stage=four, loader=Rows(2), extra_losses=dict(norm=FeatureNorm()))
     assert a.history['losses/norm'].to_numpy() == pytest.approx(b.history['losses/norm'].to_numpy(), rel=1e-5)
@@ -82,7 +87,8 @@ def test_extra_term_is_normalised_globally_and_its_head_trains_and_resumes(tmp_p
 
 
 def test_terms_must_match_the_stage(tmp_path):
-    with pytest.raises(RecipeError, match=r"declares losses \['norm'\] and extra_losses holds \[\]"): run(tmp_path, stage=a_stage(losses=['norm']))
+    with pytest.raises(RecipeError, match=r"declares losses \['norm'\] and extra_losses holds \[\]"): run(tmp_path,
+        stage=a_stage(losses=['norm']))
 
 
 class Poisoned:
@@ -94,7 +100,8 @@ class Poisoned:
         for i, b in enumerate(self.loader):
             if i == self.at:
                 image = 1; b['pixel_values'][image, 0, 3, 3] = float('nan')
-                row = int((b['image_ids'] == image).any(1).nonzero()[0, 0]); doc = int(b['document_ids'][row][b['image_ids'][row] == image][0])
+                row = int((b['image_ids'] == image).any(1).nonzero()[0, 0])
+                doc = int(b['document_ids'][row][b['image_ids'][row] == image][0])
                 before = sum(len(torch.unique(d[d >= 0])) for d in b['document_ids'][:row])
                 self.name = b['sample_ids'][before + doc]
             yield b
@@ -102,7 +109,8 @@ class Poisoned:
 
 def test_non_finite_loss_names_tensor_and_sample_before_the_update(tmp_path):
     loader = Poisoned(at=5)                                  # step 3, second micro-batch
-    with pytest.raises(NonFiniteLoss) as e: run(tmp_path, dropout=0., loader=loader, save_every=1, model=(model := tiny_vlm()))
+    with pytest.raises(NonFiniteLoss) as e: run(tmp_path, dropout=0., loader=loader, save_every=1,
+                                                model=(model := tiny_vlm()))
     assert e.value.step == 3 and e.value.samples == [loader.name] and e.value.tensors == ['input pixel_values']
     assert loader.name in str(e.value) and 'The update was not applied' in str(e.value)
     saved = weights(tmp_path)                                # the state after step 2
@@ -125,20 +133,23 @@ def test_non_finite_gradient_with_a_finite_loss(tmp_path):
 def test_broken_weight_is_named(tmp_path):
     model = tiny_vlm()
     with torch.no_grad(): model.model.language_model.layers[2].mlp.up_proj.weight[0, 0] = float('inf')
-    with pytest.raises(NonFiniteLoss, match='weight model.language_model.layers.2.mlp.up_proj.weight'): run(tmp_path, model=model)
+    with pytest.raises(NonFiniteLoss, match='weight model.language_model.layers.2.mlp.up_proj.weight'): run(tmp_path,
+        model=model)
 
 
 def test_audit_lists_silent_parameters(tmp_path):
     "With features of the last but one block the tower's last block cannot learn: it is listed, not hidden."
     model = tiny_vlm(); model.model.vision.config['select_layers'] = [-2]
     _, result = run(tmp_path, model=model, steps=1)
-    assert result.audit.missing and all('tower' in n and ('layers.1.' in n or 'post_layernorm' in n) for n in result.audit.missing)
+    assert result.audit.missing and all('tower' in n and ('layers.1.' in n or 'post_layernorm' in n)
+                                        for n in result.audit.missing)
     assert read_metrics(tmp_path, 'audit').step[0] == 1
 
 
 def test_audit_waits_for_images_and_refuses_a_dead_group(tmp_path):
     with pytest.warns(UserWarning, match='had no images'):
-        train(tiny_vlm(), None, a_stage(steps=1), None, tmp_path / 'a', loader=packed_loader(images=False), device='cpu', progress_seconds=None)
+        train(tiny_vlm(), None, a_stage(steps=1), None, tmp_path / 'a', loader=packed_loader(images=False),
+              device='cpu', progress_seconds=None)
     model = tiny_vlm(); layer = model.model.language_model.layers[1]
     layer.forward = lambda hidden_states, *a, _f=layer.forward, **k: _f(hidden_states, *a, **k).detach()
     with pytest.raises(NoGradient, match="group 'projector' should train"): run(tmp_path / 'b', 'frozen', model=model)
@@ -147,7 +158,8 @@ def test_audit_waits_for_images_and_refuses_a_dead_group(tmp_path):
 def test_a_text_only_step_leaves_a_lone_projector_alone(tmp_path):
     "Nothing that trains is reached: no gradient, no update, no decay, and the run goes on."
     model = tiny_vlm(); before = [p.clone() for p in model.parameters()]
-    _, result = run(tmp_path, model=model, stage=a_stage('frozen', 2, weight_decay=0.5), loader=packed_loader(images=False))
+    _, result = run(tmp_path, model=model, stage=a_stage('frozen', 2, weight_decay=0.5),
+                    loader=packed_loader(images=False))
     assert result.done and result.audit.waiting == ['projector'] and list(result.history.grad_norm) == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
@@ -155,8 +167,9 @@ def test_a_text_only_step_leaves_a_lone_projector_alone(tmp_path):
 def test_metrics_are_complete_and_plausible(tmp_path):
     _, result = run(tmp_path, steps=3, save_every=None)
     h = result.history
-    for k in ('loss', 'losses/target', 'grad_norm', 'lr/layers', 'lr/vision', 'tokens_per_s', 'targets_per_s', 'images_per_s', 'mfu', 'data_wait',
-              'memory_mb/rss', 'eta_s', 'seen_targets'): assert k in h and h[k].notna().all(), k
+    for k in ('loss', 'losses/target', 'grad_norm', 'lr/layers', 'lr/vision', 'tokens_per_s', 'targets_per_s',
+              'images_per_s', 'mfu', 'data_wait', 'memory_mb/rss', 'eta_s',
+              'seen_targets'): assert k in h and h[k].notna().all(), k
     assert (h.data_wait.between(0, 1)).all() and (h.mfu > 0).all() and (h.mfu < 1.5).all() and h.eta_s.iloc[-1] == 0
     assert list(h.seen_targets) == list(h.targets.cumsum()) and result.targets == h.targets.sum()
     assert h['lr/vision'].iloc[0] < h['lr/layers'].iloc[0]
@@ -183,10 +196,12 @@ def test_callbacks_do_not_change_training_and_best_is_kept(tmp_path):
         torch.rand(7); modes.append(moment.model.training)
         return dict(score=-abs(moment.step - 2))
     _, plain = run(tmp_path / 'a', steps=6, save_every=1)
-    model, watched = run(tmp_path / 'b', steps=6, save_every=1, keep_last=1, callbacks=[Callback(score, every=1)], monitor='eval/score', best='max')
+    model, watched = run(tmp_path / 'b', steps=6, save_every=1, keep_last=1, callbacks=[Callback(score, every=1)],
+                         monitor='eval/score', best='max')
     assert list(plain.history.loss) == list(watched.history.loss) and modes == [False] * 6
     assert sorted(p.name for p in (tmp_path / 'b' / 'checkpoints').iterdir()) == ['step-00000002', 'step-00000006']
-    assert best_state(tmp_path / 'b', 'max').name == 'step-00000002' and list(read_metrics(tmp_path / 'b', 'eval').score) == [-1, 0, -1, -2, -3, -4]
+    assert best_state(tmp_path / 'b', 'max').name == 'step-00000002' and list(read_metrics(tmp_path / 'b',
+        'eval').score) == [-1, 0, -1, -2, -3, -4]
     with pytest.raises(RecipeError, match="monitor='eval/acc', but callback 'eval' returned"):
         run(tmp_path / 'c', steps=1, callbacks=[Callback(score, every=1)], monitor='eval/acc')
 
@@ -202,12 +217,15 @@ def test_bf16_computes_in_bf16_over_fp32_weights(tmp_path):
 
 
 def test_half_precision_storage(tmp_path):
-    with pytest.raises(RecipeError, match="precision='fp32', but .* stored in half precision"): run(tmp_path / 'a', 'frozen', model=tiny_vlm().bfloat16())
+    with pytest.raises(RecipeError, match="precision='fp32', but .* stored in half precision"): run(tmp_path / 'a',
+        'frozen', model=tiny_vlm().bfloat16())
     with pytest.warns(UserWarning, match='fp32 master weights'):
         model = tiny_vlm().bfloat16()
-        train(model, None, a_stage('frozen', 2), None, tmp_path / 'b', loader=packed_loader(), device='cpu', progress_seconds=None, precision='bf16')
+        train(model, None, a_stage('frozen', 2), None, tmp_path / 'b', loader=packed_loader(), device='cpu',
+              progress_seconds=None, precision='bf16')
     groups = module_groups(model)
-    assert {p.dtype for _, p in groups['projector']} == {torch.float32} and {p.dtype for _, p in groups['layers']} == {torch.bfloat16}
+    assert {p.dtype for _, p in groups['projector']} == {torch.float32} and {p.dtype
+        for _, p in groups['layers']} == {torch.bfloat16}
     with pytest.raises(RecipeError, match="precision must be 'fp32' or 'bf16'"): run(tmp_path / 'c', precision='fp16')
 
 
@@ -221,33 +239,39 @@ def test_data_that_ends_early_is_announced_and_saved(tmp_path):
     from vlmbench.data.mixture import StatefulSampler
     from vlmbench.data.packing import BatchLoader
     loader = BatchLoader(range(12), encode, StatefulSampler(12, epochs=1), 48, 2, buffer=8)
-    with pytest.warns(UserWarning, match='the data ended at'): _, result = run(tmp_path, 'frozen', stage=a_stage('frozen', 50), loader=loader)
+    with pytest.warns(UserWarning, match='the data ended at'): _, result = run(tmp_path, 'frozen',
+        stage=a_stage('frozen', 50), loader=loader)
     assert not result.done and result.step < 50 and result.checkpoint.name == f'step-{result.step:08d}'
 
 
 def test_settings_that_cannot_work(tmp_path):
     with pytest.raises(RecipeError, match='trains nothing'): run(tmp_path, stage=Stage('s', {}, data='x', steps=1))
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2))
     with pytest.raises(RecipeError, match='takes no document_ids'):
-        run(tmp_path, model=llama, stage=Stage('s', dict(layers=full()), data='x', lr=1e-3, steps=1), loader=packed_loader(images=False),
+        run(tmp_path, model=llama, stage=Stage('s', dict(layers=full()), data='x', lr=1e-3, steps=1),
+            loader=packed_loader(images=False),
             groups=dict(layers=[(n, p) for n, p in llama.named_parameters() if '.layers.' in n]))
     class NoTargets(RowLoader):
         def __iter__(self):
             for b in super().__iter__(): b['labels'].fill_(-100); yield b
-    with pytest.raises(RecipeError, match="no sample of .* has a target token"): run(tmp_path / 't', loader=NoTargets(0, 1))
+    with pytest.raises(RecipeError, match="no sample of .* has a target token"): run(tmp_path / 't',
+        loader=NoTargets(0, 1))
 
 
 def test_tensorboard_and_missing_trackers(tmp_path):
     pytest.importorskip('tensorboard')
     run(tmp_path, 'frozen', steps=1, trackers=['tensorboard'])
     assert list((tmp_path / 'tensorboard').glob('events.*'))
-    with pytest.raises(ValueError, match="unknown tracker 'tb'"): run(tmp_path / 'b', 'frozen', steps=1, trackers=['tb'])
+    with pytest.raises(ValueError, match="unknown tracker 'tb'"): run(tmp_path / 'b', 'frozen', steps=1,
+                                                                      trackers=['tb'])
 
 
 def test_missing_tracker_package_names_the_extra(tmp_path, monkeypatch):
     import sys
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    with pytest.raises(ImportError, match=r'install vlmbench\[serve\]'): run(tmp_path, 'frozen', steps=1, trackers=['wandb'])
+    with pytest.raises(ImportError, match=r'install vlmbench\[serve\]'): run(tmp_path, 'frozen', steps=1,
+        trackers=['wandb'])
 
 
 def test_stages_in_a_row_merge_lora_and_skip_what_is_done(tmp_path):
@@ -257,11 +281,15 @@ def test_stages_in_a_row_merge_lora_and_skip_what_is_done(tmp_path):
         model = tiny_vlm()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            results = train_recipe(model, None, recipe, dict(a=None, b=None), tmp_path, loader=packed_loader(), device='cpu', progress_seconds=None)
+            results = train_recipe(model, None, recipe, dict(a=None, b=None), tmp_path, loader=packed_loader(),
+                                   device='cpu', progress_seconds=None)
         return model, results
     one, results = go()
     assert [p.name for p in sorted(tmp_path.iterdir())] == ['0-align', '1-tune'] and not lora_modules(one)
     changed = {n for (n, p), q in zip(one.named_parameters(), tiny_vlm().parameters()) if not torch.equal(p, q)}
-    assert {n.split('.')[1] for n in changed} == {'vision', 'language_model'} and all('projector' in n or '.layers.' in n for n in changed)
+    assert {n.split('.')[1] for n in changed} == {'vision', 'language_model'} and all('projector' in n
+        or '.layers.' in n for n in changed)
     two, again = go()
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())) and math.isclose(again[1].history.loss.iloc[-1], results[1].history.loss.iloc[-1])
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(),
+                                                 two.parameters())) and math.isclose(again[1].history.loss.iloc[-1],
+                                                     results[1].history.loss.iloc[-1])

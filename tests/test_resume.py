@@ -1,4 +1,5 @@
-"""Interrupted equals uninterrupted, bit for bit: weights, moments, generators, the half-filled pack and the next batch; also after a real kill -9."""
+"""Interrupted equals uninterrupted, bit for bit: weights, moments, generators, the half-filled pack and the next batch;
+also after a real kill -9."""
 import os
 import signal
 import subprocess
@@ -47,12 +48,14 @@ def test_interrupted_equals_uninterrupted(tmp_path, variant, after):
     parts, b = interrupted(tmp_path / 'parts', after, variant=variant)
     assert a.step == b.step == 6 and a.done and b.done
     assert_same_state(a.checkpoint, b.checkpoint)
-    for (n, p), (m, q) in zip(whole.named_parameters(), parts.named_parameters()): assert n == m and torch.equal(p, q), n
+    for (n, p), (m, q) in zip(whole.named_parameters(), parts.named_parameters()): assert n == m and torch.equal(p,
+        q), n
     for k in ('loss', 'grad_norm', 'lr/projector', 'targets'): assert list(a.history[k]) == list(b.history[k]), k
 
 
 def test_state_is_inside_a_pack_and_draws_dropout(tmp_path):
-    "The resumption tests above mean something: documents wait in the packer at the cut, and dropout makes the generator matter."
+    """The resumption tests above mean something: documents wait in the packer at the cut, and dropout makes the
+    generator matter."""
     loader = packed_loader()
     with pytest.raises(Preempted): run(tmp_path / 'a', loader=loader, stop_flag=StopAfter(loader, 6))
     state = load_state(latest(tmp_path / 'a'))
@@ -69,13 +72,15 @@ def test_next_batch_after_resume_is_the_next_batch(tmp_path):
     restored.load_state_dict(state.local['loader'])
     for _ in range(6): next(fresh)
     a, b = next(fresh), next(iter(restored))
-    assert a['sample_ids'] == b['sample_ids'] and all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+    assert a['sample_ids'] == b['sample_ids'] and all(torch.equal(a[k], b[k]) for k in a
+                                                      if isinstance(a[k], torch.Tensor))
 
 
 def test_bf16_resumes_bit_for_bit(tmp_path):
     _, a = run(tmp_path / 'a', 'lora', precision='bf16', steps=4)
     loader = packed_loader()
-    with pytest.raises(Preempted): run(tmp_path / 'b', 'lora', precision='bf16', steps=4, loader=loader, stop_flag=StopAfter(loader, 4))
+    with pytest.raises(Preempted): run(tmp_path / 'b', 'lora', precision='bf16', steps=4, loader=loader,
+                                       stop_flag=StopAfter(loader, 4))
     _, b = run(tmp_path / 'b', 'lora', precision='bf16', steps=4)
     assert_same_state(a.checkpoint, b.checkpoint)
 
@@ -95,10 +100,12 @@ def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path):
     loader = packed_loader()
     def boom(moment):
         if moment.step == 5: raise RuntimeError('power cut')
-    with pytest.raises(RuntimeError, match='power cut'): run(tmp_path, loader=loader, callbacks=[Callback(boom, every=1)])
+    with pytest.raises(RuntimeError, match='power cut'): run(tmp_path, loader=loader,
+                                                             callbacks=[Callback(boom, every=1)])
     assert list(read_metrics(tmp_path).step) == [1, 2, 3, 4, 5]
     with pytest.warns(UserWarning, match='dropped 1 lines after step 4'):
-        train(tiny_vlm(0.1), None, a_stage(), None, tmp_path, loader=packed_loader(), device='cpu', progress_seconds=None)
+        train(tiny_vlm(0.1), None, a_stage(), None, tmp_path, loader=packed_loader(), device='cpu',
+              progress_seconds=None)
     assert list(read_metrics(tmp_path).step) == [1, 2, 3, 4, 5, 6]
 
 
@@ -120,17 +127,20 @@ KILLED = textwrap.dedent('''
 
 
 def child(out, where, variant):
-    return subprocess.run([sys.executable, '-c', KILLED, str(out), where, str(HERE), variant], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'})
+    return subprocess.run([sys.executable, '-c', KILLED, str(out), where, str(HERE), variant], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1',
+                                                       'OMP_WAIT_POLICY': 'PASSIVE'})
 
 
 def test_kill_9_between_write_and_rename(tmp_path, variant='lora'):
-    "The process dies with a complete but unpublished state on disk: the run continues from the state before it and ends the same."
+    """The process dies with a complete but unpublished state on disk: the run continues from the state before it and
+    ends the same."""
     dead = child(tmp_path / 'killed', 'before', variant)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     left = sorted(p.name for p in (tmp_path / 'killed' / 'checkpoints').iterdir())
     assert left == ['.tmp-step-00000004', 'step-00000002']
-    with pytest.warns(UserWarning, match='was never completed'): assert latest(tmp_path / 'killed').name == 'step-00000002'
+    with pytest.warns(UserWarning, match='was never completed'):
+        assert latest(tmp_path / 'killed').name == 'step-00000002'
     for out in ('killed', 'whole'):
         done = child(tmp_path / out, 'never', variant)
         assert done.returncode == 0, done.stderr
@@ -152,8 +162,8 @@ SIGNALLED = textwrap.dedent('''
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
 def test_signal_saves_and_exits_75(tmp_path, name):
-    p = subprocess.run([sys.executable, '-c', SIGNALLED, str(tmp_path), str(HERE), name], capture_output=True, text=True, timeout=300,
-                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'})
+    p = subprocess.run([sys.executable, '-c', SIGNALLED, str(tmp_path), str(HERE), name], capture_output=True,
+                       text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'})
     assert p.returncode == 75, p.stderr
     assert latest(tmp_path).name in ('step-00000003', 'step-00000004')
     _, result = run(tmp_path, 'frozen')
@@ -167,10 +177,12 @@ def test_resume_none_refuses_a_used_folder(tmp_path):
 
 def test_another_stage_seed_or_base_is_refused(tmp_path):
     run(tmp_path, 'frozen', steps=2)
-    with pytest.raises(CheckpointError, match='stage.lr: saved 0.003, now 0.1'): run(tmp_path, stage=a_stage('frozen', steps=2, lr=0.1))
+    with pytest.raises(CheckpointError, match='stage.lr: saved 0.003, now 0.1'): run(tmp_path,
+        stage=a_stage('frozen', steps=2, lr=0.1))
     with pytest.raises(CheckpointError, match='seed: saved 0, now 1'): run(tmp_path, 'frozen', steps=2, seed=1)
     with pytest.raises(CheckpointError, match='base: saved'): run(tmp_path, 'frozen', steps=2, model=tiny_vlm(seed=5))
-    with pytest.raises(ValueError, match='max_tokens'): run(tmp_path, 'frozen', steps=2, loader=packed_loader(max_tokens=40))
+    with pytest.raises(ValueError, match='max_tokens'): run(tmp_path, 'frozen', steps=2,
+                                                            loader=packed_loader(max_tokens=40))
 
 
 def test_allowed_changes_extend_a_finished_run(tmp_path):
@@ -185,5 +197,6 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path):
     bad = latest(tmp_path / 'damaged') / 'optimizer.safetensors'
     bad.write_bytes(bad.read_bytes()[:-8])
     with pytest.warns(UserWarning, match='optimizer.safetensors has .* bytes instead of'):
-        train(tiny_vlm(0.1), None, a_stage('frozen'), None, tmp_path / 'damaged', loader=packed_loader(), device='cpu', progress_seconds=None)
+        train(tiny_vlm(0.1), None, a_stage('frozen'), None, tmp_path / 'damaged', loader=packed_loader(), device='cpu',
+              progress_seconds=None)
     assert_same_state(whole.checkpoint, latest(tmp_path / 'damaged'))

@@ -1,4 +1,5 @@
-"""A tiny random VLM and a packed, resumable loader over synthetic samples, shared by the training tests (and by the processes they start)."""
+"""A tiny random VLM and a packed, resumable loader over synthetic samples, shared by the training tests (and by the
+processes they start)."""
 import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -20,16 +21,17 @@ VOCAB, IMAGE, PIXELS, PATCHES = 40, 4, 16, 4
 def tiny_vlm(dropout=0., depth=3, tie=False, seed=0):
     "1 image = 4 tokens of a two-block CLIP tower at 16 x 16 pixels; a three-block Llama."
     torch.manual_seed(seed)
-    text = dict(model_type='llama', vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=2,
-                max_position_embeddings=128, attention_dropout=dropout, tie_word_embeddings=tie)
-    backbone = dict(model_type='clip_vision_model', hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                    image_size=PIXELS, patch_size=8, attention_dropout=dropout)
-    return VLMForConditionalGeneration(VLMConfig(text_config=text, vision_config=dict(type='encoder', backbone=backbone, select_layers=[-1]),
-                                                 image_token_id=IMAGE))
+    text = dict(model_type='llama', vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=depth,
+                num_attention_heads=2, max_position_embeddings=128, attention_dropout=dropout, tie_word_embeddings=tie)
+    backbone = dict(model_type='clip_vision_model', hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                    num_attention_heads=2, image_size=PIXELS, patch_size=8, attention_dropout=dropout)
+    return VLMForConditionalGeneration(VLMConfig(text_config=text, vision_config=dict(type='encoder', backbone=backbone,
+        select_layers=[-1]), image_token_id=IMAGE))
 
 
 def encode(i, images=True):
-    "Sample `i`: an image in three of four samples, a prompt, an answer of 1 to 9 tokens; all drawn from a generator seeded with `i`."
+    """Sample `i`: an image in three of four samples, a prompt, an answer of 1 to 9 tokens; all drawn from a generator
+    seeded with `i`."""
     g = torch.Generator().manual_seed(1000 + i)
     n = int(torch.randint(1, 10, (), generator=g)); prompt = int(torch.randint(2, 6, (), generator=g))
     with_image = images and i % 4 != 3
@@ -37,13 +39,14 @@ def encode(i, images=True):
     ids = torch.cat([torch.full((PATCHES * with_image,), IMAGE), text])
     labels = torch.cat([torch.full((len(ids) - n,), -100), text[prompt:]])
     image_ids = torch.where(ids == IMAGE, 0, -1)
-    pixels = [dict(pixel_values=torch.randn(3, PIXELS, PIXELS, generator=g), size=(PIXELS, PIXELS))] if with_image else []
+    pixels = [dict(pixel_values=torch.randn(3, PIXELS, PIXELS, generator=g),
+                   size=(PIXELS, PIXELS))] if with_image else []
     return Encoded(ids, labels, image_ids, pixels, f's{i}')
 
 
 def packed_loader(n=60, seed=0, rows=2, max_tokens=48, rank=0, world=1, images=True, prefetch=2, **kw):
-    return BatchLoader(range(n), lambda i: encode(i, images), StatefulSampler(n, seed=seed, rank=rank, world=world), max_tokens, rows, buffer=8,
-                       prefetch=prefetch, **kw)
+    return BatchLoader(range(n), lambda i: encode(i, images), StatefulSampler(n, seed=seed, rank=rank, world=world),
+                       max_tokens, rows, buffer=8, prefetch=prefetch, **kw)
 
 
 VARIANTS = dict(
@@ -65,7 +68,8 @@ def run(out, variant='full', dropout=0.1, model=None, loader=None, stage=None, s
     kw = dict(device='cpu', progress_seconds=None, save_every=2) | kw
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='gradient audit|.*dropped .* lines')
-        return model, train(model, None, stage or a_stage(variant, steps), None, out, loader=packed_loader() if loader is None else loader, **kw)
+        return model, train(model, None, stage or a_stage(variant, steps), None, out, loader=packed_loader()
+                            if loader is None else loader, **kw)
 
 
 class StopAfter:
@@ -75,10 +79,12 @@ class StopAfter:
 
 
 class RowLoader:
-    "Micro-batches of two rows (one with images, one text-only); of `world` 2, rank 0 gets the first row and rank 1 the second."
+    """Micro-batches of two rows (one with images, one text-only); of `world` 2, rank 0 gets the first row and rank 1
+    the second."""
     def __init__(self, rank, world, poison=False):
         self.i, self.rank, self.world = 0, rank, world
-        with_images = list(pack([encode(i) for i in range(60) if i % 4 != 3], 48)); text = list(pack([encode(i, False) for i in range(60, 120)], 48))
+        with_images = list(pack([encode(i) for i in range(60) if i % 4 != 3], 48)); text = list(pack([encode(i, False)
+            for i in range(60, 120)], 48))
         if poison: with_images[0][0].images[0]['pixel_values'][0, 0, 0] = float('nan')
         self.pairs = list(zip(with_images, text))
     def state_dict(self): return dict(i=self.i)
@@ -95,7 +101,8 @@ class StopAtBatch:
 
 
 def two_rank_run(out, steps, stop_after=None, poison=False):
-    "What each of two ranks runs (started by `vlmbench.train.launch`); only rank 0 is asked to stop, or holds a poisoned image."
+    """What each of two ranks runs (started by `vlmbench.train.launch`); only rank 0 is asked to stop, or holds a
+    poisoned image."""
     rank = int(os.environ['RANK']); torch.set_num_threads(1)
     loader = RowLoader(rank, 2, poison and rank == 0)
     stop = StopAtBatch(loader, 2 * stop_after if stop_after and rank == 0 else None)

@@ -6,7 +6,7 @@
 __all__ = ['COUNTS', 'LossTerm', 'take', 'make_loader', 'lr_factor', 'Forward', 'Moment', 'Callback', 'set_aside_rng',
            'TrainResult', 'train', 'train_recipe']
 
-# %% ../../nbs/train/10_loop.ipynb #f21082e6
+# %% ../../nbs/train/10_loop.ipynb #ece83bf1
 import inspect, itertools, json, math, random, time, warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,22 +23,23 @@ from torch import nn
 from ..data.mixture import StatefulSampler
 from ..data.packing import BatchLoader
 from ..models.vlm import module_groups
-from .checkpoint import (CheckpointError, fingerprint, latest, load_optimizer_tensors, load_state, load_weights, optimizer_tensors, rng_state,
-                                       save_state, set_rng_state)
+from .checkpoint import (CheckpointError, fingerprint, latest, load_optimizer_tensors, load_state,
+                                       load_weights, optimizer_tensors, rng_state, save_state, set_rng_state)
 from .guard import GradientAudit, NonFiniteLoss, diagnose
-from .metrics import (FLOP_CONVENTION, FlopModel, MetricLog, ProgressLine, batch_counts, make_tracker, peak_flops, peak_memory,
-                                    read_metrics)
+from .metrics import (FLOP_CONVENTION, FlopModel, MetricLog, ProgressLine, batch_counts, make_tracker,
+                                    peak_flops, peak_memory, read_metrics)
 from .optimizer import make_optimizer
 from .prepare import TrainPlan, prepare
 from .process import Preempted, Ranks, StopFlag
 from .recipe import Recipe, RecipeError, Stage, override
 
-# %% ../../nbs/train/10_loop.ipynb #983f4a54
+# %% ../../nbs/train/10_loop.ipynb #25cac6cd
 class LossTerm(Protocol):
-    """An extra loss: called with the model's output and the batch on the device, returns the *sum* of its elements' losses.
+    """An extra loss: called with the model's output and the batch on the device, returns the *sum* of its elements'
+    losses.
 
-    `count(batch)` gives the number of elements from the batch alone. Optional `forward_kwargs`: what the forward pass needs
-    (such as `dict(output_hidden_states=True)`). Its weight stands in `Stage.losses`."""
+    `count(batch)` gives the number of elements from the batch alone. Optional `forward_kwargs`: what the forward pass
+    needs (such as `dict(output_hidden_states=True)`). Its weight stands in `Stage.losses`."""
     def count(self, batch: Mapping[str, Any]) -> int: ...
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor: ...
 
@@ -46,10 +47,11 @@ class LossTerm(Protocol):
 def _match_terms(stage, terms):
     want, have = dict(stage.losses), dict(terms or {})
     if set(want) != set(have):
-        raise RecipeError(f'stage {stage.name!r} declares losses {sorted(want)} and extra_losses holds {sorted(have)}; they must agree')
+        raise RecipeError(f'stage {stage.name!r} declares losses {sorted(want)} and extra_losses holds '
+                          f'{sorted(have)}; they must agree')
     return [(name, have[name], weight) for name, weight in want.items()]
 
-# %% ../../nbs/train/10_loop.ipynb #1b832dcd
+# %% ../../nbs/train/10_loop.ipynb #e79554c6
 def take(batches: Iterator[dict], n: int, count: Callable[[dict], dict[str, int]]) -> tuple[list[dict], Counter]:
     "The next (at most) `n` micro-batches and their summed counts; an empty list when the data has ended."
     micro, counts = list(itertools.islice(batches, n)), Counter()
@@ -57,11 +59,14 @@ def take(batches: Iterator[dict], n: int, count: Callable[[dict], dict[str, int]
     return micro, counts
 
 
-def make_loader(samples: Sequence, processor: Any, stage: Stage, seed: int = 0, rank: int = 0, world: int = 1, quarantine: Any = None) -> BatchLoader:
-    "The stage's `BatchLoader` over `samples` (a sequence of `Sample`, or a `Mixture` with its own order): endless, shuffled, resumable, prefetching."
+def make_loader(samples: Sequence, processor: Any, stage: Stage, seed: int = 0, rank: int = 0, world: int = 1,
+                quarantine: Any = None) -> BatchLoader:
+    """The stage's `BatchLoader` over `samples` (a sequence of `Sample`, or a `Mixture` with its own order): endless,
+    shuffled, resumable, prefetching."""
     sampler = StatefulSampler(getattr(samples, 'order', len(samples)), seed=seed, rank=rank, world=world)
-    return BatchLoader(samples, lambda sample: processor.encode(sample, stage.template), sampler, stage.max_tokens, stage.batch_rows,
-                       pad_id=processor.tokenizer.pad_token_id or 0, packing=stage.packing, too_long=stage.too_long, quarantine=quarantine, prefetch=4)
+    return BatchLoader(samples, lambda sample: processor.encode(sample, stage.template), sampler, stage.max_tokens,
+                       stage.batch_rows, pad_id=processor.tokenizer.pad_token_id or 0, packing=stage.packing,
+                       too_long=stage.too_long, quarantine=quarantine, prefetch=4)
 
 # %% ../../nbs/train/10_loop.ipynb #0a3d1af9
 def lr_factor(stage: Stage, start: float, end: float) -> float:
@@ -71,9 +76,10 @@ def lr_factor(stage: Stage, start: float, end: float) -> float:
     shape = dict(constant=1., linear=left, cosine=(1 - math.cos(math.pi * left)) / 2)[stage.schedule]
     return stage.min_lr_ratio + (1 - stage.min_lr_ratio) * shape
 
-# %% ../../nbs/train/10_loop.ipynb #7675c53f
+# %% ../../nbs/train/10_loop.ipynb #51d2549a
 class Forward:
-    "Runs one micro-batch on `device`: `losses(batch, counts)` gives the weighted total and the unweighted parts, each a share of the step's mean."
+    """Runs one micro-batch on `device`: `losses(batch, counts)` gives the weighted total and the unweighted parts, each
+    a share of the step's mean."""
     def __init__(self, model: nn.Module, terms: Sequence[tuple[str, Any, float]], device: torch.device, precision: str):
         self.model, self.terms, self.device, self.precision = model, terms, device, precision
         self.takes = set(inspect.signature(model.forward).parameters)
@@ -84,19 +90,22 @@ class Forward:
     def _inputs(self, batch):
         lost = [k for k in batch if k not in self.takes and isinstance(batch[k], torch.Tensor)]
         for k in ('document_ids', 'pixel_values', 'attention_mask'):
-            if k in lost: raise RecipeError(f'{type(self.model).__name__}.forward takes no {k}, but the batch has it: without it samples would '
-                                            'see each other or lose their images')
-        if lost and not self.told: self.told = True; warnings.warn(f'{type(self.model).__name__}.forward does not take {lost}: ignored')
+            if k in lost: raise RecipeError(f'{type(self.model).__name__}.forward takes no {k}, but the batch has it: '
+                                            f'without it samples would ' 'see each other or lose their images')
+        if lost and not self.told: self.told = True; warnings.warn(f'{type(self.model).__name__}.forward does not '
+                                                                   f'take {lost}: ignored')
         return {k: v for k, v in batch.items() if k in self.takes and isinstance(v, torch.Tensor)}
 
     def losses(self, batch: Mapping[str, Any], counts: Mapping[str, float]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+                 for k, v in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
             out = self.model(**self._inputs(batch), **self.extra, num_items_in_batch=counts['targets'])
             parts = [out.loss] + [term(out, batch) / max(1, counts[f'losses.{name}']) for name, term, _ in self.terms]
-        return sum((w * p for (_, _, w), p in zip(self.terms, parts[1:])), start=parts[0]), [p.detach().float() for p in parts]
+        total = sum((w * p for (_, _, w), p in zip(self.terms, parts[1:])), start=parts[0])
+        return total, [p.detach().float() for p in parts]
 
-# %% ../../nbs/train/10_loop.ipynb #cc5a7384
+# %% ../../nbs/train/10_loop.ipynb #9a069cfb
 @dataclass
 class Moment:
     "What a callback sees: `row` is the metrics row of the step just made."
@@ -111,7 +120,8 @@ class Moment:
 
 @dataclass
 class Callback:
-    "Call `fn(moment)` every `every` steps and, with `at_end`, after the last; what it returns is logged as event `name`."
+    """Call `fn(moment)` every `every` steps and, with `at_end`, after the last; what it returns is logged as event
+    `name`."""
     fn: Callable[[Moment], Mapping[str, Any] | None]
     every: int | None = None
     at_end: bool = True
@@ -129,11 +139,12 @@ def set_aside_rng() -> Iterator[None]:
 def _seed_all(seed):
     random.seed(seed); np.random.seed(seed % 2 ** 32); torch.manual_seed(seed)
 
-# %% ../../nbs/train/10_loop.ipynb #e884f03f
+# %% ../../nbs/train/10_loop.ipynb #cd88b732
 @dataclass
 class TrainResult:
-    """What `train` returns. `history`: one row per step; `freeze_table`: what trained; `audit`: who received gradient; `checkpoint`: the last
-    state; `targets`: target tokens seen; `done`: whether the budget was used up (False: the data ended before)."""
+    """What `train` returns. `history`: one row per step; `freeze_table`: what trained; `audit`: who received gradient;
+    `checkpoint`: the last state; `targets`: target tokens seen; `done`: whether the budget was used up (False: the data
+    ended before)."""
     stage: Stage
     out_dir: Path
     metrics: Path
@@ -150,28 +161,31 @@ def _check_precision(model, params, precision):
     if precision not in ('fp32', 'bf16'): raise RecipeError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
     low = [n for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16) and n not in params]
     if low and precision == 'fp32':
-        raise RecipeError(f"precision='fp32', but {len(low)} frozen weights are stored in half precision (e.g. {low[0]}): load the model with "
-                          "dtype='float32' or train with precision='bf16'")
+        raise RecipeError(f"precision='fp32', but {len(low)} frozen weights are stored in half precision (e.g. "
+                          f"{low[0]}): load the model with " "dtype='float32' or train with precision='bf16'")
     half = [p for p in params.values() if p.dtype in (torch.bfloat16, torch.float16)]
     for p in half: p.data = p.data.float()
-    if half: warnings.warn(f'{len(half)} trained tensors were stored in half precision and now have fp32 master weights')
+    if half: warnings.warn(f'{len(half)} trained tensors were in half precision and now have fp32 master weights')
 
-# %% ../../nbs/train/10_loop.ipynb #c77a313b
+# %% ../../nbs/train/10_loop.ipynb #fad88219
 COUNTS = ('tokens', 'targets', 'pairs', 'images', 'image_tokens', 'patches', 'patch_pairs')
 
 
 def _stop_non_finite(plan, micro, forward, counts, ranks, step, out_dir):
-    report = [r for rs in ranks.gather(diagnose(plan, micro, lambda b: forward.losses(b, counts)[0], ranks.rank)) for r in rs]
+    report = [r for rs in ranks.gather(diagnose(plan, micro, lambda b: forward.losses(b, counts)[0], ranks.rank))
+              for r in rs]
     if not report:
-        report = [dict(rank=None, micro=None, tensor='loss or gradient norm (each sample alone is finite when run again)',
-                       samples=sum(ranks.gather([s for b in micro for s in b.get('sample_ids', ())]), []))]
+        report = [dict(rank=None, micro=None, tensor='loss or gradient norm (each sample alone is finite when run '
+                       'again)', samples=sum(ranks.gather([s for b in micro for s in b.get('sample_ids', ())]), []))]
     error = NonFiniteLoss(step, report)
-    if ranks.rank == 0: (out_dir / 'nonfinite.json').write_text(json.dumps(dict(step=step, report=report), indent=1), encoding='utf8')
+    if ranks.rank == 0: (out_dir / 'nonfinite.json').write_text(json.dumps(dict(step=step, report=report), indent=1),
+                                                                encoding='utf8')
     raise error
 
 
 def _evaluate(callbacks, moment, last, monitor):
-    "Run the callbacks that are due: (event name, values) for each; the model is in evaluation mode and the generators are untouched."
+    """Run the callbacks that are due: (event name, values) for each; the model is in evaluation mode and the generators
+    are untouched."""
     for c in callbacks:
         if not (c.every and moment.step % c.every == 0 or c.at_end and last): continue
         with set_aside_rng(), torch.no_grad():
@@ -182,19 +196,23 @@ def _evaluate(callbacks, moment, last, monitor):
             raise RecipeError(f'monitor={monitor!r}, but callback {c.name!r} returned {sorted(values)}')
         yield c.name, values
 
-# %% ../../nbs/train/10_loop.ipynb #e829bfca
-def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | None, out_dir: str | Path, *, seed: int = 0, precision: str = 'fp32',
-          resume: str | Path | None = 'auto', callbacks: Sequence[Callback] = (), extra_losses: Mapping[str, LossTerm] | None = None,
-          stop_flag: Any = None, loader: Any = None, groups: Mapping | None = None, device: str | None = None, save_every: int | None = None,
-          keep_last: int = 2, monitor: str | None = None, best: str = 'min', trackers: Sequence = (), project: str = 'vlmbench',
-          progress_seconds: float | None = 10., allow_changed: Collection[str] = (), quarantine: Any = None) -> TrainResult:
+# %% ../../nbs/train/10_loop.ipynb #20902252
+def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | None, out_dir: str | Path, *,
+          seed: int = 0, precision: str = 'fp32', resume: str | Path | None = 'auto',
+          callbacks: Sequence[Callback] = (), extra_losses: Mapping[str, LossTerm] | None = None, stop_flag: Any = None,
+          loader: Any = None, groups: Mapping | None = None, device: str | None = None, save_every: int | None = None,
+          keep_last: int = 2, monitor: str | None = None, best: str = 'min', trackers: Sequence = (),
+          project: str = 'vlmbench', progress_seconds: float | None = 10., allow_changed: Collection[str] = (),
+          quarantine: Any = None) -> TrainResult:
     """Run `stage` on `model` in place and return a `TrainResult`; everything written lies under `out_dir`.
 
-    `samples`: sequence of `Sample` (or a `Mixture`); `loader` replaces the loader made from them. `precision`: 'fp32', or 'bf16' (autocast over fp32
-    trained weights). `resume`: 'auto' (the newest usable state in `out_dir`, or start), a state's folder, or None (start; refuses a folder with states).
-    `save_every`: steps between states, besides the last one. `monitor`: name of a callback's number (`'eval/score'`) that decides which state is
-    kept as the best (`best`: 'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT are caught).
-    `groups`: module groups (default `module_groups(model)`). Raises Preempted after a stop, NonFiniteLoss, NoGradient, CheckpointError, RecipeError."""
+    `samples`: sequence of `Sample` (or a `Mixture`); `loader` replaces the loader made from them. `precision`: 'fp32',
+    or 'bf16' (autocast over fp32 trained weights). `resume`: 'auto' (the newest usable state in `out_dir`, or start), a
+    state's folder, or None (start; refuses a folder with states). `save_every`: steps between states, besides the last
+    one. `monitor`: name of a callback's number (`'eval/score'`) that decides which state is kept as the best (`best`:
+    'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT are caught). `groups`:
+    module groups (default `module_groups(model)`). Raises Preempted after a stop, NonFiniteLoss, NoGradient,
+    CheckpointError, RecipeError."""
     out_dir, ranks = Path(out_dir), Ranks(device)
     terms = _match_terms(stage, extra_losses)
     groups = module_groups(model) if groups is None else groups
@@ -207,19 +225,24 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
     if not params: raise RecipeError(f'stage {stage.name!r} trains nothing: every group is frozen')
     _check_precision(model, params, precision)
     opt_groups = plan.optimizer_groups()
-    if heads: opt_groups.append(dict(name='losses.', lr=stage.lr, weight_decay=0., params=[*heads.values()], param_names=[*heads]))
-    optimizer = make_optimizer(stage.optimizer, opt_groups, stage.betas, stage.eps, fused=ranks.device.type in ('cpu', 'cuda'))
+    if heads: opt_groups.append(dict(name='losses.', lr=stage.lr, weight_decay=0., params=[*heads.values()],
+                                     param_names=[*heads]))
+    fused = ranks.device.type in ('cpu', 'cuda')
+    optimizer = make_optimizer(stage.optimizer, opt_groups, stage.betas, stage.eps, fused=fused)
     peak_lr = [g['lr'] for g in optimizer.param_groups]
     forward, flops = Forward(model, terms, ranks.device, precision), FlopModel(plan, groups)
-    loader = loader if loader is not None else make_loader(samples, processor, stage, seed, ranks.rank, ranks.world, quarantine)
+    loader = loader if loader is not None else make_loader(samples, processor, stage, seed, ranks.rank, ranks.world,
+                                                           quarantine)
     count = lambda b: {**batch_counts(b, flops.patch), **{f'losses.{name}': t.count(b) for name, t, _ in terms}}
 
-    keys, audited = [*COUNTS, *(f'losses.{name}' for name, _, _ in terms)], {g.group: g.trained for g in plan.groups} | {'losses': heads}
+    keys = [*COUNTS, *(f'losses.{name}' for name, _, _ in terms)]
+    audited = {g.group: g.trained for g in plan.groups} | dict(losses=heads)
 
     identity = dict(stage=stage.to_dict(), seed=seed, precision=precision, base=fingerprint(model, params))
     found = latest(out_dir) if resume is None or resume == 'auto' else Path(resume)
     if resume is None and found:
-        raise CheckpointError(f"{out_dir} holds states of an earlier run (newest: {found.name}); resume='auto' goes on, or choose another out_dir")
+        raise CheckpointError(f"{out_dir} holds states of an earlier run (newest: {found.name}); resume='auto' goes "
+                              f"on, or choose another out_dir")
     step, seen, metric, path, audit, ended = 0, 0, None, None, GradientAudit(), False
     main = ranks.rank == 0
     with ExitStack() as cleanup:
@@ -229,25 +252,30 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
             state = load_state(found, identity, allow_changed, ranks.rank, ranks.world)
             load_weights(params, state.weights, str(found)); load_optimizer_tensors(optimizer, state.optimizer)
             loader.load_state_dict(state.local['loader']); set_rng_state(state.local['rng'])
-            step, seen, metric, path, audit = state.step, state.shared['targets'], state.shared['metric'], found, GradientAudit(**state.shared['audit'])
+            step, seen, metric, path = state.step, state.shared['targets'], state.shared['metric'], found
+            audit = GradientAudit(**state.shared['audit'])
         (peak, peak_source), table = peak_flops(ranks.device, precision), plan.table()
         if main and progress_seconds is not None:
-            print(f'{stage.name}: {sum(p.numel() for p in params.values()):,} trained parameters on {ranks.world} x {ranks.device} in {precision}'
-                  + (f', resuming after step {step}' if found else '') + '\n' + table.to_string(index=False), flush=True)
+            print(f'{stage.name}: {sum(p.numel() for p in params.values()):,} trained parameters on {ranks.world} x '
+                  f'{ranks.device} in {precision}' + (f', resuming after step {step}' if found else '') + '\n'
+                  + table.to_string(index=False), flush=True)
         if main:
-            log = MetricLog(out_dir, [make_tracker(t, out_dir, project, config=identity) for t in trackers], step if found else None)
+            log = MetricLog(out_dir, [make_tracker(t, out_dir, project, config=identity) for t in trackers],
+                            step if found else None)
             cleanup.callback(log.close)
-            if not found: log.log(dict(step=0, event='run', stage=stage.to_dict(), seed=seed, precision=precision, world=ranks.world,
-                                       device=str(ranks.device), flop_convention=FLOP_CONVENTION, peak_flops=peak, peak_source=peak_source))
+            if not found: log.log(dict(step=0, event='run', stage=stage.to_dict(), seed=seed, precision=precision,
+                                       world=ranks.world, device=str(ranks.device), flop_convention=FLOP_CONVENTION,
+                                       peak_flops=peak, peak_source=peak_source))
         progress = ProgressLine(progress_seconds if main else None)
         batches = iter(loader)
         if hasattr(batches, 'close'): cleanup.callback(batches.close)
         stop = stop_flag if stop_flag is not None else cleanup.enter_context(StopFlag())
 
         def save():
-            local, shared = dict(rng=rng_state(), loader=loader.state_dict()), dict(targets=seen, metric=metric, audit=dict(vars(audit)))
-            return save_state(out_dir, step, params, optimizer_tensors(optimizer), shared, local, identity, metric, keep_last, best, ranks.rank,
-                              ranks.world, ranks.agree)
+            local = dict(rng=rng_state(), loader=loader.state_dict())
+            shared = dict(targets=seen, metric=metric, audit=dict(vars(audit)))
+            return save_state(out_dir, step, params, optimizer_tensors(optimizer), shared, local, identity, metric,
+                              keep_last, best, ranks.rank, ranks.world, ranks.agree)
 
         used = lambda: seen / stage.budget_targets if stage.budget_targets else step / stage.steps
         began = time.perf_counter(), used()
@@ -255,15 +283,18 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
             started = time.perf_counter()
             micro, counts = take(batches, stage.accumulation, count)
             waited = time.perf_counter() - started
-            *totals, ended = ranks.sum(torch.tensor([float(counts[k]) for k in keys] + [float(not micro)], dtype=torch.float64)).tolist()
+            *totals, ended = ranks.sum(torch.tensor([float(counts[k]) for k in keys] + [float(not micro)],
+                                                    dtype=torch.float64)).tolist()
             if ended: break
             counts = dict(zip(keys, totals))
-            if not counts['targets']: raise RecipeError(f'step {step + 1}: no sample of {[b.get("sample_ids") for b in micro]} has a target token')
+            if not counts['targets']: raise RecipeError(f'step {step + 1}: no sample of '
+                                                        f'{[b.get("sample_ids") for b in micro]} has a target token')
 
             parts = 0
             for batch in micro:
                 loss, losses = forward.losses(batch, counts)
-                if loss.requires_grad: loss.backward()           # a text-only micro-batch does not reach a projector that trains alone
+                # a text-only micro-batch does not reach a projector that trains alone
+                if loss.requires_grad: loss.backward()
                 parts = parts + torch.stack([loss.detach().float(), *losses])
 
             ranks.sum_gradients([*params.values()])
@@ -271,38 +302,45 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
             asked = torch.tensor([float(stop.is_set())], device=parts.device)
             *parts, asked = ranks.sum(torch.cat([parts, asked])).tolist()
             norm = norm.item()
-            if not all(map(math.isfinite, [norm, *parts])): _stop_non_finite(plan, micro, forward, counts, ranks, step + 1, out_dir)
-            if audit.check(audited, step + 1, int(counts['images'])) and main: log.log(dict(vars(audit), step=step + 1, event='audit'))
+            if not all(map(math.isfinite, [norm, *parts])):
+                _stop_non_finite(plan, micro, forward, counts, ranks, step + 1, out_dir)
+            if audit.check(audited, step + 1, int(counts['images'])) and main:
+                log.log(dict(vars(audit), step=step + 1, event='audit'))
 
             start = used(); step += 1; seen += int(counts['targets'])
             for g, lr in zip(optimizer.param_groups, peak_lr): g['lr'] = lr * lr_factor(stage, start, used())
             optimizer.step(); optimizer.zero_grad(set_to_none=True)
 
             last, now = used() >= 1, time.perf_counter(); took = now - started
-            row = dict(step=step, event='step', seen_targets=seen, loss=parts[0], losses=dict(zip(['target', *(n for n, _, _ in terms)], parts[1:])),
-                       lr={g['name'].rpartition('.')[0]: g['lr'] for g in optimizer.param_groups}, grad_norm=norm, step_s=took,
-                       **{k: int(counts[k]) for k in ('tokens', 'targets', 'images')},
+            row = dict(step=step, event='step', seen_targets=seen, loss=parts[0],
+                       losses=dict(zip(['target', *(n for n, _, _ in terms)], parts[1:])),
+                       lr={g['name'].rpartition('.')[0]: g['lr'] for g in optimizer.param_groups}, grad_norm=norm,
+                       step_s=took, **{k: int(counts[k]) for k in ('tokens', 'targets', 'images')},
                        **{f'{k}_per_s': counts[k] / took for k in ('tokens', 'targets', 'images')},
-                       mfu=flops(counts) / (took * peak * ranks.world), data_wait=waited / took, memory_mb=peak_memory(),
-                       eta_s=max(0., 1 - used()) * (now - began[0]) / (used() - began[1]))
+                       mfu=flops(counts) / (took * peak * ranks.world), data_wait=waited / took,
+                       memory_mb=peak_memory(), eta_s=max(0., 1 - used()) * (now - began[0]) / (used() - began[1]))
             if main: log.log(row)
             progress(row, used(), last)
-            for name, values in _evaluate(callbacks, Moment(step, seen, row, model, processor, plan, out_dir), last, monitor):
+            for name, values in _evaluate(callbacks, Moment(step, seen, row, model, processor, plan, out_dir), last,
+                                          monitor):
                 if monitor and monitor.startswith(f'{name}/'): metric = float(values[monitor[len(name) + 1:]])
                 if main: log.log(dict(values, step=step, event=name))
 
             path = save() if asked or last or save_every and step % save_every == 0 else None
             if asked: raise Preempted(getattr(stop, 'reason', None) or 'stop flag was set', path)
         if ended:
-            warnings.warn(f'stage {stage.name!r}: the data ended at {used():.1%} of the budget, after {step} steps and {seen} target tokens')
+            warnings.warn(f'stage {stage.name!r}: the data ended at {used():.1%} of the budget, after {step} steps '
+                          f'and {seen} target tokens')
             path = path or save()
     if stage.merge: plan.merge()
-    return TrainResult(stage, out_dir, out_dir / 'metrics.jsonl', path, step, seen, used() >= 1, table, audit, read_metrics(out_dir) if main else None)
+    return TrainResult(stage, out_dir, out_dir / 'metrics.jsonl', path, step, seen, used() >= 1, table, audit,
+                       read_metrics(out_dir) if main else None)
 
-# %% ../../nbs/train/10_loop.ipynb #1a094a80
+# %% ../../nbs/train/10_loop.ipynb #3723120b
 def train_recipe(model: nn.Module, processor: Any, recipe: Recipe, data: Mapping[str, Sequence], out_dir: str | Path,
                  extra_losses: Mapping[str, LossTerm] | None = None, **kwargs) -> list[TrainResult]:
-    """Run all stages of `recipe` with `train` in `out_dir/NUMBER-NAME`; `data` maps each stage's `data` to its samples, `kwargs` go to `train`.
+    """Run all stages of `recipe` with `train` in `out_dir/NUMBER-NAME`; `data` maps each stage's `data` to its samples,
+    `kwargs` go to `train`.
 
     A stage takes from `extra_losses` the terms it declares."""
     missing = [s.data for s in recipe.stages if s.data not in data]
@@ -310,5 +348,6 @@ def train_recipe(model: nn.Module, processor: Any, recipe: Recipe, data: Mapping
     out = []
     for i, stage in enumerate(recipe.stages):
         terms = {name: t for name, t in (extra_losses or {}).items() if name in dict(stage.losses)}
-        out.append(train(model, processor, stage, data[stage.data], Path(out_dir) / f'{i}-{stage.name}', extra_losses=terms, **kwargs))
+        out.append(train(model, processor, stage, data[stage.data], Path(out_dir) / f'{i}-{stage.name}',
+                         extra_losses=terms, **kwargs))
     return out

@@ -18,10 +18,11 @@ from torch import nn
 
 from .recipe import Stage, Tune, _hint, _need, block_ranges
 
-# %% ../../nbs/train/05_prepare.ipynb #f7075d43
+# %% ../../nbs/train/05_prepare.ipynb #15675c3e
 @dataclass
 class GroupPlan:
-    "What happens to one module group: `parameters` in total, `trained` (full name -> parameter), its `lr`, the blocks that train."
+    """What happens to one module group: `parameters` in total, `trained` (full name -> parameter), its `lr`, the blocks
+    that train."""
     group: str
     tune: Tune
     lr: float | None
@@ -47,17 +48,19 @@ def _blocks(group, tune, names, at):
     _need(not gone, f'{at}: group {group!r} has {len(have)} blocks ({block_ranges(have)}), so {what} do not exist')
     return want
 
-# %% ../../nbs/train/05_prepare.ipynb #2c099656
+# %% ../../nbs/train/05_prepare.ipynb #0d8cdff6
 def _lora_targets(model, group, tune, names, blocks, at):
     owners = {n.rpartition('.')[0] for n in names}
     linear = [n for n, m in model.named_modules() if n in owners and isinstance(m, nn.Linear)]
     _need(linear, f'{at}: lora needs linear modules and group {group!r} has none; use full()')
     if tune.targets is not None:
         last = sorted({n.rpartition('.')[2] for n in linear})
-        for t in tune.targets: _need(t in last, f'{at}: group {group!r} has no linear module {t!r}{_hint(t, last)}; it has {last}')
+        for t in tune.targets: _need(t in last, f'{at}: group {group!r} has no linear module {t!r}{_hint(t, last)}; '
+                                     f'it has {last}')
         linear = [n for n in linear if n.rpartition('.')[2] in tune.targets]
     if tune.layers is not None: linear = [n for n in linear if layer_index(n) in blocks]
-    _need(linear, f'{at}: lora targets {tune.targets} select no module in blocks {block_ranges(blocks)} of group {group!r}')
+    _need(linear, f'{at}: lora targets {tune.targets} select no module in blocks {block_ranges(blocks)} of group '
+          f'{group!r}')
     return linear
 
 
@@ -74,11 +77,13 @@ def _inject(model, group, tune, targets, seed, at):
         inject_adapter_in_model(config, model, adapter_name=f'{group}_lora')
     if hasattr(model, 'peft_config'): del model.peft_config
     new = set(lora_modules(model)) - before
-    _need(new == set(targets), f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets in group {group!r}')
+    _need(new == set(targets), f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets '
+          f'in group {group!r}')
 
-# %% ../../nbs/train/05_prepare.ipynb #fae8c468
+# %% ../../nbs/train/05_prepare.ipynb #43a8dc86
 def merge_lora(model: nn.Module) -> int:
-    "Fold every LoRA update into its base weight and restore the plain modules in place; returns how many modules were merged."
+    """Fold every LoRA update into its base weight and restore the plain modules in place; returns how many modules were
+    merged."""
     found = lora_modules(model)
     for name, m in found.items():
         m.merge(safe_merge=True)
@@ -86,7 +91,7 @@ def merge_lora(model: nn.Module) -> int:
         setattr(model.get_submodule(parent), last, m.get_base_layer())
     return len(found)
 
-# %% ../../nbs/train/05_prepare.ipynb #2b70ba8c
+# %% ../../nbs/train/05_prepare.ipynb #9d80d1c5
 @dataclass
 class TrainPlan:
     "A stage applied to a model: see `prepare`."
@@ -111,8 +116,9 @@ class TrainPlan:
             decays = lambda p: p.ndim >= 2 and (self.stage.decay_embeddings or id(p) not in tables)
             for label, keep in (('decay', True), ('no_decay', False)):
                 named = [(n, p) for n, p in g.trained.items() if decays(p) == keep]
-                if named: out.append(dict(name=f'{g.group}.{label}', lr=g.lr, weight_decay=self.stage.weight_decay if keep else 0.,
-                                          params=[p for _, p in named], param_names=[n for n, _ in named]))
+                if named: out.append(dict(name=f'{g.group}.{label}', lr=g.lr, weight_decay=self.stage.weight_decay
+                                          if keep else 0., params=[p for _, p in named],
+                                          param_names=[n for n, _ in named]))
         return out
 
     def table(self) -> pd.DataFrame:
@@ -130,24 +136,26 @@ class TrainPlan:
         for p in self.model.parameters(): p.requires_grad_(False)
         return n
 
-# %% ../../nbs/train/05_prepare.ipynb #19880d6f
+# %% ../../nbs/train/05_prepare.ipynb #8cd16591
 def prepare(model: nn.Module, stage: Stage, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]] | None = None,
             seed: int = 0) -> TrainPlan:
     """Freeze and unfreeze `model` in place as `stage` says and return the plan.
 
-    `groups`: group -> [(full parameter name, parameter)], every parameter in exactly one (default: `module_groups(model)`).
-    `seed` draws the LoRA factors. Raises RecipeError naming the setting when a group is missing, a block does not exist, a LoRA target is
-    unknown, or LoRA of an earlier stage was not merged."""
+    `groups`: group -> [(full parameter name, parameter)], every parameter in exactly one (default:
+    `module_groups(model)`). `seed` draws the LoRA factors. Raises RecipeError naming the setting when a group is
+    missing, a block does not exist, a LoRA target is unknown, or LoRA of an earlier stage was not merged."""
     if groups is None:
         from vlmbench.models.vlm import module_groups
         groups = module_groups(model)
     at = f'stage {stage.name!r}'
-    _need(not lora_modules(model), f'{at}: the model still carries LoRA of an earlier stage; call merge_lora(model) first')
+    _need(not lora_modules(model), f'{at}: the model still carries LoRA of an earlier stage; call merge_lora(model) '
+          f'first')
     chosen = []
     for group, tune in stage.trains.items():
         named = dict(groups.get(group, ()))
         _need(named or not tune.trains, f'{at}: group {group!r} has no parameters of its own in this model'
-              + (' (tied to the embedding: train embed instead)' if group == 'lm_head' else '') + '; set it to frozen()')
+              + (' (tied to the embedding: train embed instead)' if group == 'lm_head' else '')
+              + '; set it to frozen()')
         blocks = _blocks(group, tune, named, at) if tune.trains and named else ()
         targets = _lora_targets(model, group, tune, named, blocks, at) if tune.how == 'lora' else ()
         chosen.append((group, tune, named, blocks, targets))
@@ -157,11 +165,13 @@ def prepare(model: nn.Module, stage: Stage, groups: Mapping[str, Sequence[tuple[
     for p in model.parameters(): p.requires_grad_(False)
     plans = []
     for group, tune, named, blocks, targets in chosen:
-        extra = {n: p for t in targets for n, p in model.named_parameters() if n.startswith(f'{t}.lora_')} if targets else {}
+        extra = {n: p for t in targets for n, p in model.named_parameters()
+                 if n.startswith(f'{t}.lora_')} if targets else {}
         if tune.how == 'full': trained = named
         elif tune.how == 'layers': trained = {n: p for n, p in named.items() if layer_index(n) in blocks}
         else: trained = extra
         for p in trained.values(): p.requires_grad_(True)
-        plans.append(GroupPlan(group, tune, stage.lr_of(group), sum(p.numel() for p in [*named.values(), *extra.values()]), trained,
+        plans.append(GroupPlan(group, tune, stage.lr_of(group),
+                               sum(p.numel() for p in [*named.values(), *extra.values()]), trained,
                                blocks if tune.trains else ()))
     return TrainPlan(model, stage, plans)

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 
-# %% ../../nbs/train/09_process.ipynb #aff568dd
+# %% ../../nbs/train/09_process.ipynb #efdd01a2
 class Preempted(SystemExit):
-    "The run was asked to stop and left a checkpoint (`path`); as an uncaught exception it ends the process with code 75."
+    """The run was asked to stop and left a checkpoint (`path`); as an uncaught exception it ends the process with code
+    75."""
     def __init__(self, reason: str, path: Path | None = None):
         super().__init__(75)
         self.reason, self.path = reason, path
@@ -26,7 +27,8 @@ class Preempted(SystemExit):
 
 
 class StopFlag:
-    "Context manager: `is_set()` after SIGTERM, SIGUSR1 or SIGINT. Handlers are restored on exit; outside the main thread only `set()` works."
+    """Context manager: `is_set()` after SIGTERM, SIGUSR1 or SIGINT. Handlers are restored on exit; outside the main
+    thread only `set()` works."""
     def __init__(self): self.reason, self._old = None, {}
     def set(self, reason: str = 'stop requested') -> None: self.reason = reason
     def is_set(self) -> bool: return self.reason is not None
@@ -40,17 +42,19 @@ class StopFlag:
     def __exit__(self, *exc):
         for s, old in self._old.items(): signal.signal(s, old)
 
-# %% ../../nbs/train/09_process.ipynb #c79a6c8d
+# %% ../../nbs/train/09_process.ipynb #a4cc599f
 class Ranks:
-    "This process's `rank`, the `world` size, the `device`, and the few collectives the loop needs (accelerate's PartialState underneath)."
+    """This process's `rank`, the `world` size, the `device`, and the few collectives the loop needs (accelerate's
+    PartialState underneath)."""
     def __init__(self, device: str | torch.device | None = None):
         cpu = str(device) == 'cpu' or not torch.cuda.is_available()
         state = PartialState(cpu=cpu)
         self.rank, self.world = state.process_index, state.num_processes
         self.device = torch.device(device) if device is not None and self.world == 1 else state.device
         expected = int(os.environ.get('WORLD_SIZE', 1))
-        if self.world != expected: raise RuntimeError(f'WORLD_SIZE is {expected} but {self.world} process was joined: on CPU start with '
-                                                      'ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc-per-node N')
+        if self.world != expected: raise RuntimeError(f'WORLD_SIZE is {expected} but {self.world} process was joined: '
+                                                      f'on CPU start with ' 'ACCELERATE_USE_CPU=true python -m '
+                                                      'torch.distributed.run --nproc-per-node N')
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         "`values` summed over ranks (a new tensor)."

@@ -38,14 +38,14 @@ def _number(x, name, low=None, high=None, strict=False, integer=False):
         _need(x > low if strict else x >= low, f'{name} must be {"above" if strict else "at least"} {low}, got {x!r}')
     if high is not None: _need(x <= high, f'{name} must be at most {high}, got {x!r}')
 
-# %% ../../nbs/train/00_recipe.ipynb #b927b96b
+# %% ../../nbs/train/00_recipe.ipynb #2f2ba8d1
 @dataclass(frozen=True)
 class Tune:
     """How one module group trains. Build it with `frozen()`, `full()`, `layers()` or `lora()`.
 
-    `layers`: block indices, or an int N for the first N, or None for all. `r`, `alpha`, `dropout`, `targets`: LoRA rank, numerator of the
-    scale `alpha / r`, input dropout, and last names of the linear modules to adapt (None = every linear module of the group).
-    `lr`: learning rate of this group (None = the stage's)."""
+    `layers`: block indices, or an int N for the first N, or None for all. `r`, `alpha`, `dropout`, `targets`: LoRA
+    rank, numerator of the scale `alpha / r`, input dropout, and last names of the linear modules to adapt (None = every
+    linear module of the group). `lr`: learning rate of this group (None = the stage's)."""
     how: str = 'frozen'
     lr: float | None = None
     layers: tuple[int, ...] | int | None = None
@@ -83,7 +83,8 @@ class Tune:
     def trains(self): return self.how != 'frozen'
 
     def __str__(self):
-        where = '' if self.layers is None else f'first {self.layers}' if isinstance(self.layers, int) else block_ranges(self.layers)
+        where = '' if self.layers is None else f'first {self.layers}' if isinstance(self.layers,
+            int) else block_ranges(self.layers)
         if self.how == 'lora': return f'lora(r={self.r}, alpha={self.alpha:g}{", " + where if where else ""})'
         return f'layers({where})' if self.how == 'layers' else self.how
 
@@ -96,7 +97,7 @@ def block_ranges(ixs: Sequence[int]) -> str:
         else: out.append([i, i])
     return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in out)
 
-# %% ../../nbs/train/00_recipe.ipynb #ad49a033
+# %% ../../nbs/train/00_recipe.ipynb #a6c30da9
 def frozen() -> Tune:
     "Keep every weight of the group as it is."
     return Tune()
@@ -111,17 +112,20 @@ def layers(indices: Sequence[int] | int, lr: float | None = None) -> Tune:
 
 def lora(r: int, alpha: float, layers: Sequence[int] | int | None = None, dropout: float = 0., lr: float | None = None,
          targets: Sequence[str] | None = None) -> Tune:
-    "Train low-rank factors (Hu et al. 2021) on the group's linear modules, in all blocks or in `layers`; the base stays frozen."
-    return Tune('lora', lr=lr, layers=layers, r=r, alpha=alpha, dropout=dropout, targets=None if targets is None else tuple(targets))
+    """Train low-rank factors (Hu et al. 2021) on the group's linear modules, in all blocks or in `layers`; the base
+    stays frozen."""
+    return Tune('lora', lr=lr, layers=layers, r=r, alpha=alpha, dropout=dropout, targets=None if targets is None
+                else tuple(targets))
 
-# %% ../../nbs/train/00_recipe.ipynb #b3fe1910
+# %% ../../nbs/train/00_recipe.ipynb #e4f8461a
 @dataclass(frozen=True)
 class Stage:
     """One optimisation of one set of parameters on one data mixture.
 
-    Exactly one of `budget_targets` (target tokens over all ranks) and `steps` bounds it. One optimizer step sees `accumulation` micro-batches
-    of `batch_rows` rows of at most `max_tokens` tokens on every rank. `losses` names the extra loss terms the caller must hand to the loop
-    (a name, or a name with a weight: `('align', 0.5)`). `too_long`: what happens to samples beyond `max_tokens`. `merge` folds LoRA back into the base at the end of the stage."""
+    Exactly one of `budget_targets` (target tokens over all ranks) and `steps` bounds it. One optimizer step sees
+    `accumulation` micro-batches of `batch_rows` rows of at most `max_tokens` tokens on every rank. `losses` names the
+    extra loss terms the caller must hand to the loop (a name, or a name with a weight: `('align', 0.5)`). `too_long`:
+    what happens to samples beyond `max_tokens`. `merge` folds LoRA back into the base at the end of the stage."""
     name: str
     trains: Mapping[str, Tune]
     data: str
@@ -155,11 +159,12 @@ class Stage:
         for g in trains:
             _need(g in GROUPS, f'{at}: unknown module group {g!r} in trains; groups are {GROUPS}{_hint(g, GROUPS)}')
         object.__setattr__(self, 'trains', {g: trains.get(g, frozen()) for g in GROUPS})
-        object.__setattr__(self, 'losses', tuple((l, 1.) if isinstance(l, str) else (l[0], float(l[1])) for l in self.losses))
+        object.__setattr__(self, 'losses', tuple((l, 1.) if isinstance(l, str) else (l[0], float(l[1]))
+                                                 for l in self.losses))
         object.__setattr__(self, 'betas', tuple(self.betas))
         _need(isinstance(self.data, str) and self.data, f'{at}: data must name a split or mixture, got {self.data!r}')
-        _need((self.budget_targets is None) != (self.steps is None),
-              f'{at}: give exactly one of budget_targets (target tokens) and steps, got {self.budget_targets!r} and {self.steps!r}')
+        _need((self.budget_targets is None) != (self.steps is None), f'{at}: give exactly one of budget_targets '
+              f'(target tokens) and steps, got {self.budget_targets!r} and {self.steps!r}')
         for k in ('budget_targets', 'steps', 'max_tokens', 'batch_rows', 'accumulation'):
             if getattr(self, k) is not None: _number(getattr(self, k), f'{at}: {k}', 1, integer=True)
         for k in ('warmup_ratio', 'min_lr_ratio'): _number(getattr(self, k), f'{at}: {k}', 0, 1)
@@ -172,7 +177,8 @@ class Stage:
             _need(isinstance(getattr(self, k), bool), f'{at}: {k} must be true or false, got {getattr(self, k)!r}')
         _need(self.optimizer in OPTIMIZERS, f'{at}: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}')
         _need(self.schedule in SCHEDULES, f'{at}: schedule must be one of {SCHEDULES}, got {self.schedule!r}')
-        _need(self.too_long in ('error', 'truncate', 'skip'), f"{at}: too_long must be 'error', 'truncate' or 'skip', got {self.too_long!r}")
+        _need(self.too_long in ('error', 'truncate', 'skip'), f"{at}: too_long must be 'error', 'truncate' or 'skip', "
+              f"got {self.too_long!r}")
         names = [l for l, _ in self.losses]
         _need(len(set(names)) == len(names), f'{at}: losses repeat a name: {names}')
         for g, t in self.trains.items():
@@ -200,7 +206,7 @@ def _hint(word, words):
     close = difflib.get_close_matches(str(word), list(words), 1)
     return f'; did you mean {close[0]!r}?' if close else ''
 
-# %% ../../nbs/train/00_recipe.ipynb #b71b40ec
+# %% ../../nbs/train/00_recipe.ipynb #86d29dfc
 @dataclass(frozen=True)
 class Recipe:
     """A method at one scale: vision front end, mask and stages. `section` says where the paper states it.
@@ -218,7 +224,8 @@ class Recipe:
         _need(stages, f'recipe {self.name!r} has no stages')
         names = [s.name for s in stages]
         _need(len(set(names)) == len(names), f'recipe {self.name!r} repeats a stage name: {names}')
-        _need(isinstance(self.bidirectional_images, bool), f'recipe {self.name!r}: bidirectional_images must be true or false')
+        _need(isinstance(self.bidirectional_images, bool), f'recipe {self.name!r}: bidirectional_images must be true '
+              f'or false')
         object.__setattr__(self, 'stages', stages); object.__setattr__(self, 'front_end', dict(self.front_end))
 
     def stage(self, name: str) -> Stage:
@@ -233,17 +240,20 @@ class Recipe:
 
     def table(self) -> pd.DataFrame:
         "One row per stage and training group: what a paper prints as its training table."
-        return pd.DataFrame([dict(stage=s.name, data=s.data, group=g, tune=str(t), lr=s.lr_of(g), budget_targets=s.budget_targets,
-                                  steps=s.steps, rows=s.batch_rows * s.accumulation, max_tokens=s.max_tokens)
-                             for s in self.stages for g, t in s.trains.items() if t.trains])
+        return pd.DataFrame([dict(stage=s.name, data=s.data, group=g, tune=str(t), lr=s.lr_of(g),
+                                  budget_targets=s.budget_targets, steps=s.steps, rows=s.batch_rows * s.accumulation,
+                                  max_tokens=s.max_tokens) for s in self.stages for g, t in s.trains.items()
+                             if t.trains])
 
-# %% ../../nbs/train/00_recipe.ipynb #76355787
+# %% ../../nbs/train/00_recipe.ipynb #adad7156
 @dataclass(frozen=True)
 class Scale:
-    """The base models under every recipe. `llm` and `vision`: a Hub id, a folder, or `asset:NAME` for the embedded ones.
+    """The base models under every recipe. `llm` and `vision`: a Hub id, a folder, or `asset:NAME` for the embedded
+    ones.
 
-    `llm_config`, `vision_config`: transformers configuration dicts with `model_type`, used to build from shapes without weights.
-    `image_size`: side of the square input in pixels. `template`: chat template. `dtype`: storage of frozen weights."""
+    `llm_config`, `vision_config`: transformers configuration dicts with `model_type`, used to build from shapes without
+    weights. `image_size`: side of the square input in pixels. `template`: chat template. `dtype`: storage of frozen
+    weights."""
     name: str
     llm: str
     vision: str
@@ -257,28 +267,31 @@ class Scale:
 
     def __post_init__(self):
         _number(self.image_size, f'scale {self.name!r}: image_size', 1, integer=True)
-        _need(self.dtype in ('float32', 'bfloat16'), f'scale {self.name!r}: dtype must be float32 or bfloat16, got {self.dtype!r}')
+        _need(self.dtype in ('float32', 'bfloat16'), f'scale {self.name!r}: dtype must be float32 or bfloat16, got '
+              f'{self.dtype!r}')
 
     def to_dict(self) -> dict: return _to_dict(self)
     @classmethod
     def from_dict(cls, d: Mapping) -> 'Scale': return _from_dict(cls, d)
 
-# %% ../../nbs/train/00_recipe.ipynb #1b2556e5
+# %% ../../nbs/train/00_recipe.ipynb #3f586b25
 SCALES = {s.name: s for s in (
     Scale('tiny', 'asset:llm', 'asset:vit', 64, 'world', notes='embedded world; two CPU cores'),
     Scale('small', 'Qwen/Qwen2.5-0.5B-Instruct', 'google/siglip-base-patch16-224', 224, 'chatml',
-          llm_config=dict(model_type='qwen2', hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                          num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True,
-                          rms_norm_eps=1e-6, rope_theta=1e6),
-          vision_config=dict(model_type='siglip_vision_model', hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                             num_attention_heads=12, image_size=224, patch_size=16),
+          llm_config=dict(model_type='qwen2', hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                          num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, rms_norm_eps=1e-6,
+                          max_position_embeddings=32768, tie_word_embeddings=True, rope_theta=1e6),
+          vision_config=dict(model_type='siglip_vision_model', hidden_size=768, intermediate_size=3072,
+                             num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16),
           notes='one GPU'),
     Scale('paper', 'lmsys/vicuna-7b-v1.5', 'openai/clip-vit-large-patch14-336', 336, 'vicuna_v1',
-          llm_config=dict(model_type='llama', hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                          num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5,
-                          tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0),
-          vision_config=dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-                             num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768, hidden_act='quick_gelu'),
+          llm_config=dict(model_type='llama', hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                          num_attention_heads=32, num_key_value_heads=32, vocab_size=32000, rms_norm_eps=1e-5,
+                          max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+                          pad_token_id=0),
+          vision_config=dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096,
+                             num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
+                             projection_dim=768, hidden_act='quick_gelu'),
           image_mode='pad', dtype='bfloat16', notes='LLaVA-1.5 7B'))}
 
 
@@ -287,7 +300,7 @@ def get_scale(name: str) -> Scale:
     _need(name in SCALES, f'unknown scale {name!r}; scales are {list(SCALES)}{_hint(name, SCALES)}')
     return SCALES[name]
 
-# %% ../../nbs/train/00_recipe.ipynb #be0b065d
+# %% ../../nbs/train/00_recipe.ipynb #a28a87d7
 def _to_dict(x):
     if dataclasses.is_dataclass(x): return {f.name: _to_dict(getattr(x, f.name)) for f in dataclasses.fields(x)}
     if isinstance(x, Mapping): return {k: _to_dict(v) for k, v in x.items()}
@@ -302,25 +315,30 @@ def _from_dict(cls, d, name=None):
     name, known = name or cls.__name__.lower(), {f.name: f for f in dataclasses.fields(cls)}
     _need(isinstance(d, Mapping), f'{name} must be a mapping, got {type(d).__name__}')
     for k in d: _need(k in known, f'{name} has no setting {k!r}{_hint(k, known)}; settings are {list(known)}')
-    missing = [k for k, f in known.items() if k not in d and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [k for k, f in known.items() if k not in d and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]
     _need(not missing, f'{name} needs {missing}')
     return cls(**{k: v if isinstance(v, Mapping) else _tuples(v) for k, v in d.items()})
 
-# %% ../../nbs/train/00_recipe.ipynb #d872f907
+# %% ../../nbs/train/00_recipe.ipynb #3e66b0af
 def override(obj: Any, changes: Mapping[str, Any]) -> Any:
-    """A copy of a Recipe, Stage or Scale with dotted keys replaced: `{'stages.tune.lr': 1e-4, 'stages.tune.trains.layers.r': 64}`.
+    """A copy of a Recipe, Stage or Scale with dotted keys replaced: `{'stages.tune.lr': 1e-4,
+    'stages.tune.trains.layers.r': 64}`.
 
-    Stages are addressed by name or position. Replacing `trains.GROUP` takes a word ('full') or a dict. Setting `budget_targets` clears `steps`
-    and the other way round. Raises RecipeError for an unknown key or a value of the wrong type."""
+    Stages are addressed by name or position. Replacing `trains.GROUP` takes a word ('full') or a dict. Setting
+    `budget_targets` clears `steps` and the other way round. Raises RecipeError for an unknown key or a value of the
+    wrong type."""
     d = _to_dict(obj)
     for key, value in changes.items():
         *path, last = key.split('.'); at, where = d, type(obj).__name__.lower()
         for p in path: at, where = _descend(at, p, key, where), p
         if isinstance(at, list): at[_position(at, last, key)] = value; continue
         _need(isinstance(at, dict), f'override {key!r}: {where!r} has no settings inside')
-        _need(last in at, f'override {key!r}: {where!r} has no setting {last!r}{_hint(last, at)}; settings are {list(at)}')
+        _need(last in at, f'override {key!r}: {where!r} has no setting {last!r}{_hint(last, at)}; settings are '
+              f'{list(at)}')
         old = at[last]
-        if value is not None and old is not None and not isinstance(value, Mapping) and not isinstance(old, (dict, list)):
+        if value is not None and old is not None and not isinstance(value, Mapping) and not isinstance(old,
+            (dict, list)):
             same = isinstance(value, (int, float)) and isinstance(old, float) or isinstance(value, type(old))
             _need(same and isinstance(value, bool) == isinstance(old, bool),
                   f'override {key!r}: expected {type(old).__name__}, got {value!r} ({type(value).__name__})')
@@ -333,11 +351,13 @@ def override(obj: Any, changes: Mapping[str, Any]) -> Any:
 def _position(seq, p, key):
     names = [s.get('name') if isinstance(s, dict) else None for s in seq]
     if p in names: return names.index(p)
-    _need(p.isdigit() and int(p) < len(seq), f'override {key!r}: no item {p!r}; items are {[n for n in names if n] or list(range(len(seq)))}')
+    _need(p.isdigit() and int(p) < len(seq), f'override {key!r}: no item {p!r}; items are '
+          f'{[n for n in names if n] or list(range(len(seq)))}')
     return int(p)
 
 
 def _descend(at, p, key, where):
     if isinstance(at, list): return at[_position(at, p, key)]
-    _need(isinstance(at, dict) and p in at, f'override {key!r}: {where!r} has no setting {p!r}{_hint(p, at if isinstance(at, dict) else ())}')
+    _need(isinstance(at, dict) and p in at, f'override {key!r}: {where!r} has no setting '
+          f'{p!r}{_hint(p, at if isinstance(at, dict) else ())}')
     return at[p]
