@@ -53,7 +53,7 @@ def pixels(pictures: list[np.ndarray]) -> torch.Tensor:
     "uint8 pictures `[side, side, 3]` to `[n, 3, side, side]` in [-1, 1], as SigLIP's processor does."
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-# %% ../../nbs/train/40_pretrain.ipynb #d4f109a8
+# %% ../../nbs/train/40_pretrain.ipynb #3792c766
 def base_llm(vocab_size: int, hidden: int = 96, layers: int = 8, heads: int = 4, seed: int = 0) -> Qwen3ForCausalLM:
     "A randomly initialised language model of the `tiny` scale: `layers` blocks, width `hidden`, tied embeddings."
     with torch.random.fork_rng(devices=[]):
@@ -63,14 +63,14 @@ def base_llm(vocab_size: int, hidden: int = 96, layers: int = 8, heads: int = 4,
             num_key_value_heads=heads, head_dim=hidden // heads, max_position_embeddings=1024, tie_word_embeddings=True,
             rope_parameters=dict(rope_type='default', rope_theta=10_000.), pad_token_id=0, bos_token_id=1, eos_token_id=8))
 
-def language_recipe(steps: int = 4000, warm_steps: int = 200, rows: int = 10, lr: float = 3e-3) -> Recipe:
+def language_recipe(steps: int = 1500, warm_steps: int = 200, rows: int = 10, lr: float = 3e-3) -> Recipe:
     "Two stages on text: mostly copying, then scenes. Every weight of the language model trains, block matrices by Muon."
     trains = dict(embed=full(), layers=full(lr=10 / 3 * lr), norm=full())
     common = dict(trains=trains, lr=lr, optimizer='muon', template='world', betas=(.9, .98), weight_decay=.1, max_tokens=256, batch_rows=rows)
     return Recipe('base_llm', (Stage('copying', data='copying', steps=warm_steps, schedule='constant', warmup_ratio=.25, **common),
                                Stage('scenes', data='scenes', steps=steps, schedule='linear', warmup_ratio=.02, **common)))
 
-def pretrain_llm(config: WorldConfig, out: str|Path, steps: int = 4000, warm_steps: int = 200, rows: int = 10, seed: int = 0,
+def pretrain_llm(config: WorldConfig, out: str|Path, steps: int = 1500, warm_steps: int = 200, rows: int = 10, seed: int = 0,
                  precision: str = 'bf16', samples: int = 1_000_000, hidden: int = 96, layers: int = 8, **kwargs):
     """`(language model, tokenizer, stage results)` trained on text scenes of `config` by the ordinary loop, resumable in `out`.
 
@@ -125,9 +125,9 @@ def contrastive(seen: torch.Tensor,   # [n, width] unit vectors of regions or pi
     floor, same = same.sum(1).log().mean(), same / same.sum(1, keepdim=True)
     return -((same * logits.log_softmax(1)).sum(1).mean() + (same.T * logits.log_softmax(0)).sum(0).mean()) / 2 - floor
 
-# %% ../../nbs/train/40_pretrain.ipynb #bb8924ca
+# %% ../../nbs/train/40_pretrain.ipynb #1ac93697
 def pretrain_vit(vit: SiglipVisionModel, config: WorldConfig, out: str|Path,
-                 steps: int = 3000, batch: int = 96, scenes: int = 24000, lr: float = 1.5e-3, seed: int = 0, precision: str = 'bf16',
+                 steps: int = 2600, batch: int = 96, scenes: int = 24000, lr: float = 1.5e-3, seed: int = 0, precision: str = 'bf16',
                  report_seconds: float = 15.) -> list[dict]:
     """Contrastive pre-training in place on `scenes` rendered training scenes (a third of them single objects); metrics go to `out/metrics.jsonl`.
     Raises `FloatingPointError` before an update with a non-finite loss."""
