@@ -16,7 +16,7 @@ from typing import Any
 # %% ../../nbs/methods/00_recipes.ipynb #ec9b1b8c
 from ..train.recipe import SCALES, Recipe, RecipeError, Scale, Stage, get_scale, override
 
-# %% ../../nbs/methods/00_recipes.ipynb #ab3605c3
+# %% ../../nbs/methods/00_recipes.ipynb #2fdfec33
 @dataclass(frozen=True)
 class Method:
     """A method: `recipe(scale)` gives its `Recipe`; the hooks are optional.
@@ -24,12 +24,14 @@ class Method:
     `build(recipe, scale, seed)` -> `(model, processor)`, instead of joining the scale's language model and vision tower.
     `losses(model, processor, stage, scale)` -> loss terms by name, exactly those that `stage.losses` declares.
     `transform(sample)` -> the sample a model is trained on and asked about (markers, say).
+    `before_stage(model, processor, stage, scale)` -> `(model, processor)` that the stage trains (a surrogate, say).
     `after_stage(model, processor, stage, scale)` -> `(model, processor)` for the next stage (graft, merge, prune)."""
     recipe: Callable[[Scale], Recipe]
     build: Callable[[Recipe, Scale, int], tuple] | None = None
     losses: Callable[[Any, Any, Stage, Scale], Mapping[str, Any]] | None = None
     transform: Callable[[Any], Any] | None = None
     after_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
+    before_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
 
 # %% ../../nbs/methods/00_recipes.ipynb #3f130463
 RECIPES: dict[str, str] = {

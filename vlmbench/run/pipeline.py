@@ -72,7 +72,7 @@ def build(method: Method, recipe: Recipe, scale: Scale, seed: int = 0) -> tuple[
                      transform=None if scale.image_mode == 'squash' else scale.image_mode, dtype=getattr(torch, scale.dtype),
                      bidirectional_images=recipe.bidirectional_images, seed=seed)
 
-# %% ../../nbs/run/15_pipeline.ipynb #3c6bd0f0
+# %% ../../nbs/run/15_pipeline.ipynb #943a7ebc
 @dataclass
 class Fitted:
     "What `fit` returns: the trained `model`, its `processor`, one `TrainResult` a stage, and the quarantined rows per stage."
@@ -94,6 +94,7 @@ def fit(method: Method, recipe: Recipe, scale: Scale, model: Any, processor: Any
         quarantine = Quarantine(path=place/'quarantine.json')
         samples = stage_samples(folder, stage.data, quarantine)
         if method.transform is not None: samples = Transformed(samples, method.transform)
+        if method.before_stage is not None: model, processor = method.before_stage(model, processor, stage, scale)
         losses = method.losses(model, processor, stage, scale) if method.losses is not None else None
         result = train(model, processor, stage, samples, place, extra_losses=losses, quarantine=quarantine, **kw)
         quarantine.close()

@@ -51,7 +51,7 @@ def _match_terms(stage, terms):
                           f'{sorted(have)}; they must agree')
     return [(name, have[name], weight) for name, weight in want.items()]
 
-# %% ../../nbs/train/10_loop.ipynb #e79554c6
+# %% ../../nbs/train/10_loop.ipynb #4202ac29
 def take(batches: Iterator[dict], n: int, count: Callable[[dict], dict[str, int]]) -> tuple[list[dict], Counter]:
     "The next (at most) `n` micro-batches and their summed counts; an empty list when the data has ended."
     micro, counts = list(itertools.islice(batches, n)), Counter()
@@ -64,17 +64,26 @@ def make_loader(samples: Sequence, processor: Any, stage: Stage, seed: int = 0, 
     """The stage's `BatchLoader` over `samples` (a sequence of `Sample`, or a `Mixture` with its own order): endless,
     shuffled, resumable, prefetching."""
     sampler = StatefulSampler(getattr(samples, 'order', len(samples)), seed=seed, rank=rank, world=world)
-    return BatchLoader(samples, lambda sample: processor.encode(sample, stage.template), sampler, stage.max_tokens,
-                       stage.batch_rows, pad_id=processor.tokenizer.pad_token_id or 0, packing=stage.packing,
+    return BatchLoader(samples, lambda sample: processor.encode(sample, stage.template, stage.targets), sampler,
+                       stage.max_tokens, stage.batch_rows, pad_id=processor.tokenizer.pad_token_id or 0, packing=stage.packing,
                        too_long=stage.too_long, quarantine=quarantine, prefetch=4)
 
-# %% ../../nbs/train/10_loop.ipynb #0a3d1af9
+# %% ../../nbs/train/10_loop.ipynb #8225cbf7
 def lr_factor(stage: Stage, start: float, end: float) -> float:
     "Factor on the peak rate for the step that takes progress from `start` to `end` (fractions of the budget)."
+    if stage.schedule == 'cosine_recursive': return _recursive_cosine(stage, round(end * stage.steps))
     if stage.warmup_ratio > 0 and start < stage.warmup_ratio: return min(1., end / stage.warmup_ratio)
     left = 1 - (min(start, 1.) - stage.warmup_ratio) / max(1e-12, 1 - stage.warmup_ratio)
     shape = dict(constant=1., linear=left, cosine=(1 - math.cos(math.pi * left)) / 2)[stage.schedule]
     return stage.min_lr_ratio + (1 - stage.min_lr_ratio) * shape
+
+def _recursive_cosine(stage, k):
+    "torch's chained CosineAnnealingLR, called once too often under accumulation, warmed up by overwriting its rate."
+    total, warm, extra = stage.steps, round(stage.warmup_ratio * stage.steps), int(stage.accumulation > 1)
+    if k <= warm: return k / warm
+    if k + extra >= total: return 0.
+    down = lambda c: 1 + math.cos(math.pi * c / total)
+    return down(k + extra) / down(warm + extra * (warm > 0))
 
 # %% ../../nbs/train/10_loop.ipynb #51d2549a
 class Forward:
@@ -167,8 +176,18 @@ def _check_precision(model, params, precision):
     for p in half: p.data = p.data.float()
     if half: warnings.warn(f'{len(half)} trained tensors were in half precision and now have fp32 master weights')
 
-# %% ../../nbs/train/10_loop.ipynb #fad88219
+# %% ../../nbs/train/10_loop.ipynb #20a71ae7
 COUNTS = ('tokens', 'targets', 'pairs', 'images', 'image_tokens', 'patches', 'patch_pairs')
+
+
+def _shares(stage, micro, counts, count, keys, ranks):
+    "Per micro-batch, the counts its sums are divided by: those of the step, or its own times the number of micro-batches."
+    if stage.reduction == 'step': return [counts] * len(micro)
+    own = torch.zeros(stage.accumulation, len(keys), dtype=torch.float64)
+    for row, b in zip(own, micro): row += torch.tensor([float(count(b)[k]) for k in keys], dtype=torch.float64)
+    own = ranks.sum(own).cpu()
+    own = (own * (own[:, keys.index('targets')] > 0).sum()).clamp(min=1)
+    return [dict(zip(keys, row.tolist())) for row in own[:len(micro)]]
 
 
 def _stop_non_finite(plan, micro, forward, counts, ranks, step, out_dir):
@@ -196,7 +215,7 @@ def _evaluate(callbacks, moment, last, monitor):
             raise RecipeError(f'monitor={monitor!r}, but callback {c.name!r} returned {sorted(values)}')
         yield c.name, values
 
-# %% ../../nbs/train/10_loop.ipynb #20902252
+# %% ../../nbs/train/10_loop.ipynb #5ddec7ed
 def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | None, out_dir: str | Path, *,
           seed: int = 0, precision: str = 'fp32', resume: str | Path | None = 'auto',
           callbacks: Sequence[Callback] = (), extra_losses: Mapping[str, LossTerm] | None = None, stop_flag: Any = None,
@@ -291,8 +310,8 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
                                                         f'{[b.get("sample_ids") for b in micro]} has a target token')
 
             parts = 0
-            for batch in micro:
-                loss, losses = forward.losses(batch, counts)
+            for batch, shares in zip(micro, _shares(stage, micro, counts, count, keys, ranks)):
+                loss, losses = forward.losses(batch, shares)
                 # a text-only micro-batch does not reach a projector that trains alone
                 if loss.requires_grad: loss.backward()
                 parts = parts + torch.stack([loss.detach().float(), *losses])

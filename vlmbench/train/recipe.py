@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'HOW', 'SCHEDULES', 'OPTIMIZERS', 'SCALES', 'RecipeError', 'Tune', 'block_ranges', 'frozen', 'full',
            'layers', 'lora', 'Stage', 'Recipe', 'Scale', 'get_scale', 'override']
 
-# %% ../../nbs/train/00_recipe.ipynb #5b170e81
+# %% ../../nbs/train/00_recipe.ipynb #b5ef7158
 import dataclasses, difflib, json, math, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-# %% ../../nbs/train/00_recipe.ipynb #57db5ae8
+from ..data.spans import TARGETS
+
+# %% ../../nbs/train/00_recipe.ipynb #6daedfba
 GROUPS = ('vision', 'projector', 'embed', 'layers', 'norm', 'lm_head')
 HOW = ('frozen', 'full', 'layers', 'lora')
-SCHEDULES = ('cosine', 'linear', 'constant')
+SCHEDULES = ('cosine', 'linear', 'constant', 'cosine_recursive')
 OPTIMIZERS = ('adamw', 'muon')
 
 
@@ -117,7 +119,7 @@ def lora(r: int, alpha: float, layers: Sequence[int] | int | None = None, dropou
     return Tune('lora', lr=lr, layers=layers, r=r, alpha=alpha, dropout=dropout, targets=None if targets is None
                 else tuple(targets))
 
-# %% ../../nbs/train/00_recipe.ipynb #e4f8461a
+# %% ../../nbs/train/00_recipe.ipynb #b6b3ae42
 @dataclass(frozen=True)
 class Stage:
     """One optimisation of one set of parameters on one data mixture.
@@ -125,7 +127,9 @@ class Stage:
     Exactly one of `budget_targets` (target tokens over all ranks) and `steps` bounds it. One optimizer step sees
     `accumulation` micro-batches of `batch_rows` rows of at most `max_tokens` tokens on every rank. `losses` names the
     extra loss terms the caller must hand to the loop (a name, or a name with a weight: `('align', 0.5)`). `too_long`:
-    what happens to samples beyond `max_tokens`. `merge` folds LoRA back into the base at the end of the stage."""
+    what happens to samples beyond `max_tokens`. `merge` folds LoRA back into the base at the end of the stage. `targets`:
+    which tokens carry the loss ('answers', 'special': control tokens too, 'all'). `reduction`: the loss is the mean over
+    the targets of the whole 'step', or the mean of the means of its 'micro' batches."""
     name: str
     trains: Mapping[str, Tune]
     data: str
@@ -150,6 +154,8 @@ class Stage:
     losses: tuple = ()
     merge: bool = True
     gradient_checkpointing: bool = False
+    targets: str = 'answers'
+    reduction: str = 'step'
 
     def __post_init__(self):
         at = f'stage {self.name!r}'
@@ -177,6 +183,10 @@ class Stage:
             _need(isinstance(getattr(self, k), bool), f'{at}: {k} must be true or false, got {getattr(self, k)!r}')
         _need(self.optimizer in OPTIMIZERS, f'{at}: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}')
         _need(self.schedule in SCHEDULES, f'{at}: schedule must be one of {SCHEDULES}, got {self.schedule!r}')
+        _need(self.schedule != 'cosine_recursive' or self.steps is not None and not self.min_lr_ratio,
+              f'{at}: schedule cosine_recursive counts steps and ends at 0: set steps, and min_lr_ratio=0')
+        for k, known in (('targets', TARGETS), ('reduction', ('step', 'micro'))):
+            _need(getattr(self, k) in known, f'{at}: {k} must be one of {known}, got {getattr(self, k)!r}')
         _need(self.too_long in ('error', 'truncate', 'skip'), f"{at}: too_long must be 'error', 'truncate' or 'skip', "
               f"got {self.too_long!r}")
         names = [l for l, _ in self.losses]
