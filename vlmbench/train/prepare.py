@@ -80,13 +80,13 @@ def _inject(model, group, tune, targets, seed, at):
     _need(new == set(targets), f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets '
           f'in group {group!r}')
 
-# %% ../../nbs/train/05_prepare.ipynb #43a8dc86
+# %% ../../nbs/train/05_prepare.ipynb #24aba0d2
 def merge_lora(model: nn.Module) -> int:
     """Fold every LoRA update into its base weight and restore the plain modules in place; returns how many modules were
     merged."""
     found = lora_modules(model)
     for name, m in found.items():
-        m.merge(safe_merge=True)
+        m.merge(safe_merge=not m.get_base_layer().weight.is_meta)
         parent, _, last = name.rpartition('.')
         setattr(model.get_submodule(parent), last, m.get_base_layer())
     return len(found)
