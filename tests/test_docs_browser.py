@@ -1,7 +1,10 @@
 """The built site in a real browser, opened from disk: pages load alone, pictures show, formulas set, search finds."""
 import os
+import re
 import shutil
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -51,8 +54,10 @@ def test_home_page(page):
 
 def test_every_page_stands_alone(page):
     "No request leaves the disk, no script fails, every picture loads, every page has a title and content."
-    assert len(PAGES) > 5
-    for name in PAGES:
+    cards = [n for n in PAGES if n.startswith('data_cards/') and not n.endswith('index.html')]
+    pages = [n for n in PAGES if n not in cards[3:]]    # the cards are all made alike
+    assert len(pages) > 5
+    for name in pages:
         visit(page, name)
         assert page.locator('h1').count() >= 1, f'{name} has no title'
         unseen = 'els => els.filter(e => e.complete && !e.naturalWidth).map(e => e.src)'
@@ -63,16 +68,20 @@ def test_every_page_stands_alone(page):
     assert not page.problems, page.problems[:5]
 
 
-def test_internal_links_lead_somewhere(page):
-    wrong = set()
+@pytest.mark.skipif(not PAGES, reason='the site is not built: `make docs`')
+def test_internal_links_lead_somewhere():
+    ids, wrong = {}, set()
     for name in PAGES:
-        visit(page, name)
-        links = 'article a.internal, .bd-sidebar-primary a.internal'
-        for href in page.eval_on_selector_all(links, 'els => els.map(e => e.href)'):
+        html = (SITE/name).read_text(encoding='utf8')
+        ids[(SITE/name).resolve()] = set(re.findall(r'\bid="([^"]+)"', html))
+    for name in PAGES:
+        html = (SITE/name).read_text(encoding='utf8')
+        for tag in re.findall(r'<a\b[^>]*\bclass="[^"]*internal[^"]*"[^>]*>', html):
+            href = unescape(re.search(r'\bhref="([^"]*)"', tag)[1])
             target, _, anchor = href.partition('#')
-            path = Path(target.removeprefix('file://'))
-            if not path.exists(): wrong.add(f'{name} -> {href}')
-            elif anchor and f'id="{anchor}"' not in path.read_text(encoding='utf8'): wrong.add(f'{name} -> {href}')
+            path = ((SITE/name).parent/unquote(target)).resolve() if target else (SITE/name).resolve()
+            if not path.exists() or anchor and path in ids and unquote(anchor) not in ids[path]:
+                wrong.add(f'{name} -> {href}')
     assert not wrong, sorted(wrong)[:10]
 
 
