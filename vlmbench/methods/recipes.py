@@ -33,9 +33,10 @@ class Method:
     after_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
     before_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
 
-# %% ../../nbs/methods/00_recipes.ipynb #3f130463
+# %% ../../nbs/methods/00_recipes.ipynb #4811b747
 RECIPES: dict[str, str] = {
     'llava': 'vlmbench.methods.llava',
+    'zero': 'vlmbench.methods.zero',
 }
 
 def get_method(name: str) -> Method:
