@@ -23,7 +23,7 @@ PLACES = ('top-left', 'top', 'top-right', 'left', 'center', 'right', 'bottom-lef
 NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 QUESTION_TYPES = ('color', 'size', 'where', 'shape', 'digit', 'count', 'exist', 'spatial')
 
-# %% ../../nbs/data/55_scene.ipynb #513d331f
+# %% ../../nbs/data/55_scene.ipynb #d9152fa3
 @dataclass(frozen=True)
 class WorldConfig:
     "What the embedded world looks like; `WorldConfig.at(level)` gives the named difficulty levels."
@@ -32,7 +32,7 @@ class WorldConfig:
     image_size: int = 64         # side of a square picture, px
     odd_share: float = .25       # share of pictures that are not square
     digit_share: float = .4      # chance that an object is a handwritten digit
-    aspect: float = 1.25         # long side over short side of those
+    aspect: float = 1.125        # long side over short side of those
     jitter: float = .03          # largest shift of an object off its cell's centre, in cells
     noise: float = .02           # standard deviation of the pixel noise, in [0, 1] units
     seed: int = 0                # seed of every draw

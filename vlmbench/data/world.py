@@ -45,11 +45,11 @@ def shape_distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if name == 'triangle': return np.maximum(y - .75, .894 * abs(x) - .447 * (y + 1.))
     raise ValueError(f'shape {name!r} is unknown; the world has {SHAPES}')
 
-# %% ../../nbs/data/60_world.ipynb #b3faf802
+# %% ../../nbs/data/60_world.ipynb #91e8a781
 def geometry(thing: Thing, size: tuple[int, int]) -> tuple[float, float, float]:
     "Centre x, y and radius of an object in px, for a picture of `(width, height)`."
     (row, col), (w, h) = divmod(thing.place, 3), size
-    small = .36 if thing.is_digit else .29                                   # an 8 x 8 digit needs 16 px
+    small = .39 if thing.is_digit else .29                                   # an 8 x 8 digit needs 16 px
     radius = min(w, h) / 3 * (.46 if thing.size == 'large' else small)
     return (col + .5 + thing.shift[0]) * w / 3, (row + .5 + thing.shift[1]) * h / 3, radius
 
