@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'wrap_question', 'Wrapped', 'TiledEncoder', 'StackedTiles', 'balance_weights', 'Balanced', 'mix_order',
-           'mix_rows', 'reference_length_order', 'reference_batch', 'pope_answer', 'vllm_state']
+           'mix_rows', 'reference_length_order', 'reference_batch', 'pope_answer', 'loglikelihood', 'vllm_state']
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #74c376d1
+# %% ../../nbs/methods/42_zero_parts.ipynb #a4f85e4e
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from ..data.image import ImageTransform
+from ..data.image import RESAMPLE, ImageTransform, best_grid, mean_color, squash, tiles
 from ..data.record import Sample
 from ..data.template import IGNORE, IMAGE, Encoded
 from ..models.modeling import place_features
-from ..models.vision import FRONT_ENDS, EncoderFrontEnd, num_prefix_tokens, patch_grid, tower_config
+from ..models.vision import FRONT_ENDS, EncoderFrontEnd, tower_config
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #6bc2f092
 WRAPPERS = ('Based on the visual elements captured in this image of',) + tuple(
@@ -45,7 +47,7 @@ class Wrapped:
         sentence = WRAPPERS[0 if asked else int(np.random.default_rng(key).integers(len(WRAPPERS)))]
         return replace(sample, turns=[replace(t, text=wrap_question(t.text, sentence, self.newline)) for t in sample.turns])
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #5defc895
+# %% ../../nbs/methods/42_zero_parts.ipynb #2e3dc7eb
 class TiledEncoder(EncoderFrontEnd):
     "An `EncoderFrontEnd` for pictures of stacked square tiles, `[3, tiles * side, side]`, with one pair of boundary vectors around them all."
     @classmethod
@@ -59,8 +61,8 @@ class TiledEncoder(EncoderFrontEnd):
         side = self.tower.config.image_size
         heights = [pixel_values.shape[-2]] * len(pixel_values) if image_sizes is None else image_sizes[:, 0].tolist()
         counts = torch.tensor([self.num_tokens(h, pixel_values.shape[-1]) for h in heights], device=pixel_values.device)
-        tiles = torch.cat([p[:, :h].unflatten(1, (h // side, side)).transpose(0, 1) for p, h in zip(pixel_values, heights)])
-        x = self.projector(self._shuffle(self.select(tiles), tiles))
+        cut = torch.cat([p[:, :h].unflatten(1, (h // side, side)).transpose(0, 1) for p, h in zip(pixel_values, heights)])
+        x = self.projector(self._shuffle(self.select(cut), cut))
         x = [p.flatten(0, 1) for p in x.split([h // side for h in heights])]
         if self.config['boundary']: x = [torch.cat([self.soi.to(p.dtype), p, self.eoi.to(p.dtype)]) for p in x]
         return torch.cat(x), counts
@@ -68,13 +70,21 @@ class TiledEncoder(EncoderFrontEnd):
 FRONT_ENDS['encoder_tiles'] = TiledEncoder
 
 class StackedTiles(ImageTransform):
-    "`ImageTransform(mode='tiles')` whose tiles come as one tall picture, the form `encoder_tiles` takes."
+    "`ImageTransform(mode='tiles')` on a canvas of the mean colour, whose tiles come as one tall picture, the form `encoder_tiles` takes."
+    def resize(self, img):
+        (h, w), (H, W) = (img.height, img.width), best_grid(img.height, img.width, self.grid)
+        new = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+        canvas = Image.new('RGB', (W, H), tuple(self.background or mean_color(self.mean)))
+        canvas.paste(img.resize(new, RESAMPLE[self.resample]), ((W - new[0]) // 2, (H - new[1]) // 2))
+        shrunk = squash(img, (min(h, self.size), min(w, self.size)), self.resample)        # sides above the tile's shrink first
+        return [squash(shrunk, self.size, self.resample), *tiles(canvas, self.size, ((H, W),), self.resample)[1:]]
+
     def __call__(self, img):
         parts = super().__call__(img)
         return [dict(pixel_values=torch.cat([p['pixel_values'] for p in parts], 1), size=(sum(p['size'][0] for p in parts), parts[0]['size'][1]))]
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #e91a46c9
-def balance_weights(targets: Tensor,             # next-token targets `[rows, tokens]`, -100 = none
+# %% ../../nbs/methods/42_zero_parts.ipynb #74c4f976
+def balance_weights(targets: Tensor,             # labels or next-token targets `[rows, tokens]`, -100 = none; reference: unshifted labels
                     eot_id: int,                 # ends a segment
                     is_text: Tensor,             # bool, `[rows]` or `[rows, tokens]`: text-only samples
                     order: float = 1.,
@@ -195,11 +205,23 @@ def reference_batch(model: nn.Module, docs: Sequence[Encoded], max_tokens: int =
     labels = pad(labels, True, IGNORE)
     return dict(inputs_embeds=pad(rows, True), labels=torch.where(torch.isin(labels, torch.tensor(list(ignore) or [IGNORE])), IGNORE, labels))
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #7bf2ac95
+# %% ../../nbs/methods/42_zero_parts.ipynb #1758a718
 def pope_answer(text: str) -> str:
     "'no' if the first sentence has the word no, No or not, else 'yes'."
     words = text.split('.')[0].replace(',', '').split(' ')
     return 'no' if {'No', 'no', 'not'} & set(words) else 'yes'
+
+@torch.no_grad()
+def loglikelihood(model: nn.Module, tokenizer, context: str, continuation: str, prefix_id: int) -> tuple[float, bool]:
+    """Sum of the continuation's log-probabilities after the context, and whether greedy decoding would write it. lm-eval's convention: spaces between the two belong to the
+    continuation; an empty context is the token `prefix_id` (the end of a turn)."""
+    if blank := len(context) - len(context.rstrip()): context, continuation = context[:-blank], context[-blank:] + continuation
+    before = tokenizer.encode(context) if context else [prefix_id]
+    ids = tokenizer.encode(context + continuation) if context else [prefix_id, *tokenizer.encode(continuation)]
+    if len(ids) <= len(before): raise ValueError(f'loglikelihood: the continuation {continuation!r} adds no token to {context!r}')
+    ids, n = torch.tensor(ids, device=model.device)[None], len(ids) - len(before)
+    logp = model(input_ids=ids[:, :-1]).logits[0, -n:].float().log_softmax(-1)
+    return logp.gather(1, ids[0, -n:, None]).sum().item(), bool((logp.argmax(-1) == ids[0, -n:]).all())
 
 def vllm_state(state: Mapping[str, Tensor], num_kv_heads: int, tp: int = 1, rank: int = 0) -> dict[str, Tensor]:
     """A Llama or Qwen checkpoint in vLLM's fused names, the shard of `rank` of `tp`. Key and value heads are repeated where there are fewer than ranks.
