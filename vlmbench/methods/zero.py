@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'PAPER_SCALES', 'FRONT_END', 'ON_SURROGATE', 'METHOD', 'F
            'last_third', 'trained', 'zero_recipe', 'graft_onto', 'zero', 'paper_vlm', 'language_parameters',
            'from_original', 'to_original', 'load_original', 'from_reference']
 
-# %% ../../nbs/methods/40_zero.ipynb #00d073b6
+# %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..models.depth import PUBLISHED_SPLITS, build_surrogate, depth_of, find_dec
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.vision import tower_config
 from ..models.vlm import build_vlm
-from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, layers
+from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, layers, lora
 
 # %% ../../nbs/methods/40_zero.ipynb #53995a8b
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
     try: return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
     except (ValueError, TypeError) as e: raise RecipeError(f'zero: {e}') from None
 
-# %% ../../nbs/methods/40_zero.ipynb #7f7cdc1e
+# %% ../../nbs/methods/40_zero.ipynb #ef2cb6d2
 FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu', boundary=True)
 ON_SURROGATE = ('language', 'adapt', 'encoder')
 
@@ -98,19 +98,21 @@ def last_third(scale: Scale) -> tuple[int, ...]:
     depth = tower_config(_config(scale, 'vision')).num_hidden_layers
     return tuple(range(min(round(depth*2/3), depth - 1), depth))
 
-def trained(scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = None) -> dict:
-    "What a stage trains, by module group. Without ranges to replace (`ranges=()`), adapt trains the adapter alone."
+def trained(scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = None, use_lora: bool = False) -> dict:
+    "What a stage trains, by module group. Without ranges to replace (`ranges=()`), adapt trains the adapter alone. `use_lora`: the decoder stage's published LoRA."
     translator = {} if ranges is not None and not len(ranges) else dict(layers=layers(split(scale, ranges).translators))
     encoder = dict(projector=full(), vision=layers(last_third(scale)))
     tied = bool(getattr(_config(scale, 'llm').get_text_config(decoder=True), 'tie_word_embeddings', False))
     language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied else dict(lm_head=full()))
+    if use_lora: language = dict(layers=lora(8, 32, dropout=.05, targets=('q_proj', 'v_proj')))
     try: return dict(language=translator, adapt=dict(projector=full()) | translator, encoder=encoder, decoder=encoder | language)[stage]
     except KeyError: raise RecipeError(f'zero: no stage {stage!r}; stages are language, adapt, encoder, decoder') from None
 
 def zero_recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'), balance: bool = False,
-                reference: bool = False) -> Recipe:
+                reference: bool = False, use_lora: bool = False) -> Recipe:
     """The zero recipe at `scale`. `ranges`: layers to replace (None: `default_ranges`, (): no surrogate, the encoder trains on the full model). `stages`: in order, of
-    language, adapt, encoder, decoder. `balance`: weight short answers up. `reference`: the published loss reduction and schedule (published scales only)."""
+    language, adapt, encoder, decoder. `balance`: weight short answers up. `reference`: the published loss reduction and schedule (published scales only).
+    `use_lora`: stage decoder trains rank-8 updates of query and value instead of the language model, whose base stays frozen."""
     from vlmbench.methods.llava import recipe as control
     if ranges is not None and not len(ranges) and 'language' in stages: raise RecipeError('zero: stage language trains the translator, but ranges=() builds none')
     order = [s for s in ('language', 'adapt', 'encoder', 'decoder') if s in stages]
@@ -131,11 +133,11 @@ def zero_recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, sta
             if reference: kw |= dict(schedule='cosine_recursive', reduction='micro', warmup_ratio=int(3.05*steps//100) / steps)
         else: kw |= dict(data='text_train' if name == 'language' else mixed.data, batch_rows=mixed.batch_rows, max_tokens=mixed.max_tokens,
                          budget_targets=round(total / len(order)))
-        out.append(Stage(name, trained(scale, name, ranges), **kw))
+        out.append(Stage(name, trained(scale, name, ranges, use_lora), **kw))
     what = 'the full language model' if ranges is not None and not len(ranges) else f'a surrogate of layers {split(scale, ranges).kept}'
     return Recipe('zero', tuple(out), FRONT_END, 'sections 3 and 4, released training configurations', notes=f'the encoder trains on {what}, then it is grafted')
 
-# %% ../../nbs/methods/40_zero.ipynb #b62a3d29
+# %% ../../nbs/methods/40_zero.ipynb #9a9e6645
 def _before(ranges, model, processor, stage, scale):
     if stage.name not in ON_SURROGATE or ranges is not None and not len(ranges) or depth_of(model).translators: return model, processor
     return build_surrogate(model, default_ranges(scale) if ranges is None else ranges), processor
@@ -171,10 +173,10 @@ def _template(stage, scale):
     return get_template(stage.template or scale.template)
 
 def zero(ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'), grafts: bool = True, balance: bool = False,
-         wrap: bool = False, reference: bool = False) -> Method:
+         wrap: bool = False, reference: bool = False, use_lora: bool = False) -> Method:
     """Zero as a `Method`, with other choices than the published ones: `zero_recipe` names them. `grafts=False` keeps the surrogate pair, to compare with; `wrap`
     wraps questions about pictures (Llama)."""
-    return Method(partial(zero_recipe, ranges=ranges, stages=stages, balance=balance, reference=reference), losses=partial(_losses, balance),
+    return Method(partial(zero_recipe, ranges=ranges, stages=stages, balance=balance, reference=reference, use_lora=use_lora), losses=partial(_losses, balance),
                   transform=Wrapped() if wrap else None, after_stage=partial(_after, grafts, ranges), before_stage=partial(_before, ranges))
 
 METHOD = zero()
@@ -193,7 +195,7 @@ def language_parameters(model: nn.Module) -> int:
     d = find_decoder(model)
     return sum(p.numel() for p in {id(p): p for m in (d.stack, d.head) for p in m.parameters()}.values())
 
-# %% ../../nbs/methods/40_zero.ipynb #76f8b5b6
+# %% ../../nbs/methods/40_zero.ipynb #260999b2
 _NAMES = (('embd_soi', 'model.vision.soi'), ('embd_eoi', 'model.vision.eoi'), ('adapter.', 'model.vision.projector.mlp.'),
           ('encoder.vision_model.', 'model.vision.tower.'), ('decoder.model.', 'model.language_model.'), ('decoder.lm_head.', 'lm_head.'))
 
@@ -220,7 +222,9 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[st
 
     Raises ValueError for names or shapes that the model does not have: a stage-1 file with a translator needs the surrogate."""
     have, load = dict(model.named_parameters()), from_original(state_dict)
-    if tied := 'lm_head.weight' in load and 'lm_head.weight' not in have: load.pop('lm_head.weight')
+    if 'lm_head.weight' in load and 'lm_head.weight' not in have:                # tied: the same tensor again, or another model
+        head, table = load.pop('lm_head.weight'), 'model.language_model.embed_tokens.weight'
+        if table not in load or not torch.equal(head, load[table]): raise ValueError('the checkpoint has a head of its own, but this model ties it to the embedding')
     if bad := [n for n in load if n not in have]: raise ValueError(f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, not to the full model')
     if bad := [f'{n} {tuple(t.shape)} -> {tuple(have[n].shape)}' for n, t in load.items() if t.shape != have[n].shape]: raise ValueError(f'shapes differ: {bad[:3]}')
     for n, t in load.items(): have[n].copy_(t)
