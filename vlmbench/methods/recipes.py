@@ -33,9 +33,10 @@ class Method:
     after_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
     before_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
 
-# %% ../../nbs/methods/00_recipes.ipynb #4811b747
+# %% ../../nbs/methods/00_recipes.ipynb #f8b06d96
 RECIPES: dict[str, str] = {
     'llava': 'vlmbench.methods.llava',
+    'vora': 'vlmbench.methods.vora',
     'zero': 'vlmbench.methods.zero',
 }
 

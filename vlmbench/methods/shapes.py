@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['model_from_shapes', 'trained_parameters']
 
-# %% ../../nbs/methods/02_shapes.ipynb #e4633230
+# %% ../../nbs/methods/02_shapes.ipynb #d3bd0999
 import pandas as pd
 import torch
 from transformers import AutoConfig
 
 from .recipes import base_model
+from ..models.vision import front_end_class
 from ..models.vlm import VLMConfig, VLMForConditionalGeneration
 from ..train.prepare import merge_lora, prepare
 from ..train.recipe import Recipe, RecipeError, Scale
 
-# %% ../../nbs/methods/02_shapes.ipynb #82d93cb1
+# %% ../../nbs/methods/02_shapes.ipynb #fd709051
 def _config(given, where, name):
     "A configuration dict: the scale's own, or the one beside the weights."
     if given is not None: return dict(given)
@@ -31,7 +32,8 @@ def model_from_shapes(recipe: Recipe, scale: Scale, device: str = 'meta') -> VLM
     should be."""
     text = _config(scale.llm_config, scale.llm, scale.name)
     front = dict(recipe.front_end)
-    if 'backbone' not in front: front['backbone'] = _config(scale.vision_config, scale.vision, scale.name)
+    if 'backbone' not in front and 'backbone' in front_end_class(front).defaults:
+        front['backbone'] = _config(scale.vision_config, scale.vision, scale.name)
     config = VLMConfig(text_config=text, vision_config=front, image_token_id=text['vocab_size'] - 1,
                        bidirectional_images=recipe.bidirectional_images)
     with torch.device(device): return VLMForConditionalGeneration(config)

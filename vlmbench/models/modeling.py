@@ -147,7 +147,7 @@ def _language_mask(model, attention_mask, document_ids, image_ids, past_key_valu
         return {'full_attention': full, 'sliding_attention': make(window, layers.index('sliding_attention'))}
     return make(window) if window is not None and not kinds else full
 
-# %% ../../nbs/models/18_modeling.ipynb #16c1258c
+# %% ../../nbs/models/18_modeling.ipynb #0fb63d55
 class VLMModel(VLMPreTrainedModel):
     "Vision front end (`vision`) and the base model of a causal language model (`language_model`), without a head."
     def __init__(self, config: VLMConfig):
@@ -155,6 +155,7 @@ class VLMModel(VLMPreTrainedModel):
         hidden, dtype = config.text_config.hidden_size, torch.get_default_dtype()
         self.vision = build_front_end(config.vision_config, hidden) if config.vision_config is not None else None
         self.language_model = AutoModel.from_config(config.text_config, dtype=dtype)
+        if self.vision is not None: self.vision.adapt(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self): return self.language_model.get_input_embeddings()
@@ -188,6 +189,8 @@ class VLMModel(VLMPreTrainedModel):
             if self.config.bidirectional_images and image_ids is None:
                 image_ids = image_ids_of(input_ids, counts, self.config.image_token_id)
         elif input_ids is not None: _no_image_tokens(input_ids, self.config.image_token_id, past_key_values)
+        if self.vision is not None:
+            self.vision.see_tokens(input_ids == self.config.image_token_id if pixel_values is not None else None)
         if position_ids is None and document_ids is not None: position_ids = document_positions(document_ids)
         if not self.config.bidirectional_images: image_ids = None
         mask = _language_mask(self, attention_mask, document_ids, image_ids, past_key_values, embeds)

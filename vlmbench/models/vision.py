@@ -6,9 +6,10 @@
 __all__ = ['FRONT_ENDS', 'FrontEnd', 'front_end_class', 'build_front_end', 'num_image_tokens', 'Projector', 'tower_config',
            'backbone_dict', 'patch_grid', 'num_prefix_tokens', 'EncoderFrontEnd', 'blocks_of', 'drop_blocks']
 
-# %% ../../nbs/models/00_vision.ipynb #97f31f16
+# %% ../../nbs/models/00_vision.ipynb #2b80df31
 import inspect, json, re
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-# %% ../../nbs/models/00_vision.ipynb #7fa928c6
+# %% ../../nbs/models/00_vision.ipynb #5967e3bb
 class FrontEnd(nn.Module):
     """Base class of vision front ends: what `VLMModel` and `VLMProcessor` rely on.
 
@@ -55,19 +56,29 @@ class FrontEnd(nn.Module):
         other in the order given."""
         raise TypeError(f'{type(self).__name__} must implement forward(pixel_values, image_sizes)')
 
+    def adapt(self, language_model: nn.Module) -> None:
+        """Give the language model the parts the front end needs inside it (LoRA, say), in place, once; nothing by default.
+        `language_model` is the base model, without its head."""
+
+    def see_tokens(self, image_tokens: torch.Tensor | None) -> None:
+        """Called before each pass through the language model with the positions of image features, `[batch, tokens]`
+        (None: there are none); nothing by default."""
+
     def init_weights(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` (self or a child) owns directly: PyTorch's defaults; override for
         bare parameters."""
         if module is not self and hasattr(module, 'reset_parameters'): module.reset_parameters()
 
-# %% ../../nbs/models/00_vision.ipynb #98304493
+# %% ../../nbs/models/00_vision.ipynb #c5c655b1
 FRONT_ENDS: dict[str, type[FrontEnd]] = {}
+_HOMES = {'vora': 'vlmbench.models.vora_patches'}                # modules that enter their type when first asked for
 
 def front_end_class(config: dict) -> type[FrontEnd]:
     "The front-end class that `config['type']` names exactly."
     kind = config.get('type')
+    if kind not in FRONT_ENDS and kind in _HOMES: import_module(_HOMES[kind])
     if kind not in FRONT_ENDS:
-        raise ValueError(f"vision front end type {kind!r} is not known; known types: {sorted(FRONT_ENDS)}. "
+        raise ValueError(f"vision front end type {kind!r} is not known; known types: {sorted({*FRONT_ENDS, *_HOMES})}. "
                          "A type that a method defines is known once its module is imported (vlmbench.methods...)")
     return FRONT_ENDS[kind]
 

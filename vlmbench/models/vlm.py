@@ -76,7 +76,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel, im
         warnings.warn(f'embedding resized from {rows} to {index + 1} rows for {image_token!r}', stacklevel=3)
     return index
 
-# %% ../../nbs/models/20_vlm.ipynb #adaf279d
+# %% ../../nbs/models/20_vlm.ipynb #42bc1a1b
 def build_vlm(llm: str | Path | PreTrainedModel, vision: str | Path | PreTrainedModel | None = None,
               front_end: dict | None = None, tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
               template: str | None = None,
@@ -142,13 +142,14 @@ def assemble(llm: PreTrainedModel, front, image_token_id: int,
                        tie_word_embeddings=head.weight is llm.get_input_embeddings().weight)
     with torch.device('meta'): model = VLMForConditionalGeneration(config)
     model.model.vision, model.model.language_model, model.lm_head = front, llm.base_model, head
+    front.adapt(llm.base_model)
     config.text_config = llm.base_model.config
     kept = {k: v for k, v in llm.generation_config.to_diff_dict().items() if k != 'transformers_version'}
     model.generation_config.update(**kept)
     model.config.dtype = llm.dtype
     return model.eval()
 
-# %% ../../nbs/models/20_vlm.ipynb #62b8bf61
+# %% ../../nbs/models/20_vlm.ipynb #6c8be96a
 GROUPS = ('vision', 'projector', 'embed', 'layers', 'norm', 'lm_head')
 
 def module_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -161,10 +162,12 @@ def module_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]
     vision, language = model.model.vision, model.model.language_model
     embed = {id(p) for p in model.get_input_embeddings().parameters()}
     blocks = {id(p) for p in decoder_layers(language).parameters()}
+    lent = {id(p) for m in language.modules() if hasattr(m, 'vision_parameters') for p in m.vision_parameters()}
     projector = tuple(f'model.vision.{part}' for part in (vision.projector_parts if vision is not None else ()))
     def group(name, p):
         if name.startswith('model.vision.'):
             return 'projector' if any(name == r or name.startswith(r + '.') for r in projector) else 'vision'
+        if id(p) in lent: return 'vision'                                     # parts a front end put into the blocks
         if id(p) in embed: return 'embed'
         if id(p) in blocks: return 'layers'
         if name.startswith('lm_head.'): return 'lm_head'

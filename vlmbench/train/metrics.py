@@ -177,7 +177,7 @@ def batch_counts(batch: Mapping[str, Any], patch: int | None = None) -> dict[str
         if 'image_ids' in batch: out['image_tokens'] = int((batch['image_ids'] >= 0).sum())
     return out
 
-# %% ../../nbs/train/06_metrics.ipynb #821c129d
+# %% ../../nbs/train/06_metrics.ipynb #8f89122f
 FLOP_CONVENTION = ('2 per multiply-add; matrix parameters x tokens (vision: patches, projector: image tokens, head: '
                    'target tokens) + 4 x width per ' 'allowed query-key pair and block; backward +1x where a gradient '
                    'passes, +1x for trained weights; no recomputation')
@@ -190,7 +190,8 @@ class FlopModel:
         order = dict(vision=0, projector=1, embed=1, layers=2, norm=3, lm_head=4)
         rank = lambda g, n: (order[g], layer_index(n) if g in ('vision', 'layers') and layer_index(n) is not None
                              else -1)
-        named = [(g, n, p) for g, ps in groups.items() for n, p in ps]
+        inside = lambda n: n.startswith('model.language_model.')              # a front end's parts in the decoder blocks
+        named = [('layers' if g == 'vision' and inside(n) else g, n, p) for g, ps in groups.items() for n, p in ps]
         lora_ = [(g.group, n, p) for g in plan.groups for n, p in g.trained.items() if '.lora_' in n]
         first = min((rank(g.group, n) for g in plan.groups for n in g.trained), default=(9, 0))
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -214,7 +215,7 @@ class FlopModel:
                      and any(m.weight is p for _, p in groups.get('vision', ()))), None)
         self.patch = conv.stride[0] if conv is not None else None
         for i in sorted({layer_index(n) for n, _ in groups.get('vision', ())
-                         if layer_index(n) is not None}) if conv is not None else ():
+                         if layer_index(n) is not None and not inside(n)}) if conv is not None else ():
             self.per['patch_pairs'] += 4 * conv.out_channels * (3 if passes((0, i)) else 1)
 
     def __call__(self, counts: Mapping[str, int]) -> int: return sum(self.per[k] * counts.get(k, 0) for k in self.per)
