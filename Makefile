@@ -1,7 +1,7 @@
 # vlmbench: every command shares one environment, .venv, installed from constraints.txt.
 #
 #   make bench            train the control recipe on the embedded world, evaluate it, write report.html and figures
-#   make bench SEEDS=3    the same over three seeds
+#   make bench SEEDS=3    the same over three seeds; METHODS=llava,zero compares methods
 #   make test             the notebooks' own tests, then pytest
 #   make docs             the documentation site in _site/ (warnings are errors)
 #   make lab              JupyterLab on 127.0.0.1
@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
+METHODS ?= llava
 PORT   ?= 8888
 # where torch comes from: pass TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU build on an ordinary machine
 TORCH_INDEX ?=
@@ -50,7 +51,7 @@ venv-core: $(VENV)/.core
 venv: $(VENV)/.dev
 
 bench: venv-core
-	$(BIN)/vlmbench bench --seeds $(SEEDS)
+	$(BIN)/vlmbench bench --seeds $(SEEDS) --methods $(METHODS)
 
 speed: venv-core
 	$(BIN)/vlmbench run speed

@@ -1,5 +1,5 @@
 """The papermill engine: refuses before a kernel starts, forwards signals, tells the truth about how a run ended."""
-import json, os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat, psutil, pytest

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from vlmbench.data.image import ImageError, ImageTransform, native_size, pad_to_square
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.template import encode, get_template
-from vlmbench.distill.blockwise import BlockwiseDistillation, teacher_states
+from vlmbench.distill.blockwise import teacher_states
 from vlmbench.methods.vora import (distillation_from_reference, frame_indices, from_reference, image_runs, to_reference, to_reference_name,
                                    truncate_turns)
 from vlmbench.models.masks import allowed, image_ids_of
 from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
-from vlmbench.models.vora_patches import VoRARMSNorm, position_table
+from vlmbench.models.vora_patches import position_table
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import Stage, full
 

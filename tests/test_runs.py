@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmbench.run.bench import bench
+from vlmbench.run.bench import BenchRun, bench, reusable
 from vlmbench.run.engine import find_notebook, run_notebook
 from vlmbench.run.manifest import Manifest
 from vlmbench.run.parameters import ParameterError, load_notebook, notebook_parameters
@@ -87,11 +87,16 @@ def test_evaluate_answers_as_train_did(trained, bases, tmp_path):
     assert after['vqa_test'] == before['vqa_test'] and after['score'] == before['score']
 
 
-def test_bench_leaves_a_self_contained_report_and_can_be_resumed(benched, bases, capsys):
+def test_bench_leaves_a_self_contained_report_and_can_be_resumed(benched, bases, capsys, monkeypatch):
     page = (benched/'report.html').read_text()
     assert 'llava' in page and 'src="http' not in page and list((benched/'figures').glob('*.png'))
     assert (benched/'compare'/'accuracy.csv').read_text().count('\n') > 3
-    started = Manifest(benched/'llava-s0').read()['started']
+    old = Manifest(benched/'llava-s0').read()
+    started, same = old['started'], BenchRun('llava', 0, benched/'llava-s0', dict(recipe='llava', seed=0))
+    monkeypatch.setattr('vlmbench.run.bench.code_state', lambda: dict(source_sha256='other code'))
+    assert not reusable(same)
+    monkeypatch.setattr('vlmbench.run.bench.code_state', lambda: old['code'])
+    assert reusable(same)
     assert bench(['llava'], 1, benched, resume=True, echo=False, **{k: v for k, v in params(bases).items() if k != 'recipe'}) == 0
     said = capsys.readouterr().out
     assert Manifest(benched/'llava-s0').read()['started'] == started and 'kept' in said

@@ -139,7 +139,7 @@ def test_results_do_not_grow_with_samples():
     "What a metric keeps after 40 batches is no larger than after 2 (the trajectory reservoir is capped)."
     def size(n):
         metrics = streaming_metrics()
-        metrics[5] = Trajectory(keep=4)
+        metrics[4] = Trajectory(keep=4)
         stream(decoder(), [batch(seed=i) for i in range(n)], metrics)
         tensors = lambda o: (o.numel() if torch.is_tensor(o) else sum(map(tensors, o.values())) if isinstance(o, dict) else
                              sum(map(tensors, o)) if isinstance(o, (list, tuple)) else tensors(vars(o)) if isinstance(o, Moments) else 0)

@@ -14,13 +14,13 @@ from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.recipes import RECIPES, get_method, get_recipe, scaled_budget
 from vlmbench.methods.zero import (FAMILIES, METHOD, PAPER_SCALES, default_ranges, from_original, from_reference, get_family, graft_onto, language_parameters,
                                    last_third, load_original, paper_vlm, split, to_original, zero, zero_recipe)
-from vlmbench.methods.zero_parts import WRAPPERS, Balanced, Wrapped, balance_weights, loglikelihood, mix_order, mix_rows, reference_length_order, vllm_state
+from vlmbench.methods.zero_parts import WRAPPERS, Balanced, balance_weights, mix_order, mix_rows, reference_length_order, vllm_state
 from vlmbench.models.depth import causal_lm, depth_of, find_decoder, fingerprint
 from vlmbench.models.vlm import VLMForConditionalGeneration, module_groups
 from vlmbench.run.pipeline import build, fit
-from vlmbench.train.loop import Forward, train
+from vlmbench.train.loop import train
 from vlmbench.train.prepare import lora_modules, prepare
-from vlmbench.train.recipe import RecipeError, Scale, Stage, full, get_scale, layers
+from vlmbench.train.recipe import RecipeError, Scale, Stage, full, get_scale
 
 PUBLISHED = {'llama-3.2-3b': (28, 16, 3.21, 2.21, 12.6, 100.7), 'llama-3.1-8b': (32, 17, 8.03, 5.19, 21.0, 218.1),
              'llama-3.1-70b': (80, 40, 70.55, 38.04, 75.5, 855.7), 'qwen3-4b': (36, 22, 4.02, 2.81, 9.2, 100.9)}

@@ -112,13 +112,15 @@ def make_scene(config: WorldConfig, # difficulty and seed
         scene = Scene(things, size, split, int(rng.integers(2**31)))
         if split_of(scene) == split: return scene
 
-# %% ../../nbs/data/55_scene.ipynb #02444dc6
+# %% ../../nbs/data/55_scene.ipynb #79b69eb3
 def facts(thing: Thing) -> list[str]:
     "Four key-first facts about an object."
     place = PLACES[thing.place]
     return [f'{thing.name} {thing.color} .', f'{thing.name} {thing.size} .', f'{thing.name} {place} .', f'{place} {thing.name} .']
 
-def count_fact(scene: Scene) -> str: return f'objects {NUMBERS[len(scene.things)]} .'
+def count_fact(scene: Scene) -> str:
+    "How many objects there are, as a fact."
+    return f'objects {NUMBERS[len(scene.things)]} .'
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     "Every fact of a scene: the number of objects first, then the facts in random order."

@@ -9,11 +9,11 @@ __all__ = ['FRONT_END', 'METHOD', 'recipe']
 from .recipes import Method, tied_embeddings
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, lora
 
-# %% ../../nbs/methods/05_llava.ipynb #70929ee7
+# %% ../../nbs/methods/05_llava.ipynb #1ae9e4e9
 FRONT_END = dict(type='encoder', select_layers=[-2], projector='mlp2x_gelu')
 
 _SETTINGS = dict(   # rate and budget of each stage, rows and tokens of a batch; rank and rate of the LoRA variant
-    tiny=dict(align=(2e-3, 40_000), instruct=(1e-3, 250_000), rows=16, tokens=256, lora=(16, 2e-3)),
+    tiny=dict(align=(2e-3, 40_000), instruct=(1e-3, 160_000), rows=24, tokens=192, lora=(16, 2e-3)),
     small=dict(align=(1e-3, 8_000_000), instruct=(2e-5, 20_000_000), rows=8, tokens=2048, lora=(64, 2e-4)),
     paper=dict(align=(1e-3, 16_000_000), instruct=(2e-5, 110_000_000), rows=16, tokens=2048, lora=(128, 2e-4)))
 

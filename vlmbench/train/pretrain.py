@@ -82,7 +82,7 @@ def pretrain_llm(config: WorldConfig, out: str|Path, steps: int = 1500, warm_ste
     results = train_recipe(model, processor, language_recipe(steps, warm_steps, rows), data, out, seed=seed, precision=precision, **kwargs)
     return llm.eval(), tokenizer, results
 
-# %% ../../nbs/train/40_pretrain.ipynb #f54ec2dc
+# %% ../../nbs/train/40_pretrain.ipynb #f0413ccf
 PHRASE_WORDS = SHAPES + DIGITS + tuple(COLORS) + SIZES + PLACES
 PHRASES = {('name',): .6, ('name', 'color', 'size', 'place'): .1, ('color',): .1, ('size',): .1, ('place',): .1}   # what a step mentions: chance
 _COLUMNS = ('name', 'color', 'size', 'place')
@@ -93,7 +93,9 @@ def squashed(scene, config: WorldConfig, side: int) -> np.ndarray:
     picture = render(scene, config)
     return np.asarray(picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC))
 
-def phrase_ids(thing) -> list[int]: return [PHRASE_WORDS.index(w) for w in (thing.name, thing.color, thing.size, PLACES[thing.place])]
+def phrase_ids(thing) -> list[int]:
+    "Word numbers of an object's full phrase: name, colour, size, place."
+    return [PHRASE_WORDS.index(w) for w in (thing.name, thing.color, thing.size, PLACES[thing.place])]
 
 def patch_weights(thing, size, grid: int) -> np.ndarray:
     "Share of each patch of a `grid` x `grid` encoder that the object's square covers, `[grid * grid]`, summing to one."
