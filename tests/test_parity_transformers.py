@@ -1,16 +1,19 @@
-"""Our VLM against transformers' own LLaVA classes on the same tiny weights: logits, loss, gradients, generated tokens."""
+"""Our VLM against transformers' own LLaVA classes on the same tiny weights: logits, loss, gradients, tokens."""
 import pytest
 import torch
-from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig,
+from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config,
+                          SiglipVisionConfig,
                           VipLlavaConfig, VipLlavaForConditionalGeneration)
 
 from vlmbench.models.vision import backbone_dict
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration
 
 IMAGE, PAD, TOL = 4, 0, 1e-5
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=24, patch_size=8)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=24,
+             patch_size=8)
 CLIP, SIGLIP = CLIPVisionConfig(**SMALL), SiglipVisionConfig(**SMALL)
-TEXT = dict(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+TEXT = dict(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2,
             eos_token_id=2, pad_token_id=PAD)
 LLAMA, QWEN2, TIED = LlamaConfig(**TEXT), Qwen2Config(**TEXT), LlamaConfig(**TEXT, tie_word_embeddings=True)
 
@@ -23,20 +26,24 @@ def llava(text, tower, layers=-2, strategy='default'):
 
 
 def vip_llava(text, tower, layers=(-2, -3, 1)):
-    config = VipLlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE, vision_feature_layers=list(layers))
+    config = VipLlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE,
+                            vision_feature_layers=list(layers))
     return VipLlavaForConditionalGeneration(config), dict(select_layers=list(layers), projector_norm=True)
 
 
 CASES = {'llava': lambda: llava(LLAMA, CLIP), 'llava-full': lambda: llava(LLAMA, CLIP, -1, 'full'),
          'llava-layers': lambda: llava(LLAMA, CLIP, [-2, 1]), 'llava-siglip': lambda: llava(LLAMA, SIGLIP, -2, 'full'),
          'llava-qwen2': lambda: llava(QWEN2, CLIP), 'llava-tied': lambda: llava(TIED, CLIP),
-         'vip-llava': lambda: vip_llava(LLAMA, CLIP), 'vip-llava-five': lambda: vip_llava(LLAMA, CLIP, (-2, -3, -4, -5, 2))}
+         'vip-llava': lambda: vip_llava(LLAMA, CLIP), 'vip-llava-five': lambda: vip_llava(LLAMA, CLIP,
+                                                                                          (-2, -3, -4, -5, 2))}
 
 
 def to_ours(name: str) -> str:
     "Name of one of their parameters in our model."
-    for theirs, ours in (('model.vision_tower.', 'model.vision.tower.'), ('multi_modal_projector.projector_layernorm', 'vision.projector.norm'),
-                         ('multi_modal_projector.linear_1', 'vision.projector.mlp.0'), ('multi_modal_projector.linear_2', 'vision.projector.mlp.2')):
+    for theirs, ours in (('model.vision_tower.', 'model.vision.tower.'),
+                         ('multi_modal_projector.projector_layernorm', 'vision.projector.norm'),
+                         ('multi_modal_projector.linear_1',
+                          'vision.projector.mlp.0'), ('multi_modal_projector.linear_2', 'vision.projector.mlp.2')):
         name = name.replace(theirs, ours)
     return name
 
@@ -48,8 +55,10 @@ def pair(request):
     for p in theirs.parameters(): torch.nn.init.normal_(p, std=.2 if p.ndim > 1 else .5)
     text, tower = theirs.config.text_config, theirs.config.vision_config
     ours = VLMForConditionalGeneration(VLMConfig(text_config=text.to_dict(), image_token_id=IMAGE,
-                                                 vision_config=dict(type='encoder', backbone=backbone_dict(tower), **front)))
-    ours.load_state_dict({to_ours(k): v for k, v in theirs.state_dict().items()})            # strict: the same set of weights
+                                                 vision_config=dict(type='encoder', backbone=backbone_dict(tower),
+                                                                    **front)))
+    # strict: the same set of weights
+    ours.load_state_dict({to_ours(k): v for k, v in theirs.state_dict().items()})
     theirs.generation_config.suppress_tokens = [IMAGE]
     return theirs.eval(), ours.eval()
 
@@ -103,7 +112,8 @@ def test_gradients(pair, kinds):
         theirs.eval().zero_grad(); ours.eval().zero_grad()
 
 
-# transformers repeats images one by one for beams, which misplaces those of rows with several: test_vlm compares such rows with each alone
+# transformers repeats images one by one for beams, which misplaces those of rows with several images:
+# test_vlm compares such rows with each alone
 GENERATE = [(k, s) for k in KINDS for s in ('greedy', 'uncached', 'beams') if (k, s) != ('padding', 'beams')]
 
 
