@@ -16,11 +16,12 @@ import pandas as pd
 __all__ = ['COLUMNS', 'result_stem', 'Results', 'score_predictions', 'majority_baseline', 'chance_baseline', 'compare',
            'text_retention', 'run_facts', 'load_results', 'accuracy_table', 'paired_table']
 
-# %% ../../nbs/evaluate/15_results.ipynb #8a841188
+# %% ../../nbs/evaluate/15_results.ipynb #30cf647f
 from .scorers import normalise
 from .stats import (Interval, bootstrap_ci, holm, mcnemar, minimum_detectable, paired_bootstrap,
                                      seeds_interval)
 from .tasks import Item, Task, image_key, sample_items
+from ..data.record import Sample
 
 # %% ../../nbs/evaluate/15_results.ipynb #4c44db12
 COLUMNS = ('task', 'condition', 'id', 'question_type', 'cluster', 'group', 'image', 'question', 'prompt', 'prediction',
