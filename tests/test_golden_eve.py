@@ -1,0 +1,278 @@
+"Golden parity of EVE, over every case_* folder (VLMBENCH_GOLDEN, default tests/golden), read from the case's own files."
+import json, os
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace as NS
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlmbench.data.image import ImageTransform, to_tensor
+from vlmbench.methods.eve import canvas, eve_recipe, from_reference, to_reference, to_reference_names, uncanvas
+from vlmbench.models.vlm import module_groups
+from vlmbench.train.prepare import prepare
+from vlmbench.train.recipe import get_scale
+
+ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden')) / 'eve'
+CASES, SETS, MARK = sorted(ROOT.glob('case_*')), ('std', 'hd'), -200
+close = lambda a, b, tol: np.testing.assert_allclose(torch.as_tensor(a).detach().numpy(), b.numpy(), rtol=0, atol=tol)
+
+
+@lru_cache
+class Case:
+    def __init__(self, folder):
+        self.meta, self.stages = (json.loads((folder / f'{n}.json').read_text()) for n in ('meta', 'stages'))
+        self.weights, self.x = load_file(folder / 'weights.safetensors'), load_file(folder / 'std.safetensors')
+        self.x |= load_file(folder / 'hd.safetensors')
+        c = self.meta['config']
+        used = {int(i) for k, v in self.x.items() if k.endswith(('input_ids', 'new_ids')) for i in v.unique()}
+        self.image_id = next(i for i in range(self.meta['vocab'] - 1, -1, -1) if i not in used)
+        llm = dict(hidden_size=c['hidden'], intermediate_size=c['inter'], num_hidden_layers=c['layers'], num_attention_heads=c['heads'],
+                   num_key_value_heads=c['kv'], vocab_size=self.meta['vocab'], rms_norm_eps=1e-5, max_position_embeddings=4096)
+        self.spec = dict(config=llm, image_token_id=self.image_id, teacher=self.meta['clip_config'],
+                         front_end=dict(channels=c['mm_hidden'], patch_stride=c['patch_stride'], conv_stride=c['conv_stride']))
+
+    @lru_cache
+    def model(self, name): return from_reference(self.weights, self.spec | dict(canvas=self.meta[name]['image_size']))
+
+    def canvases(self, name):
+        u8, mask = self.x[f'{name}.image_u8'], self.x[f'{name}.image_mask']
+        pixels = torch.stack([to_tensor(Image.fromarray(i.numpy())) for i in u8])
+        return torch.cat([pixels, mask[:, None].float()], 1)
+
+    def tokens(self, name):
+        "Tokens of every row's image; a text-only row has none."
+        h, w = self.x[f'{name}.patch_hw'].long().unbind(1)
+        return [int(1 + a * (b + 1)) * (s != 'text') for a, b, s in zip(h, w, self.meta[name]['samples'])]
+
+    def expand(self, ids, labels, mask, counts):
+        "Right-padded rows with every marker replaced by image tokens."
+        rows = []
+        for i, y, m, n in zip(ids.long(), labels.long(), mask.bool(), counts):
+            i, y = i[m], y[m]
+            at = (i == MARK).nonzero()[:, 0]
+            if n == 0: keep = i != MARK; rows.append((i[keep], y[keep])); continue
+            k = int(at[0])
+            rows.append((torch.cat([i[:k], torch.full((n,), self.image_id), i[k + 1:]]), torch.cat([y[:k], torch.full((n,), -100), y[k + 1:]])))
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([r[0] for r in rows], True, 0)
+        return dict(input_ids=ids, labels=pad([r[1] for r in rows], True, -100),
+                    attention_mask=pad([torch.ones(len(r[0]), dtype=torch.long) for r in rows], True, 0))
+
+    @lru_cache
+    def batch(self, name):
+        pictures = [i for i, s in enumerate(self.meta[name]['samples']) if s != 'text']
+        pixels, sizes = uncanvas(self.canvases(name)[pictures], self.meta['config']['patch_stride'])
+        teacher = torch.stack([to_tensor(Image.fromarray(i.numpy())) for i in self.x[f'{name}.clip_u8'][pictures]])
+        text = self.expand(*(self.x[f'{name}.{k}'] for k in ('input_ids', 'labels', 'attention_mask')), self.tokens(name))
+        return text | dict(pixel_values=pixels, image_sizes=sizes, teacher_values=teacher)
+
+    @lru_cache
+    def run(self, name):
+        model, batch = self.model(name), self.batch(name)
+        model.zero_grad()
+        out = model(**{k: v for k, v in batch.items() if k != 'teacher_values'}, output_hidden_states=True)
+        term = model.loss_terms['align']
+        term.zero_grad()
+        align = term(out, batch) / max(1, term.count(batch))
+        (out.loss + align).backward()
+        grads = {n: p.grad for n, p in [*model.named_parameters(), *((f'align.{n}', p) for n, p in term.named_parameters())]}
+        return out, align.detach(), {to_reference_names(n): g for n, g in grads.items()}
+
+
+@pytest.fixture(params=CASES, ids=lambda p: p.name)
+def case(request): return Case(request.param)
+
+@pytest.fixture(params=SETS)
+def name(request): return request.param
+
+
+def test_there_are_cases(): assert CASES, f'no case_* folder under {ROOT}'
+
+
+def test_geometry():
+    for file in sorted(ROOT.glob('common/geometry_real*.json')):
+        for r in json.loads(file.read_text())['rows']:
+            _, box = canvas(Image.new('RGB', r['size']), r['canvas'])
+            assert list(box) == r['valid_box_xyxy'], r
+
+
+def either_pass_order(raw, draw):
+    """The picture(s) `draw` makes: Pillow up to 12 resizes along the width first, Pillow 13 (the vectors') takes the cheaper side first, which
+    differs by one grey level here and there; the transposed picture gives the other order on any version."""
+    turn = Image.Transpose.TRANSPOSE
+    return [torch.from_numpy(np.array(i)) for i in (draw(raw), draw(raw.transpose(turn)).transpose(turn))]
+
+
+def test_images_are_exact(case, name):
+    c = case.meta['config']
+    for i, s in enumerate(case.meta[name]['samples']):
+        raw = Image.fromarray(case.x[f'raw.{s}'].numpy()) if s != 'text' else None
+        for key, size in (('image', case.meta[name]['image_size']), ('clip', c['image_size_clip'])):
+            mask = torch.zeros(size, size, dtype=torch.uint8)
+            if raw is not None:
+                draw = lambda image: canvas(image, size, c['image_size_clip'], c['patch_stride_clip'])
+                left, top, right, bottom = draw(raw)[1]
+                mask[top:bottom, left:right] = 1
+                ours = either_pass_order(raw, lambda image: draw(image)[0])
+                assert any(torch.equal(o, case.x[f'{name}.{key}_u8'][i]) for o in ours), (s, key)
+            assert torch.equal(mask, case.x[f'{name}.{key}_mask'][i]), (s, key)
+
+
+def test_transform_gives_the_canvas_without_its_padding(case, name):
+    c, size = case.meta['config'], case.meta[name]['image_size']
+    step = size // c['image_size_clip'] * c['patch_stride_clip']
+    for i, s in enumerate(case.meta[name]['samples']):
+        if s == 'text': continue
+        raw, transform = Image.fromarray(case.x[f'raw.{s}'].numpy()), ImageTransform('any_aspect', size, multiple=step)
+        theirs, sizes = uncanvas(case.canvases(name)[i:i + 1], c['patch_stride'])
+        h, w = sizes[0].tolist()
+        assert transform(raw)[0]['size'] == (h, w)
+        ours = either_pass_order(raw, lambda image: transform.resize(image)[0])
+        assert any(torch.equal(to_tensor(Image.fromarray(o.numpy())), theirs[0, :, :h, :w]) for o in ours)
+
+
+def test_patch_embedding(case, name):
+    "All rows of the batch at once, the dummy canvas of text-only rows too."
+    front = case.model(name).model.vision
+    pixels, sizes = uncanvas(case.canvases(name), case.meta['config']['patch_stride'])
+    lay = front.layout(sizes.tolist())
+    assert torch.stack([lay.rows, lay.columns], 1).tolist() == case.x[f'{name}.patch_hw'].tolist()
+    with torch.no_grad():
+        windows = front.pool(pixels, lay)
+        cls, (tokens, counts) = front.look(windows, lay), front(pixels, sizes)
+    for i, (w, t) in enumerate(zip(windows.split(lay.counts.tolist()), tokens.split(counts.tolist()))):
+        close(w, case.x[f'{name}.pel.{i}.after_ca1'], 1e-5)
+        close(cls[i], case.x[f'{name}.pel.{i}.cls_after_ca2'], 1e-5)
+        close(t, case.x[f'{name}.pel.{i}.tokens'], 1e-5)
+
+
+def test_sequence(case, name):
+    batch, out = case.batch(name), case.run(name)[0]
+    for i, n in enumerate(case.x[f'{name}.ext_attention_mask'].long().sum(1).tolist()):
+        assert int(batch['attention_mask'][i].sum()) == n
+        assert torch.equal(batch['labels'][i, :n], case.x[f'{name}.ext_labels'][i, :n].long())
+        close(out.hidden_states[0][i, :n], case.x[f'{name}.inputs_embeds'][i, :n], 1e-5)
+        start = case.meta[name]['image_token_start'][i]
+        if start >= 0: assert (batch['input_ids'][i] == case.image_id).nonzero()[0].item() == start
+
+
+def test_hidden_states_and_logits(case, name):
+    model, batch, out = case.model(name), case.batch(name), case.run(name)[0]
+    found = [k for k in case.x if k.startswith(f'{name}.hidden.')]
+    assert found
+    for key in found:
+        for i, n in enumerate(batch['attention_mask'].sum(1).tolist()):
+            close(out.hidden_states[int(key.rpartition('.')[2])][i, :n], case.x[key][i, :n], 1e-4)
+    for key in (k for k in case.x if k.startswith(f'{name}.logits.')):
+        i = int(key.rpartition('.')[2]); n = int(batch['attention_mask'][i].sum())
+        close(model.lm_head(out.hidden_states[-1][i, :n]), case.x[key][:n], 1e-4)
+
+
+def aligned(case, name):
+    term, batch, out = case.model(name).loss_terms['align'], case.batch(name), case.run(name)[0]
+    n = (term.layout(batch).counts // term.ratio ** 2).tolist()
+    return term, batch, out, n, [i for i, s in enumerate(case.meta[name]['samples']) if s != 'text']
+
+
+def test_aligner(case, name):
+    term, batch, out, n, rows = aligned(case, name)
+    assert term.taps == case.meta['tap_layers'] and term.ratio == case.meta[name]['patch_ratio']
+    with torch.no_grad():
+        student, teacher = term.student_features(out.hidden_states, batch), term.teacher_features(batch)
+        losses = term.losses(out.hidden_states, batch)
+    for k, i in enumerate(rows):
+        close(student.split(n)[k], case.x[f'{name}.pal.{i}.student'], 1e-4)
+        close(teacher.split(n)[k], case.x[f'{name}.pal.{i}.teacher'], 1e-4)
+        close(losses[k], case.x[f'{name}.pal.{i}.loss'][0], 1e-5)
+    for i in set(range(len(case.meta[name]['samples']))) - set(rows): assert abs(case.x[f'{name}.pal.{i}.loss'].item()) < 1e-5
+
+
+def test_losses(case, name):
+    out, align, _ = case.run(name)
+    for ours, theirs in ((out.loss, 'llm'), (align, 'lvm'), (out.loss + align, 'total')):
+        close(ours, case.x[f'{name}.loss_{theirs}'][0], 1e-5)
+
+
+def test_gradients(case, name):
+    grads, meta = case.run(name)[2], case.meta[name]
+    for n, norm in meta['grad_norms'].items(): assert grads[n].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-5), n
+    assert {n for n, g in grads.items() if g is None} == {n for n in meta['no_grad'] if 'clip_layer' not in n}
+    for key in (k for k in case.x if k.startswith(f'{name}.grad.')):
+        close(grads[key.removeprefix(f'{name}.grad.')], case.x[key], 1e-5)
+
+
+def test_plain_batch(case):
+    "Text loss of the caption batch: wide, tall, square of the std batch."
+    std, names = case.batch('std'), [s for s in case.meta['std']['samples'] if s != 'text']
+    order = [names.index(s) for s in case.meta['plain']['samples']]
+    counts = [n for n in case.tokens('std') if n]
+    batch = case.expand(*(case.x[f'plain.{k}'] for k in ('input_ids', 'labels', 'attention_mask')), [counts[i] for i in order])
+    with torch.no_grad(): out = case.model('std')(**batch, pixel_values=std['pixel_values'][order], image_sizes=std['image_sizes'][order])
+    close(out.loss, case.x['plain.loss_llm'][0], 1e-5)
+
+
+def test_generation(case):
+    std, ids = case.batch('std'), case.x['gen.input_ids']
+    prompt = case.expand(ids, ids, torch.ones_like(ids), case.tokens('std')[:1])
+    inputs = dict(input_ids=prompt['input_ids'], attention_mask=prompt['attention_mask'], pixel_values=std['pixel_values'][:1],
+                  image_sizes=std['image_sizes'][:1])
+    with torch.no_grad():
+        close(case.model('std')(**inputs).logits[0, -1], case.x['gen.prefill_last_logits'], 1e-4)
+        new = case.model('std').generate(**inputs, max_new_tokens=case.x['gen.new_ids'].shape[1], do_sample=False, eos_token_id=None)
+    assert new[:, prompt['input_ids'].shape[1]:].tolist() == case.x['gen.new_ids'].tolist()
+
+
+@pytest.mark.parametrize('stage', ['prealign', 'pretrain', 'finetune'])
+def test_stages_train_the_reference_names(case, stage):
+    model, ours = case.model('std'), eve_recipe(get_scale('paper')).stage(stage)
+    plan, term = prepare(model, ours, module_groups(model)), model.loss_terms['align']
+    heads = [f'align.{n}' for n, p in term.named_parameters() if p.requires_grad]
+    assert {to_reference_names(n) for n in [*plan.trainable, *heads]} == set(case.stages[stage]['trainable'])
+    rate = {to_reference_names(n): g['lr'] for g in plan.optimizer_groups() for n in g['param_names']} | {to_reference_names(n): ours.lr for n in heads}
+    decay = {g['weight_decay'] for g in plan.optimizer_groups()}
+    theirs = {n: g['lr'] for g in case.stages[stage]['groups'] for n in g['names']}
+    assert rate == theirs and decay == {g['weight_decay'] for g in case.stages[stage]['groups']} == {0.}
+    model.requires_grad_(True)
+
+
+def test_names_convert_both_ways(case):
+    back = to_reference(case.model('std'))
+    assert set(back) == set(case.weights)
+    assert all(torch.equal(back[k], v.float()) for k, v in case.weights.items())
+
+
+def test_negative_controls(case, name):
+    "Another teacher state, another tap order and scores scaled by the head width are far outside the tolerances."
+    term, batch, out, n, rows = aligned(case, name)
+    want = torch.cat([case.x[f'{name}.pal.{i}.student'] for i in rows])
+    with torch.no_grad():
+        term.select_layer = -1
+        try: wrong = term.teacher_features(batch)
+        finally: term.select_layer = -2
+        assert (wrong - torch.cat([case.x[f'{name}.pal.{i}.teacher'] for i in rows])).abs().max() > 1e-2
+        shifted = list(out.hidden_states)
+        shifted[term.taps[1]] = shifted[term.taps[1] - 1]
+        assert (term.student_features(shifted, batch) - want).abs().max() > 1e-3
+        kept, term.scale = term.scale, (term.teacher.config.hidden_size // term.heads) ** -.5
+        try: assert (term.student_features(out.hidden_states, batch) - want).abs().max() > 1e-3
+        finally: term.scale = kept
+        front = case.model(name).model.vision
+        kept, front.local_attention.scale = front.local_attention.scale, (front.config['channels'] // front.config['heads']) ** -.5
+        try: feats, counts = front(batch['pixel_values'], batch['image_sizes'])
+        finally: front.local_attention.scale = kept
+        assert (feats.split(counts.tolist())[0] - case.x[f'{name}.pel.{rows[0]}.tokens']).abs().max() > 1e-3
+
+
+def test_text_only_rows_need_no_canvas(case):
+    "A batch without pictures: the aligner counts none and its loss is 0 with zero gradients."
+    model, batch = case.model('std'), case.batch('std')
+    row = {k: batch[k][[i for i, s in enumerate(case.meta['std']['samples']) if s == 'text'][:1]] for k in ('input_ids', 'labels', 'attention_mask')}
+    out, term = model(**row, output_hidden_states=True), model.loss_terms['align']
+    loss = term(NS(hidden_states=out.hidden_states), row)
+    assert term.count(row) == 0 and loss.item() == 0
+    grads = torch.autograd.grad(loss, [p for p in term.parameters() if p.requires_grad])
+    assert not any(g.any() for g in grads)
