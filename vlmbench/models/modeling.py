@@ -73,7 +73,7 @@ class VLMOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
-# %% ../../nbs/models/18_modeling.ipynb #13a2731c
+# %% ../../nbs/models/18_modeling.ipynb #0377c900
 class VLMPreTrainedModel(PreTrainedModel):
     "What both model classes share: config, capabilities, weight initialisation."
     config: VLMConfig
@@ -95,6 +95,7 @@ class VLMPreTrainedModel(PreTrainedModel):
             if not all(getattr(p, '_is_hf_initialized', False) for p in module.parameters(recurse=False)):
                 front.init_weights(module)
         else: super()._init_weights(module)
+        if hasattr(module, 'init_vision_parameters'): module.init_vision_parameters()     # parts a front end put into blocks
 
 def _outside_tower(front: FrontEnd):
     "`front` and its descendants, not entering transformers models: those initialise themselves."

@@ -54,7 +54,7 @@ class LoRASettings:
         if missing := sorted({'layers', 'r'} - set(d)): raise ValueError(f'lora needs {missing}')
         return cls(**d)
 
-# %% ../../nbs/models/44_vision_lora.ipynb #ed1411c4
+# %% ../../nbs/models/44_vision_lora.ipynb #88b0bbe6
 class TokenGate:
     "Which tokens the LoRA layers of one model act on: `mask` `[batch, tokens]`, None for none."
     def __init__(self): self.mask = None
@@ -73,16 +73,24 @@ class VisionLoRALinear(nn.Linear):
         if not settings.merged:
             self.lora_A = nn.Linear(self.in_features, settings.r, bias=False, **like)
             self.lora_B = nn.Linear(settings.r, self.out_features, bias=False, **like)
-            nn.init.zeros_(self.lora_B.weight)
-        if self.extra:
-            self.bias = nn.Parameter(torch.zeros(self.out_features, **like))
-            if settings.extra_bias == 'reference_random': nn.init.uniform_(self.bias, -self.in_features ** -.5, self.in_features ** -.5)
+        if self.extra: self.bias = nn.Parameter(torch.empty(self.out_features, **like))
+        self.init_vision_parameters()
 
     def reset_parameters(self) -> None: "The base layer's weights are taken as they are."
 
     def vision_parameters(self) -> list[nn.Parameter]:
         "The parameters that are not the base model's."
         return [*(() if self.settings.merged else (self.lora_A.weight, self.lora_B.weight)), *((self.bias,) if self.extra else ())]
+
+    def init_vision_parameters(self) -> None:
+        "Draw what is not the base model's, except tensors that a checkpoint has filled."
+        new = {id(p) for p in self.vision_parameters() if not getattr(p, '_is_hf_initialized', False)}
+        if not self.settings.merged:
+            if id(self.lora_A.weight) in new: nn.init.kaiming_uniform_(self.lora_A.weight, a=5 ** .5)
+            if id(self.lora_B.weight) in new: nn.init.zeros_(self.lora_B.weight)
+        if self.extra and id(self.bias) in new:
+            bound = self.in_features ** -.5 if self.settings.extra_bias == 'reference_random' else 0.
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
@@ -108,7 +116,7 @@ class VisionLoRALinear(nn.Linear):
         out.weight, out.bias = self.weight, self.bias
         return out
 
-# %% ../../nbs/models/44_vision_lora.ipynb #d01d6a6b
+# %% ../../nbs/models/44_vision_lora.ipynb #a34f834a
 def add_vision_lora(language_model: nn.Module, settings: LoRASettings) -> TokenGate | None:
     """Replace the target linear layers of the first `settings.layers` blocks by `VisionLoRALinear`, in place. Returns the gate when LoRA is for image tokens only.
 
@@ -124,6 +132,7 @@ def add_vision_lora(language_model: nn.Module, settings: LoRASettings) -> TokenG
             raise ValueError(f'lora.targets: block {i} has no linear layer {gone[0]!r}; it has {sorted(last)}')
         for n, m in linear.items():
             if settings.targets is not None and n.rpartition('.')[2] not in settings.targets: continue
+            if settings.merged and (m.bias is not None or settings.extra_bias == 'none'): continue
             parent, _, name = n.rpartition('.')
             setattr(block.get_submodule(parent), name, VisionLoRALinear(m, settings, gate))
     return gate
