@@ -6,7 +6,7 @@
 __all__ = ['METHOD', 'eve_recipe', 'recipe', 'transform_of', 'build', 'make_aligner', 'losses', 'variant', 'canvas', 'uncanvas',
            'from_reference_names', 'to_reference_names', 'to_reference', 'from_reference']
 
-# %% ../../nbs/methods/20_eve.ipynb #22c558fe
+# %% ../../nbs/methods/20_eve.ipynb #9d0cb97d
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -17,18 +17,19 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlamaCon
 
 from ..data.image import ImageTransform, mean_color, to_rgb
 from ..distill.align import PatchAligner, grid_ratio
+from .llava import recipe as control
 from .recipes import Method, base_model, tied_embeddings
 from ..models.patch import PatchFrontEnd
 from ..models.vision import build_front_end, num_image_tokens
 from ..models.vlm import VLMForConditionalGeneration, assemble, build_vlm, load_tower, tower_transform
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full
 
-# %% ../../nbs/methods/20_eve.ipynb #0c1839f0
-_SETTINGS = dict(   # canvas, front end; per stage: rate, target tokens or steps, warm-up; rows and tokens of a batch
+# %% ../../nbs/methods/20_eve.ipynb #d66415f1
+_SETTINGS = dict(   # canvas, front end; per stage: rate, steps (None: the control's target tokens), warm-up; rows and tokens of a batch
     tiny=dict(canvas=64, front=dict(channels=96, patch_stride=4), rows=8, tokens=512,
-              prealign=(2e-3, 20_000, .03), pretrain=(1e-3, 20_000, .01), finetune=(1e-3, 250_000, .01)),
+              prealign=(2e-3, None, .03), pretrain=(1e-3, None, .01), finetune=(1e-3, None, .01)),
     small=dict(canvas=224, front=dict(channels=768, patch_stride=8), rows=8, tokens=2048,
-               prealign=(4e-4, 4_000_000, .03), pretrain=(4e-5, 4_000_000, .01), finetune=(2e-5, 20_000_000, .01)),
+               prealign=(4e-4, None, .03), pretrain=(4e-5, None, .01), finetune=(2e-5, None, .01)),
     paper=dict(canvas=672, front=dict(channels=1024, patch_stride=14), rows=16, tokens=2648,
                prealign=(4e-4, 31_250, .03), pretrain=(4e-5, 64_453, .01), finetune=(2e-5, 5_196, .01)))
 
@@ -48,12 +49,14 @@ def eve_recipe(scale: Scale, prealign: bool = True, align: bool = True) -> Recip
     shape = dict(max_tokens=s['tokens'], losses=losses) | (dict(packing=False, clip=None, gradient_checkpointing=True) if paper else {})
     new = dict(vision=full(), projector=full())
     every = new | dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale) else dict(lm_head=full()))
-    def stage(name, trains, data, template, rows=s['rows'], more=0):
-        lr, n, warm = s[name]
+    captions, questions = (stage.budget_targets for stage in control(scale).stages)
+    budget = dict(prealign=captions // 2, pretrain=captions - captions // 2 * prealign, finetune=questions)
+    def stage(name, trains, data, template, rows=s['rows']):
+        lr, steps, warm = s[name]
         return Stage(name, trains, data, lr, template=template, warmup_ratio=warm, batch_rows=rows,
-                     **{'steps' if paper else 'budget_targets': n + more}, **shape)
+                     **(dict(steps=steps) if paper else dict(budget_targets=budget[name])), **shape)
     stages = (stage('prealign', new, 'caption_train', plain),) if prealign else ()
-    stages += (stage('pretrain', every, 'caption_train', plain, more=0 if prealign else s['prealign'][1]),
+    stages += (stage('pretrain', every, 'caption_train', plain),
                stage('finetune', every, 'vqa_train*9+text_train*1', scale.template, 4 if paper else s['rows']))
     return Recipe('eve', stages, front, 'EVE, sections 3 and 4.1', notes='encoder-free; frozen encoder as teacher in training')
 

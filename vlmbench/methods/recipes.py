@@ -33,11 +33,13 @@ class Method:
     after_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
     before_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
 
-# %% ../../nbs/methods/00_recipes.ipynb #f8b06d96
+# %% ../../nbs/methods/00_recipes.ipynb #ab165488
 RECIPES: dict[str, str] = {
     'llava': 'vlmbench.methods.llava',
+    'vip_llava': 'vlmbench.methods.vip_llava',
     'vora': 'vlmbench.methods.vora',
     'zero': 'vlmbench.methods.zero',
+    'eve': 'vlmbench.methods.eve',
 }
 
 def get_method(name: str) -> Method:

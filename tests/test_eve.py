@@ -1,0 +1,141 @@
+"EVE's patch embedding and recipe: properties, bad input, training, export."
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from vlmbench.methods.eve import METHOD, eve_recipe, losses, recipe, transform_of, variant
+from vlmbench.methods.recipes import get_method
+from vlmbench.methods.shapes import model_from_shapes
+from vlmbench.distill.align import PatchAligner
+from vlmbench.models.patch import GridLayout, PatchFrontEnd
+from vlmbench.models.vision import build_front_end
+from vlmbench.models.vlm import VLMForConditionalGeneration, assemble, module_groups
+from vlmbench.run.pipeline import build
+from vlmbench.train.recipe import RecipeError, get_scale
+
+FRONT, IMAGE = dict(type='eve', channels=16, patch_stride=2, heads=4), 29
+LLM = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, vocab_size=30, initializer_range=.3)
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    return assemble(LlamaForCausalLM(LlamaConfig(**LLM)), build_front_end(FRONT, 16), IMAGE)
+
+
+def row(front, sizes, before=3, after=4):
+    "One row: text, an image per size, text; ids and pixels."
+    n = [front.num_tokens(*s) for s in sizes]
+    ids = torch.tensor([[5] * before + [IMAGE] * sum(n) + [7] * after])
+    return dict(input_ids=ids, pixel_values=torch.randn(len(sizes), 3, 12, 12), image_sizes=torch.tensor(sizes))
+
+
+grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=5)
+
+
+@given(grids)
+@settings(max_examples=25, deadline=None)
+def test_images_do_not_depend_on_their_batch(shapes):
+    front = make().model.vision
+    sizes = torch.tensor([[4 * h, 4 * w] for h, w in shapes])
+    pixels = torch.randn(len(sizes), 3, 12, 12)
+    with torch.no_grad():
+        feats, counts = front(pixels, sizes)
+        noise = pixels.clone()
+        for x, (h, w) in zip(noise, sizes.tolist()): x[:, h:], x[:, :, w:] = 9., 9.
+        again, _ = front(noise, sizes)
+        alone = torch.cat([front(pixels[i:i + 1, :, :h, :w])[0] for i, (h, w) in enumerate(sizes.tolist())])
+    assert counts.tolist() == [PatchFrontEnd.count(front.config, *s) for s in sizes.tolist()]
+    assert torch.equal(feats, again)
+    torch.testing.assert_close(feats, alone, atol=1e-5, rtol=0)
+
+
+@given(grids)
+def test_layout_places_every_token_once(shapes):
+    lay = GridLayout(shapes)
+    source, n = lay.source().tolist(), len(lay.image)
+    assert [s for s in source if s < n] == list(range(n)) and [s for s in source if n <= s < n + len(shapes)] == list(range(n, n + len(shapes)))
+    assert source.count(n + len(shapes)) == sum(h for h, _ in shapes)
+
+
+def test_text_before_an_image_is_not_affected_by_it_nor_the_image_by_later_text():
+    model = make()
+    batch = row(model.model.vision, [(8, 12), (4, 8)])
+    with torch.no_grad():
+        a = model(**batch).logits[0]
+        b = model(**batch | dict(pixel_values=torch.randn(2, 3, 12, 12))).logits[0]
+        later = batch['input_ids'].clone(); later[0, -4:] = 11
+        c = model(**batch | dict(input_ids=later)).logits[0]
+    torch.testing.assert_close(a[:3], b[:3], atol=1e-6, rtol=0)
+    assert (a[3:] - b[3:]).abs().max() > 1e-3
+    torch.testing.assert_close(a[:-4], c[:-4], atol=1e-6, rtol=0)
+
+
+def test_packing_and_padding_do_not_change_a_document():
+    model = make()
+    one, two = row(model.model.vision, [(8, 8)]), row(model.model.vision, [(4, 12)], 2, 2)
+    n, m = one['input_ids'].shape[1], two['input_ids'].shape[1]
+    ids = torch.cat([one['input_ids'], two['input_ids'], torch.zeros(1, 3, dtype=torch.long)], 1)
+    docs = torch.tensor([[0] * n + [1] * m + [-1] * 3])
+    both = {k: torch.cat([one[k], two[k]]) for k in ('pixel_values', 'image_sizes')}
+    with torch.no_grad(): packed, alone = model(input_ids=ids, document_ids=docs, **both).logits[0], [model(**x).logits[0] for x in (one, two)]
+    torch.testing.assert_close(packed[:n], alone[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed[n:n + m], alone[1], atol=1e-5, rtol=0)
+
+
+def test_text_only_batches_train_under_gradient_checkpointing():
+    model = make().train()
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    ids = torch.randint(1, 20, (2, 9))
+    teacher = CLIPVisionModel(CLIPVisionConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=4))
+    term = PatchAligner(16, 4, teacher, IMAGE, 4)
+    out = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    (out.loss + term(out, dict(input_ids=ids))).backward()
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.grad.any()
+    batch = row(model.model.vision, [(8, 12)])
+    out = model(**batch, labels=batch['input_ids'], output_hidden_states=True)
+    term(out, batch).backward()
+    assert model.model.vision.patch_embedding.weight.grad.any() and term.input_layer.weight.grad.any()
+
+
+def test_saved_folder_holds_neither_teacher_nor_aligner(tmp_path):
+    scale = get_scale('tiny')
+    model, processor = build(METHOD, recipe(scale), scale)
+    term = losses(model, processor, recipe(scale).stages[0], scale)['align']
+    assert losses(model, processor, recipe(scale).stages[1], scale)['align'] is term          # the stages share it
+    model.save_pretrained(tmp_path / 'm')
+    processor.save_pretrained(tmp_path / 'm')
+    again = VLMForConditionalGeneration.from_pretrained(tmp_path / 'm')
+    assert set(again.state_dict()) == set(model.state_dict())
+    teacher = {n.rpartition('.')[0] for n in term.state_dict()}
+    assert not any(n.rpartition('.')[0] in teacher for n in again.state_dict()) and not hasattr(again, 'loss_terms')
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    for (n, a), (_, b) in zip(model.named_parameters(), again.named_parameters()): assert torch.equal(a, b), n
+
+
+def test_registered_with_the_controls_budget_and_paper_counts():
+    assert get_method('eve') is METHOD
+    control = get_method('llava').recipe(get_scale('tiny'))
+    for r in (recipe(get_scale('tiny')), eve_recipe(get_scale('tiny'), prealign=False)):
+        assert sum(s.budget_targets for s in r.stages) == sum(s.budget_targets for s in control.stages)
+    scale = get_scale('paper')
+    groups = module_groups(model_from_shapes(recipe(scale), scale))
+    count = {g: sum(p.numel() for _, p in ps) for g, ps in groups.items()}
+    assert count['vision'] == 9_003_008 and count['projector'] == 20_979_712
+    assert sum(count[g] for g in ('embed', 'layers', 'norm', 'lm_head')) == 6_738_415_616       # Vicuna-7B
+    bare = variant(align=False).recipe(get_scale('tiny'))
+    assert all(s.losses == () for s in bare.stages)
+
+
+def test_bad_settings_are_refused_before_training():
+    tiny = get_scale('tiny')
+    with pytest.raises(RecipeError, match='no multiple of 28'): transform_of(680, 28)
+    r = dataclasses.replace(recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=5))
+    with pytest.raises(RecipeError, match='no multiple of the stride'): build(METHOD, r, tiny)
+    r = dataclasses.replace(recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=8))
+    with pytest.raises(RecipeError, match='teacher grid not matching'): build(METHOD, r, tiny)
+    with pytest.raises(RecipeError, match='takes .* tokens, max_tokens'): recipe(dataclasses.replace(tiny, name='huge', image_size=2240))
+    for wrong, text in ((dict(conv_stride=0), 'conv_stride must be'), (dict(heads=3), 'heads=3'), (dict(attention_scale='none'), "'width' or 'head'")):
+        with pytest.raises(ValueError, match=text): build_front_end(FRONT | wrong, 16)
