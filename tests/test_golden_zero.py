@@ -92,7 +92,7 @@ def test_there_are_cases(): assert CASES, f'no case_* folder under {ROOT}'
 
 # ---------------------------------------------------------------------------------------------------------------- vision
 def test_clip_and_adapter(folder):
-    golden, weights, spec = read(folder, 'adapter'), read(folder, 'weights'), meta(folder)['spec']
+    golden = read(folder, 'adapter')
     images = pool(folder)
     stack = torch.cat([images[0], images[1], torch.zeros_like(images[0]), images[3]])
     front = shared(folder).model.vision
@@ -397,7 +397,7 @@ def questions(folder, embeds):
 def test_greedy_generation(folder):
     golden, m = read(folder, 'graft_eval'), meta(folder)
     whole, pair = trained_pair(folder)
-    eot, front = token('llama', family('llama').eot), whole.model.vision
+    eot = token('llama', family('llama').eot)
     transform = ImageTransform('pad', m['spec']['clip']['image_size'], patch=m['spec']['clip']['patch_size'])
     runs = sorted(k.split('.')[2] for k in golden if k.startswith('eval.graft.run') and k.endswith('prompt_embeds'))
     pictures = {k.rpartition('.')[2]: transform(Image.fromarray(v.numpy()))[0]['pixel_values'][None] for k, v in golden.items() if k.startswith('eval.image.')}

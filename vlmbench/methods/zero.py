@@ -25,10 +25,11 @@ from ..models.vision import tower_config
 from ..models.vlm import build_vlm
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, layers, lora
 
-# %% ../../nbs/methods/40_zero.ipynb #53995a8b
+# %% ../../nbs/methods/40_zero.ipynb #be60eb7a
 @dataclass(frozen=True)
 class Family:
-    "What zero needs to know about a language model family; `wrap`: questions about pictures are wrapped (`zero_parts.wrap_question`)."
+    """What zero needs to know about a language model family; `wrap`: questions about pictures are wrapped
+    (`zero_parts.wrap_question`)."""
     name: str
     template: str
     placeholder: str
@@ -42,10 +43,11 @@ FAMILIES = {f.name: f for f in (
 
 def get_family(name: str) -> Family:
     "The family called exactly `name`. Raises `RecipeError` listing those there are."
-    if name not in FAMILIES: raise RecipeError(f'zero: unknown model family {name!r}; there are {list(FAMILIES)}. See "Add a model family" in nbs/methods/40_zero.ipynb')
+    if name not in FAMILIES:
+        raise RecipeError(f'zero: unknown model family {name!r}; there are {list(FAMILIES)}. See "Add a model family" in nbs/methods/40_zero.ipynb')
     return FAMILIES[name]
 
-# %% ../../nbs/methods/40_zero.ipynb #b307c08a
+# %% ../../nbs/methods/40_zero.ipynb #f75f6e8a
 _CLIP = dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
              patch_size=14, projection_dim=768, hidden_act='quick_gelu')
 
@@ -71,10 +73,13 @@ def _config(scale, which):
     except OSError as e: raise RecipeError(f'scale {scale.name!r}: no configuration of {where}: {e}') from None
 
 def default_ranges(scale: Scale) -> tuple[range, ...]:
-    "The layers a surrogate of the scale's language model replaces: the published split, else the same share of the depth."
+    """The layers a surrogate of the scale's language model replaces: the published split, else the same share of the
+    depth."""
     depth = _config(scale, 'llm').get_text_config(decoder=True).num_hidden_layers
-    if scale.name in PUBLISHED_SPLITS and PUBLISHED_SPLITS[scale.name][0] == depth: return tuple(PUBLISHED_SPLITS[scale.name][1])
-    if depth < 4: raise RecipeError(f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, or give ranges')
+    if scale.name in PUBLISHED_SPLITS and PUBLISHED_SPLITS[scale.name][0] == depth:
+        return tuple(PUBLISHED_SPLITS[scale.name][1])
+    if depth < 4:
+        raise RecipeError(f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, or give ranges')
     return (range(min(round(depth*17/32), depth - 3), depth - 1),)
 
 def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
@@ -83,7 +88,7 @@ def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
     try: return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
     except (ValueError, TypeError) as e: raise RecipeError(f'zero: {e}') from None
 
-# %% ../../nbs/methods/40_zero.ipynb #ef2cb6d2
+# %% ../../nbs/methods/40_zero.ipynb #bcfcff73
 FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu', boundary=True)
 ON_SURROGATE = ('language', 'adapt', 'encoder')
 
@@ -99,26 +104,32 @@ def last_third(scale: Scale) -> tuple[int, ...]:
     return tuple(range(min(round(depth*2/3), depth - 1), depth))
 
 def trained(scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = None, use_lora: bool = False) -> dict:
-    "What a stage trains, by module group. Without ranges to replace (`ranges=()`), adapt trains the adapter alone. `use_lora`: the decoder stage's published LoRA."
+    """What a stage trains, by module group. Without ranges to replace (`ranges=()`), adapt trains the adapter alone.
+    `use_lora`: the decoder stage's published LoRA."""
     translator = {} if ranges is not None and not len(ranges) else dict(layers=layers(split(scale, ranges).translators))
     encoder = dict(projector=full(), vision=layers(last_third(scale)))
     tied = bool(getattr(_config(scale, 'llm').get_text_config(decoder=True), 'tie_word_embeddings', False))
     language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied else dict(lm_head=full()))
     if use_lora: language = dict(layers=lora(8, 32, dropout=.05, targets=('q_proj', 'v_proj')))
     try: return dict(language=translator, adapt=dict(projector=full()) | translator, encoder=encoder, decoder=encoder | language)[stage]
-    except KeyError: raise RecipeError(f'zero: no stage {stage!r}; stages are language, adapt, encoder, decoder') from None
+    except KeyError:
+        raise RecipeError(f'zero: no stage {stage!r}; stages are language, adapt, encoder, decoder') from None
 
 def zero_recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'), balance: bool = False,
                 reference: bool = False, use_lora: bool = False) -> Recipe:
-    """The zero recipe at `scale`. `ranges`: layers to replace (None: `default_ranges`, (): no surrogate, the encoder trains on the full model). `stages`: in order, of
-    language, adapt, encoder, decoder. `balance`: weight short answers up. `reference`: the published loss reduction and schedule (published scales only).
-    `use_lora`: stage decoder trains rank-8 updates of query and value instead of the language model, whose base stays frozen."""
+    """The zero recipe at `scale`. `ranges`: layers to replace (None: `default_ranges`, (): no surrogate, the encoder
+    trains on the full model). `stages`: in order, of language, adapt, encoder, decoder. `balance`: weight short answers
+    up. `reference`: the published loss reduction and schedule (published scales only). `use_lora`: stage decoder trains
+    rank-8 updates of query and value instead of the language model, whose base stays frozen."""
     from vlmbench.methods.llava import recipe as control
-    if ranges is not None and not len(ranges) and 'language' in stages: raise RecipeError('zero: stage language trains the translator, but ranges=() builds none')
+    if ranges is not None and not len(ranges) and 'language' in stages:
+        raise RecipeError('zero: stage language trains the translator, but ranges=() builds none')
     order = [s for s in ('language', 'adapt', 'encoder', 'decoder') if s in stages]
-    if not stages or list(stages) != order: raise RecipeError(f'zero: stages {list(stages)} must be some of language, adapt, encoder, decoder, in this order')
+    if not stages or list(stages) != order:
+        raise RecipeError(f'zero: stages {list(stages)} must be some of language, adapt, encoder, decoder, in this order')
     published = scale.name in PAPER_SCALES
-    if reference and not published: raise RecipeError(f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its schedule counts steps')
+    if reference and not published:
+        raise RecipeError(f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its schedule counts steps')
     base = control(scale)
     rates = _RATES['paper' if published else scale.name if scale.name in _RATES else 'tiny' if scale.image_size <= 96 else 'small']
     total, mixed = sum(s.budget_targets for s in base.stages), base.stages[-1]
@@ -137,20 +148,24 @@ def zero_recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, sta
     what = 'the full language model' if ranges is not None and not len(ranges) else f'a surrogate of layers {split(scale, ranges).kept}'
     return Recipe('zero', tuple(out), FRONT_END, 'sections 3 and 4, released training configurations', notes=f'the encoder trains on {what}, then it is grafted')
 
-# %% ../../nbs/methods/40_zero.ipynb #9a9e6645
+# %% ../../nbs/methods/40_zero.ipynb #15a7ab6c
 def _before(ranges, model, processor, stage, scale):
-    if stage.name not in ON_SURROGATE or ranges is not None and not len(ranges) or depth_of(model).translators: return model, processor
+    if stage.name not in ON_SURROGATE or ranges is not None and not len(ranges) or depth_of(model).translators:
+        return model, processor
     return build_surrogate(model, default_ranges(scale) if ranges is None else ranges), processor
 
 def graft_onto(llm, model: VLMForConditionalGeneration, processor) -> VLMForConditionalGeneration:
-    """The VLM of the full language model `llm` (a folder, Hub id or loaded model) with the vision side of `model`, a trained surrogate.
+    """The VLM of the full language model `llm` (a folder, Hub id or loaded model) with the vision side of `model`, a
+    trained surrogate.
 
-    No tensor of `llm` changes. Raises ValueError if `llm` is not the model that the surrogate was cut from (its kept, untrained layers differ)."""
+    No tensor of `llm` changes. Raises ValueError if `llm` is not the model that the surrogate was cut from (its kept,
+    untrained layers differ)."""
     settings = {k: v for k, v in model.config.vision_config.items() if k != 'backbone'}
     whole, _ = build_vlm(llm, model.model.vision.tower, settings, processor.tokenizer, transform=processor.transform, image_token=processor.image_token,
                          bidirectional_images=model.config.bidirectional_images, dtype=model.dtype)
     have, want, record = find_decoder(whole), find_decoder(model), depth_of(model)
-    if len(have) != record.source_layers: raise ValueError(f'graft: the surrogate was cut from {record.source_layers} layers, this language model has {len(have)}')
+    if len(have) != record.source_layers:
+        raise ValueError(f'graft: the surrogate was cut from {record.source_layers} layers, this language model has {len(have)}')
     for i, layer in enumerate(record.kept):
         if i in record.translators: continue
         for (n, a), b in zip(want.layers[i].named_parameters(), have.layers[layer].parameters()):
@@ -174,17 +189,19 @@ def _template(stage, scale):
 
 def zero(ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'), grafts: bool = True, balance: bool = False,
          wrap: bool = False, reference: bool = False, use_lora: bool = False) -> Method:
-    """Zero as a `Method`, with other choices than the published ones: `zero_recipe` names them. `grafts=False` keeps the surrogate pair, to compare with; `wrap`
-    wraps questions about pictures (Llama)."""
+    """Zero as a `Method`, with other choices than the published ones: `zero_recipe` names them. `grafts=False` keeps
+    the surrogate pair, to compare with; `wrap` wraps questions about pictures (Llama)."""
     return Method(partial(zero_recipe, ranges=ranges, stages=stages, balance=balance, reference=reference, use_lora=use_lora), losses=partial(_losses, balance),
                   transform=Wrapped() if wrap else None, after_stage=partial(_after, grafts, ranges), before_stage=partial(_before, ranges))
 
 METHOD = zero()
 
-# %% ../../nbs/methods/40_zero.ipynb #6f0b2209
+# %% ../../nbs/methods/40_zero.ipynb #38d7f4a9
 def paper_vlm(scale: Scale, ranges: Sequence[Sequence[int]] | None = None) -> VLMForConditionalGeneration:
-    "Zero's VLM at `scale` with its surrogate, on the meta device. `ranges=()`: with the full language model. Needs `llm_config` and `vision_config`."
-    if scale.llm_config is None or scale.vision_config is None: raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
+    """Zero's VLM at `scale` with its surrogate, on the meta device. `ranges=()`: with the full language model. Needs
+    `llm_config` and `vision_config`."""
+    if scale.llm_config is None or scale.vision_config is None:
+        raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     with torch.device('meta'):
         vlm = VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), image_token_id=0, vision_config={**FRONT_END, 'backbone': dict(scale.vision_config)}))
     if ranges is not None and not len(ranges): return vlm
@@ -195,7 +212,7 @@ def language_parameters(model: nn.Module) -> int:
     d = find_decoder(model)
     return sum(p.numel() for p in {id(p): p for m in (d.stack, d.head) for p in m.parameters()}.values())
 
-# %% ../../nbs/methods/40_zero.ipynb #260999b2
+# %% ../../nbs/methods/40_zero.ipynb #043c3927
 _NAMES = (('embd_soi', 'model.vision.soi'), ('embd_eoi', 'model.vision.eoi'), ('adapter.', 'model.vision.projector.mlp.'),
           ('encoder.vision_model.', 'model.vision.tower.'), ('decoder.model.', 'model.language_model.'), ('decoder.lm_head.', 'lm_head.'))
 
@@ -206,36 +223,44 @@ def _rename(name, pairs):
 
 def from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Tensors under our names. Raises ValueError naming what zero's checkpoints do not hold."
-    if bad := [n for n in state_dict if _rename(n, _NAMES) is None]: raise ValueError(f'{bad[:3]} are no names of a zero checkpoint (encoder., adapter., decoder., embd_soi, embd_eoi)')
+    if bad := [n for n in state_dict if _rename(n, _NAMES) is None]:
+        raise ValueError(f'{bad[:3]} are no names of a zero checkpoint (encoder., adapter., decoder., embd_soi, embd_eoi)')
     return {_rename(n, _NAMES): t for n, t in state_dict.items() if not n.endswith('.position_ids')}
 
 def to_original(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Tensors under the original names: a state dict's, or those of a model's parameters that train (what a checkpoint holds; a tied head once)."
+    """Tensors under the original names: a state dict's, or those of a model's parameters that train (what a checkpoint
+    holds; a tied head once)."""
     if isinstance(source, nn.Module): source = {n: p.detach() for n, p in source.named_parameters() if p.requires_grad}
     back = tuple((new, old) for old, new in _NAMES)
-    if bad := [n for n in source if _rename(n, back) is None]: raise ValueError(f'{bad[:3]} have no name in a zero checkpoint')
+    if bad := [n for n in source if _rename(n, back) is None]:
+        raise ValueError(f'{bad[:3]} have no name in a zero checkpoint')
     return {_rename(n, back): t for n, t in source.items()}
 
 @torch.no_grad()
 def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
     """Load an original checkpoint, whole or partial, into `model` in place; returns our names of what was loaded.
 
-    Raises ValueError for names or shapes that the model does not have: a stage-1 file with a translator needs the surrogate."""
+    Raises ValueError for names or shapes that the model does not have: a stage-1 file with a translator needs the
+    surrogate."""
     have, load = dict(model.named_parameters()), from_original(state_dict)
     if 'lm_head.weight' in load and 'lm_head.weight' not in have:                # tied: the same tensor again, or another model
         head, table = load.pop('lm_head.weight'), 'model.language_model.embed_tokens.weight'
-        if table not in load or not torch.equal(head, load[table]): raise ValueError('the checkpoint has a head of its own, but this model ties it to the embedding')
-    if bad := [n for n in load if n not in have]: raise ValueError(f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, not to the full model')
-    if bad := [f'{n} {tuple(t.shape)} -> {tuple(have[n].shape)}' for n, t in load.items() if t.shape != have[n].shape]: raise ValueError(f'shapes differ: {bad[:3]}')
+        if table not in load or not torch.equal(head, load[table]):
+            raise ValueError('the checkpoint has a head of its own, but this model ties it to the embedding')
+    if bad := [n for n in load if n not in have]:
+        raise ValueError(f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, not to the full model')
+    if bad := [f'{n} {tuple(t.shape)} -> {tuple(have[n].shape)}' for n, t in load.items() if t.shape != have[n].shape]:
+        raise ValueError(f'shapes differ: {bad[:3]}')
     for n, t in load.items(): have[n].copy_(t)
     return list(load)
 
-# %% ../../nbs/methods/40_zero.ipynb #b19adc37
+# %% ../../nbs/methods/40_zero.ipynb #3c8c8499
 _SPECS = dict(llama=('llama', 'translators_range'), qwen=('qwen3', 'qwen_range'))
 
 def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, surrogate: bool = False, family: str = 'llama', image_token_id: int | None = None,
                    encoder_shave_last_n_layers: int = -1, ignore_encoder_cls_token: bool = False, reference: bool = True) -> VLMForConditionalGeneration:
-    """A float32 VLM from a complete set of original tensors. `spec`: configuration arguments under `family` ('llama' or 'qwen') and 'clip', `adapter_mlp_depth`, and the ranges a surrogate replaces.
+    """A float32 VLM from a complete set of original tensors. `spec`: configuration arguments under `family` ('llama' or
+    'qwen') and 'clip', `adapter_mlp_depth`, and the ranges a surrogate replaces.
 
     Raises ValueError for missing, unexpected or misshapen tensors and an unknown family."""
     if family not in _SPECS: raise ValueError(f'family {family!r}: expected one of {list(_SPECS)}')
@@ -246,5 +271,6 @@ def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, surrogate: b
     model = VLMForConditionalGeneration(VLMConfig(text_config=dict(spec[family], model_type=kind, bos_token_id=None, eos_token_id=None, pad_token_id=None), vision_config=front,
                                                   image_token_id=image_token_id)).float().eval()
     loaded = set(load_original(model, {k: v.float() for k, v in state_dict.items()}))
-    if missing := [k for k, _ in model.named_parameters() if k not in loaded]: raise ValueError(f'from_reference: missing {list(to_original(dict.fromkeys(missing[:3])))}')
+    if missing := [k for k, _ in model.named_parameters() if k not in loaded]:
+        raise ValueError(f'from_reference: missing {list(to_original(dict.fromkeys(missing[:3])))}')
     return build_surrogate(model, spec[ranges], reference=reference).eval() if surrogate else model

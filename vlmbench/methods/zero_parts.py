@@ -23,14 +23,15 @@ from ..data.template import IGNORE, IMAGE, Encoded
 from ..models.modeling import place_features
 from ..models.vision import FRONT_ENDS, EncoderFrontEnd, tower_config
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #6bc2f092
+# %% ../../nbs/methods/42_zero_parts.ipynb #8293e360
 WRAPPERS = ('Based on the visual elements captured in this image of',) + tuple(
     f'{verb} {what}' for verb in ('Considering', 'Looking closely at', 'With reference to', 'Given', 'Drawing on', 'Taking into account')
     for what in ('the content shown in the picture', 'what can be seen in this photo', 'the scene presented in', 'the details visible in the image',
                  'everything depicted in'))[:29]
 
 def wrap_question(text: str, sentence: str = WRAPPERS[0], newline: bool = False) -> str:
-    "`<sentence><image>, <question>` with the question's first letter in lower case; `newline` puts line breaks around the picture."
+    """`<sentence><image>, <question>` with the question's first letter in lower case; `newline` puts line breaks around
+    the picture."""
     n = text.count(IMAGE)
     if not n: return text
     question = text.replace(f'{IMAGE}\n', '').replace(f'\n{IMAGE}', '').replace(IMAGE, '').strip()
@@ -38,7 +39,8 @@ def wrap_question(text: str, sentence: str = WRAPPERS[0], newline: bool = False)
     return f'{sentence}\n{IMAGE * n},\n{question}' if newline else f'{sentence}{IMAGE * n}, {question}'
 
 class Wrapped:
-    "A sample transform: the turns with pictures are wrapped, by a sentence drawn per sample (training) or by the first (questions to answer)."
+    """A sample transform: the turns with pictures are wrapped, by a sentence drawn per sample (training) or by the
+    first (questions to answer)."""
     def __init__(self, seed: int = 0, newline: bool = False): self.seed, self.newline = seed, newline
 
     def __call__(self, sample: Sample) -> Sample:
@@ -47,9 +49,10 @@ class Wrapped:
         sentence = WRAPPERS[0 if asked else int(np.random.default_rng(key).integers(len(WRAPPERS)))]
         return replace(sample, turns=[replace(t, text=wrap_question(t.text, sentence, self.newline)) for t in sample.turns])
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #2e3dc7eb
+# %% ../../nbs/methods/42_zero_parts.ipynb #c79dab86
 class TiledEncoder(EncoderFrontEnd):
-    "An `EncoderFrontEnd` for pictures of stacked square tiles, `[3, tiles * side, side]`, with one pair of boundary vectors around them all."
+    """An `EncoderFrontEnd` for pictures of stacked square tiles, `[3, tiles * side, side]`, with one pair of boundary
+    vectors around them all."""
     @classmethod
     def count(cls, config, height, width):
         side = tower_config(config['backbone']).image_size
@@ -70,7 +73,8 @@ class TiledEncoder(EncoderFrontEnd):
 FRONT_ENDS['encoder_tiles'] = TiledEncoder
 
 class StackedTiles(ImageTransform):
-    "`ImageTransform(mode='tiles')` on a canvas of the mean colour, whose tiles come as one tall picture, the form `encoder_tiles` takes."
+    """`ImageTransform(mode='tiles')` on a canvas of the mean colour, whose tiles come as one tall picture, the form
+    `encoder_tiles` takes."""
     def resize(self, img):
         (h, w), (H, W) = (img.height, img.width), best_grid(img.height, img.width, self.grid)
         new = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
@@ -83,7 +87,7 @@ class StackedTiles(ImageTransform):
         parts = super().__call__(img)
         return [dict(pixel_values=torch.cat([p['pixel_values'] for p in parts], 1), size=(sum(p['size'][0] for p in parts), parts[0]['size'][1]))]
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #74c4f976
+# %% ../../nbs/methods/42_zero_parts.ipynb #7ab691ab
 def balance_weights(targets: Tensor,             # labels or next-token targets `[rows, tokens]`, -100 = none; reference: unshifted labels
                     eot_id: int,                 # ends a segment
                     is_text: Tensor,             # bool, `[rows]` or `[rows, tokens]`: text-only samples
@@ -112,8 +116,8 @@ def balance_weights(targets: Tensor,             # labels or next-token targets 
     return torch.where(counted, w, 0.), targets
 
 class Balanced:
-    """Loss term that turns the loop's token mean into the balanced one: it adds (w - 1) times the cross-entropy of every target, over as many
-    targets. Declare it in a stage as `losses=('balance',)`."""
+    """Loss term that turns the loop's token mean into the balanced one: it adds (w - 1) times the cross-entropy of
+    every target, over as many targets. Declare it in a stage as `losses=('balance',)`."""
     forward_kwargs = dict(return_logits=True)
     def __init__(self, eot_id: int, order: float = 1., mean_norm: bool = False): self.eot_id, self.order, self.mean_norm = eot_id, order, mean_norm
 
@@ -128,23 +132,25 @@ class Balanced:
         ce = F.cross_entropy(outputs.logits[:, :-1][keep].float(), targets[keep], reduction='none')
         return ((w[keep] - 1) * ce).sum()
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #2124ebfd
+# %% ../../nbs/methods/42_zero_parts.ipynb #b795bac2
 def mix_order(sizes: Sequence[int]) -> np.ndarray:
     "Source number of every item of the evenly spaced stream, `[sum(sizes)]`; ties go to the first source."
     sizes = np.asarray(sizes, dtype=np.int64)
-    if (sizes < 0).any() or not sizes.sum(): raise ValueError(f'mix_order: sizes {sizes.tolist()} must be numbers of items, some of them above 0')
+    if (sizes < 0).any() or not sizes.sum():
+        raise ValueError(f'mix_order: sizes {sizes.tolist()} must be numbers of items, some of them above 0')
     source = np.repeat(np.arange(len(sizes)), sizes)
     taken = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     share = sizes / sizes.sum()
     return source[np.lexsort((source, taken / share[source]))]
 
 def mix_rows(rows: Iterable[Mapping], text: Iterable[Mapping] = (), seed: int = 0, text_name: str = 'genqa') -> list[dict]:
-    """Rows with pictures and rows of text as one evenly spaced list, each with its source (`ds`) and place in it (`index`). Rows without a picture in
-    `rows` are left out (they are the text part of a picture data set)."""
+    """Rows with pictures and rows of text as one evenly spaced list, each with its source (`ds`) and place in it
+    (`index`). Rows without a picture in `rows` are left out (they are the text part of a picture data set)."""
     folds: dict[str, list] = {}
     for r in rows:
         if r.get('image'): folds.setdefault(str(r['image']).split('/')[0], []).append(r)
-    if text_name in folds: raise ValueError(f'mix_rows: {text_name!r} is also a picture folder; choose another text_name')
+    if text_name in folds:
+        raise ValueError(f'mix_rows: {text_name!r} is also a picture folder; choose another text_name')
     if text := list(text): folds[text_name] = text
     if not folds: raise ValueError('mix_rows: no row has a picture and there is no text')
     perm = [np.random.default_rng([seed, j]).permutation(len(f)) for j, f in enumerate(folds.values())]
@@ -152,7 +158,7 @@ def mix_rows(rows: Iterable[Mapping], text: Iterable[Mapping] = (), seed: int = 
     names, items = list(folds), list(folds.values())
     return [dict(items[j][i := next(nexts[j])], ds=names[j], index=i) for j in mix_order([len(f) for f in items])]
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #66baeafa
+# %% ../../nbs/methods/42_zero_parts.ipynb #fd9eed83
 def _deal(group, lengths, n):
     "Longest first into `n` batches of like total length."
     if len(group) % n: return [i for k in range(n) for i in group[k::n]]
@@ -173,7 +179,8 @@ def _mega_batches(members, lengths, batch, mult, generator):
 def reference_length_order(lengths: Sequence[int], batch: int, mult: int, rank: int = 0, world: int = 1, seed: int = 0, epoch: int = 0,
                            modality: bool = False, shuffle: bool = True) -> list[int]:
     "Sample numbers of one rank in the published length-grouped order; `mult` batches form a mega-batch."
-    if not lengths or 0 in lengths: raise ValueError('lengths: expected at least one, negative for text and none of them 0')
+    if not lengths or 0 in lengths:
+        raise ValueError('lengths: expected at least one, negative for text and none of them 0')
     g = torch.Generator().manual_seed(seed + epoch) if shuffle else None
     images, text = [i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n < 0]
     if not modality or not text or not images:
@@ -191,9 +198,10 @@ def reference_length_order(lengths: Sequence[int], batch: int, mult: int, rank: 
     order += order[:-len(order) % world]
     return order[rank::world]
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #99efe178
+# %% ../../nbs/methods/42_zero_parts.ipynb #a72175c3
 def reference_batch(model: nn.Module, docs: Sequence[Encoded], max_tokens: int = 4096, ignore: Sequence[int] = ()) -> dict:
-    "`inputs_embeds` `[rows, tokens, hidden]` and unshifted `labels` `[rows, tokens]` as the published code pads and cuts them; labels in `ignore` become -100."
+    """`inputs_embeds` `[rows, tokens, hidden]` and unshifted `labels` `[rows, tokens]` as the published code pads and
+    cuts them; labels in `ignore` become -100."""
     rows, labels = [], []
     for d in docs:
         x = model.get_input_embeddings()(d.input_ids[None])
@@ -205,7 +213,7 @@ def reference_batch(model: nn.Module, docs: Sequence[Encoded], max_tokens: int =
     labels = pad(labels, True, IGNORE)
     return dict(inputs_embeds=pad(rows, True), labels=torch.where(torch.isin(labels, torch.tensor(list(ignore) or [IGNORE])), IGNORE, labels))
 
-# %% ../../nbs/methods/42_zero_parts.ipynb #1758a718
+# %% ../../nbs/methods/42_zero_parts.ipynb #a7bebe06
 def pope_answer(text: str) -> str:
     "'no' if the first sentence has the word no, No or not, else 'yes'."
     words = text.split('.')[0].replace(',', '').split(' ')
@@ -213,18 +221,21 @@ def pope_answer(text: str) -> str:
 
 @torch.no_grad()
 def loglikelihood(model: nn.Module, tokenizer, context: str, continuation: str, prefix_id: int) -> tuple[float, bool]:
-    """Sum of the continuation's log-probabilities after the context, and whether greedy decoding would write it. lm-eval's convention: spaces between the two belong to the
-    continuation; an empty context is the token `prefix_id` (the end of a turn)."""
+    """Sum of the continuation's log-probabilities after the context, and whether greedy decoding would write it.
+    lm-eval's convention: spaces between the two belong to the continuation; an empty context is the token `prefix_id`
+    (the end of a turn)."""
     if blank := len(context) - len(context.rstrip()): context, continuation = context[:-blank], context[-blank:] + continuation
     before = tokenizer.encode(context) if context else [prefix_id]
     ids = tokenizer.encode(context + continuation) if context else [prefix_id, *tokenizer.encode(continuation)]
-    if len(ids) <= len(before): raise ValueError(f'loglikelihood: the continuation {continuation!r} adds no token to {context!r}')
+    if len(ids) <= len(before):
+        raise ValueError(f'loglikelihood: the continuation {continuation!r} adds no token to {context!r}')
     ids, n = torch.tensor(ids, device=model.device)[None], len(ids) - len(before)
     logp = model(input_ids=ids[:, :-1]).logits[0, -n:].float().log_softmax(-1)
     return logp.gather(1, ids[0, -n:, None]).sum().item(), bool((logp.argmax(-1) == ids[0, -n:]).all())
 
 def vllm_state(state: Mapping[str, Tensor], num_kv_heads: int, tp: int = 1, rank: int = 0) -> dict[str, Tensor]:
-    """A Llama or Qwen checkpoint in vLLM's fused names, the shard of `rank` of `tp`. Key and value heads are repeated where there are fewer than ranks.
+    """A Llama or Qwen checkpoint in vLLM's fused names, the shard of `rank` of `tp`. Key and value heads are repeated
+    where there are fewer than ranks.
 
     Raises ValueError when something cannot be split evenly."""
     def part(name, t, dim=0):
