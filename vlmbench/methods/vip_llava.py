@@ -16,12 +16,13 @@ from .recipes import Method, tied_embeddings
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, get_scale, lora
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #cb5bc144
+# %% ../../nbs/methods/10_vip_llava.ipynb #e1bdca69
 FEATURE_LAYERS = (-2, -5, -8, -11, 6)                # hidden-state indices; the published tower has 24 blocks
 
 def feature_layers(depth: int) -> list[int]:
-    "Five hidden-state indices for a tower of `depth` blocks: the published ones from 11 blocks on, else spread alike."
-    if depth >= 11: return list(FEATURE_LAYERS)
+    """Hidden-state indices for a tower of `depth` blocks: the five published ones where they exist and differ, else distinct
+    ones at the same shares of the depth (fewer than five in very shallow towers)."""
+    if depth >= 11 and len({i % (depth + 1) for i in FEATURE_LAYERS}) == len(FEATURE_LAYERS): return list(FEATURE_LAYERS)
     if depth < 2: raise RecipeError(f'vip_llava: a tower of {depth} blocks is too shallow to fuse depths')
     found = [max(1, round(depth * f)) for f in (23/24, 20/24, 17/24, 14/24, 6/24)]
     found[0] = min(found[0], depth - 1)

@@ -1,0 +1,57 @@
+"""The ViP-LLaVA recipe: rates, freeze table, fused layers, published sizes, markers in the training data."""
+import pytest
+import torch
+
+from vlmbench.data.record import Region, Sample, Turn
+from vlmbench.methods.recipes import RECIPES, get_method, get_recipe
+from vlmbench.methods.vip_llava import FEATURE_LAYERS, METHOD, PAPER_WIDTHS, feature_layers, front_end, projector_size, recipe
+from vlmbench.train.recipe import RecipeError, get_scale
+
+def test_registered(): assert 'vip_llava' in RECIPES and get_method('vip_llava') is METHOD
+
+@pytest.mark.parametrize('name,size', [('vicuna-7b', 37_767_168), ('llama-3-8b', 37_767_168), ('vicuna-13b', 52_449_280), ('phi-3-mini', 25_182_208)])
+def test_published_projector_sizes(name, size): assert projector_size(PAPER_WIDTHS[name]) == size
+
+def test_paper_recipe():
+    r = recipe(get_scale('paper'))
+    assert [s.lr for s in r.stages] == [1e-3, 2e-5, 2e-7] and [s.template for s in r.stages] == ['llava_plain', 'llava_v1', 'llava_v1']
+    assert r.front_end['select_layers'] == list(FEATURE_LAYERS) and r.front_end['projector_norm'] is True
+    trained = [[g for g, t in s.trains.items() if t.trains] for s in r.stages]
+    assert trained == [['projector']] + [['projector', 'embed', 'layers', 'norm', 'lm_head']]*2
+    l = recipe(get_scale('paper'), 'lora').stage('region')
+    assert (l.trains['layers'].r, l.trains['layers'].alpha, l.trains['layers'].dropout) == (128, 256, .05)
+    assert (l.lr_of('layers'), l.lr_of('projector'), l.lr_of('embed')) == (2e-4, 2e-5, None)
+    with pytest.raises(RecipeError, match="'full' or 'lora'"): recipe(get_scale('tiny'), 'both')
+
+def test_tiny_budget_is_the_controls():
+    ours, control = (get_recipe(n, get_scale('tiny')) for n in ('vip_llava', 'llava'))
+    assert sum(s.budget_targets for s in ours.stages) == sum(s.budget_targets for s in control.stages)
+    assert {(s.batch_rows, s.max_tokens) for s in ours.stages} == {(s.batch_rows, s.max_tokens) for s in control.stages}
+
+@pytest.mark.parametrize('depth', range(2, 30))
+def test_feature_layers_exist(depth):
+    found = feature_layers(depth)
+    assert all(-depth - 1 <= i <= depth for i in found) and len({i % (depth + 1) for i in found}) == len(found) >= min(depth - 1, 3) 
+
+def test_too_shallow():
+    with pytest.raises(RecipeError, match='too shallow'): front_end(1)
+
+def test_fusion_is_five_states_without_cls():
+    from vlmbench.models.vision import build_front_end
+    backbone = dict(model_type='clip_vision_model', hidden_size=16, intermediate_size=32, num_hidden_layers=12, num_attention_heads=2,
+                    image_size=28, patch_size=14)
+    front, pixels = build_front_end(front_end(12) | dict(backbone=backbone), 24), torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        states = front.tower(pixels, output_hidden_states=True).hidden_states
+        fused = front.select(pixels)
+    assert torch.equal(fused, torch.cat([states[i][:, 1:] for i in FEATURE_LAYERS], -1)) and fused.shape == (2, 4, 80)
+    other = torch.cat([states[i][:, 1:] for i in FEATURE_LAYERS[::-1]], -1)      # the order matters
+    assert not torch.allclose(front.projector(fused), front.projector(other))
+
+def test_transform_draws_markers():
+    from PIL import Image
+    s = Sample('x', [Turn('user', '<image>\nwhat is <region> ?'), Turn('assistant', 'ring')], [Image.new('RGB', (64, 64))], [Region((9., 9., 40., 40.))])
+    out = METHOD.transform(s)
+    assert out.images[0].getbbox() and '<region>' not in out.turns[0].text and out.turns[1] == s.turns[1] and '<region>' in s.turns[0].text
+    plain = Sample('y', s.turns[1:], [])
+    assert METHOD.transform(plain) is plain
