@@ -92,7 +92,7 @@ def test_a_killed_kernel_is_failed_and_takes_its_children_along(tmp_path):
                          "pathlib.Path(out, 'child').write_text(str(p.pid)); os.kill(os.getpid(), signal.SIGKILL)", "print(1)")
     assert run_notebook(nb, {}, tmp_path/'r', progress=False, quiet=True) == 138
     m = Manifest(tmp_path/'r').read()
-    assert m['status'] == 'failed' and m['exit_code'] == 138 and 'kernel died' in m['reason'] and m['killed_processes'] == 1
+    assert m['status'] == 'failed' and m['exit_code'] == 138 and 'the kernel died: SIGKILL' in m['reason'] and m['killed_processes'] == 1
     assert not psutil.pid_exists(int((tmp_path/'r'/'child').read_text()))
     assert [s for s in statuses(tmp_path/'r'/'demo.ipynb')][-2:] == ['failed', 'not run']
 

@@ -3,7 +3,6 @@ import json, os
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
