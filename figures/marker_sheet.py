@@ -8,8 +8,8 @@ from vlmbench.data.overlay import MARKERS, PALETTE, draw_marker, sample_alpha, s
 from vlmbench.data.region import Region
 
 SIDE = 168
-ROWS = [('alpha 128, width 3', dict(alpha=128, width=3)), ('constant', dict(alpha=128, style='constant')), ('random', {}),
-                   ('random', {}), ('opaque', dict(alpha=255))]
+ROWS = [('alpha 128, width 3', dict(alpha=128, width=3)), ('constant', dict(alpha=128, style='constant')),
+        ('random', {}), ('random', {}), ('opaque', dict(alpha=255))]
 base = Image.new('RGB', (SIDE, SIDE))
 for y in range(SIDE): ImageDraw.Draw(base).line([(0, y), (SIDE, y)], fill=(70 + y//3, 95 + y//4, 120))
 corners = [(45, 90), (70, 45), (115, 50), (130, 95), (95, 125)]
