@@ -64,7 +64,7 @@ class Signals:
         try: os.kill(self.pid, number)
         except ProcessLookupError: logger.warning('the kernel was gone before signal %s reached it', number)
 
-# %% ../../nbs/run/06_client.ipynb #e9184967
+# %% ../../nbs/run/06_client.ipynb #8d46d1f8
 OUTPUT_CAP = 100_000   # characters of stdout and stderr kept per cell in the notebook
 
 # The kernel's side of the same bound: its publishing socket belongs to a thread of its own, which is asked to lift it.
@@ -97,6 +97,7 @@ class NotebookClient(PapermillNotebookClient):
             try: self.execute_cell(cell, index)
             except (CellExecutionError, DeadKernelError) as e:
                 self.error = e
+                if isinstance(e, DeadKernelError): e.kernel_exit = self.km.provisioner.process.poll()
                 self.nb_man.cell_exception(cell, cell_index=index, exception=e)
                 return
             finally: self.nb_man.cell_complete(cell, cell_index=index)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RunStopped', 'verdict', 'kill_run', 'VlmbenchEngine', 'notebook_folders', 'find_notebook', 'run_notebook']
 
-# %% ../../nbs/run/00_engine.ipynb #028dd7f8
-import os, sys
+# %% ../../nbs/run/00_engine.ipynb #cea59703
+import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping
@@ -17,7 +17,7 @@ import click, psutil
 from .manifest import EXIT_CODES, Heartbeat, Manifest, RunFolderError, default_folder
 from .parameters import ParameterError, check_parameters, load_notebook, notebook_parameters
 
-# %% ../../nbs/run/00_engine.ipynb #b1b5a0d7
+# %% ../../nbs/run/00_engine.ipynb #1e058612
 class RunStopped(click.ClickException):
     "A run that ended early on a signal: `status` is `preempted` (exit code 75) or `interrupted` (130)."
     def __init__(self, status: str, reason: str):
@@ -27,6 +27,13 @@ class RunStopped(click.ClickException):
 def _dead(error: BaseException | None) -> bool:
     "Whether `error` is nbclient's DeadKernelError (compared by name: nbclient is not imported here)."
     return error.__class__.__name__ == 'DeadKernelError'
+
+def _how(code: int | None) -> str:
+    "The end of a process from its exit status (negative: the signal that ended it)."
+    if code is None: return 'no exit status was seen'
+    if code >= 0: return f'it left with exit code {code}'
+    name = signal.Signals(-code).name if -code in [s.value for s in signal.Signals] else f'signal {-code}'
+    return f'{name}, killed from outside or for using too much memory' if name == 'SIGKILL' else f'{name}, a crash in compiled code or a signal'
 
 def verdict(error: BaseException | None, signals: list[str], finished: bool) -> tuple[str, str | None]:
     """(status, reason) of a run from the exception that ended it (None: no cell failed), the signals received, and
@@ -39,7 +46,7 @@ def verdict(error: BaseException | None, signals: list[str], finished: bool) -> 
     if name == 'Preempted': return 'preempted', f'signal {signals[0]}' if signals else what
     if signals and signals[0] == 'SIGINT': return 'interrupted', 'interrupted by SIGINT'
     if signals: return 'preempted', f'signal {signals[0]}' + (f' ({what})' if what else '')
-    if _dead(error): return 'failed', 'the kernel died (killed, out of memory, or crashed)'
+    if _dead(error): return 'failed', f'the kernel died: {_how(getattr(error, "kernel_exit", None))}'
     if name == 'KeyboardInterrupt' or isinstance(error, KeyboardInterrupt): return 'interrupted', 'KeyboardInterrupt'
     return 'failed', what
 
@@ -171,7 +178,7 @@ def find_notebook(name: str | Path) -> Path:
     known = sorted({p.stem for f in notebook_folders() for p in f.glob('*.ipynb')})
     raise ParameterError(f'{name}: no such run notebook; known: {", ".join(known) or "none"}, or give a path to an .ipynb')
 
-# %% ../../nbs/run/00_engine.ipynb #48aaa9be
+# %% ../../nbs/run/00_engine.ipynb #eb45561c
 def run_notebook(name: str | Path, params: Mapping[str, Any] | None = None, out_dir: str | Path | None = None,
                  overwrite: bool = False, progress: bool = True, echo: bool = False, quiet: bool = False) -> int:
     """Runs a notebook (name or path) with `params` (text is parsed by declared type) in run folder `out_dir` and returns its
@@ -196,7 +203,7 @@ def run_notebook(name: str | Path, params: Mapping[str, Any] | None = None, out_
         return _say(f'{path.stem} failed in cell {e.cell_index}: {e.ename}: {e.evalue}\nsee {folder/path.name}', 1, quiet)
     except Exception as e:
         if not _dead(e): raise
-        return _say(f'{path.stem}: the kernel died (killed, out of memory, or crashed); see {folder/"output.log"}', 138, quiet)
+        return _say(f'{path.stem}: {verdict(e, [], False)[1]}; see {folder/"output.log"}', 138, quiet)
     return 0
 
 @contextmanager
