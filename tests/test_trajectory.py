@@ -95,7 +95,7 @@ def test_reservoir_is_seeded_capped_and_uniform():
     def kept(seed):
         t = Trajectory(keep=5, seed=seed)
         stream(model, data, [t])
-        assert (len(t.kept), t.count) == (5, 30)
+        assert (len(t.curves['zero']), t.count) == (5, 30)
         return t.curves['zero'][:, 0]
     assert np.array_equal(kept(0), kept(0)) and not np.array_equal(kept(0), kept(1))
 

@@ -40,7 +40,7 @@ def cka_from_hsic(h: Tensor) -> Tensor:
     d = h.diagonal()
     return h / torch.where(d > 0, d, torch.nan).sqrt().outer(torch.where(d > 0, d, torch.nan).sqrt())
 
-# %% ../../nbs/analysis/30_similarity.ipynb #f683e6ab
+# %% ../../nbs/analysis/30_similarity.ipynb #b77ada9b
 class CKA(StreamMetric):
     """Linear CKA between all states: metrics `cka` (debiased) and `cka_biased`, all spans; standard error over batches.
 
@@ -48,7 +48,7 @@ class CKA(StreamMetric):
     batches with fewer than 4 tokens of a set."""
     default_sets = ('all', 'image', 'text')
 
-    def __init__(self, token_sets: Sequence[str]|None=None, max_tokens: int|None=256, drop_first: bool=False, seed: int=0):
+    def __init__(self, token_sets: Sequence[str]|None=None, max_tokens: int|None=128, drop_first: bool=False, seed: int=0):
         super().__init__(token_sets)
         self.max_tokens, self.drop_first, self.rng = max_tokens, drop_first, np.random.default_rng(seed)
         self.sums: dict[str, tuple] = {}

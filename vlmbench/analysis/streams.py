@@ -401,11 +401,11 @@ def check_head(last: Tensor, out, decoder: Decoder):
         raise ValueError(f'final norm and head do not reproduce the logits of {type(decoder.model).__name__} (off by {off.max():.3g}): '
                          'the logit lens and every loss would be wrong for this model')
 
-# %% ../../nbs/analysis/00_streams.ipynb #03e7e3b4
+# %% ../../nbs/analysis/00_streams.ipynb #c48ced37
 def streaming_metrics(labels: bool=True, image: bool=True) -> list[StreamMetric]:
     "Every streaming metric of the suite; `labels=False` and `image=False` leave out those that need labels or image tokens."
     from vlmbench.analysis.importance import AngularDistance, BlockInfluence
     from vlmbench.analysis.trajectory import LogitLens, Trajectory
     from vlmbench.analysis.similarity import CKA, ImageAttention
     lens = LogitLens() if labels else LogitLens(['text_predicting'])
-    return [StateNorm(), BlockInfluence(), AngularDistance(), CKA(), lens, Trajectory(), *([ImageAttention()] if image else [])]
+    return [StateNorm(), BlockInfluence(), AngularDistance(), CKA(), Trajectory(), lens, *([ImageAttention()] if image else [])]

@@ -19,11 +19,11 @@ from matplotlib import pyplot as plt
 from .streams import Moments, Record, States, StreamMetric, rows
 from ..models.depth import PUBLISHED_SPLITS
 
-# %% ../../nbs/analysis/20_trajectory.ipynb #8cae1281
+# %% ../../nbs/analysis/20_trajectory.ipynb #1318c0cd
 LENS = ('kl_final_to_layer', 'kl_layer_to_final', 'cross_entropy', 'top1_agreement')
 
 @torch.no_grad()
-def lens_values(states: States, mask: Tensor, chunk: int=2**22) -> dict[str, Tensor]:
+def lens_values(states: States, mask: Tensor, chunk: int=2**20) -> dict[str, Tensor]:
     """Lens values `[positions, L+1]` for the tokens of `mask` `[tokens]`, in nats; `probability` is that of the true next token in model precision.
 
     `chunk`: logits held at a time. A later call with a subset of an earlier mask reuses its values."""
@@ -37,25 +37,26 @@ def lens_values(states: States, mask: Tensor, chunk: int=2**22) -> dict[str, Ten
     if parts: states.cache['lens'] = (mask, values)
     return values
 
-# %% ../../nbs/analysis/20_trajectory.ipynb #537611f5
+# %% ../../nbs/analysis/20_trajectory.ipynb #dacf525b
 def _lens_chunk(hidden, target, d):
-    last = d.logits(d.norm(hidden[-1]))
+    last, dot = d.logits(d.norm(hidden[-1])), torch.linalg.vecdot
     low = last.dtype in (torch.float16, torch.bfloat16)
     final = last.float().log_softmax(-1)
-    p_final, best = final.exp(), final.argmax(-1)
-    self_final = (p_final * final).sum(-1)
+    p_final, best = final.exp(), final.argmax(-1, keepdim=True)
+    self_final = dot(p_final, final)
     out = {k: [] for k in (*LENS, 'probability')}
     for l, h in enumerate(hidden):
         raw = d.logits(d.norm(h)) if l < len(hidden) - 1 else last
         x = raw.float()
-        lse = x.logsumexp(-1)
-        p = (x - lse[:, None]).exp_()
-        dot = lambda a, b: torch.einsum('nv,nv->n', a, b)
+        top = x.amax(-1, keepdim=True)
+        e = (x - top).exp_()                                             # the only exponential per logit
+        total = e.sum(-1)
+        lse, true = top[:, 0] + total.log(), x.gather(1, target[:, None])[:, 0]
         out['kl_final_to_layer'].append(self_final - dot(p_final, x) + lse)
-        out['kl_layer_to_final'].append(dot(p, x) - lse - dot(p, final))
-        out['cross_entropy'].append(lse - x.gather(1, target[:, None])[:, 0])
-        out['top1_agreement'].append((x.argmax(-1) == best).float())
-        out['probability'].append((raw.softmax(-1) if low else p).gather(1, target[:, None])[:, 0])
+        out['kl_layer_to_final'].append((dot(e, x) - dot(e, final)) / total - lse)
+        out['cross_entropy'].append(lse - true)
+        out['top1_agreement'].append((x.gather(1, best) >= top)[:, 0].float())
+        out['probability'].append(raw.softmax(-1).gather(1, target[:, None])[:, 0] if low else (true - lse).exp())
     return {k: torch.stack(v, 1) for k, v in out.items()}
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #087488a1
@@ -100,7 +101,7 @@ def zero_trajectory(probability: Tensor, sample: Tensor) -> Tensor:
     q = (probability / total[inv]).float().clamp(min=1e-6).double()
     return q.new_zeros(len(ids), q.shape[1]).index_add_(0, inv, q * (q / q[:, -1:]).log())
 
-# %% ../../nbs/analysis/20_trajectory.ipynb #a0987d5e
+# %% ../../nbs/analysis/20_trajectory.ipynb #3c207163
 class Trajectory(StreamMetric):
     """Prediction trajectories per sample: `trajectory_zero` and `trajectory_vocabulary` (mean `KL(p_l || p_L)`), layer l = output of layer l.
 
@@ -110,7 +111,7 @@ class Trajectory(StreamMetric):
     def __init__(self, token_set: str='text_predicting', keep: int=1024, seed: int=0):
         super().__init__([token_set])
         self.keep, self.rng, self.count = keep, np.random.default_rng(seed), 0
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.store: Tensor|None = None                                    # [keep, layers, 2], allocated once
 
     def update(self, states: States):
         self.layers, mask = states.layers, states.sets[self.token_sets[0]]
@@ -123,17 +124,18 @@ class Trajectory(StreamMetric):
         both.append(torch.zeros_like(both[0]).index_add_(0, inv, kl) / torch.bincount(inv)[:, None])
         curves = torch.stack(both, 2)
         self.moments.setdefault(self.token_sets[0], Moments()).add(curves, torch.arange(len(ids), device=curves.device))
+        if self.store is None: self.store = torch.empty(self.keep, *curves.shape[1:], dtype=curves.dtype)
         for c in curves.cpu(): self._reservoir(c)
 
     def _reservoir(self, curve):
+        at = self.count if self.count < self.keep else int(self.rng.integers(self.count + 1))
+        if at < self.keep: self.store[at] = curve
         self.count += 1
-        if len(self.kept) < self.keep: self.kept.append(curve)
-        elif (j := int(self.rng.integers(self.count))) < self.keep: self.kept[j] = curve
 
     @property
     def curves(self) -> dict[str, np.ndarray]:
-        if not self.kept: raise ValueError('no curves yet: run the metric through stream first')
-        both = torch.stack(self.kept).numpy()
+        if not self.count: raise ValueError('no curves yet: run the metric through stream first')
+        both = self.store[:min(self.count, self.keep)].numpy()
         return dict(zero=both[..., 0], vocabulary=both[..., 1])
 
     def records(self) -> list[Record]:
