@@ -196,7 +196,7 @@ def _vcr(row, rng, kinds, style, alpha, reference, meta=None, test=''):
     first = round_(f'<image>\n{rng.choice(_LEAD)} {q}', answers, a, choice1)
     return out, _turns(first, round_(rng.choice(_WHY), rationales, r, choice2))
 
-# %% ../../nbs/data/32_region_rows.ipynb #14abc8b6
+# %% ../../nbs/data/32_region_rows.ipynb #9ac653d4
 _BUILDERS = dict(refcocog=_refcocog, vg_rel=_vg_rel, flickr30k=_flickr, v7w=_v7w, pointQA_twice=_pointqa, vcr=_vcr)
 
 def dataset_of(id: str) -> str | None:
@@ -204,6 +204,7 @@ def dataset_of(id: str) -> str | None:
     head = id.split('-')[0] if isinstance(id, str) else None
     return head if head in _BUILDERS else None
 
+# %% ../../nbs/data/32_region_rows.ipynb #234990e7
 def build_row(row: Mapping, rng: random.Random, meta: Mapping | None = None, style: str = '', alpha: int | None = None,
               reference: bool = False, **options) -> tuple[list[Mark], list[Turn]]:
     """Marks and turns of one row of the six data sets; `row` is not changed.

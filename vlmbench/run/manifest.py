@@ -7,9 +7,9 @@ __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'LOST_SECONDS', 'ENVIRONMENT', 'PA
            'write_json', 'redact', 'versions', 'git_state', 'code_state', 'host_facts', 'data_hashes', 'Manifest',
            'Heartbeat', 'default_folder', 'Stop', 'Run', 'read_runs']
 
-# %% ../../nbs/run/04_manifest.ipynb #a8dc0c34
+# %% ../../nbs/run/04_manifest.ipynb #30ad040c
 import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
-import traceback, uuid
+import traceback, uuid, warnings
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -248,7 +248,7 @@ class Heartbeat(threading.Thread):
         self._stopped.set()
         self.join(timeout=self.seconds + 1)
 
-# %% ../../nbs/run/04_manifest.ipynb #8ddf6912
+# %% ../../nbs/run/04_manifest.ipynb #81b780e1
 def default_folder(notebook: str, parameters: Mapping[str, Any], root: str | Path = 'runs') -> Path:
     "A fresh, readable run folder: `runs/<notebook>-<recipe>-<scale>-s<seed>-<date>-<time>`, of what the parameters name."
     words = [notebook, *(str(parameters[k]) for k in ('recipe', 'scale') if parameters.get(k))]
@@ -292,7 +292,9 @@ class Run:
             for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 self._old[s] = signal.signal(s, self.stop.caught)
         self._shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-        if self._shell is not None: self._shell.events.register('post_run_cell', self._after_cell)
+        if self._shell is not None:
+            self._shell.events.register('post_run_cell', self._after_cell)
+            warnings.filterwarnings('ignore', message='To exit: use')   # IPython's advice after a SystemExit, which here is deliberate
 
     def _after_cell(self, result: Any) -> None:
         e = result.error_before_exec or result.error_in_exec
