@@ -33,13 +33,14 @@ class Method:
     after_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
     before_stage: Callable[[Any, Any, Stage, Scale], tuple] | None = None
 
-# %% ../../nbs/methods/00_recipes.ipynb #ab165488
+# %% ../../nbs/methods/00_recipes.ipynb #b553b7c2
 RECIPES: dict[str, str] = {
     'llava': 'vlmbench.methods.llava',
     'vip_llava': 'vlmbench.methods.vip_llava',
     'vora': 'vlmbench.methods.vora',
     'zero': 'vlmbench.methods.zero',
     'eve': 'vlmbench.methods.eve',
+    'visual_region': 'vlmbench.methods.visual_region',
 }
 
 def get_method(name: str) -> Method:
@@ -54,7 +55,7 @@ def find_scale(name: str) -> Scale:
     try: return Scale.from_dict(json.loads(Path(name).read_text(encoding='utf8')))
     except (OSError, json.JSONDecodeError) as e: raise RecipeError(f'scale {name}: {e}') from None
 
-# %% ../../nbs/methods/00_recipes.ipynb #c6360642
+# %% ../../nbs/methods/00_recipes.ipynb #14ae0b99
 def base_model(where: str) -> str:
     "`asset:llm` -> the folder of that embedded model; a folder or a Hub id stays as it is."
     if not where.startswith('asset:'): return where
@@ -62,7 +63,7 @@ def base_model(where: str) -> str:
     return str(asset_path(where.removeprefix('asset:')))
 
 def tied_embeddings(scale: Scale) -> bool:
-    "Whether the scale's language model ties its output head to its embedding: from `llm_config`, else from its config file."
+    "Whether the scale's language model ties its head to its embedding: from `llm_config`, else from its config file."
     config = scale.llm_config
     if config is None:
         from transformers import AutoConfig
