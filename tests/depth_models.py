@@ -1,10 +1,12 @@
 """Tiny random decoders and mixed image/text batches shared by the layer-analysis tests."""
 import torch
-from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlavaConfig,
+from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          LlavaConfig,
                           LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
 
 VOCAB, IMAGE = 40, 3
-SHAPE = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=64,
+SHAPE = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB,
+             max_position_embeddings=64,
              pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=.3)
 
 
@@ -15,35 +17,41 @@ def decoder(layers=6, seed=0, **kw):
 
 def qwen3(layers=4):
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, num_hidden_layers=layers, head_dim=4, layer_types=['full_attention', 'sliding_attention'] * (layers // 2),
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE, num_hidden_layers=layers, head_dim=4,
+                                        layer_types=['full_attention', 'sliding_attention'] * (layers // 2),
                                         use_sliding_window=True, sliding_window=4)).eval()
 
 
 def gemma2(layers=4):
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_hidden_layers=layers, head_dim=4, sliding_window=4, final_logit_softcapping=3.,
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_hidden_layers=layers, head_dim=4, sliding_window=4,
+                                          final_logit_softcapping=3.,
                                           attn_logit_softcapping=2., query_pre_attn_scalar=4)).eval()
 
 
 def gpt2(layers=4):
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=None,
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=layers, n_head=2, vocab_size=VOCAB, n_positions=64,
+                                      bos_token_id=1, eos_token_id=None,
                                       initializer_range=.3)).eval()
 
 
 def llava(layers=6):
     torch.manual_seed(0)
-    vision = dict(model_type='clip_vision_model', hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2, image_size=8,
+    vision = dict(model_type='clip_vision_model', hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
+                  num_attention_heads=2, image_size=8,
                   patch_size=4, projection_dim=16)
     text = LlamaConfig(**SHAPE, num_hidden_layers=layers)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)).eval()
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text,
+                                                     image_token_id=IMAGE)).eval()
 
 
 FAMILIES = dict(llama=decoder, qwen3=qwen3, gemma2=gemma2, gpt2=gpt2)
 
 
 def batch(lengths=(12, 9, 7), image=(0, 1), seed=0, side='right', width=None):
-    "Rows of random tokens padded to `width`; rows in `image` hold a run of 4 image positions; the last 3 tokens are answers."
+    """Rows of random tokens padded to `width`; rows in `image` hold a run of 4 image positions; the last 3 tokens
+    are answers."""
     g, width = torch.Generator().manual_seed(seed), width or max(lengths)
     x = {k: torch.full((len(lengths), width), v) for k, v in dict(input_ids=0, attention_mask=0, labels=-100).items()}
     x['image_mask'] = torch.zeros(len(lengths), width, dtype=torch.bool)

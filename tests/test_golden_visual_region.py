@@ -1,4 +1,5 @@
-"""Golden parity of the layer metrics, end to end from weights and inputs, over every case_* folder (VLMBENCH_GOLDEN, default tests/golden)."""
+"""Golden parity of the layer metrics, end to end from weights and inputs, over every case_* folder
+(VLMBENCH_GOLDEN, default tests/golden)."""
 import json, os
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from vlmbench.analysis.ablation import answer_loss, drop_one, gradient_scores, greedy_drop, revert_one
-from vlmbench.analysis.importance import (AngularDistance, BlockInfluence, best_block, iterative_prune_order, prune_order, region,
+from vlmbench.analysis.importance import (AngularDistance, BlockInfluence, best_block, iterative_prune_order,
+                                          prune_order, region,
                                           sparse_uniform)
 from vlmbench.analysis.similarity import CKA, ImageAttention
 from vlmbench.analysis.streams import make_states, residual_states, scores, stream, tidy
@@ -22,7 +24,8 @@ ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden'))
 CASES = sorted(ROOT.glob('case_*'))
 SETS = ('all', 'image', 'text', 'answer', 'prompt_text')
 close = lambda a, b, tol=1e-5: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=0, atol=tol)
-relative = lambda a, b, tol=1e-4: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=tol, atol=1e-7)
+relative = lambda a, b, tol=1e-4: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=tol,
+                                                             atol=1e-7)
 
 
 class Case:
@@ -57,7 +60,8 @@ def streamed(case, implementation='sdpa'):
     cka, traj = CKA(max_tokens=None), Trajectory('all_predicting')
     sets = [*SETS, 'answer_predicting', 'last']
     metrics = [BlockInfluence(), AngularDistance(), cka, traj, LogitLens(['answer_predicting', 'all_predicting'])]
-    if implementation == 'sdpa': metrics.append(ImageAttention(['last', 'answer_predicting', 'text_after_image', 'text_after_images']))
+    if implementation == 'sdpa':
+        metrics.append(ImageAttention(['last', 'answer_predicting', 'text_after_image', 'text_after_images']))
     frame = stream(case.model, [case.batch], metrics).frame
     case.model.set_attn_implementation('sdpa')
     assert set(sets) <= set(frame.token_set)
@@ -93,11 +97,13 @@ def test_block_influence_layout_sample(case):
     with torch.no_grad(): hidden, _ = residual_states(case.model, batch)
     close(torch.stack(hidden), case.acts['layout_hidden_states_prenorm'], 2e-5)
     frame = stream(case.model, [batch], [BlockInfluence()]).frame
-    close(scores(frame, 'block_influence_balanced', 'image+text'), case.g['block_influence']['multimodal_balanced_layout_sample']['prenorm'])
+    close(scores(frame, 'block_influence_balanced', 'image+text'),
+          case.g['block_influence']['multimodal_balanced_layout_sample']['prenorm'])
 
 
 def test_from_stored_activations(case):
-    "From the stored states the values hold to 1e-6; the stored post-norm last state is refused, and what it would give is the known mistake."
+    """From the stored states the values hold to 1e-6; the stored post-norm last state is refused, and what it would
+    give is the known mistake."""
     stored, decoder = list(case.acts['hidden_states_prenorm']), find_decoder(case.model)
     metric, angle = BlockInfluence(), AngularDistance()
     with torch.no_grad():
@@ -116,10 +122,12 @@ def test_from_stored_activations(case):
 
 
 def test_reference_mistakes_are_not_ours(case):
-    "ShortGPT's sum over all positions, padding and final norm included, is reproduced from the files and differs from our pooled mean."
+    """ShortGPT's sum over all positions, padding and final norm included, is reproduced from the files and differs
+    from our pooled mean."""
     h = [*case.acts['hidden_states_prenorm'][:-1], case.acts['final_postnorm']]
     theirs = [(1 - torch.cosine_similarity(a.double(), b.double(), dim=-1)).sum().item() for a, b in zip(h, h[1:])]
-    relative(theirs, case.g['block_influence']['reference']['shortgpt_hf_sum_all_positions_incl_padding_postnorm'], 1e-5)
+    relative(theirs, case.g['block_influence']['reference']['shortgpt_hf_sum_all_positions_incl_padding_postnorm'],
+             1e-5)
     per_position = np.array(theirs) / case.batch['attention_mask'].numel()
     assert np.abs(per_position - scores(streamed(case)[0], 'block_influence')).max() > 1e-3
 
@@ -129,11 +137,13 @@ def test_angular_distance(case, kind, token_set):
     frame, g = streamed(case)[0], case.g['angular_distance'][kind]['prenorm']
     assert sorted(map(int, g)) == list(range(1, case.depth + 1))
     for n, v in g.items(): close(scores(frame, 'angular_activation', token_set, int(n)), v)
-    for n, start in case.g['angular_distance']['best_block_start_prenorm'].items(): assert best_block(frame, int(n)) == start
+    for n, start in case.g['angular_distance']['best_block_start_prenorm'].items():
+        assert best_block(frame, int(n)) == start
 
 
 def test_pruneme_table(case):
-    "PruneMe drops the embedding state and uses the normed last one: its rows are ours shifted by one, the last entry apart."
+    """PruneMe drops the embedding state and uses the normed last one: its rows are ours shifted by one, the last
+    entry apart."""
     frame = streamed(case)[0]
     for n, v in case.g['angular_distance']['pruneme'].items():
         ours = scores(frame, 'angular_activation', 'last', int(n))
@@ -144,15 +154,19 @@ def test_pruneme_table(case):
 def test_drop_one(case):
     r, g = drop_one(case.model, [case.batch]), case.g['drop_one']
     close(r.base.value, g['base_loss'])
-    for ours, theirs in (('loss', 'loss'), ('delta', 'delta'), ('ppl_ratio', 'ppl_ratio')): close(scores(r.frame, f'drop_one_{ours}', 'answer'), g[theirs], 2e-5)
+    for ours, theirs in (('loss', 'loss'), ('delta', 'delta'), ('ppl_ratio', 'ppl_ratio')):
+        close(scores(r.frame, f'drop_one_{ours}', 'answer'), g[theirs], 2e-5)
 
 
 def test_drop_one_by_pruned_models(case):
-    for i in (0, case.depth - 1): close(answer_loss(prune(case.model, [i]), [case.batch]).value, case.g['drop_one']['loss'][i])
+    for i in (0, case.depth - 1):
+        close(answer_loss(prune(case.model, [i]), [case.batch]).value, case.g['drop_one']['loss'][i])
 
 
 def test_greedy_drop(case):
-    for key, kw in (('sleb_barrier_1_1', {}), ('outside_region', dict(candidates=[i for i in range(case.depth) if i not in case.g['region_prune']['region']]))):
+    for key, kw in (('sleb_barrier_1_1', {}), ('outside_region',
+                                               dict(candidates=[i for i in range(case.depth)
+                                                                if i not in case.g['region_prune']['region']]))):
         g = case.g['greedy_drop_loss'][key]
         r = greedy_drop(case.model, [case.batch], len(g['order']), **kw)
         assert list(r.order) == g['order'], key
@@ -168,13 +182,15 @@ def test_region_prune(case):
     assert iterative_prune_order(case.model, [case.batch], k, g['region']) == g['order_iterative_angular_n1']
     for k, loss in g['loss_after_removing_first_k_single_shot'].items():
         small, gone = prune_outside(case.model, g['region'], int(k), [case.batch])
-        assert gone == g['order_single_shot_angular_n1'][:int(k)] and small.config.num_hidden_layers == case.depth - int(k)
+        assert gone == g['order_single_shot_angular_n1'][:int(k)]
+        assert small.config.num_hidden_layers == case.depth - int(k)
         close(answer_loss(small, [case.batch]).value, loss)
 
 
 def test_region_indices(case):
     g = case.g['region_indices']
-    assert region('sparse_uniform', 8, 32) == g['paper_32_8'] and region('sparse_uniform_released', 8, 32) == g['released_default_32_8']
+    assert region('sparse_uniform', 8, 32) == g['paper_32_8'] and region('sparse_uniform_released', 8,
+                                                                         32) == g['released_default_32_8']
     for name, v in g['ours'].items():
         n, k, o = (int(p[1:]) for p in name.split('_'))
         assert sparse_uniform(n, k, o) == v, name
@@ -183,10 +199,13 @@ def test_region_indices(case):
 def test_gradient_scores(case):
     g = case.g['gradient']
     every, matrices = (gradient_scores(case.model, [case.batch], weights=w) for w in ('all', 'matrices'))
-    for ours, theirs in dict(taylor='abs_sum_batch', taylor_signed='signed_sum_batch', taylor_squared='squared_sum_batch', grad_norm='grad_norm_l2',
-                             taylor_summed='abs_of_summed_per_sample', taylor_absolute='sum_of_abs_per_sample', fisher='fisher_diag_sum').items():
+    for ours, theirs in dict(taylor='abs_sum_batch', taylor_signed='signed_sum_batch',
+                             taylor_squared='squared_sum_batch', grad_norm='grad_norm_l2',
+                             taylor_summed='abs_of_summed_per_sample', taylor_absolute='sum_of_abs_per_sample',
+                             fisher='fisher_diag_sum').items():
         relative(scores(every, ours, 'answer'), g[theirs], 2e-4 if ours == 'taylor_signed' else 1e-4)
-    for ours, theirs in dict(taylor='abs_sum_batch_linear_only', fisher='fisher_diag_sum_linear_only', snip='snip_share_linear_only',
+    for ours, theirs in dict(taylor='abs_sum_batch_linear_only', fisher='fisher_diag_sum_linear_only',
+                             snip='snip_share_linear_only',
                              pruner_second='llmpruner_param_second', pruner_mixed='llmpruner_param_mix').items():
         relative(scores(matrices, ours, 'answer'), g[theirs])
 
@@ -199,16 +218,20 @@ def test_gradient_scores_by_batch(case):
 
 def test_parameter_change(case):
     frame, g = parameter_change(case.tuned, case.model), case.g['parameter_change']
-    for ours, theirs in dict(parameter_change='frobenius_ratio_base', parameter_ratio_sum_tuned='rate_sum_denominator_tuned', parameter_l2_sum='l2_sum',
-                             parameter_ratio_sum_base='rate_sum_denominator_base', angular_parameter='angular_sum').items():
+    for ours, theirs in dict(parameter_change='frobenius_ratio_base',
+                             parameter_ratio_sum_tuned='rate_sum_denominator_tuned', parameter_l2_sum='l2_sum',
+                             parameter_ratio_sum_base='rate_sum_denominator_base',
+                             angular_parameter='angular_sum').items():
         close(scores(frame, ours, 'weights'), g[theirs], 2e-6)
     still = [i for i in range(case.depth) if i not in case.spec['lora']['layers']]
-    assert (scores(frame, 'angular_parameter', 'weights')[still] == 0).all()                 # the authors' float32 form gives 0.002 here
+    # the authors' float32 form gives 0.002 here
+    assert (scores(frame, 'angular_parameter', 'weights')[still] == 0).all()
 
 
 def test_lora_update(case):
     frame, g = lora_update(case.lora, case.spec['lora']['scaling'], base=case.model), case.g['lora_update']
-    for ours, theirs in dict(lora_update='frobenius', lora_update_sum='sum_of_module_norms', lora_update_relative='relative_to_base').items():
+    for ours, theirs in dict(lora_update='frobenius', lora_update_sum='sum_of_module_norms',
+                             lora_update_relative='relative_to_base').items():
         close(scores(frame, ours, 'weights'), g[theirs], 1e-6)
 
 
@@ -242,8 +265,10 @@ def test_zero_trajectory(case):
 def test_attention_to_image(case):
     frame, g = streamed(case)[0], case.g['attention_to_image']
     count = frame[frame.metric == 'attention_image'].groupby('token_set').n.max()
-    after = 'text_after_image' if count['text_after_image'] == g['text_after_image']['n_queries'] else 'text_after_images'   # two images: the
-    for theirs, ours in dict(last_token='last', answer_predicting='answer_predicting', text_after_image=after).items():     # case decides
+    # with two images in a sample the case decides whether the text between them counts
+    same = count['text_after_image'] == g['text_after_image']['n_queries']
+    after = 'text_after_image' if same else 'text_after_images'
+    for theirs, ours in dict(last_token='last', answer_predicting='answer_predicting', text_after_image=after).items():
         assert count[ours] == g[theirs]['n_queries'], ours
         close(scores(frame, 'attention_image', ours), g[theirs]['mean_mass'])
         close(scores(frame, 'attention_max_head', ours), g[theirs]['max_head_mass'])
@@ -251,7 +276,8 @@ def test_attention_to_image(case):
 
 
 def test_token_sets_match_the_case(case):
-    with torch.no_grad(): states = make_states(list(case.acts['hidden_states_prenorm']), case.batch, find_decoder(case.model))
+    with torch.no_grad():
+        states = make_states(list(case.acts['hidden_states_prenorm']), case.batch, find_decoder(case.model))
     for k, n in case.spec['token_sets'].items(): assert int(states.sets[k].sum()) == n, k
     assert int(states.sets['answer_predicting'].sum()) == case.spec['n_pred_positions']
     last = states.tokens.masks['last'].nonzero()

@@ -1,4 +1,5 @@
-"""Golden parity of zero's layer maps, surrogates and prediction trajectory, over every case_* folder (VLMBENCH_GOLDEN, default tests/golden)."""
+"""Golden parity of zero's layer maps, surrogates and prediction trajectory, over every case_* folder
+(VLMBENCH_GOLDEN, default tests/golden)."""
 import json, os
 from functools import lru_cache
 from pathlib import Path
@@ -25,8 +26,10 @@ def meta(folder): return json.loads((folder / 'meta.json').read_text())
 @lru_cache
 def full_decoder(folder):
     spec = dict(meta(folder)['spec']['llama'])
-    model = LlamaForCausalLM(LlamaConfig(**spec, bos_token_id=None, eos_token_id=None, pad_token_id=None)).float().eval()
-    state = {k.removeprefix('decoder.'): v for k, v in load_file(folder / 'weights.safetensors').items() if k.startswith('decoder.')}
+    model = LlamaForCausalLM(LlamaConfig(**spec, bos_token_id=None, eos_token_id=None,
+                                         pad_token_id=None)).float().eval()
+    state = {k.removeprefix('decoder.'): v for k,
+             v in load_file(folder / 'weights.safetensors').items() if k.startswith('decoder.')}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= ({'lm_head.weight'} if spec.get('tie_word_embeddings') else set())
     return model
@@ -47,7 +50,8 @@ def test_layer_maps(folder):
         assert list(theirs.translators) == m['translator_positions'], m['name']
         assert list(theirs.trained) == m['optimizer_trains_positions'], m['name']
         assert ours.trained == ours.translators and len(ours) == m['n_layers_after'], m['name']
-        if m['num_translators'] == 1: assert (ours.kept, ours.translators) == (theirs.kept, theirs.translators), m['name']
+        if m['num_translators'] == 1:
+            assert (ours.kept, ours.translators) == (theirs.kept, theirs.translators), m['name']
 
 
 @pytest.mark.parametrize('implementation', ['sdpa', 'eager'])
@@ -62,7 +66,8 @@ def test_surrogate_logits_and_states(folder, implementation):
         with torch.no_grad(): out = model(ids, output_hidden_states=True)
         model.set_attn_implementation('sdpa')
         torch.testing.assert_close(out.logits, golden[f'{name}.logits'], rtol=0, atol=5e-5)
-        torch.testing.assert_close(torch.stack(out.hidden_states)[:, 0], golden[f'{name}.hidden_states'], rtol=0, atol=5e-5)
+        torch.testing.assert_close(torch.stack(out.hidden_states)[:, 0], golden[f'{name}.hidden_states'], rtol=0,
+                                   atol=5e-5)
 
 
 def test_surrogate_exports_as_a_plain_model(folder, tmp_path):
@@ -91,5 +96,7 @@ def test_trajectory(folder):
     batches = [dict(input_ids=part.clamp(min=0), attention_mask=(part >= 0).long()) for part in ids.split(8)]
     frame = stream(full_decoder(folder), batches, [traj]).frame
     np.testing.assert_allclose(traj.curves['zero'], golden['kl'].numpy(), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(scores(frame, 'trajectory_zero', 'text_predicting'), golden['kl'].mean(0).numpy(), rtol=0, atol=1e-4)
-    assert np.abs(traj.curves['vocabulary'][:, :-1] - traj.curves['zero'][:, :-1]).max() > .1      # the vocabulary twin is another quantity
+    np.testing.assert_allclose(scores(frame, 'trajectory_zero', 'text_predicting'), golden['kl'].mean(0).numpy(),
+                               rtol=0, atol=1e-4)
+    # the vocabulary twin is another quantity
+    assert np.abs(traj.curves['vocabulary'][:, :-1] - traj.curves['zero'][:, :-1]).max() > .1

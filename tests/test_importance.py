@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from depth_models import FAMILIES, batch, decoder, llava, rows
 from vlmbench.analysis.ablation import answer_loss, drop_one, gradient_scores, greedy_drop, revert_one, split_samples
-from vlmbench.analysis.importance import (STRATEGIES, AngularDistance, BlockInfluence, agreement, best_block, iterative_prune_order, plot_scores,
+from vlmbench.analysis.importance import (STRATEGIES, AngularDistance, BlockInfluence, agreement, best_block,
+                                          iterative_prune_order, plot_scores,
                                           prune_order, region, region_size, sparse_uniform, stability, top_k_overlap)
 from vlmbench.analysis.streams import residual_states, scores, stream
 from vlmbench.analysis.weights import check_same_base, layer_weights, lora_norm, lora_update, parameter_change
@@ -19,7 +20,7 @@ from vlmbench.models.depth import prune
 DATA = [batch(), batch((8, 10), seed=1)]
 
 
-# ------------------------------------------------------------------------------------------------------------ streaming scores
+# -------------------------------------------------------------------------------- streaming scores
 @pytest.mark.parametrize('family', FAMILIES)
 def test_block_influence_and_angles_by_definition(family):
     model, x = FAMILIES[family](), batch()
@@ -36,19 +37,22 @@ def test_block_influence_and_angles_by_definition(family):
     last = valid.sum(1) - 1
     for n in (1, 3):
         c = torch.cosine_similarity(h[:-n, range(3), last], h[n:, range(3), last], dim=-1).clamp(-1, 1)
-        np.testing.assert_allclose(scores(frame, 'angular_activation', 'last', n), (c.arccos() / torch.pi).mean(1), atol=1e-7)
+        np.testing.assert_allclose(scores(frame, 'angular_activation', 'last', n), (c.arccos() / torch.pi).mean(1),
+                                   atol=1e-7)
         assert best_block(frame, n) == int((c.arccos()).mean(1).argmin())
 
 
 def test_identical_states_have_distance_zero():
     model = decoder()
     with torch.no_grad():
-        for p in (*model.model.layers[2].self_attn.o_proj.parameters(), *model.model.layers[2].mlp.down_proj.parameters()): p.zero_()
+        for p in (*model.model.layers[2].self_attn.o_proj.parameters(),
+                  *model.model.layers[2].mlp.down_proj.parameters()):
+            p.zero_()
     frame = stream(model, DATA, [BlockInfluence(), AngularDistance()]).frame
     assert scores(frame, 'angular_activation', 'last')[2] < 1e-7 and abs(scores(frame, 'block_influence')[2]) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------------------ regions
+# -------------------------------------------------------------------------------- regions
 @settings(max_examples=200, deadline=None)
 @given(st.integers(2, 90), st.data())
 def test_every_strategy_gives_k_distinct_layers(n, data):
@@ -58,7 +62,8 @@ def test_every_strategy_gives_k_distinct_layers(n, data):
         assert len(r) == len(set(r)) == k and 0 <= r[0] and r[-1] < n and r == sorted(r), name
     if k < n: assert [i + 1 for i in sparse_uniform(n, k)] == sparse_uniform(n, k, 1)
     a = sparse_uniform(n, k)
-    if 1 < k < n and (k % 2 == 0 or n % 2 == 0): assert [n - 2 - i for i in reversed(a)] == a          # symmetric unless the middle falls between
+    # symmetric unless the middle falls between
+    if 1 < k < n and (k % 2 == 0 or n % 2 == 0): assert [n - 2 - i for i in reversed(a)] == a
 
 
 def test_random_regions_are_seeded():
@@ -67,15 +72,20 @@ def test_random_regions_are_seeded():
 
 def test_top_k_of_scores():
     s = pd.Series([.3, .1, .9, .3], index=[0, 1, 2, 3])
-    assert region(s, 2) == [0, 2] and region(s, 2, largest=False) == [0, 1] and region(s, 1, exclude=[2]) == [0] and region(s, .5, 4) == [0, 2]
+    assert region(s, 2) == [0, 2] == region(s, .5, 4)
+    assert region(s, 2, largest=False) == [0, 1] and region(s, 1, exclude=[2]) == [0]
     assert region_size(.25, 32) == 8 and region_size(.01, 32) == 1 and region_size(1., 7) == 7
 
 
 @pytest.mark.parametrize('call,message', [
-    (lambda: region('sparse_uniform', 33, 32), 'k=33 layers cannot be chosen from a decoder of 32'), (lambda: region('top', 0, 4), 'k=0'),
-    (lambda: region('top', 1.5, 4), r'must lie in \(0, 1\]'), (lambda: region('top', 2), 'needs depth'), (lambda: region('median', 2, 8), 'unknown strategy'),
-    (lambda: region([1, 2, 3], 4), 'k=4'), (lambda: region([1, 2], 1, depth=3), 'the decoder has 3'), (lambda: region([1., np.nan], 1), 'have no score'),
-    (lambda: region('top', 2, 8, exclude=[1]), 'exclude works on scores'), (lambda: prune_order(pd.Series([1., 2.]), [5]), 'layer 5 does not exist')])
+    (lambda: region('sparse_uniform', 33, 32), 'k=33 layers cannot be chosen from a decoder of 32'),
+                                          (lambda: region('top', 0, 4), 'k=0'),
+    (lambda: region('top', 1.5, 4), r'must lie in \(0, 1\]'), (lambda: region('top', 2), 'needs depth'),
+                                          (lambda: region('median', 2, 8), 'unknown strategy'),
+    (lambda: region([1, 2, 3], 4), 'k=4'), (lambda: region([1, 2], 1, depth=3), 'the decoder has 3'),
+                                          (lambda: region([1., np.nan], 1), 'have no score'),
+    (lambda: region('top', 2, 8, exclude=[1]), 'exclude works on scores'),
+                                          (lambda: prune_order(pd.Series([1., 2.]), [5]), 'layer 5 does not exist')])
 def test_bad_regions(call, message):
     with pytest.raises(ValueError, match=message): call()
 
@@ -91,11 +101,12 @@ def test_iterative_order_measures_again():
     with pytest.raises(ValueError, match='not an iterator'): iterative_prune_order(model, iter(DATA), 2)
 
 
-# ------------------------------------------------------------------------------------------------------------ agreement and stability
+# -------------------------------------------------------------------------------- agreement and stability
 def test_agreement_and_overlap():
     a = pd.Series(range(10), dtype=float)
     t = agreement(dict(a=a, b=a * 2 + 1, c=-a), 3).set_index(['a', 'b'])
-    assert t.tau['a', 'b'] == pytest.approx(1) and t.tau['a', 'c'] == pytest.approx(-1) and t.overlap['a', 'c'] == 0 and t.chance.eq(.3).all()
+    assert t.tau['a', 'b'] == pytest.approx(1) and t.tau['a', 'c'] == pytest.approx(-1)
+    assert t.overlap['a', 'c'] == 0 and t.chance.eq(.3).all()
     assert top_k_overlap(a, a.sample(frac=1, random_state=0), 4) == 1
     with pytest.raises(ValueError, match='score different layers'): agreement(dict(a=a, b=a[:5]), 2)
 
@@ -108,7 +119,7 @@ def test_stability_along_one_stream():
     pd.testing.assert_frame_equal(res.snapshots[3], first)
 
 
-# ------------------------------------------------------------------------------------------------------------ ablation
+# -------------------------------------------------------------------------------- ablation
 @pytest.mark.parametrize('family', FAMILIES)
 def test_drop_one_equals_pruned_models(family):
     model = FAMILIES[family]()
@@ -132,7 +143,8 @@ def test_drop_one_of_a_vlm_from_pixels():
     ids[:, 1:5] = 3
     x = dict(input_ids=ids, labels=batch()['labels'], pixel_values=torch.randn(3, 3, 8, 8))
     r = drop_one(model, [x], layers=[1, 5])
-    np.testing.assert_allclose(scores(r.frame, 'drop_one_loss', 'answer')[5], answer_loss(prune(model, [5]), [x]).value, atol=1e-5)
+    np.testing.assert_allclose(scores(r.frame, 'drop_one_loss', 'answer')[5],
+                               answer_loss(prune(model, [5]), [x]).value, atol=1e-5)
 
 
 def test_work_of_drop_one_is_half():
@@ -164,15 +176,18 @@ def test_revert_one_against_hand_made_models():
     for i in range(6):
         mixed = copy.deepcopy(tuned)
         mixed.model.layers[i].load_state_dict(base.model.layers[i].state_dict())
-        assert scores(r.frame, 'revert_one_loss', 'answer')[i] == pytest.approx(answer_loss(mixed, DATA).value, abs=1e-5)
+        want = pytest.approx(answer_loss(mixed, DATA).value, abs=1e-5)
+        assert scores(r.frame, 'revert_one_loss', 'answer')[i] == want
     assert scores(r.frame, 'revert_one_delta', 'answer')[[1, 2, 3, 5]].abs().max() == 0
     assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items())
 
 
 @pytest.mark.parametrize('f', [drop_one, answer_loss, gradient_scores, lambda m, b: greedy_drop(m, b, 1)])
 def test_losses_need_labels(f):
-    with pytest.raises(ValueError, match='needs labels'): f(decoder(), [{k: v for k, v in DATA[0].items() if k != 'labels'}])
-    with pytest.raises(ValueError, match='every label is -100'): f(decoder(), [DATA[0] | dict(labels=torch.full_like(DATA[0]['labels'], -100))])
+    with pytest.raises(ValueError, match='needs labels'):
+        f(decoder(), [{k: v for k, v in DATA[0].items() if k != 'labels'}])
+    with pytest.raises(ValueError, match='every label is -100'):
+        f(decoder(), [DATA[0] | dict(labels=torch.full_like(DATA[0]['labels'], -100))])
 
 
 @pytest.mark.parametrize('k,kw', [(6, {}), (2, dict(candidates=[1])), (1, dict(candidates=[9]))])
@@ -180,7 +195,7 @@ def test_greedy_limits(k, kw):
     with pytest.raises(ValueError, match='cannot be removed|does not exist'): greedy_drop(decoder(), DATA, k, **kw)
 
 
-# ------------------------------------------------------------------------------------------------------------ gradients
+# -------------------------------------------------------------------------------- gradients
 def test_gradient_scores_by_autograd():
     model = decoder(3)
     frame = gradient_scores(model, DATA)
@@ -194,9 +209,12 @@ def test_gradient_scores_by_autograd():
         w, g = dict(model.model.layers[l].named_parameters()), [s[l] for s in per_sample]
         mean = {n: sum(t * s[n] for t, s in zip(tokens, g)) / sum(tokens) for n in w}
         total = lambda f: sum(f(n).double().sum().item() for n in w)
-        want = dict(taylor=total(lambda n: (w[n] * mean[n]).abs()), taylor_absolute=total(lambda n: sum((w[n] * s[n]).abs() for s in g)),
-                    taylor_summed=total(lambda n: (w[n] * sum(s[n] for s in g)).abs()), fisher=total(lambda n: sum(s[n]**2 for s in g) / 5),
-                    grad_norm=total(lambda n: mean[n]**2)**.5, pruner_second=total(lambda n: w[n]**2 * sum(s[n]**2 for s in g) / 5))
+        want = dict(taylor=total(lambda n: (w[n] * mean[n]).abs()),
+                    taylor_absolute=total(lambda n: sum((w[n] * s[n]).abs() for s in g)),
+                    taylor_summed=total(lambda n: (w[n] * sum(s[n] for s in g)).abs()),
+                    fisher=total(lambda n: sum(s[n]**2 for s in g) / 5),
+                    grad_norm=total(lambda n: mean[n]**2)**.5,
+                    pruner_second=total(lambda n: w[n]**2 * sum(s[n]**2 for s in g) / 5))
         for k, v in want.items(): assert scores(frame, k, 'answer')[l] == pytest.approx(v, rel=1e-4), k
     assert frame[frame.metric == 'fisher'].standard_error.gt(0).all()
 
@@ -209,15 +227,18 @@ def test_frozen_layers_and_existing_gradients_survive():
     gradient_scores(model, DATA[:1], unit='batch')
     assert [p.requires_grad for p in model.parameters()] == ['layers.1.' in n for n, _ in model.named_parameters()]
     assert (model.model.layers[1].mlp.up_proj.weight.grad == 1).all()
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters() if getattr(p, '_post_accumulate_grad_hooks', None))
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters()
+                   if getattr(p, '_post_accumulate_grad_hooks', None))
 
 
 def test_split_samples_refuses_what_it_cannot_cut():
-    with pytest.raises(ValueError, match='packs several documents'): split_samples(dict(input_ids=torch.ones(1, 4), document_ids=torch.tensor([[0, 0, 1, 1]])))
-    with pytest.raises(ValueError, match='3 images for 2 rows'): split_samples(dict(input_ids=torch.ones(2, 4), pixel_values=torch.ones(3, 1)))
+    with pytest.raises(ValueError, match='packs several documents'):
+        split_samples(dict(input_ids=torch.ones(1, 4), document_ids=torch.tensor([[0, 0, 1, 1]])))
+    with pytest.raises(ValueError, match='3 images for 2 rows'):
+        split_samples(dict(input_ids=torch.ones(2, 4), pixel_values=torch.ones(3, 1)))
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
+# -------------------------------------------------------------------------------- weights
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31 - 1))
 def test_lora_norm_without_the_product(r, n, m, seed):
@@ -228,7 +249,8 @@ def test_lora_norm_without_the_product(r, n, m, seed):
 
 def test_lora_update_of_a_peft_model_and_its_merge():
     base = decoder()
-    peft = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, lora_alpha=6, target_modules=r'model\.layers\.[14]\..*_proj'))
+    peft = get_peft_model(copy.deepcopy(base),
+                          LoraConfig(r=3, lora_alpha=6, target_modules=r'model\.layers\.[14]\..*_proj'))
     with torch.no_grad():
         for n, p in peft.named_parameters():
             if 'lora_B' in n: p.normal_()
@@ -236,8 +258,10 @@ def test_lora_update_of_a_peft_model_and_its_merge():
     assert scores(up, 'lora_update', 'weights')[[0, 2, 3, 5]].eq(0).all() and set(up.n) == {0, 7}
     with pytest.raises(ValueError, match='merge the adapters first'): parameter_change(peft, base)
     change = parameter_change(peft.merge_and_unload(), base)
-    np.testing.assert_allclose(scores(up, 'lora_update_relative', 'weights'), scores(change, 'parameter_change', 'weights'), rtol=1e-4)
-    np.testing.assert_allclose(scores(up, 'lora_update_sum', 'weights'), scores(change, 'parameter_l2_sum', 'weights'), rtol=1e-4)
+    np.testing.assert_allclose(scores(up, 'lora_update_relative', 'weights'),
+                               scores(change, 'parameter_change', 'weights'), rtol=1e-4)
+    np.testing.assert_allclose(scores(up, 'lora_update_sum', 'weights'), scores(change, 'parameter_l2_sum', 'weights'),
+                               rtol=1e-4)
 
 
 def test_parameter_change_from_folders(tmp_path):
@@ -255,12 +279,14 @@ def test_towers_do_not_count_as_decoders():
     model = llava()
     with pytest.raises(ValueError, match='give prefix='): layer_weights(model.state_dict())
     names = layer_weights(model.state_dict(), 'model.language_model')
-    assert len(names) == 6 and torch.equal(names[2]['mlp.up_proj.weight'], layer_weights(model)[2]['mlp.up_proj.weight'])
+    assert len(names) == 6 and torch.equal(names[2]['mlp.up_proj.weight'],
+                                           layer_weights(model)[2]['mlp.up_proj.weight'])
     with pytest.raises(ValueError, match="prefix 'x' has no layers"): layer_weights(model.state_dict(), 'x')
 
 
 @pytest.mark.parametrize('other,message', [
-    (lambda: decoder(seed=9), 'median cosine'), (lambda: decoder(5), '6 layers against 5'), (lambda: decoder(intermediate_size=20), r'\(24, 16\) against \(20, 16\)'),
+    (lambda: decoder(seed=9), 'median cosine'), (lambda: decoder(5), '6 layers against 5'),
+                                           (lambda: decoder(intermediate_size=20), r'\(24, 16\) against \(20, 16\)'),
     (lambda: decoder(attention_bias=True), 'layer 0 differs in')])
 def test_checkpoints_of_different_bases(other, message):
     for f in (lambda: parameter_change(decoder(), other()), lambda: revert_one(decoder(), other(), DATA)):

@@ -3,7 +3,8 @@ import json, os, subprocess, sys, threading
 
 import pytest
 
-from vlmbench.run.manifest import (EXIT_CODES, Manifest, Preempted, Run, RunFolderError, data_hashes, default_folder, git_state,
+from vlmbench.run.manifest import (EXIT_CODES, Manifest, Preempted, Run, RunFolderError, data_hashes, default_folder,
+                                   git_state,
                                    read_runs, redact, write_json)
 
 
@@ -34,8 +35,9 @@ def test_no_secret_of_the_environment_reaches_a_manifest(tmp_path):
     assert 'ValueError: bad token <redacted>' in text and json.loads(text)['environment']['OMP_NUM_THREADS'] == '1'
 
 
-@pytest.mark.parametrize('key, hidden', [('hub_token', True), ('api_key', True), ('wandb_api_key', True), ('password', True),
-                                         ('max_tokens', False), ('token_budget', False), ('batch_tokens', False)])
+@pytest.mark.parametrize('key, hidden', [
+    ('hub_token', True), ('api_key', True), ('wandb_api_key', True), ('password', True),
+    ('max_tokens', False), ('token_budget', False), ('batch_tokens', False)])
 def test_redaction_goes_by_whole_words(key, hidden):
     assert (redact({key: 'value'}, {})[key] == '<redacted>') == hidden
     assert redact({'max_tokens': 5, 'token': 5}, {}) == {'max_tokens': 5, 'token': 5}   # numbers are no secrets
@@ -48,7 +50,8 @@ def test_a_script_that_just_ends_is_failed_and_a_killed_one_is_lost(tmp_path):
     for how, status in (('end', 'failed'), ('kill', 'lost')):
         subprocess.run([sys.executable, '-c', code, str(tmp_path/how), how], capture_output=True)
         assert Manifest(tmp_path/how).status() == status
-    assert {os.path.basename(r['folder']): r['status'] for r in read_runs(tmp_path)} == {'end': 'failed', 'kill': 'lost'}
+    found = {os.path.basename(r['folder']): r['status'] for r in read_runs(tmp_path)}
+    assert found == {'end': 'failed', 'kill': 'lost'}
 
 
 def test_preempted_and_failed_runs_are_continued_with_their_history(tmp_path):
@@ -94,7 +97,8 @@ def test_data_and_git_fingerprints_move_with_their_content(tmp_path):
     (tmp_path/'d'/'rows.jsonl').write_text('{}\n')
     before = data_hashes(tmp_path/'d')
     (tmp_path/'d'/'rows.jsonl').write_text('{} \n')
-    assert before['files'] != data_hashes(tmp_path/'d')['files'] and before['others'] == data_hashes(tmp_path/'d')['others']
+    after = data_hashes(tmp_path/'d')
+    assert before['files'] != after['files'] and before['others'] == after['others']
     assert git_state(tmp_path) is None
     git = lambda *w: subprocess.run(['git', '-C', str(tmp_path), *w], check=True, capture_output=True)
     git('init', '-q')

@@ -45,12 +45,14 @@ def test_text_is_read_by_the_declared_type(name, text, value):
 
 
 @pytest.mark.parametrize('name, bad', [
-    ('steps', '1.5'), ('steps', '1e3'), ('steps', 'many'), ('steps', 1.5), ('steps', True), ('steps', None), ('lr', 'fast'),
+    ('steps', '1.5'), ('steps', '1e3'), ('steps', 'many'), ('steps', 1.5), ('steps', True), ('steps', None),
+    ('lr', 'fast'),
     ('lr', 'nan'), ('lr', 'inf'), ('lr', True), ('lr', float('nan')), ('quick', 'maybe'), ('quick', ''), ('quick', 1),
     ('name', 7), ('layers', '1,x'), ('layers', [1, 2.5]), ('layers', '[1,'), ('layers', "__import__('os')"),
     ('precision', 'fp8'), ('precision', 3), ('tags', [1])])
 def test_a_wrong_type_is_refused_and_named(name, bad):
-    with pytest.raises(ParameterError, match=f"parameter '{name}' must be") as e: check_parameters(DECLARED, {name: bad})
+    with pytest.raises(ParameterError, match=f"parameter '{name}' must be") as e:
+        check_parameters(DECLARED, {name: bad})
     assert e.value.exit_code == 2 and 'Nothing was run' in str(e.value)
 
 

@@ -11,7 +11,8 @@ from vlmbench.run.parameters import ParameterError, load_notebook, notebook_para
 
 RUNS = Path(__file__).parents[1]/'nbs'/'runs'
 SMALL = ','.join(f'stages.{s}.{k}' for s in ('align', 'instruct') for k in ('batch_rows=1', 'max_tokens=256'))
-FEW = dict(precision='fp32', device='cpu', tasks=['vqa_test', 'text_test'], limit=6, batch_size=8, budget=.004, overrides=SMALL.split(','))
+FEW = dict(precision='fp32', device='cpu', tasks=['vqa_test', 'text_test'], limit=6, batch_size=8, budget=.004,
+           overrides=SMALL.split(','))
 
 
 @pytest.fixture(scope='session')
@@ -25,13 +26,15 @@ def bases(tmp_path_factory) -> Path:
     size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     tokenizer = world_tokenizer()
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16,
+                                 tie_word_embeddings=True,
                                  **size)).save_pretrained(root/'llm')
     tokenizer.save_pretrained(root/'llm')
     SiglipVisionModel(SiglipVisionConfig(image_size=64, patch_size=16, **size)).save_pretrained(root/'vit')
     scale = dict(name='mini', llm=str(root/'llm'), vision=str(root/'vit'), image_size=64, template='world')
     (root/'mini.json').write_text(json.dumps(scale))
-    write_world(root/'world', WorldConfig(), WorldSize(caption_train=12, vqa_train=12, vqa_val=0, vqa_test=6, text_train=8, text_test=6,
+    write_world(root/'world', WorldConfig(), WorldSize(caption_train=12, vqa_train=12, vqa_val=0, vqa_test=6,
+                                                       text_train=8, text_test=6,
                                                        region_train=0, region_test=0, probe_train=0, probe_test=0))
     return root
 
@@ -72,16 +75,20 @@ def test_train_leaves_a_complete_run_folder(trained):
     assert m['status'] == 'completed' and m['exit_code'] == 0 and m['seeds'] == dict(seed=0)
     assert [p['name'] for p in m['phases']] == ['data', 'build', 'before', 'train', 'export', 'evaluate']
     assert 0 <= m['results']['score'] <= 1 and {'image', 'blind', 'majority'} <= set(m['results']['vqa_test'])
-    assert m['results']['targets']['align'] >= 40 and m['data']['files']['vqa_test.json'] and m['quarantined'] == dict(align=0, instruct=0)
-    for path in ('train.ipynb', 'recipe.json', 'stages/align/metrics.jsonl', 'stages/instruct/freeze.csv', 'model/model.safetensors'):
+    assert m['results']['targets']['align'] >= 40 and m['quarantined'] == dict(align=0, instruct=0)
+    assert m['data']['files']['vqa_test.json']
+    for path in ('train.ipynb', 'recipe.json', 'stages/align/metrics.jsonl', 'stages/instruct/freeze.csv',
+                 'model/model.safetensors'):
         assert (trained/path).exists(), path
-    assert not list(trained.glob('stages/*/checkpoints')) and (trained/'results'/'vqa_test.head6@blind.parquet').exists()
+    assert not list(trained.glob('stages/*/checkpoints'))
+    assert (trained/'results'/'vqa_test.head6@blind.parquet').exists()
     text = (trained/'train.ipynb').read_text()
     assert 'image/png' in text and len(text) < 3_000_000
 
 
 def test_evaluate_answers_as_train_did(trained, bases, tmp_path):
-    assert run_notebook('evaluate', dict(model=str(trained/'model'), data=str(bases/'world'), limit=6, batch_size=3, device='cpu',
+    assert run_notebook('evaluate', dict(model=str(trained/'model'), data=str(bases/'world'), limit=6, batch_size=3,
+                                         device='cpu',
                                          recipe='llava'), tmp_path/'e', progress=False) == 0
     before, after = Manifest(trained).read()['results'], Manifest(tmp_path/'e').read()['results']
     assert after['vqa_test'] == before['vqa_test'] and after['score'] == before['score']
@@ -97,7 +104,8 @@ def test_bench_leaves_a_self_contained_report_and_can_be_resumed(benched, bases,
     assert not reusable(same)
     monkeypatch.setattr('vlmbench.run.bench.code_state', lambda: old['code'])
     assert reusable(same)
-    assert bench(['llava'], 1, benched, resume=True, echo=False, **{k: v for k, v in params(bases).items() if k != 'recipe'}) == 0
+    settings = {k: v for k, v in params(bases).items() if k != 'recipe'}
+    assert bench(['llava'], 1, benched, resume=True, echo=False, **settings) == 0
     said = capsys.readouterr().out
     assert Manifest(benched/'llava-s0').read()['started'] == started and 'kept' in said
     assert f'report: {(benched/"report.html").resolve()}' in said
@@ -109,8 +117,10 @@ def test_a_stopped_training_goes_on_where_it_left(bases, tmp_path):
     def steps() -> list[int]:
         rows = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
         return [r['step'] for r in rows if r['event'] == 'step']
-    command = [sys.executable, '-m', 'papermill', '--engine', 'vlmbench', '--no-progress-bar', str(find_notebook('train').resolve())]
-    p = subprocess.Popen([*command, str(out/'train.ipynb'), *words('-r', values)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, '-m', 'papermill', '--engine', 'vlmbench', '--no-progress-bar',
+               str(find_notebook('train').resolve())]
+    p = subprocess.Popen([*command, str(out/'train.ipynb'), *words('-r', values)], cwd=tmp_path,
+                         stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 300
         while not steps():
@@ -131,8 +141,10 @@ def test_a_stopped_training_goes_on_where_it_left(bases, tmp_path):
 
 def test_plain_papermill_works_and_writes_a_manifest(bases, tmp_path):
     values = params(bases, evaluate=False, out=tmp_path/'r')
-    given = words('-p', {k: v for k, v in values.items() if not isinstance(v, list)}) + ['-y', f'overrides: {json.dumps(values["overrides"])}']
-    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(find_notebook('train').resolve()), str(tmp_path/'out.ipynb')]
+    given = words('-p', {k: v for k, v in values.items() if not isinstance(v, list)}) + ['-y',
+            f'overrides: {json.dumps(values["overrides"])}']
+    command = [sys.executable, '-m', 'papermill', '--no-progress-bar', str(find_notebook('train').resolve()),
+               str(tmp_path/'out.ipynb')]
     done = subprocess.run([*command, *given], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Manifest(tmp_path/'r').read()['status'] == 'completed' and (tmp_path/'r'/'model'/'config.json').exists()
@@ -141,4 +153,5 @@ def test_plain_papermill_works_and_writes_a_manifest(bases, tmp_path):
 def test_a_recipe_that_does_not_exist_fails_with_its_reason(bases, tmp_path):
     assert run_notebook('train', params(bases, recipe='lava'), tmp_path/'r', progress=False, quiet=True) == 1
     assert 'recipes are llava' in Manifest(tmp_path/'r').read()['reason']
-    with pytest.raises(ParameterError, match='must be'): run_notebook('train', params(bases, precision='fp8'), tmp_path/'r2')
+    with pytest.raises(ParameterError, match='must be'):
+        run_notebook('train', params(bases, precision='fp8'), tmp_path/'r2')

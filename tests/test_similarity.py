@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from depth_models import FAMILIES, batch, decoder, llava, rows
-from vlmbench.analysis.similarity import CKA, SEGMENTS, ImageAttention, attention_rows, cka_from_hsic, collecting_rows, full_attentions, hsic_matrices, plot_cka
+from vlmbench.analysis.similarity import (CKA, SEGMENTS, ImageAttention, attention_rows, cka_from_hsic, collecting_rows,
+                                          full_attentions, hsic_matrices, plot_cka)
 from vlmbench.analysis.streams import scores, stream
 from vlmbench.models.depth import find_decoder
 
@@ -15,7 +16,8 @@ def hsic1(k, l):
     n = len(k)
     k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
     one = np.ones(n)
-    return (np.trace(k @ l) + one @ k @ one * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ k @ l @ one) / (n * (n - 3))
+    return (np.trace(k @ l) + one @ k @ one * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2)
+            * one @ k @ l @ one) / (n * (n - 3))
 
 
 @settings(max_examples=30, deadline=None)
@@ -42,7 +44,8 @@ def test_minibatch_cka_averages_hsic():
     total = sum(c.sums['all'][0] for c in parts)
     np.testing.assert_allclose(whole.matrix(), cka_from_hsic(total[1]).numpy(), atol=1e-9)
     frame = stream(model, data, [CKA(['all'])]).frame
-    assert frame.standard_error.notna().all() and stream(model, data[:1], [CKA(['all'])]).frame.standard_error.isna().all()
+    assert frame.standard_error.notna().all() and stream(model, data[:1],
+                                                         [CKA(['all'])]).frame.standard_error.isna().all()
 
 
 def test_debiased_minibatches_estimate_the_whole_better_than_biased():
@@ -76,8 +79,10 @@ def test_drop_first_leaves_out_one_token_a_sample():
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_attention_against_eager(family, side):
     model, x = FAMILIES[family](), batch(side=side)
-    x['image_mask'][0, x['image_mask'][0].nonzero()[-1, 0] + 2] = True                        # a second image in sample 0
-    model.set_attn_implementation('eager')                                                    # Gemma's soft cap exists in eager only
+    # a second image in sample 0
+    x['image_mask'][0, x['image_mask'][0].nonzero()[-1, 0] + 2] = True
+    # Gemma's soft cap exists in eager only
+    model.set_attn_implementation('eager')
     frame = stream(model, [x], [ImageAttention(['last', 'answer_predicting', 'text_after_images'])]).frame
     a, im = full_attentions(model, x), x['image_mask']
     at = x['labels'].roll(-1, 1) != -100
@@ -88,8 +93,10 @@ def test_attention_against_eager(family, side):
     valid = x['attention_mask'].bool()
     share = torch.tensor([im[i, :j + 1].sum() / valid[i, :j + 1].sum() for i, j in zip(b, t)])
     np.testing.assert_allclose(scores(frame, 'attention_image', 'answer_predicting'), mass.mean((0, 2)), atol=1e-5)
-    np.testing.assert_allclose(scores(frame, 'attention_max_head', 'answer_predicting'), mass.mean(0).amax(1), atol=1e-5)
-    np.testing.assert_allclose(scores(frame, 'attention_lift', 'answer_predicting'), (mass.mean(2) / share[:, None]).mean(0), atol=1e-5)
+    np.testing.assert_allclose(scores(frame, 'attention_max_head', 'answer_predicting'), mass.mean(0).amax(1),
+                               atol=1e-5)
+    np.testing.assert_allclose(scores(frame, 'attention_lift', 'answer_predicting'),
+                               (mass.mean(2) / share[:, None]).mean(0), atol=1e-5)
     total = sum(scores(frame, f'attention_mass_{s}', 'last').values for s in SEGMENTS)
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
@@ -108,7 +115,8 @@ def test_attention_rows_are_the_only_rows():
 def test_packed_documents_do_not_look_across():
     x = batch((12, 9), image=(0,))
     apart = stream(decoder(), rows(x), [ImageAttention(['last'])]).frame
-    assert set(apart.n) == {1}                                                                # the text-only sample has no query
+    # the text-only sample has no query
+    assert set(apart.n) == {1}
 
 
 def test_sinks_take_their_share():
@@ -117,7 +125,9 @@ def test_sinks_take_their_share():
     assert (attention_rows(q, k, torch.tensor([[4]]), None, sinks=torch.zeros(2)).sum(-1) < plain.sum(-1)).all()
     boolean = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     additive = torch.where(boolean, 0., torch.finfo(torch.float32).min)
-    for m in (boolean, additive): torch.testing.assert_close(attention_rows(q, k, torch.tensor([[4, 1]]), m), attention_rows(q, k, torch.tensor([[4, 1]]), None))
+    for m in (boolean, additive):
+        torch.testing.assert_close(attention_rows(q, k, torch.tensor([[4, 1]]), m),
+                                   attention_rows(q, k, torch.tensor([[4, 1]]), None))
 
 
 def test_attention_settings_are_restored_even_after_an_error():

@@ -7,14 +7,16 @@ from hypothesis import given, settings, strategies as st
 
 from depth_models import FAMILIES, IMAGE, batch, decoder, gpt2, llava, rows
 from vlmbench.analysis.importance import AngularDistance, BlockInfluence
-from vlmbench.analysis.streams import (Moments, Record, StateNorm, StreamMetric, check_residual, make_states, model_inputs, residual_states, scores,
+from vlmbench.analysis.streams import (Moments, Record, StateNorm, StreamMetric, check_residual, make_states,
+                                       model_inputs, residual_states, scores,
                                        skipping, stream, streaming_metrics, tidy, token_sets)
 from vlmbench.analysis.trajectory import Trajectory
 from vlmbench.models.depth import find_decoder, prune
 
 
 def table(model, batches, metrics=None):
-    return stream(model, batches, metrics or [BlockInfluence(), AngularDistance(), StateNorm()]).frame.set_index(['metric', 'token_set', 'layer', 'span'])
+    return stream(model, batches, metrics or [BlockInfluence(), AngularDistance(),
+                                              StateNorm()]).frame.set_index(['metric', 'token_set', 'layer', 'span'])
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -32,7 +34,8 @@ def test_states_equal_the_librarys_hidden_states(family):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_metric_runs_on_every_family(family):
     frame = stream(FAMILIES[family](), [batch(), batch(seed=1)], streaming_metrics()).frame
-    assert frame.value.notna().all() and {'cka', 'trajectory_zero', 'angular_activation', 'kl_final_to_layer'} <= set(frame.metric)
+    assert frame.value.notna().all() and {'cka', 'trajectory_zero', 'angular_activation',
+                                          'kl_final_to_layer'} <= set(frame.metric)
     assert {'attention_image', 'attention_lift'} <= set(frame.metric)
 
 
@@ -40,14 +43,16 @@ def test_padding_side_width_and_batching_do_not_matter():
     model = decoder()
     want = table(model, [batch()]).value
     for other in ([batch(side='left')], [batch(width=20)], rows(batch()), rows(batch())[::-1]):
-        torch.testing.assert_close(torch.tensor(table(model, other).value[want.index].values), torch.tensor(want.values), rtol=0, atol=2e-5)
+        torch.testing.assert_close(torch.tensor(table(model, other).value[want.index].values),
+                                   torch.tensor(want.values), rtol=0, atol=2e-5)
 
 
 def test_backends_agree():
     model = decoder()
     want = table(model, [batch(side='left')]).value
     model.set_attn_implementation('eager')
-    torch.testing.assert_close(torch.tensor(table(model, [batch(side='left')]).value.values), torch.tensor(want.values), rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.tensor(table(model, [batch(side='left')]).value.values),
+                               torch.tensor(want.values), rtol=0, atol=2e-5)
 
 
 def test_packed_documents_are_samples():
@@ -112,7 +117,8 @@ def test_standard_error_of_one_sample_is_unknown():
 
 def test_skip_equals_pruning():
     model, x = decoder(), batch()
-    a, b = (stream(m, [x], [StateNorm(['all'])], skip=s).frame.value for m, s in ((model, [1, 4]), (prune(model, [1, 4]), [])))
+    a, b = (stream(m, [x], [StateNorm(['all'])], skip=s).frame.value for m,
+            s in ((model, [1, 4]), (prune(model, [1, 4]), [])))
     torch.testing.assert_close(torch.tensor(a.values), torch.tensor(b.values))
     layers = stream(model, [x], [BlockInfluence(['all'])], skip=[1, 4]).frame.layer.unique().tolist()
     assert layers == [0, 2, 3, 5]
@@ -141,8 +147,10 @@ def test_results_do_not_grow_with_samples():
         metrics = streaming_metrics()
         metrics[4] = Trajectory(keep=4)
         stream(decoder(), [batch(seed=i) for i in range(n)], metrics)
-        tensors = lambda o: (o.numel() if torch.is_tensor(o) else sum(map(tensors, o.values())) if isinstance(o, dict) else
-                             sum(map(tensors, o)) if isinstance(o, (list, tuple)) else tensors(vars(o)) if isinstance(o, Moments) else 0)
+        tensors = lambda o: (o.numel() if torch.is_tensor(o) else sum(map(tensors, o.values()))
+                             if isinstance(o, dict) else
+                             sum(map(tensors, o)) if isinstance(o, (list, tuple)) else tensors(vars(o))
+                             if isinstance(o, Moments) else 0)
         return sum(tensors({k: v for k, v in vars(m).items() if k != 'decoder'}) for m in metrics)
     assert size(12) == size(3)
 
@@ -151,13 +159,15 @@ def test_llava_from_pixels():
     model, ids = llava(), batch()['input_ids']
     ids[:2, 1:5] = IMAGE
     ids[2] = batch(seed=3)['input_ids'][0]
-    x = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    x = dict(input_ids=ids, attention_mask=torch.ones_like(ids),
+             pixel_values=torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     frame = stream(model, [x], [BlockInfluence()]).frame
-    assert set(frame[frame.token_set == 'image'].n) == {2, 8}              # samples for the per-sample mean, tokens for the pooled one
+    # samples for the per-sample mean, tokens for the pooled one
+    assert set(frame[frame.token_set == 'image'].n) == {2, 8}
     assert frame.layer.max() == 5
 
 
-# ------------------------------------------------------------------------------------------------------------ what it refuses
+# -------------------------------------------------------------------------------- what it refuses
 def test_post_norm_states_are_refused():
     for model in (decoder(), gpt2()):
         d = find_decoder(model)
@@ -213,7 +223,8 @@ def test_an_in_place_layer_is_refused():
 def test_stored_states_need_the_right_number():
     model = decoder()
     with torch.no_grad(): hidden, _ = residual_states(model, batch())
-    with pytest.raises(ValueError, match='6 layers need 7 states'): make_states(hidden[:-1], batch(), find_decoder(model), range(6))
+    with pytest.raises(ValueError, match='6 layers need 7 states'):
+        make_states(hidden[:-1], batch(), find_decoder(model), range(6))
 
 
 def test_inputs_of_the_model_exclude_annotations():

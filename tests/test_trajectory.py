@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from depth_models import FAMILIES, batch, decoder, rows
 from vlmbench.analysis.streams import residual_states, scores, stream
-from vlmbench.analysis.trajectory import LENS, LogitLens, Trajectory, plot_lens, plot_trajectory, thin, transition_point, zero_trajectory
+from vlmbench.analysis.trajectory import (LENS, LogitLens, Trajectory, plot_lens, plot_trajectory, thin,
+                                          transition_point, zero_trajectory)
 from vlmbench.models.depth import find_decoder
 
 
@@ -27,8 +28,10 @@ def test_lens_by_definition(family):
     at[:, -1] = False
     logp, target = logp[:, at], x['labels'].roll(-1, 1)[at]
     final = logp[-1]
-    want = dict(kl_final_to_layer=(final.exp() * (final - logp)).sum(-1).mean(1), kl_layer_to_final=(logp.exp() * (logp - final)).sum(-1).mean(1),
-                cross_entropy=torch.stack([F.nll_loss(l, target) for l in logp]), top1_agreement=(logp.argmax(-1) == final.argmax(-1)).float().mean(1))
+    want = dict(kl_final_to_layer=(final.exp() * (final - logp)).sum(-1).mean(1),
+                kl_layer_to_final=(logp.exp() * (logp - final)).sum(-1).mean(1),
+                cross_entropy=torch.stack([F.nll_loss(l, target) for l in logp]),
+                top1_agreement=(logp.argmax(-1) == final.argmax(-1)).float().mean(1))
     for k in LENS: np.testing.assert_allclose(scores(frame, k, 'answer_predicting', 0), want[k].numpy(), atol=1e-5)
     with torch.no_grad(): loss = model(**{k: x[k] for k in ('input_ids', 'attention_mask', 'labels')}).loss
     assert scores(frame, 'cross_entropy', 'answer_predicting', 0).iloc[-1] == pytest.approx(loss.item(), abs=1e-5)
@@ -38,7 +41,9 @@ def test_chunks_and_shared_values_change_nothing():
     model, x = decoder(), batch()
     alone = stream(model, [x], [LogitLens()]).frame
     shared = stream(model, [x], [Trajectory('all_predicting'), LogitLens(), LogitLens(['text_predicting'])]).frame
-    for k in LENS: np.testing.assert_allclose(scores(shared, k, 'answer_predicting', 0), scores(alone, k, 'answer_predicting', 0), atol=1e-6)
+    for k in LENS:
+        np.testing.assert_allclose(scores(shared, k, 'answer_predicting', 0), scores(alone, k, 'answer_predicting', 0),
+                                   atol=1e-6)
     from vlmbench.analysis.trajectory import lens_values
     from vlmbench.analysis.streams import make_states
     with torch.no_grad(): states = make_states(residual_states(model, x)[0], x, find_decoder(model))

@@ -1,4 +1,4 @@
-"""The visual-region method on a vlmbench VLM with packed, mixed batches: what trains, what is analysed, what is pruned."""
+"""The visual-region method on a VLM with packed, mixed batches: what trains, what is analysed, what is pruned."""
 import copy
 
 import numpy as np
@@ -11,7 +11,8 @@ from vlmbench.analysis.importance import BlockInfluence, region
 from vlmbench.analysis.streams import scores, stream, streaming_metrics
 from vlmbench.analysis.weights import lora_update
 from vlmbench.methods.recipes import RECIPES, get_method, get_recipe
-from vlmbench.methods.visual_region import METHOD, PUBLISHED_REGIONS, backward_depth, decoder_depth, prune_outside, region_recipe, retention
+from vlmbench.methods.visual_region import (METHOD, PUBLISHED_REGIONS, backward_depth, decoder_depth, prune_outside,
+                                            region_recipe, retention)
 from vlmbench.models.depth import build_surrogate, causal_lm, find_decoder, fingerprint, graft, prune
 from vlmbench.models.vision import backbone_dict
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, module_groups
@@ -19,25 +20,31 @@ from vlmbench.train.prepare import lora_modules, merge_lora, prepare
 from vlmbench.train.recipe import RecipeError, Stage, full, get_scale, layers, lora
 
 IMG = 4
-CLIP = CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=6, num_attention_heads=2, image_size=16, patch_size=8)
+CLIP = CLIPVisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=6, num_attention_heads=2,
+                        image_size=16, patch_size=8)
 
 
 def vlm(depth=6, bidirectional=False):
     torch.manual_seed(0)
-    text = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=4, num_key_value_heads=2,
+    text = LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=depth,
+                       num_attention_heads=4, num_key_value_heads=2,
                        eos_token_id=2, pad_token_id=0, initializer_range=.3)
-    return VLMForConditionalGeneration(VLMConfig(text_config=text, vision_config=dict(type='encoder', backbone=backbone_dict(CLIP)), image_token_id=IMG,
+    return VLMForConditionalGeneration(VLMConfig(text_config=text,
+                                                 vision_config=dict(type='encoder', backbone=backbone_dict(CLIP)),
+                                                 image_token_id=IMG,
                                                  bidirectional_images=bidirectional)).eval()
 
 
 def documents(seed=0):
-    "Three documents: two images' worth of tokens in the first two, text in the last; the last three tokens are answers."
+    """Three documents: two images' worth of tokens in the first two, text in the last; the last three tokens are
+    answers."""
     g = torch.Generator().manual_seed(seed)
     out = []
     for words, image in ((8, 0), (6, 1), (9, -1)):
         ids = torch.cat([torch.tensor([1, *[IMG] * 4 * (image >= 0)]), torch.randint(5, 48, (words,), generator=g)])
         labels = torch.where(torch.arange(len(ids)) >= len(ids) - 3, ids, -100)
-        out.append(dict(input_ids=ids, labels=labels, image_ids=torch.where(ids == IMG, image, -1), position_ids=torch.arange(len(ids))))
+        out.append(dict(input_ids=ids, labels=labels, image_ids=torch.where(ids == IMG, image, -1),
+                        position_ids=torch.arange(len(ids))))
     return out, torch.randn(2, 3, 16, 16, generator=g)
 
 
@@ -53,7 +60,8 @@ def padded(seed=0):
     pad = torch.nn.utils.rnn.pad_sequence
     fill = dict(input_ids=0, labels=-100, image_ids=-1, position_ids=0)
     batch = {k: pad([d[k] for d in docs], True, v) for k, v in fill.items()}
-    return batch | dict(attention_mask=pad([torch.ones(len(d['input_ids']), dtype=torch.long) for d in docs], True, 0), pixel_values=pixels)
+    return batch | dict(attention_mask=pad([torch.ones(len(d['input_ids']), dtype=torch.long) for d in docs], True, 0),
+                        pixel_values=pixels)
 
 
 @pytest.mark.parametrize('bidirectional', [False, True])
@@ -61,7 +69,8 @@ def test_packed_and_padded_batches_give_the_same_scores(bidirectional):
     model = vlm(bidirectional=bidirectional)
     key = ['metric', 'token_set', 'layer', 'span']
     a, b = (stream(model, [x], streaming_metrics()).frame.set_index(key) for x in (packed(), padded()))
-    assert set(a.index) == set(b.index) and {'attention_image', 'block_influence_balanced'} <= set(a.reset_index().metric)
+    assert set(a.index) == set(b.index) and {'attention_image',
+                                             'block_influence_balanced'} <= set(a.reset_index().metric)
     np.testing.assert_allclose(a.value, b.value[a.index], atol=5e-5)
     np.testing.assert_array_equal(a.n, b.n[a.index])
     x, y = drop_one(model, [packed()]), drop_one(model, [padded()])
@@ -72,7 +81,8 @@ def test_packed_and_padded_batches_give_the_same_scores(bidirectional):
 def test_packed_attention_stays_in_its_document():
     "The mass of all key segments of a query is 1, although other documents share the row."
     frame = stream(vlm(), [packed()], streaming_metrics()).frame
-    total = sum(scores(frame, f'attention_mass_{s}', 'answer_predicting').values for s in ('system', 'image', 'instruction', 'answer'))
+    total = sum(scores(frame, f'attention_mass_{s}', 'answer_predicting').values
+                for s in ('system', 'image', 'instruction', 'answer'))
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
 
@@ -90,9 +100,11 @@ def test_a_pruned_vlm_reloads_and_generates_the_same(tmp_path):
     again = VLMForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.config.text_config.num_hidden_layers == 4 and not {0, 4} & set(gone)
     x['pixel_values'] = padded()['pixel_values'][:1]
-    outs = [m.generate(**x, max_new_tokens=5, do_sample=False, use_cache=c) for m in (small, again) for c in (True, False)]
+    outs = [m.generate(**x, max_new_tokens=5, do_sample=False, use_cache=c) for m in (small, again)
+            for c in (True, False)]
     assert all(torch.equal(outs[0], o) for o in outs)
-    assert answer_loss(again, [padded()]).value == pytest.approx(answer_loss(model, [padded()], skip=gone).value, abs=1e-5)
+    want = pytest.approx(answer_loss(model, [padded()], skip=gone).value, abs=1e-5)
+    assert answer_loss(again, [padded()]).value == want
 
 
 def test_surrogate_and_graft_of_a_vlm():
@@ -100,7 +112,8 @@ def test_surrogate_and_graft_of_a_vlm():
     before, head = fingerprint(model.model.language_model), fingerprint(model.lm_head)
     surrogate = build_surrogate(model, [range(3, 7)])
     with torch.no_grad():
-        for p in (*surrogate.model.vision.parameters(), *surrogate.model.language_model.layers[3].parameters()): p.add_(.1)
+        for p in (*surrogate.model.vision.parameters(), *surrogate.model.language_model.layers[3].parameters()):
+            p.add_(.1)
     report = graft(model, surrogate)
     assert all(n.startswith('model.vision.') for n in report.loaded) and not report.unchanged
     assert fingerprint(model.model.vision) == fingerprint(surrogate.model.vision)
@@ -135,11 +148,13 @@ def test_back_propagation_stops_below_the_region():
     prepare(model, high, module_groups(model))
     assert backward_depth(model) == 3
     reached = [None] * 6
-    for i, l in enumerate(find_decoder(model).layers): l.register_forward_hook(lambda m, a, out, i=i: reached.__setitem__(i, out.requires_grad))
+    for i, l in enumerate(find_decoder(model).layers):
+        l.register_forward_hook(lambda m, a, out, i=i: reached.__setitem__(i, out.requires_grad))
     model(**packed()).loss.backward()
     assert reached == [False, False, False, True, True, True]
     model = vlm()
-    prepare(model, Stage('a', dict(projector=full(1e-3), layers=layers((3, 5), 1e-3)), 'x', steps=1), module_groups(model))
+    prepare(model, Stage('a', dict(projector=full(1e-3), layers=layers((3, 5), 1e-3)), 'x', steps=1),
+            module_groups(model))
     assert backward_depth(model) == 0
     prepare(model, Stage('a', dict(lm_head=full(1e-3)), 'x', steps=1), module_groups(model))
     assert backward_depth(model) is None
@@ -153,11 +168,14 @@ def test_registered_with_the_controls_budget():
                [(s.name, s.data, s.budget_targets, s.max_tokens, s.batch_rows) for s in control.stages]
         assert ours.front_end == control.front_end and ours.stage('align') == control.stage('align')
         tune = ours.stage('instruct').trains['layers']
-        assert tune.how == 'lora' and tune.layers == tuple(region('sparse_uniform', .25, decoder_depth(get_scale(scale))))
-    assert get_recipe('visual_region', get_scale('paper')).stage('instruct').trains['layers'].layers == PUBLISHED_REGIONS['paper']
+        want = region('sparse_uniform', .25, decoder_depth(get_scale(scale)))
+        assert tune.how == 'lora' and tune.layers == tuple(want)
+    assert get_recipe('visual_region',
+                      get_scale('paper')).stage('instruct').trains['layers'].layers == PUBLISHED_REGIONS['paper']
 
 
-@pytest.mark.parametrize('kw,message', [(dict(where=[32]), 'layer 32 does not exist'), (dict(where='best'), 'unknown strategy'), (dict(share=33), 'k=33 layers'),
+@pytest.mark.parametrize('kw,message', [(dict(where=[32]), 'layer 32 does not exist'),
+                                        (dict(where='best'), 'unknown strategy'), (dict(share=33), 'k=33 layers'),
                                         (dict(tune='qlora'), "'lora' or 'full'"), (dict(where=[1, 1]), 'listed twice')])
 def test_bad_regions(kw, message):
     with pytest.raises(RecipeError, match=message): region_recipe(get_scale('paper'), **kw)
@@ -167,7 +185,8 @@ def test_a_region_chosen_by_importance_becomes_a_recipe():
     model = vlm()
     bi = scores(stream(model, [packed()], [BlockInfluence(['all'])]).frame, 'block_influence')
     chosen = region(bi, 2)
-    plan = prepare(copy.deepcopy(model), Stage('i', dict(layers=layers(chosen, 1e-3)), 'x', steps=1), module_groups(model))
+    plan = prepare(copy.deepcopy(model), Stage('i', dict(layers=layers(chosen, 1e-3)), 'x', steps=1),
+                   module_groups(model))
     assert {int(n.split('.layers.')[1].split('.')[0]) for n in plan.trainable} == set(chosen)
     assert region_recipe(get_scale('small'), chosen).stage('instruct').trains['layers'].layers == tuple(chosen)
 

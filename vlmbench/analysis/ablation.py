@@ -20,10 +20,11 @@ from .streams import Moments, Record, batch_tokens, capture, check_head, evaluat
 from .weights import check_same_base, layer_weights
 from ..models.depth import Decoder, check_layers, find_decoder
 
-# %% ../../nbs/analysis/14_ablation.ipynb #124cdd06
+# %% ../../nbs/analysis/14_ablation.ipynb #ad4cd7b5
 def _answers(batch, decoder):
     tokens = batch_tokens(batch, decoder)
-    if 'answer_predicting' not in tokens.masks: raise ValueError('the loss is taken on answer tokens and needs labels, and the batch has none')
+    if 'answer_predicting' not in tokens.masks:
+        raise ValueError('the loss is taken on answer tokens and needs labels, and the batch has none')
     mask = tokens.masks['answer_predicting']
     return mask, tokens.targets[mask], tokens.samples[mask]
 
@@ -50,9 +51,12 @@ class _Prefix:
         "State after `layers`, starting from `h`; `swap` = {layer: tensors} replaces the parameters of a layer."
         for i in layers:
             args, kwargs = self.kwargs[i]
-            h = functional_call(self.d.layers[i], dict(swap[i]), (h, *args), kwargs) if swap and i in swap else self.d.layers[i](h, *args, **kwargs)
-            if not isinstance(h, Tensor): raise ValueError(f'{type(self.d.layers[i]).__name__} returns {type(h).__name__}, not a tensor: '
-                                                           'layers that pass more than the residual stream cannot be dropped one by one')
+            layer = self.d.layers[i]
+            if swap and i in swap: h = functional_call(layer, dict(swap[i]), (h, *args), kwargs)
+            else: h = layer(h, *args, **kwargs)
+            if not isinstance(h, Tensor):
+                raise ValueError(f'{type(layer).__name__} returns {type(h).__name__}, not a tensor: layers that pass '
+                                 'more than the residual stream cannot be dropped one by one')
         return h
 
     def losses(self, h): return token_losses(h[self.mask], self.target, self.d)
@@ -61,10 +65,11 @@ class _Prefix:
         "Token losses without `layer`: its input goes straight to the layers above."
         return self.losses(self.run(self.enters[layer], [i for i in self.layers if i > layer]))
 
-# %% ../../nbs/analysis/14_ablation.ipynb #2b41096d
+# %% ../../nbs/analysis/14_ablation.ipynb #b4851a3a
 @dataclass(frozen=True)
 class Loss:
-    "Token-mean cross-entropy on answer tokens in nats, its standard error over samples, number of tokens, share of correct tokens."
+    """Token-mean cross-entropy on answer tokens in nats, its standard error over samples, number of tokens, share of
+    correct tokens."""
     value: float
     standard_error: float
     n: int
@@ -83,7 +88,8 @@ def _finish(moments):
 
 @torch.no_grad()
 def answer_loss(model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int]=()) -> Loss:
-    "Loss of `model` on the answer tokens of all batches, with the layers `skip` left out. Raises ValueError without labels."
+    """Loss of `model` on the answer tokens of all batches, with the layers `skip` left out. Raises ValueError
+    without labels."""
     d, m = find_decoder(model), Moments()
     with evaluating(model):
         for batch in batches:
@@ -91,7 +97,7 @@ def answer_loss(model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int
             _pool(m, [p.losses(p.last)], p.sample)
     return _loss(_finish(m))
 
-# %% ../../nbs/analysis/14_ablation.ipynb #7baead33
+# %% ../../nbs/analysis/14_ablation.ipynb #dc9e575b
 @dataclass(frozen=True)
 class Ablation:
     "Tidy `frame` of an ablation, and the loss of the unchanged model."
@@ -115,9 +121,11 @@ def _add_variants(parts, sample, m, deltas):
 
 @torch.no_grad()
 def drop_one(model: nn.Module, batches: Iterable[Mapping], layers: Sequence[int]|None=None) -> Ablation:
-    """Loss on answer tokens without each layer: metrics `drop_one_loss`, `_delta`, `_ppl_ratio`, `_accuracy_delta` (token set `answer`).
+    """Loss on answer tokens without each layer: metrics `drop_one_loss`, `_delta`, `_ppl_ratio`, `_accuracy_delta`
+    (token set `answer`).
 
-    Source: Shortened LLaMA (arXiv 2402.02834). Cost: one forward plus (L-1)/2 forwards for all layers. Raises ValueError without labels."""
+    Source: Shortened LLaMA (arXiv 2402.02834). Cost: one forward plus (L-1)/2 forwards for all layers. Raises
+    ValueError without labels."""
     d, m, deltas = find_decoder(model), Moments(), Moments()
     layers = range(len(d)) if layers is None else check_layers(layers, len(d))
     with evaluating(model):
@@ -126,7 +134,7 @@ def drop_one(model: nn.Module, batches: Iterable[Mapping], layers: Sequence[int]
             _add_variants([p.losses(p.last), *(p.without(i) for i in layers)], p.sample, m, deltas)
     return _ablation('drop_one', layers, _finish(m), deltas)
 
-# %% ../../nbs/analysis/14_ablation.ipynb #f602704c
+# %% ../../nbs/analysis/14_ablation.ipynb #0d474e9c
 @dataclass(frozen=True)
 class GreedyDrop:
     "Layers in the order of removal and the loss after each removal; `base` is the loss of the whole model."
@@ -135,16 +143,20 @@ class GreedyDrop:
     base: Loss
 
 @torch.no_grad()
-def greedy_drop(model: nn.Module, batches: Iterable[Mapping], k: int, candidates: Sequence[int]|None=None, protect_first: int=1,
+def greedy_drop(model: nn.Module, batches: Iterable[Mapping], k: int, candidates: Sequence[int]|None=None,
+                protect_first: int=1,
                 protect_last: int=1) -> GreedyDrop:
     """Remove k layers one at a time, always the one whose removal gives the lowest loss on answer tokens.
 
-    candidates: layers that may go (default: all but the first `protect_first` and last `protect_last`). Batches are read once per removal.
-    Raises ValueError if k exceeds the candidates, for one-shot iterators, or without labels."""
+    candidates: layers that may go (default: all but the first `protect_first` and last `protect_last`). Batches are
+    read once per removal. Raises ValueError if k exceeds the candidates, for one-shot iterators, or without labels."""
     d = find_decoder(model)
-    left = list(range(protect_first, len(d) - protect_last) if candidates is None else check_layers(candidates, len(d), 'candidates'))
-    if k > len(left) or k >= len(d): raise ValueError(f'k={k} layers cannot be removed: {len(left)} of {len(d)} layers are candidates')
-    if iter(batches) is batches: raise ValueError('batches are read once per removal: pass a list or another re-iterable, not an iterator')
+    left = list(range(protect_first, len(d) - protect_last)
+                if candidates is None else check_layers(candidates, len(d), 'candidates'))
+    if k > len(left) or k >= len(d):
+        raise ValueError(f'k={k} layers cannot be removed: {len(left)} of {len(d)} layers are candidates')
+    if iter(batches) is batches:
+        raise ValueError('batches are read once per removal: pass a list or another re-iterable, not an iterator')
     gone, losses, base = [], [], None
     with evaluating(model):
         for _ in range(k):
@@ -159,13 +171,15 @@ def greedy_drop(model: nn.Module, batches: Iterable[Mapping], k: int, candidates
             gone.append(left.pop(best))
     return GreedyDrop(tuple(gone), tuple(losses), base)
 
-# %% ../../nbs/analysis/14_ablation.ipynb #6e3e3279
+# %% ../../nbs/analysis/14_ablation.ipynb #918ee602
 @torch.no_grad()
-def revert_one(tuned: nn.Module, base: nn.Module|Mapping|str, batches: Iterable[Mapping], layers: Sequence[int]|None=None,
+def revert_one(tuned: nn.Module, base: nn.Module|Mapping|str, batches: Iterable[Mapping],
+               layers: Sequence[int]|None=None,
                related: bool=True) -> Ablation:
     """Loss of `tuned` with each layer put back to `base` (model, state dict or folder): metrics `revert_one_*`.
 
-    Raises ValueError for checkpoints of different bases (names, shapes, or unrelated weights unless `related=False`) and without labels."""
+    Raises ValueError for checkpoints of different bases (names, shapes, or unrelated weights unless `related=False`)
+    and without labels."""
     d, m, deltas = find_decoder(tuned), Moments(), Moments()
     layers = range(len(d)) if layers is None else check_layers(layers, len(d))
     old = layer_weights(base)
@@ -179,9 +193,10 @@ def revert_one(tuned: nn.Module, base: nn.Module|Mapping|str, batches: Iterable[
             _add_variants([p.losses(p.last), *parts], p.sample, m, deltas)
     return _ablation('revert_one', layers, _finish(m), deltas)
 
-# %% ../../nbs/analysis/14_ablation.ipynb #71ba5f77
+# %% ../../nbs/analysis/14_ablation.ipynb #dab4511c
 def split_samples(batch: Mapping) -> list[dict]:
-    "The rows of a batch as batches of one sample. Raises ValueError for packed rows or image tensors that cannot be assigned to rows."
+    """The rows of a batch as batches of one sample. Raises ValueError for packed rows or image tensors that cannot
+    be assigned to rows."""
     n = len(batch.get('input_ids', batch.get('inputs_embeds')))
     if (doc := batch.get('document_ids')) is not None and any(len(r[r >= 0].unique()) > 1 for r in doc):
         raise ValueError('the batch packs several documents into a row: per-sample gradients need one sample per row')
@@ -199,11 +214,13 @@ def split_samples(batch: Mapping) -> list[dict]:
         out.append(row)
     return out
 
-# %% ../../nbs/analysis/14_ablation.ipynb #bed97dc2
-GRADIENT = ('taylor', 'taylor_signed', 'taylor_squared', 'taylor_summed', 'taylor_absolute', 'grad_norm', 'snip', 'fisher', 'pruner_second', 'pruner_mixed')
+# %% ../../nbs/analysis/14_ablation.ipynb #b29d3c28
+GRADIENT = ('taylor', 'taylor_signed', 'taylor_squared', 'taylor_summed', 'taylor_absolute', 'grad_norm', 'snip',
+            'fisher', 'pruner_second', 'pruner_mixed')
 
 class _Gradients:
-    "Per-weight sums over units (token-weighted, plain, squared) and per-layer scalars, fed by post-accumulate hooks that free each gradient."
+    """Per-weight sums over units (token-weighted, plain, squared) and per-layer scalars, fed by post-accumulate
+    hooks that free each gradient."""
     def __init__(self, weights, device):
         self.weights, self.tokens, self.units = weights, 0, 0
         make = lambda: {k: torch.zeros_like(p, dtype=torch.float32) for k, p in weights.items()}
@@ -232,7 +249,7 @@ class _Gradients:
             self.absolute.setdefault(l, []).append(a)
             self.fisher.setdefault(l, []).append(f)
 
-# %% ../../nbs/analysis/14_ablation.ipynb #73df3106
+# %% ../../nbs/analysis/14_ablation.ipynb #3a91d2a8
 def _layer_gradients(acc, layer):
     s, t = dict.fromkeys(GRADIENT, 0.), lambda x: x.sum(dtype=torch.float64).item()
     for key, p in acc.weights.items():
@@ -254,9 +271,9 @@ def gradient_scores(model: nn.Module, batches: Iterable[Mapping], unit: str='sam
                     layers: Sequence[int]|None=None) -> pd.DataFrame:
     """Gradient-based scores per layer (metrics `GRADIENT`, token set `answer`); n = units.
 
-    unit: 'sample' (batch of one each) or 'batch'. weights: 'all' weights of a layer or only its 'matrices'. layers: a subset, to bound the
-    memory of three float32 copies of their weights. Frozen layers are enabled and restored. Raises ValueError without labels or for
-    quantised weights."""
+    unit: 'sample' (batch of one each) or 'batch'. weights: 'all' weights of a layer or only its 'matrices'. layers:
+    a subset, to bound the memory of three float32 copies of their weights. Frozen layers are enabled and restored.
+    Raises ValueError without labels or for quantised weights."""
     if unit not in ('sample', 'batch'): raise ValueError(f"unit must be 'sample' or 'batch', got {unit!r}")
     if weights not in ('all', 'matrices'): raise ValueError(f"weights must be 'all' or 'matrices', got {weights!r}")
     d = find_decoder(model)
@@ -282,7 +299,7 @@ def gradient_scores(model: nn.Module, batches: Iterable[Mapping], unit: str='sam
             p.requires_grad_(flag)
             p.grad = grad
 
-# %% ../../nbs/analysis/14_ablation.ipynb #ddc25662
+# %% ../../nbs/analysis/14_ablation.ipynb #56abf01a
 def _unit_gradient(model, batch, d, acc):
     batch = {k: v.to(d.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     mask, target, _ = _answers(batch, d)
@@ -298,4 +315,5 @@ def _gradient_frame(acc, layers):
         x = torch.tensor(x, dtype=torch.float64)
         return (x.std() / len(x)**.5).item() if len(x) > 1 else float('nan')
     se = {l: dict(fisher=error(acc.fisher[l]), taylor_absolute=error(acc.absolute[l]) * acc.units) for l in layers}
-    return tidy(Record(k, 'answer', l, table[l][k], se[l].get(k, float('nan')), acc.units) for k in GRADIENT for l in layers)
+    return tidy(Record(k, 'answer', l, table[l][k], se[l].get(k, float('nan')), acc.units) for k in GRADIENT
+                for l in layers)

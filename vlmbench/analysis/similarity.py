@@ -20,9 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .streams import Moments, Record, States, StreamMetric, TokenSets, model_inputs, rows
 from ..models.depth import Decoder, find_decoder
 
-# %% ../../nbs/analysis/30_similarity.ipynb #6b4c9d6c
+# %% ../../nbs/analysis/30_similarity.ipynb #a13319ad
 def hsic_matrices(x: Tensor) -> tuple[Tensor, Tensor]:
-    "Biased and debiased HSIC between all pairs of states `[states, tokens, hidden]`: two `[states, states]` float64 matrices."
+    """Biased and debiased HSIC between all pairs of states `[states, tokens, hidden]`: two `[states, states]`
+    float64 matrices."""
     n = x.shape[1]
     if n < 4: raise ValueError(f'HSIC needs at least 4 tokens, got {n}')
     x = x.double()
@@ -33,22 +34,24 @@ def hsic_matrices(x: Tensor) -> tuple[Tensor, Tensor]:
     k.diagonal(dim1=1, dim2=2).zero_()
     flat, row = k.flatten(1), k.sum(2)
     total = row.sum(1)
-    return biased, (flat @ flat.T + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * row @ row.T) / (n * (n - 3))
+    return biased, (flat @ flat.T + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2)
+                    * row @ row.T) / (n * (n - 3))
 
 def cka_from_hsic(h: Tensor) -> Tensor:
     "CKA matrix from a matrix of HSIC values; NaN where an unbiased self-similarity is not positive."
     d = h.diagonal()
     return h / torch.where(d > 0, d, torch.nan).sqrt().outer(torch.where(d > 0, d, torch.nan).sqrt())
 
-# %% ../../nbs/analysis/30_similarity.ipynb #b77ada9b
+# %% ../../nbs/analysis/30_similarity.ipynb #20dce790
 class CKA(StreamMetric):
     """Linear CKA between all states: metrics `cka` (debiased) and `cka_biased`, all spans; standard error over batches.
 
-    `max_tokens`: tokens per batch and set (None = all). `drop_first`: leave out the first token of each sample. `skipped[set]` counts
-    batches with fewer than 4 tokens of a set."""
+    `max_tokens`: tokens per batch and set (None = all). `drop_first`: leave out the first token of each sample.
+    `skipped[set]` counts batches with fewer than 4 tokens of a set."""
     default_sets = ('all', 'image', 'text')
 
-    def __init__(self, token_sets: Sequence[str]|None=None, max_tokens: int|None=128, drop_first: bool=False, seed: int=0):
+    def __init__(self, token_sets: Sequence[str]|None=None, max_tokens: int|None=128, drop_first: bool=False,
+                 seed: int=0):
         super().__init__(token_sets)
         self.max_tokens, self.drop_first, self.rng = max_tokens, drop_first, np.random.default_rng(seed)
         self.sums: dict[str, tuple] = {}
@@ -64,7 +67,8 @@ class CKA(StreamMetric):
                 self.skipped[k] = self.skipped.get(k, 0) + 1
                 continue
             if self.max_tokens and len(at) > self.max_tokens:
-                at = at[torch.from_numpy(np.sort(self.rng.choice(len(at), self.max_tokens, replace=False))).to(at.device)]
+                chosen = np.sort(self.rng.choice(len(at), self.max_tokens, replace=False))
+                at = at[torch.from_numpy(chosen).to(at.device)]
             h = torch.stack(hsic_matrices(torch.stack([s[at] for s in states.hidden])))
             total, batches, n, m = self.sums.get(k, (0., 0, 0, Moments()))
             one = torch.stack([cka_from_hsic(h[0]), cka_from_hsic(h[1])])
@@ -88,21 +92,27 @@ class CKA(StreamMetric):
             se = m.per_sample()[1].cpu() if m.samples else None
             for i, name in enumerate(('cka_biased', 'cka')):
                 c = self.matrix(k, bool(i))
-                out += [Record(name, k, self.layers[a], c[a, b], float('nan') if se is None else se[i, a, b].item(), n, b - a)
+                out += [Record(name, k, self.layers[a], c[a, b], float('nan') if se is None else se[i, a, b].item(), n,
+                               b - a)
                         for a in range(len(c)) for b in range(a + 1, len(c))]
         return out
 
-# %% ../../nbs/analysis/30_similarity.ipynb #e7d7a492
-def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None, scaling: float|None=None, softcap: float|None=None,
+# %% ../../nbs/analysis/30_similarity.ipynb #07d2db5e
+def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None, scaling: float|None=None,
+                   softcap: float|None=None,
                    sinks: Tensor|None=None) -> Tensor:
-    """Attention probabilities `[batch, heads, queries, keys]`, float32, of the rows `index` `[batch, queries]` (-1 = unused row).
+    """Attention probabilities `[batch, heads, queries, keys]`, float32, of the rows `index` `[batch, queries]` (-1 =
+    unused row).
 
-    query `[batch, heads, tokens, head_dim]`, key `[batch, key-value heads, tokens, head_dim]`, mask as for sdpa (None = causal)."""
+    query `[batch, heads, tokens, head_dim]`, key `[batch, key-value heads, tokens, head_dim]`, mask as for sdpa
+    (None = causal)."""
     b, heads, t, dim = query.shape
-    groups, keys, never = heads // key.shape[1], key.shape[2], torch.finfo(torch.float32).min     # finite: a padded row stays finite
+    # finite: a padded row stays finite
+    groups, keys, never = heads // key.shape[1], key.shape[2], torch.finfo(torch.float32).min
     at = index.clamp(min=0)
     q = query.gather(2, at[:, None, :, None].expand(b, heads, -1, dim)).unflatten(1, (-1, groups)).flatten(2, 3)
-    logits = (q.float() @ key.float().mT * (scaling if scaling is not None else dim**-.5)).view(b, heads, at.shape[1], keys)
+    logits = (q.float() @ key.float().mT * (scaling
+                                            if scaling is not None else dim**-.5)).view(b, heads, at.shape[1], keys)
     if softcap: logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
         logits = logits.masked_fill((torch.arange(keys, device=at.device) > at[..., None])[:, None], never)
@@ -110,9 +120,10 @@ def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None,
         rows = mask.expand(b, -1, -1, -1)[..., :keys].gather(2, at[:, None, :, None].expand(b, mask.shape[1], -1, keys))
         logits = logits.masked_fill(~rows, never) if mask.dtype == torch.bool else logits + rows.float()
     if sinks is None: return logits.softmax(-1)
-    return torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(b, heads, at.shape[1], 1)], -1).softmax(-1)[..., :-1]
+    return torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(b, heads, at.shape[1], 1)],
+                     -1).softmax(-1)[..., :-1]
 
-# %% ../../nbs/analysis/30_similarity.ipynb #2664bdc5
+# %% ../../nbs/analysis/30_similarity.ipynb #74f8a287
 def _blockwise(query, key, value, mask, scaling, extra, block=64):
     "Attention output `[batch, tokens, heads, head_dim]` with the eager extras, from `block` rows at a time."
     b, t, out = query.shape[0], query.shape[2], []
@@ -124,7 +135,8 @@ def _blockwise(query, key, value, mask, scaling, extra, block=64):
 
 @contextmanager
 def collecting_rows(decoder: Decoder, collect):
-    "Call `collect(layer, query, key, mask, scaling, extra)` for every attention call of the decoder's layers, which run on sdpa meanwhile."
+    """Call `collect(layer, query, key, mask, scaling, extra)` for every attention call of the decoder's layers,
+    which run on sdpa meanwhile."""
     watched = {id(m): i for i, layer in enumerate(decoder.layers) for m in layer.modules()}
     configs = {id(c): c for m in decoder.stack.modules() if (c := getattr(m, 'config', None)) is not None}.values()
     before = [(c, c._attn_implementation) for c in configs]
@@ -147,12 +159,13 @@ def collecting_rows(decoder: Decoder, collect):
         else: ALL_ATTENTION_FUNCTIONS['sdpa'] = previous
         for c, name in before: c._attn_implementation = name
 
-# %% ../../nbs/analysis/30_similarity.ipynb #0ff48bd1
+# %% ../../nbs/analysis/30_similarity.ipynb #ffe5cbfa
 SEGMENTS = ('system', 'image', 'instruction', 'answer')
 
 class ImageAttention(StreamMetric):
-    """Attention on image tokens: `attention_image` (mass), `attention_max_head` (largest head), `attention_lift`, and per key segment
-    `attention_mass_*` and `attention_efficiency_*` (mass over the segment's share of visible keys). `n` counts queries."""
+    """Attention on image tokens: `attention_image` (mass), `attention_max_head` (largest head), `attention_lift`,
+    and per key segment `attention_mass_*` and `attention_efficiency_*` (mass over the segment's share of visible
+    keys). `n` counts queries."""
     default_sets = ('last', 'answer_predicting', 'text_after_image')
 
     def attach(self, decoder: Decoder): return collecting_rows(decoder, self._collect)
@@ -183,20 +196,24 @@ class ImageAttention(StreamMetric):
     def _collect(self, layer, query, key, mask, scaling, extra):
         if self.queries is None: return
         p = attention_rows(query, key, self.queries, mask, scaling, **extra)
-        self.layer_rows[layer] = torch.einsum('bhqk,bks->bqhs', p, self.segments[:, :p.shape[-1]])[self.chosen]   # [queries, heads, 4]
+        # [queries, heads, 4]
+        self.layer_rows[layer] = torch.einsum('bhqk,bks->bqhs', p, self.segments[:, :p.shape[-1]])[self.chosen]
 
-# %% ../../nbs/analysis/30_similarity.ipynb #2a54c65f
+# %% ../../nbs/analysis/30_similarity.ipynb #aee55e8b
 def _update(self, states):
     if self.queries is None: return
     if not self.layer_rows:
-        raise ValueError(f'{type(states.decoder.model).__name__} never called the attention table of transformers: its attention cannot be read')
+        raise ValueError(f'{type(states.decoder.model).__name__} never called the attention table of transformers: its '
+                         'attention cannot be read')
     self.layers = tuple(l for l in states.layers if l in self.layer_rows)
-    mass = torch.stack([self.layer_rows[l] for l in self.layers], 1).double()                # [queries, layers, heads, 4]
+    # [queries, layers, heads, 4]
+    mass = torch.stack([self.layer_rows[l] for l in self.layers], 1).double()
     share = self.share[self.chosen].double()[:, None]                                        # [queries, 1, 4]
     mean = mass.mean(2)
     ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.)
     row, col = self.chosen.nonzero(as_tuple=True)[0], self.queries[self.chosen]
-    values = torch.cat([mass[..., 1], mean, ratio], 2)                                       # [queries, layers, heads + 8]
+    # [queries, layers, heads + 8]
+    values = torch.cat([mass[..., 1], mean, ratio], 2)
     for k in self.token_sets:
         if (m := states.tokens.masks.get(k)) is None: continue
         take = m[row, col]
@@ -220,7 +237,7 @@ def _records(self):
 
 ImageAttention.update, ImageAttention.records = _update, _records
 
-# %% ../../nbs/analysis/30_similarity.ipynb #e9b77859
+# %% ../../nbs/analysis/30_similarity.ipynb #9ec54e64
 @torch.no_grad()
 def full_attentions(model: nn.Module, batch: Mapping) -> Tensor:
     """Attention probabilities `[layers, batch, heads, tokens, tokens]` of a small batch, from the eager implementation.
@@ -229,8 +246,10 @@ def full_attentions(model: nn.Module, batch: Mapping) -> Tensor:
     out = model(**model_inputs(model, batch), output_attentions=True)
     got = tuple(a for a in (out.attentions or ()) if a is not None)
     if len(got) != len(find_decoder(model)):
-        raise ValueError(f'attn_implementation={find_decoder(model).config._attn_implementation!r} returned {len(got)} attention maps: call '
-                         "model.set_attn_implementation('eager') first, or use ImageAttention, which recomputes only the rows it needs")
+        raise ValueError(f'attn_implementation={find_decoder(model).config._attn_implementation!r} returned {len(got)} '
+                         'attention maps: call '
+                         "model.set_attn_implementation('eager') first, or use ImageAttention, which recomputes only "
+                         "the rows it needs")
     return torch.stack(got)
 
 # %% ../../nbs/analysis/30_similarity.ipynb #f393b583

@@ -21,10 +21,11 @@ from torch import nn, Tensor
 
 from ..models.depth import Decoder, check_layers, find_decoder
 
-# %% ../../nbs/analysis/00_streams.ipynb #c1a1f13a
+# %% ../../nbs/analysis/00_streams.ipynb #9eabf964
 @dataclass(frozen=True)
 class Record:
-    "One score. `n` counts the tokens (or samples, queries, batches) behind `value`; the standard error is over samples."
+    """One score. `n` counts the tokens (or samples, queries, batches) behind `value`; the standard error is over
+    samples."""
     metric: str
     token_set: str
     layer: int
@@ -44,7 +45,8 @@ def scores(frame: pd.DataFrame, metric: str, token_set: str='all', span: int=1) 
     rows = frame[(frame.metric == metric) & (frame.token_set == token_set) & (frame.span == span)]
     if rows.empty:
         have = sorted(map(tuple, frame[['metric', 'token_set', 'span']].drop_duplicates().itertuples(index=False)))
-        raise ValueError(f'no rows for metric={metric!r}, token_set={token_set!r}, span={span}; the frame holds {have[:12]}')
+        raise ValueError(f'no rows for metric={metric!r}, token_set={token_set!r}, span={span}; the frame holds '
+                         f'{have[:12]}')
     return rows.set_index('layer').value.sort_index()
 
 # %% ../../nbs/analysis/00_streams.ipynb #bd823a0b
@@ -59,17 +61,20 @@ class TokenSets:
     targets: Tensor
     image: Tensor|None = None
 
-# %% ../../nbs/analysis/00_streams.ipynb #270f62e7
+# %% ../../nbs/analysis/00_streams.ipynb #9966adf3
 def _valid_mask(batch, ids, pad_token_id):
     mask = batch.get('attention_mask')
     if mask is not None:
-        if mask.ndim != 2: raise ValueError(f'attention_mask must be [batch, tokens], got {tuple(mask.shape)}; put documents in document_ids')
+        if mask.ndim != 2:
+            raise ValueError(f'attention_mask must be [batch, tokens], got {tuple(mask.shape)}; put documents in '
+                             'document_ids')
         return mask.bool()
     if (doc := batch.get('document_ids')) is not None: return doc >= 0
     if pad_token_id is not None and ids is not None and ids.shape[1] > 1:
         for side, run in (('right', ids[:, -2:]), ('left', ids[:, :2])):
             if (run == pad_token_id).all(1).any():
-                raise ValueError(f'input_ids are padded on the {side} (pad_token_id {pad_token_id}) but there is no attention_mask: '
+                raise ValueError(f'input_ids are padded on the {side} (pad_token_id {pad_token_id}) but there is no '
+                                 'attention_mask: '
                                  'padding would enter every metric; pass attention_mask or document_ids')
     like = ids if ids is not None else batch['inputs_embeds'][..., 0]
     return torch.ones_like(like, dtype=torch.bool)
@@ -79,7 +84,7 @@ def _image_mask(batch, ids, image_token_id):
     if (m := batch.get('image_ids')) is not None: return m >= 0
     return None if image_token_id is None or ids is None else ids == image_token_id
 
-# %% ../../nbs/analysis/00_streams.ipynb #953c3998
+# %% ../../nbs/analysis/00_streams.ipynb #11e25ce1
 def token_sets(batch: Mapping, image_token_id: int|None=None, pad_token_id: int|None=None) -> TokenSets:
     """Name the token sets of a batch of `input_ids` or `inputs_embeds`.
 
@@ -113,7 +118,8 @@ def token_sets(batch: Mapping, image_token_id: int|None=None, pad_token_id: int|
     return TokenSets(masks, samples, targets, image)
 
 def _image_bounds(image, samples):
-    "Position of the first and of the last image token of every token's sample; beyond the row where the sample has none."
+    """Position of the first and of the last image token of every token's sample; beyond the row where the sample has
+    none."""
     n, none = int(samples.max()) + 1, image.shape[1]
     at = torch.arange(none, device=image.device).expand_as(image).flatten()
     where = torch.where(image, samples, n).flatten()
@@ -153,13 +159,14 @@ class Moments:
         m, mm, n = self.sums[3], self.sums[4], self.samples
         return m / n, self._se(mm - m * m / n) / n, n
 
-# %% ../../nbs/analysis/00_streams.ipynb #7b1974fb
+# %% ../../nbs/analysis/00_streams.ipynb #8f370637
 @dataclass
 class States:
     """Residual streams of one batch, valid tokens only.
 
-    `hidden`: L+1 tensors `[tokens, hidden]`; `layers`: original numbers of the L layers; `sets`: masks `[tokens]`; `sample`, `targets`:
-    `[tokens]`; `position`: index of each token in the flattened batch; `logits`: the model's own `[batch, kept, vocab]`."""
+    `hidden`: L+1 tensors `[tokens, hidden]`; `layers`: original numbers of the L layers; `sets`: masks `[tokens]`;
+    `sample`, `targets`: `[tokens]`; `position`: index of each token in the flattened batch; `logits`: the model's
+    own `[batch, kept, vocab]`."""
     hidden: list[Tensor]
     layers: tuple[int, ...]
     sets: dict[str, Tensor]
@@ -179,9 +186,10 @@ class States:
             out.append(x @ x.mT)
         return torch.cat(out).clamp_(-1, 1)
 
-# %% ../../nbs/analysis/00_streams.ipynb #0ee02cea
+# %% ../../nbs/analysis/00_streams.ipynb #421f6504
 def check_residual(last: Tensor, norm: nn.Module):
-    "ValueError if states `[tokens, hidden]` have already passed the final `norm` (transformers returns the last entry normed)."
+    """ValueError if states `[tokens, hidden]` have already passed the final `norm` (transformers returns the last
+    entry normed)."""
     x = last.double()
     if isinstance(norm, nn.LayerNorm):
         z = (x - norm.bias.double()) / norm.weight.double() if norm.elementwise_affine else x
@@ -198,22 +206,27 @@ def batch_tokens(batch: Mapping, decoder: Decoder) -> TokenSets:
     image_id = getattr(c, 'image_token_id', getattr(c, 'image_token_index', None))
     return token_sets(batch, image_id, getattr(decoder.config, 'pad_token_id', None))
 
-def make_states(hidden: Sequence[Tensor], batch: Mapping|TokenSets, decoder: Decoder, layers: Sequence[int]|None=None) -> States:
-    "States from residual streams `L+1 x [batch, tokens, hidden]`, from hooks or stored; refuses post-norm and non-finite states."
+def make_states(hidden: Sequence[Tensor], batch: Mapping|TokenSets, decoder: Decoder,
+                layers: Sequence[int]|None=None) -> States:
+    """States from residual streams `L+1 x [batch, tokens, hidden]`, from hooks or stored; refuses post-norm and
+    non-finite states."""
     tokens = batch if isinstance(batch, TokenSets) else batch_tokens(batch, decoder)
     layers = tuple(range(len(hidden) - 1)) if layers is None else tuple(layers)
-    if len(hidden) != len(layers) + 1: raise ValueError(f'{len(layers)} layers need {len(layers) + 1} states, got {len(hidden)}')
+    if len(hidden) != len(layers) + 1:
+        raise ValueError(f'{len(layers)} layers need {len(layers) + 1} states, got {len(hidden)}')
     keep = tokens.masks['all'].flatten().nonzero()[:, 0]
     pick = lambda t: t.flatten(0, 1)[keep]
     states = [h.flatten(0, 1) if len(keep) == h.shape[0] * h.shape[1] else pick(h) for h in hidden]
     if not states[-1].isfinite().all():
-        raise ValueError('the residual stream is not finite at valid tokens; float64 with eager attention and left padding does this: '
+        raise ValueError('the residual stream is not finite at valid tokens; float64 with eager attention and left '
+                         'padding does this: '
                          'use float32 or sdpa')
     check_residual(states[-1], decoder.norm)
-    return States(states, layers, {k: pick(m) for k, m in tokens.masks.items()}, pick(tokens.samples), pick(tokens.targets), keep,
+    return States(states, layers, {k: pick(m) for k, m in tokens.masks.items()}, pick(tokens.samples),
+                  pick(tokens.targets), keep,
                   decoder, tokens)
 
-# %% ../../nbs/analysis/00_streams.ipynb #18e86069
+# %% ../../nbs/analysis/00_streams.ipynb #cddfbfb3
 ANNOTATIONS = ('labels', 'image_mask', 'image_ids', 'document_ids', 'sample_ids', 'n_targets')
 
 def model_inputs(model: nn.Module, batch: Mapping) -> dict:
@@ -221,7 +234,8 @@ def model_inputs(model: nn.Module, batch: Mapping) -> dict:
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     names = inspect.signature(base.forward).parameters
     if batch.get('output_attentions'):
-        raise ValueError('output_attentions: sdpa returns no attentions; use vlmbench.analysis.similarity.ImageAttention, which '
+        raise ValueError('output_attentions: sdpa returns no attentions; use '
+                         'vlmbench.analysis.similarity.ImageAttention, which '
                          'recomputes the rows it needs, or similarity.full_attentions for a small batch')
     drop = {'labels'} | ({'input_ids'} if 'inputs_embeds' in batch else set())
     if bad := [k for k in batch if k not in names and k not in ANNOTATIONS]:
@@ -251,7 +265,7 @@ def skipping(decoder: Decoder, skip: Sequence[int]):
     finally:
         for m in layers: m.__dict__.pop('forward', None)
 
-# %% ../../nbs/analysis/00_streams.ipynb #783767fa
+# %% ../../nbs/analysis/00_streams.ipynb #0eec0da4
 class _Capture:
     "Pre-hooks that keep what enters each layer, and one hook for what leaves the last."
     def __init__(self, decoder, layers):
@@ -263,7 +277,8 @@ class _Capture:
         def hook(module, args, kwargs):
             x = args[0] if args else kwargs['hidden_states']
             self.fired.append(i)
-            self.hidden[i], self.kwargs[i] = (x, x._version), (args[1:], {k: v for k, v in kwargs.items() if k != 'hidden_states'})
+            self.hidden[i] = x, x._version
+            self.kwargs[i] = args[1:], {k: v for k, v in kwargs.items() if k != 'hidden_states'}
         return hook
 
     def _leave(self, module, args, out):
@@ -275,8 +290,10 @@ class _Capture:
 
     def states(self):
         if tuple(self.fired) != tuple(self.layers):
-            raise ValueError(f'layers ran in the order {self.fired} instead of {list(self.layers)}: this model does not run each layer once')
-        if any(x._version != v for x, v in self.hidden.values()): raise ValueError('a layer changed its input in place; states are lost')
+            raise ValueError(f'layers ran in the order {self.fired} instead of {list(self.layers)}: this model does '
+                             'not run each layer once')
+        if any(x._version != v for x, v in self.hidden.values()):
+            raise ValueError('a layer changed its input in place; states are lost')
         return [self.hidden[k][0] for k in (*self.layers, 'out')]
 
 def capture(model: nn.Module, batch: Mapping, skip: Sequence[int]=(), decoder: Decoder|None=None):
@@ -294,11 +311,12 @@ def capture(model: nn.Module, batch: Mapping, skip: Sequence[int]=(), decoder: D
     return cap, out
 
 def residual_states(model: nn.Module, batch: Mapping, skip: Sequence[int]=(), decoder: Decoder|None=None):
-    "Streams `L+1 x [batch, tokens, hidden]` before the final norm, and the model's output; layers in `skip` are left out."
+    """Streams `L+1 x [batch, tokens, hidden]` before the final norm, and the model's output; layers in `skip` are
+    left out."""
     cap, out = capture(model, batch, skip, decoder)
     return cap.states(), out
 
-# %% ../../nbs/analysis/00_streams.ipynb #ae8d7723
+# %% ../../nbs/analysis/00_streams.ipynb #3549f188
 class StreamMetric:
     "Base of streaming metrics. `token_sets=None` means the class's `default_sets`, as far as the data has them."
     default_sets: tuple[str, ...] = ('all', 'image', 'text', 'answer')
@@ -315,28 +333,33 @@ class StreamMetric:
     def records(self) -> list[Record]: raise TypeError(f'{type(self).__name__} must define records')
 
     def check_sets(self, have: Iterable[str]):
-        "ValueError if a set that was asked for is unknown, or needs labels that the batch, which has the sets `have`, lacks."
+        """ValueError if a set that was asked for is unknown, or needs labels that the batch, which has the sets
+        `have`, lacks."""
         name, have = type(self).__name__, sorted(have)
         if need := [k for k in self.required if k in LABEL_SETS and k not in have]:
-            raise ValueError(f'{name}: token set {need[0]!r} needs labels, and the batch has none; add labels or choose from {have}')
+            raise ValueError(f'{name}: token set {need[0]!r} needs labels, and the batch has none; add labels or '
+                             f'choose from {have}')
         if unknown := [k for k in self.token_sets if k not in (*have, *LABEL_SETS, *IMAGE_SETS)]:
             raise ValueError(f'{name}: unknown token set {unknown[0]!r}; choose from {have}')
 
     def add(self, states: States, values: Tensor):
         "Add token values `[tokens, ...]` to the moments of every token set."
         for k in self.token_sets:
-            if k in states.sets: self.moments.setdefault(k, Moments()).add(values[states.sets[k]], states.sample[states.sets[k]])
+            if k in states.sets:
+                self.moments.setdefault(k, Moments()).add(values[states.sets[k]], states.sample[states.sets[k]])
 
     def found(self, k: str) -> bool: return k in self.moments and self.moments[k].samples > 0
 
     def check_found(self):
         "ValueError if a set that was asked for never had a token."
         if empty := [k for k in self.required if not self.found(k)]:
-            raise ValueError(f'{type(self).__name__}: no token of set {empty[0]!r} in the whole stream (text-only data, or image positions not '
+            raise ValueError(f'{type(self).__name__}: no token of set {empty[0]!r} in the whole stream (text-only '
+                             'data, or image positions not '
                              'marked by image_ids, image_mask or the image token)')
 
-# %% ../../nbs/analysis/00_streams.ipynb #22d3f32c
-def rows(metric: str, token_set: str, stat: tuple[Tensor, Tensor, int], layers: Sequence[int], span: int=1) -> list[Record]:
+# %% ../../nbs/analysis/00_streams.ipynb #30a128ce
+def rows(metric: str, token_set: str, stat: tuple[Tensor, Tensor, int], layers: Sequence[int],
+         span: int=1) -> list[Record]:
     "Records of one value per layer from a `(value, standard error, n)` triple of tensors `[layers]`."
     value, se, n = stat
     return [Record(metric, token_set, l, v, s, n, span) for l, v, s in zip(layers, value.tolist(), se.tolist())]
@@ -348,9 +371,10 @@ class StateNorm(StreamMetric):
         self.add(states, torch.stack([h.double().square().mean(-1).sqrt() for h in states.hidden], 1))
 
     def records(self) -> list[Record]:
-        return [r for k, m in self.moments.items() if m.samples for r in rows('state_norm', k, m.pooled(), self.layers, 0)]
+        return [r for k, m in self.moments.items() if m.samples
+                for r in rows('state_norm', k, m.pooled(), self.layers, 0)]
 
-# %% ../../nbs/analysis/00_streams.ipynb #74810a8e
+# %% ../../nbs/analysis/00_streams.ipynb #4e65adc3
 @dataclass
 class StreamResult:
     "Tidy `frame` of all records, samples and tokens seen, `snapshots` {samples: frame}."
@@ -364,8 +388,8 @@ def stream(model: nn.Module, batches: Iterable[Mapping], metrics: Sequence[Strea
            snapshots: Sequence[int]=()) -> StreamResult:
     """One forward pass per batch feeding every metric in `metrics`.
 
-    `skip`: layers to leave out; layer numbers in the records stay original. Raises ValueError for batches without any valid token,
-    token sets that do not exist, post-norm or non-finite states."""
+    `skip`: layers to leave out; layer numbers in the records stay original. Raises ValueError for batches without
+    any valid token, token sets that do not exist, post-norm or non-finite states."""
     d, todo, kept = find_decoder(model), sorted(snapshots), {}
     n_samples = n_tokens = 0
     with evaluating(model), ExitStack() as stack:
@@ -388,9 +412,10 @@ def stream(model: nn.Module, batches: Iterable[Mapping], metrics: Sequence[Strea
     for m in metrics: m.check_found()
     return StreamResult(tidy(r for m in metrics for r in m.records()), n_samples, n_tokens, kept)
 
-# %% ../../nbs/analysis/00_streams.ipynb #3d777cca
+# %% ../../nbs/analysis/00_streams.ipynb #36ef03ad
 def check_head(last: Tensor, out, decoder: Decoder):
-    "ValueError if norm and head applied to the captured states `[batch, tokens, hidden]` do not give the model's own last logits."
+    """ValueError if norm and head applied to the captured states `[batch, tokens, hidden]` do not give the model's
+    own last logits."""
     theirs = getattr(out, 'logits', None)
     if theirs is None or decoder.head is None: return
     ours, theirs = decoder.logits(decoder.norm(last[:, -1])).float(), theirs[:, -1].float()
@@ -398,14 +423,17 @@ def check_head(last: Tensor, out, decoder: Decoder):
     off = (ours - theirs).abs().amax(-1)[finite]
     scale = theirs.abs().amax(-1)[finite] + 1
     if len(off) and (off / scale).max() > 5e-2:
-        raise ValueError(f'final norm and head do not reproduce the logits of {type(decoder.model).__name__} (off by {off.max():.3g}): '
+        raise ValueError(f'final norm and head do not reproduce the logits of {type(decoder.model).__name__} (off by '
+                         f'{off.max():.3g}): '
                          'the logit lens and every loss would be wrong for this model')
 
-# %% ../../nbs/analysis/00_streams.ipynb #c48ced37
+# %% ../../nbs/analysis/00_streams.ipynb #d2054dff
 def streaming_metrics(labels: bool=True, image: bool=True) -> list[StreamMetric]:
-    "Every streaming metric of the suite; `labels=False` and `image=False` leave out those that need labels or image tokens."
+    """Every streaming metric of the suite; `labels=False` and `image=False` leave out those that need labels or
+    image tokens."""
     from vlmbench.analysis.importance import AngularDistance, BlockInfluence
     from vlmbench.analysis.trajectory import LogitLens, Trajectory
     from vlmbench.analysis.similarity import CKA, ImageAttention
     lens = LogitLens() if labels else LogitLens(['text_predicting'])
-    return [StateNorm(), BlockInfluence(), AngularDistance(), CKA(), Trajectory(), lens, *([ImageAttention()] if image else [])]
+    return [StateNorm(), BlockInfluence(), AngularDistance(), CKA(), Trajectory(), lens,
+            *([ImageAttention()] if image else [])]

@@ -33,54 +33,67 @@ def decoder_depth(scale: Scale) -> int:
     try: return AutoConfig.from_pretrained(base_model(scale.llm)).get_text_config(decoder=True).num_hidden_layers
     except OSError as e: raise RecipeError(f'scale {scale.name!r}: no configuration of {scale.llm}: {e}') from None
 
-# %% ../../nbs/methods/50_visual_region.ipynb #d58fadc4
+# %% ../../nbs/methods/50_visual_region.ipynb #ca0028e8
 _SETTINGS = dict(   # LoRA rank, alpha, dropout, rate; rate of the projector; rate of full tuning in the region
     tiny=dict(r=32, alpha=64, dropout=0., lr=4e-3, projector=1e-3, full=1e-3),
     small=dict(r=64, alpha=128, dropout=.05, lr=2e-4, projector=2e-5, full=2e-5),
     paper=dict(r=128, alpha=256, dropout=.05, lr=2e-4, projector=2e-5, full=2e-5))
 
-def region_recipe(scale: Scale, where: str|Sequence[int]='sparse_uniform', share: int|float=SHARE, tune: str='lora', seed: int=0) -> Recipe:
+def region_recipe(scale: Scale, where: str|Sequence[int]='sparse_uniform', share: int|float=SHARE, tune: str='lora',
+                  seed: int=0) -> Recipe:
     """The visual-region recipe at `scale`: the control's alignment, then only the region and the projector.
 
-    where: strategy name (`vlmbench.analysis.importance.STRATEGIES`) or explicit layer numbers; share: number (int) or share (float) of layers for a strategy; tune: 'lora' or
-    'full' (all weights of the region's layers). Raises RecipeError for unknown strategies or layers that do not exist."""
+    where: strategy name (`vlmbench.analysis.importance.STRATEGIES`) or explicit layer numbers; share: number (int)
+    or share (float) of layers for a strategy; tune: 'lora' or 'full' (all weights of the region's layers). Raises
+    RecipeError for unknown strategies or layers that do not exist."""
     from vlmbench.methods.llava import recipe as control
     if tune not in ('lora', 'full'): raise RecipeError(f"visual_region: tune must be 'lora' or 'full', got {tune!r}")
     depth = decoder_depth(scale)
-    try: chosen = region(where, share, depth, seed) if isinstance(where, str) else list(check_layers(where, depth, 'where'))
+    try:
+        if isinstance(where, str): chosen = region(where, share, depth, seed)
+        else: chosen = list(check_layers(where, depth, 'where'))
     except ValueError as e: raise RecipeError(f'visual_region: {e}') from None
     base, s = control(scale), _SETTINGS.get(scale.name) or _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
     decoder = lora(s['r'], s['alpha'], chosen, s['dropout'], s['lr']) if tune == 'lora' else layers(chosen, s['full'])
     old = base.stage('instruct')
-    stage = Stage(**{**{f: getattr(old, f) for f in old.__dataclass_fields__}, 'trains': dict(projector=full(s['projector']), layers=decoder),
+    stage = Stage(**{**{f: getattr(old, f) for f in old.__dataclass_fields__},
+                     'trains': dict(projector=full(s['projector']), layers=decoder),
                      'data': old.data, 'lr': None})
-    return Recipe('visual_region', (base.stage('align'), stage), base.front_end, 'sections 3 and 4, appendix on training details',
+    return Recipe('visual_region', (base.stage('align'), stage), base.front_end,
+                  'sections 3 and 4, appendix on training details',
                   notes=f'{tune} in layers {chosen} of {depth} ({where if isinstance(where, str) else "explicit"})')
 
 def recipe(scale: Scale) -> Recipe:
     "The paper's choice: 25% of the layers, sparse and uniform, LoRA."
     return region_recipe(scale)
 
-# %% ../../nbs/methods/50_visual_region.ipynb #f59d620f
+# %% ../../nbs/methods/50_visual_region.ipynb #81197be7
 def meta_vlm(scale: Scale) -> VLMForConditionalGeneration:
     "The scale's VLM on the meta device: every shape, no weights. Needs `llm_config` and `vision_config`."
-    if scale.llm_config is None or scale.vision_config is None: raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
+    if scale.llm_config is None or scale.vision_config is None:
+        raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     from vlmbench.methods.llava import FRONT_END
-    with torch.device('meta'):
-        return VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), image_token_id=0, vision_config={**FRONT_END, 'backbone': dict(scale.vision_config)}))
+    front = {**FRONT_END, 'backbone': dict(scale.vision_config)}
+    config = VLMConfig(text_config=dict(scale.llm_config), image_token_id=0, vision_config=front)
+    with torch.device('meta'): return VLMForConditionalGeneration(config)
 
-# %% ../../nbs/methods/50_visual_region.ipynb #84c431a9
+# %% ../../nbs/methods/50_visual_region.ipynb #2e13f78d
 _llama = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
 PAPER_MODELS = {   # configuration, region size
-    'llama-3-8b': (dict(model_type='llama', intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, **_llama), 8),
-    'vicuna-7b': (dict(model_type='llama', intermediate_size=11008, num_key_value_heads=32, vocab_size=32000, **_llama), 8),
-    'vicuna-13b': (dict(model_type='llama', hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+    'llama-3-8b': (dict(model_type='llama', intermediate_size=14336, num_key_value_heads=8, vocab_size=128256,
+                        **_llama), 8),
+    'vicuna-7b': (dict(model_type='llama', intermediate_size=11008, num_key_value_heads=32, vocab_size=32000,
+                       **_llama), 8),
+    'vicuna-13b': (dict(model_type='llama', hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                        num_attention_heads=40,
                         num_key_value_heads=40, vocab_size=32000), 9),
-    'phi-3-mini': (dict(model_type='phi3', hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
+    'phi-3-mini': (dict(model_type='phi3', hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+                        num_attention_heads=32,
                         num_key_value_heads=32, vocab_size=32064, pad_token_id=32000), 8)}
 
 def lora_counts(config: Mapping, k: int, r: int=128) -> dict[str, int]:
-    "LoRA parameters of one decoder layer, of a region of k layers, and of all layers, counted on one layer built without weights."
+    """LoRA parameters of one decoder layer, of a region of k layers, and of all layers, counted on one layer built
+    without weights."""
     config = AutoConfig.for_model(**config)
     depth, config.num_hidden_layers = config.num_hidden_layers, 1
     if getattr(config, 'layer_types', None): config.layer_types = config.layer_types[:1]
@@ -88,40 +101,48 @@ def lora_counts(config: Mapping, k: int, r: int=128) -> dict[str, int]:
     one = sum(r * (m.in_features + m.out_features) for m in layer.modules() if isinstance(m, nn.Linear))
     return dict(layer=one, region=k * one, all=depth * one)
 
-# %% ../../nbs/methods/50_visual_region.ipynb #6c7051ac
+# %% ../../nbs/methods/50_visual_region.ipynb #695c32c8
 def backward_depth(model: nn.Module) -> int|None:
-    "Lowest decoder layer that back-propagation must enter: 0 if anything before the layers trains, None if nothing before the head does."
+    """Lowest decoder layer that back-propagation must enter: 0 if anything before the layers trains, None if nothing
+    before the head does."""
     d = find_decoder(model)
     inside = [(i, p) for i, layer in enumerate(d.layers) for p in layer.parameters()]
     after = {id(p) for m in (d.norm, d.head) if m is not None for p in m.parameters()} | {id(p) for _, p in inside}
     if any(p.requires_grad for p in d.model.parameters() if id(p) not in after): return 0
     return min((i for i, p in inside if p.requires_grad), default=None)
 
-# %% ../../nbs/methods/50_visual_region.ipynb #6aed980f
-def prune_outside(model: PreTrainedModel, region: Sequence[int], k: int, batches: Iterable[Mapping], iterative: bool=False,
+# %% ../../nbs/methods/50_visual_region.ipynb #d2fa269d
+def prune_outside(model: PreTrainedModel, region: Sequence[int], k: int, batches: Iterable[Mapping],
+                  iterative: bool=False,
                   token_set: str='last') -> tuple[PreTrainedModel, list[int]]:
-    """`(model without its k least important layers outside region, their original numbers in the order of removal)`; shares tensors.
+    """`(model without its k least important layers outside region, their original numbers in the order of removal)`;
+    shares tensors.
 
-    iterative: measure again after every removal, else rank once. Raises ValueError if fewer than k layers lie outside, or adapters are not merged."""
+    iterative: measure again after every removal, else rank once. Raises ValueError if fewer than k layers lie
+    outside, or adapters are not merged."""
     outside = len(find_decoder(model)) - len(check_layers(region, len(find_decoder(model)), 'region'))
     if not 0 <= k <= outside: raise ValueError(f'k={k}: only {outside} layers lie outside the region')
     if iterative: order = iterative_prune_order(model, batches, k, region, token_set=token_set)
-    else: order = prune_order(scores(stream(model, batches, [AngularDistance([token_set])]).frame, 'angular_activation', token_set), region)[:k]
+    else:
+        order = prune_order(scores(stream(model, batches, [AngularDistance([token_set])]).frame, 'angular_activation',
+                                   token_set), region)[:k]
     return (prune(model, order) if order else model), order
 
-# %% ../../nbs/methods/50_visual_region.ipynb #8ea53d1f
+# %% ../../nbs/methods/50_visual_region.ipynb #ad754f7d
 def retention(region_scores: Mapping[str, float], all_layers: Mapping[str, float]) -> pd.DataFrame:
-    "Per task and for the mean: score of the region, score of tuning all layers, and their ratio. Raises ValueError if the tasks differ."
-    if set(region_scores) != set(all_layers): raise ValueError(f'the two runs have different tasks: {sorted(set(region_scores) ^ set(all_layers))}')
+    """Per task and for the mean: score of the region, score of tuning all layers, and their ratio. Raises ValueError
+    if the tasks differ."""
+    if set(region_scores) != set(all_layers):
+        raise ValueError(f'the two runs have different tasks: {sorted(set(region_scores) ^ set(all_layers))}')
     df = pd.DataFrame(dict(region=pd.Series(region_scores), all_layers=pd.Series(all_layers)))
     df.loc['mean'] = df.mean()
     df['retention'] = df.region / df.all_layers
     return df
 
-# %% ../../nbs/methods/50_visual_region.ipynb #6c58b344
+# %% ../../nbs/methods/50_visual_region.ipynb #9d73c02e
 def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> PreTrainedModel:
-    """A float32 `LlamaForCausalLM` from original names. `spec['config']`: configuration arguments; `spec['lora']['scaling']` (or alpha and r): merges
-    the tensors `layers.N.<module>.lora_A/lora_B` in `state_dict`.
+    """A float32 `LlamaForCausalLM` from original names. `spec['config']`: configuration arguments;
+    `spec['lora']['scaling']` (or alpha and r): merges the tensors `layers.N.<module>.lora_A/lora_B` in `state_dict`.
 
     Raises ValueError naming unexpected, missing or unpaired tensors."""
     config = LlamaConfig(**{'tie_word_embeddings': 'lm_head.weight' not in state_dict, **spec['config']})
@@ -131,18 +152,22 @@ def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> PreTraine
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing := [k for k in missing if not (config.tie_word_embeddings and k == 'lm_head.weight')]:
         raise ValueError(f'from_reference: missing {missing[:3]}')
-    if unexpected: raise ValueError(f'from_reference: unexpected {unexpected[:3]}; convert multimodal checkpoints with vlmbench.models.convert')
+    if unexpected:
+        raise ValueError(f'from_reference: unexpected {unexpected[:3]}; convert multimodal checkpoints with '
+                         'vlmbench.models.convert')
     if adapters: _merge(model, adapters, spec.get('lora') or {})
     return model
 
 @torch.no_grad()
 def _merge(model, adapters, lora):
-    if 'scaling' not in lora and not {'alpha', 'r'} <= set(lora): raise ValueError("from_reference: adapters need spec['lora']['scaling'], or alpha and r")
+    if 'scaling' not in lora and not {'alpha', 'r'} <= set(lora):
+        raise ValueError("from_reference: adapters need spec['lora']['scaling'], or alpha and r")
     scaling = lora.get('scaling') or lora['alpha'] / lora['r']
     for k, a in adapters.items():
         if k.endswith('lora_B'): continue
         m = re.fullmatch(r'layers\.(\d+)\.(.+)\.lora_A', k)
-        if m is None or (b := adapters.get(k[:-1] + 'B')) is None: raise ValueError(f'from_reference: {k} has no partner or another form than layers.N.module.lora_A')
+        if m is None or (b := adapters.get(k[:-1] + 'B')) is None:
+            raise ValueError(f'from_reference: {k} has no partner or another form than layers.N.module.lora_A')
         model.model.layers[int(m[1])].get_submodule(m[2]).weight.add_(scaling * b @ a)
 
 # %% ../../nbs/methods/50_visual_region.ipynb #b4ab8313

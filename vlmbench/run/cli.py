@@ -16,10 +16,11 @@ import typer
 import vlmbench
 from .parameters import ParameterError
 
-# %% ../../nbs/run/10_cli.ipynb #b5fb5025
+# %% ../../nbs/run/10_cli.ipynb #9a144c90
 app = typer.Typer(help='How should a language model learn to see? Train, evaluate and compare vision-language models.',
                   no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-data_app = typer.Typer(help='Data: check a local copy against its card, write the embedded world.', no_args_is_help=True)
+data_app = typer.Typer(help='Data: check a local copy against its card, write the embedded world.',
+                       no_args_is_help=True)
 app.add_typer(data_app, name='data')
 
 @app.callback(invoke_without_command=True)
@@ -28,13 +29,15 @@ def _root(version: Annotated[bool, typer.Option('--version', help='Print the ver
         typer.echo(f'vlmbench {vlmbench.__version__}')
         raise typer.Exit()
 
-# %% ../../nbs/run/10_cli.ipynb #a3ed024a
+# %% ../../nbs/run/10_cli.ipynb #6f674713
 @app.command()
 def run(notebook: Annotated[str, typer.Argument(help='A name such as train, or a path to an .ipynb.')],
         assignments: Annotated[Optional[list[str]], typer.Argument(metavar='NAME=VALUE...', help='Parameters.')] = None,
         show: Annotated[bool, typer.Option('--show', help='List the notebook\'s parameters and leave.')] = False,
-        overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a completed run in the same folder.')] = False,
-        echo: Annotated[bool, typer.Option('--echo/--quiet', help='Pass the text of the cells through.')] = True) -> None:
+        overwrite: Annotated[bool, typer.Option('--overwrite',
+                                                help='Replace a completed run in the same folder.')] = False,
+        echo: Annotated[bool, typer.Option('--echo/--quiet',
+                                           help='Pass the text of the cells through.')] = True) -> None:
     "Run a notebook with checked parameters; leaves a run folder with a manifest."
     from vlmbench.run.engine import find_notebook, run_notebook
     from vlmbench.run.parameters import load_notebook, notebook_parameters, parameter_help, parse_assignments
@@ -42,7 +45,8 @@ def run(notebook: Annotated[str, typer.Argument(help='A name such as train, or a
         path = find_notebook(notebook)
         typer.echo(f'{path}\n' + parameter_help(notebook_parameters(load_notebook(path), path.stem)))
         return
-    raise typer.Exit(run_notebook(notebook, parse_assignments(assignments or []), overwrite=overwrite, progress=not echo, echo=echo))
+    raise typer.Exit(run_notebook(notebook, parse_assignments(assignments or []), overwrite=overwrite,
+                                  progress=not echo, echo=echo))
 
 # %% ../../nbs/run/10_cli.ipynb #7964d7e1
 def runs_table(entries: Sequence[Mapping]) -> str:
@@ -67,7 +71,7 @@ def runs(folder: Annotated[Path, typer.Argument(help='Where to look, at any dept
     found = read_runs(folder)
     typer.echo(json.dumps(found, indent=1) if as_json else runs_table(found))
 
-# %% ../../nbs/run/10_cli.ipynb #ab58f2a1
+# %% ../../nbs/run/10_cli.ipynb #181e4910
 @app.command()
 def bench(seeds: Annotated[int, typer.Option(min=1, help='How many seeds: 0, 1, ...')] = 1,
           methods: Annotated[Optional[str], typer.Option(help='Comma-separated recipes; default: all.')] = None,
@@ -75,8 +79,10 @@ def bench(seeds: Annotated[int, typer.Option(min=1, help='How many seeds: 0, 1, 
           scale: Annotated[str, typer.Option(help='Base models: tiny (embedded), small, paper.')] = 'tiny',
           budget: Annotated[float, typer.Option(min=0., help='Factor on every stage\'s budget.')] = 1.,
           data: Annotated[Optional[str], typer.Option(help='A data folder instead of the embedded world.')] = None,
-          resume: Annotated[bool, typer.Option('--resume', help='Keep completed runs and continue stopped ones.')] = False,
-          echo: Annotated[bool, typer.Option('--echo/--quiet', help='Pass the text of the runs through.')] = True) -> None:
+          resume: Annotated[bool, typer.Option('--resume',
+                                               help='Keep completed runs and continue stopped ones.')] = False,
+          echo: Annotated[bool, typer.Option('--echo/--quiet',
+                                             help='Pass the text of the runs through.')] = True) -> None:
     "Train and evaluate every method with every seed on the embedded world, and write the report."
     from vlmbench.methods.recipes import RECIPES
     from vlmbench.run.bench import bench as run_bench

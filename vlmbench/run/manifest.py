@@ -7,9 +7,9 @@ __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'LOST_SECONDS', 'ENVIRONMENT', 'PA
            'write_json', 'redact', 'versions', 'git_state', 'code_state', 'host_facts', 'data_hashes', 'Manifest',
            'Heartbeat', 'default_folder', 'Stop', 'Run', 'read_runs']
 
-# %% ../../nbs/run/04_manifest.ipynb #30ad040c
-import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
-import traceback, uuid, warnings
+# %% ../../nbs/run/04_manifest.ipynb #4dd8dd39
+import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys, tempfile
+import threading, time, traceback, uuid, warnings
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -53,13 +53,13 @@ def _merge(old: Any, new: Any) -> Any:
     if not (isinstance(old, dict) and isinstance(new, Mapping)): return new
     return {**old, **{k: _merge(old.get(k), v) for k, v in new.items()}}
 
-# %% ../../nbs/run/04_manifest.ipynb #b5522c90
+# %% ../../nbs/run/04_manifest.ipynb #8b121a88
 ENVIRONMENT = ('ACCELERATE_USE_CPU', 'CUBLAS_WORKSPACE_CONFIG', 'CUDA_VISIBLE_DEVICES', 'HF_HUB_OFFLINE', 'LOCAL_RANK',
     'MASTER_PORT', 'MKL_NUM_THREADS', 'NCCL_DEBUG', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'PYTHONHASHSEED', 'RANK',
     'SLURM_JOB_ID', 'SLURM_JOB_NAME', 'SLURM_JOB_NUM_NODES', 'SLURM_JOB_PARTITION', 'SLURM_NODEID', 'SLURM_NTASKS',
     'SLURM_PROCID', 'SLURM_RESTART_COUNT', 'TOKENIZERS_PARALLELISM', 'TORCHDYNAMO_DISABLE', 'TRANSFORMERS_OFFLINE',
     'WORLD_SIZE')
-_SECRET = re.compile(r'(^|_)(token|secret|passw(or)?d|passphrase|credentials?|api_?key|access_?key|private_?key|auth)$', re.I)
+_SECRET = re.compile(r'(^|_)(token|secret|passw(or)?d|passphrase|credentials?|(api|access|private)_?key|auth)$', re.I)
 
 def redact(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     """`value` (any nesting of dicts, lists and text) without secrets: values under secret-sounding names, any copy of a
@@ -148,9 +148,10 @@ def data_hashes(path: str | Path) -> dict:
     listing = hashlib.sha256('\n'.join(f'{r}\t{n}' for r, n in others).encode()).hexdigest()
     return {'files': files, 'others': dict(count=len(others), bytes=sum(n for _, n in others), listing_sha256=listing)}
 
-# %% ../../nbs/run/04_manifest.ipynb #9e2d2a12
+# %% ../../nbs/run/04_manifest.ipynb #b5ebad27
 def _alive(heartbeat: Path, pid: int | None, host: str | None) -> bool:
-    "Whether the run that left this heartbeat still runs: its process (not a later one of that number), or a recent beat."
+    """Whether the run that left this heartbeat still runs: its process (not a later one of that number), or a recent
+    beat."""
     try: beat = heartbeat.stat().st_mtime
     except OSError: beat = 0.
     if host != socket.gethostname() or not pid: return time.time() - beat < LOST_SECONDS
@@ -185,20 +186,23 @@ class Manifest:
         return 'lost' if value['status'] == 'running' and not _alive(self.heartbeat, pid, host) else value['status']
 
     def claim(self, overwrite: bool = False) -> list[dict]:
-        """Makes sure that a new attempt may use the folder; returns the summaries of earlier attempts. `overwrite` empties
-        the folder of a finished run. Raises `RunFolderError` for a living run, and for a completed one without `overwrite`."""
+        """Makes sure that a new attempt may use the folder; returns the summaries of earlier attempts. `overwrite`
+        empties the folder of a finished run. Raises `RunFolderError` for a living run, and for a completed one without
+        `overwrite`."""
         if not self.path.exists(): return []
         try: old, status = self.read(), self.status()
         except ValueError as e: raise RunFolderError(f'{self.path}: unreadable manifest ({e}); move it away') from None
         if status == 'running':
-            raise RunFolderError(f'{self.folder}: a run is still going there (process {old.get("pid")}); choose another `out`')
+            raise RunFolderError(f'{self.folder}: a run is still going there (process {old.get("pid")}); '
+                                 'choose another `out`')
         if overwrite:
             if self.folder.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
-                raise RunFolderError(f'{self.folder} is the current folder, one above it or your home: it is not emptied')
+                raise RunFolderError(f'{self.folder} is the current folder, one above it or your home: not emptied')
             for p in self.folder.iterdir(): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
             return []
         if status == 'completed':
-            raise RunFolderError(f'{self.folder} holds a completed run of {old.get("notebook")!r} from {old.get("started")}; '
+            raise RunFolderError(f'{self.folder} holds a completed run of {old.get("notebook")!r} from '
+                                 f'{old.get("started")}; '
                                  'choose another `out`, or ask for it to be overwritten')
         keep = ('id', 'status', 'exit_code', 'reason', 'started', 'ended', 'seconds')
         return [*old.get('attempts', []), {**{k: old.get(k) for k in keep}, 'status': status}]
@@ -208,8 +212,9 @@ class Manifest:
         attempts = self.claim(overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.path, redact(dict(schema=1, id=uuid.uuid4().hex[:12], notebook=notebook, status='running',
-            reason=None, exit_code=None, started=_now(), ended=None, seconds=None, parameters=dict(parameters), seeds={},
-            data={}, phases=[], results={}, command=sys.argv, pid=os.getpid(), versions=versions(), code=code_state(),
+            reason=None, exit_code=None, started=_now(), ended=None, seconds=None, parameters=dict(parameters),
+            seeds={}, data={}, phases=[], results={},
+            command=sys.argv, pid=os.getpid(), versions=versions(), code=code_state(),
             host=host_facts(), environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
             attempts=attempts) | facts))
         self.beat()
@@ -220,11 +225,13 @@ class Manifest:
         self.heartbeat.write_text(_now() + '\n', encoding='utf8')
 
     def finish(self, status: str, reason: str | None = None, exit_code: int | None = None) -> dict:
-        "The last word: `status` out of `EXIT_CODES`, the reason in one line, the exit code (default: that status's own)."
+        """The last word: `status` out of `EXIT_CODES`, the reason in one line, the exit code (default: that status's
+        own)."""
         if status not in EXIT_CODES: raise ValueError(f'status {status!r} is not one of {", ".join(EXIT_CODES)}')
         began = datetime.datetime.fromisoformat(self.read()['started'])
         seconds = (datetime.datetime.now(datetime.timezone.utc) - began).total_seconds()
-        value = self.update(status=status, reason=reason, exit_code=EXIT_CODES[status] if exit_code is None else exit_code,
+        value = self.update(status=status, reason=reason,
+                            exit_code=EXIT_CODES[status] if exit_code is None else exit_code,
                             ended=_now(), seconds=round(seconds, 3))
         self.heartbeat.unlink(missing_ok=True)
         return value
@@ -248,9 +255,10 @@ class Heartbeat(threading.Thread):
         self._stopped.set()
         self.join(timeout=self.seconds + 1)
 
-# %% ../../nbs/run/04_manifest.ipynb #81b780e1
+# %% ../../nbs/run/04_manifest.ipynb #233d3e62
 def default_folder(notebook: str, parameters: Mapping[str, Any], root: str | Path = 'runs') -> Path:
-    "A fresh, readable run folder: `runs/<notebook>-<recipe>-<scale>-s<seed>-<date>-<time>`, of what the parameters name."
+    """A fresh, readable run folder: `runs/<notebook>-<recipe>-<scale>-s<seed>-<date>-<time>`, of what the parameters
+    name."""
     words = [notebook, *(str(parameters[k]) for k in ('recipe', 'scale') if parameters.get(k))]
     if parameters.get('seed') is not None: words.append(f's{parameters["seed"]}')
     stem = re.sub(r'[^\w.+-]+', '_', '-'.join([*words, time.strftime('%Y%m%d-%H%M%S')]))
@@ -269,7 +277,8 @@ class Stop(threading.Event):
 
 class Run:
     """One run as its notebook sees it: `run.folder` to write into, `run.stop` (an Event set by TERM, USR1, USR2),
-    `run.record(...)`, `run.phase(...)`, `run.finish()`. Also a context manager. Raises `RunFolderError` as `Manifest.claim`."""
+    `run.record(...)`, `run.phase(...)`, `run.finish()`. Also a context manager. Raises `RunFolderError` as
+    `Manifest.claim`."""
 
     def __init__(self, out: str | Path | None, notebook: str, parameters: Mapping[str, Any], overwrite: bool = False):
         engine = os.environ.get('VLMBENCH_RUN_FOLDER')
@@ -294,7 +303,7 @@ class Run:
         self._shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
         if self._shell is not None:
             self._shell.events.register('post_run_cell', self._after_cell)
-            warnings.filterwarnings('ignore', message='To exit: use')   # IPython's advice after a SystemExit, which here is deliberate
+            warnings.filterwarnings('ignore', message='To exit: use')   # IPython's advice after SystemExit
 
     def _after_cell(self, result: Any) -> None:
         e = result.error_before_exec or result.error_in_exec
@@ -322,7 +331,8 @@ class Run:
             self.manifest.update(phases=[*self.manifest.read().get('phases', []), entry])
 
     def check(self) -> None:
-        "Raises `Preempted` once a stop signal has arrived. Call between units of work that the training loop does not see."
+        """Raises `Preempted` once a stop signal has arrived. Call between units of work that the training loop does
+        not see."""
         if self.stop.is_set(): raise Preempted(self.stop.reason or 'stop requested')
 
     def finish(self, status: str = 'completed', reason: str | None = None) -> None:
@@ -356,9 +366,10 @@ class Run:
         elif isinstance(error, KeyboardInterrupt): self.finish('interrupted', 'KeyboardInterrupt')
         else: self.finish('failed', ''.join(traceback.format_exception_only(kind, error)).strip())
 
-# %% ../../nbs/run/04_manifest.ipynb #f0449a0a
+# %% ../../nbs/run/04_manifest.ipynb #1bf27e2a
 def read_runs(root: str | Path = 'runs') -> list[dict]:
-    """Manifests of all runs at or below `root`, newest first, each with `folder` and the true `status` (`lost` included).
+    """Manifests of all runs at or below `root`, newest first, each with `folder` and the true `status` (`lost`
+    included).
     An unreadable manifest becomes `dict(folder, status='unreadable', reason)`."""
     found = []
     for path in Path(root).rglob('manifest.json'):

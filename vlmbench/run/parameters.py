@@ -24,12 +24,13 @@ class ParameterError(click.ClickException, ValueError):
 
     def __str__(self) -> str: return self.message
 
-# %% ../../nbs/run/02_parameters.ipynb #e1ac2ca5
+# %% ../../nbs/run/02_parameters.ipynb #c56bb73c
 _SCALARS = ('int', 'float', 'bool', 'str')
 
 @dataclass(frozen=True)
 class ParamType:
-    """A declared type: `kind` is a scalar name, `list[<scalar>]` or `literal`; `choices` are the values of a literal."""
+    """A declared type: `kind` is a scalar name, `list[<scalar>]` or `literal`; `choices` are the values of a
+    literal."""
     kind: str
     optional: bool = False
     choices: tuple = ()
@@ -116,7 +117,7 @@ def check_value(value: Any, type: ParamType) -> Any:
         raise ValueError(f'a value of type {value.__class__.__name__} was given{hint}')
     return float(value) if type.kind == 'float' else value
 
-# %% ../../nbs/run/02_parameters.ipynb #2191e691
+# %% ../../nbs/run/02_parameters.ipynb #6d579455
 @dataclass(frozen=True)
 class Parameter:
     "One declared parameter of a run notebook."
@@ -139,7 +140,8 @@ def read_parameters(source: str, where: str = 'parameters cell') -> dict[str, Pa
     for node in body:
         at = f'{where}, line {node.lineno}'
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
-            raise ParameterError(f'{at}: {ast.unparse(node)!r} is not a typed parameter; write `name: type = default  # help`')
+            raise ParameterError(f'{at}: {ast.unparse(node)!r} is not a typed parameter; '
+                                 'write `name: type = default  # help`')
         if node.lineno != node.end_lineno or node.lineno in lines:
             raise ParameterError(f'{at}: write one parameter on one line')
         name = node.target.id
@@ -149,10 +151,10 @@ def read_parameters(source: str, where: str = 'parameters cell') -> dict[str, Pa
         try: default = ast.literal_eval(node.value)
         except ValueError: raise ParameterError(f'{at}: the default of {name!r} must be a literal value') from None
         try:
-            same = default if type.kind != 'str' and isinstance(default, str) and type.kind != 'literal' else None
-            if same is not None: raise ValueError('a str was given')
+            if isinstance(default, str) and type.kind not in ('str', 'literal'): raise ValueError('a str was given')
             default = check_value(default, type)
-        except ValueError as e: raise ParameterError(f'{at}: default {default!r} of {name!r} is not {type}: {e}') from None
+        except ValueError as e:
+            raise ParameterError(f'{at}: default {default!r} of {name!r} is not {type}: {e}') from None
         lines.add(node.lineno)
         found[name] = Parameter(name, type, default, help.get(node.lineno, ''))
     return found
@@ -178,8 +180,9 @@ def load_notebook(path: str | Path) -> dict:
         raise ParameterError(f'{path}: not a notebook file: it has no list of cells')
     return nb
 
-# %% ../../nbs/run/02_parameters.ipynb #bfb3ffbd
-def check_parameters(declared: Mapping[str, Parameter], given: Mapping[str, Any], name: str = 'notebook') -> dict[str, Any]:
+# %% ../../nbs/run/02_parameters.ipynb #05452d9f
+def check_parameters(declared: Mapping[str, Parameter], given: Mapping[str, Any],
+                     name: str = 'notebook') -> dict[str, Any]:
     """`given` values parsed and checked against `declared`; only the given names are returned, with proper types.
     Raises `ParameterError` listing every unknown name (with the nearest known one) and every value of a wrong type."""
     faults, good = [], {}
@@ -195,9 +198,10 @@ def check_parameters(declared: Mapping[str, Parameter], given: Mapping[str, Any]
     known = ', '.join(declared) or 'none: no cell is tagged `parameters`'
     raise ParameterError(f'{name}: ' + '; '.join(faults) + f'. Nothing was run. Known parameters: {known}')
 
-# %% ../../nbs/run/02_parameters.ipynb #03afaac1
+# %% ../../nbs/run/02_parameters.ipynb #d2f8b6dd
 def parse_assignments(words: Sequence[str]) -> dict[str, str]:
-    "`['lr=1e-3', 'note=a=b']` -> `{'lr': '1e-3', 'note': 'a=b'}`. Raises `ParameterError` on a word without `=` or a repeat."
+    """`['lr=1e-3', 'note=a=b']` -> `{'lr': '1e-3', 'note': 'a=b'}`. Raises `ParameterError` on a word without `=` or
+    a repeat."""
     out: dict[str, str] = {}
     for word in words:
         key, eq, value = word.partition('=')

@@ -26,17 +26,19 @@ from ..data.packing import collate_packed, collate_padded, pack
 from ..data.template import Encoded
 from ..models.vlm import VLMForConditionalGeneration
 
-# %% ../../nbs/run/30_speed.ipynb #189e04b0
+# %% ../../nbs/run/30_speed.ipynb #0f6e9c82
 def sync(device: torch.device | str) -> None:
     "Wait for a GPU's queue; nothing on a CPU."
     if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
 
 def time_in_turns(work: Mapping[str, Callable[[], Any]], rounds: int = 5, device: torch.device | str = 'cpu',
                   clock: str = 'wall') -> dict[str, list[float]]:
-    """Seconds of each callable in each of `rounds` rounds (after one to warm up), the order reversed every other round. `clock`: 'wall', or 'cpu',
+    """Seconds of each callable in each of `rounds` rounds (after one to warm up), the order reversed every other
+    round. `clock`: 'wall', or 'cpu',
     this process's processor seconds, for a CPU that others use at the same time."""
     if clock not in ('wall', 'cpu'): raise ValueError(f"clock must be 'wall' or 'cpu', got {clock!r}")
-    if clock == 'cpu' and torch.device(device).type != 'cpu': raise ValueError(f"clock='cpu' cannot time work on {device}; use 'wall'")
+    if clock == 'cpu' and torch.device(device).type != 'cpu':
+        raise ValueError(f"clock='cpu' cannot time work on {device}; use 'wall'")
     now = time.perf_counter if clock == 'wall' else time.process_time
     took: dict[str, list[float]] = {k: [] for k in work}
     for r in range(-1, rounds):
@@ -53,9 +55,10 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     "Median over rounds of a/b: each round's pair saw the same machine."
     return statistics.median(x/y for x, y in zip(a, b))
 
-# %% ../../nbs/run/30_speed.ipynb #26869164
+# %% ../../nbs/run/30_speed.ipynb #0bb1cbd1
 class PeakMemory:
-    "Context manager: `mb`, the largest memory above the start while inside, in MB (GPU: allocator; CPU: resident size, sampled every 5 ms)."
+    """Context manager: `mb`, the largest memory above the start while inside, in MB (GPU: allocator; CPU: resident
+    size, sampled every 5 ms)."""
     def __init__(self, device: torch.device | str = 'cpu'): self.device, self.mb = torch.device(device), float('nan')
 
     def __enter__(self) -> 'PeakMemory':
@@ -80,10 +83,11 @@ class PeakMemory:
             peak = self.peak
         self.mb = (peak - self.start)/2**20
 
-# %% ../../nbs/run/30_speed.ipynb #ccbf7ceb
+# %% ../../nbs/run/30_speed.ipynb #39b8317b
 @dataclass(frozen=True)
 class Mix:
-    "A synthetic training mix: `documents` rows, `image_tokens` for a picture, `share` of rows with one, text around `median` tokens, at most `longest`."
+    """A synthetic training mix: `documents` rows, `image_tokens` for a picture, `share` of rows with one, text
+    around `median` tokens, at most `longest`."""
     documents: int = 128
     image_tokens: int = 64
     share: float = .85
@@ -108,11 +112,13 @@ def make_mix(mix: Mix = Mix()) -> list[Encoded]:
         out.append(Encoded(ids, labels, torch.where(ids == 4, 0, -1), images, str(k)))
     return out
 
-# %% ../../nbs/run/30_speed.ipynb #8eb644c0
+# %% ../../nbs/run/30_speed.ipynb #26c0fc2e
 @dataclass(frozen=True)
 class Shape:
-    """Size of the timed models: a Llama and a CLIP tower, with LLaVA-1.5's proportions. Attention over full rows costs `max_tokens / (6 hidden)` of
-    the matrix products, 8% there (2048 tokens, width 4096) as here (256, 512), and the tower is a small part of the whole."""
+    """Size of the timed models: a Llama and a CLIP tower, with LLaVA-1.5's proportions. Attention over full rows
+    costs `max_tokens / (6 hidden)` of
+    the matrix products, 8% there (2048 tokens, width 4096) as here (256, 512), and the tower is a small part of the
+    whole."""
     hidden: int = 512
     layers: int = 3
     heads: int = 8
@@ -123,14 +129,19 @@ class Shape:
     vocab: int = 512
 
 def reference_model(shape: Shape = Shape(), seed: int = 0) -> LlavaForConditionalGeneration:
-    "transformers' LLaVA of that shape with random weights; image token 4, features of the second to last layer without CLS."
-    text = LlamaConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.hidden*8//3//8*8, num_hidden_layers=shape.layers,
-                       num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=4096, pad_token_id=0)
-    vision = CLIPVisionConfig(hidden_size=shape.vision_hidden, intermediate_size=2*shape.vision_hidden, num_hidden_layers=shape.vision_layers,
+    """transformers' LLaVA of that shape with random weights; image token 4, features of the second to last layer
+    without CLS."""
+    text = LlamaConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.hidden*8//3//8*8,
+                       num_hidden_layers=shape.layers,
+                       num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=4096,
+                       pad_token_id=0)
+    vision = CLIPVisionConfig(hidden_size=shape.vision_hidden, intermediate_size=2*shape.vision_hidden,
+                              num_hidden_layers=shape.vision_layers,
                               num_attention_heads=4, image_size=shape.image_size, patch_size=shape.patch)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-2,
+        return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4,
+                                                         vision_feature_layer=-2,
                                                          vision_feature_select_strategy='default'))
 
 def our_model(reference: LlavaForConditionalGeneration) -> VLMForConditionalGeneration:
@@ -147,12 +158,15 @@ def our_model(reference: LlavaForConditionalGeneration) -> VLMForConditionalGene
     front = build_front_end(settings, text.hidden_size, tower=tower)
     theirs = reference.model.multi_modal_projector
     linear = [m for m in front.projector.modules() if isinstance(m, nn.Linear)]
-    for mine, other in zip(linear, (theirs.linear_1, theirs.linear_2), strict=True): mine.load_state_dict(other.state_dict())
+    for mine, other in zip(linear, (theirs.linear_1, theirs.linear_2),
+                           strict=True): mine.load_state_dict(other.state_dict())
     return assemble(llm, front, 4)
 
-# %% ../../nbs/run/30_speed.ipynb #45ba685d
-def make_step(model: nn.Module, device: torch.device | str = 'cpu', freeze: str = 'vision') -> Callable[[Mapping[str, Any]], float]:
-    "A function that takes a batch through one optimizer step of `model` and returns the loss; parameters with `freeze` in their name stay."
+# %% ../../nbs/run/30_speed.ipynb #995087e4
+def make_step(model: nn.Module, device: torch.device | str = 'cpu',
+              freeze: str = 'vision') -> Callable[[Mapping[str, Any]], float]:
+    """A function that takes a batch through one optimizer step of `model` and returns the loss; parameters with
+    `freeze` in their name stay."""
     model.to(device).train()
     for n, p in model.named_parameters(): p.requires_grad_(freeze not in n)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -167,7 +181,7 @@ def make_step(model: nn.Module, device: torch.device | str = 'cpu', freeze: str 
         return loss.item()
     return step
 
-# %% ../../nbs/run/30_speed.ipynb #4eb8514b
+# %% ../../nbs/run/30_speed.ipynb #5cccbcac
 def padded_batches(documents: Sequence[Encoded], positions: int) -> list[dict]:
     "Documents in order, as many in a padded batch as keep rows x longest within `positions`."
     batches, now = [], []
@@ -189,9 +203,11 @@ def fill(batches: Sequence[Mapping[str, Any]]) -> float:
 
 def packing_speed(model: nn.Module, documents: Sequence[Encoded], rows: int = 8, max_tokens: int = 256, rounds: int = 3,
                   device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
-    "Target tokens per second of training on `documents` packed and padded, their ratio, how full the batches are, and peak memory."
+    """Target tokens per second of training on `documents` packed and padded, their ratio, how full the batches are,
+    and peak memory."""
     step = make_step(model, device)
-    batches = dict(packed=packed_batches(documents, rows, max_tokens), padded=padded_batches(documents, rows*max_tokens))
+    batches = dict(packed=packed_batches(documents, rows, max_tokens),
+                   padded=padded_batches(documents, rows*max_tokens))
     targets = {k: sum(int(b['n_targets']) for b in v) for k, v in batches.items()}
     took = time_in_turns({k: lambda v=v: [step(b) for b in v] for k, v in batches.items()}, rounds, device, clock)
     memory = {}
@@ -200,11 +216,14 @@ def packing_speed(model: nn.Module, documents: Sequence[Encoded], rows: int = 8,
         memory[k] = m.mb
     rate = {k: targets[k]/statistics.median(took[k]) for k in batches}
     return dict(ratio=ratio(took['padded'], took['packed'])*targets['packed']/targets['padded'],
-                **{f'{k}_targets_per_s': r for k, r in rate.items()}, **{f'{k}_fill': fill(v) for k, v in batches.items()},
-                **{f'{k}_batches': len(v) for k, v in batches.items()}, **{f'{k}_memory_mb': m for k, m in memory.items()})
+                **{f'{k}_targets_per_s': r for k, r in rate.items()},
+                **{f'{k}_memory_mb': m for k, m in memory.items()},
+                **{f'{k}_fill': fill(v) for k, v in batches.items()},
+                **{f'{k}_batches': len(v) for k, v in batches.items()})
 
-# %% ../../nbs/run/30_speed.ipynb #5802120a
-def step_speed(reference: LlavaForConditionalGeneration, model: nn.Module, documents: Sequence[Encoded], rounds: int = 5,
+# %% ../../nbs/run/30_speed.ipynb #6713f7eb
+def step_speed(reference: LlavaForConditionalGeneration, model: nn.Module, documents: Sequence[Encoded],
+               rounds: int = 5,
                device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
     "Seconds of one training step on one padded batch: ours, transformers' LLaVA, their ratio, and peak memory of both."
     whole = collate_padded(list(documents), 0)
@@ -215,33 +234,40 @@ def step_speed(reference: LlavaForConditionalGeneration, model: nn.Module, docum
     for k, s in steps.items():
         with PeakMemory(device) as m: s(batch)
         memory[f'{k}_memory_mb'] = m.mb
-    return dict(ratio=ratio(took['ours'], took['transformers']), **{f'{k}_s': statistics.median(v) for k, v in took.items()}, **memory)
+    seconds = {f'{k}_s': statistics.median(v) for k, v in took.items()}
+    return dict(ratio=ratio(took['ours'], took['transformers']), **seconds, **memory)
 
-# %% ../../nbs/run/30_speed.ipynb #73cf1e7e
+# %% ../../nbs/run/30_speed.ipynb #95dc65e8
 def generation_speed(model: nn.Module, documents: Sequence[Encoded], new_tokens: int = 16, rounds: int = 3,
                      device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
-    "New tokens per second of greedy generation for all `documents` in one left-padded batch and one by one, and their ratio."
+    """New tokens per second of greedy generation for all `documents` in one left-padded batch and one by one, and
+    their ratio."""
     model.to(device).eval()
     keys = ('input_ids', 'attention_mask', 'pixel_values', 'image_sizes')
     def inputs(docs: Sequence[Encoded]) -> dict:
         return {k: v.to(device) for k, v in collate_padded(list(docs), 0, side='left').items() if k in keys}
     @torch.no_grad()
     def run(groups: Sequence[dict]) -> None:
-        for g in groups: model.generate(**g, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-    took = time_in_turns(dict(batched=lambda g=[inputs(documents)]: run(g), single=lambda g=[inputs([d]) for d in documents]: run(g)), rounds, device, clock)
+        for g in groups: model.generate(**g, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+                                        pad_token_id=0)
+    took = time_in_turns(dict(batched=lambda g=[inputs(documents)]: run(g),
+                              single=lambda g=[inputs([d]) for d in documents]: run(g)), rounds, device, clock)
     n = len(documents)*new_tokens
-    return dict(ratio=ratio(took['single'], took['batched']), **{f'{k}_tokens_per_s': n/statistics.median(v) for k, v in took.items()})
+    rates = {f'{k}_tokens_per_s': n/statistics.median(v) for k, v in took.items()}
+    return dict(ratio=ratio(took['single'], took['batched']), **rates)
 
-# %% ../../nbs/run/30_speed.ipynb #ed73274a
-def data_wait(model: nn.Module, processor: Any, stage: Any, samples: Sequence, out: str | Path, skip: int = 3, **kw: Any) -> dict[str, Any]:
-    "Share of the time of all steps but the first `skip` spent waiting for a batch, with the throughput of the loop; `kw` go to `train`."
+# %% ../../nbs/run/30_speed.ipynb #11c68c52
+def data_wait(model: nn.Module, processor: Any, stage: Any, samples: Sequence, out: str | Path, skip: int = 3,
+              **kw: Any) -> dict[str, Any]:
+    """Share of the time of all steps but the first `skip` spent waiting for a batch, with the throughput of the
+    loop; `kw` go to `train`."""
     from vlmbench.train.loop import train
     history = train(model, processor, stage, samples, out, progress_seconds=None, **kw).history.iloc[skip:]
     waited = float((history['data_wait']*history['step_s']).sum()/history['step_s'].sum())
     return dict(share=waited, steps=len(history), images_per_s=float(history['images'].sum()/history['step_s'].sum()),
                 targets_per_s=float(history['targets'].sum()/history['step_s'].sum()))
 
-# %% ../../nbs/run/30_speed.ipynb #9d1af994
+# %% ../../nbs/run/30_speed.ipynb #1cf6df9c
 BARS: dict[str, tuple[str, str, float]] = {   # measure: (what it is, sense, bar)
     'packing': ('packed / padded target tokens per second, realistic mix', 'at least', 1.6),
     'step': ('our training step / transformers LLaVA step, same batch', 'at most', 1.05),
@@ -254,5 +280,6 @@ def speed_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     for name, (what, sense, bar) in BARS.items():
         if name not in results: continue
         value = results[name].get('ratio', results[name].get('share'))
-        rows.append(dict(measure=what, value=round(value, 3), bar=f'{sense} {bar:g}', met=bool(value >= bar if sense == 'at least' else value <= bar)))
+        rows.append(dict(measure=what, value=round(value, 3), bar=f'{sense} {bar:g}',
+                         met=bool(value >= bar if sense == 'at least' else value <= bar)))
     return pd.DataFrame(rows, columns=['measure', 'value', 'bar', 'met'])
