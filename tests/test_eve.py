@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from vlmbench.methods.eve import METHOD, eve_recipe, losses, recipe, transform_of, variant
+from vlmbench.methods.eve import METHOD, losses, recipe, transform_of
 from vlmbench.methods.recipes import get_method
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner
@@ -118,14 +118,14 @@ def test_saved_folder_holds_neither_teacher_nor_aligner(tmp_path):
 def test_registered_with_the_controls_budget_and_paper_counts():
     assert get_method('eve') is METHOD
     control = get_method('llava').recipe(get_scale('tiny'))
-    for r in (recipe(get_scale('tiny')), eve_recipe(get_scale('tiny'), prealign=False)):
+    for r in (recipe(get_scale('tiny')), recipe(get_scale('tiny'), prealign=False)):
         assert sum(s.budget_targets for s in r.stages) == sum(s.budget_targets for s in control.stages)
     scale = get_scale('paper')
     groups = module_groups(model_from_shapes(recipe(scale), scale))
     count = {g: sum(p.numel() for _, p in ps) for g, ps in groups.items()}
     assert count['vision'] == 9_003_008 and count['projector'] == 20_979_712
     assert sum(count[g] for g in ('embed', 'layers', 'norm', 'lm_head')) == 6_738_415_616       # Vicuna-7B
-    bare = variant(align=False).recipe(get_scale('tiny'))
+    bare = recipe(get_scale('tiny'), align=False)
     assert all(s.losses == () for s in bare.stages)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlmbench.data.image import ImageTransform, to_tensor
-from vlmbench.methods.eve import canvas, eve_recipe, from_reference, to_reference, to_reference_names, uncanvas
+from vlmbench.methods.eve import canvas, from_reference, recipe, to_reference, to_reference_names, uncanvas
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import get_scale
@@ -228,7 +228,7 @@ def test_generation(case):
 
 @pytest.mark.parametrize('stage', ['prealign', 'pretrain', 'finetune'])
 def test_stages_train_the_reference_names(case, stage):
-    model, ours = case.model('std'), eve_recipe(get_scale('paper')).stage(stage)
+    model, ours = case.model('std'), recipe(get_scale('paper')).stage(stage)
     plan, term = prepare(model, ours, module_groups(model)), model.loss_terms['align']
     heads = [f'align.{n}' for n, p in term.named_parameters() if p.requires_grad]
     assert {to_reference_names(n) for n in [*plan.trainable, *heads]} == set(case.stages[stage]['trainable'])

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
-                                   vora_recipe)
+                                   recipe)
 from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
 from vlmbench.train.recipe import RecipeError, Scale, get_scale, override
 
@@ -86,7 +86,7 @@ def test_text_alone_trains_under_gradient_checkpointing():
 
 @pytest.mark.parametrize('r, billions', [(1024, 2.21), (512, 1.11)])
 def test_published_counts(r, billions):
-    model = meta_vora(vora_recipe(PAPER_SCALE, r=r), PAPER_SCALE)
+    model = meta_vora(recipe(PAPER_SCALE, r=r), PAPER_SCALE)
     count = sum(p.numel() for m in vision_lora_layers(model).values() for p in m.vision_parameters())
     assert round(count / 1e9, 2) == billions
     assert round(sum(p.numel() for p in model.model.vision.parameters()) / 1e6, 2) == 7.98
@@ -97,28 +97,28 @@ def test_names_both_ways():
 
 
 def test_published_settings():
-    pre, tune = vora_recipe(PAPER_SCALE).stages
+    pre, tune = recipe(PAPER_SCALE).stages
     assert (pre.lr, pre.schedule, pre.batch_rows * pre.accumulation, round(pre.warmup_ratio * pre.steps)) == (2e-4, 'constant', 256, 100)
     assert (tune.lr, tune.schedule, tune.batch_rows * tune.accumulation, round(tune.warmup_ratio * tune.steps)) == (2e-5, 'cosine', 128, 20)
     assert {g for g, t in pre.trains.items() if t.trains} == {'vision', 'projector'}
     assert all(t.trains for t in tune.trains.values())
-    coded = vora_recipe(PAPER_SCALE, finetune='as_coded', extra_bias='reference_random').stage('finetune')
+    coded = recipe(PAPER_SCALE, finetune='as_coded', extra_bias='reference_random').stage('finetune')
     assert {g for g, t in coded.trains.items() if t.trains} == {'vision', 'projector'}
-    assert vora_recipe(get_scale('tiny'), distill='none').stage('pretrain').losses == ()
+    assert recipe(get_scale('tiny'), distill='none').stage('pretrain').losses == ()
 
 
 @pytest.mark.parametrize('kw, match', [(dict(layers=9), 'has 8'), (dict(r=0), 'lora.r'), (dict(distill='all'), 'distill must be'), (dict(finetune='some'), 'finetune must')])
 def test_bad_recipes(kw, match):
-    with pytest.raises(RecipeError, match=match): vora_recipe(get_scale('tiny'), **kw)
+    with pytest.raises(RecipeError, match=match): recipe(get_scale('tiny'), **kw)
 
 
 def test_bad_scales_and_losses():
     tiny = get_scale('tiny').to_dict()
     for change, match in ((dict(image_size=60), 'no multiple'), (dict(image_size=256), 'max_tokens')):
-        with pytest.raises(RecipeError, match=match): vora_recipe(Scale.from_dict({**tiny, **change}))
+        with pytest.raises(RecipeError, match=match): recipe(Scale.from_dict({**tiny, **change}))
     scale = get_scale('tiny')
-    recipe = vora_recipe(scale)
-    with pytest.raises(RecipeError, match="teacher's patches"): METHOD.build(override(recipe, {'front_end.patch_size': 16}), scale, 0)
-    stage = override(recipe, {'stages.pretrain.losses': (('every_block', 1.),)}).stage('pretrain')
+    given = recipe(scale)
+    with pytest.raises(RecipeError, match="teacher's patches"): METHOD.build(override(given, {'front_end.patch_size': 16}), scale, 0)
+    stage = override(given, {'stages.pretrain.losses': (('every_block', 1.),)}).stage('pretrain')
     with pytest.raises(RecipeError, match="no loss 'every_block'"): METHOD.losses(None, None, stage, scale)
     assert set(LOSSES) >= {'block_wise', 'last_block'}
