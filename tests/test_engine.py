@@ -160,3 +160,16 @@ class CellError(Exception):
     (CellError('SystemExit', '3'), [], False, 'failed'), (CellError('ValueError', 'x'), [], False, 'failed'),
     (RuntimeError('no kernel'), [], False, 'failed'), (None, [], False, 'failed')])
 def test_verdicts(error, signals, finished, status): assert verdict(error, signals, finished)[0] == status
+
+
+def test_two_runs_started_from_the_same_folder_have_kernels_of_their_own(tmp_path):
+    nb = write(tmp_path, "import os, time\nfrom pathlib import Path\nPath(out).mkdir(exist_ok=True)\n(Path(out)/'ready').touch()\n"
+                         "while not Path('go').exists(): time.sleep(.05)\nprint('kernel of', out)")
+    both = [papermill(nb, tmp_path/f'{n}.ipynb', '-p', 'out', n, engine=True, cwd=tmp_path) for n in ('a', 'b')]
+    for n, p in zip('ab', both): wait_for(tmp_path/n/'ready', p)
+    (tmp_path/'go').touch()
+    for n, p in zip('ab', both):
+        assert p.wait(60) == 0, p.communicate()[1]
+        texts = [o.get('text', '') for c in nbformat.read(tmp_path/f'{n}.ipynb', 4).cells for o in c.get('outputs', [])]
+        assert f'kernel of {n}\n' in texts
+    assert not list(tmp_path.glob('kernel-ipc*'))

@@ -183,7 +183,7 @@ def run_facts(folder: str | Path) -> dict[str, Any]:
             missing.append(f'{folder.name}: manifest.json is damaged ({e.msg} at {e.pos})')
     else: missing.append(f'{folder.name}: manifest.json')
     said = manifest.get('parameters') or {}
-    method = said.get('recipe') or said.get('method') or manifest.get('recipe') or manifest.get('method')
+    method = said.get('label') or said.get('recipe') or said.get('method') or manifest.get('recipe') or manifest.get('method')
     if isinstance(method, Mapping): method = method.get('name')
     seed = said.get('seed', manifest.get('seed'))
     if method is None:

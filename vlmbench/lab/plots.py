@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # %% auto #0
-__all__ = ['PALETTE', 'METHOD_COLORS', 'BASELINE', 'method_colors', 'style', 'Chart', 'save_png', 'to_svg', 'accuracy_figure',
-           'paired_figure', 'smooth', 'loss_figure', 'examples_figure', 'freeze_figure']
+__all__ = ['PALETTE', 'METHOD_COLORS', 'BASELINE', 'VERDICT_COLORS', 'method_colors', 'style', 'Chart', 'save_png', 'to_svg',
+           'accuracy_figure', 'forest_figure', 'paired_figure', 'claims_figure', 'smooth', 'loss_figure',
+           'examples_figure', 'freeze_figure']
 
 # %% ../../nbs/lab/00_plots.ipynb #4e6aabae
 PALETTE = ('#3d85d8', '#e07b2e', '#2f9e6e', '#b061c9', '#d5526a', '#2aa3b3', '#a58a1f', '#7b8794')
@@ -125,26 +126,50 @@ def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float =
         fig.legend(loc='outside upper left', ncols=4, fontsize=9, handletextpad=.3, columnspacing=1.2)
     return fig
 
-# %% ../../nbs/lab/00_plots.ipynb #4e4ad5d3
+# %% ../../nbs/lab/00_plots.ipynb #ae1b0c7d
+def forest_figure(names: Sequence[str], middle: Sequence[float], low: Sequence[float], high: Sequence[float],
+                  colors: Sequence[str], notes: Sequence[str] = (), label: str = 'difference, points',
+                  width: float = 11.2, filled: Sequence[bool] | None = None) -> Figure:
+    """One line per name, from the top: a share (0 to 1) with its interval, drawn in points around zero; `notes` stand at
+    the right edge, `filled` false draws an open dot."""
+    with style():
+        fig, axes = _figure(width, .8 + .34 * len(names))
+        ax = axes[0][0]
+        for y, (m, lo, hi, color, full) in enumerate(reversed(list(zip(middle, low, high, colors,
+                                                                       filled or [True]*len(names))))):
+            ax.plot([100 * lo, 100 * hi], [y, y], color=color, lw=2, solid_capstyle='butt')
+            ax.plot(100 * m, y, 'o', ms=6.5, mec=color, mew=1.6, color=color if full else 'none')
+        ax.axvline(0, color=_INK, lw=1)
+        ax.set_yticks(range(len(names)), list(names)[::-1])
+        ax.set_ylim(-.6, len(names) - .4)
+        ax.set_xlabel(label)
+        ax.grid(axis='y', visible=False); ax.spines['bottom'].set_visible(False)
+        side = max(abs(v) for v in ax.get_xlim()); ax.set_xlim(-side, side)
+        for y, (note, color) in enumerate(reversed(list(zip(notes, colors)))):
+            ax.text(1.01, y, note, transform=ax.get_yaxis_transform(), va='center', color=color, fontsize=9)
+    return fig
+
 def paired_figure(paired: pd.DataFrame, task: str | None = None, width: float = 11.2) -> Figure:
     "`paired_table` as a forest plot: difference a - b with interval; filled when Holm's p is below 0.05."
     if task is not None: paired = paired[paired['task'] == task]
     if not len(paired): raise ValueError(f'no paired comparison of task {task!r} to draw')
     colors = method_colors([*paired['a'], *paired['b']])
-    with style():
-        fig, axes = _figure(width, .8 + .34 * len(paired))
-        ax = axes[0][0]
-        for y, (_, r) in enumerate(paired[::-1].iterrows()):
-            ax.plot([100 * r['low'], 100 * r['high']], [y, y], color=colors[r['a']], lw=2, solid_capstyle='butt')
-            ax.plot(100 * r['difference'], y, 'o', ms=6.5, mec=colors[r['a']], mew=1.6,
-                    color=colors[r['a']] if r['p_holm'] < .05 else 'none')
-        ax.axvline(0, color=_INK, lw=1)
-        ax.set_yticks(range(len(paired)), [f'{_pretty(r.a)} − {_pretty(r.b)}' for r in paired[::-1].itertuples()])
-        ax.set_ylim(-.6, len(paired) - .4)
-        ax.set_xlabel('difference in accuracy, points (filled: p < 0.05 after Holm)')
-        ax.grid(axis='y', visible=False); ax.spines['bottom'].set_visible(False)
-        side = max(abs(v) for v in ax.get_xlim()); ax.set_xlim(-side, side)
-    return fig
+    return forest_figure([f'{_pretty(r.a)} − {_pretty(r.b)}' for r in paired.itertuples()], paired['difference'],
+                         paired['low'], paired['high'], [colors[a] for a in paired['a']],
+                         label='difference in accuracy, points (filled: p < 0.05 after Holm)', width=width,
+                         filled=(paired['p_holm'] < .05).tolist())
+
+# %% ../../nbs/lab/00_plots.ipynb #78210801
+VERDICT_COLORS = {'holds': PALETTE[2], 'reversed': PALETTE[4], 'not shown': PALETTE[7]}
+
+def claims_figure(table: pd.DataFrame, width: float = 11.2) -> Figure:
+    "`claims_table` as a forest plot, coloured by verdict. Raises `ValueError` for an empty table."
+    if not len(table): raise ValueError('no claim to draw: none of the arms was run')
+    several = table['task'].nunique() > 1
+    names = [_pretty(f'{r.claim} ({r.task})' if several else r.claim) for r in table.itertuples()]
+    return forest_figure(names, table['difference'], table['low'], table['high'],
+                         [VERDICT_COLORS[v] for v in table['verdict']], table['verdict'],
+                         'difference in accuracy, points (95% over seeds and questions)', width)
 
 # %% ../../nbs/lab/00_plots.ipynb #27102d1d
 def smooth(y: Sequence[float], window: float) -> np.ndarray:

@@ -6,7 +6,7 @@
 __all__ = ['STOP_SIGNALS', 'OUTPUT_CAP', 'Signals', 'NotebookClient']
 
 # %% ../../nbs/run/06_client.ipynb #b872ef57
-import os, signal, threading
+import os, signal, threading, uuid
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,15 @@ class NotebookClient(PapermillNotebookClient):
         self._written: dict[int, int] = {}
 
     def create_kernel_manager(self) -> Any:
-        """Unix sockets in the user's own runtime folder instead of TCP ports that every user of the node can reach,
-        and no bound on received messages: past 1,000 waiting ones ZeroMQ would drop them, the end of the cell too."""
+        """Unix sockets of this kernel alone in the user's own runtime folder, instead of TCP ports that every user of
+        the node can reach, and no bound on received messages: past 1,000 waiting ones ZeroMQ would drop them, the end
+        of the cell too."""
         km = super().create_kernel_manager()
         km.context.setsockopt(zmq.RCVHWM, 0)
-        short = len(jupyter_runtime_dir()) < 50   # socket paths end at 107 characters
-        if os.name == 'posix' and short: km.transport = 'ipc'
+        place = Path(jupyter_runtime_dir())/f'kernel-{uuid.uuid4().hex[:12]}'
+        if os.name == 'posix' and len(str(place)) < 90:   # socket paths end at 107 characters
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            km.transport, km.ip = 'ipc', str(place)
         return km
 
     def papermill_execute_cells(self) -> None:
