@@ -49,11 +49,12 @@ def region_text(kind: str, color: str | None = None, the: bool = True) -> str:
     preposition, noun = MARKERS[check_kind(kind)]
     return ' '.join([preposition, *(['the'] if the else []), *([color] if color else []), noun])
 
-# %% ../../nbs/data/30_overlay.ipynb #7d3efe3e
+# %% ../../nbs/data/30_overlay.ipynb #4ddd079e
 @dataclass(frozen=True)
 class Marker:
     """Geometry of one marker in px of the picture. `width`: stroke; half the stroke for a mask contour; unused for point
-    and mask. `samples`: points on a scribble's curve. `filled`: whether an arrow's head is filled."""
+    and mask. `samples`: points on a scribble's curve; 0: its points are the stroke itself. `filled`: whether an arrow's
+    head is filled."""
     kind: str
     points: tuple[tuple[float, float], ...] = ()
     width: int = 1
@@ -173,7 +174,7 @@ def _sample_arrow(rng, box, r, w):
     head = wing(angle + math.pi / 3), tip, wing(angle - math.pi / 3)
     return Marker('arrow', tuple(shaft), w, head=head, filled=rng.random() < .5)
 
-# %% ../../nbs/data/30_overlay.ipynb #fd57234f
+# %% ../../nbs/data/30_overlay.ipynb #bd1f09f8
 def canvas(marker: Marker, size: tuple[int, int], color: str | Sequence[int], alpha: int) -> Image.Image:
     "The marker alone on a transparent RGBA layer of `size`."
     if not 0 <= alpha <= 255: raise ValueError(f'alpha={alpha} must be 0 to 255')
@@ -185,6 +186,7 @@ def canvas(marker: Marker, size: tuple[int, int], color: str | Sequence[int], al
     elif m.kind == 'ellipse': d.ellipse(flat, outline=ink, width=m.width)
     elif m.kind == 'point': d.ellipse(flat, outline=ink, fill=ink)
     elif m.kind == 'triangle': d.line([*points, points[0]], fill=ink, width=m.width, joint='curve')
+    elif m.kind == 'scribble' and not m.samples: d.line(points, fill=ink, width=m.width, joint='curve')
     elif m.kind == 'scribble':
         curve = bezier(points, m.samples)
         for a, b in zip(curve, curve[1:]): d.line([a, b], fill=ink, width=m.width)
