@@ -34,8 +34,11 @@ setup(
         *(f'Programming Language :: Python :: {v}' for v in pythons),
     ],
     python_requires=f">={cfg['min_python']},<3.14",
-    packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
-    package_data={cfg['lib_name']: ['py.typed', 'assets/**/*', '_notebooks/*.ipynb']},
+    # the cards lie beside the package in a checkout and inside it in a wheel
+    packages=[*find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]), f"{cfg['lib_name']}._data_cards"],
+    package_dir={f"{cfg['lib_name']}._data_cards": 'data_cards'},
+    package_data={cfg['lib_name']: ['py.typed', 'assets/**/*', '_notebooks/*.ipynb'],
+                  f"{cfg['lib_name']}._data_cards": ['*.md']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points={

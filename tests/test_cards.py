@@ -359,3 +359,10 @@ def test_the_embedded_world_matches_its_card(tmp_path):
     assert report.status == 0, str(report)
     assert sorted(report.summary.file) == sorted(p.name for p in (tmp_path / 'world').glob('*_*.json'))
     assert (report.summary.pictures_opened > 0).sum() == len(names) - 2                     # all but the text files
+
+
+def test_the_worlds_card_states_its_default_sizes():
+    from vlmbench.data.world import WorldSize
+    asked = dict(vqa_val=3, vqa_test=3, text_test=4)      # questions a scene, one row each
+    rows = sum(n*asked.get(name, 1) for name, n in vars(WorldSize()).items())
+    assert load_card('world').front['size']['rows'] == rows

@@ -54,6 +54,7 @@ def wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('wheel')
     for name in ('setup.py', 'settings.ini', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tmp)
     shutil.copytree(ROOT/'vlmbench', tmp/'vlmbench', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT/'data_cards', tmp/'data_cards')
     build = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation']
     subprocess.run([*build, '--wheel-dir', tmp/'dist', tmp], check=True, capture_output=True)
     return next((tmp/'dist').glob('*.whl'))
@@ -72,6 +73,8 @@ def test_wheel_carries_package_assets_and_run_notebooks(wheel):
     assert not foreign, f'the wheel carries {foreign}'
     runs = {p.name for p in (ROOT/'nbs'/'runs').glob('*.ipynb')}
     assert runs == {Path(n).name for n in names if n.startswith('vlmbench/_notebooks/')}
+    cards = {p.name for p in (ROOT/'data_cards').glob('*.md')}
+    assert cards and cards == {Path(n).name for n in names if n.startswith('vlmbench/_data_cards/')}
     assert set(meta.get_all('Provides-Extra')) == {'dev', 'docs', 'eval', 'serve', 'slurm'}
     assert '>=3.10' in meta['Requires-Python']
     for point in ('vlmbench=vlmbench.run.cli:main', 'vlmbench=vlmbench.run.engine:VlmbenchEngine'):
@@ -109,4 +112,6 @@ print(vlmbench.__file__)''')
     assert not [n for n in ('nbdev', 'sphinx', 'pytest', 'jupyterlab', 'gradio') if f'\n{n}==' in f'\n{listed}']
     done = run(tmp_path/'venv'/'bin'/'vlmbench', '--help')
     assert done.returncode == 0 and 'bench' in done.stdout, done.stderr[-2000:]
+    done = run(python, '-c', "from vlmbench.data.cards import load_card; print(load_card('world').front['role'])")
+    assert done.stdout.strip() == 'embedded', done.stderr[-2000:]
     shutil.rmtree(tmp_path/'venv')      # a gigabyte that pytest would keep

@@ -6,8 +6,8 @@
 __all__ = ['prepare_data', 'data_file', 'Transformed', 'stage_samples', 'build', 'Fitted', 'fit', 'Ticker', 'load_tasks',
            'ask_before', 'assess', 'accuracy_wide']
 
-# %% ../../nbs/run/15_pipeline.ipynb #513eea3f
-import time
+# %% ../../nbs/run/15_pipeline.ipynb #664de47b
+import inspect, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-# %% ../../nbs/run/15_pipeline.ipynb #6cc3cc75
+# %% ../../nbs/run/15_pipeline.ipynb #3e68ffd5
 from ..data.mixture import Mixture
 from ..data.quarantine import Quarantine
 from ..data.record import Records, Sample
 from ..data.world import WorldConfig, WorldSize, write_world
-from ..evaluate.generate import evaluate, save_examples
+from ..evaluate.generate import evaluate
 from ..evaluate.results import Results, majority_baseline, text_retention
 from ..evaluate.tasks import Task, load_task
 from ..methods.recipes import Method, base_model
@@ -30,7 +30,7 @@ from .manifest import write_json
 from ..train.loop import TrainResult, train
 from ..train.recipe import Recipe, RecipeError, Scale, Stage
 
-# %% ../../nbs/run/15_pipeline.ipynb #85a9cb42
+# %% ../../nbs/run/15_pipeline.ipynb #fcc04cfd
 def prepare_data(folder: str | Path = '', difficulty: str = 'default', sizes: WorldSize | None = None) -> Path:
     """The data folder: `folder` if it exists, else the embedded world, written there (default
     `runs/world-<difficulty>`) unless it is there already. Raises FileExistsError when another world is there."""
@@ -47,9 +47,11 @@ def data_file(folder: str | Path, name: str) -> Path:
     raise RecipeError(f'{folder} has no {name}.json or {name}.jsonl; it has {there}')
 
 class Transformed(Sequence):
-    "`samples` with `transform` applied to each when it is taken; keeps a mixture's `order`."
-    def __init__(self, samples: Sequence, transform: Callable[[Sample], Sample]):
+    """`samples` with `transform` applied to each when it is taken; keeps a mixture's `order`. A transform that takes `rng`
+    is `per_draw`: training calls it with a generator made from the seed and the number of the draw."""
+    def __init__(self, samples: Sequence, transform: Callable[..., Sample]):
         self.samples, self.transform = samples, transform
+        self.per_draw = transform if 'rng' in inspect.signature(transform).parameters else None
         if hasattr(samples, 'order'): self.order = samples.order
 
     def __len__(self) -> int: return len(self.samples)
@@ -109,7 +111,7 @@ def fit(method: Method, recipe: Recipe, scale: Scale, model: Any, processor: Any
         if method.after_stage is not None: model, processor = method.after_stage(model, processor, stage, scale)
     return Fitted(model, processor, results, bad)
 
-# %% ../../nbs/run/15_pipeline.ipynb #363e81d1
+# %% ../../nbs/run/15_pipeline.ipynb #216d0f46
 @dataclass
 class Ticker:
     """Called as `(done, total)` after each batch: prints at most one line in `seconds`; raises what `check` raises
@@ -149,11 +151,8 @@ def assess(model: Any, processor: Any, tasks: Mapping[str, Task], folder: str | 
     accuracies and `retention`. `kw` go to `evaluate`."""
     store, rows, summary = Path(out)/'results', [], {}
     for name, task in tasks.items():
-        done = {'image': evaluate(model, processor, task, out_dir=store, transform=transform,
+        done = {'image': evaluate(model, processor, task, out_dir=store, transform=transform, examples=examples,
                                   on_batch=Ticker(name, check), **kw)}
-        if task.has_images and examples:
-            save_examples(done['image'], task, store, examples, transform)
-            done['image'].save(store)
         if task.has_images and blind:
             done['blind'] = evaluate(model, processor, task, out_dir=store, transform=transform, blind=True,
                                      on_batch=Ticker(f'{name} blind', check), **kw)

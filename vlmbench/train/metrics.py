@@ -71,7 +71,7 @@ def read_metrics(path: str | Path, event: str | None = 'step') -> pd.DataFrame:
         rows = [json.loads(l) for l in f if l.endswith('\n')]
     return pd.DataFrame([flatten(r) for r in rows if event is None or r.get('event') == event])
 
-# %% ../../nbs/train/06_metrics.ipynb #42b89547
+# %% ../../nbs/train/06_metrics.ipynb #7014f9e0
 class Tracker:
     "Mirror of the metrics file: `log(flat row, step)` and `close()`."
     def log(self, row: Mapping[str, float], step: int) -> None: raise TypeError(f'{type(self).__name__} must define '
@@ -96,24 +96,26 @@ class TensorBoardTracker(Tracker):
     def close(self): self.writer.close()
 
 
-class TrackioTracker(Tracker):
+class _RunTracker(Tracker):
+    "What trackio and W&B have in common: a `run` that takes rows."
+    def log(self, row, step): self.run.log(dict(row), step=step)
+    def close(self): self.run.finish()
+
+
+class TrackioTracker(_RunTracker):
     "A local trackio project (its dashboard: `trackio show`)."
     def __init__(self, out_dir, project, run, config):
         try: import trackio
         except ImportError as e: raise _missing('trackio', 'trackio', e) from e
         self.run = trackio.init(project=project, name=run, config=config, embed=False)
-    def log(self, row, step): self.run.log(dict(row), step=step)
-    def close(self): self.run.finish()
 
 
-class WandbTracker(Tracker):
+class WandbTracker(_RunTracker):
     "A Weights & Biases run (offline with `WANDB_MODE=offline`)."
     def __init__(self, out_dir, project, run, config):
         try: import wandb
         except ImportError as e: raise _missing('wandb', 'wandb', e) from e
         self.run = wandb.init(project=project, name=run, dir=str(out_dir), config=config, reinit='create_new')
-    def log(self, row, step): self.run.log(dict(row), step=step)
-    def close(self): self.run.finish()
 
 
 TRACKERS = dict(tensorboard=TensorBoardTracker, trackio=TrackioTracker, wandb=WandbTracker)
