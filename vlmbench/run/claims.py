@@ -68,7 +68,7 @@ def run_arms(arms: Sequence[Arm], seeds: int, out: str | Path, jobs: int = 1, ch
     todo = [r for r in plan if not reusable(r)]
     clock, began, failed, running = Clock.of(plan), time.perf_counter(), [], {}
     say(f'{len(plan)} runs, {len(plan) - len(todo)} kept, {jobs} at a time')
-    waiting = iter(todo)
+    waiting = iter(tuple(todo))
     try:
         while True:
             for r in itertools.islice(waiting, jobs - len(running)): running[start(r, jobs)] = (r, time.perf_counter())

@@ -1,0 +1,74 @@
+"The claims notebook of EVE and VoRA, end to end, with two arms on random models of two layers."
+import json
+
+import pandas as pd
+import pytest
+
+from test_runs import bases  # noqa: F401
+from vlmbench.methods.recipes import get_method, get_recipe
+from vlmbench.run.engine import find_notebook, run_notebook
+from vlmbench.run.manifest import Manifest
+from vlmbench.run.parameters import load_notebook
+from vlmbench.train.recipe import get_scale
+
+
+def declared():
+    "ARMS, CURVES and CLAIMS of the notebook."
+    from vlmbench.run.claims import Arm, Claim
+    names, cells = dict(Arm=Arm, Claim=Claim, arms=[], pd=pd), load_notebook(find_notebook('claims_encoder_free'))['cells']
+    for c in cells:
+        source = ''.join(c['source'])
+        if source.startswith(('ARMS =', 'CLAIMS =')): exec(source, names)
+    return names['ARMS'], names['CURVES'], names['CLAIMS']
+
+
+def test_every_arm_is_a_recipe_at_the_controls_budget():
+    arms, curves, claims = declared()
+    by_name = {a.name: a for a in arms}
+    assert len(by_name) == len(arms) and {c.name for c in claims} and len({c.name for c in claims}) == len(claims)
+    assert {c.better for c in claims} | {c.worse for c in claims} <= set(by_name)
+    assert {a for at in curves.values() for a in at.values()} <= set(by_name)
+    full = sum(s.budget_targets for s in get_recipe('llava', get_scale('tiny')).stages)
+    for a in arms:
+        get_method(a.recipe, a.variant)
+        plan = get_recipe(a.recipe, get_scale('tiny'), a.budget, a.overrides, a.variant)
+        assert sum(s.budget_targets for s in plan.stages) == pytest.approx(a.budget*full, abs=len(plan.stages)), a.name
+    for at in curves.values():
+        for share, arm in at.items(): assert by_name[arm].budget == share
+
+
+@pytest.fixture
+def deeper(bases, tmp_path):  # noqa: F811
+    "A scale whose language model has one block more than the teacher."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(bases/'llm')
+    config = model.config
+    config.num_hidden_layers, config.layer_types = 3, ['full_attention']*3
+    type(model)(config).save_pretrained(tmp_path/'llm')
+    AutoTokenizer.from_pretrained(bases/'llm').save_pretrained(tmp_path/'llm')
+    scale = json.loads((bases/'mini.json').read_text()) | dict(llm=str(tmp_path/'llm'))
+    (tmp_path/'deeper.json').write_text(json.dumps(scale))
+    return tmp_path/'deeper.json'
+
+
+def test_two_arms_from_end_to_end(bases, deeper, tmp_path):  # noqa: F811
+    given = dict(arms=['vora', 'vora_no_distill'], seeds=1, budget=.004, scale=str(deeper),
+                 data=str(bases/'world'), device='cpu')
+    assert run_notebook('claims_encoder_free', given, tmp_path/'c', progress=False) == 0
+    results = Manifest(tmp_path/'c').read()['results']
+    table = pd.read_csv(tmp_path/'c'/'claims.csv')
+    assert table['claim'].tolist() == ['vora_distillation'] and table['seeds'].tolist() == [1]
+    assert results['verdicts'] == dict(zip(table['claim'], table['verdict']))
+    assert table['difference'][0] == pytest.approx(table['better_score'][0] - table['worse_score'][0])
+    stage = lambda arm: json.loads((tmp_path/'c'/f'{arm}-s0'/'recipe.json').read_text())['stages'][0]
+    assert stage('vora')['losses'] and not stage('vora_no_distill')['losses']
+    reading = (tmp_path/'c'/'reading.md').read_text()
+    assert table['verdict'][0] in ('holds', 'reversed', 'not shown') and 'Of 1 claims' in reading
+    assert f'{100*table["better_score"][0]:.1f}%' in reading and 'until the final loss of no distillation' in reading
+    assert (tmp_path/'c'/'accuracy.csv').exists() and (tmp_path/'c'/'figures'/'claims.png').stat().st_size > 1000
+
+
+def test_an_arm_that_does_not_exist_is_refused(bases, tmp_path):  # noqa: F811
+    assert run_notebook('claims_encoder_free', dict(arms=['fuyu'], data=str(bases/'world')), tmp_path/'c', progress=False,
+                        quiet=True) == 1
+    assert "arms ['fuyu'] do not exist" in (tmp_path/'c'/'claims_encoder_free.ipynb').read_text()
