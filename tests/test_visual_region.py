@@ -12,7 +12,8 @@ from vlmbench.analysis.streams import scores, stream, streaming_metrics
 from vlmbench.analysis.weights import lora_update
 from vlmbench.methods.recipes import RECIPES, get_method, get_recipe
 from vlmbench.methods.visual_region import (METHOD, PUBLISHED_REGIONS, backward_depth, decoder_depth, prune_outside,
-                                            region_recipe, retention)
+                                            retention)
+from vlmbench.methods.visual_region import recipe as region_recipe
 from vlmbench.models.depth import build_surrogate, causal_lm, find_decoder, fingerprint, graft, prune
 from vlmbench.models.vision import backbone_dict
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, module_groups
@@ -176,7 +177,8 @@ def test_registered_with_the_controls_budget():
 
 @pytest.mark.parametrize('kw,message', [(dict(where=[32]), 'layer 32 does not exist'),
                                         (dict(where='best'), 'unknown strategy'), (dict(share=33), 'k=33 layers'),
-                                        (dict(tune='qlora'), "'lora' or 'full'"), (dict(where=[1, 1]), 'listed twice')])
+                                        (dict(tune='qlora'), "'lora' or 'full'"),
+                                        (dict(projector='half'), "projector must be 'full' or 'frozen'"), (dict(where=[1, 1]), 'listed twice')])
 def test_bad_regions(kw, message):
     with pytest.raises(RecipeError, match=message): region_recipe(get_scale('paper'), **kw)
 

@@ -13,7 +13,8 @@ from vlmbench.data.template import Encoded
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.recipes import RECIPES, get_method, get_recipe, scaled_budget
 from vlmbench.methods.zero import (FAMILIES, METHOD, PAPER_SCALES, default_ranges, from_original, from_reference, get_family, graft_onto, language_parameters,
-                                   last_third, load_original, paper_vlm, split, to_original, zero, zero_recipe)
+                                   last_third, load_original, paper_vlm, split, to_original, zero)
+from vlmbench.methods.zero import recipe as recipe_of
 from vlmbench.methods.zero_parts import WRAPPERS, Balanced, balance_weights, mix_order, mix_rows, reference_length_order, vllm_state
 from vlmbench.models.depth import causal_lm, depth_of, find_decoder, fingerprint
 from vlmbench.models.vlm import VLMForConditionalGeneration, module_groups
@@ -31,7 +32,7 @@ PUBLISHED = {'llama-3.2-3b': (28, 16, 3.21, 2.21, 12.6, 100.7), 'llama-3.1-8b': 
 def test_published_sizes_and_freeze_tables(name):
     depth, cut, whole, surrogate, adapter, layer = PUBLISHED[name]
     scale = PAPER_SCALES[name]
-    vlm, recipe = paper_vlm(scale), zero_recipe(scale, stages=('adapt', 'encoder', 'decoder'))
+    vlm, recipe = paper_vlm(scale), recipe_of(scale, stages=('adapt', 'encoder', 'decoder'))
     assert vlm.device.type == 'meta'
     assert round(language_parameters(paper_vlm(scale, ())) / 1e9, 2) == whole and round(language_parameters(vlm) / 1e9, 2) == surrogate
     assert depth_of(vlm).kept == (*range(cut + 1), depth - 1) and depth_of(vlm).translators == (cut,)
@@ -50,13 +51,13 @@ def test_published_sizes_and_freeze_tables(name):
 
 
 def test_published_training_settings():
-    r = zero_recipe(PAPER_SCALES['llama-3.1-8b'], stages=('adapt', 'encoder', 'decoder'))
+    r = recipe_of(PAPER_SCALES['llama-3.1-8b'], stages=('adapt', 'encoder', 'decoder'))
     assert [(s.lr, s.steps, s.batch_rows * s.accumulation * 4, s.targets) for s in r.stages] == [
         (1e-4, 4393, 256, 'special'), (5e-5, 4880, 128, 'special'), (5e-5, 4880, 128, 'answers')]
     assert all(s.weight_decay == 0 and s.clip == 1 and s.betas == (.9, .999) and s.max_tokens == 4096 for s in r.stages)
-    theirs = zero_recipe(PAPER_SCALES['llama-3.1-8b'], reference=True)
+    theirs = recipe_of(PAPER_SCALES['llama-3.1-8b'], reference=True)
     assert [(s.schedule, s.reduction, round(s.warmup_ratio * s.steps)) for s in theirs.stages] == [('cosine_recursive', 'micro', 133), ('cosine_recursive', 'micro', 148)]
-    baseline = zero_recipe(PAPER_SCALES['llama-3.1-8b'], ranges=())
+    baseline = recipe_of(PAPER_SCALES['llama-3.1-8b'], ranges=())
     assert baseline.stage('encoder').lr == 2e-4 and not baseline.stage('adapt').trains['layers'].trains
 
 
@@ -140,8 +141,31 @@ def test_the_baseline_trains_on_the_full_model(bases, tmp_path):
     assert len(find_decoder(fitted.model)) == 6 and fingerprint(find_decoder(fitted.model).stack) == before
 
 
+def test_another_language_model_stands_in_and_the_graft_leaves_both_alone(bases, tmp_path):
+    method = get_method('zero', [f'stand_in={bases[0]/"other"}'])
+    start, before, fitted = run(bases, method, tmp_path/'graft')
+    assert fingerprint(find_decoder(fitted.model).stack) == before == fingerprint(find_decoder(start).stack)
+    assert all(not r.freeze_table.set_index('group').trainable['layers'] for r in fitted.stages)
+    _, _, pair = run(bases, get_method('zero', [f'stand_in={bases[0]/"other"}', 'grafts=False']), tmp_path/'pair')
+    assert fingerprint(find_decoder(pair.model).stack) == fingerprint(Qwen3ForCausalLM.from_pretrained(bases[0]/'other').model) != before
+    assert fingerprint(pair.model.model.vision) == fingerprint(fitted.model.model.vision)
+    _, _, own = run(bases, METHOD, tmp_path/'own')
+    assert fingerprint(own.model.model.vision) != fingerprint(pair.model.model.vision)
+
+
+def test_variants_name_the_options_of_the_recipe(bases):
+    scale = bases[1]
+    assert get_method('zero', ['ranges=[[1,2,3,4]]']).recipe(scale).stage('adapt').trains['layers'].layers == (1,)
+    assert get_method('zero', ['ranges=[]']).recipe(scale).notes.startswith('the encoder trains on the full language model')
+    assert get_method('zero', ["stages=['encoder']"]).recipe(scale).stages[0].budget_targets == sum(s.budget_targets for s in METHOD.recipe(scale).stages)
+    for variant, says in ((['range=[]'], 'no option'), (['ranges=[[4,5,6]]'], 'leaves the decoder'), (['stand_in=/nowhere'], 'no configuration'),
+                          (['stand_in=asset:llm'], 'hidden_size 96'), (['stand_in=asset:llm', 'ranges=[]'], 'without ranges'),
+                          (['stand_in=asset:llm', "stages=['language']"], 'hidden_size|builds none')):
+        with pytest.raises(RecipeError, match=says): get_method('zero', variant).recipe(scale)
+
+
 def test_lora_of_the_decoder_freezes_its_base(bases):
-    recipe = zero_recipe(bases[1], stages=('adapt', 'encoder', 'decoder'), use_lora=True)
+    recipe = recipe_of(bases[1], stages=('adapt', 'encoder', 'decoder'), use_lora=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model, _ = build(METHOD, recipe, bases[1])
@@ -252,9 +276,9 @@ def test_bad_ranges_are_refused_before_anything_runs(ranges, says):
 
 def test_bad_settings():
     tiny = get_scale('tiny')
-    for call, says in ((lambda: zero_recipe(tiny, stages=('encoder', 'adapt')), 'in this order'), (lambda: zero_recipe(tiny, stages=()), 'some of'),
-                       (lambda: zero_recipe(tiny, stages=('train',)), 'some of'), (lambda: zero_recipe(tiny, reference=True), 'published scale'),
-                       (lambda: zero_recipe(tiny, ranges=(), stages=('language',)), 'builds none'), (lambda: get_family('phi'), 'unknown model family'),
+    for call, says in ((lambda: recipe_of(tiny, stages=('encoder', 'adapt')), 'in this order'), (lambda: recipe_of(tiny, stages=()), 'some of'),
+                       (lambda: recipe_of(tiny, stages=('train',)), 'some of'), (lambda: recipe_of(tiny, reference=True), 'published scale'),
+                       (lambda: recipe_of(tiny, ranges=(), stages=('language',)), 'builds none'), (lambda: get_family('phi'), 'unknown model family'),
                        (lambda: paper_vlm(tiny), 'no shapes'),
                        (lambda: default_ranges(replace(PAPER_SCALES['qwen3-4b'], name='x', llm_config=dict(model_type='qwen3', num_hidden_layers=3))), 'at least 4'),
                        (lambda: Stage('s', dict(projector=full()), 'x', lr=1., steps=3, targets='words'), 'targets must be one of'),

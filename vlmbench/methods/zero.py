@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PAPER_SCALES', 'FRONT_END', 'ON_SURROGATE', 'METHOD', 'Family', 'get_family', 'default_ranges', 'split',
-           'last_third', 'trained', 'zero_recipe', 'graft_onto', 'zero', 'paper_vlm', 'language_parameters',
-           'from_original', 'to_original', 'load_original', 'from_reference']
+           'last_third', 'trained', 'recipe', 'graft_onto', 'zero', 'paper_vlm', 'language_parameters', 'from_original',
+           'to_original', 'load_original', 'from_reference']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import re
@@ -88,7 +88,7 @@ def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
     try: return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
     except (ValueError, TypeError) as e: raise RecipeError(f'zero: {e}') from None
 
-# %% ../../nbs/methods/40_zero.ipynb #bcfcff73
+# %% ../../nbs/methods/40_zero.ipynb #0c59c551
 FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu', boundary=True)
 ON_SURROGATE = ('language', 'adapt', 'encoder')
 
@@ -103,10 +103,12 @@ def last_third(scale: Scale) -> tuple[int, ...]:
     depth = tower_config(_config(scale, 'vision')).num_hidden_layers
     return tuple(range(min(round(depth*2/3), depth - 1), depth))
 
+def _whole(ranges): return ranges is not None and not len(ranges)
+
 def trained(scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = None, use_lora: bool = False) -> dict:
     """What a stage trains, by module group. Without ranges to replace (`ranges=()`), adapt trains the adapter alone.
     `use_lora`: the decoder stage's published LoRA."""
-    translator = {} if ranges is not None and not len(ranges) else dict(layers=layers(split(scale, ranges).translators))
+    translator = {} if _whole(ranges) else dict(layers=layers(split(scale, ranges).translators))
     encoder = dict(projector=full(), vision=layers(last_third(scale)))
     tied = bool(getattr(_config(scale, 'llm').get_text_config(decoder=True), 'tie_word_embeddings', False))
     language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied else dict(lm_head=full()))
@@ -115,44 +117,78 @@ def trained(scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = N
     except KeyError:
         raise RecipeError(f'zero: no stage {stage!r}; stages are language, adapt, encoder, decoder') from None
 
-def zero_recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'), balance: bool = False,
-                reference: bool = False, use_lora: bool = False) -> Recipe:
+def recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'),
+           balance: bool = False, reference: bool = False, use_lora: bool = False, stand_in: str = '') -> Recipe:
     """The zero recipe at `scale`. `ranges`: layers to replace (None: `default_ranges`, (): no surrogate, the encoder
     trains on the full model). `stages`: in order, of language, adapt, encoder, decoder. `balance`: weight short answers
     up. `reference`: the published loss reduction and schedule (published scales only). `use_lora`: stage decoder trains
-    rank-8 updates of query and value instead of the language model, whose base stays frozen."""
+    rank-8 updates of query and value instead of the language model, whose base stays frozen. `stand_in`: folder or Hub
+    id of another language model, of the same width and vocabulary, that takes the surrogate's place and stays frozen."""
     from vlmbench.methods.llava import recipe as control
-    if ranges is not None and not len(ranges) and 'language' in stages:
-        raise RecipeError('zero: stage language trains the translator, but ranges=() builds none')
+    if stand_in and ranges is not None:
+        raise RecipeError('zero: stand_in takes the place of the surrogate, so it goes without ranges')
+    if stand_in: _check_stand_in(scale, stand_in)
+    cut = not stand_in and not _whole(ranges)
+    if not cut and 'language' in stages:
+        raise RecipeError('zero: stage language trains the translator, but ranges=() or stand_in builds none')
     order = [s for s in ('language', 'adapt', 'encoder', 'decoder') if s in stages]
     if not stages or list(stages) != order:
-        raise RecipeError(f'zero: stages {list(stages)} must be some of language, adapt, encoder, decoder, in this order')
+        raise RecipeError(f'zero: stages {list(stages)} must be some of language, adapt, encoder, decoder, in this '
+                          'order')
     published = scale.name in PAPER_SCALES
     if reference and not published:
-        raise RecipeError(f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its schedule counts steps')
+        raise RecipeError(f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its schedule '
+                          'counts steps')
     base = control(scale)
-    rates = _RATES['paper' if published else scale.name if scale.name in _RATES else 'tiny' if scale.image_size <= 96 else 'small']
+    rates = _RATES['paper' if published else scale.name if scale.name in _RATES
+                   else 'tiny' if scale.image_size <= 96 else 'small']
     total, mixed = sum(s.budget_targets for s in base.stages), base.stages[-1]
     out = []
     for name in order:
-        kw = dict(lr=rates['adapt' if name == 'language' else name], template=scale.template, losses=('balance',) if balance else ())
+        kw = dict(lr=rates['adapt' if name == 'language' else name], template=scale.template,
+                  losses=('balance',) if balance else ())
         if published:
             data, steps, rows, accumulation = _PUBLISHED[name]
-            kw |= dict(data=data, steps=steps, batch_rows=rows, accumulation=accumulation, max_tokens=4096, packing=False, too_long='truncate', warmup_ratio=.0305,
+            kw |= dict(data=data, steps=steps, batch_rows=rows, accumulation=accumulation, max_tokens=4096,
+                       packing=False, too_long='truncate', warmup_ratio=.0305,
                        targets='special' if name in ('adapt', 'encoder') else 'answers')
-            if name == 'encoder' and ranges is not None and not len(ranges): kw['lr'] = 2e-4
-            if reference: kw |= dict(schedule='cosine_recursive', reduction='micro', warmup_ratio=int(3.05*steps//100) / steps)
-        else: kw |= dict(data='text_train' if name == 'language' else mixed.data, batch_rows=mixed.batch_rows, max_tokens=mixed.max_tokens,
-                         budget_targets=round(total / len(order)))
-        out.append(Stage(name, trained(scale, name, ranges, use_lora), **kw))
-    what = 'the full language model' if ranges is not None and not len(ranges) else f'a surrogate of layers {split(scale, ranges).kept}'
-    return Recipe('zero', tuple(out), FRONT_END, 'sections 3 and 4, released training configurations', notes=f'the encoder trains on {what}, then it is grafted')
+            if name == 'encoder' and not cut and not stand_in: kw['lr'] = 2e-4
+            if reference:
+                kw |= dict(schedule='cosine_recursive', reduction='micro', warmup_ratio=int(3.05*steps//100) / steps)
+        else: kw |= dict(data='text_train' if name == 'language' else mixed.data, batch_rows=mixed.batch_rows,
+                         max_tokens=mixed.max_tokens, budget_targets=round(total / len(order)))
+        out.append(Stage(name, trained(scale, name, ranges if cut else (), use_lora), **kw))
+    what = (f'a surrogate of layers {split(scale, ranges).kept}' if cut else 'another language model' if stand_in
+            else 'the full language model')
+    return Recipe('zero', tuple(out), FRONT_END, 'sections 3 and 4, released training configurations',
+                  notes=f'the encoder trains on {what}, then it is grafted')
 
-# %% ../../nbs/methods/40_zero.ipynb #15a7ab6c
-def _before(ranges, model, processor, stage, scale):
-    if stage.name not in ON_SURROGATE or ranges is not None and not len(ranges) or depth_of(model).translators:
+def _check_stand_in(scale, where):
+    try: other = AutoConfig.from_pretrained(base_model(where)).get_text_config(decoder=True)
+    except (OSError, ValueError) as e: raise RecipeError(f'zero: stand_in {where}: no configuration ({e})') from None
+    ours = _config(scale, 'llm').get_text_config(decoder=True)
+    for k in ('hidden_size', 'vocab_size'):
+        if getattr(other, k) != getattr(ours, k):
+            raise RecipeError(f'zero: stand_in {where} has {k} {getattr(other, k)}, the language model '
+                              f'{getattr(ours, k)}: what is trained on one would not fit the other')
+
+# %% ../../nbs/methods/40_zero.ipynb #3e3f5160
+def _before(ranges, stages, stand_in, model, processor, stage, scale):
+    if stand_in:
+        first = next((s for s in stages if s in ON_SURROGATE), None)
+        return (_around(base_model(stand_in), model, processor) if stage.name == first else model), processor
+    if stage.name not in ON_SURROGATE or _whole(ranges) or depth_of(model).translators:
         return model, processor
     return build_surrogate(model, default_ranges(scale) if ranges is None else ranges), processor
+
+def _around(llm, model, processor):
+    "A VLM of the language model `llm` with a copy of `model`'s vision side."
+    settings = {k: v for k, v in model.config.vision_config.items() if k != 'backbone'}
+    whole, _ = build_vlm(llm, model.model.vision.tower, settings, processor.tokenizer, transform=processor.transform,
+                         image_token=processor.image_token, bidirectional_images=model.config.bidirectional_images,
+                         dtype=model.dtype)
+    graft(whole, model)
+    return whole.to(model.device)
 
 def graft_onto(llm, model: VLMForConditionalGeneration, processor) -> VLMForConditionalGeneration:
     """The VLM of the full language model `llm` (a folder, Hub id or loaded model) with the vision side of `model`, a
@@ -160,9 +196,7 @@ def graft_onto(llm, model: VLMForConditionalGeneration, processor) -> VLMForCond
 
     No tensor of `llm` changes. Raises ValueError if `llm` is not the model that the surrogate was cut from (its kept,
     untrained layers differ)."""
-    settings = {k: v for k, v in model.config.vision_config.items() if k != 'backbone'}
-    whole, _ = build_vlm(llm, model.model.vision.tower, settings, processor.tokenizer, transform=processor.transform, image_token=processor.image_token,
-                         bidirectional_images=model.config.bidirectional_images, dtype=model.dtype)
+    whole = _around(llm, model, processor)
     have, want, record = find_decoder(whole), find_decoder(model), depth_of(model)
     if len(have) != record.source_layers:
         raise ValueError(f'graft: the surrogate was cut from {record.source_layers} layers, this language model has {len(have)}')
@@ -171,11 +205,12 @@ def graft_onto(llm, model: VLMForConditionalGeneration, processor) -> VLMForCond
         for (n, a), b in zip(want.layers[i].named_parameters(), have.layers[layer].parameters()):
             if a.shape != b.shape or not torch.equal(a.to(b.device), b):
                 raise ValueError(f'graft: layer {layer} ({n}) differs from the surrogate: it was cut from another language model, or its kept layers were trained')
-    graft(whole, model)
-    return whole.to(model.device)
+    return whole
 
-def _after(grafts, ranges, model, processor, stage, scale):
-    if not grafts or stage.name != 'encoder' or not depth_of(model).translators: return model, processor
+def _after(grafts, stand_in, model, processor, stage, scale):
+    if not grafts or stage.name != 'encoder': return model, processor
+    if stand_in: return _around(base_model(scale.llm), model, processor), processor
+    if not depth_of(model).translators: return model, processor
     return graft_onto(base_model(scale.llm), model, processor), processor
 
 def _losses(balance, model, processor, stage, scale):
@@ -187,16 +222,20 @@ def _template(stage, scale):
     from vlmbench.data.template import get_template
     return get_template(stage.template or scale.template)
 
-def zero(ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'), grafts: bool = True, balance: bool = False,
-         wrap: bool = False, reference: bool = False, use_lora: bool = False) -> Method:
-    """Zero as a `Method`, with other choices than the published ones: `zero_recipe` names them. `grafts=False` keeps
-    the surrogate pair, to compare with; `wrap` wraps questions about pictures (Llama)."""
-    return Method(partial(zero_recipe, ranges=ranges, stages=stages, balance=balance, reference=reference, use_lora=use_lora), losses=partial(_losses, balance),
-                  transform=Wrapped() if wrap else None, after_stage=partial(_after, grafts, ranges), before_stage=partial(_before, ranges))
+def zero(ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'),
+         grafts: bool = True, balance: bool = False, wrap: bool = False, reference: bool = False,
+         use_lora: bool = False, stand_in: str = '') -> Method:
+    """Zero as a `Method`, with other choices than the published ones; `recipe` names them. `grafts=False` keeps the
+    surrogate pair, to compare with; `wrap` wraps questions about pictures (Llama). On a command line:
+    `vlmbench run train recipe=zero 'variant=["ranges=[[2,3,4,5,6]]","grafts=False"]'`."""
+    return Method(partial(recipe, ranges=ranges, stages=stages, balance=balance, reference=reference,
+                          use_lora=use_lora, stand_in=stand_in), losses=partial(_losses, balance),
+                  transform=Wrapped() if wrap else None, after_stage=partial(_after, grafts, stand_in),
+                  before_stage=partial(_before, ranges, stages, stand_in), configure=zero)
 
 METHOD = zero()
 
-# %% ../../nbs/methods/40_zero.ipynb #38d7f4a9
+# %% ../../nbs/methods/40_zero.ipynb #46fbbabc
 def paper_vlm(scale: Scale, ranges: Sequence[Sequence[int]] | None = None) -> VLMForConditionalGeneration:
     """Zero's VLM at `scale` with its surrogate, on the meta device. `ranges=()`: with the full language model. Needs
     `llm_config` and `vision_config`."""
@@ -204,7 +243,7 @@ def paper_vlm(scale: Scale, ranges: Sequence[Sequence[int]] | None = None) -> VL
         raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     with torch.device('meta'):
         vlm = VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), image_token_id=0, vision_config={**FRONT_END, 'backbone': dict(scale.vision_config)}))
-    if ranges is not None and not len(ranges): return vlm
+    if _whole(ranges): return vlm
     return build_surrogate(vlm, default_ranges(scale) if ranges is None else ranges)
 
 def language_parameters(model: nn.Module) -> int:
