@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['BadRecord', 'TooManyBadRecords', 'Quarantine']
 
-# %% ../../nbs/data/06_quarantine.ipynb #8c5279d0
-import json, os, tempfile
+# %% ../../nbs/data/06_quarantine.ipynb #ab7bfc21
+import json, os, re, tempfile
 from collections import Counter
 from pathlib import Path
 
-# %% ../../nbs/data/06_quarantine.ipynb #44cd1948
+# %% ../../nbs/data/06_quarantine.ipynb #f54ab35a
 class BadRecord(ValueError):
     "A row that cannot become a sample; the message is `category: detail`."
 
 class TooManyBadRecords(RuntimeError):
     "More rows were quarantined than the cap allows."
+
+def _category(reason: str) -> str:
+    "What stands before the first colon, behind a place such as `file.json row 7: `."
+    return re.sub(r'^.* row \d+( \(id .*?\))?: ', '', reason).partition(': ')[0]
 
 class Quarantine:
     """Counts, lists and caps the rows that were left out.
@@ -40,7 +44,7 @@ class Quarantine:
     def add(self, source: str, row: int|None, id: str|None, reason: str):
         "List one bad row. It must be counted by `seen` as well. Raises `TooManyBadRecords` past the cap."
         self.n_bad += 1
-        self.reasons[reason.partition(': ')[0]] += 1
+        self.reasons[_category(reason)] += 1
         if len(self.records) < self.max_listed:
             self.records.append(dict(source=str(source), row=row, id=id, reason=reason))
         if self.n_seen >= 100: self._judge()
