@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['mask_function', 'allowed', 'attention_mask', 'document_positions', 'image_ids_of']
 
-# %% ../../nbs/models/10_masks.ipynb #2787449c
+# %% ../../nbs/models/10_masks.ipynb #e3f94490
 from typing import Callable
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from .ragged import RaggedMask, dense, intervals, pays
 
 # %% ../../nbs/models/10_masks.ipynb #a2105f60
 def mask_function(document_ids: torch.Tensor | None = None, image_ids: torch.Tensor | None = None,
@@ -59,7 +61,7 @@ def _check(document_ids, image_ids, padding_mask, past_length) -> tuple[int, int
     if not 0 <= past_length < keys: raise ValueError(f'past_length {past_length} leaves no query among {keys} keys')
     return batch, keys, device
 
-# %% ../../nbs/models/10_masks.ipynb #309fca25
+# %% ../../nbs/models/10_masks.ipynb #1804247b
 def attention_mask(attn_implementation: str, document_ids: torch.Tensor | None = None,
                    image_ids: torch.Tensor | None = None, padding_mask: torch.Tensor | None = None,
                    bidirectional_images: bool = False, past_length: int = 0,
@@ -69,9 +71,9 @@ def attention_mask(attn_implementation: str, document_ids: torch.Tensor | None =
 
     `document_ids`, `image_ids`, `padding_mask` are `[batch, keys]` and cover cached and new tokens; `past_length` of
     them are cached. `key_length` extends the keys to the size of a preallocated cache. Returns `[batch, 1, queries,
-    keys]` (boolean for sdpa, additive `dtype` for eager), a `BlockMask` for flex attention, or `None` when plain causal
-    attention is all there is. Raises `ValueError` for a ready 4-D `padding_mask` together with ids, and for back ends
-    that cannot express the mask."""
+    keys]` (boolean for sdpa, a `RaggedMask` where that pays; additive `dtype` for eager), a `BlockMask` for flex
+    attention, or `None` when plain causal attention is all there is. Raises `ValueError` for a ready 4-D
+    `padding_mask` together with ids, and for back ends that cannot express the mask."""
     if padding_mask is not None and padding_mask.ndim == 4:
         if document_ids is not None or (bidirectional_images and image_ids is not None):
             raise ValueError('a 4-D attention mask together with document_ids or image_ids is ambiguous: '
@@ -86,13 +88,19 @@ def attention_mask(attn_implementation: str, document_ids: torch.Tensor | None =
         raise ValueError(f'attention back end {attn_implementation!r} cannot keep packed documents or images apart: '
                          "use 'sdpa', 'eager' or 'flex_attention'")
     batch, keys, where = _check(document_ids, image_ids, padding_mask, past_length)
-    f = mask_function(document_ids, image_ids, padding_mask, past_length, sliding_window)
     if attn_implementation == 'flex_attention':
+        f = mask_function(document_ids, image_ids, padding_mask, past_length, sliding_window)
         return _block_mask(f, batch, keys, past_length, key_length or keys, device or where)
-    dense = allowed(document_ids, image_ids, padding_mask, True, past_length, sliding_window)[:, None]
-    dense = dense.to(device or where)
-    if key_length is not None and key_length > keys: dense = torch.nn.functional.pad(dense, (0, key_length - keys))
-    return _additive(dense, dtype) if attn_implementation == 'eager' else dense
+    cpu = where.type == 'cpu' and not torch.compiler.is_compiling() and sliding_window is None
+    runs = intervals(document_ids, image_ids, padding_mask) if cpu else None
+    if runs is None: mask = allowed(document_ids, image_ids, padding_mask, True, past_length, sliding_window)[:, None]
+    else:
+        whole = attn_implementation == 'sdpa' and not past_length and key_length in (None, keys)
+        if whole and torch.device(device or where).type == 'cpu' and pays(mask := RaggedMask(runs)): return mask
+        mask = dense(runs)[:, :, past_length:]
+    mask = mask.to(device or where)
+    if key_length is not None and key_length > keys: mask = torch.nn.functional.pad(mask, (0, key_length - keys))
+    return _additive(mask, dtype) if attn_implementation == 'eager' else mask
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
