@@ -134,16 +134,22 @@ def parse_yes_no(text: str) -> str:
     if lead: return 'yes' if lead[1][0] in 'yY' else 'no'
     return 'no' if _NEGATION.search(first) else 'yes' if _YES.search(first) else ''
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #fa79dd21
+# %% ../../nbs/evaluate/10_scorers.ipynb #7ad7bc92
 def _one_answer(row) -> str: return parse_yes_no(row_answers(row)[0])
 
 @dataclass(frozen=True)
 class POPE(Scorer):
     """Yes/no questions (POPE): 1 if the parsed answer is right; `summary`: accuracy, precision, recall, f1, yes_rate,
-    unparsed."""
+    unparsed. `reference=True` is the published rule: no, No or not among the words of the first sentence means no,
+    everything else yes."""
+    reference: bool = False
     name: ClassVar[str] = 'pope'
 
-    def parse(self, prediction, row=None): return parse_yes_no(prediction)
+    def parse(self, prediction, row=None):
+        if not self.reference: return parse_yes_no(prediction)
+        words = prediction.split('.')[0].replace(',', '').split(' ')
+        return 'no' if {'No', 'no', 'not'} & set(words) else 'yes'
+
     def score(self, prediction, row):
         truth = _one_answer(row)
         if not truth:
@@ -210,12 +216,14 @@ def parse_choice(text: str, choices: Sequence[str] | Mapping[str, str]) -> str:
         if len(hits) == 1: return hits[0]
     return ''
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #578daada
+# %% ../../nbs/evaluate/10_scorers.ipynb #e32dcef2
 @dataclass(frozen=True)
 class MultipleChoice(Scorer):
     """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter, an option text or
     a 0-based index. `summary`: unparsed share; with a `group` per question (MMBench's rotated copies) also circular
-    accuracy: all copies right."""
+    accuracy: all copies right. `reference=True` is ScienceQA's published rule: a bare letter, 'X. ' in front, or one
+    'The answer is X.'"""
+    reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
 
     def options(self, row) -> dict[str, str]:
@@ -233,7 +241,16 @@ class MultipleChoice(Scorer):
         if not hits: raise ValueError(f"row {row.get('id', '?')!r}: answer {a!r} is no option of {opts}")
         return hits[0]
 
-    def parse(self, prediction, row): return parse_choice(prediction, self.options(row))
+    def parse(self, prediction, row):
+        opts = self.options(row)
+        if not self.reference: return parse_choice(prediction, opts)
+        text, letters = prediction.strip(), 'ABCDE'
+        said = re.findall(r'The answer is ([A-Z])\.', text)
+        if text in tuple(letters): letter = text
+        elif text[:1] in letters and text[1:3] == '. ': letter = text[0]
+        else: letter = said[0] if len(said) == 1 else ''
+        return letter if letter in opts else ''
+
     def score(self, prediction, row): return float(self.parse(prediction, row) == self.truth(row))
 
     def summary(self, frame):
