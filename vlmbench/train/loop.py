@@ -51,7 +51,7 @@ def _match_terms(stage, terms):
                           f'{sorted(have)}; they must agree')
     return [(name, have[name], weight) for name, weight in want.items()]
 
-# %% ../../nbs/train/10_loop.ipynb #4202ac29
+# %% ../../nbs/train/10_loop.ipynb #f901f597
 def take(batches: Iterator[dict], n: int, count: Callable[[dict], dict[str, int]]) -> tuple[list[dict], Counter]:
     "The next (at most) `n` micro-batches and their summed counts; an empty list when the data has ended."
     micro, counts = list(itertools.islice(batches, n)), Counter()
@@ -62,11 +62,13 @@ def take(batches: Iterator[dict], n: int, count: Callable[[dict], dict[str, int]
 def make_loader(samples: Sequence, processor: Any, stage: Stage, seed: int = 0, rank: int = 0, world: int = 1,
                 quarantine: Any = None) -> BatchLoader:
     """The stage's `BatchLoader` over `samples` (a sequence of `Sample`, or a `Mixture` with its own order): endless,
-    shuffled, resumable, prefetching."""
+    shuffled, resumable, prefetching. `samples.per_draw(sample, rng)`, where there is one, changes each draw anew."""
     sampler = StatefulSampler(getattr(samples, 'order', len(samples)), seed=seed, rank=rank, world=world)
-    return BatchLoader(samples, lambda sample: processor.encode(sample, stage.template, stage.targets), sampler,
-                       stage.max_tokens, stage.batch_rows, pad_id=processor.tokenizer.pad_token_id or 0, packing=stage.packing,
-                       too_long=stage.too_long, quarantine=quarantine, prefetch=4)
+    change = getattr(samples, 'per_draw', None)
+    encode = lambda sample, *rng: processor.encode(change(sample, *rng) if change else sample, stage.template, stage.targets)
+    return BatchLoader(samples.samples if change else samples, encode, sampler, stage.max_tokens, stage.batch_rows,
+                       pad_id=processor.tokenizer.pad_token_id or 0, packing=stage.packing, too_long=stage.too_long,
+                       quarantine=quarantine, prefetch=4, rng_seed=seed if change else None)
 
 # %% ../../nbs/train/10_loop.ipynb #8225cbf7
 def lr_factor(stage: Stage, start: float, end: float) -> float:
