@@ -18,7 +18,7 @@ __all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'image_key', 'lettered', 'apply_promp
 from ..data.record import ImageRef, Quarantine, Sample, Turn, read_records
 from .scorers import MultipleChoice, Scorer, get_scorer, row_answers
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #98114385
+# %% ../../nbs/evaluate/00_tasks.ipynb #82297d90
 @dataclass(frozen=True)
 class Item:
     """One question: `turns` end with the user's question (prompt applied), `images` are lazy references or PIL images,
@@ -46,7 +46,8 @@ class Item:
         return Sample(self.id, list(self.turns), list(self.images), list(self.regions))
 
 def image_key(image) -> str:
-    "Name of a picture: its path, or a hash of its pixels where it has none."
+    "Name of a picture: its `key` or path, or a hash of its pixels where it has none."
+    if isinstance(key := getattr(image, 'key', None), str): return key
     path = getattr(image, 'path', None) or (image if isinstance(image, (str, Path)) else None)
     if path: return str(path)
     data = getattr(image, 'data', None) or f'{image.mode}{image.size}'.encode() + image.tobytes()
