@@ -11,7 +11,7 @@ cfg = parser['DEFAULT']
 licences = {"apache2": "Apache-2.0"}  # SPDX, as settings.ini spells it -> as PyPI wants it
 statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable']
 pythons = ['3.10', '3.11', '3.12', '3.13']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'eval', 'serve', 'slurm')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant')}
 
 setup(
     name=cfg['lib_name'],

@@ -12,7 +12,7 @@ from render import cell, escape
 # left navigation: caption -> folder of nbs/
 SECTIONS = {'Tutorials': 'tutorials', 'Data': 'data', 'Models': 'models', 'Distillation': 'distill',
             'Layer analysis': 'analysis', 'Training': 'train', 'Methods': 'methods', 'Evaluation': 'evaluate',
-            'Lab': 'lab', 'Running experiments': 'run', 'Runs': 'runs'}
+            'Lab': 'lab', 'Using a model': 'demo', 'Running experiments': 'run', 'Runs': 'runs'}
 CARD_ROLES = {'embedded': 'In this package', 'pre-training': 'Pre-training', 'instruction tuning': 'Instruction tuning',
               'text training': 'Text for training', 'evaluation': 'Evaluation',
               'text evaluation': 'Text for evaluation', 'image source': 'Sources of pictures'}

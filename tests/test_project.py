@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, NBS = ROOT/'vlmbench', ROOT/'nbs'
 MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name != '_modidx.py')
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if not re.search(r'/[._]', p.relative_to(NBS.parent).as_posix()))
-# data -> models -> distill, analysis -> train -> methods -> evaluate -> lab, run
-RANK = dict(data=0, models=1, distill=2, analysis=2, train=3, methods=4, evaluate=5, lab=6, run=6)
+# data -> models -> distill, analysis -> train -> methods -> evaluate -> lab, demo -> run
+RANK = dict(data=0, models=1, distill=2, analysis=2, train=3, methods=4, evaluate=5, lab=6, demo=6, run=7)
 
 
 def rel(p): return str(p.relative_to(ROOT))
@@ -90,7 +90,7 @@ def test_constraints_satisfy_every_requirement(settings):
         if line and not line.startswith('#'):
             r = Requirement(line)
             pins[r.name.lower().replace('_', '-')] = next(iter(r.specifier)).version
-    for extra, r in requirements(settings, '', 'dev', 'docs', 'eval', 'serve', 'slurm'):
+    for extra, r in requirements(settings, '', 'dev', 'docs', 'eval', 'serve', 'slurm', 'quant'):
         name = r.name.lower().replace('_', '-')
         assert name in pins, f'{extra or "core"} requirement {r} has no pin in constraints.txt'
         assert r.specifier.contains(pins[name]), f'{extra or "core"} requirement {r} excludes the pin {pins[name]}'

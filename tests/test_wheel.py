@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # development tools and extras: the package must import without any of them
 FORBIDDEN = '''nbdev execnb ghapi fastgit jupyterlab notebook sphinx myst_nb pytest hypothesis playwright ruff
     tensorboard torch.utils.tensorboard gradio trackio wandb lm_eval lmms_eval
-    submitit torchvision ipywidgets'''.split()
+    submitit torchvision ipywidgets anywidget bitsandbytes'''.split()
 IMPORT_ALL = textwrap.dedent('''
     import importlib, pkgutil, sys, vlmbench
     names = [m.name for m in pkgutil.walk_packages(vlmbench.__path__, 'vlmbench.')]
@@ -75,7 +75,7 @@ def test_wheel_carries_package_assets_and_run_notebooks(wheel):
     assert runs == {Path(n).name for n in names if n.startswith('vlmbench/_notebooks/')}
     cards = {p.name for p in (ROOT/'data_cards').glob('*.md')}
     assert cards and cards == {Path(n).name for n in names if n.startswith('vlmbench/_data_cards/')}
-    assert set(meta.get_all('Provides-Extra')) == {'dev', 'docs', 'eval', 'serve', 'slurm'}
+    assert set(meta.get_all('Provides-Extra')) == {'dev', 'docs', 'eval', 'serve', 'slurm', 'quant'}
     assert '>=3.10' in meta['Requires-Python']
     for point in ('vlmbench=vlmbench.run.cli:main', 'vlmbench=vlmbench.run.engine:VlmbenchEngine'):
         assert point in entry.replace(' ', '')

@@ -1,0 +1,1 @@
+"""Using a model: chat in a terminal, in a browser, in JupyterLab."""
