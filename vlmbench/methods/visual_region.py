@@ -180,7 +180,7 @@ def heal_stage(recipe: Recipe, share: float=.1, tune: str='projector') -> Stage:
     trains = dict(projector=full(rate)) | (dict(layers=full(rate / 10)) if tune == 'full' else {})
     return replace(last, name='heal', trains=trains, lr=None, losses=(), **budget)
 
-# %% ../../nbs/methods/50_visual_region.ipynb #e699bc02
+# %% ../../nbs/methods/50_visual_region.ipynb #863baca0
 def retention(region_scores: Mapping[str, float], all_layers: Mapping[str, float]) -> pd.DataFrame:
     """Per task and for the mean: score of the region, score of tuning all layers, and their ratio. Raises ValueError
     if the tasks differ."""
@@ -198,7 +198,7 @@ def run_costs(folder: str|Path, stage: str='instruct') -> dict[str, float]:
     if not (folder/'metrics.jsonl').exists():
         raise FileNotFoundError(f'{folder} has no metrics.jsonl: no finished run with a stage {stage!r}')
     steps = read_metrics(folder)
-    memory = {c.replace('memory_mb.', '') + '_mb': float(steps[c].max()) for c in steps if c.startswith('memory_mb.')}
+    memory = {c.partition('/')[2] + '_mb': float(steps[c].max()) for c in steps if c.startswith('memory_mb/')}
     return dict(trained_millions=pd.read_csv(folder/'freeze.csv')['trainable'].sum() / 1e6,
                 seconds=float(steps['step_s'].sum()), step_seconds=float(steps['step_s'].median()), **memory)
 
