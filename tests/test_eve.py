@@ -3,26 +3,32 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 from hypothesis import given, settings, strategies as st
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from vlmbench.methods.eve import METHOD, losses, recipe, transform_of
+from vlmbench.data.collate import collate_padded
+from vlmbench.data.record import Sample, Turn
+from vlmbench.data.world import WorldConfig, WorldSize, write_world
+from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, recipe, transform_of
 from vlmbench.methods.recipes import get_method
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner
 from vlmbench.models.patch import GridLayout, PatchFrontEnd
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vlm import VLMForConditionalGeneration, assemble, module_groups
-from vlmbench.run.pipeline import build
-from vlmbench.train.recipe import RecipeError, get_scale
+from vlmbench.run.pipeline import build, fit
+from vlmbench.train.process import Preempted
+from vlmbench.train.recipe import RecipeError, get_scale, override
 
 FRONT, IMAGE = dict(type='eve', channels=16, patch_stride=2, heads=4), 29
+FRONTS = dict(eve=FRONT, eve_v2=dict(type='eve_v2', channels=16, patch_stride=2))
 LLM = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, vocab_size=30, initializer_range=.3)
 
 
-def make(seed=0):
+def make(seed=0, kind='eve'):
     torch.manual_seed(seed)
-    return assemble(LlamaForCausalLM(LlamaConfig(**LLM)), build_front_end(FRONT, 16), IMAGE)
+    return assemble(LlamaForCausalLM(LlamaConfig(**LLM)), build_front_end(FRONTS[kind], 16), IMAGE)
 
 
 def row(front, sizes, before=3, after=4):
@@ -35,10 +41,11 @@ def row(front, sizes, before=3, after=4):
 grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=5)
 
 
-@given(grids)
-@settings(max_examples=25, deadline=None)
-def test_images_do_not_depend_on_their_batch(shapes):
-    front = make().model.vision
+@pytest.mark.parametrize('kind', FRONTS)
+@given(shapes=grids)
+@settings(max_examples=15, deadline=None)
+def test_images_do_not_depend_on_their_batch(kind, shapes):
+    front = make(kind=kind).model.vision
     sizes = torch.tensor([[4 * h, 4 * w] for h, w in shapes])
     pixels = torch.randn(len(sizes), 3, 12, 12)
     with torch.no_grad():
@@ -47,7 +54,7 @@ def test_images_do_not_depend_on_their_batch(shapes):
         for x, (h, w) in zip(noise, sizes.tolist()): x[:, h:], x[:, :, w:] = 9., 9.
         again, _ = front(noise, sizes)
         alone = torch.cat([front(pixels[i:i + 1, :, :h, :w])[0] for i, (h, w) in enumerate(sizes.tolist())])
-    assert counts.tolist() == [PatchFrontEnd.count(front.config, *s) for s in sizes.tolist()]
+    assert counts.tolist() == [front.count(front.config, *s) for s in sizes.tolist()]
     assert torch.equal(feats, again)
     torch.testing.assert_close(feats, alone, atol=1e-5, rtol=0)
 
@@ -60,8 +67,9 @@ def test_layout_places_every_token_once(shapes):
     assert source.count(n + len(shapes)) == sum(h for h, _ in shapes)
 
 
-def test_text_before_an_image_is_not_affected_by_it_nor_the_image_by_later_text():
-    model = make()
+@pytest.mark.parametrize('kind', FRONTS)
+def test_text_before_an_image_is_not_affected_by_it_nor_the_image_by_later_text(kind):
+    model = make(kind=kind)
     batch = row(model.model.vision, [(8, 12), (4, 8)])
     with torch.no_grad():
         a = model(**batch).logits[0]
@@ -73,8 +81,9 @@ def test_text_before_an_image_is_not_affected_by_it_nor_the_image_by_later_text(
     torch.testing.assert_close(a[:-4], c[:-4], atol=1e-6, rtol=0)
 
 
-def test_packing_and_padding_do_not_change_a_document():
-    model = make()
+@pytest.mark.parametrize('kind', FRONTS)
+def test_packing_and_padding_do_not_change_a_document(kind):
+    model = make(kind=kind)
     one, two = row(model.model.vision, [(8, 8)]), row(model.model.vision, [(4, 12)], 2, 2)
     n, m = one['input_ids'].shape[1], two['input_ids'].shape[1]
     ids = torch.cat([one['input_ids'], two['input_ids'], torch.zeros(1, 3, dtype=torch.long)], 1)
@@ -127,6 +136,85 @@ def test_registered_with_the_controls_budget_and_paper_counts():
     assert sum(count[g] for g in ('embed', 'layers', 'norm', 'lm_head')) == 6_738_415_616       # Vicuna-7B
     bare = recipe(get_scale('tiny'), align=False)
     assert all(s.losses == () for s in bare.stages)
+
+
+def test_patches_of_eve_v2():
+    "Any ratio at the area of a square; no aligner; a model that loads again."
+    tiny = get_scale('tiny')
+    plan = recipe(tiny, patches='eve_v2', align=False)
+    model, processor = build(METHOD, plan, tiny)
+    assert [p['size'] for p in processor.load(Image.new('RGB', (90, 40)))] == [(48, 96)]
+    assert processor.load(Image.new('RGB', (64, 64)))[0]['tokens'] == 1 + 8*9
+    assert METHOD.losses(model, processor, plan.stages[0], tiny) == {}
+    groups = module_groups(model)
+    assert {n.split('.')[2] for n, _ in groups['vision']} == {'patch_embedding', 'class_embedding', 'split_embedding'}
+    assert {n.split('.')[2] for n, _ in groups['projector']} == {'projector'}
+
+
+def test_the_aligner_follows_the_runs_seed():
+    tiny, drawn = get_scale('tiny'), {}
+    for key, seed in (('a', 3), ('b', 3), ('c', 4)):
+        model, processor = build(METHOD, recipe(tiny), tiny, seed)
+        drawn[key] = losses(model, processor, recipe(tiny).stages[0], tiny)['align'].input_layer.weight
+    assert torch.equal(drawn['a'], drawn['b']) and not torch.equal(drawn['a'], drawn['c'])
+
+
+def test_twice_the_canvas_in_the_last_stage():
+    "Four times the windows, averaged onto the teacher's patches; the teacher gets its own view of every picture."
+    tiny = get_scale('tiny')
+    plan = recipe(tiny, hd=True)
+    model, processor = build(METHOD, plan, tiny)
+    picture = Image.effect_mandelbrot((60, 60), (-2, -1.5, 1, 1.5), 40).convert('RGB').resize((60, 38))
+    sample = Sample('a', [Turn('user', '<image> what'), Turn('assistant', 'red')], [picture])
+    seen = []
+    for stage in plan.stages[1:]:
+        model, now = before_stage(model, processor, stage, tiny)
+        term = losses(model, now, stage, tiny)['align']
+        batch = collate_padded([now.encode(sample)], 0)
+        out = model(**{k: v for k, v in batch.items() if k in ('input_ids', 'pixel_values', 'image_sizes', 'attention_mask')},
+                    output_hidden_states=True)
+        assert 0 < term(out, batch).item() < 2
+        seen.append((batch['image_sizes'].tolist(), term.ratio, 'teacher_values' in batch))
+        if 'teacher_values' in batch:                                      # close to the student's picture made smaller
+            own = term.teacher_view({k: v for k, v in batch.items() if k != 'teacher_values'})
+            assert (own - batch['teacher_values']).abs().mean() < .1 * batch['teacher_values'].std()
+        model, now = after_stage(model, now, stage, tiny)
+        assert 'teacher_values' not in now.encode(sample).images[0]
+    assert seen == [([[48, 64]], 1, False), ([[96, 128]], 2, True)]
+    assert processor.transform.size == 64 and now.transform.size == 128
+
+
+class Stop:
+    "Asked once a step: true from the `n`-th time on."
+    reason = 'test'
+    def __init__(self, n): self.left = n
+    def is_set(self): self.left -= 1; return self.left < 0
+
+
+def test_a_run_stopped_in_any_stage_ends_as_if_it_had_not_been(tmp_path):
+    "All stages with the aligner, the last at twice the canvas: the same weights of model and aligner, bit for bit."
+    world = write_world(tmp_path/'world', WorldConfig(), WorldSize(
+        caption_train=12, vqa_train=12, vqa_val=0, vqa_test=0, text_train=6, text_test=0, region_train=0, region_test=0,
+        probe_train=0, probe_test=0))
+    tiny, plan = get_scale('tiny'), recipe(get_scale('tiny'), hd=True)
+    plan = override(plan, {f'stages.{s.name}.{k}': v for s in plan.stages for k, v in dict(steps=2, batch_rows=1).items()})
+    def run(out, stop=None):
+        model, processor = build(METHOD, plan, tiny, 5)
+        done = fit(METHOD, plan, tiny, model, processor, world, out, seed=5, stop_flag=stop or Stop(99), progress_seconds=None)
+        assert [r.step for r in done.stages] == [2, 2, 2] and done.processor.transform.size == 128
+        return done.model.state_dict() | {f'align.{k}': v for k, v in model.loss_terms['align'].state_dict().items()}
+    want = run(tmp_path/'whole')
+    for n in (2, 4):                                                       # in the first step of the second, the third stage
+        with pytest.raises(Preempted): run(tmp_path/'stopped', Stop(n if n == 2 else 1))
+    got = run(tmp_path/'stopped')
+    assert all(torch.equal(got[k], v) for k, v in want.items()) and got.keys() == want.keys()
+
+
+@pytest.mark.parametrize('options, match', [
+    (dict(align='no'), 'align must be True or False'), (dict(hd=1), 'hd must be'), (dict(patches='fuyu'), 'patches must be one of'),
+    (dict(patches='eve_v2'), 'set align=False')])
+def test_bad_options(options, match):
+    with pytest.raises(RecipeError, match=match): recipe(get_scale('tiny'), **options)
 
 
 def test_bad_settings_are_refused_before_training():

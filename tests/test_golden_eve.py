@@ -5,12 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace as NS
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from vlmbench.data.image import ImageTransform, to_tensor
+from vlmbench.distill.align import TeacherView
+from vlmbench.evaluate.scorers import MultipleChoice, POPE, get_scorer
 from vlmbench.methods.eve import canvas, from_reference, recipe, to_reference, to_reference_names, uncanvas
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.prepare import prepare
@@ -31,7 +34,8 @@ class Case:
         used = {int(i) for k, v in self.x.items() if k.endswith(('input_ids', 'new_ids')) for i in v.unique()}
         self.image_id = next(i for i in range(self.meta['vocab'] - 1, -1, -1) if i not in used)
         llm = dict(hidden_size=c['hidden'], intermediate_size=c['inter'], num_hidden_layers=c['layers'], num_attention_heads=c['heads'],
-                   num_key_value_heads=c['kv'], vocab_size=self.meta['vocab'], rms_norm_eps=1e-5, max_position_embeddings=4096)
+                   num_key_value_heads=c['kv'], vocab_size=self.meta['vocab'], rms_norm_eps=c.get('rms_norm_eps', 1e-5),
+                   rope_theta=c.get('rope_theta', 1e4), tie_word_embeddings=c.get('tied', False), max_position_embeddings=4096)
         self.spec = dict(config=llm, image_token_id=self.image_id, teacher=self.meta['clip_config'],
                          front_end=dict(channels=c['mm_hidden'], patch_stride=c['patch_stride'], conv_stride=c['conv_stride']))
 
@@ -100,26 +104,21 @@ def test_geometry():
             assert list(box) == r['valid_box_xyxy'], r
 
 
-def either_pass_order(raw, draw):
-    """The picture(s) `draw` makes: Pillow up to 12 resizes along the width first, Pillow 13 (the vectors') takes the cheaper side first, which
-    differs by one grey level here and there; the transposed picture gives the other order on any version."""
-    turn = Image.Transpose.TRANSPOSE
-    return [torch.from_numpy(np.array(i)) for i in (draw(raw), draw(raw.transpose(turn)).transpose(turn))]
-
-
 def test_images_are_exact(case, name):
+    "Bit for bit, under every version of Pillow."
     c = case.meta['config']
     for i, s in enumerate(case.meta[name]['samples']):
         raw = Image.fromarray(case.x[f'raw.{s}'].numpy()) if s != 'text' else None
         for key, size in (('image', case.meta[name]['image_size']), ('clip', c['image_size_clip'])):
             mask = torch.zeros(size, size, dtype=torch.uint8)
             if raw is not None:
-                draw = lambda image: canvas(image, size, c['image_size_clip'], c['patch_stride_clip'])
-                left, top, right, bottom = draw(raw)[1]
+                ours, (left, top, right, bottom) = canvas(raw, size, c['image_size_clip'], c['patch_stride_clip'])
                 mask[top:bottom, left:right] = 1
-                ours = either_pass_order(raw, lambda image: draw(image)[0])
-                assert any(torch.equal(o, case.x[f'{name}.{key}_u8'][i]) for o in ours), (s, key)
+                assert np.array_equal(np.array(ours), case.x[f'{name}.{key}_u8'][i].numpy()), (s, key)
             assert torch.equal(mask, case.x[f'{name}.{key}_mask'][i]), (s, key)
+
+
+GREY = 1.01 / 255 / min(ImageTransform().std)         # one grey level: what the order of Pillow's two passes can change
 
 
 def test_transform_gives_the_canvas_without_its_padding(case, name):
@@ -130,9 +129,19 @@ def test_transform_gives_the_canvas_without_its_padding(case, name):
         raw, transform = Image.fromarray(case.x[f'raw.{s}'].numpy()), ImageTransform('any_aspect', size, multiple=step)
         theirs, sizes = uncanvas(case.canvases(name)[i:i + 1], c['patch_stride'])
         h, w = sizes[0].tolist()
-        assert transform(raw)[0]['size'] == (h, w)
-        ours = either_pass_order(raw, lambda image: transform.resize(image)[0])
-        assert any(torch.equal(to_tensor(Image.fromarray(o.numpy())), theirs[0, :, :h, :w]) for o in ours)
+        ours = transform(raw)[0]
+        assert ours['size'] == (h, w)
+        close(ours['pixel_values'], theirs[0, :, :h, :w], GREY)
+
+
+def test_teachers_view_of_a_picture(case, name):
+    "What the processor adds to a picture is the original's second canvas."
+    term, c = case.model(name).loss_terms['align'], case.meta['config']
+    view = TeacherView(case.meta[name]['image_size'], term.stride * term.ratio, term.side, c['patch_stride_clip'], ImageTransform())
+    for i, s in enumerate(case.meta[name]['samples']):
+        if s == 'text': continue
+        want = to_tensor(Image.fromarray(case.x[f'{name}.clip_u8'][i].numpy()))
+        close(view(Image.fromarray(case.x[f'raw.{s}'].numpy())), want, GREY)
 
 
 def test_patch_embedding(case, name):
@@ -265,6 +274,66 @@ def test_negative_controls(case, name):
         try: feats, counts = front(batch['pixel_values'], batch['image_sizes'])
         finally: front.local_attention.scale = kept
         assert (feats.split(counts.tolist())[0] - case.x[f'{name}.pel.{rows[0]}.tokens']).abs().max() > 1e-3
+
+
+def test_negative_controls_of_the_sequence(case, name):
+    "Image tokens that see later ones, and an approximate GELU in the projector."
+    model, batch = case.model(name), case.batch(name)
+    inputs = {k: v for k, v in batch.items() if k != 'teacher_values'}
+    row = next(i for i, s in enumerate(case.meta[name]['samples']) if s != 'text')
+    n, deepest = int(batch['attention_mask'][row].sum()), max(int(k.rpartition('.')[2]) for k in case.x if k.startswith(f'{name}.hidden.'))
+    want = case.x[f'{name}.hidden.{deepest}'][row, :n]
+    model.config.bidirectional_images = True
+    try:
+        with torch.no_grad(): got = model(**inputs, output_hidden_states=True).hidden_states[deepest][row, :n]
+    finally: model.config.bidirectional_images = False
+    assert (got - want).abs().max() > 1e-3
+    front = model.model.vision
+    gelu = next(m for m in front.modules() if isinstance(m, torch.nn.GELU))
+    gelu.approximate = 'tanh'
+    try:
+        with torch.no_grad(): feats, counts = front(batch['pixel_values'], batch['image_sizes'])
+    finally: gelu.approximate = 'none'
+    assert (feats.split(counts.tolist())[0] - case.x[f'{name}.pel.{row}.tokens']).abs().max() > 2e-5
+
+
+def scoring():
+    return [json.loads(f.read_text()) for f in sorted(ROOT.glob('common/eval_scoring*.json'))]
+
+
+def test_answers_are_normalised_and_scored_as_textvqa_does():
+    textvqa = get_scorer('textvqa')
+    for d in scoring():
+        for raw, want in d['answer_processor']: assert textvqa.parse(raw) == want, raw
+        each = [textvqa.score(p['pred_answer'], dict(answers=p['gt_answers'])) for p in d['textvqa']['preds']]
+        assert each == pytest.approx(d['textvqa']['each']) and np.mean(each) == pytest.approx(d['textvqa']['accuracy'])
+
+
+def test_pope_as_published():
+    for d in scoring():
+        d, pope = d['pope'], POPE(reference=True)
+        frame = pd.DataFrame([dict(parsed=pope.parse(a), answers=[y]) for a, y in zip(d['answers'], d['labels'])])
+        said, truth = frame['parsed'], pd.Series(d['labels'])
+        counts = [int(((said == a) & (truth == b)).sum()) for a, b in (('yes', 'yes'), ('yes', 'no'), ('no', 'no'), ('no', 'yes'))]
+        at = next(i for i, line in enumerate(d['stdout']) if line.startswith('TP'))
+        assert counts == [int(n) for n in d['stdout'][at + 1].split()]
+        got, want = pope.summary(frame), dict(line.split(': ') for line in d['stdout'][at + 2:] if ': ' in line)
+        for key, name in (('accuracy', 'Accuracy'), ('precision', 'Precision'), ('recall', 'Recall'), ('f1', 'F1 score'), ('yes_rate', 'Yes ratio')):
+            assert got[key] == pytest.approx(float(want[name])), key
+        assert any(POPE().parse(a) != pope.parse(a) for a in d['answers'])             # the default reads a leading yes
+
+
+def test_scienceqa_as_published():
+    for d in scoring():
+        d, letters, right = d['scienceqa'], MultipleChoice(reference=True), {}
+        for k, problem in d['problems'].items():
+            row = dict(choices=problem['choices'], answers=[str(problem['answer'])])
+            parsed = letters.parse(d['preds'].get(k, ''), row)
+            assert ('ABCDE'.index(parsed) if parsed else -1) == d['parsed'].get(k, -1), k
+            right[k] = letters.score(d['preds'].get(k, ''), row)
+        pictured = [right[k] for k in d['image_ids'] if k in d['preds']]               # those without an answer are not counted there
+        assert d['stdout'] == (f'Total: {len(right)}, Correct: {sum(right.values()):.0f}, Accuracy: {100*np.mean(list(right.values())):.2f}%, '
+                               f'IMG-Accuracy: {100*np.mean(pictured):.2f}%')
 
 
 def test_text_only_rows_need_no_canvas(case):

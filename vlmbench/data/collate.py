@@ -20,9 +20,10 @@ def truncate(doc: Encoded, max_tokens: int) -> Encoded:
     ids = doc.image_ids[:cut]
     return Encoded(doc.input_ids[:cut], doc.labels[:cut], ids, doc.images[:int(ids.max()) + 1 if cut else 0], doc.id)
 
-# %% ../../nbs/data/48_collate.ipynb #e47fc887
+# %% ../../nbs/data/48_collate.ipynb #0e65b532
 def _pixels(docs: Iterable[Encoded]) -> dict:
-    "`pixel_values` [images, channels, height, width] and `image_sizes` [images, 2] of all documents, or nothing"
+    """`pixel_values` [images, channels, height, width] and `image_sizes` [images, 2] of all documents, and the
+    `teacher_values` [images, channels, side, side] that they carry; or nothing"""
     images = [i for d in docs for i in d.images]
     if not images: return {}
     shape = [max(i['pixel_values'].shape[k] for i in images) for k in range(3)]
@@ -30,7 +31,8 @@ def _pixels(docs: Iterable[Encoded]) -> dict:
     for out, i in zip(pixels, images):
         c, h, w = i['pixel_values'].shape
         out[:c, :h, :w] = i['pixel_values']
-    return dict(pixel_values=pixels, image_sizes=torch.tensor([tuple(i['size']) for i in images]))
+    taught = dict(teacher_values=torch.stack([i['teacher_values'] for i in images])) if 'teacher_values' in images[0] else {}
+    return dict(pixel_values=pixels, image_sizes=torch.tensor([tuple(i['size']) for i in images]), **taught)
 
 def _collate(rows: list[list[Encoded]], length: int, pad_id: int, left: bool = False) -> dict:
     "Rows of documents as tensors `[rows, length]`"

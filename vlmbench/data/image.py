@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'HALF', 'RESAMPLE', 'NEXT_GRID', 'MODES', 'ImageError',
            'ImageWarning', 'resolve_path', 'to_rgb', 'load_image', 'to_tensor', 'squash', 'mean_color', 'pad_to_square',
-           'crop', 'best_grid', 'tiles', 'any_aspect_size', 'any_aspect', 'native_size', 'native', 'ImageTransform',
-           'from_image_processor']
+           'crop', 'best_grid', 'tiles', 'any_aspect_size', 'any_aspect', 'equal_area_size', 'equal_area',
+           'native_size', 'native', 'ImageTransform', 'from_image_processor']
 
 # %% ../../nbs/data/20_image.ipynb #9997f75b
 import io, math, os, stat, struct, warnings
@@ -218,7 +218,7 @@ def tiles(img: Image.Image, size: int = 336, grid=NEXT_GRID, resample: str = 'bi
     cut = [canvas.crop((x, y, x + size, y + size)) for y in range(0, H, size) for x in range(0, W, size)]
     return [squash(img, size, resample), *cut]
 
-# %% ../../nbs/data/20_image.ipynb #26daa11c
+# %% ../../nbs/data/20_image.ipynb #4fbbe3d6
 def any_aspect_size(h: int, w: int, long_side: int, multiple: int) -> tuple[int, int]:
     """(height, width) with the long side at `long_side` and the short one rounded up to `multiple` (EVE card: 672 and
     28)."""
@@ -230,6 +230,17 @@ def any_aspect_size(h: int, w: int, long_side: int, multiple: int) -> tuple[int,
 def any_aspect(img: Image.Image, long_side: int, multiple: int = 28, resample: str = 'bicubic') -> Image.Image:
     "Resize to `any_aspect_size`; small pictures are enlarged."
     h, w = any_aspect_size(img.height, img.width, long_side, multiple)
+    return img.resize((w, h), RESAMPLE[resample])
+
+def equal_area_size(h: int, w: int, side: int, multiple: int) -> tuple[int, int]:
+    "(height, width) of a square of `side` px in the picture's own ratio, each rounded up to `multiple` (EVEv2: 800 and 32)."
+    if side % multiple: raise ValueError(f'side={side} is no multiple of {multiple}')
+    return tuple(math.ceil(side * math.sqrt(a / b) / multiple - 1e-9) * multiple for a, b in ((h, w), (w, h)))
+
+def equal_area(img: Image.Image, side: int, multiple: int = 32, resample: str = 'bicubic') -> Image.Image:
+    "Resize to `equal_area_size`. Raises `ImageError` for slivers."
+    h, w = equal_area_size(img.height, img.width, side, multiple)
+    _size_limit(w, h, f'resizing {img.width} x {img.height} to the area of {side} x {side}')
     return img.resize((w, h), RESAMPLE[resample])
 
 def native_size(h: int, w: int, multiple: int = 14, min_pixels: int = 56 * 56,
@@ -254,15 +265,16 @@ def native(img: Image.Image, multiple: int = 14, min_pixels: int = 56 * 56, max_
     h, w = native_size(img.height, img.width, multiple, min_pixels, max_pixels)
     return img.resize((w, h), RESAMPLE[resample])
 
-# %% ../../nbs/data/20_image.ipynb #6af47319
-MODES = 'squash', 'pad', 'crop', 'tiles', 'any_aspect', 'native'
+# %% ../../nbs/data/20_image.ipynb #7ec40452
+MODES = 'squash', 'pad', 'crop', 'tiles', 'any_aspect', 'area', 'native'
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Picture to tensors. `mode`: squash, pad, crop, tiles, any_aspect or native.
+    """Picture to tensors. `mode`: squash, pad, crop, tiles, any_aspect, area or native.
 
-    `size`: side of the square (of a tile; the long side for any_aspect; unused by native), or (height, width) for
-    squash. `multiple`: side lengths are multiples of it in any_aspect and native (0: `patch`). `background`: colour for
+    `size`: side of the square (of a tile; the long side for any_aspect; of the square with the picture's area for area;
+    unused by native), or (height, width) for squash. `multiple`: side lengths are multiples of it in any_aspect, area and
+    native (0: `patch`). `background`: colour for
     pad (None: the mean colour)."""
     mode: str = 'squash'
     size: int|tuple[int, int] = 224
@@ -298,6 +310,7 @@ class ImageTransform:
         if self.mode == 'tiles': return tiles(img, self.size, self.grid, self.resample)
         if self.mode == 'crop': return [crop(img, self.size, self.resample)]
         if self.mode == 'any_aspect': return [any_aspect(img, self.size, multiple, self.resample)]
+        if self.mode == 'area': return [equal_area(img, self.size, multiple, self.resample)]
         if self.mode == 'native': return [native(img, multiple, self.min_pixels, self.max_pixels, self.resample)]
         if self.mode == 'pad': img = pad_to_square(img, self.background or mean_color(self.mean))
         return [squash(img, self.size, self.resample)]

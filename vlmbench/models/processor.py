@@ -29,7 +29,7 @@ def stack_images(images: list[dict]) -> dict[str, torch.Tensor]:
     pad = lambda p: torch.nn.functional.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]))
     return dict(pixel_values=torch.stack([pad(p) for p in pixels]), image_sizes=sizes)
 
-# %% ../../nbs/models/15_processor.ipynb #dd49bab5
+# %% ../../nbs/models/15_processor.ipynb #6d112e41
 _FLATTEN = ("{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m['content'] is string -%}"
             """{%- set text = m['content'] -%}{%- else -%}{%- set parts = namespace(text='') -%}{%- for c in
             m['content'] -%}"""
@@ -45,7 +45,10 @@ class VLMProcessor(ProcessorMixin):
     `transform`: an `ImageTransform` or its dict. `front_end`: the front-end dict of the model's config
     (`vision_config`), which says how many tokens an image costs. `image_token`: the tokenizer's token that stands for
     one image feature; text always writes `<image>`. `template`: name of the chat template used by `encode` and
-    `apply_chat_template`."""
+    `apply_chat_template`. `teacher_view`: set while a stage trains under a teacher that needs other pixels of each picture:
+    a function from picture to tensor."""
+    teacher_view = None
+
     def __init__(self, tokenizer=None, transform=None, front_end=None, image_token=IMAGE, template=None,
                  chat_template=None):
         self.transform = transform if isinstance(transform, ImageTransform) else ImageTransform.from_dict(transform
@@ -72,10 +75,11 @@ class VLMProcessor(ProcessorMixin):
 
     def load(self, image) -> list[dict]:
         """`[{pixel_values, size, tokens}]` of a PIL image, `ImageRef`, path, URL or base64 string; several entries when
-        the transform cuts tiles."""
+        the transform cuts tiles; with a `teacher_view` its result too, as `teacher_values`."""
         web = isinstance(image, str) and image.startswith(('http://', 'https://', 'data:'))
-        parts = self.transform(load_image(_fetch_image(image) if web else image))
-        return [dict(p, tokens=self.num_image_tokens(*p['size'])) for p in parts]
+        picture = load_image(_fetch_image(image) if web else image)
+        more = {} if self.teacher_view is None else dict(teacher_values=self.teacher_view(picture))
+        return [dict(p, tokens=self.num_image_tokens(*p['size']), **more) for p in self.transform(picture)]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -132,7 +136,7 @@ def __call__(self: VLMProcessor, images=None, text: str | list[str] | None = Non
                                return_tensors=return_tensors, **kwargs)
     return BatchFeature({**batch, **stack_images([p for row in rows for image in row for p in image])})
 
-# %% ../../nbs/models/15_processor.ipynb #421b2feb
+# %% ../../nbs/models/15_processor.ipynb #d28a1fe0
 @patch
 def encode(self: VLMProcessor, sample: Sample, template: str | ChatTemplate | None = None, targets: str = 'answers',
            add_generation_prompt: bool = False) -> Encoded:
@@ -148,7 +152,7 @@ def encode(self: VLMProcessor, sample: Sample, template: str | ChatTemplate | No
     images = [self.load(i) for i in sample.images]
     out = _encode_turns(sample.turns, self.tokenizer, template, [sum(p['tokens'] for p in i) for i in images],
                         self.image_token, targets, add_generation_prompt, sample.id)
-    out.images = [dict(pixel_values=p['pixel_values'], size=p['size']) for i in images for p in i]
+    out.images = [{k: v for k, v in p.items() if k != 'tokens'} for i in images for p in i]
     if len(out.images) > len(images):                                         # tiles: one id per pixel row
         tokens = torch.tensor([p['tokens'] for i in images for p in i])
         out.image_ids[out.image_ids >= 0] = torch.repeat_interleave(torch.arange(len(tokens)), tokens)

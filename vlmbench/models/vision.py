@@ -69,9 +69,10 @@ class FrontEnd(nn.Module):
         bare parameters."""
         if module is not self and hasattr(module, 'reset_parameters'): module.reset_parameters()
 
-# %% ../../nbs/models/00_vision.ipynb #a6ae64c9
+# %% ../../nbs/models/00_vision.ipynb #5dc82382
 FRONT_ENDS: dict[str, type[FrontEnd]] = {}
-_HOMES = {'vora': 'vlmbench.models.vora_patches', 'eve': 'vlmbench.models.patch'}  # modules that enter their type when first asked for
+_HOMES = {'vora': 'vlmbench.models.vora_patches', 'eve': 'vlmbench.models.patch',
+          'eve_v2': 'vlmbench.models.patch_v2'}                                       # modules that enter their type when first asked for
 
 def front_end_class(config: dict) -> type[FrontEnd]:
     "The front-end class that `config['type']` names exactly."

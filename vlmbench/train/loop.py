@@ -33,13 +33,14 @@ from .prepare import TrainPlan, prepare
 from .process import Preempted, Ranks, StopFlag
 from .recipe import Recipe, RecipeError, Stage, override
 
-# %% ../../nbs/train/10_loop.ipynb #25cac6cd
+# %% ../../nbs/train/10_loop.ipynb #8508e04a
 class LossTerm(Protocol):
     """An extra loss: called with the model's output and the batch on the device, returns the *sum* of its elements'
     losses.
 
     `count(batch)` gives the number of elements from the batch alone. Optional `forward_kwargs`: what the forward pass
-    needs (such as `dict(output_hidden_states=True)`). Its weight stands in `Stage.losses`."""
+    needs (such as `dict(output_hidden_states=True)`), and `batch_keys`: tensors of the batch that it reads and the model
+    does not. Its weight stands in `Stage.losses`."""
     def count(self, batch: Mapping[str, Any]) -> int: ...
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor: ...
 
@@ -87,19 +88,20 @@ def _recursive_cosine(stage, k):
     down = lambda c: 1 + math.cos(math.pi * c / total)
     return down(k + extra) / down(warm + extra * (warm > 0))
 
-# %% ../../nbs/train/10_loop.ipynb #51d2549a
+# %% ../../nbs/train/10_loop.ipynb #aa563bf6
 class Forward:
     """Runs one micro-batch on `device`: `losses(batch, counts)` gives the weighted total and the unweighted parts, each
     a share of the step's mean."""
     def __init__(self, model: nn.Module, terms: Sequence[tuple[str, Any, float]], device: torch.device, precision: str):
         self.model, self.terms, self.device, self.precision = model, terms, device, precision
         self.takes = set(inspect.signature(model.forward).parameters)
+        self.read = {k for _, t, _ in terms for k in getattr(t, 'batch_keys', ())}
         self.extra = {k: v for _, t, _ in terms for k, v in getattr(t, 'forward_kwargs', {}).items()}
         if 'use_cache' in self.takes: self.extra['use_cache'] = False
         self.told = False
 
     def _inputs(self, batch):
-        lost = [k for k in batch if k not in self.takes and isinstance(batch[k], torch.Tensor)]
+        lost = [k for k in batch if k not in self.takes | self.read and isinstance(batch[k], torch.Tensor)]
         for k in ('document_ids', 'pixel_values', 'attention_mask'):
             if k in lost: raise RecipeError(f'{type(self.model).__name__}.forward takes no {k}, but the batch has it: '
                                             f'without it samples would ' 'see each other or lose their images')
