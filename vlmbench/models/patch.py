@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PoolingAttention', 'GridLayout', 'PatchFrontEnd']
 
-# %% ../../nbs/models/40_patch.ipynb #e02a0f7e
+# %% ../../nbs/models/40_patch.ipynb #9675db15
+from itertools import groupby
+
 import torch
 from torch import nn
 
 from .vision import FRONT_ENDS, FrontEnd, Projector
 
-# %% ../../nbs/models/40_patch.ipynb #e19b76b9
+# %% ../../nbs/models/40_patch.ipynb #9a77f467
 class PoolingAttention(nn.Module):
     """What one query per set gathers from its keys: LayerNorms, projections, `heads` heads, output projection; no residual.
 
@@ -27,15 +29,12 @@ class PoolingAttention(nn.Module):
     def forward(self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         "`query` `[sets, channels]`, `keys` `[sets, keys, channels]`, `valid` `[sets, keys]` (all when absent) -> `[sets, channels]`."
         to_key, to_value = self.kv_proj.weight.unflatten(0, (2, self.heads, -1))               # [heads, channels of a head, channels]
-        f, q = self.kv_norm(keys), self.q_proj(self.q_norm(query)).unflatten(-1, (self.heads, -1))
-        q = torch.einsum('nhd,hdc->nhc', q * self.scale, to_key.to(q))
-        scores = _scores(q, f)
+        f = self.kv_norm(keys)
+        q = (self.q_proj(self.q_norm(query)) * self.scale).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        scores = torch.bmm(q, to_key.to(q)).transpose(0, 1) @ f.mT                             # [sets, heads, keys]
         if valid is not None: scores = scores.masked_fill(~valid[:, None], float('-inf'))
-        pooled = _mix(scores.softmax(-1), f)
-        return self.out_proj(torch.einsum('nhc,hdc->nhd', pooled, to_value.to(pooled)).flatten(1))
-
-def _scores(q, f): return q @ f.mT
-def _mix(a, f): return a @ f
+        pooled = (scores.softmax(-1) @ f).transpose(0, 1)                                      # [heads, sets, channels]
+        return self.out_proj(torch.bmm(pooled, to_value.mT.to(pooled)).transpose(0, 1).flatten(1))
 
 # %% ../../nbs/models/40_patch.ipynb #37f2bef6
 class GridLayout:
@@ -134,15 +133,28 @@ class PatchFrontEnd(FrontEnd):
 
 FRONT_ENDS['eve'] = PatchFrontEnd
 
-# %% ../../nbs/models/40_patch.ipynb #aa8a5a23
-def _pool(self, pixels, lay):
-    "`pixels` `[images, 3, H, W]` -> `[windows, channels]`: patches embedded, each k x k window pooled by attention over its mean."
+# %% ../../nbs/models/40_patch.ipynb #55cf950c
+def _patches(self, pixels, lay):
+    "`pixels` `[images, 3, H, W]` -> `[windows, k * k, channels]`: the embedded patches of every window."
     k, p = self.config['conv_stride'], self.config['patch_stride']
     side, weight = k * p, self.patch_embedding.weight
-    pixels = pixels.to(weight.dtype)[..., :pixels.shape[-2] // side * side, :pixels.shape[-1] // side * side]
+    pixels = pixels.to(weight.dtype)
+    if not pixels.is_cuda:
+        out, at = [], 0
+        for (h, w), same in groupby(zip(lay.rows.tolist(), lay.columns.tolist())):
+            n = len(list(same))
+            x = self.patch_embedding(pixels[at:at + n, :, :h * side, :w * side])
+            out.append(x.unflatten(3, (w, k)).unflatten(2, (h, k)).permute(0, 2, 4, 3, 5, 1).reshape(n * h * w, k * k, -1))
+            at += n
+        return torch.cat(out)
+    pixels = pixels[..., :pixels.shape[-2] // side * side, :pixels.shape[-1] // side * side]
     x = pixels.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p)).permute(0, 2, 5, 3, 6, 1, 4, 7)   # [image, row, col, k, k, 3, p, p]
     if len(lay.image) != x.shape[:3].numel(): x = x[lay.image, lay.row, lay.column]
-    f = x.reshape(len(lay.image), k * k, -1) @ weight.flatten(1).T
+    return x.reshape(len(lay.image), k * k, -1) @ weight.flatten(1).T
+
+def _pool(self, pixels, lay):
+    "`pixels` `[images, 3, H, W]` -> `[windows, channels]`: patches embedded, each k x k window pooled by attention over its mean."
+    f = self.patches(pixels, lay)
     mean = f.mean(1)
     return mean + self.local_attention(mean, f)
 
@@ -155,4 +167,4 @@ def _look(self, windows, lay):
         keys = keys.index_put((lay.image, lay.within), windows)
     return start + self.global_attention(start.expand(n, -1), keys, valid)
 
-PatchFrontEnd.pool, PatchFrontEnd.look = _pool, _look
+PatchFrontEnd.patches, PatchFrontEnd.pool, PatchFrontEnd.look = _patches, _pool, _look
