@@ -67,11 +67,12 @@ class MarkedImage(ImageRef):
             else: image = draw_marks(image, [m], rng)
         return image
 
-# %% ../../nbs/evaluate/40_region_tasks.ipynb #d9c418cd
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #e817a7aa
 @dataclass(frozen=True)
 class RegionSet:
-    "What sets a benchmark apart: id prefix, test switch, scorer, required fields, picture policy, tokens of an answer."
+    "What sets a benchmark apart: id prefix, file, test switch, scorer, required fields, picture policy, longest answer."
     dataset: str
+    file: str
     style: str = ''
     scorer: Scorer = ExactMatch()
     fields: tuple[tuple[str, type | tuple], ...] = ()
@@ -89,13 +90,16 @@ class PlainMatch(Scorer):
     def parse(self, prediction, row=None): return str(prediction).strip().lower()
     def score(self, prediction, row): return float(self.parse(prediction) in map(self.parse, row_answers(row)))
 
-# %% ../../nbs/evaluate/40_region_tasks.ipynb #1033096f
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #1de18310
 SETS: dict[str, RegionSet] = {
-    'v7w': RegionSet('v7w', '', MultipleChoice(), (('question', str), ('bboxes', list), ('answer', list))),
-    'pointqa': RegionSet('pointQA_twice', '', ExactMatch(), (('bboxes', list), ('answer', (str, int)))),
-    'vcr_qa': RegionSet('vcr', 'vcr_qa', MultipleChoice(), _VCR, 'squash'),
-    'vcr_qar': RegionSet('vcr', 'vcr_qar', MultipleChoice(), _VCR, 'squash'),
-    'refcocog': RegionSet('refcocog', '', Caption(), (('bboxes', list), ('answer', str)), max_new_tokens=128)}
+    'v7w': RegionSet('v7w', 'v7w-test.json', '', MultipleChoice(),
+                     (('question', str), ('bboxes', list), ('answer', list))),
+    'pointqa': RegionSet('pointQA_twice', 'pointQA_twice_test.json', '', ExactMatch(),
+                         (('bboxes', list), ('answer', (str, int)))),
+    'vcr_qa': RegionSet('vcr', 'vcr-val.json', 'vcr_qa', MultipleChoice(), _VCR, 'squash'),
+    'vcr_qar': RegionSet('vcr', 'vcr-val.json', 'vcr_qar', MultipleChoice(), _VCR, 'squash'),
+    'refcocog': RegionSet('refcocog', 'refcocog-test.json', '', Caption(), (('bboxes', list), ('answer', str)),
+                          max_new_tokens=128)}
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #35f4cf27
 def _check_row(spec: RegionSet, row: Mapping, question: str):
