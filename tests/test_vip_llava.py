@@ -21,7 +21,7 @@ def test_paper_recipe():
     l = recipe(get_scale('paper'), 'lora').stage('region')
     assert (l.trains['layers'].r, l.trains['layers'].alpha, l.trains['layers'].dropout) == (128, 256, .05)
     assert (l.lr_of('layers'), l.lr_of('projector'), l.lr_of('embed')) == (2e-4, 2e-5, None)
-    with pytest.raises(RecipeError, match='llm must be one of full, lora'): recipe(get_scale('tiny'), 'both')
+    with pytest.raises(RecipeError, match="llm must be one of 'full', 'lora'"): recipe(get_scale('tiny'), 'both')
 
 def test_tiny_budget_is_the_controls():
     ours, control = (get_recipe(n, get_scale('tiny')) for n in ('vip_llava', 'llava'))

@@ -6,14 +6,14 @@
 __all__ = ['HOW', 'Mark', 'possible_kinds', 'dataset_of', 'build_row', 'build_regions', 'draw_marks', 'box_text',
            'sample_from_region_row', 'vcr_side_file', 'DrawRegions']
 
-# %% ../../nbs/data/32_region_rows.ipynb #b23b3149
+# %% ../../nbs/data/32_region_rows.ipynb #2eecd326
 import hashlib, json, random, re, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 import numpy as np
 from PIL import Image
-from .image import resolve_path
+from .image import ImageError, resolve_path
 from .overlay import (ANCHOR, DATASET_KINDS, MARKERS, PALETTE, check_kind, check_region, color_rgb, draw_marker,
                                    joint_markers, one_color, random_rgb, region_text, sample_alpha, sample_marker)
 from .record import BadRecord, Region, Sample, Turn, sample_from_llava
@@ -295,7 +295,7 @@ def vcr_side_file(row: Mapping, root) -> dict:
     try: return _side_file(str(resolve_path(re.sub(r'^(\./)?dataset/', '', where), root)))
     except (OSError, ValueError) as e: raise BadRecord(f'row {row.get("id")!r}: side file {where}: {e}') from None
 
-# %% ../../nbs/data/32_region_rows.ipynb #90d1e2b6
+# %% ../../nbs/data/32_region_rows.ipynb #30c0c371
 HOW = ('overlay', 'text', 'none')
 
 def _seed(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
@@ -335,12 +335,21 @@ class DrawRegions:
         if self.how == 'none': turns = [Turn(t.role, re.sub(r' {2,}', ' ', t.text)) for t in turns]
         return marks, turns
 
+    parse = staticmethod(sample_from_region_row)              # how rows are read that this transform can draw
+
+    def turns(self, sample: Sample) -> list[Turn]:
+        "The conversation of a sample as some draw has it, without opening the picture: for lengths."
+        if not sample.regions and 'region_row' not in sample.meta: return sample.turns
+        return replace(self, how='overlay').build(sample, random.Random(0))[1]
+
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
-        if not sample.regions and 'region_row' not in sample.meta: return sample
+        if not sample.regions and 'region_row' not in sample.meta:
+            if not sample.images or not any(re.search(r'<region\d*>', t.text) for t in sample.turns): return sample
+            raise BadRecord(f'bad region: {sample.where or sample.id}: the text refers to a region, but the row has none')
         drawn = (self.seed, self.epoch) if rng is None else (int(rng.integers(2**63)),)
         own, at = random.Random(_seed(*drawn, sample.id)), sample.where or sample.id
-        if len(sample.images) != 1: raise BadRecord(f'{at}: {len(sample.images)} images; a row with regions has one')
         try:
+            if len(sample.images) != 1: raise BadRecord(f'{at}: {len(sample.images)} images; a row with regions has one')
             image = sample.images[0]
             image = (image if isinstance(image, Image.Image) else image.load()).convert('RGB')
             marks, turns = self.build(sample, own, image.size)
@@ -348,8 +357,9 @@ class DrawRegions:
             slots = sum(t.text.count('<image>') for t in turns)                # faulty rows train on the text alone
             return replace(sample, images=[image][:slots], turns=turns, regions=[],
                            meta={k: v for k, v in sample.meta.items() if k != "region_row"})
-        except BadRecord as e: raise BadRecord(f'{e}' if at in f'{e}' else f'{at}: {e}') from None
-        except ValueError as e: raise BadRecord(f'{at}: {e}') from None
+        except ImageError: raise
+        except ValueError as e:
+            raise BadRecord(f'bad region: {e}' if f'{e}'.startswith(at) else f'bad region: {at}: {e}') from None
 
     def anchor_of(self, size: tuple[int, int]) -> int:
         "The anchor for a picture of `size`."

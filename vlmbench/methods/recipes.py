@@ -71,9 +71,15 @@ def get_method(name: str, variant: Sequence[str] = ()) -> Method:
     if not options: return method
     return method.configure(**options) if method.configure else replace(method, recipe=partial(method.recipe, **options))
 
-# %% ../../nbs/methods/00_recipes.ipynb #b6e6a7e0
+# %% ../../nbs/methods/00_recipes.ipynb #2948d8bf
 def find_scale(name: str) -> Scale:
-    "A scale by name (`tiny`, `small`, `paper`) or the path of a JSON file with its fields. Raises `RecipeError`."
+    """A scale by name (`tiny`, `small`, `paper`), one of a method's `PAPER_SCALES` (`vip_llava:llama-3-8b`), or the path of
+    a JSON file with its fields. Raises `RecipeError`."""
+    method, colon, own = name.partition(':')
+    if colon and method in RECIPES:
+        scales = getattr(importlib.import_module(RECIPES[method]), 'PAPER_SCALES', {})
+        if own in scales: return scales[own]
+        raise RecipeError(f'method {method!r} has no scale {own!r}; it has {", ".join(scales) or "none of its own"}')
     if not name.endswith('.json'): return get_scale(name)
     try: return Scale.from_dict(json.loads(Path(name).read_text(encoding='utf8')))
     except (OSError, json.JSONDecodeError) as e: raise RecipeError(f'scale {name}: {e}') from None

@@ -119,7 +119,7 @@ def lora(r: int, alpha: float, layers: Sequence[int] | int | None = None, dropou
     return Tune('lora', lr=lr, layers=layers, r=r, alpha=alpha, dropout=dropout, targets=None if targets is None
                 else tuple(targets))
 
-# %% ../../nbs/train/00_recipe.ipynb #b6b3ae42
+# %% ../../nbs/train/00_recipe.ipynb #51f89646
 @dataclass(frozen=True)
 class Stage:
     """One optimisation of one set of parameters on one data mixture.
@@ -129,7 +129,8 @@ class Stage:
     extra loss terms the caller must hand to the loop (a name, or a name with a weight: `('align', 0.5)`). `too_long`:
     what happens to samples beyond `max_tokens`. `merge` folds LoRA back into the base at the end of the stage. `targets`:
     which tokens carry the loss ('answers', 'special': control tokens too, 'all'). `reduction`: the loss is the mean over
-    the targets of the whole 'step', or the mean of the means of its 'micro' batches."""
+    the targets of the whole 'step', or the mean of the means of its 'micro' batches. `grouping`: padded batches of samples
+    of like 'length', or also of one 'modality', pictures or text; None: as drawn."""
     name: str
     trains: Mapping[str, Tune]
     data: str
@@ -156,6 +157,7 @@ class Stage:
     gradient_checkpointing: bool = False
     targets: str = 'answers'
     reduction: str = 'step'
+    grouping: str | None = None
 
     def __post_init__(self):
         at = f'stage {self.name!r}'
@@ -187,6 +189,9 @@ class Stage:
               f'{at}: schedule cosine_recursive counts steps and ends at 0: set steps, and min_lr_ratio=0')
         for k, known in (('targets', TARGETS), ('reduction', ('step', 'micro'))):
             _need(getattr(self, k) in known, f'{at}: {k} must be one of {known}, got {getattr(self, k)!r}')
+        _need(self.grouping in (None, 'length', 'modality'), f"{at}: grouping must be None, 'length' or 'modality', got "
+              f'{self.grouping!r}')
+        _need(self.grouping is None or not self.packing, f'{at}: packed rows are full as they are; grouping needs packing=False')
         _need(self.too_long in ('error', 'truncate', 'skip'), f"{at}: too_long must be 'error', 'truncate' or 'skip', "
               f"got {self.too_long!r}")
         names = [l for l, _ in self.losses]

@@ -1,0 +1,91 @@
+"""QLoRA: what is refused without bitsandbytes or CUDA, the recipe, and with bitsandbytes training and folding back on a CPU."""
+import importlib.util
+
+import pytest
+import torch
+
+from vlmbench.methods.recipes import get_method, get_recipe
+from vlmbench.methods.vip_llava import build_quantized
+from vlmbench.models.quantized import QuantizationError, check_quantized, dequantize, load_quantized, quantization_config, quantized_modules
+from vlmbench.train.recipe import RecipeError, get_scale
+
+needs_bnb = pytest.mark.skipif(importlib.util.find_spec('bitsandbytes') is None, reason="bitsandbytes: vlmbench[quant]")
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(QuantizationError, match=r"pip install 'vlmbench\[quant\]'"): check_quantized('4bit', 'cpu')
+    method = get_method('vip_llava', ['load=4bit'])
+    with pytest.raises(QuantizationError, match='bitsandbytes'):
+        method.build(method.recipe(get_scale('tiny')), get_scale('tiny'), 0)
+
+
+def test_without_cuda_the_device_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(QuantizationError, match='needs a CUDA device'): check_quantized('8bit')
+    assert check_quantized('8bit', 'cpu') == 'cpu'
+    with pytest.raises(QuantizationError, match='4bit or 8bit'): check_quantized('3bit')
+
+
+def test_published_settings():
+    four, eight = quantization_config('4bit'), quantization_config('8bit')
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant, four.bnb_4bit_compute_dtype) == ('nf4', True, torch.bfloat16)
+    assert eight.load_in_8bit and eight.llm_int8_threshold == 6. and 'lm_head' in eight.llm_int8_skip_modules
+
+
+@pytest.mark.parametrize('load', ['4bit', '8bit'])
+def test_recipe(load):
+    r = get_recipe('vip_llava', get_scale('paper'), variant=[f'load={load}'])
+    region, chat = r.stage('region'), r.stage('chat')
+    assert r.name == 'vip_llava-qlora' and (region.trains['layers'].r, region.trains['layers'].alpha) == (128, 256)
+    assert [g for g, t in region.trains.items() if t.trains] == ['projector', 'layers'] and region.gradient_checkpointing
+    assert (region.lr_of('layers'), chat.lr_of('layers'), chat.lr_of('projector')) == (2e-4, 2e-6, 2e-7)
+    assert region.merge and not chat.merge
+    with pytest.raises(RecipeError, match="load must be one of '', '4bit', '8bit', got '2bit'"):
+        get_method('vip_llava', ['load=2bit'])
+
+
+@needs_bnb
+@pytest.mark.parametrize('load', ['4bit', '8bit'])
+def test_train_and_fold_back(load, tmp_path):
+    from vlmbench.data.world import WorldSize, write_world
+    from vlmbench.run.pipeline import fit
+    world = write_world(tmp_path/'world', sizes=WorldSize(*[6]*10))
+    scale, method = get_scale('tiny'), get_method('vip_llava', [f'load={load}'])
+    plan = get_recipe('vip_llava', scale, .0004, variant=[f'load={load}'])
+    model, processor = build_quantized(load, plan, scale, device='cpu')
+    assert len(quantized_modules(model)) == 8*7
+    before = {n: dequantized(m) for n, m in quantized_modules(model).items()}
+    fitted = fit(method, plan, scale, model, processor, world, tmp_path/'run', precision='bf16', device='cpu')
+    assert fitted.model is model and not quantized_modules(model)
+    after = {n: model.get_submodule(n).weight for n in before}
+    assert all(w.dtype == torch.float32 and w.shape == before[n].shape for n, w in after.items())
+    changed = [float((w - before[n]).abs().max()) for n, w in after.items()]
+    assert max(changed) > 0 and max(changed) < 1
+    model.save_pretrained(tmp_path/'model')
+    again = type(model).from_pretrained(tmp_path/'model')
+    ids = torch.arange(20, 25)[None]
+    with torch.no_grad(): torch.testing.assert_close(again(ids).logits.float(), model(ids).logits.float())
+
+
+def dequantized(m):
+    from peft.utils.integrations import dequantize_bnb_weight
+    return dequantize_bnb_weight(m.weight, state=getattr(m, 'state', None)).float()
+
+
+@needs_bnb
+def test_adapters_are_added_exactly(tmp_path):
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                                 num_attention_heads=2)).save_pretrained(tmp_path)
+    model = load_quantized(tmp_path, '4bit', 'cpu', torch.float32)
+    base = dequantized(model.model.layers[0].mlp.up_proj)
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=['up_proj']), model)
+    adapted = model.model.layers[0].mlp.up_proj
+    torch.nn.init.normal_(adapted.lora_B['default'].weight)
+    want = base + adapted.get_delta_weight('default')
+    assert dequantize(model) == 7
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, want)
