@@ -155,7 +155,7 @@ def test_drop_one(case):
     r, g = drop_one(case.model, [case.batch]), case.g['drop_one']
     close(r.base.value, g['base_loss'])
     for ours, theirs in (('loss', 'loss'), ('delta', 'delta'), ('ppl_ratio', 'ppl_ratio')):
-        close(scores(r.frame, f'drop_one_{ours}', 'answer'), g[theirs], 2e-5)
+        close(scores(r.frame, f'drop_one_{ours}', 'answer'), g[theirs])
 
 
 def test_drop_one_by_pruned_models(case):
@@ -199,11 +199,14 @@ def test_region_indices(case):
 def test_gradient_scores(case):
     g = case.g['gradient']
     every, matrices = (gradient_scores(case.model, [case.batch], weights=w) for w in ('all', 'matrices'))
-    for ours, theirs in dict(taylor='abs_sum_batch', taylor_signed='signed_sum_batch',
+    # terms of both signs cancel in this sum, so round-off is measured against their size
+    off = np.abs(scores(every, 'taylor_signed', 'answer').to_numpy() - g['signed_sum_batch'])
+    assert (off <= 1e-4 * np.abs(g['signed_sum_batch']) + 1e-7 * np.array(g['abs_sum_batch'])).all()
+    for ours, theirs in dict(taylor='abs_sum_batch',
                              taylor_squared='squared_sum_batch', grad_norm='grad_norm_l2',
                              taylor_summed='abs_of_summed_per_sample', taylor_absolute='sum_of_abs_per_sample',
                              fisher='fisher_diag_sum').items():
-        relative(scores(every, ours, 'answer'), g[theirs], 2e-4 if ours == 'taylor_signed' else 1e-4)
+        relative(scores(every, ours, 'answer'), g[theirs])
     for ours, theirs in dict(taylor='abs_sum_batch_linear_only', fisher='fisher_diag_sum_linear_only',
                              snip='snip_share_linear_only',
                              pruner_second='llmpruner_param_second', pruner_mixed='llmpruner_param_mix').items():
@@ -240,7 +243,7 @@ def test_revert_one(case):
     close(r.base.value, g['tuned_loss'])
     close(answer_loss(case.model, [case.batch]).value, g['base_loss'])
     close(scores(r.frame, 'revert_one_loss', 'answer'), g['loss_with_layer_reverted'])
-    close(scores(r.frame, 'revert_one_delta', 'answer'), g['delta'], 2e-5)
+    close(scores(r.frame, 'revert_one_delta', 'answer'), g['delta'])
 
 
 def test_cka(case):
@@ -254,7 +257,7 @@ def test_cka(case):
 def test_logit_lens(case):
     frame = streamed(case)[0]
     for k in ('answer_predicting', 'all_predicting'):
-        for name in LENS: close(scores(frame, name, k, 0), case.g['logit_lens'][k][name], 2e-5)
+        for name in LENS: close(scores(frame, name, k, 0), case.g['logit_lens'][k][name])
 
 
 def test_zero_trajectory(case):
