@@ -14,7 +14,7 @@ from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, reci
 from vlmbench.methods.recipes import get_method
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner
-from vlmbench.models.patch import GridLayout, PatchFrontEnd
+from vlmbench.models.patch import GridLayout
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vlm import VLMForConditionalGeneration, assemble, module_groups
 from vlmbench.run.pipeline import build, fit

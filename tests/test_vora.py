@@ -107,7 +107,7 @@ def test_published_settings():
     assert recipe(get_scale('tiny'), distill='none').stage('pretrain').losses == ()
 
 
-@pytest.mark.parametrize('kw, match', [(dict(layers=9), 'has 8'), (dict(r=0), 'lora.r'), (dict(distill='all'), 'distill must be'), (dict(finetune='some'), 'finetune must')])
+@pytest.mark.parametrize('kw, match', [(dict(layers=9), 'has 8'), (dict(r=0), "r must be"), (dict(distill='all'), 'distill must be'), (dict(finetune='some'), 'finetune must')])
 def test_bad_recipes(kw, match):
     with pytest.raises(RecipeError, match=match): recipe(get_scale('tiny'), **kw)
 

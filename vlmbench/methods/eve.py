@@ -24,11 +24,12 @@ from ..models.vision import build_front_end, front_end_class, num_image_tokens
 from ..models.vlm import VLMForConditionalGeneration, assemble, build_vlm, load_tower, tower_transform
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full
 
-# %% ../../nbs/methods/20_eve.ipynb #ebfefe54
+# %% ../../nbs/methods/20_eve.ipynb #ed128cde
 _SETTINGS = dict(
     tiny=dict(eve=(64, dict(channels=96, patch_stride=4)), eve_v2=(64, dict(channels=96, patch_stride=4)), tokens=512,
               prealign=(2e-3, .03, 8), pretrain=(1e-3, .01, 8), finetune=(1e-3, .01, 8), finetune_hd=(1e-3, .01, 8)),
-    small=dict(eve=(224, dict(channels=768, patch_stride=8)), eve_v2=(224, dict(channels=768, patch_stride=8)), tokens=2048,
+    small=dict(eve=(224, dict(channels=768, patch_stride=8)), eve_v2=(224, dict(channels=768, patch_stride=8)),
+               tokens=2048,
                prealign=(4e-4, .03, 8), pretrain=(4e-5, .01, 8), finetune=(2e-5, .01, 8), finetune_hd=(2e-5, .01, 8)),
     paper=dict(eve=(672, dict(channels=1024, patch_stride=14)), eve_v2=(800, dict(channels=1024, patch_stride=16)),
                tokens=2648, prealign=(4e-4, .03, 16), pretrain=(4e-5, .01, 16), finetune=(2e-5, .01, 4),
@@ -78,10 +79,10 @@ def recipe(scale: Scale, prealign: bool = True, align: bool = True, hd: bool = F
     return Recipe('eve', stages, front, 'EVE, sections 3 and 4.1' if patches == 'eve' else 'EVEv2, patch embedding',
                   notes='encoder-free; frozen encoder as teacher in training' if align else 'encoder-free')
 
-# %% ../../nbs/methods/20_eve.ipynb #ffc63e72
+# %% ../../nbs/methods/20_eve.ipynb #ad29c95c
 def transform_of(canvas: int, multiple: int, mean=None, std=None, mode: str = 'any_aspect') -> ImageTransform:
-    """Long side to `canvas` px, aspect ratio kept, the short side rounded up to `multiple` px; mode 'area': the area of the
-    square of `canvas` px, both sides rounded up. Raises RecipeError when it does not divide."""
+    """Long side to `canvas` px, aspect ratio kept, the short side rounded up to `multiple` px; mode 'area': the area of
+    the square of `canvas` px, both sides rounded up. Raises RecipeError when it does not divide."""
     if canvas % multiple:
         raise RecipeError(f'eve: a canvas of {canvas} px is no multiple of {multiple} px (patch_stride x conv_stride)')
     more = {} if mean is None else dict(mean=tuple(mean), std=tuple(std))
@@ -107,7 +108,8 @@ def build(recipe: Recipe, scale: Scale, seed: int = 0):
         norm = dict(mean=t.mean, std=t.std)
     mode = 'any_aspect' if front['type'] == 'eve' else 'area'
     model, processor = build_vlm(base_model(scale.llm), None, front, template=scale.template, seed=seed,
-                                 transform=transform_of(canvas, step, mode=mode, **norm), dtype=getattr(torch, scale.dtype),
+                                 transform=transform_of(canvas, step, mode=mode, **norm),
+                                 dtype=getattr(torch, scale.dtype),
                                  bidirectional_images=recipe.bidirectional_images)
     model.loss_seed = seed
     return model, processor
@@ -119,7 +121,8 @@ def make_aligner(model, processor, scale: Scale, seed: int = 0) -> PatchAligner:
     ratio = _ratio(processor.transform.size, front, teacher.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PatchAligner(text.hidden_size, text.num_hidden_layers, teacher, model.config.image_token_id, _stride(front),
+        return PatchAligner(text.hidden_size, text.num_hidden_layers, teacher, model.config.image_token_id,
+                            _stride(front),
                             ratio, processor.transform, tower_transform(where, teacher.config))
 
 def losses(model, processor, stage: Stage, scale: Scale) -> dict[str, PatchAligner]:
@@ -184,21 +187,24 @@ def uncanvas(pixels: torch.Tensor, patch_stride: int) -> tuple[torch.Tensor, tor
         sizes.append((bottom - top, right - left))
     return out, torch.tensor(sizes)
 
-# %% ../../nbs/methods/20_eve.ipynb #ce11cc9a
+# %% ../../nbs/methods/20_eve.ipynb #06878976
 _NAMES = [(r'vision_tower\.(local|global)_attention\.q\.0\.', r'vision.\1_attention.q_norm.'),
           (r'vision_tower\.(local|global)_attention\.q\.1\.', r'vision.\1_attention.q_proj.'),
           (r'vision_tower\.(local|global)_attention\.kv\.0\.', r'vision.\1_attention.kv_norm.'),
           (r'vision_tower\.(local|global)_attention\.kv\.1\.', r'vision.\1_attention.kv_proj.'),
           (r'vision_tower\.(local|global)_attention\.proj\.', r'vision.\1_attention.out_proj.'),
           (r'vision_tower\.', r'vision.'), (r'mm_projector\.(weight|bias)$', r'vision.projector.mlp.0.\1'),
-          (r'mm_projector\.', r'vision.projector.mlp.'), (r'vision_tower_compressor\.norm_layer\.(\d+)\.0\.', r'align.norms.\1.'),
-          (r'vision_tower_compressor\.norm_layer\.(\d+)\.1\.', r'align.projections.\1.'), (r'vision_tower_compressor\.', r'align.'),
-          (r'vision_clip\.backbone\.(?:vision_model\.)?', r'align.teacher.'), (r'(embed_tokens|layers|norm)\.', r'language_model.\1.')]
+          (r'mm_projector\.', r'vision.projector.mlp.'),
+          (r'vision_tower_compressor\.norm_layer\.(\d+)\.0\.', r'align.norms.\1.'),
+          (r'vision_tower_compressor\.norm_layer\.(\d+)\.1\.', r'align.projections.\1.'),
+          (r'vision_tower_compressor\.', r'align.'),
+          (r'vision_clip\.backbone\.(?:vision_model\.)?', r'align.teacher.'),
+          (r'(embed_tokens|layers|norm)\.', r'language_model.\1.')]
 _IGNORED = re.compile(r'rotary_emb\.inv_freq$|position_ids$|vision_tower_compressor\.clip_layer\.')
 
 def from_reference_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Original names -> ours: `model.*` and `lm_head.*` of the model, `align.*` of the aligner and its teacher. Non-parameters and the
-    teacher's second copy are left out. Raises ValueError naming a tensor it does not know."""
+    """Original names -> ours: `model.*` and `lm_head.*` of the model, `align.*` of the aligner and its teacher.
+    Non-parameters and the teacher's second copy are left out. Raises ValueError naming a tensor it does not know."""
     out = {}
     for name, value in state.items():
         if _IGNORED.search(name): continue
@@ -216,7 +222,8 @@ _BACK = [(r'model\.vision\.(local|global)_attention\.q_norm\.', r'model.vision_t
          (r'model\.vision\.projector\.mlp\.', 'model.mm_projector.'), (r'model\.vision\.', 'model.vision_tower.'),
          (r'align\.norms\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.0.'),
          (r'align\.projections\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.1.'),
-         (r'align\.teacher\.', 'model.vision_clip.backbone.vision_model.'), (r'align\.', 'model.vision_tower_compressor.'),
+         (r'align\.teacher\.', 'model.vision_clip.backbone.vision_model.'),
+         (r'align\.', 'model.vision_tower_compressor.'),
          (r'model\.language_model\.', 'model.')]
 
 def to_reference_names(name: str) -> str:
@@ -227,15 +234,17 @@ def to_reference(model: VLMForConditionalGeneration) -> dict[str, torch.Tensor]:
     "The model's (and its aligner's, when there is one) tensors under the original's names."
     state = dict(model.state_dict())
     if 'align' in getattr(model, 'loss_terms', {}):
-        state |= {f'align.{k}': v for k, v in model.loss_terms['align'].state_dict().items() if not k.endswith('position_ids')}
+        state |= {f'align.{k}': v for k, v in model.loss_terms['align'].state_dict().items()
+                  if not k.endswith('position_ids')}
     return {to_reference_names(k): v for k, v in state.items()}
 
 def from_reference(state_dict: Mapping[str, torch.Tensor], spec: Mapping) -> VLMForConditionalGeneration:
-    """The model of an original checkpoint, float32; with the aligner in `model.loss_terms` when the checkpoint and `spec` have the teacher.
+    """The model of an original checkpoint, float32; with the aligner in `model.loss_terms` when the checkpoint and
+    `spec` have the teacher.
 
-    `spec`: `config` (Llama settings), `front_end` (settings of `PatchFrontEnd`), `image_token_id` (a token the text does not use: the
-    original marks images with -200), and for the aligner `teacher` (CLIP vision settings), `canvas` (px of the student's square).
-    Raises ValueError naming missing or unknown tensors."""
+    `spec`: `config` (Llama settings), `front_end` (settings of `PatchFrontEnd`), `image_token_id` (a token the text
+    does not use: the original marks images with -200), and for the aligner `teacher` (CLIP vision settings), `canvas`
+    (px of the student's square). Raises ValueError naming missing or unknown tensors."""
     state = {k: v.float() for k, v in from_reference_names(state_dict).items()}
     llm = LlamaForCausalLM(LlamaConfig(**spec['config'])).float()
     if not 0 <= spec['image_token_id'] < llm.config.vocab_size:
@@ -247,8 +256,10 @@ def from_reference(state_dict: Mapping[str, torch.Tensor], spec: Mapping) -> VLM
     if align and spec.get('teacher') is not None:
         teacher, front = CLIPVisionModel(CLIPVisionConfig(**spec['teacher'])).float(), model.config.vision_config
         view = ImageTransform()
-        term = PatchAligner(llm.config.hidden_size, llm.config.num_hidden_layers, teacher, spec['image_token_id'], _stride(front),
-                            grid_ratio(spec['canvas'], _stride(front), teacher.config), view, view, spec.get('select_layer', -2))
+        term = PatchAligner(llm.config.hidden_size, llm.config.num_hidden_layers, teacher, spec['image_token_id'],
+                            _stride(front),
+                            grid_ratio(spec['canvas'], _stride(front), teacher.config), view, view,
+                            spec.get('select_layer', -2))
         _load(term, align, 'aligner')
         model.loss_terms = dict(align=term)
     return model

@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'FINETUNE', 'PAPER_SCALE', 'METHOD', 'recipe', 'build', 'lo
            'from_reference_name', 'to_reference_name', 'to_reference', 'from_reference', 'aimv2_from_remote',
            'distillation_from_reference', 'frame_indices', 'truncate_turns', 'image_runs', 'export_language_model']
 
-# %% ../../nbs/methods/30_vora.ipynb #aad19981
+# %% ../../nbs/methods/30_vora.ipynb #22072438
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn, Tensor
-from transformers import (Aimv2VisionConfig, Aimv2VisionModel, AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel,
+from transformers import (Aimv2VisionConfig, Aimv2VisionModel, AutoConfig, AutoModelForCausalLM, CLIPVisionConfig,
+                          CLIPVisionModel,
                           Qwen2Config)
 
 from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
@@ -25,7 +26,7 @@ from .recipes import Method, base_model, tied_embeddings
 from ..models.vision import tower_config
 from ..models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
 from ..models.vlm import VLMConfig, VLMForConditionalGeneration, build_vlm, load_tower, tower_transform
-from ..models.vora_patches import init_from_teacher
+from ..models.vora_patches import POSITIONS, init_from_teacher
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full
 
 # %% ../../nbs/methods/30_vora.ipynb #3326429b
@@ -42,7 +43,7 @@ PAPER_SCALE = Scale(
     vision_config=dict(model_type='aimv2_vision_model', hidden_size=1536, intermediate_size=4096, num_hidden_layers=24,
                        num_attention_heads=12, image_size=448, patch_size=14, rms_norm_eps=1e-5, use_head=False))
 
-# %% ../../nbs/methods/30_vora.ipynb #e0307317
+# %% ../../nbs/methods/30_vora.ipynb #04bc359a
 _SETTINGS = dict(
     tiny=dict(r=48, pretrain=(3e-3, None), finetune=(1e-3, None), rows=8, tokens=512, accumulate=(1, 1),
               warmup=(.03, .03)),
@@ -61,19 +62,26 @@ def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: 
            layers: int | None = None, bidirectional: bool = True, extra_bias: str = 'none', tokens: str = 'all',
            positions: str = 'interpolate') -> Recipe:
     """VoRA at `scale`. `distill`: 'none' or one of `LOSSES`; `finetune`: 'all' or 'as_coded'; `r`, `layers`,
-    `extra_bias`, `tokens`: see `LoRASettings` (`layers` default: the teacher's blocks); `bidirectional`: image tokens see
-    each other both ways; `positions`: see `VoRAFrontEnd`. Raises RecipeError for settings that cannot run."""
+    `extra_bias`, `tokens`: see `LoRASettings` (`layers` default: the teacher's blocks); `bidirectional`: image tokens
+    see each other both ways; `positions`: see `VoRAFrontEnd`. Raises RecipeError for settings that cannot run."""
     paper = scale.name in ('paper', PAPER_SCALE.name)
-    s = _SETTINGS['paper'] if paper else _SETTINGS.get(scale.name) or _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
+    size = 'tiny' if scale.image_size <= 96 else 'small'
+    s = _SETTINGS['paper' if paper else scale.name if scale.name in _SETTINGS else size]
     if distill not in ('none', *LOSSES):
         raise RecipeError(f"vora: distill must be 'none' or one of {tuple(LOSSES)}, got {distill!r}")
     if finetune not in FINETUNE: raise RecipeError(f'vora: finetune must be one of {FINETUNE}, got {finetune!r}')
+    if positions not in POSITIONS: raise RecipeError(f'vora: positions must be one of {POSITIONS}, got {positions!r}')
+    if not isinstance(bidirectional, bool):
+        raise RecipeError(f'vora: bidirectional must be True or False, got {bidirectional!r}')
+    for name, n in dict(r=r, layers=layers).items():
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise RecipeError(f'vora: {name} must be a whole number above 0, got {n!r}')
     llm = _config_of(scale.llm_config, scale.llm, scale.name)
     tower = tower_config(_config_of(scale.vision_config, scale.vision, scale.name))
     layers, depth = tower.num_hidden_layers if layers is None else layers, llm.num_hidden_layers
     if layers > depth:
-        raise RecipeError(f'vora: LoRA in the first {layers} blocks, but the language model of scale {scale.name!r} has '
-                          f'{depth}: choose layers up to {depth}')
+        raise RecipeError(f'vora: LoRA in the first {layers} blocks, but the language model of scale {scale.name!r} '
+                          f'has {depth}: choose layers up to {depth}')
     if scale.image_size % tower.patch_size:
         raise RecipeError(f'vora: image_size {scale.image_size} of scale {scale.name!r} is no multiple of the patch of '
                           f'{tower.patch_size} pixels')
@@ -99,54 +107,67 @@ def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: 
     return Recipe('vora', (pretrain, tune), front, 'Vision as LoRA, sections 3 and 4; released configurations',
                   bidirectional_images=bidirectional, notes=f'distillation: {distill}; finetune: {finetune}')
 
-# %% ../../nbs/methods/30_vora.ipynb #b0271399
+# %% ../../nbs/methods/30_vora.ipynb #463242c7
 def build(recipe: Recipe, scale: Scale, seed: int = 0) -> tuple:
-    "`(model, processor)`: the scale's language model with the patch embedding and LoRA of `recipe`; the embedding starts as the teacher's where that fits."
+    """`(model, processor)`: the scale's language model with the patch embedding and LoRA of `recipe`; the embedding
+    starts as the teacher's where that fits."""
     tower = load_tower(base_model(scale.vision), torch.float32)
     try: check_grid(recipe.front_end, tower, scale.image_size)
     except ValueError as e: raise RecipeError(f'vora: {e}') from None
     if scale.image_mode == 'squash': transform = tower_transform(base_model(scale.vision), tower.config)
-    else: transform = ImageTransform('pad', scale.image_size, CLIP_MEAN, CLIP_STD, tower.config.patch_size, background=(0, 0, 0))
+    else:
+        transform = ImageTransform('pad', scale.image_size, CLIP_MEAN, CLIP_STD, tower.config.patch_size,
+                                   background=(0, 0, 0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)                                           # LoRA is drawn when the model is put together
-        model, processor = build_vlm(base_model(scale.llm), None, dict(recipe.front_end), template=scale.template, transform=transform,
-                                     dtype=getattr(torch, scale.dtype), bidirectional_images=recipe.bidirectional_images, seed=seed)
-    if tower.config.model_type in ('aimv2_vision_model', 'siglip_vision_model') and tower.config.hidden_size == recipe.front_end['width']:
+        model, processor = build_vlm(base_model(scale.llm), None, dict(recipe.front_end), template=scale.template,
+                                     transform=transform, dtype=getattr(torch, scale.dtype),
+                                     bidirectional_images=recipe.bidirectional_images, seed=seed)
+    kinds = 'aimv2_vision_model', 'siglip_vision_model'
+    if tower.config.model_type in kinds and tower.config.hidden_size == recipe.front_end['width']:
         init_from_teacher(model.model.vision, tower)
+    model.loss_seed = seed                                                # the distillation heads are drawn from it
     return model, processor
 
 def losses(model: nn.Module, processor, stage: Stage, scale: Scale) -> dict[str, BlockwiseDistillation]:
     "The distillation terms that `stage` declares, by name."
     out = {}
     for name, _ in stage.losses:
-        if name not in LOSSES: raise RecipeError(f'stage {stage.name!r}: vora knows no loss {name!r}; it knows {tuple(LOSSES)}')
+        if name not in LOSSES:
+            raise RecipeError(f'stage {stage.name!r}: vora knows no loss {name!r}; it knows {tuple(LOSSES)}')
         mode, pairing = LOSSES[name]
         text = model.config.text_config
         try:
-            out[name] = BlockwiseDistillation(load_tower(base_model(scale.vision), torch.float32), text.hidden_size, text.num_hidden_layers, mode, pairing,
-                                              model.config.vision_config['positions'])
+            out[name] = BlockwiseDistillation(load_tower(base_model(scale.vision), torch.float32), text.hidden_size,
+                                              text.num_hidden_layers, mode, pairing,
+                                              model.config.vision_config['positions'],
+                                              seed=getattr(model, 'loss_seed', 0))
         except ValueError as e: raise RecipeError(f'stage {stage.name!r}: {e}') from None
     return out
 
 def after_stage(model: nn.Module, processor, stage: Stage, scale: Scale) -> tuple:
     "Merges LoRA after pre-training, unless it acts on image tokens only (then it stays and trains on)."
-    if stage.name == 'pretrain' and model.config.vision_config['lora'] and model.config.vision_config['lora']['tokens'] == 'all':
+    lora = model.config.vision_config['lora']
+    if stage.name == 'pretrain' and lora and lora['tokens'] == 'all':
         merge_vision_lora(model)
         processor.front_end = model.config.vision_config
     return model, processor
 
 METHOD = Method(recipe, build, losses, after_stage=after_stage)
 
-# %% ../../nbs/methods/30_vora.ipynb #951a4b22
+# %% ../../nbs/methods/30_vora.ipynb #82815a49
 def meta_vora(recipe: Recipe, scale: Scale) -> VLMForConditionalGeneration:
     "The model of `recipe` at `scale` on the meta device: every shape, no weights."
-    config = VLMConfig(text_config=_config_of(scale.llm_config, scale.llm, scale.name), vision_config=dict(recipe.front_end), image_token_id=0,
+    config = VLMConfig(text_config=_config_of(scale.llm_config, scale.llm, scale.name),
+                       vision_config=dict(recipe.front_end), image_token_id=0,
                        bidirectional_images=recipe.bidirectional_images)
     with torch.device('meta'): return VLMForConditionalGeneration(config)
 
-# %% ../../nbs/methods/30_vora.ipynb #e3c4a8c7
-_FRONT = {'vision_embedding.patchifier.proj.': 'model.vision.proj.', 'vision_embedding.patchifier.norm.': 'model.vision.norm.',
-          'vision_embedding.pos_embed': 'model.vision.pos_embed', 'vision_embedding.out_proj.': 'model.vision.out_proj.',
+# %% ../../nbs/methods/30_vora.ipynb #e4dc0ab7
+_FRONT = {'vision_embedding.patchifier.proj.': 'model.vision.proj.',
+          'vision_embedding.patchifier.norm.': 'model.vision.norm.',
+          'vision_embedding.pos_embed': 'model.vision.pos_embed',
+          'vision_embedding.out_proj.': 'model.vision.out_proj.',
           'llm.lm_head.': 'lm_head.', 'llm.model.': 'model.language_model.'}
 
 def from_reference_name(name: str) -> str:
@@ -164,74 +185,100 @@ def to_reference_name(name: str) -> str:
 def to_reference(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
     "The model's tensors under the original names; a head tied to the embedding is left out, as there."
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    return {to_reference_name(n): p.detach() for n, p in model.state_dict().items() if not (tied and n.startswith('lm_head.'))}
+    return {to_reference_name(n): p.detach() for n, p in model.state_dict().items()
+            if not (tied and n.startswith('lm_head.'))}
 
-# %% ../../nbs/methods/30_vora.ipynb #c58a7979
+# %% ../../nbs/methods/30_vora.ipynb #9e21a449
 def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> VLMForConditionalGeneration:
-    """A float32 VLM from original names, with the original's quirks (sliced positions, the language model's eps in the patch norm, extra biases).
+    """A float32 VLM from original names, with the original's quirks (sliced positions, the language model's eps in the
+    patch norm, extra biases).
 
-    `spec`: `llm` (Qwen2 arguments), `teacher` (for `image_size`, `patch_size`), `vision_embedding_intermediate_size`, `lora` (`layers`, `r`, `scale`, `target_modules`),
-    and optionally `image_token_id` (default 0) and `mask` ('bidirectional' or 'default'). Without A and B in `state_dict` the model is the merged one. `aux_vision.*` is left aside.
-    Raises ValueError naming missing and unexpected tensors."""
+    `spec`: `llm` (Qwen2 arguments), `teacher` (for `image_size`, `patch_size`), `vision_embedding_intermediate_size`,
+    `lora` (`layers`, `r`, `scale`, `target_modules`), and optionally `image_token_id` (default 0) and `mask`
+    ('bidirectional' or 'default'). Without A and B in `state_dict` the model is the merged one. `aux_vision.*` is left
+    aside. Raises ValueError naming missing and unexpected tensors."""
     kept = {k: v for k, v in state_dict.items() if not k.startswith('aux_vision.')}
     llm, merged = Qwen2Config(**spec['llm']), not any('.lora_A.' in k for k in kept)
     mask = spec.get('mask', 'bidirectional')
-    if mask not in ('bidirectional', 'default'): raise ValueError(f"spec['mask'] must be 'bidirectional' or 'default', got {mask!r}")
+    if mask not in ('bidirectional', 'default'):
+        raise ValueError(f"spec['mask'] must be 'bidirectional' or 'default', got {mask!r}")
     targets = sorted(t.rpartition('.')[2] for t in spec['lora']['target_modules'])
-    lora = LoRASettings(spec['lora']['layers'] if spec['lora']['layers'] != 'all' else llm.num_hidden_layers, spec['lora']['r'] if spec['lora']['r'] > 0 else 1,
+    lora = LoRASettings(spec['lora']['layers'] if spec['lora']['layers'] != 'all' else llm.num_hidden_layers,
+                        spec['lora']['r'] if spec['lora']['r'] > 0 else 1,
                         float(spec['lora'].get('scale', 1.)), targets, 'zero', merged=merged)
-    front = dict(type='vora', patch_size=spec['teacher']['patch_size'], image_size=spec['teacher']['image_size'], width=spec['vision_embedding_intermediate_size'],
+    front = dict(type='vora', patch_size=spec['teacher']['patch_size'], image_size=spec['teacher']['image_size'],
+                 width=spec['vision_embedding_intermediate_size'],
                  norm_eps=llm.rms_norm_eps, positions='reference', lora=lora.to_dict())
-    model = VLMForConditionalGeneration(VLMConfig(text_config=llm, vision_config=front, image_token_id=spec.get('image_token_id', 0),
+    model = VLMForConditionalGeneration(VLMConfig(text_config=llm, vision_config=front,
+                                                  image_token_id=spec.get('image_token_id', 0),
                                                   bidirectional_images=mask == 'bidirectional')).float().eval()
-    missing, unexpected = model.load_state_dict({from_reference_name(k): v.float() for k, v in kept.items()}, strict=False)
-    if missing := [k for k in missing if not (llm.tie_word_embeddings and k == 'lm_head.weight')]: raise ValueError(f'from_reference: missing {missing[:3]}')
+    missing, unexpected = model.load_state_dict({from_reference_name(k): v.float() for k, v in kept.items()},
+                                                strict=False)
+    if missing := [k for k in missing if not (llm.tie_word_embeddings and k == 'lm_head.weight')]:
+        raise ValueError(f'from_reference: missing {missing[:3]}')
     if unexpected: raise ValueError(f'from_reference: unexpected {unexpected[:3]}')
     return model
 
-_BLOCK = {'attn.proj.': 'attention.out_proj.', 'norm_1.': 'rms_norm1.', 'norm_2.': 'rms_norm2.', 'mlp.fc1.': 'ffn.gate_proj.', 'mlp.fc3.': 'ffn.up_proj.', 'mlp.fc2.': 'ffn.down_proj.'}
-_STEM = {'preprocessor.patchifier.proj.': 'embeddings.patch_embed.', 'preprocessor.patchifier.norm.': 'embeddings.rms_norm.', 'trunk.post_trunk_norm.': 'rms_norm.'}
+_BLOCK = {'attn.proj.': 'attention.out_proj.', 'norm_1.': 'rms_norm1.', 'norm_2.': 'rms_norm2.',
+          'mlp.fc1.': 'ffn.gate_proj.', 'mlp.fc3.': 'ffn.up_proj.', 'mlp.fc2.': 'ffn.down_proj.'}
+_STEM = {'preprocessor.patchifier.proj.': 'embeddings.patch_embed.',
+         'preprocessor.patchifier.norm.': 'embeddings.rms_norm.', 'trunk.post_trunk_norm.': 'rms_norm.'}
 
 def aimv2_from_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Tensors of AIMv2's remote code under transformers' names (fused query, key, value split in that order)."
     out = {}
     for k, v in state_dict.items():
         if k == 'preprocessor.pos_embed': out['embeddings.position_embedding.weight'] = v[0]; continue
-        if stem := next((s for s in _STEM if k.startswith(s)), None): out[_STEM[stem] + k.removeprefix(stem)] = v; continue
+        if stem := next((s for s in _STEM if k.startswith(s)), None):
+            out[_STEM[stem] + k.removeprefix(stem)] = v; continue
         if not k.startswith('trunk.blocks.'): raise ValueError(f'{k} is no tensor of AIMv2')
         _, _, i, rest = k.split('.', 3)
         if rest.startswith('attn.qkv.'):
-            out |= {f'encoder.layers.{i}.attention.{n}_proj.{rest.rpartition(".")[2]}': t for n, t in zip('qkv', v.chunk(3))}; continue
-        if (old := next((b for b in _BLOCK if rest.startswith(b)), None)) is None: raise ValueError(f'{k} is no tensor of AIMv2')
+            last = rest.rpartition('.')[2]
+            out |= {f'encoder.layers.{i}.attention.{n}_proj.{last}': t for n, t in zip('qkv', v.chunk(3))}
+            continue
+        if (old := next((b for b in _BLOCK if rest.startswith(b)), None)) is None:
+            raise ValueError(f'{k} is no tensor of AIMv2')
         out[f'encoder.layers.{i}.{_BLOCK[old]}{rest.removeprefix(old)}'] = v
     return out
 
-def distillation_from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, kind: str = 'aimv2', pairing: str = 'reference') -> BlockwiseDistillation:
-    "Teacher and heads from the original names `aux_vision.*`. `kind`: 'aimv2' (`spec['teacher']`) or 'clip' (`spec['clip_teacher']`). Raises ValueError naming tensors that do not fit."
+def distillation_from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, kind: str = 'aimv2',
+                                pairing: str = 'reference') -> BlockwiseDistillation:
+    """Teacher and heads from the original names `aux_vision.*`. `kind`: 'aimv2' (`spec['teacher']`) or 'clip'
+    (`spec['clip_teacher']`). Raises ValueError naming tensors that do not fit."""
     if kind not in ('aimv2', 'clip'): raise ValueError(f"kind must be 'aimv2' or 'clip', got {kind!r}")
-    found = {k.removeprefix('aux_vision.aux_model.'): v.float() for k, v in state_dict.items() if k.startswith('aux_vision.aux_model.')}
-    if kind == 'aimv2': teacher, found = Aimv2VisionModel(Aimv2VisionConfig(**spec['teacher'], use_head=False)), aimv2_from_remote(found)
+    found = {k.removeprefix('aux_vision.aux_model.'): v.float() for k, v in state_dict.items()
+             if k.startswith('aux_vision.aux_model.')}
+    if kind == 'aimv2':
+        teacher = Aimv2VisionModel(Aimv2VisionConfig(**spec['teacher'], use_head=False))
+        found = aimv2_from_remote(found)
     else:
-        teacher = CLIPVisionModel(CLIPVisionConfig(**{k: v for k, v in spec['clip_teacher'].items() if k != 'skip_aux_cls'}))
+        teacher = CLIPVisionModel(CLIPVisionConfig(**{k: v for k, v in spec['clip_teacher'].items()
+                                                      if k != 'skip_aux_cls'}))
         found = {k.removeprefix('vision_model.'): v for k, v in found.items()}
-    if wrong := sorted(set(found) ^ {n for n, _ in teacher.named_parameters()}): raise ValueError(f'distillation_from_reference: {wrong[:3]} do not fit the teacher')
+    if wrong := sorted(set(found) ^ {n for n, _ in teacher.named_parameters()}):
+        raise ValueError(f'distillation_from_reference: {wrong[:3]} do not fit the teacher')
     teacher.load_state_dict(found, strict=False)
-    term = BlockwiseDistillation(teacher.float(), spec['llm']['hidden_size'], spec['llm']['num_hidden_layers'], pairing=pairing, positions='reference')
-    term.heads.load_state_dict({k.removeprefix('aux_vision.aux_layer_'): v.float() for k, v in state_dict.items() if k.startswith('aux_vision.aux_layer_')})
+    term = BlockwiseDistillation(teacher.float(), spec['llm']['hidden_size'], spec['llm']['num_hidden_layers'],
+                                 pairing=pairing, positions='reference')
+    term.heads.load_state_dict({k.removeprefix('aux_vision.aux_layer_'): v.float() for k, v in state_dict.items()
+                                if k.startswith('aux_vision.aux_layer_')})
     return term
 
-# %% ../../nbs/methods/30_vora.ipynb #a2313ac0
+# %% ../../nbs/methods/30_vora.ipynb #9298a7b9
 def frame_indices(frames: int, segments: int, rng: random.Random | None = None) -> list[int]:
-    "One frame of each of `segments` equal strata: the first, or a random one with `rng` (training). With fewer frames than segments the last is repeated."
+    """One frame of each of `segments` equal strata: the first, or a random one with `rng` (training). With fewer frames
+    than segments the last is repeated."""
     if frames < 1 or segments < 1: raise ValueError(f'frames={frames}, segments={segments}: both must be above 0')
     if frames < segments: return [min(i, frames - 1) for i in range(segments)]
     size, more = divmod(frames, segments)
     starts = [i * size + min(i, more) for i in range(segments)] + [frames]
     return [a if rng is None else rng.randrange(a, b) for a, b in zip(starts, starts[1:])]
 
-def truncate_turns(turns: Sequence[tuple[Sequence[int], Sequence[int]]], max_tokens: int, eos: int, mode: str = 'qa') -> tuple[list[int], list[int]]:
-    """(ids, labels) of (prompt, answer) ids, each answer closed by `eos`, at most `max_tokens`. 'qa' drops whole later turns that do not fit; a first turn that
-    is too long, and any turn in mode 'text', is cut and closed."""
+def truncate_turns(turns: Sequence[tuple[Sequence[int], Sequence[int]]], max_tokens: int, eos: int,
+                   mode: str = 'qa') -> tuple[list[int], list[int]]:
+    """(ids, labels) of (prompt, answer) ids, each answer closed by `eos`, at most `max_tokens`. 'qa' drops whole later
+    turns that do not fit; a first turn that is too long, and any turn in mode 'text', is cut and closed."""
     if mode not in ('qa', 'text'): raise ValueError(f"mode must be 'qa' or 'text', got {mode!r}")
     ids, labels = [], []
     for i, (prompt, answer) in enumerate(turns):
@@ -244,19 +291,23 @@ def truncate_turns(turns: Sequence[tuple[Sequence[int], Sequence[int]]], max_tok
     return ids, labels
 
 def image_runs(image_ids: Tensor) -> Tensor:
-    "`image_ids` `[batch, tokens]` (-1 text) with the images of every unbroken run joined into one, as in the original's mask."
+    """`image_ids` `[batch, tokens]` (-1 text) with the images of every unbroken run joined into one, as in the
+    original's mask."""
     image = image_ids >= 0
     start = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
     return torch.where(image, start.flatten().cumsum(0).reshape(image.shape) - 1, -1)
 
-# %% ../../nbs/methods/30_vora.ipynb #5dce8c85
+# %% ../../nbs/methods/30_vora.ipynb #b083dffb
 def export_language_model(model: VLMForConditionalGeneration, tokenizer, folder: str | Path) -> Path:
-    """Write the merged language model as a folder that plain transformers loads, with the tokenizer and the patch embedding (`vision_embedding.safetensors`, original names).
+    """Write the merged language model as a folder that plain transformers loads, with the tokenizer and the patch
+    embedding (`vision_embedding.safetensors`, original names).
 
-    Raises ValueError while LoRA is unmerged, or when extra biases are left, which the plain architecture does not have."""
+    Raises ValueError while LoRA is unmerged, or when extra biases are left, which the plain architecture does not
+    have."""
     if left := vision_lora_layers(model):
         m = next(iter(left.values()))
-        raise ValueError('extra biases are left, which a plain language model does not have: train with extra_bias=none, or use train.checkpoint.export'
+        raise ValueError('extra biases are left, which a plain language model does not have: train with extra_bias=none, '
+                         'or use train.checkpoint.export'
                          if m.settings.merged else 'LoRA is not merged: call merge_vision_lora(model) first')
     folder = Path(folder)
     with torch.device('meta'): llm = AutoModelForCausalLM.from_config(model.config.text_config)
@@ -264,5 +315,6 @@ def export_language_model(model: VLMForConditionalGeneration, tokenizer, folder:
     llm.set_output_embeddings(model.lm_head)
     llm.save_pretrained(folder)
     if tokenizer is not None: tokenizer.save_pretrained(folder)
-    save_file({k: v.contiguous() for k, v in to_reference(model).items() if k.startswith('vision_embedding.')}, folder / 'vision_embedding.safetensors')
+    save_file({k: v.contiguous() for k, v in to_reference(model).items() if k.startswith('vision_embedding.')},
+              folder / 'vision_embedding.safetensors')
     return folder

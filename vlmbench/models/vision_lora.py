@@ -16,14 +16,15 @@ from torch import nn
 
 from .vision import blocks_of
 
-# %% ../../nbs/models/44_vision_lora.ipynb #2b3cc8a3
+# %% ../../nbs/models/44_vision_lora.ipynb #ea322b83
 EXTRA_BIAS, TOKENS = ('none', 'zero', 'reference_random'), ('all', 'image')
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """`layers`: the first N blocks; `r`: rank; `scale`: factor on the update; `targets`: last names of the linear layers (None: every one of a block);
-    `extra_bias`: what layers without a bias get ('none', 'zero', 'reference_random'); `tokens`: 'all', or 'image' (text passes by the update);
-    `merged`: the update is in the weights already and only extra biases are left. Raises ValueError naming the setting."""
+    """`layers`: the first N blocks; `r`: rank; `scale`: factor on the update; `targets`: last names of the linear
+    layers (None: every one of a block); `extra_bias`: what layers without a bias get ('none', 'zero',
+    'reference_random'); `tokens`: 'all', or 'image' (text passes by the update); `merged`: the update is in the weights
+    already and only extra biases are left. Raises ValueError naming the setting."""
     layers: int
     r: int
     scale: float = 1.
@@ -36,9 +37,11 @@ class LoRASettings:
         if self.targets is not None: object.__setattr__(self, 'targets', tuple(self.targets))
         for k in ('layers', 'r'):
             v = getattr(self, k)
-            if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise ValueError(f'lora.{k} must be a whole number above 0, got {v!r}')
+            if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+                raise ValueError(f'lora.{k} must be a whole number above 0, got {v!r}')
         if not self.scale > 0: raise ValueError(f'lora.scale must be above 0, got {self.scale!r}')
-        if self.extra_bias not in EXTRA_BIAS: raise ValueError(f'lora.extra_bias must be one of {EXTRA_BIAS}, got {self.extra_bias!r}')
+        if self.extra_bias not in EXTRA_BIAS:
+            raise ValueError(f'lora.extra_bias must be one of {EXTRA_BIAS}, got {self.extra_bias!r}')
         if self.tokens not in TOKENS: raise ValueError(f'lora.tokens must be one of {TOKENS}, got {self.tokens!r}')
         if self.targets == (): raise ValueError('lora.targets is empty; leave it None for every linear layer')
 
@@ -54,16 +57,18 @@ class LoRASettings:
         if missing := sorted({'layers', 'r'} - set(d)): raise ValueError(f'lora needs {missing}')
         return cls(**d)
 
-# %% ../../nbs/models/44_vision_lora.ipynb #88b0bbe6
+# %% ../../nbs/models/44_vision_lora.ipynb #9c3a0cd7
 class TokenGate:
     "Which tokens the LoRA layers of one model act on: `mask` `[batch, tokens]`, None for none."
     def __init__(self): self.mask = None
     def __deepcopy__(self, memo): return memo.setdefault(id(self), TokenGate())
 
 class VisionLoRALinear(nn.Linear):
-    """A linear layer with a low-rank update beside it: `[..., in] -> [..., out]`, keys `weight`, `bias`, `lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`.
+    """A linear layer with a low-rank update beside it: `[..., in] -> [..., out]`, keys `weight`, `bias`,
+    `lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`.
 
-    `gate`: a `TokenGate` for LoRA on image tokens only. A is Kaiming-uniform (a = sqrt 5), B zero; `extra` says that the bias is not the base model's."""
+    `gate`: a `TokenGate` for LoRA on image tokens only. A is Kaiming-uniform (a = sqrt 5), B zero; `extra` says that
+    the bias is not the base model's."""
     def __init__(self, base: nn.Linear, settings: LoRASettings, gate: TokenGate | None = None):
         self.settings = settings                                      # read by reset_parameters, which nn.Linear calls
         with torch.device('meta'): super().__init__(base.in_features, base.out_features, bias=False)
@@ -80,7 +85,8 @@ class VisionLoRALinear(nn.Linear):
 
     def vision_parameters(self) -> list[nn.Parameter]:
         "The parameters that are not the base model's."
-        return [*(() if self.settings.merged else (self.lora_A.weight, self.lora_B.weight)), *((self.bias,) if self.extra else ())]
+        return [*(() if self.settings.merged else (self.lora_A.weight, self.lora_B.weight)),
+                *((self.bias,) if self.extra else ())]
 
     def init_vision_parameters(self) -> None:
         "Draw what is not the base model's, except tensors that a checkpoint has filled."
@@ -98,14 +104,17 @@ class VisionLoRALinear(nn.Linear):
         if self.settings.tokens == 'all': return y + self.settings.scale * self.lora_B(self.lora_A(x))
         mask = None if self.gate is None else self.gate.mask
         if mask is None: return y
-        if mask.shape != x.shape[:-1]: raise ValueError(f'the image-token mask is {tuple(mask.shape)} and the layer got {tuple(x.shape)}')
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(f'the image-token mask is {tuple(mask.shape)} and the layer got {tuple(x.shape)}')
         update = self.settings.scale * self.lora_B(self.lora_A(x[mask]))
         return y + torch.zeros_like(y).masked_scatter(mask[..., None], update.to(y.dtype))
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        "A plain linear layer with the update, computed in float32, in its weight (in place); with an extra bias, a merged layer of this class."
-        if self.settings.tokens == 'image': raise ValueError("lora.tokens='image' cannot be merged: text tokens pass by the update")
+        """A plain linear layer with the update, computed in float32, in its weight (in place); with an extra bias, a
+        merged layer of this class."""
+        if self.settings.tokens == 'image':
+            raise ValueError("lora.tokens='image' cannot be merged: text tokens pass by the update")
         delta = self.settings.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
         self.weight.copy_((self.weight.float() + delta).to(self.weight.dtype))
         if self.extra:
@@ -116,15 +125,18 @@ class VisionLoRALinear(nn.Linear):
         out.weight, out.bias = self.weight, self.bias
         return out
 
-# %% ../../nbs/models/44_vision_lora.ipynb #a34f834a
+# %% ../../nbs/models/44_vision_lora.ipynb #025ac79d
 def add_vision_lora(language_model: nn.Module, settings: LoRASettings) -> TokenGate | None:
-    """Replace the target linear layers of the first `settings.layers` blocks by `VisionLoRALinear`, in place. Returns the gate when LoRA is for image tokens only.
+    """Replace the target linear layers of the first `settings.layers` blocks by `VisionLoRALinear`, in place. Returns
+    the gate when LoRA is for image tokens only.
 
     Raises ValueError when the model has fewer blocks, a target does not exist, or LoRA is there already."""
     blocks, gate = blocks_of(language_model), TokenGate() if settings.tokens == 'image' else None
     if settings.layers > len(blocks):
-        raise ValueError(f'lora.layers={settings.layers}, but the language model has only {len(blocks)} blocks: choose at most {len(blocks)}')
-    if any(isinstance(m, VisionLoRALinear) for m in language_model.modules()): raise ValueError('the language model carries vision LoRA already: merge it first')
+        raise ValueError(f'lora.layers={settings.layers}, but the language model has only {len(blocks)} blocks: choose '
+                         f'at most {len(blocks)}')
+    if any(isinstance(m, VisionLoRALinear) for m in language_model.modules()):
+        raise ValueError('the language model carries vision LoRA already: merge it first')
     for i, block in enumerate(blocks[:settings.layers]):
         linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         last = {n.rpartition('.')[2] for n in linear}
@@ -142,7 +154,8 @@ def vision_lora_layers(model: nn.Module) -> dict[str, VisionLoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, VisionLoRALinear)}
 
 def merge_vision_lora(model: nn.Module) -> int:
-    """Add every update to its weight, in place; returns how many layers were merged. The settings in a VLM's config follow.
+    """Add every update to its weight, in place; returns how many layers were merged. The settings in a VLM's config
+    follow.
 
     Raises ValueError for LoRA on image tokens only."""
     found = {n: m for n, m in vision_lora_layers(model).items() if not m.settings.merged}

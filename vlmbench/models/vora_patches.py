@@ -29,15 +29,17 @@ class VoRARMSNorm(nn.Module):
         y = x.float()
         return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-# %% ../../nbs/models/42_vora_patches.ipynb #b6dd8327
+# %% ../../nbs/models/42_vora_patches.ipynb #ae952235
 POSITIONS = ('interpolate', 'reference')
 
 class VoRAFrontEnd(FrontEnd):
     """Patch embedding of VoRA (section 3.1): `[images, 3, H, W]` to `N = (H / patch) (W / patch)` tokens an image.
 
-    Settings: `patch_size`, `width` (inner channels), `image_size` (pixels a side that the position table covers), `norm_eps` (the published code uses
-    the language model's), `positions` ('interpolate', or 'reference' for the released quirk), `lora` (settings of `LoRASettings`, None: no LoRA)."""
-    defaults: dict[str, Any] = dict(patch_size=14, width=1536, image_size=448, norm_eps=1e-6, positions='interpolate', lora=None)
+    Settings: `patch_size`, `width` (inner channels), `image_size` (pixels a side that the position table covers),
+    `norm_eps` (the published code uses the language model's), `positions` ('interpolate', or 'reference' for the
+    released quirk), `lora` (settings of `LoRASettings`, None: no LoRA)."""
+    defaults: dict[str, Any] = dict(patch_size=14, width=1536, image_size=448, norm_eps=1e-6, positions='interpolate',
+                                    lora=None)
     projector_parts = ('out_proj',)
 
     def __init__(self, config: dict, hidden_size: int):
@@ -57,8 +59,10 @@ class VoRAFrontEnd(FrontEnd):
             if isinstance(c[k], bool) or not isinstance(c[k], int) or c[k] < 1:
                 raise ValueError(f"front-end setting {k!r} must be a whole number above 0, got {c[k]!r}")
         if c['image_size'] % c['patch_size']:
-            raise ValueError(f"front-end setting 'image_size'={c['image_size']} is no multiple of patch_size={c['patch_size']}")
-        if c['positions'] not in POSITIONS: raise ValueError(f"front-end setting 'positions' must be one of {POSITIONS}, got {c['positions']!r}")
+            raise ValueError(f"front-end setting 'image_size'={c['image_size']} is no multiple of "
+                             f"patch_size={c['patch_size']}")
+        if c['positions'] not in POSITIONS:
+            raise ValueError(f"front-end setting 'positions' must be one of {POSITIONS}, got {c['positions']!r}")
         if c['lora'] is not None: c['lora'] = LoRASettings.from_dict(c['lora']).to_dict()
         return c
 
@@ -69,7 +73,8 @@ class VoRAFrontEnd(FrontEnd):
 
     def init_weights(self, module: nn.Module) -> None:
         super().init_weights(module)
-        if module is self and not getattr(self.pos_embed, '_is_hf_initialized', False): nn.init.normal_(self.pos_embed, std=.02)
+        if module is self and not getattr(self.pos_embed, '_is_hf_initialized', False):
+            nn.init.normal_(self.pos_embed, std=.02)
 
     def forward(self, pixel_values, image_sizes=None):
         groups = _by_size(pixel_values, image_sizes)
@@ -84,26 +89,30 @@ class VoRAFrontEnd(FrontEnd):
         return self.out_proj(self.norm(x) + position_table(self.pos_embed, grid, self.config['positions']).to(x.dtype))
 
     def adapt(self, language_model: nn.Module) -> None:
-        if self.config['lora'] is not None: self._gate = add_vision_lora(language_model, LoRASettings.from_dict(self.config['lora']))
+        if self.config['lora'] is not None:
+            self._gate = add_vision_lora(language_model, LoRASettings.from_dict(self.config['lora']))
 
     def see_tokens(self, image_tokens) -> None:
         if self._gate is not None: self._gate.mask = image_tokens
 
 def _grid(config: dict, height: int, width: int) -> tuple[int, int]:
     p = config['patch_size']
-    if min(height, width) < p: raise ValueError(f'an image of {height}x{width} pixels (h x w) is smaller than one {p}x{p} patch')
+    if min(height, width) < p:
+        raise ValueError(f'an image of {height}x{width} pixels (h x w) is smaller than one {p}x{p} patch')
     if config['positions'] != 'reference' and (height % p or width % p):
         raise ValueError(f'an image of {height}x{width} pixels (h x w) is no multiple of the {p}x{p} patch: resize it '
-                         f"(ImageTransform(mode='native', patch={p})), or drop the remainder with positions='reference'")
+                         f"(ImageTransform(mode='native', patch={p})), or drop the remainder with "
+                         f"positions='reference'")
     return height // p, width // p
 
 FRONT_ENDS['vora'] = VoRAFrontEnd
 
-# %% ../../nbs/models/42_vora_patches.ipynb #bd09bb8b
+# %% ../../nbs/models/42_vora_patches.ipynb #041b4537
 def position_table(table: torch.Tensor, grid: tuple[int, int], how: str = 'interpolate') -> torch.Tensor:
     """The rows of `table` `[1, side^2, width]` for a `grid` of (rows, columns): `[1, rows * columns, width]`.
 
-    'interpolate': bilinear wherever the grid differs from the table's. 'reference': the first rows while they suffice, bilinear above."""
+    'interpolate': bilinear wherever the grid differs from the table's. 'reference': the first rows while they suffice,
+    bilinear above."""
     side, (rows, cols) = math.isqrt(table.shape[1]), grid
     if (rows, cols) == (side, side): return table
     if how == 'reference' and rows * cols <= table.shape[1]: return table[:, :rows * cols]
@@ -111,19 +120,24 @@ def position_table(table: torch.Tensor, grid: tuple[int, int], how: str = 'inter
     x = nn.functional.interpolate(x, size=(rows, cols), mode='bilinear', align_corners=False)
     return x.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
-# %% ../../nbs/models/42_vora_patches.ipynb #41351f1c
+# %% ../../nbs/models/42_vora_patches.ipynb #9b2163b4
 def init_from_teacher(front: VoRAFrontEnd, teacher: PreTrainedModel) -> list[str]:
-    "Copy the patch embedding of an AIMv2 or SigLIP `teacher` into `front`; returns the names. Raises ValueError for other towers and other shapes."
+    """Copy the patch embedding of an AIMv2 or SigLIP `teacher` into `front`; returns the names. Raises ValueError for
+    other towers and other shapes."""
     e, kind = teacher.embeddings, teacher.config.model_type
     if kind == 'aimv2_vision_model' and not teacher.config.is_native:
         found = {'proj.weight': e.patch_embed.weight, 'proj.bias': e.patch_embed.bias, 'norm.weight': e.rms_norm.weight}
-    elif kind == 'siglip_vision_model': found = {'proj.weight': e.patch_embedding.weight, 'proj.bias': e.patch_embedding.bias}
-    else: raise ValueError(f"the patch embedding of a {kind!r} tower cannot be copied; known are AIMv2 (not native) and SigLIP: leave it at its own init")
+    elif kind == 'siglip_vision_model':
+        found = {'proj.weight': e.patch_embedding.weight, 'proj.bias': e.patch_embedding.bias}
+    else:
+        raise ValueError(f"the patch embedding of a {kind!r} tower cannot be copied; known are AIMv2 (not native) and "
+                         f"SigLIP: leave it at its own init")
     found['pos_embed'] = e.position_embedding.weight[None]
     own = dict(front.named_parameters())
     for name, value in found.items():
         if own[name].shape != value.shape:
-            raise ValueError(f'{name} has shape {tuple(own[name].shape)} and {tuple(value.shape)} in the teacher: use its patch size, width and image size')
+            raise ValueError(f'{name} has shape {tuple(own[name].shape)} and {tuple(value.shape)} in the teacher: use '
+                             f'its patch size, width and image size')
     with torch.no_grad():
         for name, value in found.items(): own[name].copy_(value)
     return sorted(found)
