@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmbench.data.overlay import MARKERS
+from vlmbench.data.overlay import MARKERS, PALETTE
 from vlmbench.data.record import BadRecord, Region, Sample, Turn
-from vlmbench.data.region_rows import DrawRegions, build_row
+from vlmbench.data.region_rows import _FLICKR_ASK, DrawRegions, build_row
 
 ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent/'golden'))/'vip_llava'
 CASES = sorted(ROOT.glob('case_*'))
@@ -37,7 +37,59 @@ def test_reference_rows(case, i):
     want, said = [t['value'] for t in r['conversation']], [t.text for t in turns]
     assert [dict(human='user', gpt='assistant')[t['from']] for t in r['conversation']] == [t.role for t in turns]
     if case.name == 'case_a' or r['kind'] not in ('vcr', 'flickr30k', 'refcocog'): assert said == want
-    else: assert mentions(said) == mentions(want)         # wordings that no published vector shows are our own
+    assert mentions(said) == mentions(want)
+
+class Tape(random.Random):
+    "A generator that writes down every draw as the vectors do; drawn wordings become a gap where `gaps` is set."
+    def __init__(self, seed, gaps=False):
+        self.tape, self.inside, self.gaps = [], False, gaps
+        super().__init__(seed)
+
+    def note(self, draw, entry):
+        if self.inside: return draw()
+        self.inside = True
+        try: value = draw()
+        finally: self.inside = False
+        self.tape.append(entry(value))
+        return value
+
+    def getrandbits(self, k): return super().getrandbits(k)                # keeps random.Random's own way to draw integers
+    def random(self): return self.note(super().random, lambda v: ['random', v])
+    def randint(self, a, b): return self.note(lambda: random.Random.randint(self, a, b), lambda v: ['randint', a, b, v])
+
+    def choices(self, seq, k):
+        draw = lambda: random.Random.choices(self, range(len(seq)), k=k)
+        return [seq[i] for i in self.note(draw, lambda v: ['choices', len(seq), k, list(v)])]
+
+    def choice(self, seq):
+        found = seq[self.note(lambda: random.Random.choice(self, range(len(seq))), lambda i: ['choice', len(seq), i])]
+        known = {*MARKERS, *PALETTE, 'object', 'instance'}
+        wording = all(isinstance(x, str) and '(' not in x for x in seq) and not set(seq) <= known
+        return GAP if self.gaps and wording else found
+
+GAP = '\0'
+
+@pytest.mark.parametrize('case,i', ROWS, ids=name)
+def test_every_draw_is_the_published_one(case, i):
+    "Same draws in the same order from lists of the same sizes: the wordings of our own stand in lists as long as theirs."
+    d = json.loads((case/'rows.json').read_text())
+    r, rng = d['rows'][i], Tape(d['rows'][i]['seed'])
+    build_row(r['row'], rng, d['vcr_meta'], r['args'].get('visual_prompt_style', ''), r['args'].get('alpha'), True)
+    assert rng.tape == r['tape']
+
+@pytest.mark.parametrize('case,i', ROWS, ids=name)
+def test_text_outside_the_wordings_is_the_published_one(case, i):
+    "Everything but the drawn wordings, character by character; no wording of theirs names a marker."
+    d = json.loads((case/'rows.json').read_text())
+    r = d['rows'][i]
+    _, turns = build_row(r['row'], Tape(r['seed'], gaps=True), d['vcr_meta'], r['args'].get('visual_prompt_style', ''),
+                         r['args'].get('alpha'), True)
+    for turn, want in zip(turns, r['conversation'], strict=True):
+        text = turn.text
+        for asked in (w for pair in _FLICKR_ASK for w in pair): text = text.replace(asked, GAP)
+        found = re.fullmatch(re.escape(text).replace(re.escape(GAP), '(.+?)'), want['value'], re.S)
+        assert found, f'{text!r} does not fit {want["value"]!r}'
+        assert not any(mentions(found.groups())[k] for k in range(len(found.groups())))
 
 @pytest.mark.parametrize('case,i', ROWS, ids=name)
 def test_faults_are_fixed(case, i):
