@@ -163,11 +163,13 @@ def projector_size(hidden_size: int) -> int:
         front = build_front_end(front_end(24) | dict(backbone=dict(get_scale('paper').vision_config)), hidden_size)
     return sum(p.numel() for p in front.projector.parameters())
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #ad464197
+# %% ../../nbs/methods/10_vip_llava.ipynb #58aecbe2
 _PARTS = (   # reference, ours, transformers
     ('model.mm_projector.clip_layernorm.', 'model.vision.projector.norm.', 'model.multi_modal_projector.projector_layernorm.'),
     ('model.mm_projector.final_linear.0.', 'model.vision.projector.mlp.0.', 'model.multi_modal_projector.linear_1.'),
     ('model.mm_projector.final_linear.2.', 'model.vision.projector.mlp.2.', 'model.multi_modal_projector.linear_2.'),
+    ('model.mm_projector.0.', 'model.vision.projector.mlp.0.', 'model.multi_modal_projector.linear_1.'),    # LLaVA's
+    ('model.mm_projector.2.', 'model.vision.projector.mlp.2.', 'model.multi_modal_projector.linear_2.'),
     ('model.vision_tower.vision_tower.vision_model.', 'model.vision.tower.', 'model.vision_tower.'),
     ('lm_head.', 'lm_head.', 'lm_head.'),
     ('model.', 'model.language_model.', 'model.language_model.'))
@@ -202,7 +204,9 @@ def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, image_token_
 def stage1_state(model: nn.Module) -> dict[str, Tensor]:
     "The projector under its published names: what `mm_projector.bin` holds."
     own = {n: p.detach() for n, p in model.named_parameters() if n.startswith('model.vision.projector.')}
-    return convert_keys(own, 'ours', 'reference')
+    state = convert_keys(own, 'ours', 'reference')
+    if 'model.mm_projector.clip_layernorm.weight' in state: return state
+    return {k.replace('final_linear.', ''): v for k, v in state.items()}             # LLaVA's, without LayerNorm
 
 def load_stage1(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     "Load a published stage-1 projector file in place; names may carry any prefix before `mm_projector.`. Raises `ValueError`."
