@@ -220,8 +220,13 @@ def test_plain_batch(case):
     order = [names.index(s) for s in case.meta['plain']['samples']]
     counts = [n for n in case.tokens('std') if n]
     batch = case.expand(*(case.x[f'plain.{k}'] for k in ('input_ids', 'labels', 'attention_mask')), [counts[i] for i in order])
-    with torch.no_grad(): out = case.model('std')(**batch, pixel_values=std['pixel_values'][order], image_sizes=std['image_sizes'][order])
+    batch |= {k: std[k][order] for k in ('pixel_values', 'image_sizes')}
+    term = case.model('std').loss_terms['align']
+    with torch.no_grad():
+        out = case.model('std')(**batch, output_hidden_states=True)
+        align = term(out, batch | dict(teacher_values=std['teacher_values'][order])) / len(order)
     close(out.loss, case.x['plain.loss_llm'][0], 1e-5)
+    close(out.loss + align, case.x['plain.loss_total'][0], 1e-5)
 
 
 def test_generation(case):

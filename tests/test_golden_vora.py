@@ -1,5 +1,5 @@
 """Golden parity of VoRA from weights and inputs, over every case_* folder (VLMBENCH_GOLDEN, default tests/golden)."""
-import json, os
+import copy, json, os, re
 from functools import lru_cache
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from vlmbench.data.image import ImageError, ImageTransform, native_size, pad_to_square
 from vlmbench.data.record import sample_from_vora
@@ -17,8 +17,8 @@ from vlmbench.distill.blockwise import teacher_states
 from vlmbench.methods.vora import (distillation_from_reference, frame_indices, from_reference, image_runs, to_reference, to_reference_name,
                                    truncate_turns)
 from vlmbench.models.masks import allowed, image_ids_of
-from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
-from vlmbench.models.vora_patches import position_table
+from vlmbench.models.vision_lora import LoRASettings, add_vision_lora, merge_vision_lora, vision_lora_layers
+from vlmbench.models.vora_patches import init_from_teacher, position_table
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import Stage, full
 
@@ -114,6 +114,28 @@ def test_vision_embedding(case):
     close(front(case.x['mix.frames'])[0].unflatten(0, (-1, case.patches)), case.y['mix.vision_embeds'], EMBEDS)
 
 
+def test_initialisation_as_published(case):
+    "Which tensors are copied from the teacher, which biases are new and random, the eps in use, and that a fresh model is not its base."
+    facts, model, term = case.meta['init_facts'], case.model(), case.term()
+    front, layers = model.model.vision, vision_lora_layers(model)
+    assert sorted(init_from_teacher(front, term.teacher)) == sorted(k.removeprefix('patchifier.') for k in facts['reuse_copied_keys'])
+    assert sorted(f'{to_reference_name(n)}.bias' for n, m in layers.items() if m.extra) == facts['extra_random_bias_params']
+    assert front.norm.eps == facts['vision_embedding_norm_eps_in_use'] and term.heads[0][0].eps == facts['aux_head_norm_eps_in_use']
+    spec = case.spec['llm']
+    bound = max(min(spec['hidden_size'], spec['intermediate_size']) ** -.5, facts['extra_bias_abs_max_at_init'])
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(Qwen2Config(**spec)).eval()
+    fresh = copy.deepcopy(base)
+    settings = {k: v for k, v in front.config['lora'].items() if k != 'extra_bias'}
+    add_vision_lora(fresh.model, LoRASettings(**settings, extra_bias='reference_random'))
+    added = vision_lora_layers(fresh).values()
+    assert .5 * facts['extra_bias_abs_max_at_init'] < max(m.bias.abs().max().item() for m in added if m.extra) <= bound
+    assert not any(m.lora_B.weight.any() for m in added)
+    ids = case.x['text.input_ids'][:1]
+    with torch.no_grad(): apart = (fresh(input_ids=ids).logits - base(input_ids=ids).logits).abs().max()
+    assert apart > 1e-3 and facts['max_logit_diff_vs_base_llm_at_init'] > 1e-3
+
+
 @torch.no_grad()
 def test_vision_embedding_controls(case):
     front = case.model().model.vision
@@ -145,6 +167,7 @@ def test_sequences(case):
 @pytest.mark.parametrize('name', ['mix', 'wide', 'adj'])
 def test_masks(case, name):
     batch = case.batch(name, 'small' if name == 'wide' else None)
+    if f'{name}.vision_mask' in case.y: assert torch.equal((batch['image_ids'] >= 0).to(torch.uint8), case.y[f'{name}.vision_mask'])
     code, real = case.y[f'{name}.mask_code'] == 0, batch['attention_mask'].bool()
     got = allowed(image_ids=image_runs(batch['image_ids']), padding_mask=real, bidirectional_images=True)
     assert torch.equal(got[real], code[real])
@@ -380,7 +403,8 @@ def test_common_masks():
 def test_common_resize_and_frames(util):
     for r in util['smart_resize']: assert list(native_size(r['h'], r['w'], 14)) == r['out'], r
     for r in util['smart_resize_factor28']: assert list(native_size(r['h'], r['w'], 28)) == r['out'], r
-    with pytest.raises(ImageError, match='too small'): native_size(10, 100, 14)
+    h, w, factor = map(int, re.findall(r'\d+', util['smart_resize_error']))
+    with pytest.raises(ImageError, match='too small'): native_size(h, w, factor)
     for r in util['random_index_average']: assert frame_indices(r['n'], r['k']) == r['out'], r
     squares = load_file(COMMON / 'expand2square.safetensors')
     for k in [k for k in squares if k.startswith('raw.')]:

@@ -1,12 +1,21 @@
 """VoRA: who sees what, packing and padding, merge to a plain language model, published counts, training on text alone, bad input."""
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from test_eve import Stop
 from test_vision_lora import IMAGE, awake, inputs, vlm
+from vlmbench.data.collate import collate_packed
+from vlmbench.data.record import sample_from_vora
+from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
                                    recipe)
 from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
+from vlmbench.run.pipeline import build, fit
+from vlmbench.train.process import Preempted
 from vlmbench.train.recipe import RecipeError, Scale, get_scale, override
 
 LORA = dict(layers=2, r=4)
@@ -107,7 +116,10 @@ def test_published_settings():
     assert recipe(get_scale('tiny'), distill='none').stage('pretrain').losses == ()
 
 
-@pytest.mark.parametrize('kw, match', [(dict(layers=9), 'has 8'), (dict(r=0), "r must be"), (dict(distill='all'), 'distill must be'), (dict(finetune='some'), 'finetune must')])
+@pytest.mark.parametrize('kw, match', [
+    (dict(layers=9), 'has 8'), (dict(layers=0), 'layers must be'), (dict(r=0), 'r must be'), (dict(r=True), 'r must be'),
+    (dict(distill='all'), 'distill must be'), (dict(finetune='some'), 'finetune must'), (dict(bidirectional='no'), 'True or False'),
+    (dict(positions='sines'), 'positions must be'), (dict(extra_bias='ones'), 'extra_bias'), (dict(tokens='text'), 'lora.tokens')])
 def test_bad_recipes(kw, match):
     with pytest.raises(RecipeError, match=match): recipe(get_scale('tiny'), **kw)
 
@@ -122,3 +134,131 @@ def test_bad_scales_and_losses():
     stage = override(given, {'stages.pretrain.losses': (('every_block', 1.),)}).stage('pretrain')
     with pytest.raises(RecipeError, match="no loss 'every_block'"): METHOD.losses(None, None, stage, scale)
     assert set(LOSSES) >= {'block_wise', 'last_block'}
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp('vora')/'world', WorldConfig(), WorldSize(
+        caption_train=12, vqa_train=12, vqa_val=0, vqa_test=0, text_train=8, text_test=0, region_train=0, region_test=0,
+        probe_train=0, probe_test=0))
+
+
+def run(world, out, stop=None, before=None, **options):
+    "Two steps of both stages; `before` is called with the model before each stage."
+    tiny = get_scale('tiny')
+    plan = recipe(tiny, r=4, **options)
+    plan = override(plan, {f'stages.{s.name}.{k}': v for s in plan.stages for k, v in dict(steps=2, batch_rows=1).items()})
+    model, processor = build(METHOD, plan, tiny, 5)
+    def watch(model, processor, stage, scale):
+        if before is not None: before[stage.name] = {n: p.detach().clone() for n, p in model.state_dict().items()}
+        return model, processor
+    done = fit(replace(METHOD, before_stage=watch), plan, tiny, model, processor, world, out, seed=5, stop_flag=stop or Stop(99),
+               progress_seconds=None)
+    return done
+
+
+def test_finetuning_as_coded_trains_the_embedding_and_the_extra_biases_only(world, tmp_path):
+    "The released configuration: after the merge every weight of the language model stays, its extra biases train."
+    seen = {}
+    done = run(world, tmp_path/'r', before=seen, finetune='as_coded', extra_bias='reference_random')
+    after, merged = dict(done.model.state_dict()), seen['finetune']
+    assert not any('lora_' in n for n in after) and after.keys() == merged.keys()
+    moved = {n for n in after if not torch.equal(after[n], merged[n])}
+    extra = {f'{n}.bias' for n in vision_lora_layers(done.model)}
+    assert moved and moved <= extra | {n for n in after if n.startswith('model.vision.')}
+    assert moved & extra and any(n.startswith('model.vision.') for n in moved)
+    assert len(extra) == 7*5                                              # Qwen3 has no biases: all seven layers of five blocks
+
+
+def test_everything_trains_after_the_merge(world, tmp_path):
+    seen = {}
+    done = run(world, tmp_path/'r', before=seen)
+    first, merged, after = seen['pretrain'], seen['finetune'], done.model.state_dict()
+    assert any('lora_A' in n for n in first) and not any('lora_' in n for n in merged)
+    blocks = [n for n in merged if n.startswith('model.language_model.layers.') and n.endswith('proj.weight')]
+    changed = {int(n.split('.')[3]) for n in blocks if not torch.equal(first[n], merged[n])}
+    assert changed == set(range(5))                                       # the merge reaches the blocks that carried LoRA
+    assert not torch.equal(after[blocks[-1]], merged[blocks[-1]]) and done.model.config.vision_config['lora'] is None
+
+
+def test_lora_on_image_tokens_only_stays_and_trains_on(world, tmp_path):
+    seen = {}
+    done = run(world, tmp_path/'r', before=seen, tokens='image', distill='none')
+    after = done.model.state_dict()
+    factors = [n for n in after if 'lora_B' in n]
+    assert len(factors) == 7*5 and any(not torch.equal(after[n], seen['finetune'][n]) for n in factors)
+
+
+def test_a_run_stopped_after_the_merge_ends_as_if_it_had_not_been(world, tmp_path):
+    want = run(world, tmp_path/'whole').model.state_dict()
+    for _ in range(3):                                                    # one step each: the third is the first after the merge
+        with pytest.raises(Preempted): run(world, tmp_path/'stopped', Stop(0))
+    got = run(world, tmp_path/'stopped').model.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_the_heads_follow_the_runs_seed():
+    tiny, drawn = get_scale('tiny'), []
+    for seed in (3, 3, 4):
+        model, processor = build(METHOD, recipe(tiny), tiny, seed)
+        term = METHOD.losses(model, processor, recipe(tiny).stages[0], tiny)['block_wise']
+        drawn.append(term.heads[0][1].weight)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@torch.no_grad()
+def test_the_mask_in_every_form_of_attention():
+    "Packed documents with pictures, bidirectional, LoRA awake: the same logits from sdpa, eager and flex."
+    model, a = awake(vlm(lora=LORA)), inputs()
+    docs = torch.arange(2).repeat_interleave(12)[None]
+    batch, got = dict(input_ids=a['input_ids'].flatten()[None], pixel_values=a['pixel_values'], document_ids=docs), {}
+    for how in ('sdpa', 'eager', 'flex_attention'):
+        model.model.language_model.set_attn_implementation(how)
+        with torch.compiler.set_stance('force_eager'): got[how] = model(**batch).logits     # flex, uncompiled on a CPU
+    close(got['eager'], got['sdpa'], 1e-4)
+    close(got['flex_attention'], got['sdpa'], 1e-4)
+    model.model.language_model.set_attn_implementation('sdpa')
+    model.config.bidirectional_images = False
+    assert (model(**batch).logits - got['sdpa']).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_frames_of_a_clip_with_their_time_stamps():
+    "Each frame is an image of its own between time stamps: it sees itself both ways, earlier frames, and no later one."
+    tiny = get_scale('tiny')
+    model, processor = build(METHOD, recipe(tiny), tiny)
+    frames = [Image.new('RGB', (64, 64), c) for c in ('red', 'green', 'blue')]
+    sample = sample_from_vora(dict(id='clip', frames=['a.png', 'b.png', 'c.png'], conversations=[
+        {'from': 'human', 'value': 'what is there ?'}, {'from': 'gpt', 'value': 'a circle'}]))
+    assert sample.turns[0].text.startswith('1s: <image>; 2s: <image>; 3s: <image>; \n')
+    def hidden(pictures):
+        object.__setattr__(sample, 'images', pictures)
+        batch = collate_packed([[processor.encode(sample)]], 0)
+        keys = ('input_ids', 'pixel_values', 'image_sizes', 'image_ids', 'document_ids', 'position_ids')
+        return model(**{k: batch[k] for k in keys}, output_hidden_states=True).hidden_states[-1][0], batch['image_ids'][0]
+    a, ids = hidden(frames)
+    assert [int((ids == k).sum()) for k in range(3)] == [64]*3 and (ids[1:] - ids[:-1]).abs().max() > 0
+    runs = torch.unique_consecutive(ids).tolist()
+    assert runs == [-1, 0, -1, 1, -1, 2, -1]                              # text between any two frames
+    half = frames[1].copy()
+    half.paste('white', (32, 32, 64, 64))
+    b, _ = hidden([frames[0], half, frames[2]])
+    close(a[ids == 0], b[ids == 0])                                       # an earlier frame does not see it
+    first = (ids == 1).nonzero()[0, 0]
+    assert (a[first] - b[first]).abs().max() > 1e-5                       # its first patch sees its last
+    assert (a[ids == 2] - b[ids == 2]).abs().max() > 1e-5                 # a later frame does
+
+
+@torch.no_grad()
+def test_the_merged_model_is_an_ordinary_folder(tmp_path):
+    "A plain causal language model and its tokenizer, which write what the VLM writes."
+    tiny = get_scale('tiny')
+    model, processor = build(METHOD, recipe(tiny), tiny)
+    awake(model)
+    merge_vision_lora(model)
+    folder = export_language_model(model, processor.tokenizer, tmp_path/'plain')
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer('what is there', return_tensors='pt').input_ids
+    close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert type(plain).__name__ == 'Qwen3ForCausalLM' and tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert (folder/'vision_embedding.safetensors').exists()
