@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BARS', 'sync', 'time_in_turns', 'ratio', 'PeakMemory', 'Mix', 'make_mix', 'Shape', 'reference_model', 'our_model',
            'make_step', 'padded_batches', 'packed_batches', 'fill', 'packing_speed', 'step_speed', 'generation_speed',
-           'data_wait', 'speed_table']
+           'data_wait', 'overlay_speed', 'speed_table']
 
-# %% ../../nbs/run/30_speed.ipynb #c3d091de
-import copy, ctypes, gc, inspect, statistics, sys, threading, time
+# %% ../../nbs/run/30_speed.ipynb #618a8c42
+import copy, ctypes, gc, inspect, io, random, statistics, sys, threading, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-# %% ../../nbs/run/30_speed.ipynb #a962e557
+# %% ../../nbs/run/30_speed.ipynb #b8daf6d5
+from ..data.overlay import MARKERS, draw_marker, sample_alpha, sample_marker
 from ..data.packing import collate_packed, collate_padded, pack
+from ..data.region import Region
 from ..data.template import Encoded
 from ..models.vlm import VLMForConditionalGeneration
 
@@ -267,12 +271,31 @@ def data_wait(model: nn.Module, processor: Any, stage: Any, samples: Sequence, o
     return dict(share=waited, steps=len(history), images_per_s=float(history['images'].sum()/history['step_s'].sum()),
                 targets_per_s=float(history['targets'].sum()/history['step_s'].sum()))
 
-# %% ../../nbs/run/30_speed.ipynb #1cf6df9c
+# %% ../../nbs/run/30_speed.ipynb #1c48a93c
+def overlay_speed(rounds: int = 3, size: tuple[int, int] = (640, 480), rows: int = 4, clock: str = 'wall') -> dict[str, Any]:
+    """Rows per second of loading a picture of `size` (width, height) px, alone ('loading') and with a marker of each kind.
+    `ratio`: time of the slowest kind over loading alone."""
+    (w, h), buffer, rng = size, io.BytesIO(), random.Random(0)
+    noise = np.random.default_rng(0).integers(0, 255, (h//8, w//8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, 'PNG')
+    region = Region((w*.2, h*.2, w*.6, h*.7), ((w*.2, h*.5, w*.4, h*.2, w*.6, h*.4, w*.5, h*.7),))
+    def row(kind):
+        for _ in range(rows):
+            image = Image.open(io.BytesIO(buffer.getvalue())).convert('RGB')
+            if kind != 'loading':
+                draw_marker(image, sample_marker(rng, kind, region, size), 'red', sample_alpha(rng, kind))
+    took = time_in_turns({k: partial(row, k) for k in ('loading', *MARKERS)}, rounds, 'cpu', clock)
+    slow = {k: ratio(took[k], took['loading']) for k in MARKERS}
+    return dict(ratio=max(slow.values()), slowest=max(slow, key=slow.get),
+                rows_per_s={k: round(rows/statistics.median(t), 1) for k, t in took.items()})
+
+# %% ../../nbs/run/30_speed.ipynb #432779f7
 BARS: dict[str, tuple[str, str, float]] = {   # measure: (what it is, sense, bar)
     'packing': ('packed / padded target tokens per second, realistic mix', 'at least', 1.6),
     'step': ('our training step / transformers LLaVA step, same batch', 'at most', 1.05),
     'data_wait': ('share of a training step spent waiting for data', 'at most', .05),
-    'generation': ('generation: batch of 8 / one by one, tokens per second', 'at least', 1.)}
+    'generation': ('generation: batch of 8 / one by one, tokens per second', 'at least', 1.),
+    'overlay': ('loading a picture and drawing the slowest marker / loading it', 'at most', 2.)}
 
 def speed_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     "One row per measure of `results`: value, bar, whether it is met."
