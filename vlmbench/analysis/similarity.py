@@ -97,7 +97,7 @@ class CKA(StreamMetric):
                         for a in range(len(c)) for b in range(a + 1, len(c))]
         return out
 
-# %% ../../nbs/analysis/30_similarity.ipynb #07d2db5e
+# %% ../../nbs/analysis/30_similarity.ipynb #3976bebb
 def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None, scaling: float|None=None,
                    softcap: float|None=None,
                    sinks: Tensor|None=None) -> Tensor:
@@ -111,8 +111,8 @@ def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None,
     groups, keys, never = heads // key.shape[1], key.shape[2], torch.finfo(torch.float32).min
     at = index.clamp(min=0)
     q = query.gather(2, at[:, None, :, None].expand(b, heads, -1, dim)).unflatten(1, (-1, groups)).flatten(2, 3)
-    logits = (q.float() @ key.float().mT * (scaling
-                                            if scaling is not None else dim**-.5)).view(b, heads, at.shape[1], keys)
+    q = q.float()*(dim**-.5 if scaling is None else scaling)
+    logits = (q @ key.float().mT).view(b, heads, at.shape[1], keys)
     if softcap: logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
         logits = logits.masked_fill((torch.arange(keys, device=at.device) > at[..., None])[:, None], never)
@@ -159,7 +159,7 @@ def collecting_rows(decoder: Decoder, collect):
         else: ALL_ATTENTION_FUNCTIONS['sdpa'] = previous
         for c, name in before: c._attn_implementation = name
 
-# %% ../../nbs/analysis/30_similarity.ipynb #ffe5cbfa
+# %% ../../nbs/analysis/30_similarity.ipynb #ec218e52
 SEGMENTS = ('system', 'image', 'instruction', 'answer')
 
 class ImageAttention(StreamMetric):
@@ -196,8 +196,8 @@ class ImageAttention(StreamMetric):
     def _collect(self, layer, query, key, mask, scaling, extra):
         if self.queries is None: return
         p = attention_rows(query, key, self.queries, mask, scaling, **extra)
-        # [queries, heads, 4]
-        self.layer_rows[layer] = torch.einsum('bhqk,bks->bqhs', p, self.segments[:, :p.shape[-1]])[self.chosen]
+        mass = p @ self.segments[:, None, :p.shape[-1]]                                     # [batch, heads, queries, 4]
+        self.layer_rows[layer] = mass.transpose(1, 2)[self.chosen]                          # [queries, heads, 4]
 
 # %% ../../nbs/analysis/30_similarity.ipynb #aee55e8b
 def _update(self, states):

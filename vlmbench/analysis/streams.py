@@ -159,7 +159,7 @@ class Moments:
         m, mm, n = self.sums[3], self.sums[4], self.samples
         return m / n, self._se(mm - m * m / n) / n, n
 
-# %% ../../nbs/analysis/00_streams.ipynb #8f370637
+# %% ../../nbs/analysis/00_streams.ipynb #0b8632fc
 @dataclass
 class States:
     """Residual streams of one batch, valid tokens only.
@@ -178,13 +178,20 @@ class States:
     cache: dict = field(default_factory=dict)
 
     @cached_property
+    def gram(self) -> Tensor:
+        "Inner product of every pair of states of every token, float64 `[tokens, L+1, L+1]`."
+        n = len(self.hidden)*self.hidden[0].shape[1]
+        step, out = max(16, 2**17//n if self.sample.device.type == 'cpu' else 2**24//n), []    # a CPU's cache, or 128 MB
+        for part in zip(*(h.split(step) for h in self.hidden)):
+            x = torch.stack(part, 1).double()
+            out.append(x @ x.mT)
+        return torch.cat(out)
+
+    @cached_property
     def cosines(self) -> Tensor:
         "Cosine of every pair of states of every token, float64 `[tokens, L+1, L+1]`."
-        out = []
-        for part in zip(*(h.split(512) for h in self.hidden)):
-            x = nn.functional.normalize(torch.stack(part, 1).double(), dim=-1)
-            out.append(x @ x.mT)
-        return torch.cat(out).clamp_(-1, 1)
+        size = self.gram.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
+        return (self.gram/(size[:, :, None]*size[:, None])).clamp_(-1, 1)
 
 # %% ../../nbs/analysis/00_streams.ipynb #421f6504
 def check_residual(last: Tensor, norm: nn.Module):
@@ -357,7 +364,7 @@ class StreamMetric:
                              'data, or image positions not '
                              'marked by image_ids, image_mask or the image token)')
 
-# %% ../../nbs/analysis/00_streams.ipynb #30a128ce
+# %% ../../nbs/analysis/00_streams.ipynb #df580db5
 def rows(metric: str, token_set: str, stat: tuple[Tensor, Tensor, int], layers: Sequence[int],
          span: int=1) -> list[Record]:
     "Records of one value per layer from a `(value, standard error, n)` triple of tensors `[layers]`."
@@ -368,7 +375,7 @@ class StateNorm(StreamMetric):
     "Root mean square of the state that enters each layer (span 0): shows norm growth, which cosine metrics cannot see."
     def update(self, states: States):
         self.layers = (*states.layers, max(states.layers) + 1)
-        self.add(states, torch.stack([h.double().square().mean(-1).sqrt() for h in states.hidden], 1))
+        self.add(states, (states.gram.diagonal(dim1=1, dim2=2)/states.hidden[0].shape[1]).sqrt())
 
     def records(self) -> list[Record]:
         return [r for k, m in self.moments.items() if m.samples
