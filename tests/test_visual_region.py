@@ -1,5 +1,6 @@
 """The visual-region method on a VLM with packed, mixed batches: what trains, what is analysed, what is pruned."""
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from vlmbench.analysis.importance import BlockInfluence, region
 from vlmbench.analysis.streams import scores, stream, streaming_metrics
 from vlmbench.analysis.weights import lora_update
 from vlmbench.methods.recipes import RECIPES, get_method, get_recipe
-from vlmbench.methods.visual_region import (METHOD, PUBLISHED_REGIONS, backward_depth, decoder_depth, prune_outside,
-                                            retention)
+from vlmbench.methods.visual_region import (METHOD, PUBLISHED_REGIONS, backward_depth, decoder_depth, heal_stage,
+                                            prune_outside, retention, retention_report, run_costs)
 from vlmbench.methods.visual_region import recipe as region_recipe
-from vlmbench.models.depth import build_surrogate, causal_lm, find_decoder, fingerprint, graft, prune
+from vlmbench.models.depth import build_surrogate, causal_lm, depth_of, find_decoder, fingerprint, graft, prune
 from vlmbench.models.vision import backbone_dict
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, module_groups
 from vlmbench.train.prepare import lora_modules, merge_lora, prepare
@@ -106,6 +107,53 @@ def test_a_pruned_vlm_reloads_and_generates_the_same(tmp_path):
     assert all(torch.equal(outs[0], o) for o in outs)
     want = pytest.approx(answer_loss(model, [padded()], skip=gone).value, abs=1e-5)
     assert answer_loss(again, [padded()]).value == want
+
+
+def test_any_importance_ranks_the_layers():
+    model, batches = vlm(), [padded()]
+    bi = scores(stream(model, batches, [BlockInfluence(['all'])]).frame, 'block_influence')
+    want = [i for i in bi.sort_values().index if i not in (0, 4)][:2]
+    assert prune_outside(model, [0, 4], 2, batches, token_set='all', importance='block_influence')[1] == want
+    assert prune_outside(model, [0, 4], 2, batches, importance=bi)[1] == want
+    dropped = lambda m, b: scores(drop_one(m, b).frame, 'drop_one_delta', 'answer')
+    small, gone = prune_outside(model, [0, 4], 3, batches, iterative=True, importance=dropped)
+    left, loss = [i for i in range(6) if i not in (0, 4)], {}
+    for step in range(3):                                             # greedy by hand: the removal that hurts least
+        loss = {i: answer_loss(prune(model, [*gone[:step], i]), batches).value for i in left}
+        assert gone[step] == min(loss, key=loss.get)
+        left.remove(gone[step])
+    assert depth_of(small).kept == tuple(i for i in range(6) if i not in gone)
+    again, order = prune_outside(small, [0], 1, batches, iterative=True, importance=dropped)       # numbers are the given model's
+    assert order[0] in (1, 2) and len(find_decoder(again)) == 2
+    for kw, says in ((dict(importance='taylor'), 'expected one of'), (dict(importance=bi, iterative=True), 'measured again'),
+                     (dict(importance=bi[:3]), 'the decoder has 0..5'), (dict(importance=lambda m, b: bi[:2]), 'decoder of 6 layers')):
+        with pytest.raises(ValueError, match=says): prune_outside(model, [0], 1, batches, **kw)
+
+
+def test_healing_trains_what_it_says():
+    plan = heal_stage(METHOD.recipe(get_scale('tiny')), .25)
+    assert plan.budget_targets == METHOD.recipe(get_scale('tiny')).stage('instruct').budget_targets // 4 and plan.name == 'heal'
+    model, _ = prune_outside(vlm(), [0, 4], 2, [padded()])
+    assert {n for n in prepare(model, plan, module_groups(model)).trainable} == {n for n, _ in model.named_parameters() if 'projector' in n}
+    every = prepare(model, heal_stage(METHOD.recipe(get_scale('tiny')), .25, 'full'), module_groups(model)).trainable
+    assert any('language_model.layers.3.' in n for n in every) and not any('tower' in n or 'embed' in n for n in every)
+    with pytest.raises(RecipeError, match="'projector' or 'full'"): heal_stage(METHOD.recipe(get_scale('tiny')), tune='lora')
+
+
+def test_retention_report_reads_two_runs(tmp_path):
+    for name, score, seconds, n in (('region', .6, 2., 10), ('every', .8, 4., 40)):
+        stage = tmp_path/name/'stages'/'instruct'
+        stage.mkdir(parents=True)
+        (tmp_path/name/'manifest.json').write_text(json.dumps(dict(results=dict(vqa=dict(image=score, n=5), score=score))))
+        rows = [dict(step=i, event='step', step_s=seconds, memory_mb=dict(rss=100. + i)) for i in (1, 2)]
+        (stage/'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+        (stage/'freeze.csv').write_text(f'group,trainable\nlayers,{n}\nvision,0\n')
+    t = retention_report(tmp_path/'region', tmp_path/'every')
+    assert t.ratio['vqa'] == t.ratio['mean'] == pytest.approx(.75) and t.ratio['seconds'] == .5
+    assert t.region['trained_millions'] == pytest.approx(1e-5) and t.all_layers['rss_mb'] == 102
+    (tmp_path/'every'/'manifest.json').write_text(json.dumps(dict(results=dict(other=dict(image=1.)))))
+    with pytest.raises(ValueError, match='no common task'): retention_report(tmp_path/'region', tmp_path/'every')
+    with pytest.raises(FileNotFoundError, match="stage 'align'"): run_costs(tmp_path/'region', 'align')
 
 
 def test_surrogate_and_graft_of_a_vlm():
