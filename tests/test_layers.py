@@ -1,0 +1,115 @@
+"""The layer report: any model folder in, one page and a region that a recipe takes out."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from depth_models import decoder
+from vlmbench.data.record import Sample, Turn
+from vlmbench.data.scene import world_tokenizer
+from vlmbench.lab.layers import RANKINGS, calibration, choose, figures, load_any, measure
+from vlmbench.methods.recipes import get_method, get_scale
+from vlmbench.run.engine import run_notebook
+from vlmbench.run.manifest import Manifest
+
+WORDS = ['red', 'blue', 'small', 'large', 'green', 'two']
+
+
+def text_samples(n=10):
+    return [Sample(f's{i}', [Turn('user', f'square {WORDS[i % 6]} . what is the square {WORDS[i * 5 % 6]} ?'),
+                             Turn('assistant', WORDS[i % 6])]) for i in range(n)]
+
+
+@pytest.fixture(scope='module')
+def lm_folder(tmp_path_factory):
+    "A random plain causal language model of five layers with the world's tokenizer."
+    tokenizer, folder = world_tokenizer(), tmp_path_factory.mktemp('models')/'lm'
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+                                 num_attention_heads=4, initializer_range=.2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_labels_are_the_answer_alone_and_padding_is_masked(lm_folder):
+    model, tokenizer = load_any(lm_folder)
+    batch, = calibration(tokenizer, text_samples(3) + [Sample('long', [
+        Turn('user', 'objects one . square red . what is the square ?'), Turn('assistant', 'red')])], 4)
+    assert (batch['labels'] != -100).sum(1).tolist() == [1, 1, 1, 1]
+    assert batch['labels'][3][batch['labels'][3] != -100].tolist() == tokenizer('red', add_special_tokens=False)['input_ids']
+    assert batch['attention_mask'].sum(1).tolist()[3] > batch['attention_mask'].sum(1).tolist()[0]
+    last = batch['attention_mask'].sum(1) - 1
+    assert (batch['labels'].gather(1, last[:, None]) != -100).all()
+
+
+def test_scores_do_not_depend_on_the_batch_size(lm_folder):
+    model, tokenizer = load_any(lm_folder)
+    one, four = (measure(model, calibration(tokenizer, text_samples(), n), share=2) for n in (1, 4))
+    for name in ('block influence, all', 'angular distance, last', 'drop one'):
+        torch.testing.assert_close(torch.tensor(one.rankings[name].to_numpy()), torch.tensor(four.rankings[name].to_numpy()),
+                                   rtol=1e-4, atol=1e-6)
+
+
+def test_rankings_agree_with_themselves_and_stability_ends_at_one(lm_folder):
+    model, tokenizer = load_any(lm_folder)
+    m = measure(model, calibration(tokenizer, text_samples(16), 4), share=2, base=str(lm_folder))
+    assert set(m.rankings) <= set(RANKINGS) and (m.rankings['parameter change'] == 0).all()
+    last = m.stable[m.stable.samples == 16]
+    assert len(last) and last.tau.dropna().tolist() == pytest.approx([1.] * len(last.tau.dropna()))
+    assert (last.overlap == 1).all()
+    assert m.transition is not None and 0 <= m.transition.layer < 5
+    drawn = figures(m, choose(m, share=2))
+    assert list(drawn)[:2] == ['region', 'scores'] and {'trajectory', 'similarity', 'agreement', 'stability', 'loss'} <= set(drawn)
+
+
+def test_data_without_answers_still_gives_every_label_free_score(lm_folder):
+    model, tokenizer = load_any(lm_folder)
+    batches = [{k: v for k, v in b.items() if k != 'labels'} for b in calibration(tokenizer, text_samples(8), 4)]
+    m = measure(model, batches, share=2)
+    assert m.base is None and any('no labels' in x for x in m.left_out)
+    assert 'drop one' not in m.rankings and 'block influence, all' in m.rankings and 'loss' not in figures(m, choose(m, share=2))
+
+
+def test_models_and_samples_that_do_not_fit_are_named(lm_folder, tmp_path):
+    model, tokenizer = load_any(lm_folder)
+    with pytest.raises(FileNotFoundError, match='no config.json'): load_any(tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='clip_vision_model')))
+    with pytest.raises(ValueError, match='neither a causal language model'): load_any(tmp_path)
+    picture = Sample('p', [Turn('user', '<image> what ?'), Turn('assistant', 'red')], [Image.new('RGB', (8, 8))])
+    with pytest.raises(ValueError, match='reads text only'): calibration(tokenizer, [picture])
+    with pytest.raises(ValueError, match='does not end with an answer'): calibration(tokenizer, [Sample('q', [Turn('user', 'what ?')])])
+    batches = calibration(tokenizer, text_samples(4), 4)
+    with pytest.raises(ValueError, match=r'layers 0\.\.4'): measure(model, batches, picked=5)
+    with pytest.raises(ValueError, match='cannot be chosen from 5'): measure(model, batches, share=6)
+    with pytest.raises(ValueError, match='different bases'): measure(model, batches, share=2, base=decoder(5))
+
+
+def test_the_run_notebook_writes_a_region_that_the_recipe_takes(lm_folder, tmp_path):
+    samples = [dict(id=s.id, conversations=[dict({'from': 'human' if t.role == 'user' else 'gpt'}, value=t.text) for t in s.turns])
+               for s in text_samples(12)]
+    (tmp_path/'data').mkdir()
+    (tmp_path/'data'/'talk.json').write_text(json.dumps(samples))
+    settings = dict(model=str(lm_folder), data=str(tmp_path/'data'), samples='talk', limit=12, batch_size=4, device='cpu',
+                    metric='drop one', share=2., picked=3, base=str(lm_folder))
+    assert run_notebook('layers', settings, tmp_path/'r', progress=False, quiet=True) == 0, (tmp_path/'r'/'output.log').read_text()
+    m, region = Manifest(tmp_path/'r').read(), json.loads((tmp_path/'r'/'region.json').read_text())
+    assert m['results']['region'] == region['where'] and len(region['where']) == 2 and region['metric'] == 'drop one'
+    page = (tmp_path/'r'/'report.html').read_text()
+    assert 'src="http' not in page and 'href="http' not in page and page.count('<svg') >= 7 and 'picked: 3' in page
+    assert {p.stem for p in (tmp_path/'r'/'figures').glob('*.png')} >= {'region', 'scores', 'trajectory', 'similarity'}
+    recipe = get_method('visual_region', region['variant']).recipe(get_scale('tiny'))
+    assert list(recipe.stages[-1].trains['layers'].layers) == region['where']
+
+
+def test_the_run_notebook_refuses_what_cannot_be_measured(lm_folder, tmp_path):
+    (tmp_path/'data').mkdir()
+    (tmp_path/'data'/'talk.json').write_text(json.dumps([dict(id='a', conversations=[
+        {'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}])]))
+    settings = dict(model=str(tmp_path/'nothing'), data=str(tmp_path/'data'), samples='talk', device='cpu')
+    assert run_notebook('layers', settings, tmp_path/'r', progress=False, quiet=True) == 1
+    assert 'is no folder' in Manifest(tmp_path/'r').read()['reason']
+    wrong = settings | dict(model=str(lm_folder), metric='importance')
+    assert run_notebook('layers', wrong, tmp_path/'r2', progress=False, quiet=True) == 1
+    assert 'choose from' in Manifest(tmp_path/'r2').read()['reason']
