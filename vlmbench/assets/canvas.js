@@ -14,12 +14,12 @@ function mountCanvas(root, settings, host) {
 .vp-tools button { display: flex; flex-direction: column; align-items: center; gap: 2px; padding: 6px 2px 4px; font-size: 11px; white-space: nowrap; min-width: 0; overflow: hidden; }
 .vp-tools svg { width: 22px; height: 22px; fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .vp-tools button[aria-pressed=true] { background: var(--accent); border-color: var(--accent); color: #fff; }
-.vp-row { display: flex; align-items: center; gap: 6px; flex-wrap: wrap; }
+.vp-row { display: flex; align-items: center; gap: 5px; flex-wrap: wrap; }
 .vp-row .vp-space { flex: 1; }
-.vp button.vp-swatch { width: 24px; height: 24px; padding: 0; border-radius: 50%; border: 2px solid var(--paper); box-shadow: 0 0 0 1px var(--line); }
+.vp button.vp-swatch { width: 22px; height: 22px; min-width: 0; padding: 0; border-radius: 50%; border: 2px solid var(--paper); box-shadow: 0 0 0 1px var(--line); }
 .vp button.vp-swatch[aria-pressed=true] { box-shadow: 0 0 0 2px var(--accent); transform: scale(1.12); }
-.vp-row label { display: flex; align-items: center; gap: 6px; color: var(--dim); } .vp-row input[type=range] { width: 84px; accent-color: var(--accent); }
-.vp-row .vp-act { padding: 3px 10px; } .vp button:disabled { opacity: .4; cursor: default; }
+.vp-row label { display: flex; align-items: center; gap: 6px; color: var(--dim); } .vp-row input[type=range] { width: 60px; accent-color: var(--accent); }
+.vp-row .vp-act { padding: 2px 9px; } .vp button:disabled { opacity: .4; cursor: default; }
 .vp-stage { position: relative; border: 1px solid var(--line); border-radius: 10px; background: var(--soft); min-height: 300px; display: flex; align-items: center; justify-content: center; overflow: hidden; }
 .vp-stage canvas { display: block; touch-action: none; cursor: crosshair; }
 .vp-stage.vp-drop { border-color: var(--accent); box-shadow: inset 0 0 0 2px var(--accent); }

@@ -105,7 +105,7 @@ def marker_canvas(image: Image.Image | str | Path | None = None, height: int = 4
     picture = None if image is None else load_image(image)
     return made(settings=canvas_settings(height) | dict(max_bytes=int(max_upload_mb * 1e6))).show(picture)
 
-# %% ../../nbs/demo/20_canvas.ipynb #e5f8de0e
+# %% ../../nbs/demo/20_canvas.ipynb #db07e579
 _CHAT_CSS = '''<style>.vpt { font: 14px/1.45 system-ui, sans-serif; max-height: 330px; overflow-y: auto; display: flex; flex-direction: column; gap: 6px; }
 .vpt p { margin: 0; padding: 7px 12px; border-radius: 14px; max-width: 88%; white-space: pre-wrap; overflow-wrap: anywhere; }
 .vpt .q { align-self: flex-end; background: #0f766e; color: #fff; } .vpt .a { align-self: flex-start; background: var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #111); }
@@ -176,6 +176,11 @@ class PointAndAsk:
             self.caption.value = 'Exactly what the model saw, {} × {} px:'.format(*self.chat.marked.size)
         self._worker = threading.Thread(target=self._stream, args=(question, pieces), daemon=True)
         self._worker.start()
+
+    def wait(self) -> 'PointAndAsk':
+        "Until the answer under way is complete."
+        if self._worker is not None: self._worker.join()
+        return self
 
     def _stream(self, question, pieces):
         text, bad = '', []

@@ -136,7 +136,7 @@ def _failed(asked, text, why):
     said = [dict(role='user', content=asked)] + ([dict(role='assistant', content=text)] if text else [])
     return [*said, dict(role='assistant', content=why, metadata=dict(title='note'))]
 
-# %% ../../nbs/demo/10_serve.ipynb #231c45fd
+# %% ../../nbs/demo/10_serve.ipynb #fd0ac5f4
 _GLUE = """
 const size = () => [props.wide, props.high];
 const canvas = mountCanvas(element, props.settings, {
@@ -160,9 +160,16 @@ _CSS = """
 #head ol { display: flex; gap: 8px; list-style: none; padding: 0; margin: 10px 0 0; flex-wrap: wrap; }
 #head li { background: var(--background-fill-secondary); border-radius: 999px; padding: 4px 14px; font-size: 14px; margin: 0; }
 #head li b { color: #0f766e; margin-right: 4px; }
-.seen img { image-rendering: auto; } .seen.small img { image-rendering: pixelated; }
-#question textarea { font-size: 16px; }
-#tries { gap: 6px; } #tries button { font-weight: 400; }
+.seen .caption-label { position: static !important; background: none !important; border: 0 !important; padding: 2px 4px !important; max-width: none !important;
+  font-size: 12px; color: var(--body-text-color-subdued); overflow: visible; white-space: normal; }
+.seen .gallery-item, .seen .thumbnail-lg { height: auto !important; } .seen.small img { image-rendering: pixelated; }
+.seen .thumbnail-lg img { height: 150px !important; object-fit: contain; }
+.label p { margin: 6px 0 0 2px; font-size: 13px; color: var(--body-text-color-subdued); }
+#question textarea { font-size: 16px; } #ask { background: #0f766e; }
+#tries { gap: 6px; flex-wrap: wrap; } #tries > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
+#tries button { font-weight: 400; border-radius: 999px; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+#examples .grid-container { grid-template-columns: repeat(auto-fill, 76px) !important; grid-auto-rows: 76px; } #examples { min-height: 0 !important; }
+#examples .thumbnail-lg { height: 76px; width: 76px; }
 footer { display: none !important; }
 """
 
@@ -178,7 +185,7 @@ def world_picture(index: int = 7) -> Image.Image:
     config = WorldConfig()
     return render(scene_samples('region', 'test', index, config)[0], config)
 
-# %% ../../nbs/demo/10_serve.ipynb #08a554e8
+# %% ../../nbs/demo/10_serve.ipynb #fce01ece
 def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), images: Sequence[Image.Image] = ()):
     """The demo as a `gradio.Blocks`, its queue bounded; `launch` it with the settings of `launch_settings`. `images`: offered
     as examples, the first one opens with the page. Raises `ImportError` naming the extra where gradio is missing."""
@@ -196,7 +203,7 @@ def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), image
             chat = visit.chats[side]
             if chat is None or chat.marked is None: out.append(gr.Gallery(value=[], visible=False)); continue
             views = chat.model.encoder_view(chat.marked)
-            labels = [f'given to the model: {chat.marked.width} x {chat.marked.height}'] + [f'inside the encoder: {v.width} x {v.height}' for v in views]
+            labels = [f'marked, {chat.marked.width} × {chat.marked.height} px'] + [f'in its encoder, {v.width} × {v.height} px' for v in views]
             small = 'seen small' if max(max(i.size) for i in (chat.marked, *views)) <= 512 else 'seen'
             out.append(gr.Gallery(value=list(zip([chat.marked, *views], labels)), visible=True, elem_classes=small.split()))
         return out
@@ -247,7 +254,8 @@ def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), image
                 canvas = gr.HTML(value='[]', html_template='<div></div>', js_on_load=canvas_js() + _GLUE, apply_default_css=False, elem_id='canvas',
                                  settings=canvas_settings() | dict(max_bytes=int(limits.max_upload_mb * 1e6)), picture='', wide=0, high=0)
                 upload = gr.UploadButton(f'Open a picture (up to {limits.max_upload_mb:g} MB)', type='binary', file_types=['image'], elem_id='open-picture')
-                examples = gr.Gallery(value=images, label='Or begin with one of these', columns=6, height=120, allow_preview=False, format='png',
+                gr.Markdown('or begin with one of these', elem_classes=['label'], visible=len(images) > 1)
+                examples = gr.Gallery(value=images, label='Or begin with one of these', show_label=False, columns=6, height=98, allow_preview=False, format='png',
                                       visible=len(images) > 1, interactive=False, elem_id='examples', buttons=[])
             with gr.Column(scale=7, min_width=420):
                 chosen, chats, views = [], [], []
@@ -257,19 +265,22 @@ def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), image
                             chosen.append(gr.Dropdown(names + [none] * (k > 0), value=names[min(k, len(names) - 1)], label='model', show_label=False, container=False,
                                                       interactive=wide, elem_id=f'model-{side}'))
                             chats.append(gr.Chatbot(value=[], label=f'conversation {side}', show_label=False, height=330, render_markdown=False, elem_id=f'chat-{side}',
-                                                    placeholder='Draw a marker on the picture, then ask about it.', feedback_options=None, buttons=['copy']))
-                            views.append(gr.Gallery(value=[], label='The exact picture this model saw', columns=3, height=210, object_fit='contain', format='png',
-                                                    visible=False, interactive=False, elem_id=f'seen-{side}', elem_classes=['seen']))
+                                                    placeholder='Draw a marker on the picture, then ask about it.', feedback_options=None, buttons=[]))
                 with gr.Row(equal_height=True):
-                    question = gr.Textbox(placeholder='Ask about the picture. <region> stands for your marker.', show_label=False, container=False, lines=1, max_lines=4, scale=8,
+                    question = gr.Textbox(placeholder='Ask away. <region> names your marker.', show_label=False, container=False, lines=1, max_lines=4, scale=6,
                                           max_length=limits.max_question, elem_id='question', autofocus=True)
-                    go = gr.Button('Ask', variant='primary', scale=1, min_width=90, elem_id='ask')
-                    halt = gr.Button('Stop', interactive=False, scale=1, min_width=80, elem_id='stop')
+                    go = gr.Button('Ask', variant='primary', scale=1, min_width=80, elem_id='ask')
+                    halt = gr.Button('Stop', interactive=False, scale=1, min_width=70, elem_id='stop')
+                    new = gr.Button('New chat', scale=1, min_width=120, elem_id='new')
                 with gr.Row(elem_id='tries'):
                     for q in example_questions(models[names[0]]):
                         gr.Button(q, size='sm', min_width=120).click(lambda q=q: q, None, question, queue=False, api_visibility='private')
                 with gr.Row():
-                    new = gr.Button('New conversation', size='sm', elem_id='new')
+                    for side in SIDES[:1 + wide]:
+                        with gr.Column(min_width=260):
+                            gr.Markdown('The exact picture this model saw', elem_classes=['label'])
+                            views.append(gr.Gallery(value=[], show_label=False, columns=2, height=205, object_fit='contain', format='png', buttons=['fullscreen', 'download'],
+                                                    visible=False, interactive=False, elem_id=f'seen-{side}', elem_classes=['seen']))
                 with gr.Accordion('Answer settings', open=False):
                     tokens = gr.Slider(1, limits.max_new_tokens, min(128, limits.max_new_tokens), step=1, label='longest answer, in tokens')
                     temperature = gr.Slider(0., 2., 0., step=.1, label='temperature (0: always the likeliest word)')
@@ -285,6 +296,7 @@ def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), image
         gr.on([go.click, question.submit], ask, [question, canvas, tokens, temperature, visit], [question, go, halt, visit, *chats, *views],
               api_name='ask', concurrency_limit=1, concurrency_id='answers', show_progress='hidden')
         halt.click(stop, visit, None, api_visibility='private', **direct)
+        for chat in chats: chat.clear(fresh, visit, chats, api_visibility='private', **direct)
         new.click(fresh, visit, chats, api_visibility='private', **direct)
     page.queue(max_size=limits.queue, default_concurrency_limit=1)
     _polite(page, limits)
