@@ -21,8 +21,9 @@ def test_two_arms_at_a_micro_budget(tmp_path):
     kinds = scores[scores['task'] == 'region_kinds']
     assert kinds.groupby('method').size().to_dict() == dict(vip_llava=9, none=9)
     assert set(scores[scores['task'] == 'region_alpha']['method']) == {'vip_llava'}
-    assert all((out/f'{n}.png').exists() for n in ('claims', 'kinds', 'alpha'))
+    assert all((out/'figures'/f'{n}.png').exists() for n in ('claims', 'kinds', 'alpha'))
     assert 'markers are understood' in (out/'reading.md').read_text()
+    assert len(Manifest(out).read()['compared']) == 2
     assert Manifest(out).read()['results'] == dict(zip(table['claim'], table['verdict']))
 
 

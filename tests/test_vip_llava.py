@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from vlmbench.data.record import Region, Sample, Turn
-from vlmbench.methods.recipes import RECIPES, get_method, get_recipe
-from vlmbench.methods.vip_llava import FEATURE_LAYERS, METHOD, PAPER_WIDTHS, feature_layers, front_end, projector_size, recipe
+from vlmbench.methods.recipes import RECIPES, find_scale, get_method, get_recipe
+from vlmbench.methods.vip_llava import (FEATURE_LAYERS, METHOD, PAPER_SCALES, PAPER_WIDTHS, feature_layers, front_end, paper_vlm,
+                                        projector_size, recipe)
 from vlmbench.train.recipe import RecipeError, get_scale
 
 def test_registered(): assert 'vip_llava' in RECIPES and get_method('vip_llava') is METHOD
@@ -55,3 +56,33 @@ def test_transform_draws_markers():
     assert out.images[0].getbbox() and '<region>' not in out.turns[0].text and out.turns[1] == s.turns[1] and '<region>' in s.turns[0].text
     plain = Sample('y', s.turns[1:], [])
     assert METHOD.transform(plain) is plain
+
+@pytest.mark.parametrize('name,template,rows,size', [
+    ('vicuna-7b', 'llava_v1', (16, 1), 37_767_168), ('vicuna-13b', 'llava_v1', (16, 1), 52_449_280),
+    ('llama-3-8b', 'llama_3', (8, 2), 37_767_168), ('phi-3-mini', 'phi_3', (8, 2), 25_182_208)])
+def test_paper_base_models(name, template, rows, size):
+    scale = find_scale(f'vip_llava:{name}')
+    r = get_recipe('vip_llava', scale)
+    assert scale is PAPER_SCALES[name] and [s.lr for s in r.stages] == [1e-3, 2e-5, 2e-7]
+    assert [s.template for s in r.stages] == ['llava_plain', template, template] and r.stage('align').batch_rows == 32
+    assert {(s.batch_rows, s.accumulation) for s in r.stages[1:]} == {rows}
+    model = paper_vlm(scale)
+    assert sum(p.numel() for p in model.model.vision.projector.parameters()) == size and model.device.type == 'meta'
+    assert sum(p.numel() for p in paper_vlm(scale, 'last').model.vision.projector.parameters()) < size
+
+def test_unknown_scales_and_options():
+    with pytest.raises(RecipeError, match='vicuna-7b, vicuna-13b, llama-3-8b, phi-3-mini'): find_scale('vip_llava:gpt')
+    with pytest.raises(RecipeError, match='none of its own'): find_scale('llava:gpt')
+    for bad, match in (('regions=boxes', "'overlay', 'text', 'none'"), ('layers=all', "'fused', 'last'"), ('grouping=size', "'modality'"),
+                       ('kinds=rectangle+star', 'kinds are rectangle')):
+        with pytest.raises(RecipeError, match=match): get_method('vip_llava', [bad])
+    with pytest.raises(RecipeError, match="no option 'marker'"): get_method('vip_llava', ['marker=star'])
+
+def test_options_reach_recipe_and_drawing():
+    m = get_method('vip_llava', ['regions=text', 'layers=last', 'kinds=mask contour+arrow'])
+    assert m.transform.how == 'text' and m.transform.kinds == ('mask contour', 'arrow')
+    assert m.recipe(get_scale('tiny')).front_end['select_layers'] == [4] and m.recipe(get_scale('tiny')).front_end['projector_norm']
+    grouped = get_recipe('vip_llava', get_scale('paper'), variant=['grouping=modality'])
+    assert [(s.grouping, s.packing) for s in grouped.stages] == [(None, True), ('modality', False), ('modality', False)]
+    l = get_recipe('vip_llava', get_scale('paper'), variant=['llm=lora'])
+    assert (l.stage('chat').lr_of('layers'), l.stage('chat').lr_of('projector')) == (2e-6, 2e-7)
