@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from test_template import load_sp, sentencepiece_like
 from vlmbench.data.image import ImageTransform, to_tensor
+from vlmbench.data.record import Turn
+from vlmbench.data.template import encode, target_texts
 from vlmbench.distill.align import TeacherView
 from vlmbench.evaluate.scorers import MultipleChoice, POPE, get_scorer
 from vlmbench.methods.eve import canvas, from_reference, recipe, to_reference, to_reference_names, uncanvas
@@ -227,6 +230,17 @@ def test_plain_batch(case):
         align = term(out, batch | dict(teacher_values=std['teacher_values'][order])) / len(order)
     close(out.loss, case.x['plain.loss_llm'][0], 1e-5)
     close(out.loss + align, case.x['plain.loss_total'][0], 1e-5)
+
+
+def test_plain_template(case):
+    "Begin, image, then the caption and its newline as targets, and no end token."
+    tok, plain = sentencepiece_like('legacy', pieces=load_sp(ROOT / 'common' / 'tiny_tokenizer.model')), case.meta['plain']
+    for caption, labels, real in zip(plain['captions'], case.x['plain.labels'], case.x['plain.attention_mask'].bool()):
+        labels = labels[real].long()
+        ours = encode([Turn('user', '<image>'), Turn('assistant', caption)], tok, 'llava_plain', [1])
+        for y in (labels, ours.labels): assert (y[:2] == -100).all() and (y[2:] != -100).all() and tok.eos_token_id not in y.tolist()
+        text, = target_texts(ours, tok)
+        assert text.strip() == tok.decode(labels[2:].tolist()).strip() == caption and text.endswith('\n')
 
 
 def test_generation(case):
