@@ -86,6 +86,8 @@ def test_image_tokens(text):
 def test_template_strings(text):
     one = [Turn('user', f'{IMAGE}\nQ-one'), Turn('assistant', 'A-one')]
     names, checked = NAMES | {n: n for n in TEMPLATES}, 0
+    inherited = {'llava_v0', 'llava_llama_2', 'v1_mmtag', 'mpt'}   # of LLaVA; no ViP-LLaVA script or checkpoint uses them
+    assert set(text['prompts']) - set(names) <= inherited
     for theirs, want in text['prompts'].items():
         if theirs not in names: continue
         template = get_template(names[theirs])

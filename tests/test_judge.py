@@ -1,7 +1,8 @@
 """The judge against a real HTTP server: retries with bounds, refusals, keys that stay secret, logs that resume."""
-import json, time
+import json, math, time
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from judge_server import Step, completion, scripted
 from vlmbench.evaluate.judge import (ChatJudge, Endpoint, ExactJudge, Graded, JudgeError, Reply, grade_answers,
@@ -188,3 +189,29 @@ def test_the_published_grade_file_layout():
     ('Red', 'red.', 1), ('red', 'it is red', 0), ('cat<OR>dog', 'the dog', 1), ('a<AND>b', 'b then a', 1),
     ('ab<AND>cd', 'abc cd', 0), ('x<AND>y<OR>z', 'z', 1), ('x<AND>y', '', 0), ('42', '', 0)])
 def test_exact_judge(truth, said, score): assert ExactJudge()('', truth, said).score == score
+
+
+WORDS = st.one_of(st.text(max_size=30), st.sampled_from(['<AND>', '<OR>', ' | ', 'a<AND>b', '\n1.0', 'x|y', '']))
+
+
+@settings(max_examples=200, deadline=None)
+@given(WORDS, WORDS, WORDS)
+def test_any_texts_make_one_row(question, truth, prediction):
+    row = open_row(question, truth, prediction)
+    assert row.count('|') == 3 and len(row.splitlines()) == 1 and row.endswith(' | ')
+    assert open_row(question, truth, prediction, reference=True).endswith(f'{prediction} | ')
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(st.text(max_size=12), st.floats().map(str), st.floats(0, 1).map(lambda x: f'{x} because'), st.just('1e-3 ok')))
+def test_a_grade_is_none_or_a_number_from_zero_to_one(text):
+    grade = parse_grade(text)
+    assert grade is None or (0 <= grade <= 1 and math.isfinite(grade))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(['red', 'blue cup', '42', 'on the left']), min_size=1, max_size=4), st.booleans())
+def test_the_exact_judge_accepts_the_truth_itself(parts, contains):
+    judge = ExactJudge(contains)
+    assert judge('', '<OR>'.join(parts), parts[-1]).score == 1
+    assert judge('', '<AND>'.join(parts), ', '.join(parts)).score == 1 and judge('', '<AND>'.join(parts), 'green').score == 0
