@@ -64,6 +64,29 @@ def test_rankings_agree_with_themselves_and_stability_ends_at_one(lm_folder):
     assert list(drawn)[:2] == ['region', 'scores'] and {'trajectory', 'similarity', 'agreement', 'stability', 'loss'} <= set(drawn)
 
 
+def test_another_vlm_of_transformers(tmp_path):
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    torch.manual_seed(1)
+    tok = world_tokenizer()
+    tok.chat_template = ("{% for m in messages %}<|user|> {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+                         "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}<|assistant|>")
+    size = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(image_size=32, patch_size=8, **size),
+                         text_config=LlamaConfig(vocab_size=len(tok), initializer_range=.3, **size),
+                         image_token_index=tok.convert_tokens_to_ids('<image>'))
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    LlavaProcessor(CLIPImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tok, patch_size=8,
+                   vision_feature_select_strategy='default', num_additional_image_tokens=1,
+                   chat_template=tok.chat_template).save_pretrained(tmp_path)
+    model, processor = load_any(tmp_path)
+    samples = [Sample(s.id, [Turn('user', f'<image>\n{s.turns[0].text}'), s.turns[1]],
+                      [Image.new('RGB', (32, 32), (25 * i, 90, 200 - 15 * i))]) for i, s in enumerate(text_samples(6))]
+    batches = calibration(processor, samples)
+    assert len(batches) == 6 and all((b['input_ids'] == config.image_token_id).sum() == 16 for b in batches)
+    m = measure(model, batches, share=1)
+    assert {'block influence, image', 'attention to the image', 'drop one', 'Taylor'} <= set(m.rankings) and not m.left_out
+
+
 def test_data_without_answers_still_gives_every_label_free_score(lm_folder):
     model, tokenizer = load_any(lm_folder)
     batches = [{k: v for k, v in b.items() if k != 'labels'} for b in calibration(tokenizer, text_samples(8), 4)]
