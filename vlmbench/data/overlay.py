@@ -15,11 +15,14 @@ from PIL import Image, ImageDraw
 from shapely import Polygon, unary_union
 from .region import Region
 
-# %% ../../nbs/data/30_overlay.ipynb #a547d7f4
+# %% ../../nbs/data/30_overlay.ipynb #6a63f36b
 MARKERS = {   # kind -> preposition and noun, as written in the question
-    'rectangle': ('within', 'rectangle'), 'ellipse': ('within', 'ellipse'), 'triangle': ('with', 'triangle'), 'point': ('at', 'point'),
-    'scribble': ('with', 'scribble'), 'mask contour': ('with', 'mask contour'), 'mask': ('with', 'mask'), 'arrow': ('pointed to by', 'arrow')}
-PALETTE = dict(red=(255, 0, 0), lime=(0, 255, 0), blue=(0, 0, 255), yellow=(255, 255, 0), fuchsia=(255, 0, 255), aqua=(0, 255, 255),
+    'rectangle': ('within', 'rectangle'), 'ellipse': ('within', 'ellipse'), 'triangle': ('with', 'triangle'),
+    'point': ('at', 'point'),
+    'scribble': ('with', 'scribble'), 'mask contour': ('with', 'mask contour'), 'mask': ('with', 'mask'),
+    'arrow': ('pointed to by', 'arrow')}
+PALETTE = dict(red=(255, 0, 0), lime=(0, 255, 0), blue=(0, 0, 255), yellow=(255, 255, 0), fuchsia=(255, 0, 255),
+               aqua=(0, 255, 255),
                orange=(255, 165, 0), purple=(128, 0, 128), gold=(255, 215, 0))
 ANCHOR = 336                                         # side in px at which thicknesses are stated
 STYLES = ('', 'constant')
@@ -27,7 +30,8 @@ _ALL, _NO_POINT = tuple(MARKERS), tuple(k for k in MARKERS if k != 'point')
 DATASET_KINDS = {   # dataset (id prefix) -> kinds and style
     'refcocog': (_ALL, ''), 'vcr': (_NO_POINT, ''), 'vg_rel': (('rectangle', 'ellipse'), ''),
     'flickr30k': (('rectangle', 'ellipse', 'arrow'), ''), 'v7w': (('rectangle',), 'constant'),
-    'pointQA_twice': (('rectangle',), 'constant'), 'vcr_qa': (('point',), 'constant'), 'vcr_qar': (('point',), 'constant')}
+    'pointQA_twice': (('rectangle',), 'constant'), 'vcr_qa': (('point',), 'constant'),
+    'vcr_qar': (('point',), 'constant')}
 
 def check_kind(kind: str) -> str:
     "`kind` itself; `ValueError` lists the kinds there are."
@@ -37,7 +41,8 @@ def check_kind(kind: str) -> str:
 def color_rgb(color: str | Sequence[int]) -> tuple[int, int, int]:
     "RGB of a palette name or of three numbers 0-255. Raises `ValueError`."
     if isinstance(color, str):
-        if color not in PALETTE: raise ValueError(f'marker colour {color!r} is unknown; colours are {", ".join(PALETTE)}, or three numbers')
+        if color not in PALETTE:
+            raise ValueError(f'marker colour {color!r} is unknown; colours are {", ".join(PALETTE)}, or three numbers')
         return PALETTE[color]
     color = tuple(color)
     if len(color) != 3 or any(not isinstance(v, int) or not 0 <= v <= 255 for v in color):
@@ -49,12 +54,12 @@ def region_text(kind: str, color: str | None = None, the: bool = True) -> str:
     preposition, noun = MARKERS[check_kind(kind)]
     return ' '.join([preposition, *(['the'] if the else []), *([color] if color else []), noun])
 
-# %% ../../nbs/data/30_overlay.ipynb #4ddd079e
+# %% ../../nbs/data/30_overlay.ipynb #64331f57
 @dataclass(frozen=True)
 class Marker:
-    """Geometry of one marker in px of the picture. `width`: stroke; half the stroke for a mask contour; unused for point
-    and mask. `samples`: points on a scribble's curve; 0: its points are the stroke itself. `filled`: whether an arrow's
-    head is filled."""
+    """Geometry of one marker in px of the picture. `width`: stroke; half the stroke for a mask contour; unused for
+    point and mask. `samples`: points on a scribble's curve; 0: its points are the stroke itself. `filled`: whether an
+    arrow's head is filled."""
     kind: str
     points: tuple[tuple[float, float], ...] = ()
     width: int = 1
@@ -76,7 +81,7 @@ def bezier(control: Sequence[tuple[float, float]], n: int) -> list[tuple[float, 
         out.append((sum(a * p[0] for a, p in zip(w, control)), sum(a * p[1] for a, p in zip(w, control))))
     return out
 
-# %% ../../nbs/data/30_overlay.ipynb #ab58e824
+# %% ../../nbs/data/30_overlay.ipynb #0cd45c07
 def _polygons(region: Region): return [list(zip(p[::2], p[1::2])) for p in region.polygons]
 
 def _box_polygon(box): l, t, r, b = box; return [(l, t), (l, b), (r, b), (r, t)]
@@ -97,7 +102,8 @@ def _widest_angle(a, b, c):
         return math.degrees(math.acos(max(-1, min(1, (u[0] * v[0] + u[1] * v[1]) / n)))) if n else 180.
     return max(angle(a, b, c), angle(b, c, a), angle(c, a, b))
 
-_WIDTHS = {'rectangle': (2, 8), 'ellipse': (2, 8), 'triangle': (2, 8), 'scribble': (2, 12), 'mask contour': (1, 2), 'mask': (0, 2), 'arrow': (1, 6)}
+_WIDTHS = {'rectangle': (2, 8), 'ellipse': (2, 8), 'triangle': (2, 8), 'scribble': (2, 12), 'mask contour': (1, 2),
+           'mask': (0, 2), 'arrow': (1, 6)}
 
 def sample_alpha(rng: random.Random, kind: str) -> int:
     "Opacity of a marker, 0-255: 48 to 128 for masks, 96 to 255 for the rest."
@@ -109,16 +115,18 @@ def check_region(region: Region, size: tuple[int, int], kind: str = 'rectangle')
     if r <= 0 or b <= 0 or l >= size[0] or t >= size[1]:
         raise ValueError(f'region {tuple(region.bounds)} lies outside the picture of {size[0]}x{size[1]} px')
     if check_kind(kind) == 'point' and not region.polygons:
-        raise ValueError('a point marker needs a segmentation (polygons), this region has only a box; choose another kind')
+        raise ValueError('a point marker needs a segmentation (polygons), this region has only a box; choose another '
+                         'kind')
     for p in region.polygons:
-        if not Polygon(list(zip(p[::2], p[1::2]))).area > 0: raise ValueError(f'a polygon of the region is empty (no area): {p[:8]}')
+        if not Polygon(list(zip(p[::2], p[1::2]))).area > 0:
+            raise ValueError(f'a polygon of the region is empty (no area): {p[:8]}')
 
 def sample_marker(rng: random.Random, kind: str, region: Region, size: tuple[int, int], width: float | None = None,
                   style: str = '', anchor: int = ANCHOR) -> Marker:
     """A `Marker` of `kind` around `region` in a picture of `size` (width, height) px.
 
-    `width`: stroke in units instead of a drawn one. `style`: '' draws sizes at random, 'constant' fixes them (rectangle,
-    point). Raises `ValueError` as `check_region`."""
+    `width`: stroke in units instead of a drawn one. `style`: '' draws sizes at random, 'constant' fixes them
+    (rectangle, point). Raises `ValueError` as `check_region`."""
     if style not in STYLES: raise ValueError(f'style {style!r} is unknown; styles are {STYLES}')
     check_region(region, size, kind)
     r, polygons = unit(size, anchor), _polygons(region)
@@ -143,7 +151,8 @@ def sample_marker(rng: random.Random, kind: str, region: Region, size: tuple[int
             points = tuple(_point_in(rng, union) for _ in range(3))
             if _widest_angle(*points) <= 150: break
         return Marker(kind, points, w)
-    if kind == 'scribble': return Marker(kind, tuple(_point_in(rng, one) for _ in range(4)), w, samples=max(int(1000 * r), 2))
+    if kind == 'scribble':
+        return Marker(kind, tuple(_point_in(rng, one) for _ in range(4)), w, samples=max(int(1000 * r), 2))
     if kind == 'arrow': return _sample_arrow(rng, box, r, w)
     return Marker(kind, width=w, polygons=tuple(map(tuple, polygons or [_box_polygon(box)])))
 
@@ -210,7 +219,7 @@ def draw_marker(image: Image.Image, marker: Marker, color: str | Sequence[int], 
     layer = canvas(marker, image.size, color, alpha)
     return Image.alpha_composite(image.convert('RGBA'), layer).convert('RGB')
 
-# %% ../../nbs/data/30_overlay.ipynb #e37b2273
+# %% ../../nbs/data/30_overlay.ipynb #87143125
 def random_rgb(rng: random.Random) -> tuple[int, int, int]:
     "A colour without a name."
     return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
@@ -221,7 +230,8 @@ def one_color(rng: random.Random, named: bool | None = None) -> tuple[str | None
     name = rng.choice(list(PALETTE))
     return name, PALETTE[name]
 
-def joint_markers(rng: random.Random, kinds: Sequence[str], n: int) -> list[tuple[str, str | None, tuple[int, int, int]]]:
+def joint_markers(rng: random.Random, kinds: Sequence[str],
+                  n: int) -> list[tuple[str, str | None, tuple[int, int, int]]]:
     "`n` triples (kind, colour name or None, RGB) in which no (colour name, kind) pair of a repeated kind occurs twice."
     drawn, used, out = rng.choices(list(kinds), k=n), {}, []
     for kind in drawn:

@@ -6,7 +6,7 @@
 __all__ = ['HOW', 'Mark', 'possible_kinds', 'dataset_of', 'build_row', 'build_regions', 'draw_marks', 'box_text',
            'sample_from_region_row', 'vcr_side_file', 'DrawRegions']
 
-# %% ../../nbs/data/32_region_rows.ipynb #2eecd326
+# %% ../../nbs/data/32_region_rows.ipynb #6ea6d041
 import hashlib, json, random, re, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +14,13 @@ from functools import lru_cache, partial
 import numpy as np
 from PIL import Image
 from .image import ImageError, resolve_path
-from .overlay import (ANCHOR, DATASET_KINDS, MARKERS, PALETTE, check_kind, check_region, color_rgb, draw_marker,
+from .overlay import (ANCHOR, DATASET_KINDS, MARKERS, PALETTE, check_kind, check_region, color_rgb,
+                                   draw_marker,
                                    joint_markers, one_color, random_rgb, region_text, sample_alpha, sample_marker)
 from .record import BadRecord, Region, Sample, Turn, sample_from_llava
 from .region import parse_regions
 
-# %% ../../nbs/data/32_region_rows.ipynb #17422ce9
+# %% ../../nbs/data/32_region_rows.ipynb #07158ac8
 @dataclass(frozen=True)
 class Mark:
     """One region to be marked: `kind`, `rgb`, the colour's `name` (None: unnamed), the region, style and forced alpha.
@@ -36,7 +37,8 @@ class Mark:
         return region_text(self.kind, self.name, the) if self.words is None else self.words(self.region)
 
 def possible_kinds(kinds: Sequence[str], regions: Sequence[Region]) -> list[str]:
-    "Those of `kinds` that can mark all `regions`: a point lies inside a mask, so it needs polygons. Raises `ValueError`."
+    """Those of `kinds` that can mark all `regions`: a point lies inside a mask, so it needs polygons. Raises
+    `ValueError`."""
     found = [k for k in map(check_kind, kinds) if k != 'point' or all(r.polygons for r in regions)]
     if found: return found
     raise ValueError('a point marker needs a segmentation (polygons), and a region has only a box: choose another kind')
@@ -60,7 +62,7 @@ def _conversation(row, change):
     turns[first] = Turn('user', '<image>\n' + turns[first].text.replace('<image>', '').strip())
     return turns
 
-# %% ../../nbs/data/32_region_rows.ipynb #0f5107ff
+# %% ../../nbs/data/32_region_rows.ipynb #09f18a39
 def _refcocog(row, rng, kinds, mark, reference):
     kind = rng.choice(kinds if reference else possible_kinds(kinds, _regions(row)[:1]))
     name, rgb = one_color(rng)
@@ -87,8 +89,9 @@ def _vg_rel(row, rng, kinds, mark, reference):
             for i, s in enumerate(said): t = t.replace(f'<bbox{i}>', s)
             return t
         return marks, _conversation(row, change)
-    q = (f'Please describe the relationship between the subject {marks[0].text()} and the object {marks[1].text()}. Provide a short triplet '
-         '(subject, relationship, object) to represent this. Here, the subject and object are noun phrases, and the relationship can be '
+    q = (f'Please describe the relationship between the subject {marks[0].text()} and the object {marks[1].text()}. '
+         'Provide a short triplet (subject, relationship, object) to represent this. Here, the subject and object are noun '
+         'phrases, and the relationship can be '
          'verbs or prepositions.')
     return marks, _turns((q if reference else _image(q), row['answer']))
 
@@ -98,20 +101,24 @@ def _v7w(row, rng, kinds, mark, reference):
     if row['answer'] not in row['bboxes']: raise BadRecord('v7w: the answer is none of the four boxes')
     marks = [mark(k, rgb, name, r) for (k, name, rgb), r in zip(joint_markers(rng, kinds, 4), regions)]
     options = '\n'.join(f'{c}. The object {m.text(rng.random() < .5)}' for c, m in zip('ABCD', marks))
-    return marks, _turns((f'<image>\n{row["question"]}\n{options}{_LETTERS}', 'ABCD'[row['bboxes'].index(row['answer'])]))
+    return marks, _turns((f'<image>\n{row["question"]}\n{options}{_LETTERS}',
+                          'ABCD'[row['bboxes'].index(row['answer'])]))
 
 def _pointqa(row, rng, kinds, mark, reference, question='general_question'):
     mark = mark(kinds[0], PALETTE['red'], None, _regions(row, False)[0])
     return [mark], _turns((f'<image>\n{row[question]} The exemplary object is {mark.text()}.{_WORD}', row['answer']))
 
-# %% ../../nbs/data/32_region_rows.ipynb #a04ec3a6
+# %% ../../nbs/data/32_region_rows.ipynb #6419e78d
 _FLICKR = 'Please describe the image with the object referred to by the visual prompts; '
 _FLICKR_ASK = ((_FLICKR + 'please do not mention the actual visual prompt.',
                 _FLICKR + 'please mention only the semantic category, not the actual visual prompt.'),
                (_FLICKR + 'make sure to mention both the actual visual prompt and the semantic category.',
-                _FLICKR + 'make sure to mention both the actual visual prompt, such as a red box, and the semantic category, such as a dog.'))
+                _FLICKR + 'make sure to mention both the actual visual prompt, such as a red box, and the semantic '
+                'category, such as a dog.'))
 
-def _listed(items): return items[0] if len(items) == 1 else f'{items[0]} and {items[1]}' if len(items) == 2 else ', '.join(items[:-1]) + f', and {items[-1]}'
+def _listed(items):
+    if len(items) < 3: return ' and '.join(items)
+    return ', '.join(items[:-1]) + f', and {items[-1]}'
 
 def _caption(text):
     text = re.sub(r'\s+', ' ', text).strip()
@@ -125,28 +132,40 @@ def _flickr(row, rng, kinds, mark, reference):
     marks, said = [], []
     for (kind, name, rgb), boxes in zip(joint_markers(rng, kinds, len(groups)), groups):
         marks += [mark(kind, rgb, name, Region(tuple(b))) for b in boxes]
-        said.append((' '.join(([name] if name else []) + [MARKERS[kind][1]]), '' if name is None and reference else region_text(kind, name)))
-    if rng.random() < .5: ask += rng.choice((' The visual prompts in the image are: ', ' The visual prompts are: ')) + _listed([s for s, _ in said]) + '.'
+        said.append((' '.join(([name] if name else []) + [MARKERS[kind][1]]), '' if name is None and reference
+                     else region_text(kind, name)))
+    if rng.random() < .5: ask += rng.choice((' The visual prompts in the image are: ',
+                                             ' The visual prompts are: ')) + _listed([s for s, _ in said]) + '.'
     def place(m): return said[int(m[1])][1] if both and int(m[1]) < len(said) else ''
     return marks, _turns((f'<image>\n{ask}', _caption(re.sub(r'<bbox(\d+)>', place, row['grounding']))))
 
-# %% ../../nbs/data/32_region_rows.ipynb #66693726
-_LEAD = ('Looking at the source image, please answer this question:', 'Based on the source image, answer the following:',
+# %% ../../nbs/data/32_region_rows.ipynb #2aaae60f
+_LEAD = ('Looking at the source image, please answer this question:',
+         'Based on the source image, answer the following:',
          'With the source image in mind, please respond to:', 'Judging from the source image, please answer:',
          'Having looked at the source image, answer this:', 'Taking into account the source image, please answer:',
-         'After observing the source image, could you please answer the following:', 'From what the source image shows, please answer:',
-         'Using the source image as a reference, please respond to:', 'Considering the source image, what is your answer to this:')
-_OFFER = ('Available choices are as follows:', 'These are the choices:', 'Choose one of these options:', 'The options are:',
-          'Here are the possible answers:', 'Please pick one from the given possibilities:', 'Select one of the following:',
-          'You have the following selections:', 'Your choices are listed here:', 'You can select from these alternatives:')
-_WHY = tuple({5: 'Why do you believe that to be true?', 17: "What's the foundation of your assertion?", 18: "What's the source of your reasoning?",
+         'After observing the source image, could you please answer the following:',
+         'From what the source image shows, please answer:',
+         'Using the source image as a reference, please respond to:',
+         'Considering the source image, what is your answer to this:')
+_OFFER = ('Available choices are as follows:', 'These are the choices:', 'Choose one of these options:',
+          'The options are:',
+          'Here are the possible answers:', 'Please pick one from the given possibilities:',
+          'Select one of the following:',
+          'You have the following selections:', 'Your choices are listed here:',
+          'You can select from these alternatives:')
+_END = ('', ' for this answer', ', given the image', ' in this case', ' here', ', in your words', ', briefly', ', exactly')
+_WHY = tuple({5: 'Why do you believe that to be true?', 17: "What's the foundation of your assertion?",
+              18: "What's the source of your reasoning?",
               37: "What's the evidence that supports your view?"}.get(i) or
              f'{("Why", "What is your reason", "On what basis", "How do you know", "What makes you say so")[i % 5]}'
-             f'{("", " for this answer", ", given the image", " in this case", " here", ", in your words", ", briefly", ", exactly")[i // 5]}?'
+             f'{_END[i // 5]}?'
              for i in range(39))
-_IS = ('The correct answer is', 'The right option is', 'The best choice is', 'The answer is', 'The final answer is', 'My choice is',
+_IS = ('The correct answer is', 'The right option is', 'The best choice is', 'The answer is', 'The final answer is',
+       'My choice is',
        'The proper option is', 'The most fitting answer is', 'The suitable choice is', 'The right answer is')
-_BECAUSE = ('I choose', 'I would pick', 'My answer is', 'I select', 'I go with', 'The choice is', 'I decide for', 'It must be', 'I prefer', 'It is')
+_BECAUSE = ('I choose', 'I would pick', 'My answer is', 'I select', 'I go with', 'The choice is', 'I decide for',
+            'It must be', 'I prefer', 'It is')
 _PUNCT = ('.', ':', ',', ';', ' -', ' :', '. Thus,', '. That is,')
 
 def _lower(s): return s[:1].lower() + s[1:]
@@ -165,14 +184,18 @@ def _vcr_answer(rng, letter, content):
     c, d = (rng.choice(_IS) for _ in range(2))
     e, f = (rng.choice(_BECAUSE) for _ in range(2))
     x, low = f'({letter})', _lower(content)
-    return rng.choice((x, x, f'{a} {x}', f'{b} {x}', f'{x}{p} {content}', f'{x}{q} {content}', f'{c} {x} - {low}', f'{d} {x} - {low}',
-                       f'{e} {x} because {low}', f'{f} {x} because {low}', f'Answer {x}: {low}', f'Answer {x}: {low}', f'Opt for {x} if {low}', f'Opt for {x} if {low}'))
+    return rng.choice((x, x, f'{a} {x}', f'{b} {x}', f'{x}{p} {content}', f'{x}{q} {content}', f'{c} {x} - {low}',
+                       f'{d} {x} - {low}',
+                       f'{e} {x} because {low}', f'{f} {x} because {low}', f'Answer {x}: {low}', f'Answer {x}: {low}',
+                       f'Opt for {x} if {low}', f'Opt for {x} if {low}'))
 
 def _vcr_marks(row, meta, rng, kinds, mark, reference):
-    used = sorted({k for part in (row['question'], *row['answer_choices'], *row['rationale_choices']) for t in part if isinstance(t, (list, tuple)) for k in t})
+    used = sorted({k for part in (row['question'], *row['answer_choices'], *row['rationale_choices']) for t in part
+                   if isinstance(t, (list, tuple)) for k in t})
     regions = {}
     for k in used:
-        if not 0 <= k < len(meta['boxes']): raise BadRecord(f'vcr: instance {k} is mentioned, but there are {len(meta["boxes"])} boxes')
+        if not 0 <= k < len(meta['boxes']):
+            raise BadRecord(f'vcr: instance {k} is mentioned, but there are {len(meta["boxes"])} boxes')
         polygons = [tuple(v for xy in p for v in xy) for p in meta['segms'][k] if len(p) >= 4][::-1]
         regions[k] = Region(tuple(meta['boxes'][k][:4]), tuple(polygons))
     drawn, out = joint_markers(rng, kinds, len(used)), {}
@@ -201,8 +224,9 @@ def _vcr(row, rng, kinds, mark, reference, meta=None, test=''):
     lettered = lambda o: '\n'.join(f'{c}. {t}' for c, t in zip('ABCD', o)) + _LETTERS
     if test == 'vcr_qa': return out, _turns((f'<image>\n{q}\n{lettered(answers)}', 'ABCD'[a]))
     if test == 'vcr_qar':
-        return out, _turns((f"<image>\nI give you a question and its answer, I need you to provide a rationale explaining why the answer is right. "
-                            f'"{q}" The answer is "{answers[a]}".What is the rationale for this decision?\n{lettered(rationales)}', 'ABCD'[r]))
+        return out, _turns(('<image>\nI give you a question and its answer, I need you to provide a rationale explaining why '
+                            f'the answer is right. "{q}" The answer is "{answers[a]}".What is the rationale for this '
+                            f'decision?\n{lettered(rationales)}', 'ABCD'[r]))
     def round_(ask, options, right, multiple):
         if not multiple: return ask, options[right]
         ask += f' {rng.choice(_OFFER)} ' + ' '.join(f'({c}) {o}' for c, o in zip('ABCD', options))
@@ -218,32 +242,36 @@ def dataset_of(id: str) -> str | None:
     head = id.split('-')[0] if isinstance(id, str) else None
     return head if head in _BUILDERS else None
 
-# %% ../../nbs/data/32_region_rows.ipynb #8aa6b5f7
+# %% ../../nbs/data/32_region_rows.ipynb #fac1fb82
 def build_row(row: Mapping, rng: random.Random, meta: Mapping | None = None, style: str = '', alpha: int | None = None,
               reference: bool = False, kinds: Sequence[str] | None = None, words: Callable[[Region], str] | None = None,
               **options) -> tuple[list[Mark], list[Turn]]:
     """Marks and turns of one row of the six data sets; `row` is not changed.
 
-    `meta`: VCR's side file. `style`: '' or a test switch 'vcr_qa', 'vcr_qar'. `alpha`: forced opacity. `reference`: with the
-    published faults. `kinds`: only these of the data set's kinds. `words`: see `Mark`. Raises `BadRecord` naming the row."""
+    `meta`: VCR's side file. `style`: '' or a test switch 'vcr_qa', 'vcr_qar'. `alpha`: forced opacity. `reference`:
+    with the published faults. `kinds`: only these of the data set's kinds. `words`: see `Mark`. Raises `BadRecord`
+    naming the row."""
     name, at = dataset_of(row.get('id')), f'row {row.get("id")!r}'
     if name is None: raise BadRecord(f'{at}: the id begins with none of {", ".join(_BUILDERS)}')
     allowed, look = DATASET_KINDS[style or name]
     if kinds is not None: allowed = tuple(k for k in allowed if k in set(map(check_kind, kinds)))
-    if not allowed: raise BadRecord(f'{at}: {name} is marked by {DATASET_KINDS[style or name][0]}, none of {tuple(kinds)}')
+    if not allowed:
+        raise BadRecord(f'{at}: {name} is marked by {DATASET_KINDS[style or name][0]}, none of {tuple(kinds)}')
     if name == 'vcr': options |= dict(meta=meta, test=style)
-    try: return _BUILDERS[name](row, rng, allowed, partial(Mark, style=look, alpha=alpha, words=words), reference, **options)
+    try: return _BUILDERS[name](row, rng, allowed, partial(Mark, style=look, alpha=alpha, words=words), reference,
+                                **options)
     except (KeyError, IndexError, TypeError) as e: raise BadRecord(f'{at}: {name} rows need the field {e}') from None
     except ValueError as e: raise BadRecord(f'{e}' if at in f'{e}' else f'{at}: {e}') from None
 
-# %% ../../nbs/data/32_region_rows.ipynb #86a4aafd
+# %% ../../nbs/data/32_region_rows.ipynb #6b620284
 def build_regions(sample: Sample, rng: random.Random, kinds: Sequence[str] = tuple(MARKERS), color: str | None = None,
                   style: str = '', alpha: int | None = None, words: Callable[[Region], str] | None = None,
                   ) -> tuple[list[Mark], list[Turn]]:
-    """Marks and turns of a sample with explicit regions. `color`: a palette name for every marker instead of drawn ones.
-    `words`: see `Mark`. A row with a region of which only the box is known is never marked by points.
+    """Marks and turns of a sample with explicit regions. `color`: a palette name for every marker instead of drawn
+    ones. `words`: see `Mark`. A row with a region of which only the box is known is never marked by points.
 
-    Raises `BadRecord` naming the row: a region the text never refers to, a reference without region, no possible kind."""
+    Raises `BadRecord` naming the row: a region the text never refers to, a reference without region, no possible
+    kind."""
     at = f'{sample.where or sample.id}'
     for k in kinds: check_kind(k)
     asked = {int(m or 0) for t in sample.turns for m in re.findall(r'<region(\d*)>', t.text)}
@@ -265,20 +293,22 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark], rng: random.Random, wi
     "A new picture with every mark sampled and blended in order."
     for m in marks:
         alpha = sample_alpha(rng, m.kind) if m.alpha is None else m.alpha
-        image = draw_marker(image, sample_marker(rng, m.kind, m.region, image.size, width, m.style, anchor), m.rgb, alpha)
+        image = draw_marker(image, sample_marker(rng, m.kind, m.region, image.size, width, m.style, anchor), m.rgb,
+                            alpha)
     return image
 
 def box_text(region: Region, size: tuple[int, int]) -> str:
-    """A region in words instead of a marker: `at [ 1 2 , 3 4 , 5 6 , 7 8 ]` is left, top, right and bottom in hundredths of
-    a picture of `size` (width, height) px. Digits stand apart, so that every tokenizer gives each a token. Raises `ValueError`."""
+    """A region in words instead of a marker: `at [ 1 2 , 3 4 , 5 6 , 7 8 ]` is left, top, right and bottom in
+    hundredths of a picture of `size` (width, height) px. Digits stand apart, so that every tokenizer gives each a
+    token. Raises `ValueError`."""
     check_region(region, size)
     part = [min(max(int(100 * v / size[i % 2]), 0), 99) for i, v in enumerate(region.bounds)]
     return f'at [ {" , ".join(" ".join(f"{v:02d}") for v in part)} ]'
 
-# %% ../../nbs/data/32_region_rows.ipynb #2133c947
+# %% ../../nbs/data/32_region_rows.ipynb #3ac4eae9
 def sample_from_region_row(row: dict, image_root=None, **kw) -> Sample:
-    """A LLaVA row as `sample_from_llava`, or a row of the six data sets: then the sample has no turns yet and carries the
-    row itself, for `DrawRegions`. Raises `BadRecord`."""
+    """A LLaVA row as `sample_from_llava`, or a row of the six data sets: then the sample has no turns yet and carries
+    the row itself, for `DrawRegions`. Raises `BadRecord`."""
     if not isinstance(row, dict) or dataset_of(row.get('id')) is None: return sample_from_llava(row, image_root, **kw)
     plain = {k: row[k] for k in ('id', 'image', 'full_path', 'source') if k in row}
     sample = sample_from_llava({**plain, 'conversations': [{'from': 'human', 'value': '<image>'}]}, image_root, **kw)
@@ -295,7 +325,7 @@ def vcr_side_file(row: Mapping, root) -> dict:
     try: return _side_file(str(resolve_path(re.sub(r'^(\./)?dataset/', '', where), root)))
     except (OSError, ValueError) as e: raise BadRecord(f'row {row.get("id")!r}: side file {where}: {e}') from None
 
-# %% ../../nbs/data/32_region_rows.ipynb #30c0c371
+# %% ../../nbs/data/32_region_rows.ipynb #8e899f42
 HOW = ('overlay', 'text', 'none')
 
 def _seed(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
@@ -306,8 +336,8 @@ class DrawRegions:
     modified. Bad rows raise `BadRecord` naming row and reason.
 
     `how`: 'overlay' draws; 'text' leaves the picture and writes `box_text`; 'none' leaves the region out of both.
-    `kinds`, `color`, `alpha`, `style`: what is drawn (`color`, `style`: rows with explicit regions). `anchor`: side in px at
-    which thicknesses are stated; None: 336, less for smaller pictures (down to 112), whose strokes would vanish.
+    `kinds`, `color`, `alpha`, `style`: what is drawn (`color`, `style`: rows with explicit regions). `anchor`: side in
+    px at which thicknesses are stated; None: 336, less for smaller pictures (down to 112), whose strokes would vanish.
     `reference`: with the published faults. Markers depend on `rng` (a numpy generator, one a draw) and the sample's id,
     without it on `seed`, `epoch` and the id."""
     kinds: tuple[str, ...] = tuple(MARKERS)
@@ -323,7 +353,8 @@ class DrawRegions:
     def __post_init__(self):
         if self.how not in HOW: raise ValueError(f'how={self.how!r}: regions are shown by one of {HOW}')
 
-    def build(self, sample: Sample, rng: random.Random, size: tuple[int, int] | None = None) -> tuple[list[Mark], list[Turn]]:
+    def build(self, sample: Sample, rng: random.Random, size: tuple[int, int] | None = None) -> tuple[list[Mark],
+                                                                                                      list[Turn]]:
         "Marks and turns of a sample with regions; `size` (width, height) px is needed for `how='text'`."
         words = dict(overlay=None, text=partial(box_text, size=size), none=lambda region: '')[self.how]
         if (row := sample.meta.get('region_row')) is None:
@@ -331,7 +362,8 @@ class DrawRegions:
         else:
             meta = vcr_side_file(row, sample.images[0].root) if dataset_of(row['id']) == 'vcr' else None
             kinds = None if self.kinds == tuple(MARKERS) else self.kinds
-            marks, turns = build_row(row, rng, meta, alpha=self.alpha, reference=self.reference, kinds=kinds, words=words)
+            marks, turns = build_row(row, rng, meta, alpha=self.alpha, reference=self.reference, kinds=kinds,
+                                     words=words)
         if self.how == 'none': turns = [Turn(t.role, re.sub(r' {2,}', ' ', t.text)) for t in turns]
         return marks, turns
 
@@ -345,11 +377,13 @@ class DrawRegions:
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
         if not sample.regions and 'region_row' not in sample.meta:
             if not sample.images or not any(re.search(r'<region\d*>', t.text) for t in sample.turns): return sample
-            raise BadRecord(f'bad region: {sample.where or sample.id}: the text refers to a region, but the row has none')
+            at = sample.where or sample.id
+            raise BadRecord(f'bad region: {at}: the text refers to a region, but the row has none')
         drawn = (self.seed, self.epoch) if rng is None else (int(rng.integers(2**63)),)
         own, at = random.Random(_seed(*drawn, sample.id)), sample.where or sample.id
         try:
-            if len(sample.images) != 1: raise BadRecord(f'{at}: {len(sample.images)} images; a row with regions has one')
+            if len(sample.images) != 1:
+                raise BadRecord(f'{at}: {len(sample.images)} images; a row with regions has one')
             image = sample.images[0]
             image = (image if isinstance(image, Image.Image) else image.load()).convert('RGB')
             marks, turns = self.build(sample, own, image.size)

@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATE_OF', 'CheckpointFormatError', 'read_weights', 'front_of', 'load_original', 'from_transformers',
            'load_published', 'to_transformers', 'save_transformers']
 
-# %% ../../nbs/methods/12_vip_checkpoints.ipynb #03db8097
+# %% ../../nbs/methods/12_vip_checkpoints.ipynb #261d2c80
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
-                          CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel,
+                          CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
+                          PreTrainedModel,
                           VipLlavaConfig, VipLlavaForConditionalGeneration)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -26,13 +27,13 @@ from ..models.processor import VLMProcessor
 from ..models.vision import num_prefix_tokens
 from ..models.vlm import build_vlm, load_tower
 
-# %% ../../nbs/methods/12_vip_checkpoints.ipynb #dfbcb7cd
+# %% ../../nbs/methods/12_vip_checkpoints.ipynb #5a047eab
 class CheckpointFormatError(ValueError):
     "A folder or model that cannot be converted; the message names the setting or file."
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file, or of the shards of a folder (`*.safetensors`, else `*.bin`). Pickles are read as tensors only.
-    Raises `CheckpointFormatError`."""
+    """All tensors of a file, or of the shards of a folder (`*.safetensors`, else `*.bin`). Pickles are read as tensors
+    only. Raises `CheckpointFormatError`."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob('*.safetensors')) or sorted(path.glob('*.bin'))
     if not files: raise CheckpointFormatError(f'{path} holds no weights (*.safetensors, *.bin)')
@@ -42,7 +43,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         except Exception as e: raise CheckpointFormatError(f'{f}: not a file of tensors: {e}') from e
     return state
 
-# %% ../../nbs/methods/12_vip_checkpoints.ipynb #649b5565
+# %% ../../nbs/methods/12_vip_checkpoints.ipynb #ca312f7c
 _TEXT = dict(llava='llama', llava_llama='llama', llava_phi3='phi3', llava_mistral='mistral')
 TEMPLATE_OF = dict(llama='llava_v1', phi3='phi_3', mistral='llava_v1')
 
@@ -50,31 +51,37 @@ def front_of(config: Mapping) -> dict:
     "Front-end settings of an original configuration. Raises `CheckpointFormatError` for a projector that is not known."
     tower, kind = str(config.get('mm_vision_tower') or ''), str(config.get('mm_projector_type') or 'linear')
     known = kind in ('linear', 'identity') or kind.startswith('mlp') and kind.endswith('x_gelu')
-    if not known: raise CheckpointFormatError(f'mm_projector_type={kind!r} is unknown; known are linear, identity, mlpNx_gelu')
+    if not known:
+        raise CheckpointFormatError(f'mm_projector_type={kind!r} is unknown; known are linear, identity, mlpNx_gelu')
     if 'clip_4layers' in tower:
-        return dict(type='encoder', select_layers=list(FEATURE_LAYERS), projector=kind, projector_norm=True, norm_eps=1e-5)
+        return dict(type='encoder', select_layers=list(FEATURE_LAYERS), projector=kind, projector_norm=True,
+                    norm_eps=1e-5)
     return dict(type='encoder', select_layers=[int(config.get('mm_vision_select_layer', -2))], projector=kind,
                 keep_cls=config.get('mm_vision_select_feature', 'patch') == 'cls_patch')
 
 def _tower(state, vision):
     head = 'model.vision_tower.vision_tower.vision_model.'
     tower = load_tower(vision, torch.float32)
-    own = {k.removeprefix(head): v.float() for k, v in state.items() if k.startswith(head) and not k.endswith('position_ids')}
+    own = {k.removeprefix(head): v.float() for k, v in state.items() if k.startswith(head)
+           and not k.endswith('position_ids')}
     if own:
         wrong = tower.load_state_dict(own, strict=False)
         if wrong.unexpected_keys or [k for k in wrong.missing_keys if not k.endswith('position_ids')]:
-            raise CheckpointFormatError(f'{vision} is not the tower of this checkpoint: {[*wrong.unexpected_keys, *wrong.missing_keys][:3]}')
+            odd = [*wrong.unexpected_keys, *wrong.missing_keys]
+            raise CheckpointFormatError(f'{vision} is not the tower of this checkpoint: {odd[:3]}')
     return tower
 
 def load_original(folder: str | Path, vision: str | Path, template: str | None = None,
                   dtype: torch.dtype = torch.float32) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Model and processor of a LLaVA or ViP-LLaVA folder as the original repository wrote it. `vision`: folder or name of
-    its CLIP tower, whose weights are replaced by those in the folder where there are any. Raises `CheckpointFormatError`."""
+    """Model and processor of a LLaVA or ViP-LLaVA folder as the original repository wrote it. `vision`: folder or name
+    of its CLIP tower, whose weights are replaced by those in the folder where there are any. Raises
+    `CheckpointFormatError`."""
     folder = Path(folder)
     config = json.loads((folder/'config.json').read_text(encoding='utf8'))
     kind = config.get('model_type')
     if kind not in _TEXT: raise CheckpointFormatError(f'{folder}: model_type={kind!r} is none of {", ".join(_TEXT)}')
-    settings = {k: v for k, v in config.items() if not k.startswith(('mm_', 'model_type', 'architectures', 'tokenizer_', '_'))
+    settings = {k: v for k, v in config.items()
+                if not k.startswith(('mm_', 'model_type', 'architectures', 'tokenizer_', '_'))
                 and k not in ('torch_dtype', 'transformers_version', 'image_aspect_ratio', 'auto_map', 'use_mm_proj')}
     state, text = read_weights(folder), AutoConfig.for_model(_TEXT[kind], **settings)
     head = ('model.mm_projector.', 'model.vision_tower.', 'model.image_newline')
@@ -83,75 +90,89 @@ def load_original(folder: str | Path, vision: str | Path, template: str | None =
     info = llm.load_state_dict(language, strict=False)
     missing = [k for k in info.missing_keys if not (text.tie_word_embeddings and k == 'lm_head.weight')]
     if missing or info.unexpected_keys:
-        raise CheckpointFormatError(f'{folder}: {len(missing)} weights missing {missing[:3]}, {len(info.unexpected_keys)} unknown '
+        raise CheckpointFormatError(f'{folder}: {len(missing)} weights missing {missing[:3]}, '
+                                    f'{len(info.unexpected_keys)} unknown '
                                     f'{info.unexpected_keys[:3]}')
     aspect = config.get('image_aspect_ratio')
     tower = _tower(state, vision)
     beside = Path(vision)/'preprocessor_config.json'
     mode = 'pad' if aspect == 'pad' else None
-    transform = from_image_processor(json.loads(beside.read_text()), mode, tower.config.patch_size) if beside.exists() else mode
+    transform = from_image_processor(json.loads(beside.read_text()), mode,
+                                     tower.config.patch_size) if beside.exists() else mode
     model, processor = build_vlm(llm, tower, front_of(config), AutoTokenizer.from_pretrained(folder),
                                  template or TEMPLATE_OF[_TEXT[kind]], transform)
     load_stage1(model, {k: v for k, v in state.items() if 'mm_projector.' in k})
     return model, processor
 
-# %% ../../nbs/methods/12_vip_checkpoints.ipynb #1be144bc
+# %% ../../nbs/methods/12_vip_checkpoints.ipynb #5585f09e
 def _front_of_transformers(config) -> dict:
     vip = config.model_type == 'vipllava'
     layers = config.vision_feature_layers if vip else config.vision_feature_layer
     act = config.projector_hidden_act
     if act != 'gelu': raise CheckpointFormatError(f'projector_hidden_act={act!r}: only gelu is known')
-    if not getattr(config, 'multimodal_projector_bias', True): raise CheckpointFormatError('a projector without biases is not known')
+    if not getattr(config, 'multimodal_projector_bias', True):
+        raise CheckpointFormatError('a projector without biases is not known')
     keep = not vip and config.vision_feature_select_strategy == 'full'
-    return dict(type='encoder', select_layers=[layers] if isinstance(layers, int) else list(layers), projector='mlp2x_gelu',
+    return dict(type='encoder', select_layers=[layers] if isinstance(layers, int) else list(layers),
+                projector='mlp2x_gelu',
                 projector_norm=vip, keep_cls=keep, norm_eps=config.projector_layernorm_eps if vip else 1e-5,
                 backbone=config.vision_config.to_dict())
 
 def from_transformers(theirs: PreTrainedModel) -> VLMForConditionalGeneration:
-    "Our model with the weights of a `LlavaForConditionalGeneration` or `VipLlavaForConditionalGeneration` (shared, not copied)."
+    """Our model with the weights of a `LlavaForConditionalGeneration` or `VipLlavaForConditionalGeneration` (shared,
+    not copied)."""
     config = theirs.config
     if config.model_type not in ('llava', 'vipllava'):
         raise CheckpointFormatError(f'model_type={config.model_type!r} is neither llava nor vipllava')
     with torch.device('meta'):
-        model = VLMForConditionalGeneration(VLMConfig(text_config=config.text_config, vision_config=_front_of_transformers(config),
-                                                      image_token_id=config.image_token_id, tie_word_embeddings=config.tie_word_embeddings))
+        model = VLMForConditionalGeneration(VLMConfig(text_config=config.text_config,
+                                                      vision_config=_front_of_transformers(config),
+                                                      image_token_id=config.image_token_id,
+                                                      tie_word_embeddings=config.tie_word_embeddings))
     model.model.vision.tower = theirs.model.vision_tower
     model.model.language_model, model.lm_head = theirs.model.language_model, theirs.lm_head
-    ours = convert_keys({k: v for k, v in theirs.state_dict().items() if 'multi_modal_projector' in k}, 'transformers', 'ours')
+    ours = convert_keys({k: v for k, v in theirs.state_dict().items() if 'multi_modal_projector' in k}, 'transformers',
+                        'ours')
     model.load_state_dict(ours, strict=False, assign=True)
-    if left := [n for n, p in model.named_parameters() if p.is_meta]: raise CheckpointFormatError(f'no weights for {left[:3]}')
+    if left := [n for n, p in model.named_parameters() if p.is_meta]:
+        raise CheckpointFormatError(f'no weights for {left[:3]}')
     model.model.vision.tower.config.tie_last_hidden_states = False
     model.generation_config = theirs.generation_config
     return model.eval()
 
-def load_published(folder: str | Path, vision: str | Path = 'openai/clip-vit-large-patch14-336', template: str | None = None,
+def load_published(folder: str | Path, vision: str | Path = 'openai/clip-vit-large-patch14-336',
+                   template: str | None = None,
                    dtype: torch.dtype = torch.float32) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Model and processor of a published LLaVA or ViP-LLaVA folder, whichever layout it has. `vision`: the CLIP tower of an
-    original checkpoint; `template`: default that of training. Raises `CheckpointFormatError`."""
+    """Model and processor of a published LLaVA or ViP-LLaVA folder, whichever layout it has. `vision`: the CLIP tower
+    of an original checkpoint; `template`: default that of training. Raises `CheckpointFormatError`."""
     config = json.loads((Path(folder)/'config.json').read_text(encoding='utf8'))
     if 'text_config' not in config: return load_original(folder, vision, template, dtype)
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     model, processor = from_transformers(theirs), AutoProcessor.from_pretrained(folder)
     transform = from_image_processor(processor.image_processor.to_dict(), patch=theirs.config.vision_config.patch_size)
     default = TEMPLATE_OF.get(theirs.config.text_config.model_type)
-    return model, VLMProcessor(processor.tokenizer, transform, model.config.vision_config, processor.image_token, template or default)
+    return model, VLMProcessor(processor.tokenizer, transform, model.config.vision_config, processor.image_token,
+                               template or default)
 
-# %% ../../nbs/methods/12_vip_checkpoints.ipynb #31722622
+# %% ../../nbs/methods/12_vip_checkpoints.ipynb #fc0751d8
 def _image_processor(transform):
     size, plain = transform.size, dict(image_mean=list(transform.mean), image_std=list(transform.std))
     if transform.mode == 'pad':
         if tuple(transform.background or mean_color(transform.mean)) != mean_color(transform.mean):
-            raise CheckpointFormatError(f'padding colour {transform.background} is not the mean colour, which LLaVA pads with')
-        return LlavaImageProcessorPil(do_pad=True, size=dict(shortest_edge=size), crop_size=dict(height=size, width=size), **plain)
+            raise CheckpointFormatError(f'padding colour {transform.background} is not the mean colour, which LLaVA pads '
+                                        'with')
+        return LlavaImageProcessorPil(do_pad=True, size=dict(shortest_edge=size),
+                                      crop_size=dict(height=size, width=size), **plain)
     if transform.mode == 'crop':
         return CLIPImageProcessorPil(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size), **plain)
     if transform.mode == 'squash':
         return CLIPImageProcessorPil(size=dict(height=size, width=size), do_center_crop=False, **plain)
-    raise CheckpointFormatError(f"image mode {transform.mode!r} has no counterpart in transformers' LLaVA: use pad, crop or squash")
+    raise CheckpointFormatError(f"image mode {transform.mode!r} has no counterpart in transformers' LLaVA: use pad, "
+                                'crop or squash')
 
 def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
-    """A `VipLlavaForConditionalGeneration` (LayerNorm in the projector) or `LlavaForConditionalGeneration` with the weights of
-    `model`. Raises `CheckpointFormatError` for a front end that they cannot hold."""
+    """A `VipLlavaForConditionalGeneration` (LayerNorm in the projector) or `LlavaForConditionalGeneration` with the
+    weights of `model`. Raises `CheckpointFormatError` for a front end that they cannot hold."""
     front, config = model.config.vision_config, model.config
     def need(ok, what):
         if not ok: raise CheckpointFormatError(f"transformers' LLaVA has no {what}")
@@ -161,18 +182,22 @@ def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
          'pixel_shuffle, post_layernorm or boundary vectors')
     need(not config.bidirectional_images and not config.lm_head_bias, 'two-way image attention or head bias')
     prefix, vip = num_prefix_tokens(front['backbone']), front['projector_norm']
-    need(not vip or prefix == 1 and not front['keep_cls'], f'ViP-LLaVA over a tower with {prefix} class tokens (it drops exactly one)')
+    need(not vip or prefix == 1 and not front['keep_cls'],
+         f'ViP-LLaVA over a tower with {prefix} class tokens (it drops exactly one)')
     need(vip or front['keep_cls'] or prefix <= 1, f'way to drop {prefix} tokens before the patches')
     vision = AutoConfig.for_model(**front['backbone'])
     shared = dict(text_config=config.text_config, vision_config=vision, image_token_index=config.image_token_id,
-                  tie_word_embeddings=config.tie_word_embeddings, image_seq_length=(vision.image_size//vision.patch_size)**2)
+                  tie_word_embeddings=config.tie_word_embeddings,
+                  image_seq_length=(vision.image_size//vision.patch_size)**2)
     layers = list(front['select_layers'])
     if vip:
-        made, cls = VipLlavaConfig(vision_feature_layers=layers, projector_layernorm_eps=front['norm_eps'], **shared), VipLlavaForConditionalGeneration
+        made, cls = VipLlavaConfig(vision_feature_layers=layers, projector_layernorm_eps=front['norm_eps'],
+                                   **shared), VipLlavaForConditionalGeneration
     else:
         full = front['keep_cls'] or not prefix
         made, cls = LlavaConfig(vision_feature_layer=layers[0] if len(layers) == 1 else layers,
-                                vision_feature_select_strategy='full' if full else 'default', **shared), LlavaForConditionalGeneration
+                                vision_feature_select_strategy='full' if full else 'default',
+                                **shared), LlavaForConditionalGeneration
     with torch.device('meta'): theirs = cls(made)
     theirs.model.vision_tower, theirs.lm_head = model.model.vision.tower, model.lm_head
     theirs.model.language_model = model.model.language_model
@@ -182,13 +207,14 @@ def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
     return theirs.eval()
 
 def save_transformers(model: VLMForConditionalGeneration, processor: VLMProcessor, folder: str | Path) -> Path:
-    """Write `model` and `processor` as a LLaVA or ViP-LLaVA folder that transformers loads by itself; returns the folder.
-    Raises `CheckpointFormatError`, before anything is written."""
+    """Write `model` and `processor` as a LLaVA or ViP-LLaVA folder that transformers loads by itself; returns the
+    folder. Raises `CheckpointFormatError`, before anything is written."""
     theirs, front = to_transformers(model), model.config.vision_config
     images, prefix = _image_processor(processor.transform), num_prefix_tokens(front['backbone'])
     full = getattr(theirs.config, 'vision_feature_select_strategy', 'default') == 'full'
     both = LlavaProcessor(images, processor.tokenizer, patch_size=theirs.config.vision_config.patch_size,
-                          vision_feature_select_strategy='full' if full else 'default', num_additional_image_tokens=prefix,
+                          vision_feature_select_strategy='full' if full else 'default',
+                          num_additional_image_tokens=prefix,
                           image_token=processor.image_token, chat_template=processor.chat_template)
     theirs.save_pretrained(folder); both.save_pretrained(folder)
     return Path(folder)

@@ -21,13 +21,14 @@ from ..models.quantized import LOADS, dequantize, load_quantized
 from ..models.vlm import build_vlm
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, get_scale, lora
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #ee27a0c3
+# %% ../../nbs/methods/10_vip_llava.ipynb #0df158da
 FEATURE_LAYERS = (-2, -5, -8, -11, 6)                # hidden-state indices; the published tower has 24 blocks
 
 def feature_layers(depth: int) -> list[int]:
-    """Hidden-state indices for a tower of `depth` blocks: the five published ones where they exist and differ, else distinct
-    ones at the same shares of the depth (fewer than five in very shallow towers)."""
-    if depth >= 11 and len({i % (depth + 1) for i in FEATURE_LAYERS}) == len(FEATURE_LAYERS): return list(FEATURE_LAYERS)
+    """Hidden-state indices for a tower of `depth` blocks: the five published ones where they exist and differ, else
+    distinct ones at the same shares of the depth (fewer than five in very shallow towers)."""
+    if depth >= 11 and len({i % (depth + 1) for i in FEATURE_LAYERS}) == len(FEATURE_LAYERS):
+        return list(FEATURE_LAYERS)
     if depth < 2: raise RecipeError(f'vip_llava: a tower of {depth} blocks is too shallow to fuse depths')
     found = [max(1, round(depth * f)) for f in (23/24, 20/24, 17/24, 14/24, 6/24)]
     found[0] = min(found[0], depth - 1)
@@ -35,7 +36,8 @@ def feature_layers(depth: int) -> list[int]:
 
 def front_end(depth: int) -> dict:
     "Front-end settings: fused depths, LayerNorm over them, two-layer MLP."
-    return dict(type='encoder', select_layers=feature_layers(depth), projector='mlp2x_gelu', projector_norm=True, norm_eps=1e-5)
+    return dict(type='encoder', select_layers=feature_layers(depth), projector='mlp2x_gelu', projector_norm=True,
+                norm_eps=1e-5)
 
 def _tower_depth(scale: Scale) -> int:
     if scale.vision_config is not None: return int(scale.vision_config['num_hidden_layers'])
@@ -44,7 +46,7 @@ def _tower_depth(scale: Scale) -> int:
     try: return tower_config(AutoConfig.from_pretrained(base_model(scale.vision))).num_hidden_layers
     except OSError as e: raise RecipeError(f'scale {scale.name!r}: no configuration of {scale.vision}: {e}') from None
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #e939fd76
+# %% ../../nbs/methods/10_vip_llava.ipynb #ec9eb7d3
 def _paper(name, llm, template, notes, **config):
     rope = dict(rope_theta=1e4) | config
     return replace(get_scale('paper'), name=name, llm=llm, template=template, notes=notes, llm_config=dict(
@@ -55,9 +57,11 @@ PAPER_SCALES = {
     'vicuna-13b': _paper('vicuna-13b', 'lmsys/vicuna-13b-v1.5', 'vicuna_v1', 'ViP-LLaVA 13B', hidden_size=5120,
                          intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40),
     'llama-3-8b': _paper('llama-3-8b', 'meta-llama/Meta-Llama-3-8B-Instruct', 'llama_3', 'ViP-LLaVA Llama-3',
-                         intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+                         intermediate_size=14336, num_key_value_heads=8, vocab_size=128256,
+                         max_position_embeddings=8192,
                          rope_theta=5e5, bos_token_id=128000, eos_token_id=128009, pad_token_id=None),
-    'phi-3-mini': _paper('phi-3-mini', 'microsoft/Phi-3-mini-4k-instruct', 'phi_3', 'ViP-LLaVA Phi-3', model_type='phi3',
+    'phi-3-mini': _paper('phi-3-mini', 'microsoft/Phi-3-mini-4k-instruct', 'phi_3', 'ViP-LLaVA Phi-3',
+                         model_type='phi3',
                          hidden_size=3072, intermediate_size=8192, vocab_size=32064, sliding_window=2047,
                          bos_token_id=1, eos_token_id=32000, pad_token_id=32000)}
 
@@ -67,11 +71,13 @@ def paper_vlm(scale: Scale, layers: str = 'fused') -> VLMForConditionalGeneratio
         raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     front = dict(recipe(scale, layers=layers).front_end, backbone=dict(scale.vision_config))
     with torch.device('meta'):
-        return VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), vision_config=front, image_token_id=0))
+        return VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), vision_config=front,
+                                                     image_token_id=0))
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #f8ccd420
-_SETTINGS = dict(   # rate and target tokens of align, region, chat; rows of align and of the rest; tokens; LoRA rank and rate
-    tiny=dict(align=(2e-3, 40_000), region=(1e-3, 155_000), chat=(1e-5, 5_000), rows=(24, 24), tokens=192, lora=(16, 2e-3)),
+# %% ../../nbs/methods/10_vip_llava.ipynb #b86e0975
+_SETTINGS = dict(   # rate and target tokens of each stage; rows of align and of the rest; tokens; LoRA rank and rate
+    tiny=dict(align=(2e-3, 40_000), region=(1e-3, 155_000), chat=(1e-5, 5_000), rows=(24, 24), tokens=192,
+              lora=(16, 2e-3)),
     small=dict(align=(1e-3, 8_000_000), region=(2e-5, 19_600_000), chat=(2e-7, 400_000), rows=(8, 8), tokens=2048,
                lora=(64, 2e-4)),
     paper=dict(align=(1e-3, 16_000_000), region=(2e-5, 107_600_000), chat=(2e-7, 2_400_000), rows=(32, 16), tokens=2048,
@@ -86,26 +92,29 @@ def _check(**options):
             raise RecipeError(f'vip_llava: {name} must be one of {known}, got {value!r}')
 
 def marker_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
-    "Marker kinds from names, or from one text such as 'rectangle+mask contour'; nothing means all. Raises `RecipeError`."
+    """Marker kinds from names, or from one text such as 'rectangle+mask contour'; nothing means all. Raises
+    `RecipeError`."""
     found = tuple(k.strip() for k in kinds.split('+')) if isinstance(kinds, str) and kinds else tuple(kinds or MARKERS)
     if bad := [k for k in found if k not in MARKERS]:
         raise RecipeError(f'vip_llava: marker kind {bad[0]!r} is unknown; kinds are {", ".join(MARKERS)}')
     return found
 
-def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: str = 'fused', kinds: str = '', load: str = '',
+def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: str = 'fused', kinds: str = '',
+           load: str = '',
            grouping: str = '') -> Recipe:
     """ViP-LLaVA's three stages at `scale`.
 
     `llm`: 'full', or 'lora' (published: r 128, alpha 256, dropout .05 in every block, the projector in full at the full
-    recipe's rate). `load`: '4bit' or '8bit' base weights under LoRA (QLoRA). `regions`: what becomes of the regions of a
-    row: 'overlay', 'text' or 'none', see `DrawRegions`. `layers`: 'fused' states or the 'last' of them. `kinds`: kinds
-    drawn in training ('rectangle+arrow'); empty: all. `grouping`: padded batches of rows of like 'length', or also apart
-    with and without pictures ('modality')."""
+    recipe's rate). `load`: '4bit' or '8bit' base weights under LoRA (QLoRA). `regions`: what becomes of the regions of
+    a row: 'overlay', 'text' or 'none', see `DrawRegions`. `layers`: 'fused' states or the 'last' of them. `kinds`:
+    kinds drawn in training ('rectangle+arrow'); empty: all. `grouping`: padded batches of rows of like 'length', or
+    also apart with and without pictures ('modality')."""
     _check(llm=llm, regions=regions, layers=layers, load=load, grouping=grouping)
     marker_kinds(kinds)
     paper = 'paper' if scale.name in PAPER_SCALES else scale.name
     s = _SETTINGS.get(paper) or _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
-    halves = 2 if paper == 'paper' and scale.template in ('llama_3', 'phi_3') else 1      # published: 8 rows, 2 at a time
+    halves = 2 if paper == 'paper' and scale.template in ('llama_3',
+                                                          'phi_3') else 1      # published: 8 rows, 2 at a time
     shape = dict(template=scale.template, max_tokens=s['tokens'])
     rest = dict(batch_rows=s['rows'][1] // halves, accumulation=halves, gradient_checkpointing=bool(load))
     if grouping: rest |= dict(grouping=grouping, packing=False)
@@ -113,11 +122,13 @@ def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: st
     plain = dict(template='llava_plain') if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else {}
     def language(name):
         if llm == 'full' and not load:
-            return dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale) else dict(lm_head=full()))
+            return dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale)
+                                                                     else dict(lm_head=full()))
         r, rate = s['lora']
         return dict(layers=lora(r, 2 * r, dropout=.05, lr=rate * s[name][0] / s['region'][0]))
     def stage(name, trains, data, **kw):
-        return Stage(name, dict(projector=full()) | trains, data, lr=s[name][0], budget_targets=s[name][1], **{**shape, **kw})
+        return Stage(name, dict(projector=full()) | trains, data, lr=s[name][0], budget_targets=s[name][1],
+                     **{**shape, **kw})
     front = front_end(_tower_depth(scale))
     if layers == 'last': front['select_layers'] = front['select_layers'][:1]
     name = '-'.join(['vip_llava', *(['q' * bool(load) + 'lora'] if load or llm == 'lora' else [])])
@@ -163,9 +174,10 @@ def projector_size(hidden_size: int) -> int:
         front = build_front_end(front_end(24) | dict(backbone=dict(get_scale('paper').vision_config)), hidden_size)
     return sum(p.numel() for p in front.projector.parameters())
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #58aecbe2
+# %% ../../nbs/methods/10_vip_llava.ipynb #3b649723
 _PARTS = (   # reference, ours, transformers
-    ('model.mm_projector.clip_layernorm.', 'model.vision.projector.norm.', 'model.multi_modal_projector.projector_layernorm.'),
+    ('model.mm_projector.clip_layernorm.', 'model.vision.projector.norm.',
+     'model.multi_modal_projector.projector_layernorm.'),
     ('model.mm_projector.final_linear.0.', 'model.vision.projector.mlp.0.', 'model.multi_modal_projector.linear_1.'),
     ('model.mm_projector.final_linear.2.', 'model.vision.projector.mlp.2.', 'model.multi_modal_projector.linear_2.'),
     ('model.mm_projector.0.', 'model.vision.projector.mlp.0.', 'model.multi_modal_projector.linear_1.'),    # LLaVA's
@@ -176,7 +188,8 @@ _PARTS = (   # reference, ours, transformers
 _LAYOUTS = ('reference', 'ours', 'transformers')
 
 def convert_keys(state: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    "`state` renamed from one layout to another: 'reference', 'ours', 'transformers'. Raises `ValueError` for an unknown name."
+    """`state` renamed from one layout to another: 'reference', 'ours', 'transformers'. Raises `ValueError` for an
+    unknown name."""
     for l in (source, target):
         if l not in _LAYOUTS: raise ValueError(f'layout {l!r} is unknown; layouts are {_LAYOUTS}')
     a, b, out = _LAYOUTS.index(source), _LAYOUTS.index(target), {}
@@ -187,18 +200,24 @@ def convert_keys(state: Mapping[str, Tensor], source: str, target: str) -> dict[
         out[part[b] + name.removeprefix(part[a])] = t
     return out
 
-def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, image_token_id: int | None = None) -> VLMForConditionalGeneration:
-    """The model of a published state dict. `spec`: `clip` and `llm` sizes, `feature_layers`. `image_token_id`: the vocabulary id
-    whose places image features take; None where features are placed by `splice`. Raises `ValueError` for missing weights."""
+def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping,
+                   image_token_id: int | None = None) -> VLMForConditionalGeneration:
+    """The model of a published state dict. `spec`: `clip` and `llm` sizes, `feature_layers`. `image_token_id`: the
+    vocabulary id whose places image features take; None where features are placed by `splice`. Raises `ValueError` for
+    missing weights."""
     clip = dict(model_type='clip_vision_model', **{**spec.get('clip_defaults', {}), **spec['clip']})
-    front = dict(type='encoder', select_layers=list(spec['feature_layers']), projector='mlp2x_gelu', projector_norm=True, norm_eps=1e-5, backbone=clip)
+    front = dict(type='encoder', select_layers=list(spec['feature_layers']), projector='mlp2x_gelu',
+                 projector_norm=True, norm_eps=1e-5, backbone=clip)
     text = dict(model_type='llama', tie_word_embeddings=False, **spec['llm'])
     text['rope_parameters'] = dict(rope_type='default', rope_theta=text.pop('rope_theta', 10000.))
     model = VLMForConditionalGeneration(VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id))
-    info = model.load_state_dict({k: v.float() for k, v in convert_keys(state_dict, 'reference', 'ours').items()}, strict=False)
+    info = model.load_state_dict({k: v.float() for k, v in convert_keys(state_dict, 'reference', 'ours').items()},
+                                 strict=False)
     missing = [k for k in info.missing_keys if not k.endswith('position_ids')]
     unknown = [k for k in info.unexpected_keys if not k.endswith('position_ids')]
-    if missing or unknown: raise ValueError(f'from_reference: {len(missing)} weights missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}')
+    if missing or unknown:
+        raise ValueError(f'from_reference: {len(missing)} weights missing {missing[:3]}, {len(unknown)} unknown '
+                         f'{unknown[:3]}')
     return model.eval()
 
 def stage1_state(model: nn.Module) -> dict[str, Tensor]:
@@ -209,20 +228,28 @@ def stage1_state(model: nn.Module) -> dict[str, Tensor]:
     return {k.replace('final_linear.', ''): v for k, v in state.items()}             # LLaVA's, without LayerNorm
 
 def load_stage1(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    "Load a published stage-1 projector file in place; names may carry any prefix before `mm_projector.`. Raises `ValueError`."
-    if odd := [k for k in state if 'mm_projector.' not in k]: raise ValueError(f'load_stage1: {odd[:3]} are no projector weights')
-    own = convert_keys({'model.mm_projector.' + k.split('mm_projector.', 1)[1]: v for k, v in state.items()}, 'reference', 'ours')
+    """Load a published stage-1 projector file in place; names may carry any prefix before `mm_projector.`. Raises
+    `ValueError`."""
+    if odd := [k for k in state if 'mm_projector.' not in k]:
+        raise ValueError(f'load_stage1: {odd[:3]} are no projector weights')
+    own = convert_keys({'model.mm_projector.' + k.split('mm_projector.', 1)[1]: v for k, v in state.items()},
+                       'reference', 'ours')
     named = {n: p for n, p in model.named_parameters() if n.startswith('model.vision.projector.')}
-    if set(own) != set(named): raise ValueError(f'load_stage1: weights differ from the projector: {sorted(set(own) ^ set(named))[:4]}')
-    if bad := [n for n in own if own[n].shape != named[n].shape]: raise ValueError(f'load_stage1: shapes differ: {bad[:3]}')
+    if set(own) != set(named):
+        raise ValueError(f'load_stage1: weights differ from the projector: {sorted(set(own) ^ set(named))[:4]}')
+    if bad := [n for n in own if own[n].shape != named[n].shape]:
+        raise ValueError(f'load_stage1: shapes differ: {bad[:3]}')
     with torch.no_grad():
         for n, v in own.items(): named[n].copy_(v)
     return model
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #1f888286
-def splice(model: VLMForConditionalGeneration, input_ids: Tensor, features: Sequence[Tensor], labels: Tensor | None = None,
-           attention_mask: Tensor | None = None, max_length: int | None = None, side: str = 'right', slot: int = -200) -> dict[str, Tensor]:
-    """`inputs_embeds`, `labels`, `attention_mask`, `position_ids` with one entry of `features` `[tokens, hidden]` at every `slot`.
+# %% ../../nbs/methods/10_vip_llava.ipynb #a3ef7c39
+def splice(model: VLMForConditionalGeneration, input_ids: Tensor, features: Sequence[Tensor],
+           labels: Tensor | None = None,
+           attention_mask: Tensor | None = None, max_length: int | None = None, side: str = 'right',
+           slot: int = -200) -> dict[str, Tensor]:
+    """`inputs_embeds`, `labels`, `attention_mask`, `position_ids` with one entry of `features` `[tokens, hidden]` at
+    every `slot`.
 
     `features` are taken in order over the batch; a row without a slot takes one as well and places nothing."""
     if side not in ('right', 'left'): raise ValueError(f"side={side!r}: use 'right' or 'left'")
@@ -244,6 +271,7 @@ def splice(model: VLMForConditionalGeneration, input_ids: Tensor, features: Sequ
     def pad(x, value):
         extra = x.new_full((n - len(x), *x.shape[1:]), value)
         return torch.cat([x, extra] if side == 'right' else [extra, x])
-    return dict(inputs_embeds=torch.stack([pad(x, 0) for x, _ in rows]), labels=torch.stack([pad(y, -100) for _, y in rows]),
+    return dict(inputs_embeds=torch.stack([pad(x, 0) for x, _ in rows]),
+                labels=torch.stack([pad(y, -100) for _, y in rows]),
                 attention_mask=torch.stack([pad(torch.ones(len(x), dtype=torch.long), 0) for x, _ in rows]),
                 position_ids=torch.stack([pad(torch.arange(len(x)), 0) for x, _ in rows]))

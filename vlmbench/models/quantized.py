@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-# %% ../../nbs/models/46_quantized.ipynb #6e568d8e
+# %% ../../nbs/models/46_quantized.ipynb #703f35fb
 LOADS = ('4bit', '8bit')
 
 class QuantizationError(ValueError):
     "Quantized weights cannot be had here; the message says what is missing."
 
 def check_quantized(load: str, device: str | None = None) -> str:
-    """The device for weights in `load` ('4bit', '8bit'): `device`, or CUDA. Raises `QuantizationError` for another name,
-    without bitsandbytes, or where CUDA is missing and no device was named."""
+    """The device for weights in `load` ('4bit', '8bit'): `device`, or CUDA. Raises `QuantizationError` for another
+    name, without bitsandbytes, or where CUDA is missing and no device was named."""
     if load not in LOADS: raise QuantizationError(f'load={load!r} is unknown; weights load in {" or ".join(LOADS)}')
     if importlib.util.find_spec('bitsandbytes') is None:
         raise QuantizationError(f"load={load!r} needs bitsandbytes: pip install 'vlmbench[quant]'")
@@ -37,15 +37,17 @@ def quantization_config(load: str, compute: torch.dtype = torch.bfloat16) -> Bit
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=skip)
 
-# %% ../../nbs/models/46_quantized.ipynb #90001713
+# %% ../../nbs/models/46_quantized.ipynb #f2bfcfaf
 def load_quantized(path: str | Path, load: str, device: str | None = None,
                    compute: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     "The causal language model at `path` with the linear layers of its blocks in `load`. Raises `QuantizationError`."
     where = check_quantized(load, device)
-    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization_config(load, compute), dtype=compute,
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization_config(load, compute),
+                                                 dtype=compute,
                                                  device_map={'': where})
     for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False   # it repacks weights in place
+        if hasattr(m, 'support_avx512bf16_for_cpu'):
+            m.support_avx512bf16_for_cpu = False   # it repacks weights in place
     return model.requires_grad_(False)
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -53,10 +55,11 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if type(m).__name__ in ('Linear4bit', 'Linear8bitLt')
             and type(m).__module__.startswith('bitsandbytes')}
 
-# %% ../../nbs/models/46_quantized.ipynb #af7e1542
+# %% ../../nbs/models/46_quantized.ipynb #61c3bc14
 def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """Replace every quantized linear layer of `model` in place by an ordinary one, the LoRA update of its adapter added;
-    returns how many were replaced. All weights become `dtype`, and the configurations forget the quantization."""
+    """Replace every quantized linear layer of `model` in place by an ordinary one, the LoRA update of its adapter
+    added; returns how many were replaced. All weights become `dtype`, and the configurations forget the
+    quantization."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_bnb_weight
     found = quantized_modules(model)
