@@ -113,7 +113,7 @@ def backward_depth(model: nn.Module) -> int|None:
     if any(p.requires_grad for p in d.model.parameters() if id(p) not in after): return 0
     return min((i for i, p in inside if p.requires_grad), default=None)
 
-# %% ../../nbs/methods/50_visual_region.ipynb #bb37e734
+# %% ../../nbs/methods/50_visual_region.ipynb #ad565baf
 def calibration_batches(samples: Sequence, processor, n: int=128, batch_size: int=16) -> list[dict]:
     """Padded batches of `n` samples, evenly spaced over `samples`, as `analysis.stream` and the pruning functions take
     them."""
@@ -138,7 +138,8 @@ def prune_outside(model: PreTrainedModel, region: Sequence[int], k: int, batches
     merged."""
     depth = len(find_decoder(model))
     region = check_layers(region, depth, 'region')
-    if not 0 <= k <= depth - len(region): raise ValueError(f'k={k}: only {depth - len(region)} layers lie outside the region')
+    if not 0 <= k <= depth - len(region):
+        raise ValueError(f'k={k}: only {depth - len(region)} layers lie outside the region')
     if isinstance(importance, str) and importance not in _STREAMED:
         raise ValueError(f'importance {importance!r}: expected one of {list(_STREAMED)}, a series, or a function')
     if isinstance(importance, pd.Series):
@@ -180,7 +181,7 @@ def heal_stage(recipe: Recipe, share: float=.1, tune: str='projector') -> Stage:
     trains = dict(projector=full(rate)) | (dict(layers=full(rate / 10)) if tune == 'full' else {})
     return replace(last, name='heal', trains=trains, lr=None, losses=(), **budget)
 
-# %% ../../nbs/methods/50_visual_region.ipynb #863baca0
+# %% ../../nbs/methods/50_visual_region.ipynb #2c8db924
 def retention(region_scores: Mapping[str, float], all_layers: Mapping[str, float]) -> pd.DataFrame:
     """Per task and for the mean: score of the region, score of tuning all layers, and their ratio. Raises ValueError
     if the tasks differ."""
@@ -192,8 +193,8 @@ def retention(region_scores: Mapping[str, float], all_layers: Mapping[str, float
     return df
 
 def run_costs(folder: str|Path, stage: str='instruct') -> dict[str, float]:
-    """What a stage of a finished run took: trained weights in millions, seconds of all steps and the median of one, peak
-    resident (and, where there is one, GPU) memory in MB."""
+    """What a stage of a finished run took: trained weights in millions, seconds of all steps and the median of one,
+    peak resident (and, where there is one, GPU) memory in MB."""
     folder = Path(folder)/'stages'/stage
     if not (folder/'metrics.jsonl').exists():
         raise FileNotFoundError(f'{folder} has no metrics.jsonl: no finished run with a stage {stage!r}')
@@ -203,8 +204,8 @@ def run_costs(folder: str|Path, stage: str='instruct') -> dict[str, float]:
                 seconds=float(steps['step_s'].sum()), step_seconds=float(steps['step_s'].median()), **memory)
 
 def retention_report(region_run: str|Path, full_run: str|Path, stage: str='instruct') -> pd.DataFrame:
-    """`retention` of two finished runs over the tasks both answered, and rows for what `stage` cost (`run_costs`). Raises
-    FileNotFoundError for a folder without a manifest, ValueError when no task is common."""
+    """`retention` of two finished runs over the tasks both answered, and rows for what `stage` cost (`run_costs`).
+    Raises FileNotFoundError for a folder without a manifest, ValueError when no task is common."""
     scores_of, costs = [], []
     for folder in map(Path, (region_run, full_run)):
         if not (folder/'manifest.json').exists(): raise FileNotFoundError(f'{folder}/manifest.json: not a run folder')
@@ -215,7 +216,8 @@ def retention_report(region_run: str|Path, full_run: str|Path, stage: str='instr
     if not common: raise ValueError(f'{region_run} and {full_run} answered no common task')
     scored = retention(*({t: s[t] for t in common} for s in scores_of))
     cost = pd.DataFrame({name: pd.Series(c) for name, c in zip(('region', 'all_layers'), costs)})
-    return pd.concat([scored, cost.assign(retention=cost.region / cost.all_layers)]).rename(columns=dict(retention='ratio'))
+    whole = pd.concat([scored, cost.assign(retention=cost.region / cost.all_layers)])
+    return whole.rename(columns=dict(retention='ratio'))
 
 # %% ../../nbs/methods/50_visual_region.ipynb #9d73c02e
 def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> PreTrainedModel:

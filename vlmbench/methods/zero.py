@@ -25,7 +25,7 @@ from ..models.vision import tower_config
 from ..models.vlm import build_vlm
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, layers, lora
 
-# %% ../../nbs/methods/40_zero.ipynb #be60eb7a
+# %% ../../nbs/methods/40_zero.ipynb #b1941b1f
 @dataclass(frozen=True)
 class Family:
     """What zero needs to know about a language model family; `wrap`: questions about pictures are wrapped
@@ -44,26 +44,35 @@ FAMILIES = {f.name: f for f in (
 def get_family(name: str) -> Family:
     "The family called exactly `name`. Raises `RecipeError` listing those there are."
     if name not in FAMILIES:
-        raise RecipeError(f'zero: unknown model family {name!r}; there are {list(FAMILIES)}. See "Add a model family" in nbs/methods/40_zero.ipynb')
+        raise RecipeError(f'zero: unknown model family {name!r}; there are {list(FAMILIES)}. See "Add a model family" '
+                          'in nbs/methods/40_zero.ipynb')
     return FAMILIES[name]
 
-# %% ../../nbs/methods/40_zero.ipynb #f75f6e8a
-_CLIP = dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+# %% ../../nbs/methods/40_zero.ipynb #db666862
+_CLIP = dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+             num_attention_heads=16, image_size=336,
              patch_size=14, projection_dim=768, hidden_act='quick_gelu')
 
 def _scale(name, where, template, **config):
-    return Scale(name, where, 'openai/clip-vit-large-patch14-336', 336, template, config, _CLIP, 'pad', 'bfloat16', 'published by zero')
+    return Scale(name, where, 'openai/clip-vit-large-patch14-336', 336, template, config, _CLIP, 'pad', 'bfloat16',
+                 'published by zero')
 
-_llama = partial(dict, model_type='llama', vocab_size=128256, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=131072)
+_llama = partial(dict, model_type='llama', vocab_size=128256, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=5e5,
+                 max_position_embeddings=131072)
 PAPER_SCALES = {s.name: s for s in (
     _scale('llama-3.2-3b', 'meta-llama/Llama-3.2-3B-Instruct', 'zero_llama3', **_llama(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128, tie_word_embeddings=True)),
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128,
+        tie_word_embeddings=True)),
     _scale('llama-3.1-8b', 'meta-llama/Llama-3.1-8B-Instruct', 'zero_llama3', **_llama(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, tie_word_embeddings=False)),
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        tie_word_embeddings=False)),
     _scale('llama-3.1-70b', 'meta-llama/Llama-3.1-70B-Instruct', 'zero_llama3', **_llama(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, tie_word_embeddings=False)),
-    _scale('qwen3-4b', 'Qwen/Qwen3-4B', 'zero_qwen', model_type='qwen3', vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-           num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40960, tie_word_embeddings=True))}
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        tie_word_embeddings=False)),
+    _scale('qwen3-4b', 'Qwen/Qwen3-4B', 'zero_qwen', model_type='qwen3', vocab_size=151936, hidden_size=2560,
+           intermediate_size=9728, num_hidden_layers=36,
+           num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
+           max_position_embeddings=40960, tie_word_embeddings=True))}
 
 def _config(scale, which):
     given = getattr(scale, f'{which}_config')
@@ -79,7 +88,8 @@ def default_ranges(scale: Scale) -> tuple[range, ...]:
     if scale.name in PUBLISHED_SPLITS and PUBLISHED_SPLITS[scale.name][0] == depth:
         return tuple(PUBLISHED_SPLITS[scale.name][1])
     if depth < 4:
-        raise RecipeError(f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, or give ranges')
+        raise RecipeError(f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, or '
+                          'give ranges')
     return (range(min(round(depth*17/32), depth - 3), depth - 1),)
 
 def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
@@ -88,14 +98,16 @@ def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
     try: return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
     except (ValueError, TypeError) as e: raise RecipeError(f'zero: {e}') from None
 
-# %% ../../nbs/methods/40_zero.ipynb #0c59c551
-FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu', boundary=True)
+# %% ../../nbs/methods/40_zero.ipynb #eb80e460
+FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu',
+                 boundary=True)
 ON_SURROGATE = ('language', 'adapt', 'encoder')
 
 _RATES = dict(tiny=dict(adapt=3e-3, encoder=2e-3, decoder=5e-4), small=dict(adapt=1e-3, encoder=1e-4, decoder=2e-5),
               paper=dict(adapt=1e-4, encoder=5e-5, decoder=5e-5))
 _PUBLISHED = dict(   # data, steps, rows and accumulation of each of four ranks
-    language=('genqa-500k', 4393, 4, 16), adapt=('llava-1.5-665k-genqa-500k-instructions', 4393, 8, 8), encoder=('llava-1.5-665k-instructions', 4880, 8, 4),
+    language=('genqa-500k', 4393, 4, 16), adapt=('llava-1.5-665k-genqa-500k-instructions', 4393, 8, 8),
+    encoder=('llava-1.5-665k-instructions', 4880, 8, 4),
     decoder=('llava-1.5-665k-instructions', 4880, 4, 8))
 
 def last_third(scale: Scale) -> tuple[int, ...]:
@@ -113,7 +125,8 @@ def trained(scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = N
     tied = bool(getattr(_config(scale, 'llm').get_text_config(decoder=True), 'tie_word_embeddings', False))
     language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied else dict(lm_head=full()))
     if use_lora: language = dict(layers=lora(8, 32, dropout=.05, targets=('q_proj', 'v_proj')))
-    try: return dict(language=translator, adapt=dict(projector=full()) | translator, encoder=encoder, decoder=encoder | language)[stage]
+    try: return dict(language=translator, adapt=dict(projector=full()) | translator, encoder=encoder,
+                     decoder=encoder | language)[stage]
     except KeyError:
         raise RecipeError(f'zero: no stage {stage!r}; stages are language, adapt, encoder, decoder') from None
 
@@ -123,7 +136,8 @@ def recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, stages: 
     trains on the full model). `stages`: in order, of language, adapt, encoder, decoder. `balance`: weight short answers
     up. `reference`: the published loss reduction and schedule (published scales only). `use_lora`: stage decoder trains
     rank-8 updates of query and value instead of the language model, whose base stays frozen. `stand_in`: folder or Hub
-    id of another language model, of the same width and vocabulary, that takes the surrogate's place and stays frozen."""
+    id of another language model, of the same width and vocabulary, that takes the surrogate's place and stays
+    frozen."""
     from vlmbench.methods.llava import recipe as control
     if stand_in and ranges is not None:
         raise RecipeError('zero: stand_in takes the place of the surrogate, so it goes without ranges')
@@ -172,7 +186,7 @@ def _check_stand_in(scale, where):
             raise RecipeError(f'zero: stand_in {where} has {k} {getattr(other, k)}, the language model '
                               f'{getattr(ours, k)}: what is trained on one would not fit the other')
 
-# %% ../../nbs/methods/40_zero.ipynb #3e3f5160
+# %% ../../nbs/methods/40_zero.ipynb #92c6fa02
 def _before(ranges, stages, stand_in, model, processor, stage, scale):
     if stand_in:
         first = next((s for s in stages if s in ON_SURROGATE), None)
@@ -199,12 +213,14 @@ def graft_onto(llm, model: VLMForConditionalGeneration, processor) -> VLMForCond
     whole = _around(llm, model, processor)
     have, want, record = find_decoder(whole), find_decoder(model), depth_of(model)
     if len(have) != record.source_layers:
-        raise ValueError(f'graft: the surrogate was cut from {record.source_layers} layers, this language model has {len(have)}')
+        raise ValueError(f'graft: the surrogate was cut from {record.source_layers} layers, this language model has '
+                         f'{len(have)}')
     for i, layer in enumerate(record.kept):
         if i in record.translators: continue
         for (n, a), b in zip(want.layers[i].named_parameters(), have.layers[layer].parameters()):
             if a.shape != b.shape or not torch.equal(a.to(b.device), b):
-                raise ValueError(f'graft: layer {layer} ({n}) differs from the surrogate: it was cut from another language model, or its kept layers were trained')
+                raise ValueError(f'graft: layer {layer} ({n}) differs from the surrogate: it was cut from another '
+                                 'language model, or its kept layers were trained')
     return whole
 
 def _after(grafts, stand_in, model, processor, stage, scale):
@@ -235,14 +251,15 @@ def zero(ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = 
 
 METHOD = zero()
 
-# %% ../../nbs/methods/40_zero.ipynb #46fbbabc
+# %% ../../nbs/methods/40_zero.ipynb #63fa6548
 def paper_vlm(scale: Scale, ranges: Sequence[Sequence[int]] | None = None) -> VLMForConditionalGeneration:
     """Zero's VLM at `scale` with its surrogate, on the meta device. `ranges=()`: with the full language model. Needs
     `llm_config` and `vision_config`."""
     if scale.llm_config is None or scale.vision_config is None:
         raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     with torch.device('meta'):
-        vlm = VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), image_token_id=0, vision_config={**FRONT_END, 'backbone': dict(scale.vision_config)}))
+        vlm = VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), image_token_id=0,
+                                                    vision_config={**FRONT_END, 'backbone': dict(scale.vision_config)}))
     if _whole(ranges): return vlm
     return build_surrogate(vlm, default_ranges(scale) if ranges is None else ranges)
 
@@ -251,9 +268,11 @@ def language_parameters(model: nn.Module) -> int:
     d = find_decoder(model)
     return sum(p.numel() for p in {id(p): p for m in (d.stack, d.head) for p in m.parameters()}.values())
 
-# %% ../../nbs/methods/40_zero.ipynb #043c3927
-_NAMES = (('embd_soi', 'model.vision.soi'), ('embd_eoi', 'model.vision.eoi'), ('adapter.', 'model.vision.projector.mlp.'),
-          ('encoder.vision_model.', 'model.vision.tower.'), ('decoder.model.', 'model.language_model.'), ('decoder.lm_head.', 'lm_head.'))
+# %% ../../nbs/methods/40_zero.ipynb #71355141
+_NAMES = (('embd_soi', 'model.vision.soi'), ('embd_eoi', 'model.vision.eoi'),
+          ('adapter.', 'model.vision.projector.mlp.'),
+          ('encoder.vision_model.', 'model.vision.tower.'), ('decoder.model.', 'model.language_model.'),
+          ('decoder.lm_head.', 'lm_head.'))
 
 def _rename(name, pairs):
     for old, new in pairs:
@@ -263,7 +282,8 @@ def _rename(name, pairs):
 def from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Tensors under our names. Raises ValueError naming what zero's checkpoints do not hold."
     if bad := [n for n in state_dict if _rename(n, _NAMES) is None]:
-        raise ValueError(f'{bad[:3]} are no names of a zero checkpoint (encoder., adapter., decoder., embd_soi, embd_eoi)')
+        raise ValueError(f'{bad[:3]} are no names of a zero checkpoint (encoder., adapter., decoder., embd_soi, '
+                         'embd_eoi)')
     return {_rename(n, _NAMES): t for n, t in state_dict.items() if not n.endswith('.position_ids')}
 
 def to_original(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -282,22 +302,25 @@ def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[st
     Raises ValueError for names or shapes that the model does not have: a stage-1 file with a translator needs the
     surrogate."""
     have, load = dict(model.named_parameters()), from_original(state_dict)
-    if 'lm_head.weight' in load and 'lm_head.weight' not in have:                # tied: the same tensor again, or another model
+    if 'lm_head.weight' in load and 'lm_head.weight' not in have:      # tied: the same tensor again, or another model
         head, table = load.pop('lm_head.weight'), 'model.language_model.embed_tokens.weight'
         if table not in load or not torch.equal(head, load[table]):
             raise ValueError('the checkpoint has a head of its own, but this model ties it to the embedding')
     if bad := [n for n in load if n not in have]:
-        raise ValueError(f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, not to the full model')
+        raise ValueError(f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, not to '
+                         'the full model')
     if bad := [f'{n} {tuple(t.shape)} -> {tuple(have[n].shape)}' for n, t in load.items() if t.shape != have[n].shape]:
         raise ValueError(f'shapes differ: {bad[:3]}')
     for n, t in load.items(): have[n].copy_(t)
     return list(load)
 
-# %% ../../nbs/methods/40_zero.ipynb #3c8c8499
+# %% ../../nbs/methods/40_zero.ipynb #8f7c514d
 _SPECS = dict(llama=('llama', 'translators_range'), qwen=('qwen3', 'qwen_range'))
 
-def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, surrogate: bool = False, family: str = 'llama', image_token_id: int | None = None,
-                   encoder_shave_last_n_layers: int = -1, ignore_encoder_cls_token: bool = False, reference: bool = True) -> VLMForConditionalGeneration:
+def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, surrogate: bool = False, family: str = 'llama',
+                   image_token_id: int | None = None,
+                   encoder_shave_last_n_layers: int = -1, ignore_encoder_cls_token: bool = False,
+                   reference: bool = True) -> VLMForConditionalGeneration:
     """A float32 VLM from a complete set of original tensors. `spec`: configuration arguments under `family` ('llama' or
     'qwen') and 'clip', `adapter_mlp_depth`, and the ranges a surrogate replaces.
 
@@ -305,10 +328,13 @@ def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, surrogate: b
     if family not in _SPECS: raise ValueError(f'family {family!r}: expected one of {list(_SPECS)}')
     kind, ranges = _SPECS[family]
     n = encoder_shave_last_n_layers
-    front = dict(FRONT_END, type='encoder_tiles', select_layers=[-n if n > 1 else -1], keep_cls=not ignore_encoder_cls_token,
-                 projector='linear' if spec['adapter_mlp_depth'] == 1 else f'mlp{spec["adapter_mlp_depth"]}x_gelu', backbone=dict(spec['clip'], model_type='clip_vision_model'))
-    model = VLMForConditionalGeneration(VLMConfig(text_config=dict(spec[family], model_type=kind, bos_token_id=None, eos_token_id=None, pad_token_id=None), vision_config=front,
-                                                  image_token_id=image_token_id)).float().eval()
+    front = dict(FRONT_END, type='encoder_tiles', select_layers=[-n if n > 1 else -1],
+                 keep_cls=not ignore_encoder_cls_token,
+                 projector='linear' if spec['adapter_mlp_depth'] == 1 else f'mlp{spec["adapter_mlp_depth"]}x_gelu',
+                 backbone=dict(spec['clip'], model_type='clip_vision_model'))
+    text = dict(spec[family], model_type=kind, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id)
+    model = VLMForConditionalGeneration(config).float().eval()
     loaded = set(load_original(model, {k: v.float() for k, v in state_dict.items()}))
     if missing := [k for k, _ in model.named_parameters() if k not in loaded]:
         raise ValueError(f'from_reference: missing {list(to_original(dict.fromkeys(missing[:3])))}')
