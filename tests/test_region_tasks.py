@@ -96,6 +96,15 @@ def test_vcr(root):
     with pytest.raises(ValueError, match='different questions'): q_to_ar(a, score_predictions(qar.head(1), {'vcr-3': 'B'}))
 
 
+def test_vcr_instances_without_a_mask_get_a_rectangle_and_say_so(root):
+    side = json.loads((root/'f'/'a.json').read_text())
+    (root/'f'/'bare.json').write_text(json.dumps(side | dict(segms=[[], [MASK], []])))
+    (root/'vcr_qa.json').write_text(json.dumps([VCR | dict(meta_dir='./dataset/f/bare.json')]))
+    with pytest.warns(UserWarning, match='without a mask get a rectangle'): item = load(root, 'vcr_qa').items[0]
+    assert [m.kind for m in item.images[0].marks] == ['rectangle', 'point']
+    assert 'rectangle' in item.turns[0].text and item.images[0].load().size == (200, 150)
+
+
 def test_refcocog_expressions_of_one_region_are_references(root):
     task = load(root, 'refcocog')
     assert [i.answers for i in task.items] == [('the cup', 'a red cup'), ('the dog',)]
