@@ -118,7 +118,7 @@ def test_published_settings():
 
 @pytest.mark.parametrize('kw, match', [
     (dict(layers=9), 'has 8'), (dict(layers=0), 'layers must be'), (dict(r=0), 'r must be'), (dict(r=True), 'r must be'),
-    (dict(distill='all'), 'distill must be'), (dict(finetune='some'), 'finetune must'), (dict(bidirectional='no'), 'True or False'),
+    (dict(distill='all'), 'distill must be'), (dict(finetune='some'), 'finetune must'), (dict(bidirectional='no'), 'True or False'), (dict(anyres=1), 'anyres must'),
     (dict(positions='sines'), 'positions must be'), (dict(extra_bias='ones'), 'extra_bias'), (dict(tokens='text'), 'lora.tokens')])
 def test_bad_recipes(kw, match):
     with pytest.raises(RecipeError, match=match): recipe(get_scale('tiny'), **kw)
@@ -151,7 +151,7 @@ def run(world, out, stop=None, before=None, **options):
     model, processor = build(METHOD, plan, tiny, 5)
     def watch(model, processor, stage, scale):
         if before is not None: before[stage.name] = {n: p.detach().clone() for n, p in model.state_dict().items()}
-        return model, processor
+        return METHOD.before_stage(model, processor, stage, scale)
     done = fit(replace(METHOD, before_stage=watch), plan, tiny, model, processor, world, out, seed=5, stop_flag=stop or Stop(99),
                progress_seconds=None)
     return done
@@ -179,6 +179,15 @@ def test_everything_trains_after_the_merge(world, tmp_path):
     changed = {int(n.split('.')[3]) for n in blocks if not torch.equal(first[n], merged[n])}
     assert changed == set(range(5))                                       # the merge reaches the blocks that carried LoRA
     assert not torch.equal(after[blocks[-1]], merged[blocks[-1]]) and done.model.config.vision_config['lora'] is None
+
+
+def test_finetuning_at_any_resolution(world, tmp_path):
+    "Pictures keep their ratio in the last stage; the position table is interpolated, the processor of the result says so."
+    done = run(world, tmp_path/'r', anyres=True)
+    assert [r.stage.name for r in done.stages] == ['pretrain', 'finetune_anyres'] and done.processor.transform.mode == 'native'
+    sizes = [p['size'] for p in done.processor.load(Image.new('RGB', (130, 45)))]
+    assert sizes == [(48, 128)] and done.processor.load(Image.new('RGB', (4000, 900)))[0]['tokens'] <= 512*2//3
+    assert done.processor.load(Image.new('RGB', (90, 90)))[0]['tokens'] == 11*11
 
 
 def test_lora_on_image_tokens_only_stays_and_trains_on(world, tmp_path):
