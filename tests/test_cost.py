@@ -91,6 +91,7 @@ def test_accumulated_gradients_wait_through_the_next_forward_pass():
     model, _ = pair('llava', (), MID, 'instruct')
     once, again = (training_cost(model, Workload(2, 160, 2, 64, 64, 30), accumulates=a) for a in (False, True))
     assert once.flops == again.flops and once.peak < again.peak <= once.peak + again.gradients
+    assert once.activations == again.activations
 
 
 def test_back_propagation_stops_at_the_lowest_trained_layer():

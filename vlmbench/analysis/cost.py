@@ -258,7 +258,7 @@ class StepCost:
 def _size(tensors):
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
-# %% ../../nbs/analysis/40_cost.ipynb #9cab98f3
+# %% ../../nbs/analysis/40_cost.ipynb #adba8b32
 def training_cost(model: VLMForConditionalGeneration, work: Workload, terms: Mapping[str, Callable] | None = None,
                   precision: str = 'fp32', kernel: str = 'sdpa', state_bytes: int | None = None,
                   accumulates: bool = False) -> StepCost:
@@ -285,7 +285,8 @@ def training_cost(model: VLMForConditionalGeneration, work: Workload, terms: Map
             counted = meter if not i else Meter(static)
             if i: counted.live = counted.peak = _size([p.grad for p in trained if p.grad is not None])
             if i: counted.alive |= {p.grad.untyped_storage()._cdata: 0 for p in trained if p.grad is not None}
-            activations = _step(model, work, terms or {}, precision, kernel, counted)
+            alive = _step(model, work, terms or {}, precision, kernel, counted)
+            if not i: activations = alive
             meter.peak = max(meter.peak, counted.peak)
     total = sum(meter.flops.values(), Counter())
     surplus = meter.backward - total['inputs'] - total['weights']      # below 0: outputs that no loss depends on

@@ -6,13 +6,14 @@
 __all__ = ['published_scales', 'any_scale', 'Data', 'image_share', 'picture_size', 'stage_models', 'workload', 'plan',
            'inference', 'si', 'readable', 'cost_figure']
 
-# %% ../../nbs/methods/04_planner.ipynb #17f7b4ce
+# %% ../../nbs/methods/04_planner.ipynb #6ceb724b
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 from transformers import AutoModel
 
@@ -273,7 +274,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
         elif c in ('parameters', 'trained'): out[c] = [si(v) for v in table[c]]
     return out.rename(columns=_HEADS)
 
-# %% ../../nbs/methods/04_planner.ipynb #ff76821d
+# %% ../../nbs/methods/04_planner.ipynb #d72f8b6f
 def cost_figure(plans: Mapping[str, pd.DataFrame], width: float = 11.2):
     "`plans`: name -> `plan(...)`. Left: FLOPs of each stage by kind; right: memory of a rank by kind, stage by stage."
     if not plans: raise RecipeError('no plan to draw')
@@ -290,6 +291,7 @@ def cost_figure(plans: Mapping[str, pd.DataFrame], width: float = 11.2):
                  for _, r in rows]
             ax.barh(range(len(rows)), v, left=left, color=color, height=.62, label=_HEADS.get(k, k).replace(' (B)', ''))
             left = [a + b for a, b in zip(left, v)]
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(lambda v, _, unit=unit: si(v, unit))
         ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=4, fontsize=8, frameon=False)
         ax.spines[['top', 'right', 'left']].set_visible(False)
