@@ -129,6 +129,8 @@ PUBLISHED = [
          rationale_label=2, class_names=['person']),
     dict(id='own-1', image='a.png', regions=[dict(box=[5, 5, 20, 20])], conversations=[
         {'from': 'human', 'value': '<image>\nWhat is <region>?'}, {'from': 'gpt', 'value': 'A cup.'}]),
+    dict(id='0f3c-uuid', image='a.png', bboxes=[[5, 5, 20, 20], [30, 30, 60, 60]], conversations=[
+        {'from': 'human', 'value': 'Is <bbox0> left of <bbox1>?'}, {'from': 'gpt', 'value': 'Yes.'}]),
     dict(id='text-1', conversations=[{'from': 'human', 'value': 'Hello'}, {'from': 'gpt', 'value': 'Hi'}])]
 
 
@@ -180,8 +182,8 @@ def test_a_point_on_a_box_is_refused_never_replaced(mixed):
 
 
 def test_bad_rows_of_a_run_are_listed_and_replaced(mixed, processor, stage, tmp_path):
-    good = [dict(PUBLISHED[-2], id=f'own-{i}') for i in range(4)]
-    bad = dict(PUBLISHED[-2], id='own-bad', regions=[dict(box=[900, 5, 990, 20])])
+    good = [dict(PUBLISHED[-3], id=f'own-{i}') for i in range(4)]
+    bad = dict(PUBLISHED[-3], id='own-bad', regions=[dict(box=[900, 5, 990, 20])])
     quarantine = Quarantine(path=tmp_path/'quarantine.json', cap=1.)
     samples = stage_samples(mixed([*good, bad]), 'mix', quarantine, DrawRegions.parse)
     batches = take(make_loader(Transformed(samples, DrawRegions()), processor, override(stage, dict(batch_rows=1)), quarantine=quarantine), 4)

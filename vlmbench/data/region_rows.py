@@ -263,7 +263,9 @@ def build_row(row: Mapping, rng: random.Random, meta: Mapping | None = None, sty
     except (KeyError, IndexError, TypeError) as e: raise BadRecord(f'{at}: {name} rows need the field {e}') from None
     except ValueError as e: raise BadRecord(f'{e}' if at in f'{e}' else f'{at}: {e}') from None
 
-# %% ../../nbs/data/32_region_rows.ipynb #6b620284
+# %% ../../nbs/data/32_region_rows.ipynb #4095b27e
+_REFERENCE = re.compile(r'<(?:region|bbox)(\d*)>')             # <bbox> is what ViP-LLaVA's own data guide writes
+
 def build_regions(sample: Sample, rng: random.Random, kinds: Sequence[str] = tuple(MARKERS), color: str | None = None,
                   style: str = '', alpha: int | None = None, words: Callable[[Region], str] | None = None,
                   ) -> tuple[list[Mark], list[Turn]]:
@@ -274,7 +276,7 @@ def build_regions(sample: Sample, rng: random.Random, kinds: Sequence[str] = tup
     kind."""
     at = f'{sample.where or sample.id}'
     for k in kinds: check_kind(k)
-    asked = {int(m or 0) for t in sample.turns for m in re.findall(r'<region(\d*)>', t.text)}
+    asked = {int(m or 0) for t in sample.turns for m in _REFERENCE.findall(t.text)}
     if extra := sorted(asked - set(range(len(sample.regions)))):
         raise BadRecord(f'{at}: the text refers to <region{extra[0]}>, but the row has {len(sample.regions)} regions')
     if unsaid := sorted(set(range(len(sample.regions))) - asked):
@@ -286,7 +288,7 @@ def build_regions(sample: Sample, rng: random.Random, kinds: Sequence[str] = tup
         if color is not None: name, rgb = color, color_rgb(color)
         marks.append(Mark(kind, rgb, name, region, style, alpha, words))
     said = [m.text() for m in marks]
-    return marks, [Turn(t.role, re.sub(r'<region(\d*)>', lambda m: said[int(m[1] or 0)], t.text)) for t in sample.turns]
+    return marks, [Turn(t.role, _REFERENCE.sub(lambda m: said[int(m[1] or 0)], t.text)) for t in sample.turns]
 
 def draw_marks(image: Image.Image, marks: Sequence[Mark], rng: random.Random, width: float | None = None,
                anchor: int = ANCHOR) -> Image.Image:
@@ -305,11 +307,14 @@ def box_text(region: Region, size: tuple[int, int]) -> str:
     part = [min(max(int(100 * v / size[i % 2]), 0), 99) for i, v in enumerate(region.bounds)]
     return f'at [ {" , ".join(" ".join(f"{v:02d}") for v in part)} ]'
 
-# %% ../../nbs/data/32_region_rows.ipynb #3ac4eae9
+# %% ../../nbs/data/32_region_rows.ipynb #757fde5a
 def sample_from_region_row(row: dict, image_root=None, **kw) -> Sample:
     """A LLaVA row as `sample_from_llava`, or a row of the six data sets: then the sample has no turns yet and carries
     the row itself, for `DrawRegions`. Raises `BadRecord`."""
-    if not isinstance(row, dict) or dataset_of(row.get('id')) is None: return sample_from_llava(row, image_root, **kw)
+    if not isinstance(row, dict): return sample_from_llava(row, image_root, **kw)
+    if dataset_of(row.get('id')) is None:
+        marked = any(k in row for k in ('regions', 'bboxes', 'bbox'))              # the guide's rows have no <image>
+        return sample_from_llava(row, image_root, **({'missing_mark': 'prepend'} if marked else {}) | kw)
     plain = {k: row[k] for k in ('id', 'image', 'full_path', 'source') if k in row}
     sample = sample_from_llava({**plain, 'conversations': [{'from': 'human', 'value': '<image>'}]}, image_root, **kw)
     return replace(sample, turns=[], regions=parse_regions(row), meta=dict(region_row=row))
@@ -325,7 +330,7 @@ def vcr_side_file(row: Mapping, root) -> dict:
     try: return _side_file(str(resolve_path(re.sub(r'^(\./)?dataset/', '', where), root)))
     except (OSError, ValueError) as e: raise BadRecord(f'row {row.get("id")!r}: side file {where}: {e}') from None
 
-# %% ../../nbs/data/32_region_rows.ipynb #8e899f42
+# %% ../../nbs/data/32_region_rows.ipynb #9501a948
 HOW = ('overlay', 'text', 'none')
 
 def _seed(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
@@ -376,7 +381,7 @@ class DrawRegions:
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
         if not sample.regions and 'region_row' not in sample.meta:
-            if not sample.images or not any(re.search(r'<region\d*>', t.text) for t in sample.turns): return sample
+            if not sample.images or not any(map(_REFERENCE.search, (t.text for t in sample.turns))): return sample
             at = sample.where or sample.id
             raise BadRecord(f'bad region: {at}: the text refers to a region, but the row has none')
         drawn = (self.seed, self.epoch) if rng is None else (int(rng.integers(2**63)),)
