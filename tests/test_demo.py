@@ -24,7 +24,7 @@ from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import asset_path
 from vlmbench.demo.canvas import PointAndAsk, _widget_class, canvas_js, canvas_settings, marker_canvas
 from vlmbench.demo.chat import Chat, ChatError, ChatModel, draw_prompts, parse_region, to_marker
-from vlmbench.demo.serve import Limits, Visit, build_page, launch_settings
+from vlmbench.demo.serve import Limits, Visit, build_page, launch, launch_settings
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.tasks import Task
 from vlmbench.models.vlm import build_vlm
@@ -232,8 +232,7 @@ def gradio(tmp_path_factory):
 def launched(models, limits):
     page = build_page(models, limits)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    _, url, _ = page.launch(prevent_thread_lock=True, **launch_settings(limits, port=port))
-    return page, url.rstrip('/')
+    return page, launch(page, limits, port=port).rstrip('/')
 
 
 @pytest.fixture(scope='module')
@@ -337,7 +336,7 @@ def test_hostile_uploads_are_refused_with_a_reason(server, name):
     tab = Tab(server)
     began = time.monotonic()
     done = tab.open(make(), name)
-    assert done.status_code == 500 and 'This picture was refused' in done.text and why in done.text, done.text[:300]
+    assert 'This picture was refused' in done.text and why in done.text and '"picture"' not in done.text, done.text[:300]
     assert time.monotonic() - began < 20
     assert tab.open(png(Image.new('RGB', (8, 8)))).status_code == 200, 'the tab must go on working'
 
@@ -359,7 +358,7 @@ def test_paths_lead_nowhere(server, tmp_path):
         for path in (str(secret), '/etc/passwd', '../../../../etc/passwd', str(Path(__file__)), elsewhere, 'file:///etc/passwd', 'a\0b'):
             for fields in (dict(path=path), dict(path=path, url=elsewhere)):
                 done = tab.call('open_picture', file(**fields), None)
-                assert done.status_code != 200 and 'root:' not in done.text, (path, done.text[:200])
+                assert (done.status_code != 200 or 'refused' in done.text) and 'root:' not in done.text, (path, done.text[:200])
         try: hits.append(s.accept())
         except TimeoutError: hits.append(None)
     assert hits == [None], 'the server fetched an address that a visitor named'
@@ -376,8 +375,8 @@ def test_bad_questions_are_refused_with_a_reason(server, question, marks, why):
     tab = Tab(server)
     assert tab.open(png(Image.new('RGB', (64, 64)))).status_code == 200
     assert tab.join(question, marks).status_code == 200
-    last = list(tab.events())[-1]
-    assert not last['success'] and why in json.dumps(last), last
+    events = list(tab.events())
+    assert 'Refused' in json.dumps(events) and why in json.dumps(events), events[-1]
 
 
 def test_a_full_queue_refuses_politely_and_loses_no_one(gradio, model):
