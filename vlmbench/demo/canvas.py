@@ -105,7 +105,7 @@ def marker_canvas(image: Image.Image | str | Path | None = None, height: int = 4
     picture = None if image is None else load_image(image)
     return made(settings=canvas_settings(height) | dict(max_bytes=int(max_upload_mb * 1e6))).show(picture)
 
-# %% ../../nbs/demo/20_canvas.ipynb #db07e579
+# %% ../../nbs/demo/20_canvas.ipynb #e4fc2fd3
 _CHAT_CSS = '''<style>.vpt { font: 14px/1.45 system-ui, sans-serif; max-height: 330px; overflow-y: auto; display: flex; flex-direction: column; gap: 6px; }
 .vpt p { margin: 0; padding: 7px 12px; border-radius: 14px; max-width: 88%; white-space: pre-wrap; overflow-wrap: anywhere; }
 .vpt .q { align-self: flex-end; background: #0f766e; color: #fff; } .vpt .a { align-self: flex-start; background: var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #111); }
@@ -132,7 +132,7 @@ class PointAndAsk:
         self.question = W.Text(placeholder=examples[0], layout=wide, continuous_update=True)
         self.try_one = W.Dropdown(options=[('Example questions', '')] + [(q, q) for q in examples], value='', layout=wide)
         self.try_one.observe(lambda c: c['new'] and setattr(self.question, 'value', c['new']), 'value')
-        self.go, self.stop, self.new = (W.Button(description=d, button_style=s) for d, s in (('Ask', 'success'), ('Stop', ''), ('New conversation', '')))
+        self.go, self.stop, self.new = (W.Button(description=d, button_style=s) for d, s in (('Ask', 'success'), ('Stop', ''), ('New chat', '')))
         self.stop.disabled, self._halt, self._worker = True, threading.Event(), None
         self.go.on_click(lambda _: self.ask(self.question.value or examples[0]))
         self.question.on_msg(lambda _, content, buffers: content.get('event') == 'submit' and self.ask(self.question.value))
