@@ -150,9 +150,9 @@ def test_draw_ask_and_see_what_the_model_saw(served, page, tmp_path):
     assert box.input_value() == '' and not page.foreign and not page.problems, (page.foreign, page.problems)
 
 
-def test_refusals_are_readable_and_lose_nothing(served, page, tmp_path):
-    "A bad upload, a question without its marker: each says why; picture and question stay."
-    url, _ = served
+def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path):
+    "A bad upload, a question without its marker and a full queue: each says why; picture and question stay."
+    url, models = served
     page.goto(url)
     page.wait_for_selector('#canvas canvas')
     pick = page.locator('#canvas input[type=file]')
@@ -169,7 +169,27 @@ def test_refusals_are_readable_and_lose_nothing(served, page, tmp_path):
     page.click('#ask')
     page.wait_for_selector('#chat-left .bot >> text=nothing is marked yet')
     assert box.input_value() == 'what is <region> ?'
+
+    models['counting'].hold.clear()
+    others = [browser.new_page() for _ in range(2)]     # one answers, one waits: the queue of one is full
+    for p in others:
+        p.goto(url)
+        p.wait_for_selector('#canvas canvas')
+        p.locator('#question textarea').fill('how many ?')
+    others[0].click('#ask')
+    others[0].wait_for_selector('#chat-right .bot >> text=one')
+    others[1].click('#ask')
+    page.wait_for_timeout(1000)
+    box.fill('and now ?')
+    page.click('#ask')
+    page.wait_for_selector('text=/application is currently busy. Please try again/')
     shot(page, tmp_path, 'refused')
+    assert box.input_value() == 'and now ?'
+    models['counting'].hold.set()
+    others[1].wait_for_selector('#chat-right .bot >> text=ten', timeout=60_000)
+    for p in others: p.close()
+    page.click('#ask')
+    page.wait_for_selector('#chat-right .bot >> text=ten')
     assert not page.problems, page.problems
 
 
