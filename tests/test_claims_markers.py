@@ -1,6 +1,5 @@
 """The claims notebook of the markers end to end: two arms, a few steps, a few questions."""
 import pandas as pd
-import pytest
 
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.run.engine import run_notebook
