@@ -61,7 +61,7 @@ def _check(document_ids, image_ids, padding_mask, past_length) -> tuple[int, int
     if not 0 <= past_length < keys: raise ValueError(f'past_length {past_length} leaves no query among {keys} keys')
     return batch, keys, device
 
-# %% ../../nbs/models/10_masks.ipynb #1804247b
+# %% ../../nbs/models/10_masks.ipynb #8f1701ba
 def attention_mask(attn_implementation: str, document_ids: torch.Tensor | None = None,
                    image_ids: torch.Tensor | None = None, padding_mask: torch.Tensor | None = None,
                    bidirectional_images: bool = False, past_length: int = 0,
@@ -103,7 +103,8 @@ def attention_mask(attn_implementation: str, document_ids: torch.Tensor | None =
     return _additive(mask, dtype) if attn_implementation == 'eager' else mask
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    low = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+    return torch.where(mask, low.new_zeros(()), low)
 
 # %% ../../nbs/models/10_masks.ipynb #69f508d7
 def _needed(document_ids, image_ids, padding_mask):
