@@ -294,7 +294,7 @@ def overlay_speed(rounds: int = 3, size: tuple[int, int] = (640, 480), rows: int
     return dict(ratio=max(slow.values()), slowest=slowest, rows_per_s=rates, ours=f'{rates[slowest]:.0f} rows/s',
                 baseline=f"{rates['loading']:.0f} rows/s")
 
-# %% ../../nbs/run/30_speed.ipynb #8c655357
+# %% ../../nbs/run/30_speed.ipynb #f115936f
 BARS: dict[str, tuple[str, str, float | None]] = {   # measure: (what the ratio is, sense, bar; None: there is none)
     'packing': ('packed / padded target tokens per second, realistic mix, width 256', 'at least', 1.6),
     'packing_wide': ('the same at width 512', 'at least', 1.6),
@@ -309,6 +309,7 @@ BARS: dict[str, tuple[str, str, float | None]] = {   # measure: (what the ratio 
     'masked_attention': ('attention with it: dense mask / best form here', 'at least', 1.),
     'streams': ('all streaming layer metrics / plain forward, a third text', 'at most', 1.5),
     'streams_short': ('the same, 18% text', 'at most', 1.5),
+    'streams_llama': ("the same, a third text, Llama's ratio of vocabulary to width (8, not 16)", 'at most', 1.5),
     'drop_one': ('drop-one with shared prefixes / naive forwards', 'at most', .6),
     'surrogate': ('training step below the surrogate / below the full model', 'at most', 1.),
     'inference_vora': ('time to first token, published / 8: merged VoRA / encoder', '', None),
