@@ -98,12 +98,12 @@ def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
     try: return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
     except (ValueError, TypeError) as e: raise RecipeError(f'zero: {e}') from None
 
-# %% ../../nbs/methods/40_zero.ipynb #eb80e460
+# %% ../../nbs/methods/40_zero.ipynb #5f9b59ca
 FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu',
                  boundary=True)
 ON_SURROGATE = ('language', 'adapt', 'encoder')
 
-_RATES = dict(tiny=dict(adapt=3e-3, encoder=2e-3, decoder=5e-4), small=dict(adapt=1e-3, encoder=1e-4, decoder=2e-5),
+_RATES = dict(tiny=dict(adapt=3e-3, encoder=5e-3, decoder=5e-4), small=dict(adapt=1e-3, encoder=1e-4, decoder=2e-5),
               paper=dict(adapt=1e-4, encoder=5e-5, decoder=5e-5))
 _PUBLISHED = dict(   # data, steps, rows and accumulation of each of four ranks
     language=('genqa-500k', 4393, 4, 16), adapt=('llava-1.5-665k-genqa-500k-instructions', 4393, 8, 8),
