@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmbench.analysis.ablation import drop_one
-from vlmbench.analysis.streams import stream, streaming_metrics
+from vlmbench.analysis.streams import stream
+from vlmbench.analysis.suite import streaming_metrics
 from vlmbench.models.depth import prune
 
 

@@ -9,7 +9,8 @@ from depth_models import FAMILIES, IMAGE, batch, decoder, gpt2, llava, rows
 from vlmbench.analysis.importance import AngularDistance, BlockInfluence
 from vlmbench.analysis.streams import (Moments, Record, StateNorm, StreamMetric, check_residual, make_states,
                                        model_inputs, residual_states, scores,
-                                       skipping, stream, streaming_metrics, tidy, token_sets)
+                                       skipping, stream, tidy, token_sets)
+from vlmbench.analysis.suite import streaming_metrics
 from vlmbench.analysis.trajectory import Trajectory
 from vlmbench.models.depth import find_decoder, prune
 

@@ -9,7 +9,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from vlmbench.analysis.ablation import answer_loss, drop_one, gradient_scores
 from vlmbench.analysis.importance import BlockInfluence, region
-from vlmbench.analysis.streams import scores, stream, streaming_metrics
+from vlmbench.analysis.streams import scores, stream
+from vlmbench.analysis.suite import streaming_metrics
 from vlmbench.analysis.weights import lora_update
 from vlmbench.methods.recipes import RECIPES, get_method, get_recipe
 from vlmbench.methods.visual_region import (METHOD, PUBLISHED_REGIONS, backward_depth, decoder_depth, heal_stage,

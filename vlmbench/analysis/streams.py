@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'LABEL_SETS', 'IMAGE_SETS', 'ANNOTATIONS', 'Record', 'tidy', 'scores', 'TokenSets', 'token_sets', 'Moments',
            'States', 'check_residual', 'batch_tokens', 'make_states', 'model_inputs', 'evaluating', 'skipping',
-           'capture', 'residual_states', 'StreamMetric', 'rows', 'StateNorm', 'StreamResult', 'stream', 'check_head',
-           'streaming_metrics']
+           'capture', 'residual_states', 'StreamMetric', 'rows', 'StateNorm', 'StreamResult', 'stream', 'check_head']
 
 # %% ../../nbs/analysis/00_streams.ipynb #f1c9b2c5
 import inspect
@@ -433,14 +432,3 @@ def check_head(last: Tensor, out, decoder: Decoder):
         raise ValueError(f'final norm and head do not reproduce the logits of {type(decoder.model).__name__} (off by '
                          f'{off.max():.3g}): '
                          'the logit lens and every loss would be wrong for this model')
-
-# %% ../../nbs/analysis/00_streams.ipynb #d2054dff
-def streaming_metrics(labels: bool=True, image: bool=True) -> list[StreamMetric]:
-    """Every streaming metric of the suite; `labels=False` and `image=False` leave out those that need labels or
-    image tokens."""
-    from vlmbench.analysis.importance import AngularDistance, BlockInfluence
-    from vlmbench.analysis.trajectory import LogitLens, Trajectory
-    from vlmbench.analysis.similarity import CKA, ImageAttention
-    lens = LogitLens() if labels else LogitLens(['text_predicting'])
-    return [StateNorm(), BlockInfluence(), AngularDistance(), CKA(), Trajectory(), lens,
-            *([ImageAttention()] if image else [])]

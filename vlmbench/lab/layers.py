@@ -27,7 +27,8 @@ import vlmbench.models.vlm
 from ..analysis.ablation import drop_one, gradient_scores
 from ..analysis.importance import STRATEGIES, agreement, region, stability
 from ..analysis.similarity import CKA
-from ..analysis.streams import scores, stream, streaming_metrics
+from ..analysis.streams import scores, stream
+from ..analysis.suite import streaming_metrics
 from ..analysis.trajectory import LENS, Trajectory, Transition, plot_lens, plot_trajectory, transition_point
 from ..analysis.weights import parameter_change
 from ..data.collate import collate_padded

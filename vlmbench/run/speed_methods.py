@@ -161,7 +161,8 @@ def analysis_speed(text: int = 72, layers: int = 12, hidden: int = 256, vocab: i
                    device: str = 'cpu', clock: str = 'wall', **sizes: Any) -> dict[str, dict[str, Any]]:
     "`streams` (all streaming metrics over a plain forward) and `drop_one` (over naive forwards), `share` of text tokens."
     from vlmbench.analysis.ablation import drop_one
-    from vlmbench.analysis.streams import stream, streaming_metrics
+    from vlmbench.analysis.streams import stream
+    from vlmbench.analysis.suite import streaming_metrics
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=hidden*11//4, num_hidden_layers=layers,
