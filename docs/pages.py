@@ -90,10 +90,15 @@ def result_section(folder: Path) -> list[str]:
 
 
 def results_page() -> list[str]:
-    "figures/ as a page: for each folder what is stored there, and its pictures; returns what the navigation shows."
+    """figures/ as a page: for each folder what is stored there, and its pictures; returns what the navigation shows.
+    Folders named under `order` in the front matter of figures/README.md come first, in that order."""
     fig = root/'figures'
-    folders = [fig, *sorted(d for d in fig.iterdir() if d.is_dir())] if fig.exists() else []
-    out, lead = [], fig/'README.md'
+    lead = fig/'README.md'
+    head, intro = front_matter(lead.read_text(encoding='utf8')) if lead.exists() else ({}, '')
+    rank = {n: i for i, n in enumerate(head.get('order', []))}
+    folders = sorted(d for d in fig.iterdir() if d.is_dir()) if fig.exists() else []
+    folders = [fig, *sorted(folders, key=lambda d: rank.get(d.name, len(rank)))] if folders else []
+    out = []
     for folder in folders:
         if folder != fig: out += result_section(folder)
         inner = folder.glob('*') if folder == fig else folder.rglob('*')
@@ -104,7 +109,7 @@ def results_page() -> list[str]:
             caption = p.stem.replace('_', ' ').replace('-', ': ', 1)
             out += [f'![{p.stem}]({p.relative_to(root).as_posix()})', '', f'*{caption}*', '']
     if not out: return []
-    intro = re.sub(r'^# .*\n', '', front_matter(lead.read_text(encoding='utf8'))[1]).strip() if lead.exists() else ''
+    intro = re.sub(r'^# .*\n', '', intro.strip()).strip()
     head = ['# Results', '', '> Stored runs: every number has its seeds and its manifests', '', intro, '']
     (src_dir/'results.md').write_text('\n'.join(head + out) + '\n', encoding='utf8')
     return ['results']

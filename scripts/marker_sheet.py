@@ -1,4 +1,4 @@
-"""Picture sheet of all marker kinds (columns) in five styles (rows): writes markers.png beside this file."""
+"""Picture sheet of all marker kinds (columns) in five styles (rows): writes figures/markers/markers.png."""
 import random
 from pathlib import Path
 
@@ -25,4 +25,4 @@ for j, kind in enumerate(MARKERS):
         m = sample_marker(rng, kind, region, base.size, s.get('width'), s.get('style', ''), anchor=SIDE)
         img = draw_marker(base, m, names[(3*i + j) % 9], s.get('alpha') or sample_alpha(rng, kind))
         sheet.paste(img, (110 + j*(SIDE + 6), 20 + i*(SIDE + 6)))
-sheet.save(Path(__file__).with_name('markers.png'))
+sheet.save(Path(__file__).resolve().parent.parent/'figures'/'markers'/'markers.png')
