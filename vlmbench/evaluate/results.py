@@ -172,7 +172,7 @@ def text_retention(after: Results, before: Results, level: float = .95) -> dict[
     return dict(before=before.accuracy, after=after.accuracy, difference=d,
                 retention=after.accuracy / before.accuracy if before.accuracy else float('nan'))
 
-# %% ../../nbs/evaluate/15_results.ipynb #97eeca49
+# %% ../../nbs/evaluate/15_results.ipynb #652de7bb
 def run_facts(folder: str | Path) -> dict[str, Any]:
     "run, method, seed and the manifest of a run folder; `missing` lists what was not recorded."
     folder, missing = Path(folder), []
@@ -214,7 +214,7 @@ def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     out.attrs['not_recorded'] = missing
     return out
 
-# %% ../../nbs/evaluate/15_results.ipynb #6df313ed
+# %% ../../nbs/evaluate/15_results.ipynb #05e1664e
 def _matrix(frame: pd.DataFrame) -> tuple[np.ndarray, list[str], list[int]]:
     """Scores [seeds, items] of one method, task and condition, the items' clusters, and the seeds; items missing in a
     seed are an error."""
@@ -271,7 +271,7 @@ def paired_table(frame: pd.DataFrame, level: float = .95, baseline: str | None =
             exact = mcnemar(x[0], y[0]).p if len(common) == 1 and np.isin([x, y], (0, 1)).all() else np.nan
             rows.append(dict(task=task, a=a, b=b, seeds=len(common), n=x.shape[1], difference=d.mean, low=d.low,
                              high=d.high, p=d.p,
-                             mcnemar_p=exact, detectable=minimum_detectable(d.se), interval=d.method))
+                             mcnemar_p=exact, detectable=minimum_detectable(d.se, df=d.df), interval=d.method))
     columns = ['task', 'a', 'b', 'seeds', 'n', 'difference', 'low', 'high', 'p', 'mcnemar_p', 'detectable', 'interval']
     out = pd.DataFrame(rows, columns=columns)
     out['p_holm'] = holm(out['p'])

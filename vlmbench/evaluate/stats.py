@@ -13,11 +13,11 @@ from scipy import stats as _st
 __all__ = ['Interval', 'clustered_se', 'bootstrap_ci', 'Difference', 'paired_bootstrap', 'McNemar', 'mcnemar', 'holm',
            'seeds_interval', 'minimum_detectable', 'items_needed', 'design_effect']
 
-# %% ../../nbs/evaluate/30_stats.ipynb #047ddc6a
+# %% ../../nbs/evaluate/30_stats.ipynb #e0ef05b3
 @dataclass(frozen=True)
 class Interval:
     """A mean with its confidence interval: `mean`, `low`, `high`, standard error `se`, `n` items in `clusters`
-    clusters, `method`."""
+    clusters, `method`, degrees of freedom `df`."""
     mean: float
     low: float
     high: float
@@ -26,6 +26,7 @@ class Interval:
     clusters: int
     level: float = .95
     method: str = 'percentile'
+    df: float = float('inf')
     def __str__(self): return f'{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]'
     def to_dict(self) -> dict[str, Any]: return asdict(self)
 
@@ -99,7 +100,7 @@ def bootstrap_ci(scores, clusters: Sequence | None = None, level: float = .95, m
     low, high = _limits(boot, mean, s, k, level, method)
     return Interval(mean, low, high, float(boot.std(ddof=1)), len(x), len(s), level, method)
 
-# %% ../../nbs/evaluate/30_stats.ipynb #d757e0d2
+# %% ../../nbs/evaluate/30_stats.ipynb #9b97b014
 @dataclass(frozen=True)
 class Difference(Interval):
     "Mean of a - b with interval, and `p`: two-sided p-value of no difference."
@@ -133,10 +134,10 @@ def paired_bootstrap(a, b, clusters: Sequence | None = None, level: float = .95,
     d, rng = a - b, np.random.default_rng(seed)
     s, k = _sums(d, clusters)
     mean, p = float(d.mean()), _sign_flip_p(s, n_boot, rng)
-    if np.ptp(d) == 0: return Difference(mean, mean, mean, 0., len(d), len(s), level, 'constant', p)
+    if np.ptp(d) == 0: return Difference(mean, mean, mean, 0., len(d), len(s), level, 'constant', p=p)
     boot = _resampled_means(s, k, n_boot, rng)
     return Difference(mean, *_limits(boot, mean, s, k, level, method), float(boot.std(ddof=1)), len(d), len(s), level,
-                      method, p)
+                      method, p=p)
 
 # %% ../../nbs/evaluate/30_stats.ipynb #912c6ed6
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return out
 
-# %% ../../nbs/evaluate/30_stats.ipynb #05f6efd8
+# %% ../../nbs/evaluate/30_stats.ipynb #51176184
 def seeds_interval(scores, clusters: Sequence | None = None, level: float = .95,
                    null: float | None = None) -> Interval | Difference:
     """Interval of the mean over training seeds *and* test items (both are samples). `scores`: [seeds, items] on the
@@ -193,14 +194,15 @@ def seeds_interval(scores, clusters: Sequence | None = None, level: float = .95,
         var, df, how = total / (n_seed * units), total**2 / parts if parts else np.inf, 'seeds x items'
     se = float(np.sqrt(var))
     half = float(_st.t.ppf((1 + level) / 2, df)) * se
-    base = (mean, mean - half, mean + half, se, n, units, level, how)
+    base = (mean, mean - half, mean + half, se, n, units, level, how, float(df))
     if null is None: return Interval(*base)
     return Difference(*base, p=float(2 * _st.t.sf(abs(mean - null) / se, df)) if se else float(mean == null))
 
-# %% ../../nbs/evaluate/30_stats.ipynb #da98f718
-def minimum_detectable(se: float, alpha: float = .05, power: float = .8) -> float:
-    "Smallest true difference found with probability `power`, given the standard error of the (paired) difference."
-    return float((_st.norm.ppf(1 - alpha / 2) + _st.norm.ppf(power)) * se)
+# %% ../../nbs/evaluate/30_stats.ipynb #f2b2e995
+def minimum_detectable(se: float, alpha: float = .05, power: float = .8, df: float = np.inf) -> float:
+    """Smallest true difference found with probability `power`, given the standard error of the (paired) difference and
+    its degrees of freedom, which are few with few seeds."""
+    return float((_st.t.ppf(1 - alpha / 2, df) + _st.t.ppf(power, df)) * se)
 
 def items_needed(difference: float, sd: float, alpha: float = .05, power: float = .8, design_effect: float = 1.) -> int:
     """Items for a paired test to find `difference`. `sd`: standard deviation of the per-item differences (for 0/1

@@ -43,7 +43,7 @@ def plan_arms(arms: Sequence[Arm], seeds: int, out: str | Path, **params: Any) -
                      dict(recipe=a.recipe, seed=s, budget=a.budget*factor, variant=list(a.variant),
                           overrides=list(a.overrides), label=a.name, **params)) for s in range(seeds) for a in arms]
 
-# %% ../../nbs/run/25_claims.ipynb #95426c20
+# %% ../../nbs/run/25_claims.ipynb #db9c3d55
 _CHILD = ('import json, sys; from vlmbench.run.engine import run_notebook; '
           'sys.exit(run_notebook("train", json.loads(sys.argv[1]), sys.argv[2], overwrite=sys.argv[3] == "new", '
           'progress=False))')
@@ -92,7 +92,7 @@ def run_arms(arms: Sequence[Arm], seeds: int, out: str | Path, jobs: int = 1, ch
     if failed: raise RuntimeError(f'{len(failed)} of {len(plan)} runs failed:\n' + '\n'.join(failed))
     return [r.folder for r in plan]
 
-# %% ../../nbs/run/25_claims.ipynb #416c2db0
+# %% ../../nbs/run/25_claims.ipynb #65cd5fb5
 @dataclass(frozen=True)
 class Claim:
     """`better` is said to score higher than `worse` on `task` (only its question `types`, when given). `says`: the
@@ -130,7 +130,7 @@ def claims_table(claims: Sequence[Claim], folders: Sequence[str | Path], level: 
         rows.append(dict(claim=c.name, says=c.says, better=c.better, worse=c.worse, task=c.task,
                          types=', '.join(c.types) or 'all', better_score=float(a.to_numpy().mean()),
                          worse_score=float(b.to_numpy().mean()), difference=d.mean, low=d.low, high=d.high, p=d.p,
-                         detectable=minimum_detectable(d.se), seeds=len(seeds), n=x.shape[1], verdict=verdict))
+                         detectable=minimum_detectable(d.se, df=d.df), seeds=len(seeds), n=x.shape[1], verdict=verdict))
     columns = ['claim', 'says', 'better', 'worse', 'task', 'types', 'better_score', 'worse_score', 'difference', 'low',
                'high', 'p', 'p_holm', 'detectable', 'seeds', 'n', 'verdict']
     out = pd.DataFrame(rows)
@@ -139,11 +139,14 @@ def claims_table(claims: Sequence[Claim], folders: Sequence[str | Path], level: 
     out.attrs['left_out'] = left_out
     return out
 
-# %% ../../nbs/run/25_claims.ipynb #ffc218b1
+# %% ../../nbs/run/25_claims.ipynb #7c413f36
 def read_claims(table: pd.DataFrame) -> str:
-    "The verdicts in words, one Markdown line a claim, from the table alone."
+    """The verdicts in words, one Markdown line a claim, from the table alone. A verdict that Holm's correction over all
+    claims would not leave standing says so."""
     words = {'holds': 'Holds at this scale', 'reversed': 'The opposite is seen', 'not shown': 'Not shown'}
+    weak = lambda r: f' Taken with all claims, p is {r.p_holm:.2f} (Holm): weak.' if r.p_holm > .05 else ''
     return '\n'.join(
         f'- **{r.claim.replace("_", " ")}** ({r.says}): {words[r.verdict]}: {r.better} {100*r.better_score:.1f}%, '
         f'{r.worse} {100*r.worse_score:.1f}%, difference {100*r.difference:+.1f} points [{100*r.low:+.1f}, '
-        f'{100*r.high:+.1f}] over {r.seeds} seed{"s" if r.seeds > 1 else ""}.' for r in table.itertuples())
+        f'{100*r.high:+.1f}] over {r.seeds} seed{"s" if r.seeds > 1 else ""}.{weak(r) if r.verdict != "not shown" else ""}'
+        for r in table.itertuples())
