@@ -3,6 +3,7 @@
 
     python scripts/figures.py [NAME ...]
     python scripts/figures.py --store-claims RUN_FOLDER      a completed claims_* run -> figures/claims_*/
+    python scripts/figures.py --methods                      stored claims -> figures/methods/, all methods side by side
 
 A stored claims run keeps its tables, pictures and reading, every answer's score (`scores.parquet`) and one line per
 training with its whole manifest (`manifests.jsonl`); models and generations stay where they were made.
@@ -12,10 +13,21 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from vlmbench.evaluate.results import accuracy_table, load_results
+from vlmbench.evaluate.stats import holm, seeds_interval
+from vlmbench.lab.plots import PALETTE, forest_figure, save_png
 from vlmbench.lab.report import write_report
 
 root = Path(__file__).resolve().parent.parent/'figures'
+
+# what is set side by side: name, claims run, arm; the first is the control
+METHODS = [('LLaVA, the control', 'claims_encoder_free', 'llava'), ('ViP-LLaVA', 'claims_markers', 'vip_llava'),
+           ('EVE', 'claims_encoder_free', 'eve'), ('VoRA', 'claims_encoder_free', 'vora'),
+           ('zero, grafted', 'claims_depth', 'graft'), ('zero, grafted and tuned', 'claims_depth', 'tuned'),
+           ('visual region, a quarter', 'claims_depth', 'uniform'),
+           ('LoRA in every layer', 'claims_depth', 'region_all')]
 
 
 def table(folders: list[Path]) -> str:
@@ -59,7 +71,54 @@ def store_claims(run: Path) -> Path:
     return store
 
 
+def methods() -> Path:
+    """All methods beside the control, from the stored claims: figures/methods/methods.csv, table.md and methods.png.
+    Stops when the runs differ in budget, seeds or questions."""
+    heads = {n: json.loads((root/n/'manifests.jsonl').open(encoding='utf8').readline())['parameters']
+             for n in dict.fromkeys(n for _, n, _ in METHODS)}
+    if len({(h['seeds'], h['budget'], h['scale']) for h in heads.values()}) > 1:
+        sys.exit(f'the stored claims cannot be compared, their settings differ: {heads}')
+    frames, rows, control = {n: pd.read_parquet(root/n/'scores.parquet') for n in heads}, [], {}
+    for name, store, arm in METHODS:
+        mine, row = frames[store][frames[store]['method'] == arm], dict(method=name, arm=f'{store}/{arm}')
+        for task in ('vqa_test', 'text_test'):
+            part = mine[mine['task'] == task]
+            wide = part.pivot(index='seed', columns='id', values='score')
+            first = control.setdefault(task, wide)
+            if not (wide.index.equals(first.index) and set(wide.columns) == set(first.columns)):
+                sys.exit(f'{store}/{arm} and the control differ in seeds or questions of {task}')
+            groups = part.drop_duplicates('id').set_index('id')['cluster'].loc[wide.columns].tolist()
+            score = seeds_interval(wide.to_numpy(float), groups)
+            gap = seeds_interval(wide.to_numpy(float) - first[wide.columns].to_numpy(float), groups, null=0.)
+            row |= {f'{task}{k}': v for k, v in dict(zip(('', '_low', '_high'), (score.mean, score.low, score.high)),
+                                                     _gap=gap.mean, _gap_low=gap.low, _gap_high=gap.high, _p=gap.p,
+                                                     _seeds=' '.join(f'{100*v:.1f}' for v in wide.mean(axis=1))).items()}
+        rows.append(row)
+    t = pd.DataFrame(rows)
+    for task in control: t.loc[1:, f'{task}_p_holm'] = holm(t.loc[1:, f'{task}_p'])
+    store = root/'methods'
+    store.mkdir(exist_ok=True)
+    t.to_csv(store/'methods.csv', index=False)
+    head = ['method', 'pictures, %', 'seeds', 'to the control, points', 'p (Holm)', 'text, %', 'to the control, points']
+    cell = lambda r, k, f: f'{100*r[k]:{f}} [{100*r[k + "_low"]:{f}}, {100*r[k + "_high"]:{f}}]'
+    lines = [[r['method'], cell(r, 'vqa_test', '.1f'), r['vqa_test_seeds'],
+              *([cell(r, 'vqa_test_gap', '+.1f'), f"{r['vqa_test_p_holm']:.2g}"] if i else ['', '']),
+              cell(r, 'text_test', '.1f'), cell(r, 'text_test_gap', '+.1f') if i else ''] for i, r in t.iterrows()]
+    (store/'table.md').write_text('\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---']*len(head), *lines])
+                                  + '\n', encoding='utf8')
+    rest = t.iloc[1:]
+    save_png(forest_figure([f"{r['method']}, {100*r['vqa_test']:.1f}%" for _, r in rest.iterrows()],
+                           rest['vqa_test_gap'], rest['vqa_test_gap_low'], rest['vqa_test_gap_high'],
+                           PALETTE[1:1 + len(rest)],
+                           label=f"distance to the control ({100*t['vqa_test'][0]:.1f}%), points (95% over seeds and "
+                                 'questions)'), store/'methods.png')
+    return store
+
+
 def main(names: list[str]) -> int:
+    if names == ['--methods']:
+        print(methods())
+        return 0
     if names[:1] == ['--store-claims']:
         for run in names[1:]: print(store_claims(Path(run)))
         return 0

@@ -74,7 +74,7 @@ def paper_vlm(scale: Scale, layers: str = 'fused') -> VLMForConditionalGeneratio
         return VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), vision_config=front,
                                                      image_token_id=0))
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #b86e0975
+# %% ../../nbs/methods/10_vip_llava.ipynb #febd5e29
 _SETTINGS = dict(   # rate and target tokens of each stage; rows of align and of the rest; tokens; LoRA rank and rate
     tiny=dict(align=(2e-3, 40_000), region=(1e-3, 155_000), chat=(1e-5, 5_000), rows=(24, 24), tokens=192,
               lora=(16, 2e-3)),
@@ -83,7 +83,7 @@ _SETTINGS = dict(   # rate and target tokens of each stage; rows of align and of
     paper=dict(align=(1e-3, 16_000_000), region=(2e-5, 107_600_000), chat=(2e-7, 2_400_000), rows=(32, 16), tokens=2048,
                lora=(128, 2e-4)))
 _WORDS = dict(llm=('full', 'lora'), regions=HOW, layers=('fused', 'last'), load=('', *LOADS),
-              grouping=('', 'length', 'modality'))
+              grouping=('', 'length', 'modality'), encoder=('frozen', 'full'))
 
 def _check(**options):
     for name, value in options.items():
@@ -101,15 +101,16 @@ def marker_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: str = 'fused', kinds: str = '',
            load: str = '',
-           grouping: str = '') -> Recipe:
+           grouping: str = '', encoder: str = 'frozen') -> Recipe:
     """ViP-LLaVA's three stages at `scale`.
 
     `llm`: 'full', or 'lora' (published: r 128, alpha 256, dropout .05 in every block, the projector in full at the full
     recipe's rate). `load`: '4bit' or '8bit' base weights under LoRA (QLoRA). `regions`: what becomes of the regions of
     a row: 'overlay', 'text' or 'none', see `DrawRegions`. `layers`: 'fused' states or the 'last' of them. `kinds`:
     kinds drawn in training ('rectangle+arrow'); empty: all. `grouping`: padded batches of rows of like 'length', or
-    also apart with and without pictures ('modality')."""
-    _check(llm=llm, regions=regions, layers=layers, load=load, grouping=grouping)
+    also apart with and without pictures ('modality'). `encoder`: 'frozen' as published, where CLIP has met circles and
+    arrows on the web, or 'full', for an encoder that has not: it trains from the second stage on."""
+    _check(llm=llm, regions=regions, layers=layers, load=load, grouping=grouping, encoder=encoder)
     marker_kinds(kinds)
     paper = 'paper' if scale.name in PAPER_SCALES else scale.name
     s = _SETTINGS.get(paper) or _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
@@ -120,12 +121,13 @@ def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: st
     if grouping: rest |= dict(grouping=grouping, packing=False)
     if scale.template == 'vicuna_v1': rest['template'] = 'llava_v1'
     plain = dict(template='llava_plain') if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else {}
+    sees = dict(vision=full()) if encoder == 'full' else {}
     def language(name):
         if llm == 'full' and not load:
-            return dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale)
-                                                                     else dict(lm_head=full()))
+            head = {} if tied_embeddings(scale) else dict(lm_head=full())
+            return sees | dict(embed=full(), layers=full(), norm=full()) | head
         r, rate = s['lora']
-        return dict(layers=lora(r, 2 * r, dropout=.05, lr=rate * s[name][0] / s['region'][0]))
+        return sees | dict(layers=lora(r, 2 * r, dropout=.05, lr=rate * s[name][0] / s['region'][0]))
     def stage(name, trains, data, **kw):
         return Stage(name, dict(projector=full()) | trains, data, lr=s[name][0], budget_targets=s[name][1],
                      **{**shape, **kw})
@@ -139,7 +141,7 @@ def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: st
 
 REGION_DATA = 'vqa_train*5+region_train*4+text_train*1'     # published: 520k of 1.2M rows are about regions
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #bc200d32
+# %% ../../nbs/methods/10_vip_llava.ipynb #c1680ba4
 def build_quantized(load: str, recipe: Recipe, scale: Scale, seed: int = 0, device: str | None = None) -> tuple:
     "`(model, processor)` over base weights in `load`. Raises `QuantizationError`, before anything is read."
     where = base_model(scale.llm)
@@ -154,10 +156,11 @@ def _ordinary_again(recipe, model, processor, stage, scale):
     return model, processor
 
 def configure(llm: str = 'full', regions: str = 'overlay', layers: str = 'fused', kinds: str = '', load: str = '',
-              grouping: str = '') -> Method:
+              grouping: str = '', encoder: str = 'frozen') -> Method:
     "The method with options of `recipe`, which the drawing of rows and the loading of weights depend on too."
-    _check(llm=llm, regions=regions, layers=layers, load=load, grouping=grouping)
-    own = partial(recipe, llm=llm, regions=regions, layers=layers, kinds=kinds, load=load, grouping=grouping)
+    _check(llm=llm, regions=regions, layers=layers, load=load, grouping=grouping, encoder=encoder)
+    own = partial(recipe, llm=llm, regions=regions, layers=layers, kinds=kinds, load=load, grouping=grouping,
+                  encoder=encoder)
     return Method(own, transform=DrawRegions(kinds=marker_kinds(kinds), how=regions), configure=configure,
                   build=partial(build_quantized, load) if load else None,
                   after_stage=partial(_ordinary_again, own) if load else None)
