@@ -74,6 +74,7 @@ def test_unknown_scales_and_options():
     with pytest.raises(RecipeError, match='vicuna-7b, vicuna-13b, llama-3-8b, phi-3-mini'): find_scale('vip_llava:gpt')
     with pytest.raises(RecipeError, match='none of its own'): find_scale('llava:gpt')
     for bad, match in (('regions=boxes', "'overlay', 'text', 'none'"), ('layers=all', "'fused', 'last'"), ('grouping=size', "'modality'"),
+                       ('encoder=half', "'frozen', 'full'"),
                        ('kinds=rectangle+star', 'kinds are rectangle')):
         with pytest.raises(RecipeError, match=match): get_method('vip_llava', [bad])
     with pytest.raises(RecipeError, match="no option 'marker'"): get_method('vip_llava', ['marker=star'])
@@ -84,5 +85,8 @@ def test_options_reach_recipe_and_drawing():
     assert m.recipe(get_scale('tiny')).front_end['select_layers'] == [4] and m.recipe(get_scale('tiny')).front_end['projector_norm']
     grouped = get_recipe('vip_llava', get_scale('paper'), variant=['grouping=modality'])
     assert [(s.grouping, s.packing) for s in grouped.stages] == [(None, True), ('modality', False), ('modality', False)]
+    seeing = get_recipe('vip_llava', get_scale('tiny'), variant=['encoder=full'])
+    assert [s.trains['vision'].how == 'full' for s in seeing.stages] == [False, True, True]
+    assert {s.trains['vision'].how for s in get_recipe('vip_llava', get_scale('tiny')).stages} == {'frozen'}
     l = get_recipe('vip_llava', get_scale('paper'), variant=['llm=lora'])
     assert (l.stage('chat').lr_of('layers'), l.stage('chat').lr_of('projector')) == (2e-6, 2e-7)
