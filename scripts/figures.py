@@ -90,9 +90,10 @@ def methods() -> Path:
             groups = part.drop_duplicates('id').set_index('id')['cluster'].loc[wide.columns].tolist()
             score = seeds_interval(wide.to_numpy(float), groups)
             gap = seeds_interval(wide.to_numpy(float) - first[wide.columns].to_numpy(float), groups, null=0.)
-            row |= {f'{task}{k}': v for k, v in dict(zip(('', '_low', '_high'), (score.mean, score.low, score.high)),
-                                                     _gap=gap.mean, _gap_low=gap.low, _gap_high=gap.high, _p=gap.p,
-                                                     _seeds=' '.join(f'{100*v:.1f}' for v in wide.mean(axis=1))).items()}
+            seeds = ' '.join(f'{100*v:.1f}' for v in wide.mean(axis=1))
+            found = dict(zip(('', '_low', '_high'), (score.mean, score.low, score.high)), _seeds=seeds, _gap=gap.mean,
+                         _gap_low=gap.low, _gap_high=gap.high, _p=gap.p)
+            row |= {task + k: v for k, v in found.items()}
         rows.append(row)
     t = pd.DataFrame(rows)
     for task in control: t.loc[1:, f'{task}_p_holm'] = holm(t.loc[1:, f'{task}_p'])
