@@ -60,7 +60,11 @@ def store_claims(run: Path) -> Path:
     for f in [*run.glob('*.csv'), *(run/'figures').glob('*.png')]: shutil.copyfile(f, store/f.name)
     said, folders = manifest['parameters'], [Path(f) for f in manifest['compared']]
     settings = ', '.join(f'{k} {said[k]}' for k in ('seeds', 'budget', 'scale') if k in said)
-    head = f"# {name.replace('_', ' ').capitalize()}\n\n{len(folders)} trainings, {settings}.\n\n"
+    title = json.loads((run/f'{name}.ipynb').read_text(encoding='utf8'))['cells'][0]['source']
+    title = ''.join(title).splitlines()[0]
+    pruned = sum('pruned_from' in json.loads((f/'manifest.json').read_text(encoding='utf8')) for f in folders)
+    counts = f'{len(folders) - pruned} trainings' + (f' and {pruned} pruned models' if pruned else '')
+    head = f'{title}\n\n{counts}, {settings}.\n\n'
     (store/'README.md').write_text(head + (run/'reading.md').read_text(encoding='utf8'), encoding='utf8')
     frame = load_results(folders)
     frame = frame[frame['condition'] == 'image'][['method', 'seed', 'task', 'id', 'question_type', 'cluster', 'score']]
