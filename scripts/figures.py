@@ -3,6 +3,7 @@
 
     python scripts/figures.py [NAME ...]
     python scripts/figures.py --store-claims RUN_FOLDER      a completed claims_* run -> figures/claims_*/
+    python scripts/figures.py --store-bench FOLDER           a completed bench -> figures/bench/
     python scripts/figures.py --methods                      stored claims -> figures/methods/, all methods side by side
 
 A stored claims run keeps its tables, pictures and reading, every answer's score (`scores.parquet`) and one line per
@@ -48,9 +49,14 @@ def table(folders: list[Path]) -> str:
     return '\n'.join(out)
 
 
+def manifest_of(folder: Path) -> dict:
+    "The manifest of a run."
+    return json.loads((folder/'manifest.json').read_text(encoding='utf8'))
+
+
 def store_claims(run: Path) -> Path:
     "Copy a completed claims run to figures/<notebook>/ and return that folder."
-    manifest = json.loads((run/'manifest.json').read_text(encoding='utf8'))
+    manifest = manifest_of(run)
     if manifest['status'] != 'completed': sys.exit(f"{run} is {manifest['status']}: only completed runs are stored")
     name = manifest['notebook']
     if not name.startswith('claims_'): sys.exit(f'{run} is a run of {name}, not of a claims notebook')
@@ -62,16 +68,36 @@ def store_claims(run: Path) -> Path:
     settings = ', '.join(f'{k} {said[k]}' for k in ('seeds', 'budget', 'scale') if k in said)
     title = json.loads((run/f'{name}.ipynb').read_text(encoding='utf8'))['cells'][0]['source']
     title = ''.join(title).splitlines()[0]
-    pruned = sum('pruned_from' in json.loads((f/'manifest.json').read_text(encoding='utf8')) for f in folders)
+    pruned = sum('pruned_from' in manifest_of(f) for f in folders)
     counts = f'{len(folders) - pruned} trainings' + (f' and {pruned} pruned models' if pruned else '')
     head = f'{title}\n\n{counts}, {settings}.\n\n'
     (store/'README.md').write_text(head + (run/'reading.md').read_text(encoding='utf8'), encoding='utf8')
+    keep(store, folders, [run])
+    return store
+
+
+def keep(store: Path, folders: list[Path], first: list[Path] = ()) -> None:
+    "The score of every answer (`scores.parquet`) and a line per manifest (`manifests.jsonl`), those of `first` ahead."
     frame = load_results(folders)
     frame = frame[frame['condition'] == 'image'][['method', 'seed', 'task', 'id', 'question_type', 'cluster', 'score']]
     words = {c: 'category' for c in ('method', 'task', 'id', 'question_type', 'cluster')}
     frame.astype({**words, 'score': 'float32', 'seed': 'int16'}).to_parquet(store/'scores.parquet', compression='zstd')
     with open(store/'manifests.jsonl', 'w', encoding='utf8') as f:
-        for folder in [run, *folders]: f.write(json.dumps(json.loads((folder/'manifest.json').read_text())) + '\n')
+        f.writelines(json.dumps(manifest_of(folder)) + '\n' for folder in [*first, *folders])
+
+
+def store_bench(bench: Path) -> Path:
+    "Copy the report of a bench, its pictures and table, scores and manifests to figures/bench/ and return that folder."
+    folders = sorted(p.parent for p in bench.glob('*-s*/manifest.json'))
+    left = [f.name for f in folders if manifest_of(f)['status'] != 'completed']
+    if left or not folders: sys.exit(f'{bench}: runs that are not completed: {", ".join(left) or "all"}')
+    store = root/'bench'
+    shutil.rmtree(store/'figures', ignore_errors=True)
+    (store/'figures').mkdir(parents=True)
+    shutil.copyfile(bench/'report.html', store/'report.html')
+    for f in (bench/'figures').glob('*.png'): shutil.copyfile(f, store/'figures'/f.name)
+    (store/'table.md').write_text(table(folders), encoding='utf8')
+    keep(store, folders)
     return store
 
 
@@ -123,6 +149,9 @@ def methods() -> Path:
 def main(names: list[str]) -> int:
     if names == ['--methods']:
         print(methods())
+        return 0
+    if names[:1] == ['--store-bench']:
+        for bench in names[1:]: print(store_bench(Path(bench)))
         return 0
     if names[:1] == ['--store-claims']:
         for run in names[1:]: print(store_claims(Path(run)))
