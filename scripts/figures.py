@@ -87,7 +87,7 @@ def keep(store: Path, folders: list[Path], first: list[Path] = ()) -> None:
 
 
 def store_bench(bench: Path) -> Path:
-    "Copy the report of a bench, its pictures and table, scores and manifests to figures/bench/ and return that folder."
+    "Copy the report of a bench, its pictures, scores and manifests to figures/bench/ and return that folder."
     folders = sorted(p.parent for p in bench.glob('*-s*/manifest.json'))
     left = [f.name for f in folders if manifest_of(f)['status'] != 'completed']
     if left or not folders: sys.exit(f'{bench}: runs that are not completed: {", ".join(left) or "all"}')
@@ -96,7 +96,6 @@ def store_bench(bench: Path) -> Path:
     (store/'figures').mkdir(parents=True)
     shutil.copyfile(bench/'report.html', store/'report.html')
     for f in (bench/'figures').glob('*.png'): shutil.copyfile(f, store/'figures'/f.name)
-    (store/'table.md').write_text(table(folders), encoding='utf8')
     keep(store, folders)
     return store
 
