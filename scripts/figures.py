@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vlmbench.evaluate.results import accuracy_table, load_results
-from vlmbench.evaluate.stats import holm, seeds_interval
+from vlmbench.evaluate.results import accuracy_table, load_results, paired_table
 from vlmbench.lab.plots import PALETTE, forest_figure, save_png
 from vlmbench.lab.report import write_report
 
@@ -79,9 +78,9 @@ def store_claims(run: Path) -> Path:
 def keep(store: Path, folders: list[Path], first: list[Path] = ()) -> None:
     "The score of every answer (`scores.parquet`) and a line per manifest (`manifests.jsonl`), those of `first` ahead."
     frame = load_results(folders)
-    frame = frame[frame['condition'] == 'image'][['method', 'seed', 'task', 'id', 'question_type', 'cluster', 'score']]
-    words = {c: 'category' for c in ('method', 'task', 'id', 'question_type', 'cluster')}
-    frame.astype({**words, 'score': 'float32', 'seed': 'int16'}).to_parquet(store/'scores.parquet', compression='zstd')
+    words = dict.fromkeys(('method', 'task', 'id', 'question_type', 'cluster', 'condition', 'prompt_hash'), 'category')
+    frame = frame[frame['condition'] == 'image'][[*words, 'seed', 'score']]
+    frame.astype(words | dict(score='float32', seed='int16')).to_parquet(store/'scores.parquet', compression='zstd')
     with open(store/'manifests.jsonl', 'w', encoding='utf8') as f:
         f.writelines(json.dumps(manifest_of(folder)) + '\n' for folder in [*first, *folders])
 
@@ -97,51 +96,54 @@ def store_bench(bench: Path) -> Path:
     shutil.copyfile(bench/'report.html', store/'report.html')
     for f in (bench/'figures').glob('*.png'): shutil.copyfile(f, store/'figures'/f.name)
     keep(store, folders)
+    side_by_side(pd.read_parquet(store/'scores.parquet'), 'llava', store)
     return store
 
 
+def side_by_side(frame: pd.DataFrame, control: str, store: Path) -> None:
+    """The methods of `frame` on pictures and on text, each beside `control`: methods.csv, table.md and methods.png in
+    `store`. Holm's p within a task. Stops when a method shares no seed or question with the control."""
+    frame = frame[frame['task'].isin(['vqa_test', 'text_test'])].astype(dict.fromkeys(('method', 'task'), str))
+    scores = accuracy_table(frame).query("question_type == 'all'")
+    pairs = [paired_table(part, baseline=control) for _, part in frame.groupby('task', sort=False)]
+    if left := [line for p in pairs for line in p.attrs['left_out']]: sys.exit('\n'.join(left))
+    gaps = pd.concat(pairs).rename(columns=dict(a='method', low='gap_low', high='gap_high'))
+    seeds = frame.groupby(['method', 'task', 'seed'])['score'].mean().groupby(['method', 'task']).agg(
+        lambda v: ' '.join(f'{100*x:.1f}' for x in v)).rename('by_seed').reset_index()
+    t = scores[['method', 'task', 'score', 'low', 'high']].merge(seeds, 'left').merge(
+        gaps[['method', 'task', 'difference', 'gap_low', 'gap_high', 'p', 'p_holm']], 'left')
+    t.to_csv(store/'methods.csv', index=False)
+    word = lambda r: f'{100*r.score:.1f} [{100*r.low:.1f}, {100*r.high:.1f}]'
+    gap = lambda r: '' if r.method == control else (f'{100*r.difference:+.1f} [{100*r.gap_low:+.1f}, '
+                                                    f'{100*r.gap_high:+.1f}]')
+    on = {task: part.set_index('method', drop=False) for task, part in t.groupby('task')}
+    beside = 'to the control, points'
+    rows = [['method', 'pictures, %', 'seeds', beside, 'p (Holm)', 'text, %', beside]]
+    rows.append(['---']*len(rows[0]))
+    order = on['vqa_test'].sort_values('score', ascending=False, kind='stable')
+    for v in pd.concat([order.loc[[control]], order.drop(control)]).itertuples():
+        x = on['text_test'].loc[v.method]
+        p = '' if v.method == control else f'{v.p_holm:.2g}'
+        rows.append([v.method.replace('_', ' '), word(v), v.by_seed, gap(v), p, word(x), gap(x)])
+    (store/'table.md').write_text('\n'.join('| ' + ' | '.join(r) + ' |' for r in rows) + '\n', encoding='utf8')
+    rest, at = order.drop(control), 100*order.loc[control, 'score']
+    save_png(forest_figure([f"{r.method.replace('_', ' ')}, {100*r.score:.1f}%" for r in rest.itertuples()],
+                           rest['difference'], rest['gap_low'], rest['gap_high'], PALETTE[1:1 + len(rest)],
+                           label=f'distance to the control ({at:.1f}%), points (95% over seeds and questions)'),
+             store/'methods.png')
+
+
 def methods() -> Path:
-    """All methods beside the control, from the stored claims: figures/methods/methods.csv, table.md and methods.png.
-    Stops when the runs differ in budget, seeds or questions."""
+    "All methods beside the control, from the stored claims, in figures/methods/. Stops when their settings differ."
     heads = {n: json.loads((root/n/'manifests.jsonl').open(encoding='utf8').readline())['parameters']
              for n in dict.fromkeys(n for _, n, _ in METHODS)}
     if len({(h['seeds'], h['budget'], h['scale']) for h in heads.values()}) > 1:
         sys.exit(f'the stored claims cannot be compared, their settings differ: {heads}')
-    frames, rows, control = {n: pd.read_parquet(root/n/'scores.parquet') for n in heads}, [], {}
-    for name, store, arm in METHODS:
-        mine, row = frames[store][frames[store]['method'] == arm], dict(method=name, arm=f'{store}/{arm}')
-        for task in ('vqa_test', 'text_test'):
-            part = mine[mine['task'] == task]
-            wide = part.pivot(index='seed', columns='id', values='score')
-            first = control.setdefault(task, wide)
-            if not (wide.index.equals(first.index) and set(wide.columns) == set(first.columns)):
-                sys.exit(f'{store}/{arm} and the control differ in seeds or questions of {task}')
-            groups = part.drop_duplicates('id').set_index('id')['cluster'].loc[wide.columns].tolist()
-            score = seeds_interval(wide.to_numpy(float), groups)
-            gap = seeds_interval(wide.to_numpy(float) - first[wide.columns].to_numpy(float), groups, null=0.)
-            seeds = ' '.join(f'{100*v:.1f}' for v in wide.mean(axis=1))
-            found = dict(zip(('', '_low', '_high'), (score.mean, score.low, score.high)), _seeds=seeds, _gap=gap.mean,
-                         _gap_low=gap.low, _gap_high=gap.high, _p=gap.p)
-            row |= {task + k: v for k, v in found.items()}
-        rows.append(row)
-    t = pd.DataFrame(rows)
-    for task in control: t.loc[1:, f'{task}_p_holm'] = holm(t.loc[1:, f'{task}_p'])
     store = root/'methods'
     store.mkdir(exist_ok=True)
-    t.to_csv(store/'methods.csv', index=False)
-    head = ['method', 'pictures, %', 'seeds', 'to the control, points', 'p (Holm)', 'text, %', 'to the control, points']
-    cell = lambda r, k, f: f'{100*r[k]:{f}} [{100*r[k + "_low"]:{f}}, {100*r[k + "_high"]:{f}}]'
-    lines = [[r['method'], cell(r, 'vqa_test', '.1f'), r['vqa_test_seeds'],
-              *([cell(r, 'vqa_test_gap', '+.1f'), f"{r['vqa_test_p_holm']:.2g}"] if i else ['', '']),
-              cell(r, 'text_test', '.1f'), cell(r, 'text_test_gap', '+.1f') if i else ''] for i, r in t.iterrows()]
-    (store/'table.md').write_text('\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---']*len(head), *lines])
-                                  + '\n', encoding='utf8')
-    rest = t.iloc[1:]
-    save_png(forest_figure([f"{r['method']}, {100*r['vqa_test']:.1f}%" for _, r in rest.iterrows()],
-                           rest['vqa_test_gap'], rest['vqa_test_gap_low'], rest['vqa_test_gap_high'],
-                           PALETTE[1:1 + len(rest)],
-                           label=f"distance to the control ({100*t['vqa_test'][0]:.1f}%), points (95% over seeds and "
-                                 'questions)'), store/'methods.png')
+    scores = {n: pd.read_parquet(root/n/'scores.parquet') for n in heads}
+    side_by_side(pd.concat([scores[n][scores[n]['method'] == arm].assign(method=name) for name, n, arm in METHODS]),
+                 METHODS[0][0], store)
     return store
 
 

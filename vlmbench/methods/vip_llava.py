@@ -74,7 +74,7 @@ def paper_vlm(scale: Scale, layers: str = 'fused') -> VLMForConditionalGeneratio
         return VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), vision_config=front,
                                                      image_token_id=0))
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #febd5e29
+# %% ../../nbs/methods/10_vip_llava.ipynb #92e07ee0
 _SETTINGS = dict(   # rate and target tokens of each stage; rows of align and of the rest; tokens; LoRA rank and rate
     tiny=dict(align=(2e-3, 40_000), region=(1e-3, 155_000), chat=(1e-5, 5_000), rows=(24, 24), tokens=192,
               lora=(16, 2e-3)),
@@ -124,10 +124,10 @@ def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: st
     sees = dict(vision=full()) if encoder == 'full' else {}
     def language(name):
         if llm == 'full' and not load:
-            head = {} if tied_embeddings(scale) else dict(lm_head=full())
-            return sees | dict(embed=full(), layers=full(), norm=full()) | head
+            return dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale)
+                                                                     else dict(lm_head=full()))
         r, rate = s['lora']
-        return sees | dict(layers=lora(r, 2 * r, dropout=.05, lr=rate * s[name][0] / s['region'][0]))
+        return dict(layers=lora(r, 2 * r, dropout=.05, lr=rate * s[name][0] / s['region'][0]))
     def stage(name, trains, data, **kw):
         return Stage(name, dict(projector=full()) | trains, data, lr=s[name][0], budget_targets=s[name][1],
                      **{**shape, **kw})
@@ -135,8 +135,9 @@ def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: st
     if layers == 'last': front['select_layers'] = front['select_layers'][:1]
     name = '-'.join(['vip_llava', *(['q' * bool(load) + 'lora'] if load or llm == 'lora' else [])])
     return Recipe(name, (stage('align', {}, 'caption_train', batch_rows=s['rows'][0], **plain),
-                         stage('region', language('region'), REGION_DATA, **rest),
-                         stage('chat', language('chat'), 'region_train*1+vqa_train*1', **rest, merge=not load)),
+                         stage('region', sees | language('region'), REGION_DATA, **rest),
+                         stage('chat', sees | language('chat'), 'region_train*1+vqa_train*1', **rest,
+                               merge=not load)),
                   front, 'ViP-LLaVA, sections 3 and 4', notes='markers drawn on the picture, encoder depths fused')
 
 REGION_DATA = 'vqa_train*5+region_train*4+text_train*1'     # published: 520k of 1.2M rows are about regions

@@ -139,14 +139,16 @@ def claims_table(claims: Sequence[Claim], folders: Sequence[str | Path], level: 
     out.attrs['left_out'] = left_out
     return out
 
-# %% ../../nbs/run/25_claims.ipynb #7c413f36
+# %% ../../nbs/run/25_claims.ipynb #c50becc0
 def read_claims(table: pd.DataFrame) -> str:
     """The verdicts in words, one Markdown line a claim, from the table alone. A verdict that Holm's correction over all
     claims would not leave standing says so."""
     words = {'holds': 'Holds at this scale', 'reversed': 'The opposite is seen', 'not shown': 'Not shown'}
-    weak = lambda r: f' Taken with all claims, p is {r.p_holm:.2f} (Holm): weak.' if r.p_holm > .05 else ''
+    def weak(r):
+        if r.verdict == 'not shown' or not r.p_holm > .05: return ''
+        return f' Taken with all claims, p is {r.p_holm:.2f} (Holm): weak.'
     return '\n'.join(
         f'- **{r.claim.replace("_", " ")}** ({r.says}): {words[r.verdict]}: {r.better} {100*r.better_score:.1f}%, '
         f'{r.worse} {100*r.worse_score:.1f}%, difference {100*r.difference:+.1f} points [{100*r.low:+.1f}, '
-        f'{100*r.high:+.1f}] over {r.seeds} seed{"s" if r.seeds > 1 else ""}.{weak(r) if r.verdict != "not shown" else ""}'
+        f'{100*r.high:+.1f}] over {r.seeds} seed{"s" if r.seeds > 1 else ""}.{weak(r)}'
         for r in table.itertuples())
