@@ -20,6 +20,8 @@ PORT   ?= 8888
 TORCH_INDEX ?=
 TORCH  := $(shell sed -n 's/^\(torch==[^;[:space:]]*\).*/\1/p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# a test file stays with one process: its models are made once
+WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 # without this two torch processes on the same cores run several times slower
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -68,7 +70,7 @@ test-notebooks: venv
 
 test-python: venv
 	@echo "== pytest"
-	timeout --kill-after=30 1500 $(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 timeout --kill-after=30 2400 $(BIN)/python -m pytest -q --durations=10 $(WORKERS)
 
 docs: venv
 	$(BIN)/python docs/build.py
