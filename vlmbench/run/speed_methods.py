@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'image_rows', 'mask_by_token', 'mask_speed', 'masked_attention_speed', 'patches_by_image', 'patch_speed',
-           'analysis_batch', 'analysis_speed', 'surrogate_speed', 'ways_to_see', 'inference_table', 'inference_figure']
+           'analysis_batch', 'analysis_model', 'stream_speed', 'stream_memory', 'drop_one_speed', 'surrogate_speed',
+           'ways_to_see', 'inference_table', 'inference_figure']
 
 # %% ../../nbs/run/32_speed_methods.ipynb #e2fa9447
 import copy, statistics
@@ -147,40 +148,69 @@ def patch_speed(channels: int = 256, hidden: int = 512, images: int = 6, rounds:
     return dict(ours=_ms(took['ours']), baseline=_ms(took['by_image']), ratio=ratio(took['by_image'], took['ours']),
                 flops=count['by_image']/count['ours'])
 
-# %% ../../nbs/run/32_speed_methods.ipynb #ddeca689
-def analysis_batch(vocab: int = 4096, rows: int = 4, image: int = 144, text: int = 72, answer: int = 8) -> dict[str, Tensor]:
+# %% ../../nbs/run/32_speed_methods.ipynb #9239960b
+def analysis_batch(vocab: int = 4096, rows: int = 4, image: int = 144, text: int = 72, answer: int = 8,
+                   seed: int = 0) -> dict[str, Tensor]:
     "`rows` samples: a first token, `image` image tokens, `text` text tokens that end in an answer, up to 7 padding tokens."
-    g, t = torch.Generator().manual_seed(0), 1 + image + text
+    g, t = torch.Generator().manual_seed(seed), 1 + image + text
     ids, at = torch.randint(4, vocab, (rows, t), generator=g), torch.arange(t)
     lengths = t - torch.randint(0, 8, (rows, 1), generator=g)
     labels = torch.where((at >= lengths - answer) & (at < lengths), ids, -100)
     return dict(input_ids=ids, attention_mask=(at < lengths).long(), labels=labels,
                 image_mask=((at >= 1) & (at <= image)).expand(rows, t))
 
-def analysis_speed(text: int = 72, layers: int = 12, hidden: int = 256, vocab: int = 4096, rounds: int = 3,
-                   device: str = 'cpu', clock: str = 'wall', **sizes: Any) -> dict[str, dict[str, Any]]:
-    "`streams` (all streaming metrics over a plain forward) and `drop_one` (over naive forwards), `share` of text tokens."
-    from vlmbench.analysis.ablation import drop_one
-    from vlmbench.analysis.streams import stream
-    from vlmbench.analysis.suite import streaming_metrics
+def analysis_model(layers: int = 12, hidden: int = 512, vocab: int = 4096, device: str = 'cpu') -> LlamaForCausalLM:
+    "A random language model in Llama's proportions, heads of 64."
+    heads = max(1, hidden//64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=hidden*11//4, num_hidden_layers=layers,
-                                             num_attention_heads=max(1, hidden//64), num_key_value_heads=max(1, hidden//64),
-                                             vocab_size=vocab, pad_token_id=0)).eval().to(device)
-    batch = {k: v.to(device) for k, v in analysis_batch(vocab, text=text, **sizes).items()}
-    inputs = dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False)
+        return LlamaForCausalLM(LlamaConfig(
+            hidden_size=hidden, intermediate_size=hidden*11//4, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, vocab_size=vocab, pad_token_id=0)).eval().to(device)
+
+@torch.no_grad()
+def _plain(model, batch, **kw): model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, **kw)
+
+# %% ../../nbs/run/32_speed_methods.ipynb #7a90307a
+def stream_speed(layers: int = 12, hidden: int = 512, vocab: int = 4096, rounds: int = 3, device: str = 'cpu',
+                 clock: str = 'wall', each: bool = False, **sizes: Any) -> dict[str, Any]:
+    """All streaming metrics over a plain forward of the same batch (`sizes`: see `analysis_batch`): `ratio`, `share_text`;
+    `each`: the ratio of every metric by itself."""
+    from vlmbench.analysis.streams import stream
+    from vlmbench.analysis.suite import streaming_metrics
+    model = analysis_model(layers, hidden, vocab, device)
+    batch = {k: v.to(device) for k, v in analysis_batch(vocab, **sizes).items()}
+    work = dict(plain=lambda: _plain(model, batch), every=lambda: stream(model, [batch], streaming_metrics()))
+    if each: work |= {type(m).__name__: lambda m=m: stream(model, [batch], [type(m)()]) for m in streaming_metrics()}
+    took = time_in_turns(work, 2*rounds, device, clock)
+    over = {k: ratio(t, took['plain']) for k, t in took.items()}
+    text = ~batch['image_mask'] & (torch.arange(batch['input_ids'].shape[1], device=device) > 0)
+    return dict(ours=_ms(took['every']), baseline=_ms(took['plain']), ratio=over['every'], share_text=float(text.float().mean()),
+                **(dict(each={k: v for k, v in over.items() if k not in ('plain', 'every')}) if each else {}))
+
+def stream_memory(few: int = 2, many: int = 20, layers: int = 4, hidden: int = 256, vocab: int = 4096, rounds: int = 3,
+                  device: str = 'cpu', **sizes: Any) -> dict[str, Any]:
+    "Peak memory of all streaming metrics over `many` batches against `few`, in MB, the largest of `rounds`; `ratio`: many over few."
+    from vlmbench.analysis.streams import stream
+    from vlmbench.analysis.suite import streaming_metrics
+    model = analysis_model(layers, hidden, vocab, device)
+    make = lambda i: {k: v.to(device) for k, v in analysis_batch(vocab, seed=i, **sizes).items()}
+    run = lambda n: stream(model, (make(i) for i in range(n)), streaming_metrics())
+    run(many)                                                                 # what libraries allocate once
+    mb = {n: max(_peak(lambda n=n: run(n), device) for _ in range(rounds)) for n in (few, many)}
+    return dict(ours=f'{many} batches', baseline=f'{few} batches', ratio=mb[many]/mb[few], ours_mb=mb[many], baseline_mb=mb[few])
+
+def drop_one_speed(layers: int = 12, hidden: int = 256, vocab: int = 4096, rounds: int = 3, device: str = 'cpu',
+                   clock: str = 'wall', **sizes: Any) -> dict[str, Any]:
+    "Drop-one over the forwards of all pruned models on the same batch."
+    from vlmbench.analysis.ablation import drop_one
+    model = analysis_model(layers, hidden, vocab, device)
+    batch = {k: v.to(device) for k, v in analysis_batch(vocab, **sizes).items()}
     pruned = [prune(model, [i]) for i in range(layers)]
     def naive():
-        with torch.no_grad():
-            for m in pruned: m(**inputs, labels=batch['labels'])
-    def plain():
-        with torch.no_grad(): model(**inputs)
-    took = time_in_turns(dict(every=lambda: stream(model, [batch], streaming_metrics()), plain=plain), 2*rounds, device, clock)
-    took |= time_in_turns(dict(drop=lambda: drop_one(model, [batch]), naive=naive), rounds, device, clock)
-    share = text/batch['input_ids'].shape[1]
-    return dict(streams=dict(ours=_ms(took['every']), baseline=_ms(took['plain']), ratio=ratio(took['every'], took['plain']), share_text=share),
-                drop_one=dict(ours=_ms(took['drop']), baseline=_ms(took['naive']), ratio=ratio(took['drop'], took['naive'])))
+        for m in pruned: _plain(m, batch, labels=batch['labels'])
+    took = time_in_turns(dict(drop=lambda: drop_one(model, [batch]), naive=naive), rounds, device, clock)
+    return dict(ours=_ms(took['drop']), baseline=_ms(took['naive']), ratio=ratio(took['drop'], took['naive']))
 
 # %% ../../nbs/run/32_speed_methods.ipynb #745984bd
 def surrogate_speed(shape: Shape | None = None, replaced: range = range(6, 11), rows: int = 8, rounds: int = 3,
