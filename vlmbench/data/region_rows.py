@@ -20,7 +20,7 @@ from .overlay import (ANCHOR, DATASET_KINDS, MARKERS, PALETTE, check_kind, check
 from .record import BadRecord, Region, Sample, Turn, sample_from_llava
 from .region import parse_regions
 
-# %% ../../nbs/data/32_region_rows.ipynb #07158ac8
+# %% ../../nbs/data/32_region_rows.ipynb #92c8d009
 @dataclass(frozen=True)
 class Mark:
     """One region to be marked: `kind`, `rgb`, the colour's `name` (None: unnamed), the region, style and forced alpha.
@@ -54,15 +54,16 @@ def _turns(*pairs): return [Turn(role, text) for q, a in pairs for role, text in
 
 def _image(text): return text if '<image>' in text else f'<image>\n{text}'
 
-def _conversation(row, change):
-    "The row's own conversation with `change` applied to every text."
+def _conversation(row, change, place=True):
+    "The row's own conversation with `change` applied to every text; `place`: the picture opens it."
     from vlmbench.data.record import parse_turns
     turns = [Turn(t.role, change(t.text)) for t in parse_turns(row['conversations'])[0]]
+    if not place: return turns
     first = next(i for i, t in enumerate(turns) if t.role == 'user')
     turns[first] = Turn('user', '<image>\n' + turns[first].text.replace('<image>', '').strip())
     return turns
 
-# %% ../../nbs/data/32_region_rows.ipynb #09f18a39
+# %% ../../nbs/data/32_region_rows.ipynb #838f430f
 def _refcocog(row, rng, kinds, mark, reference):
     kind = rng.choice(kinds if reference else possible_kinds(kinds, _regions(row)[:1]))
     name, rgb = one_color(rng)
@@ -75,9 +76,11 @@ def _refcocog(row, rng, kinds, mark, reference):
 
 def _vg_rel(row, rng, kinds, mark, reference):
     regions = _regions(row, False)
-    drawn = [rng.choice(kinds) for _ in regions] if 'conversations' in row else [rng.choice(kinds) for _ in regions[:2]]
-    same, marks, taken = len(set(drawn)) < len(drawn), [], set()
-    color = None
+    if len(regions) < 2: raise BadRecord(f'vg_rel: {len(regions)} boxes, expected a subject and an object')
+    if 'conversations' not in row and not reference: regions = regions[:2]      # the question names no further box
+    drawn = [rng.choice(kinds) for _ in regions]
+    pair = drawn[:2] if reference else drawn                  # published: whatever there is, two kinds are compared
+    same, marks, taken, color = len(set(pair)) < len(pair), [], set(), None
     for kind, region in zip(drawn, regions):
         if same or color is None or not reference: color = one_color(rng, same)
         while same and color[0] in taken and len(taken) < len(PALETTE): color = one_color(rng, True)
@@ -88,7 +91,7 @@ def _vg_rel(row, rng, kinds, mark, reference):
         def change(t):
             for i, s in enumerate(said): t = t.replace(f'<bbox{i}>', s)
             return t
-        return marks, _conversation(row, change)
+        return marks, _conversation(row, change, not reference)
     q = (f'Please describe the relationship between the subject {marks[0].text()} and the object {marks[1].text()}. '
          'Provide a short triplet (subject, relationship, object) to represent this. Here, the subject and object are noun '
          'phrases, and the relationship can be '
@@ -108,7 +111,7 @@ def _pointqa(row, rng, kinds, mark, reference, question='general_question'):
     mark = mark(kinds[0], PALETTE['red'], None, _regions(row, False)[0])
     return [mark], _turns((f'<image>\n{row[question]} The exemplary object is {mark.text()}.{_WORD}', row['answer']))
 
-# %% ../../nbs/data/32_region_rows.ipynb #6419e78d
+# %% ../../nbs/data/32_region_rows.ipynb #3e090778
 _FLICKR = 'Please describe the image with the object referred to by the visual prompts; '
 _FLICKR_ASK = ((_FLICKR + 'please do not mention the actual visual prompt.',
                 _FLICKR + 'please mention only the semantic category, not the actual visual prompt.'),
@@ -117,13 +120,12 @@ _FLICKR_ASK = ((_FLICKR + 'please do not mention the actual visual prompt.',
                 'category, such as a dog.'))
 
 def _listed(items):
-    if len(items) < 3: return ' and '.join(items)
-    return ', '.join(items[:-1]) + f', and {items[-1]}'
+    return ', and '.join([', '.join(items[:-1]), items[-1]] if items[1:] else items)
 
-def _caption(text):
-    text = re.sub(r'\s+', ' ', text).strip()
-    text = re.sub(r'\s+([,.;:!?])', r'\1', re.sub(r'\s*,\s*', ', ', text)).strip()
-    return text[:1].upper() + text[1:] + ('' if text.endswith('.') else '.')
+def _caption(text, reference=False):
+    if not reference: text = re.sub(r'\s+([,.;:!?])', r'\1', re.sub(r'\s+', ' ', text))
+    text = text.strip()
+    return re.sub(r'\s*,\s*', ', ', text[:1].upper() + text[1:] + ('' if text.endswith(('.', '!', '?')) else '.'))
 
 def _flickr(row, rng, kinds, mark, reference):
     both = rng.choice((0, 1))
@@ -136,10 +138,15 @@ def _flickr(row, rng, kinds, mark, reference):
                      else region_text(kind, name)))
     if rng.random() < .5: ask += rng.choice((' The visual prompts in the image are: ',
                                              ' The visual prompts are: ')) + _listed([s for s, _ in said]) + '.'
-    def place(m): return said[int(m[1])][1] if both and int(m[1]) < len(said) else ''
-    return marks, _turns((f'<image>\n{ask}', _caption(re.sub(r'<bbox(\d+)>', place, row['grounding']))))
+    def place(m):
+        if int(m[1]) >= len(said):
+            raise BadRecord(f'flickr30k: the caption refers to <bbox{m[1]}>, but there are boxes for {len(said)} '
+                            'phrases')
+        return f' {text}' if both and (text := said[int(m[1])][1]) else ''
+    caption = re.sub((' ' if reference else r'\s*') + r'<bbox(\d+)>', place, row['grounding'])
+    return marks, _turns((f'<image>\n{ask}', _caption(caption, reference)))
 
-# %% ../../nbs/data/32_region_rows.ipynb #2aaae60f
+# %% ../../nbs/data/32_region_rows.ipynb #a5ac0be9
 _LEAD = ('Looking at the source image, please answer this question:',
          'Based on the source image, answer the following:',
          'With the source image in mind, please respond to:', 'Judging from the source image, please answer:',
@@ -154,19 +161,21 @@ _OFFER = ('Available choices are as follows:', 'These are the choices:', 'Choose
           'Select one of the following:',
           'You have the following selections:', 'Your choices are listed here:',
           'You can select from these alternatives:')
-_END = ('', ' for this answer', ', given the image', ' in this case', ' here', ', in your words', ', briefly', ', exactly')
-_WHY = tuple({5: 'Why do you believe that to be true?', 17: "What's the foundation of your assertion?",
-              18: "What's the source of your reasoning?",
-              37: "What's the evidence that supports your view?"}.get(i) or
-             f'{("Why", "What is your reason", "On what basis", "How do you know", "What makes you say so")[i % 5]}'
-             f'{_END[i // 5]}?'
-             for i in range(39))
-_IS = ('The correct answer is', 'The right option is', 'The best choice is', 'The answer is', 'The final answer is',
-       'My choice is',
-       'The proper option is', 'The most fitting answer is', 'The suitable choice is', 'The right answer is')
-_BECAUSE = ('I choose', 'I would pick', 'My answer is', 'I select', 'I go with', 'The choice is', 'I decide for',
-            'It must be', 'I prefer', 'It is')
-_PUNCT = ('.', ':', ',', ';', ' -', ' :', '. Thus,', '. That is,')
+_WHY = ('Why?', 'Why is that?', 'For what reason?', 'What speaks for it?', 'What is your reason?',
+        'Why do you believe that to be true?', 'On what basis?', 'How do you know?', 'What makes you sure?',
+        'How can you tell?', 'What shows it?', 'What did you conclude it from?', 'What is it based on?',
+        'What points to it?', 'Which details tell you so?', 'What supports your answer?', 'How did you find out?',
+        "What's the foundation of your assertion?", "What's the source of your reasoning?", 'How do you justify it?',
+        'Why this answer?', 'What convinced you?', 'Can you give a reason?', 'Can you justify this?',
+        'Could you explain why?', 'Please explain why.', 'Please give your reason.', 'Please justify your answer.',
+        'State your reason.', 'Explain your answer.', 'What in the picture tells you so?', 'Where do you see that?', 'What backs this up?',
+        'What argues for this?', 'How would you argue for it?', 'What is your argument?', 'What gave it away?',
+        "What's the evidence that supports your view?", 'What brought you to this answer?')
+_MOST = ('The correct', 'The right', 'The proper', 'The most suitable', 'The final', 'The most likely', 'The one true',
+         'The matching', 'The fitting', 'The preferred')
+_SINCE = ('My choice', 'The right one', 'This one', 'This one fits', 'That is it', 'It holds', 'I am sure',
+          'I choose it', 'I prefer it', 'It must be so')
+_PUNCT = (':', '.', ',', ';', ' -', ' =', ' :', '...')
 
 def _lower(s): return s[:1].lower() + s[1:]
 
@@ -178,20 +187,21 @@ def _vcr_text(tokens, mention):
         out += t if not out or t in ('.', ',', '?', '!', ':', ';') else f' {t}'
     return out
 
-def _vcr_answer(rng, letter, content):
-    a, b = (rng.choice(_IS) for _ in range(2))
-    p, q = (rng.choice(_PUNCT) for _ in range(2))
-    c, d = (rng.choice(_IS) for _ in range(2))
-    e, f = (rng.choice(_BECAUSE) for _ in range(2))
+def _vcr_answer(rng, letter, content, reference=False):
+    "One of 14 slots: seven forms, each twice."
+    draw = lambda words: [rng.choice(words) for _ in range(2)]
     x, low = f'({letter})', _lower(content)
-    return rng.choice((x, x, f'{a} {x}', f'{b} {x}', f'{x}{p} {content}', f'{x}{q} {content}', f'{c} {x} - {low}',
-                       f'{d} {x} - {low}',
-                       f'{e} {x} because {low}', f'{f} {x} because {low}', f'Answer {x}: {low}', f'Answer {x}: {low}',
-                       f'Opt for {x} if {low}', f'Opt for {x} if {low}'))
+    most, points, mosts, since = (draw(words) for words in (_MOST, _PUNCT, _MOST, _SINCE))
+    forms = ([x, x], [f'{m} answer is {x}' for m in most], [f'{x}{p} {low}' for p in points],
+             [f'{m} answer is {x} - {low}' for m in mosts], [f'{x} - {s} because {low}' for s in since],
+             [f'Answer {x}: {low}'] * 2, [f'Opt for {x} if {low}'] * 2)
+    said = rng.choice([f for form in forms for f in form])
+    return said.replace('\u2014', '-') if reference else said
 
-def _vcr_marks(row, meta, rng, kinds, mark, reference):
-    used = sorted({k for part in (row['question'], *row['answer_choices'], *row['rationale_choices']) for t in part
-                   if isinstance(t, (list, tuple)) for k in t})
+def _vcr_marks(row, meta, parts, rng, kinds, mark, reference):
+    "Marks of the instances that `parts`, the token lists to be shown, mention."
+    used = list(set([k for part in parts for t in part if isinstance(t, (list, tuple)) for k in t]))
+    if not reference: used.sort()                            # published: in whatever order a set of numbers is iterated
     regions = {}
     for k in used:
         if not 0 <= k < len(meta['boxes']):
@@ -209,28 +219,28 @@ def _vcr_marks(row, meta, rng, kinds, mark, reference):
 def _vcr(row, rng, kinds, mark, reference, meta=None, test=''):
     if meta is None: raise BadRecord(f'vcr: the row needs its side file {row.get("meta_dir")!r} (boxes and segms)')
     choice1, choice2 = (rng.random() < .5, rng.random() < .5) if not test else (True, True)
-    marks = _vcr_marks(row, meta, rng, kinds, mark, reference)
+    a, r = row['answer_label'], row['rationale_label']
+    shown = lambda options, right, all_: options if all_ else [options[right]]
+    answers = shown(row['answer_choices'], a, choice1 and test != 'vcr_qar')
+    rationales = shown(row['rationale_choices'], r, choice2) if test != 'vcr_qa' else []
+    marks = _vcr_marks(row, meta, [row['question'], *answers, *rationales], rng, kinds, mark, reference)
     def mention(k):
         noun = row['class_names'][k]
         if rng.random() < .5 and not test: noun = rng.choice(('object', 'instance'))
         return f'{noun} {marks[k].text(rng.random() < .5)}'
     text = lambda tokens: _vcr_text(tokens, mention)
-    a, r = row['answer_label'], row['rationale_label']
-    q = text(row['question'])
-    only = lambda options, right, whole: [text(o) if whole or i == right else None for i, o in enumerate(options)]
-    answers = only(row['answer_choices'], a, choice1 and test != 'vcr_qar')
-    rationales = only(row['rationale_choices'], r, choice2) if test != 'vcr_qa' else []
+    q, answers, rationales = text(row['question']), [*map(text, answers)], [*map(text, rationales)]
     out = list(marks.values())
     lettered = lambda o: '\n'.join(f'{c}. {t}' for c, t in zip('ABCD', o)) + _LETTERS
     if test == 'vcr_qa': return out, _turns((f'<image>\n{q}\n{lettered(answers)}', 'ABCD'[a]))
     if test == 'vcr_qar':
         return out, _turns(('<image>\nI give you a question and its answer, I need you to provide a rationale explaining why '
-                            f'the answer is right. "{q}" The answer is "{answers[a]}".What is the rationale for this '
+                            f'the answer is right. "{q}" The answer is "{answers[0]}".What is the rationale for this '
                             f'decision?\n{lettered(rationales)}', 'ABCD'[r]))
     def round_(ask, options, right, multiple):
-        if not multiple: return ask, options[right]
+        if not multiple: return ask, options[0]
         ask += f' {rng.choice(_OFFER)} ' + ' '.join(f'({c}) {o}' for c, o in zip('ABCD', options))
-        return ask, _vcr_answer(rng, 'ABCD'[right], options[right])
+        return ask, _vcr_answer(rng, 'ABCD'[right], options[right], reference)
     first = round_(f'<image>\n{rng.choice(_LEAD)} {q}', answers, a, choice1)
     return out, _turns(first, round_(rng.choice(_WHY), rationales, r, choice2))
 
@@ -242,7 +252,7 @@ def dataset_of(id: str) -> str | None:
     head = id.split('-')[0] if isinstance(id, str) else None
     return head if head in _BUILDERS else None
 
-# %% ../../nbs/data/32_region_rows.ipynb #fac1fb82
+# %% ../../nbs/data/32_region_rows.ipynb #1254a999
 def build_row(row: Mapping, rng: random.Random, meta: Mapping | None = None, style: str = '', alpha: int | None = None,
               reference: bool = False, kinds: Sequence[str] | None = None, words: Callable[[Region], str] | None = None,
               **options) -> tuple[list[Mark], list[Turn]]:
@@ -260,7 +270,8 @@ def build_row(row: Mapping, rng: random.Random, meta: Mapping | None = None, sty
     if name == 'vcr': options |= dict(meta=meta, test=style)
     try: return _BUILDERS[name](row, rng, allowed, partial(Mark, style=look, alpha=alpha, words=words), reference,
                                 **options)
-    except (KeyError, IndexError, TypeError) as e: raise BadRecord(f'{at}: {name} rows need the field {e}') from None
+    except IndexError as e: raise BadRecord(f'{at}: {name}: a label or number points outside its list ({e})') from None
+    except (KeyError, TypeError) as e: raise BadRecord(f'{at}: {name} rows need the field {e}') from None
     except ValueError as e: raise BadRecord(f'{e}' if at in f'{e}' else f'{at}: {e}') from None
 
 # %% ../../nbs/data/32_region_rows.ipynb #4095b27e
