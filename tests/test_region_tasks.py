@@ -154,7 +154,7 @@ def broken(name, **change):
     ('vcr_qa', broken('vcr_qa', answer_label=4), 'answer_label=4'), ('vcr_qa', broken('vcr_qa', rationale_label=-1), 'rationale_label'),
     ('vcr_qa', broken('vcr_qa', meta_dir='f/none.json'), 'none.json'), ('vcr_qa', broken('vcr_qa', meta_dir='../../x.json'), 'outside'),
     ('vcr_qa', broken('vcr_qa', question=['Why', [7], '?']), 'instance 7'),
-    ('vcr_qa', broken('vcr_qa', class_names=['person']), 'vcr rows need'),
+    ('vcr_qa', broken('vcr_qa', class_names=['person']), 'points outside its list'),
     ('refcocog', broken('refcocog', answer=['x']), 'answer is list'),
     ('refcocog', broken('refcocog', segmentations=[[[1, 2, 3, 4]]]), 'polygon')])
 def test_bad_rows_are_named(root, name, row, match):
