@@ -7,9 +7,9 @@ __all__ = ['prepare_data', 'data_file', 'Transformed', 'stage_samples', 'grouped
            'load_tasks', 'ask_before', 'assess', 'accuracy_wide']
 
 # %% ../../nbs/run/15_pipeline.ipynb #5743e3ec
-import inspect, os, time
+import inspect, json, math, os, time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from ..data.mixture import Grouped, Mixture, Shuffled
 from ..data.quarantine import Quarantine
 from ..data.record import Records, Sample, sample_from_llava
-from ..data.world import WorldConfig, WorldSize, write_world
+from ..data.world import WorldConfig, write_world
 from ..evaluate.generate import evaluate
 from ..evaluate.results import Results, majority_baseline, text_retention
 from ..evaluate.tasks import Task, load_task
@@ -31,13 +31,22 @@ from ..train.loop import TrainResult, train
 from ..train.recipe import Recipe, RecipeError, Scale, Stage
 
 # %% ../../nbs/run/15_pipeline.ipynb #8fc2fb78
-def prepare_data(folder: str | Path = '', difficulty: str = 'default', sizes: WorldSize | None = None) -> Path:
-    """The data folder: `folder` if it exists, else the embedded world, written there (default
-    `runs/world-<difficulty>`) unless it is there already. Raises FileExistsError when another world is there."""
-    folder = Path(folder) if str(folder) else Path('runs')/f'world-{difficulty}'
-    if folder.is_dir() and not (folder/'world.json').exists(): return folder
-    if (folder/'world.json').exists() and sizes is None: return folder
-    return write_world(folder, WorldConfig.at(difficulty), sizes or WorldSize())
+def prepare_data(folder: str | Path = '', difficulty: str = 'default') -> Path:
+    """The data folder: `folder`, or when empty the embedded world, written to `runs/world-<difficulty>` unless it is there
+    already. Raises `RecipeError` for a folder that does not exist or holds a world of another difficulty than the one
+    asked for, FileExistsError when the place of the embedded world holds another."""
+    if not str(folder): return write_world(Path('runs')/f'world-{difficulty}', WorldConfig.at(difficulty))
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RecipeError(f'data={str(folder)!r} is no folder: correct the path, leave data empty for the embedded world, '
+                          f'or write one there first (vlmbench data world {folder})')
+    mark = folder/'world.json'
+    if difficulty != 'default' and mark.exists():
+        have, want = json.loads(mark.read_text(encoding='utf8'))['config'], asdict(WorldConfig.at(difficulty))
+        if have != want:
+            raise RecipeError(f'{folder} holds a world of other settings than difficulty={difficulty!r}: leave difficulty '
+                              f'at its default to use it as it is, or data empty to write that world')
+    return folder
 
 def data_file(folder: str | Path, name: str) -> Path:
     "The file of `folder` called `name`. Raises `RecipeError` listing what there is."
@@ -66,8 +75,12 @@ def stage_samples(folder: str | Path, data: str, quarantine: Quarantine | None =
     weights: dict[str, float] = {}
     for part in data.split('+'):
         name, star, weight = part.strip().partition('*')
-        try: weights[name] = float(weight) if star else 1.
-        except ValueError: raise RecipeError(f'data {data!r}: {weight!r} is no weight; write name*9+other*1') from None
+        try: value = float(weight) if star else 1.
+        except ValueError: value = math.nan
+        if not 0 < value < math.inf:
+            raise RecipeError(f'data {data!r}: {weight!r} is no weight above 0; write name*9+other*1')
+        if name in weights: raise RecipeError(f'data {data!r} names {name!r} twice: give it one weight')
+        weights[name] = value
     sources = {n: Records(data_file(folder, n), folder, quarantine, parse) for n in weights}
     return Mixture(sources, weights) if len(sources) > 1 else next(iter(sources.values()))
 
@@ -98,18 +111,19 @@ def build(method: Method, recipe: Recipe, scale: Scale, seed: int = 0) -> tuple[
 # %% ../../nbs/run/15_pipeline.ipynb #292ad4df
 @dataclass
 class Fitted:
-    """What `fit` returns: the trained `model`, its `processor`, one `TrainResult` a stage, and the quarantined rows
-    per stage."""
+    """What `fit` returns: the trained `model`, its `processor`, one `TrainResult` a stage, and per stage the number of
+    quarantined rows and the counted fallbacks (`notes`: truncated rows, dropped turns)."""
     model: Any
     processor: Any
     stages: list[TrainResult]
     quarantined: dict[str, int]
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 def fit(method: Method, recipe: Recipe, scale: Scale, model: Any, processor: Any, folder: str | Path, out: str | Path,
         on_stage: Callable[[TrainResult], None] | None = None, **kw: Any) -> Fitted:
     """Runs all stages of `recipe` on `model`, with data from `folder`, into `out/stages/<stage>`. `on_stage` is
     called after each; `kw` go to `train` (seed, precision, stop_flag, callbacks, ...). Raises what `train` raises."""
-    out, results, bad = Path(out), [], {}
+    out, results, bad, notes = Path(out), [], {}, {}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/'recipe.json', recipe.to_dict() | dict(scale=scale.to_dict()))
     for stage in recipe.stages:
@@ -126,11 +140,11 @@ def fit(method: Method, recipe: Recipe, scale: Scale, model: Any, processor: Any
         result = train(model, processor, stage, samples, place, extra_losses=losses, quarantine=quarantine, **kw)
         quarantine.close()
         result.freeze_table.to_csv(place/'freeze.csv', index=False)
-        bad[stage.name] = quarantine.n_bad
+        bad[stage.name], notes[stage.name] = quarantine.n_bad, dict(quarantine.notes)
         results.append(result)
         if on_stage is not None: on_stage(result)
         if method.after_stage is not None: model, processor = method.after_stage(model, processor, stage, scale)
-    return Fitted(model, processor, results, bad)
+    return Fitted(model, processor, results, bad, notes)
 
 # %% ../../nbs/run/15_pipeline.ipynb #216d0f46
 @dataclass
@@ -148,6 +162,12 @@ class Ticker:
         if done == total or now - self.last >= self.seconds:
             self.last = now
             print(f'{self.name}: {done}/{total} answered', flush=True)
+
+def _usable(samples: Sequence[Sample], quarantine: Quarantine):
+    for i in range(len(samples)):
+        quarantine.seen()
+        try: yield samples[i]
+        except (ValueError, OSError) as e: quarantine.add('majority baseline', i, None, str(e))
 
 def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None) -> dict[str, Task]:
     "Tasks of a data folder by file name, in order; `limit` keeps the first samples (and says so in the task's name)."
@@ -179,8 +199,10 @@ def assess(model: Any, processor: Any, tasks: Mapping[str, Task], folder: str | 
                                      on_batch=Ticker(f'{name} blind', check), **kw)
         train_file = name.rpartition('_')[0] + '_train'
         if any((Path(folder)/f'{train_file}{end}').exists() for end in ('.json', '.jsonl')):
-            done['majority'] = majority_baseline(task, stage_samples(folder, train_file))
+            left = Quarantine(cap=1.)                                      # rows that training has listed and capped
+            done['majority'] = majority_baseline(task, _usable(stage_samples(folder, train_file, left), left))
             done['majority'].save(store)
+            if left.n_bad: print(f'{name}: majority baseline without {left.n_bad} unusable rows of {train_file}', flush=True)
         else: print(f'{name}: no {train_file} beside it, so no majority baseline', flush=True)
         entry: dict[str, Any] = {c: round(r.accuracy, 6) for c, r in done.items()} | dict(n=len(task))
         if before and name in before:
