@@ -2,7 +2,8 @@
 import torch
 from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           LlavaConfig,
-                          LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM)
+                          LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM,
+                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
 VOCAB, IMAGE = 40, 3
 SHAPE = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB,
@@ -44,6 +45,17 @@ def llava(layers=6):
     text = LlamaConfig(**SHAPE, num_hidden_layers=layers)
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text,
                                                      image_token_id=IMAGE)).eval()
+
+
+def qwen3_vl(layers=4):
+    torch.manual_seed(0)
+    rope = dict(rope_type='default', mrope_section=[1, 1, 0], rope_theta=1e4)
+    text = SHAPE | dict(num_hidden_layers=layers, head_dim=4, rope_parameters=rope)
+    vision = dict(depth=3, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, temporal_patch_size=2,
+                  spatial_merge_size=2, out_hidden_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VOCAB - 5,
+                           vision_start_token_id=VOCAB - 4, vision_end_token_id=VOCAB - 3)
+    return Qwen3VLForConditionalGeneration(config).eval()
 
 
 FAMILIES = dict(llama=decoder, qwen3=qwen3, gemma2=gemma2, gpt2=gpt2)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 
-from depth_models import FAMILIES, batch, decoder, llava, rows
-from vlmbench.analysis.ablation import answer_loss, drop_one, gradient_scores, greedy_drop, revert_one, split_samples
+from depth_models import FAMILIES, batch, decoder, llava, qwen3_vl, rows
+from vlmbench.analysis.ablation import NotLayerwise, answer_loss, drop_one, gradient_scores, greedy_drop, revert_one, split_samples
 from vlmbench.analysis.importance import (STRATEGIES, AngularDistance, BlockInfluence, agreement, best_block,
                                           iterative_prune_order, plot_scores,
                                           prune_order, region, region_size, sparse_uniform, stability, top_k_overlap)
@@ -138,21 +138,55 @@ def test_loss_equals_the_models_own():
     assert ours.value == pytest.approx(theirs.loss.item(), abs=1e-5) and ours.accuracy == pytest.approx(accuracy)
 
 
+def image_batch(lengths=(12, 9), images=(2, 1)):
+    "Rows for `llava` with `images` pictures each, padded on the right, from pixels."
+    x = batch(lengths, image=())
+    x = {k: x[k] for k in ('input_ids', 'attention_mask', 'labels')}
+    x['input_ids'] = x['input_ids'].where(x['input_ids'] != 3, 5)
+    for row, n in enumerate(images):
+        for j in range(n): x['input_ids'][row, 1 + 4 * j:5 + 4 * j] = 3
+    x['labels'][x['input_ids'] == 3] = -100
+    return x | dict(pixel_values=torch.randn(sum(images), 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
 def test_drop_one_of_a_vlm_from_pixels():
-    model, ids = llava(), batch()['input_ids'].clamp(min=4)
-    ids[:, 1:5] = 3
-    x = dict(input_ids=ids, labels=batch()['labels'], pixel_values=torch.randn(3, 3, 8, 8))
-    r = drop_one(model, [x], layers=[1, 5])
-    np.testing.assert_allclose(scores(r.frame, 'drop_one_loss', 'answer')[5],
-                               answer_loss(prune(model, [5]), [x]).value, atol=1e-5)
+    "Classes such as LLaVA take use_cache only through **kwargs: a cache filled by the first pass would be read again."
+    model, x = llava(), image_batch()
+    r = drop_one(model, [x])
+    np.testing.assert_allclose(scores(r.frame, 'drop_one_loss', 'answer'),
+                               [answer_loss(prune(model, [i]), [x]).value for i in range(6)], atol=1e-5)
+    assert scores(revert_one(model, copy.deepcopy(model), [x]).frame, 'revert_one_delta', 'answer').abs().max() < 1e-6
+    best = greedy_drop(model, [x], 1)
+    assert best.loss[0] == pytest.approx(scores(r.frame, 'drop_one_loss', 'answer')[1:4].min(), abs=1e-5)
+
+
+def test_layers_that_cannot_run_on_their_own_are_refused():
+    "Qwen3-VL adds image features between layers; a layer with a memory answers a second call differently."
+    model, ids = qwen3_vl(), torch.randint(5, 40, (1, 14), generator=torch.Generator().manual_seed(0))
+    ids[0, 2:8] = torch.tensor([36, 3, 3, 3, 3, 37])
+    x = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.where(torch.arange(14) > 10, -100),
+             pixel_values=torch.randn(16, 3 * 2 * 4 * 4), image_grid_thw=torch.tensor([[1, 4, 4]]),
+             mm_token_type_ids=(ids == 3).long())
+    calls = lambda d: (lambda: drop_one(model, d), lambda: greedy_drop(model, d, 1), lambda: revert_one(model, model, d))
+    for f in calls([x]):
+        with pytest.raises(NotLayerwise, match='Qwen3VL.*between layers 0 and 1'): f()
+    assert answer_loss(model, [x], skip=[2]).value > 0
+    text = {k: x[k] for k in ('input_ids', 'attention_mask', 'labels')} | dict(input_ids=ids.clamp(min=5, max=35))
+    assert drop_one(model, [text]).base.n == 3
+    model, seen = decoder(), []
+    def remember(module, args, out):
+        seen.append(1)
+        return out * (1 + len(seen))
+    model.model.layers[4].register_forward_hook(remember)
+    with pytest.raises(NotLayerwise, match='second time'): drop_one(model, DATA)
 
 
 def test_work_of_drop_one_is_half():
-    "Layer calls: L for the shared pass, then only the layers above the dropped one."
+    "Layer calls: L for the shared pass, then only the layers above the dropped one; L more once, as a check."
     model, calls = decoder(8), []
     for i, l in enumerate(model.model.layers): l.register_forward_hook(lambda m, a, o, i=i: calls.append(i))
-    drop_one(model, DATA[:1])
-    assert len(calls) == 8 + 8 * 7 // 2 <= .6 * 8 * 8
+    drop_one(model, DATA * 3)
+    assert len(calls) == 8 + 6 * (8 + 8 * 7 // 2) <= .6 * 6 * 8 * 8
 
 
 def test_greedy_drop_is_greedy():

@@ -7,10 +7,12 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depth_models import decoder
+from vlmbench.analysis.ablation import answer_loss
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.lab.layers import RANKINGS, calibration, choose, figures, load_any, measure
 from vlmbench.methods.recipes import get_method, get_scale
+from vlmbench.models.depth import prune
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.manifest import Manifest
 
@@ -85,6 +87,8 @@ def test_another_vlm_of_transformers(tmp_path):
     assert len(batches) == 6 and all((b['input_ids'] == config.image_token_id).sum() == 16 for b in batches)
     m = measure(model, batches, share=1)
     assert {'block influence, image', 'attention to the image', 'drop one', 'Taylor'} <= set(m.rankings) and not m.left_out
+    want = [answer_loss(prune(model, [i]), batches).value - m.base.value for i in range(4)]
+    assert m.rankings['drop one'].tolist() == pytest.approx(want, abs=1e-5)
 
 
 def test_data_without_answers_still_gives_every_label_free_score(lm_folder):

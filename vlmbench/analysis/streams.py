@@ -248,7 +248,7 @@ def model_inputs(model: nn.Module, batch: Mapping) -> dict:
         raise ValueError(f'{type(base).__name__}.forward does not take {bad}; remove these keys from the batch')
     device = next(base.parameters()).device
     out = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k in names and k not in drop}
-    if 'use_cache' in names: out['use_cache'] = False
+    if 'use_cache' in names or any(p.kind is p.VAR_KEYWORD for p in names.values()): out['use_cache'] = False
     return out
 
 # %% ../../nbs/analysis/00_streams.ipynb #4685d74d
@@ -273,11 +273,11 @@ def skipping(decoder: Decoder, skip: Sequence[int]):
 
 # %% ../../nbs/analysis/00_streams.ipynb #0eec0da4
 class _Capture:
-    "Pre-hooks that keep what enters each layer, and one hook for what leaves the last."
+    "Hooks that keep what enters and what leaves each layer."
     def __init__(self, decoder, layers):
-        self.hidden, self.kwargs, self.fired, self.layers = {}, {}, [], layers
+        self.hidden, self.left, self.kwargs, self.fired, self.layers = {}, {}, {}, [], layers
         self.handles = [decoder.layers[i].register_forward_pre_hook(self._enter(i), with_kwargs=True) for i in layers]
-        self.handles.append(decoder.layers[layers[-1]].register_forward_hook(self._leave))
+        self.handles += [decoder.layers[i].register_forward_hook(self._leave(i)) for i in layers]
 
     def _enter(self, i):
         def hook(module, args, kwargs):
@@ -287,9 +287,11 @@ class _Capture:
             self.kwargs[i] = args[1:], {k: v for k, v in kwargs.items() if k != 'hidden_states'}
         return hook
 
-    def _leave(self, module, args, out):
-        x = out[0] if isinstance(out, tuple) else out
-        self.hidden['out'] = (x, x._version)
+    def _leave(self, i):
+        def hook(module, args, out):
+            x = out[0] if isinstance(out, tuple) else out
+            self.left[i] = x, x._version
+        return hook
 
     def close(self):
         for h in self.handles: h.remove()
@@ -298,9 +300,10 @@ class _Capture:
         if tuple(self.fired) != tuple(self.layers):
             raise ValueError(f'layers ran in the order {self.fired} instead of {list(self.layers)}: this model does '
                              'not run each layer once')
-        if any(x._version != v for x, v in self.hidden.values()):
+        kept = [*self.hidden.values(), self.left[self.layers[-1]]]
+        if any(x._version != v for x, v in kept):
             raise ValueError('a layer changed its input in place; states are lost')
-        return [self.hidden[k][0] for k in (*self.layers, 'out')]
+        return [x for x, _ in kept]
 
 def capture(model: nn.Module, batch: Mapping, skip: Sequence[int]=(), decoder: Decoder|None=None):
     "One forward pass with hooks: (`_Capture` with the states and call arguments of every layer, the model's output)."
