@@ -312,14 +312,16 @@ BARS: dict[str, tuple[str, str, float | None]] = {   # measure: (what the ratio 
     'streams_memory': ('peak memory of the streaming metrics: 20 batches / 2 batches', 'at most', 1.15),
     'drop_one': ('drop-one with shared prefixes / naive forwards', 'at most', .6),
     'surrogate': ('training step below the surrogate / below the full model', 'at most', 1.),
+    'region': ('training step with LoRA in an evenly spaced quarter of the layers / in all', 'at most', 1.),
+    'region_top': ('the same, in the top quarter, the projector frozen', 'at most', 1.),
     'inference_vora': ('time to first token, published / 8: merged VoRA / encoder', '', None),
     'inference_eve': ('time to first token, published / 8: EVE / encoder', '', None)}
 
-COLUMNS = ('name', 'measure', 'ours', 'baseline', 'ratio', 'bar', 'met', 'ours_mb', 'baseline_mb')
+COLUMNS = ('name', 'measure', 'ours', 'baseline', 'ratio', 'bar', 'met', 'planned', 'ours_mb', 'baseline_mb')
 
 def speed_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """One row per measure of `results` with the columns `COLUMNS`: both absolute figures, ratio (or share), bar, whether
-    it is met, peak memory of both where it was taken."""
+    it is met, the ratio of FLOPs that was `planned`, peak memory of both, the last where they were taken."""
     rows = []
     for name, (what, sense, bar) in BARS.items():
         if name not in results: continue
@@ -328,6 +330,7 @@ def speed_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         met = '' if bar is None else bool(value >= bar if sense == 'at least' else value <= bar)
         rows.append(dict(name=name, measure=what, ours=r.get('ours', ''), baseline=r.get('baseline', ''),
                          ratio=round(value, 3), bar='' if bar is None else f'{sense} {bar:g}', met=met,
+                         planned=round(r['planned'], 3) if 'planned' in r else '',
                          ours_mb=r.get('ours_mb', ''), baseline_mb=r.get('baseline_mb', '')))
     return pd.DataFrame(rows, columns=COLUMNS)
 

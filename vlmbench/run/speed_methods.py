@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'image_rows', 'mask_by_token', 'mask_speed', 'masked_attention_speed', 'patches_by_image', 'patch_speed',
            'analysis_batch', 'analysis_model', 'stream_speed', 'stream_memory', 'drop_one_speed', 'surrogate_speed',
-           'ways_to_see', 'inference_table', 'inference_figure']
+           'region_speed', 'ways_to_see', 'inference_table', 'inference_figure']
 
 # %% ../../nbs/run/32_speed_methods.ipynb #e2fa9447
 import copy, statistics
@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
-# %% ../../nbs/run/32_speed_methods.ipynb #2bdd6c92
+# %% ../../nbs/run/32_speed_methods.ipynb #d1c5f90e
 from ..models.depth import build_surrogate, prune
 from ..models.masks import attention_mask
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
@@ -29,6 +29,8 @@ from ..models.ragged import dense, intervals
 from ..models.vision import backbone_dict
 from .speed import Mix, PeakMemory, Shape, make_mix, our_model, ratio, reference_model, time_in_turns
 from ..data.packing import collate_padded
+from ..train.prepare import prepare
+from ..train.recipe import Stage, full, lora
 
 # %% ../../nbs/run/32_speed_methods.ipynb #d6e508f3
 def _ms(seconds): return f'{1e3*statistics.median(seconds):.1f} ms'
@@ -212,18 +214,26 @@ def drop_one_speed(layers: int = 12, hidden: int = 256, vocab: int = 4096, round
     took = time_in_turns(dict(drop=lambda: drop_one(model, [batch]), naive=naive), rounds, device, clock)
     return dict(ours=_ms(took['drop']), baseline=_ms(took['naive']), ratio=ratio(took['drop'], took['naive']))
 
-# %% ../../nbs/run/32_speed_methods.ipynb #745984bd
+# %% ../../nbs/run/32_speed_methods.ipynb #0bb2f9a3
+def _pictured(shape, rows, device):
+    "A padded batch of `rows` documents with a picture each, and the planner's word for it."
+    from vlmbench.analysis.cost import Workload
+    docs = [d for d in make_mix(Mix(documents=8*rows, image_size=shape.image_size, image_tokens=(shape.image_size//shape.patch)**2))
+            if d.images][:rows]
+    batch = {k: v.to(device) for k, v in collate_padded(docs, 0).items() if k in ('input_ids', 'attention_mask', 'labels', 'pixel_values')}
+    n, tokens = batch['input_ids'].shape
+    targets = int((batch['labels'][:, 1:] != -100).sum())
+    return batch, Workload(n, tokens, n, shape.image_size, shape.image_size, targets, packed=False)
+
 def surrogate_speed(shape: Shape | None = None, replaced: range = range(6, 11), rows: int = 8, rounds: int = 3,
                     device: str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
     """One training step of the vision side (decoder frozen) below the surrogate that replaces the layers `replaced` by a
     translator, and below the full model. `ratio`: surrogate over full; `planned`: the planner's ratio of FLOPs."""
-    from vlmbench.analysis.cost import Workload, training_cost
+    from vlmbench.analysis.cost import training_cost
     shape = shape or Shape(hidden=256, layers=12, vision_hidden=128)
-    full = our_model(reference_model(shape))
-    models = dict(surrogate=build_surrogate(full, [replaced]).to(device), full=full.to(device))
-    docs = [d for d in make_mix(Mix(documents=8*rows, image_size=shape.image_size, image_tokens=(shape.image_size//shape.patch)**2))
-            if d.images][:rows]
-    batch = {k: v.to(device) for k, v in collate_padded(docs, 0).items() if k in ('input_ids', 'attention_mask', 'labels', 'pixel_values')}
+    whole = our_model(reference_model(shape))
+    models = dict(surrogate=build_surrogate(whole, [replaced]).to(device), full=whole.to(device))
+    batch, work = _pictured(shape, rows, device)
     for m in models.values():
         m.train()
         for n, p in m.named_parameters(): p.requires_grad_(n.startswith('model.vision.'))
@@ -231,13 +241,36 @@ def surrogate_speed(shape: Shape | None = None, replaced: range = range(6, 11), 
         m(**batch).loss.backward()
         m.zero_grad()
     took = time_in_turns({k: lambda m=m: step(m) for k, m in models.items()}, rounds, device, clock)
-    n, tokens = batch['input_ids'].shape
-    work = Workload(n, tokens, n, shape.image_size, shape.image_size, int((batch['labels'][:, 1:] != -100).sum()), packed=False)
     plan = {k: training_cost(copy.deepcopy(m).to('meta'), work) for k, m in models.items()}
     memory = {k: _peak(lambda m=m: step(m), device) for k, m in models.items()}
     return dict(ours=_ms(took['surrogate']), baseline=_ms(took['full']), ratio=ratio(took['surrogate'], took['full']),
                 planned=plan['surrogate'].flops/plan['full'].flops, ours_mb=memory['surrogate'], baseline_mb=memory['full'],
                 planned_memory={k: round((c.peak - c.weights_bytes)/2**20, 1) for k, c in plan.items()})
+
+# %% ../../nbs/run/32_speed_methods.ipynb #7b2f5942
+def region_speed(shape: Shape | None = None, share: float = .25, r: int = 16, rows: int = 8, rounds: int = 3,
+                 device: str = 'cpu', clock: str = 'wall') -> dict[str, dict[str, Any]]:
+    """One training step with LoRA of rank `r` in every layer against a `share` of them: `region`, evenly spaced, the
+    projector trained; `region_top`, the topmost, the projector frozen. `ratio`: theirs over every layer; `planned`: FLOPs."""
+    from vlmbench.analysis.cost import training_cost
+    from vlmbench.analysis.importance import region
+    shape = shape or Shape(hidden=256, layers=12, vision_hidden=128)
+    spread, top = (region(where, share, shape.layers) for where in ('sparse_uniform', 'top'))
+    ways = dict(all=(None, True), region=(spread, True), region_top=(top, False))
+    models = {}
+    for name, (chosen, projector) in ways.items():
+        models[name] = our_model(reference_model(shape)).to(device).train()
+        trains = dict(layers=lora(r, 2*r, chosen)) | (dict(projector=full()) if projector else {})
+        prepare(models[name], Stage('region', trains, 'mix', lr=1e-3, steps=1))
+    batch, work = _pictured(shape, rows, device)
+    def step(m):
+        m(**batch).loss.backward()
+        m.zero_grad()
+    took = time_in_turns({k: lambda m=m: step(m) for k, m in models.items()}, rounds, device, clock)
+    plan = {k: training_cost(copy.deepcopy(m).to('meta'), work).flops for k, m in models.items()}
+    memory = {k: _peak(lambda m=m: step(m), device) for k, m in models.items()}
+    return {k: dict(ours=_ms(took[k]), baseline=_ms(took['all']), ratio=ratio(took[k], took['all']), planned=plan[k]/plan['all'],
+                    ours_mb=memory[k], baseline_mb=memory['all']) for k in ('region', 'region_top')}
 
 # %% ../../nbs/run/32_speed_methods.ipynb #5b621616
 def _llama(hidden, layers, heads, vocab): return LlamaConfig(hidden_size=hidden, intermediate_size=hidden*8//3//8*8, vocab_size=vocab,
