@@ -292,9 +292,10 @@ def test_counts_and_quarantine_follow_what_was_taken(kw):
     for _, a, b in zip(range(6), plain, ahead):
         time.sleep(.01)                                             # lets the thread run ahead
         assert plain.counts == ahead.counts and plain.quarantine.to_dict() == ahead.quarantine.to_dict()
-    assert plain.counts['bad'] == plain.quarantine.n_bad > 0
-    assert plain.quarantine.n_seen == plain.counts['documents'] + plain.counts['bad'] or plain.state_dict()['waiting']
-    assert plain.quarantine.summary() == {'undecodable': plain.counts['bad']}
+    kept = plain.quarantine
+    assert plain.counts['bad'] == kept.n_bad_drawn >= kept.n_bad > 0 and kept.n_seen == len(rows)
+    assert kept.n_drawn == plain.counts['documents'] + plain.counts['bad'] or plain.state_dict()['waiting']
+    assert kept.summary() == {'undecodable': kept.n_bad}
 
 
 def test_resumed_quarantine_counts_nothing_twice():
@@ -321,7 +322,7 @@ def test_bad_samples_are_replaced_or_skipped():
         data = loader(rows, sampler=StatefulSampler(200, 1, epochs=1), on_bad=on_bad, quarantine=Quarantine(cap=.5))
         drawn = [i for b in data for i in b['sample_ids']]
         assert len(drawn) == want == data.counts['documents'] and not {i for i in drawn if rows[int(i)].broken}
-        assert data.counts['bad'] == data.quarantine.n_bad >= 200 - good
+        assert data.counts['bad'] == data.quarantine.n_bad_drawn >= data.quarantine.n_bad == 200 - good
         listed = {r['id'] for r in data.quarantine.records}
         assert listed == {r.id for r in rows if r.broken}
     with pytest.raises(ValueError, match=r'sample \d+ \(id .*undecodable'): list(loader(rows, on_bad='error'))

@@ -4,6 +4,7 @@ import io, json, math, os, pickle, string, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -431,13 +432,13 @@ def test_without_quarantine_the_first_bad_row_names_file_and_row(tmp_path):
         list(read_llava(tmp_path / 'a.json'))
 
 
-def test_cap_is_judged_from_a_hundred_rows_and_at_close(tmp_path):
+def test_cap_of_a_file_is_judged_at_its_end_and_at_close(tmp_path):
     rows = [row(i) if i % 10 else {'id': i} for i in range(300)]
     (tmp_path / 'a.json').write_text(json.dumps(rows))
     q = Quarantine(cap=0.05)
     with pytest.raises(TooManyBadRecords, match='no turns'):
         list(read_llava(tmp_path / 'a.json', quarantine=q))
-    assert q.n_seen == 100
+    assert q.n_seen == 300
     q = Quarantine(cap=0.2, path=tmp_path / 'bad.json')
     assert len(list(read_llava(tmp_path / 'a.json', quarantine=q))) == 270
     q.close()
@@ -455,21 +456,74 @@ def test_cap_is_judged_from_a_hundred_rows_and_at_close(tmp_path):
     assert q.n_bad == 30 and len(q.records) == 2 and q.to_dict()['quarantined'] == 30
 
 
+def test_bad_rows_in_front_do_not_stop_a_file_within_the_cap(tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps([row(i) if i > 3 else {'id': i} for i in range(400)]))
+    q = Quarantine(cap=0.01)
+    assert len(list(read_llava(tmp_path / 'a.json', quarantine=q))) == 396 and q.n_bad == 4
+    q.close()
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=400), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
-def test_cap_holds_for_any_pattern(bad, cap):
-    q, raised = Quarantine(cap=cap), False
-    try:
-        for i, b in enumerate(bad):
-            q.seen()
-            if b:
-                q.add('f', i, None, 'x: y')
+def test_close_judges_the_share_of_any_pattern(bad, cap):
+    q = Quarantine(cap=cap)
+    for i, b in enumerate(bad):
+        q.seen()
+        if b:
+            q.add('f', i, None, 'x: y')
+    if sum(bad) > cap * len(bad):
+        with pytest.raises(TooManyBadRecords, match=r'larger cap: Quarantine\(cap=\.\.\.\)'):
+            q.close()
+    else:
         q.close()
-    except TooManyBadRecords:
-        raised = True
-    shares = [sum(bad[:n]) / n for n in range(100, len(bad) + 1)] + [sum(bad) / len(bad)]
-    over = [sum(bad[:n]) > cap * n for n in range(100, len(bad))] + [sum(bad) > cap * len(bad)]
-    assert raised == any(over), (shares, cap)
+
+
+def draw(q, rows, bad):
+    "Draw `rows` one by one; the number of draws until the cap stops them, None if it does not."
+    for n, i in enumerate(rows):
+        try:
+            q.drawn(1, [(int(i), str(i), 'missing: a.jpg')] if bad(i) else [])
+        except TooManyBadRecords:
+            return n
+    return None
+
+
+@pytest.mark.parametrize('share', [0.003, 0.008, 0.0095])
+def test_draws_of_data_within_the_cap_are_not_stopped(share):
+    rng, stopped = np.random.default_rng(0), 0
+    for _ in range(60):
+        q = Quarantine(cap=0.01)
+        q.seen(10**6)
+        stopped += draw(q, rng.integers(10**6, size=3000), lambda i: i < share * 10**6) is not None
+    assert stopped == 0
+
+
+def test_draws_over_the_cap_are_stopped_early_and_a_row_counts_once():
+    rng = np.random.default_rng(1)
+    q = Quarantine(cap=0.01)
+    q.seen(10**6)
+    assert draw(q, rng.integers(10**6, size=20000), lambda i: i < 50000) < 1000      # 5% are bad
+    q = Quarantine(cap=0.01, max_count=4)
+    q.seen(400)                                                                   # 4 of 400, over and over
+    assert draw(q, [i for _ in range(20) for i in rng.permutation(400)], lambda i: i < 4) is None
+    assert (q.n_bad, q.n_bad_drawn, len(q.records)) == (4, 80, 4)
+    q.close()
+    q = Quarantine(cap=0.01)
+    q.seen(400)                                                                   # 6 of 400: certain in the first pass
+    assert draw(q, rng.permutation(400), lambda i: i < 6) is not None
+
+
+def test_quarantine_goes_on_from_its_state():
+    whole, half, rest = Quarantine(cap=1), Quarantine(cap=1), Quarantine(cap=1)
+    for q, part in ((whole, range(10)), (half, range(5)), (rest, range(5, 10))):
+        if q is rest:
+            rest.load_state_dict(json.loads(json.dumps(half.state_dict())))
+        for i in part:
+            q.drawn(2, [(i % 3, None, 'missing: a.jpg')])
+            q.note('first frame used')
+            q.note('dropped leading assistant turn', row=('a.json', i % 4))
+    assert whole.to_dict() == rest.to_dict() and whole.n_bad == 3
+    assert whole.notes == {'first frame used': 10, 'dropped leading assistant turn': 4}
 
 
 def test_truncated_file_delivers_then_stops_or_goes_on(tmp_path):

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_stubs import StopAfter, a_stage, packed_loader, run, tiny_vlm
+from train_stubs import StopAfter, a_stage, encode, packed_loader, run, tiny_vlm
+from vlmbench.data.mixture import StatefulSampler
+from vlmbench.data.packing import BatchLoader
+from vlmbench.data.quarantine import Quarantine, TooManyBadRecords
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
 from vlmbench.train.loop import Callback, Preempted, train
 from vlmbench.train.metrics import read_metrics
@@ -200,3 +203,21 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path):
         train(tiny_vlm(0.1), None, a_stage('frozen'), None, tmp_path / 'damaged', loader=packed_loader(), device='cpu',
               progress_seconds=None)
     assert_same_state(whole.checkpoint, latest(tmp_path / 'damaged'))
+
+
+def test_too_many_bad_rows_stop_at_a_saved_state(tmp_path):
+    "The run goes on from that state, bit for bit, once the cap allows it; the list of bad rows lies beside it."
+    def loader(cap):
+        def broken(i):
+            if i % 4 == 0: raise ValueError('missing: a.jpg')
+            return encode(i)
+        return BatchLoader(range(600), broken, StatefulSampler(600, seed=0), 48, 2, buffer=8, prefetch=2,
+                           quarantine=Quarantine(cap, path=tmp_path / 'bad.json'))
+    _, a = run(tmp_path / 'a', steps=12, loader=loader(1.), save_every=None)
+    with pytest.raises(TooManyBadRecords, match=r'(?s)draws: more than cap=1.00%.*The state is in .*b') as e:
+        run(tmp_path / 'b', steps=12, loader=loader(.01), save_every=None)
+    stopped = latest(tmp_path / 'b')
+    assert str(stopped) in str(e.value) and 1 < load_state(stopped).step < 12
+    assert 'missing: a.jpg' in (tmp_path / 'bad.json').read_text()
+    _, b = run(tmp_path / 'b', steps=12, loader=loader(1.), save_every=None)
+    assert_same_state(a.checkpoint, b.checkpoint)

@@ -103,7 +103,7 @@ class BatchLoader:
     finite stream it begins again. A sample is bad if it raises one of `errors` or has no target; other exceptions pass.
     `wait_seconds`: time spent waiting for batches. `counts`: batches, documents, tokens, area, images, targets, bad,
     truncated; `fill`: share of the area that held tokens."""
-    version = 1
+    version = 2                                         # of the state
     def __init__(self, samples: Sequence,            # anything indexable by sample number
                  encode_fn: Callable,                # sample -> `Encoded`; with `rng_seed` (sample, rng) -> `Encoded`
                  sampler: StatefulSampler,           # which sample each draw takes
@@ -120,7 +120,7 @@ class BatchLoader:
                  on_bad: str = 'replace',            # 'replace', 'skip' or 'error'
                  require_targets: bool = True,       # a sample without targets is bad
                  errors: tuple = (ValueError, OSError), # what a bad sample raises
-                 quarantine=None,                    # a `Quarantine` of its own: `seen` counts draws
+                 quarantine=None,                    # a `Quarantine`: counts draws, lists bad rows once
                  rng_seed: int | None = None,        # seed of the generators handed to `encode_fn`, one per draw
                  prefetch: int = 0,                  # batches made ahead in a thread, 0 = none
                  workers: int = 1):                  # threads that encode ahead, with `prefetch`
@@ -139,6 +139,7 @@ class BatchLoader:
         self.errors, self.quarantine, self.prefetch, self.workers = errors, quarantine, prefetch, workers
         self.wait_seconds, self.counts = 0., Counter()
         self._at, self._start, self._turn, self._ended = (sampler.position, []), sampler.position, 0, False
+        if quarantine is not None and not quarantine.n_seen: quarantine.seen(len(samples))  # unless its readers did
 
     @property
     def fill(self) -> float:
@@ -255,8 +256,7 @@ class BatchLoader:
             batches=1, documents=n, area=batch['input_ids'].numel(), tokens=int((batch['document_ids'] >= 0).sum()),
             targets=batch['n_targets'], images=len(batch.get('pixel_values', ())))
         if self.quarantine is None: return
-        self.quarantine.seen(n + len(bad))
-        for _, i, name, reason in bad: self.quarantine.add('batch loader', i, name, reason)
+        self.quarantine.drawn(n + len(bad), [(i, name, reason) for _, i, name, reason in bad])
 
     def _settings(self) -> dict:
         names = ('max_tokens', 'batch_rows', 'batch_tokens', 'packing', 'buffer', 'too_long', 'on_bad', 'rng_seed',

@@ -222,6 +222,7 @@ def _read(path, parse, quarantine, format=None) -> Iterator[Sample]:
                 raise BadRecord(f'{path} row {raw.number}: {e}. The rows before it were delivered, the rest is lost; '
                                 'fetch the file again, or accept it: Quarantine(allow_truncated=True)') from None
         else: yield sample
+    if quarantine is not None: quarantine.judge()
 
 def read_llava(path: str|Path, image_root=None, quarantine: Quarantine|None = None, allow_absolute: bool = False,
                first_turn: str = 'drop', missing_mark: str = 'error', format: str|None = None) -> Iterator[Sample]:
@@ -293,10 +294,10 @@ class Records(Sequence):
                  parse: Callable = sample_from_llava, **kwargs):
         self.index, self.parse, self.kwargs = RowIndex(path), parse, kwargs
         self.root = Path(path).parent if image_root is None else image_root
+        if quarantine is not None: quarantine.seen(len(self.index) + len(self.index.errors))
         for raw in self.index.errors:
             if quarantine is None or raw.fatal and not quarantine.allow_truncated:
                 raise BadRecord(f'{path} row {raw.number}: {raw.error}')
-            quarantine.seen()
             quarantine.add(str(path), raw.number, None, raw.error)
 
     def __len__(self): return len(self.index)

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..data.mixture import StatefulSampler
 from ..data.packing import BatchLoader
+from ..data.quarantine import TooManyBadRecords
 from ..models.vlm import module_groups
 from .checkpoint import (CheckpointError, fingerprint, latest, load_optimizer_tensors, load_state,
                                        load_weights, optimizer_tensors, rng_state, save_state, set_rng_state)
@@ -104,9 +105,10 @@ class Forward:
         lost = [k for k in batch if k not in self.takes | self.read and isinstance(batch[k], torch.Tensor)]
         for k in ('document_ids', 'pixel_values', 'attention_mask'):
             if k in lost: raise RecipeError(f'{type(self.model).__name__}.forward takes no {k}, but the batch has it: '
-                                            f'without it samples would ' 'see each other or lose their images')
-        if lost and not self.told: self.told = True; warnings.warn(f'{type(self.model).__name__}.forward does not '
-                                                                   f'take {lost}: ignored')
+                                            'without it samples would see each other or lose their images')
+        if lost and not self.told:
+            self.told = True
+            warnings.warn(f'{type(self.model).__name__}.forward does not take {lost}: ignored')
         return {k: v for k, v in batch.items() if k in self.takes and isinstance(v, torch.Tensor)}
 
     def losses(self, batch: Mapping[str, Any], counts: Mapping[str, float]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -175,7 +177,7 @@ def _check_precision(model, params, precision):
     low = [n for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16) and n not in params]
     if low and precision == 'fp32':
         raise RecipeError(f"precision='fp32', but {len(low)} frozen weights are stored in half precision (e.g. "
-                          f"{low[0]}): load the model with " "dtype='float32' or train with precision='bf16'")
+                          f"{low[0]}): load the model with dtype='float32' or train with precision='bf16'")
     half = [p for p in params.values() if p.dtype in (torch.bfloat16, torch.float16)]
     for p in half: p.data = p.data.float()
     if half: warnings.warn(f'{len(half)} trained tensors were in half precision and now have fp32 master weights')
@@ -198,11 +200,12 @@ def _stop_non_finite(plan, micro, forward, counts, ranks, step, out_dir):
     report = [r for rs in ranks.gather(diagnose(plan, micro, lambda b: forward.losses(b, counts)[0], ranks.rank))
               for r in rs]
     if not report:
-        report = [dict(rank=None, micro=None, tensor='loss or gradient norm (each sample alone is finite when run '
-                       'again)', samples=sum(ranks.gather([s for b in micro for s in b.get('sample_ids', ())]), []))]
+        ids = sum(ranks.gather([s for b in micro for s in b.get('sample_ids', ())]), [])
+        report = [dict(rank=None, micro=None, samples=ids,
+                       tensor='loss or gradient norm (each sample alone is finite when run again)')]
     error = NonFiniteLoss(step, report)
-    if ranks.rank == 0: (out_dir / 'nonfinite.json').write_text(json.dumps(dict(step=step, report=report), indent=1),
-                                                                encoding='utf8')
+    text = json.dumps(dict(step=step, report=report), indent=1)
+    if ranks.rank == 0: (out_dir / 'nonfinite.json').write_text(text, encoding='utf8')
     raise error
 
 
@@ -234,8 +237,8 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
     state's folder, or None (start; refuses a folder with states). `save_every`: steps between states, besides the last
     one. `monitor`: name of a callback's number (`'eval/score'`) that decides which state is kept as the best (`best`:
     'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT are caught). `groups`:
-    module groups (default `module_groups(model)`). Raises Preempted after a stop, NonFiniteLoss, NoGradient,
-    CheckpointError, RecipeError."""
+    module groups (default `module_groups(model)`). Raises Preempted and TooManyBadRecords (state saved),
+    NonFiniteLoss, NoGradient, CheckpointError, RecipeError."""
     out_dir, ranks = Path(out_dir), Ranks(device)
     terms = _match_terms(stage, extra_losses)
     groups = module_groups(model) if groups is None else groups
@@ -292,6 +295,7 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
         progress = ProgressLine(progress_seconds if main else None)
         batches = iter(loader)
         if hasattr(batches, 'close'): cleanup.callback(batches.close)
+        if rows := getattr(loader, 'quarantine', None): cleanup.enter_context(rows.held())
         stop = stop_flag if stop_flag is not None else cleanup.enter_context(StopFlag())
 
         def save():
@@ -310,8 +314,8 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
                                                     dtype=torch.float64)).tolist()
             if ended: break
             counts = dict(zip(keys, totals))
-            if not counts['targets']: raise RecipeError(f'step {step + 1}: no sample of '
-                                                        f'{[b.get("sample_ids") for b in micro]} has a target token')
+            ids = [b.get('sample_ids') for b in micro]
+            if not counts['targets']: raise RecipeError(f'step {step + 1}: no sample of {ids} has a target token')
 
             parts = 0
             for batch, shares in zip(micro, _shares(stage, micro, counts, count, keys, ranks)):
@@ -322,8 +326,9 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
 
             ranks.sum_gradients([*params.values()])
             norm = torch.nn.utils.clip_grad_norm_([*params.values()], stage.clip or math.inf)
-            asked = torch.tensor([float(stop.is_set())], device=parts.device)
-            *parts, asked = ranks.sum(torch.cat([parts, asked])).tolist()
+            asked = [stop.is_set(), bool(rows and rows.verdict())]
+            asked = torch.tensor(asked, dtype=parts.dtype, device=parts.device)
+            *parts, asked, spoilt = ranks.sum(torch.cat([parts, asked])).tolist()
             norm = norm.item()
             if not all(map(math.isfinite, [norm, *parts])):
                 _stop_non_finite(plan, micro, forward, counts, ranks, step + 1, out_dir)
@@ -349,7 +354,8 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
                 if monitor and monitor.startswith(f'{name}/'): metric = float(values[monitor[len(name) + 1:]])
                 if main: log.log(dict(values, step=step, event=name))
 
-            path = save() if asked or last or save_every and step % save_every == 0 else None
+            path = save() if asked or spoilt or last or save_every and step % save_every == 0 else None
+            if spoilt: rows.close(f'The state is in {path}'); raise TooManyBadRecords('on another rank')
             if asked: raise Preempted(getattr(stop, 'reason', None) or 'stop flag was set', path)
         if ended:
             warnings.warn(f'stage {stage.name!r}: the data ended at {used():.1%} of the budget, after {step} steps '
