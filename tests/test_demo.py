@@ -94,6 +94,27 @@ def test_regions_that_do_not_fit_the_picture_say_which(text, why, picture):
     with pytest.raises(ValueError, match=f'marker 2.*{why}'): draw_prompts(picture, [parse_region('point:3,3'), parse_region(text)])
 
 
+@pytest.mark.parametrize('kind', ['scribble', 'mask', 'mask contour', 'arrow'])
+def test_numbers_far_outside_are_refused_before_anything_is_drawn(kind, picture):
+    numbers = '1,1,1e9,1e9' if kind == 'arrow' else '1,1,1e9,1e9,5,40'
+    with pytest.raises(ValueError, match='further outside the picture of 64x48 px'): draw_prompts(picture, [parse_region(f'{kind}:{numbers}')])
+
+
+def test_a_small_file_cannot_stall_the_server(model, monkeypatch):
+    "Slivers are refused, and a picture with markers is drawn once, whoever is asked how often."
+    visit = Visit(dict(one=model, two=model), Limits())
+    for size in ((50_000, 500), (8_000_000, 3), (3, 900)):
+        with pytest.raises(Exception, match=f'too elongated: {size[0]} x {size[1]} pixels.*20 times') as e: visit.open(png(Image.new('L', size)))
+        assert type(e.value).__name__ == 'ImageError' and visit.image is None
+    visit.open(png(Image.new('L', (640, 32))))
+    drawn = []
+    monkeypatch.setattr('vlmbench.demo.chat.draw_prompts', lambda *a: drawn.append(a) or draw_prompts(*a))
+    marks = json.dumps([dict(kind='mask contour', numbers=[64.5, 4.5, 500, 28])])
+    for _ in range(2): assert [*visit.ask(QUESTION, marks, 3)]
+    assert len(drawn) == 1 and all(c.marked.getbbox() for c in visit.chats.values())
+    assert [*visit.ask('what is this ?', '[]', 3)] and visit.chats['left'].marked.getbbox() is None
+
+
 # ------------------------------------------------------------------------------------------------------------- sessions
 def test_the_stream_says_what_evaluation_says(model, picture):
     question = '<image>\nwhat color is the circle ?'

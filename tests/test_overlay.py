@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from vlmbench.data.overlay import MARKERS, PALETTE, Marker, draw_marker, canvas, joint_markers, region_text, sample_alpha, sample_marker
+from vlmbench.data.overlay import MARKERS, PALETTE, Marker, _widened, draw_marker, canvas, joint_markers, region_text, sample_alpha, sample_marker
 from vlmbench.data.region import Region
 
 ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent/'golden'))/'vip_llava'
@@ -46,6 +46,26 @@ def test_pixels_from_geometry(case, i):
     assert (out == np.asarray(Image.open(case/'drawing'/r['file']).convert('RGB'))).all()
     mask = np.asarray(canvas(m, base.size, r['rgb'], r['alpha_used']))[..., 3] > 0
     assert (mask == np.asarray(Image.open(case/'drawing'/r['mask_file']).convert('1'))).all() and mask.sum() == r['mask_pixels']
+
+def test_a_wide_contour_has_the_pixels_of_its_outlines():
+    "Whatever leaves the picture, on whole pixels and between them: one widened outline for (2w + 1)^2 shifted ones."
+    rng = random.Random(0)
+    for i in range(300):
+        size, w = (rng.randint(5, 90), rng.randint(5, 90)), rng.randint(1, 7)
+        at = (lambda n: rng.uniform(-8, n + 8)) if i % 2 else (lambda n: rng.randint(-8, n + 8))
+        p = [(at(size[0]), at(size[1])) for _ in range(rng.randint(3, 8))]
+        want = Image.new('1', size)
+        for dx in range(-w, w + 1):
+            for dy in range(-w, w + 1): ImageDraw.Draw(want).polygon([(x + dx, y + dy) for x, y in p], outline=1)
+        assert (np.asarray(_widened(p, w, size)) == np.asarray(want)).all(), (size, w, p)
+        assert canvas(Marker('mask contour', width=w, polygons=(p,)), size, 'gold', 9).getchannel('A').point(bool, '1') == want
+
+def test_an_enormous_contour_takes_a_few_outlines(monkeypatch):
+    drawn, real = [], ImageDraw.ImageDraw.polygon
+    monkeypatch.setattr(ImageDraw.ImageDraw, 'polygon', lambda *a, **kw: drawn.append(real(*a, **kw)))
+    size, box = (25_000, 1000), [(2500, 100), (2500, 900), (22_500, 900), (22_500, 100)]
+    marker = Marker('mask contour', width=74, polygons=(box,))
+    assert canvas(marker, size, 'red', 128).getbbox() == (2426, 26, 22_575, 975) and len(drawn) < 10
 
 @pytest.mark.parametrize('case,i', [x for x in RENDERS if render(*x)[0]['kind'] in ('rectangle', 'ellipse', 'arrow', 'mask contour', 'mask')],
                          ids=lambda x: x.name if isinstance(x, Path) else str(x))

@@ -7,10 +7,11 @@ __all__ = ['MARKERS', 'PALETTE', 'ANCHOR', 'STYLES', 'DATASET_KINDS', 'check_kin
            'bezier', 'sample_alpha', 'check_region', 'sample_marker', 'canvas', 'draw_marker', 'random_rgb',
            'one_color', 'joint_markers']
 
-# %% ../../nbs/data/30_overlay.ipynb #117c649c
+# %% ../../nbs/data/30_overlay.ipynb #2aff5b9e
 import math, random
 from collections.abc import Sequence
 from dataclasses import dataclass
+import numpy as np
 from PIL import Image, ImageDraw
 from shapely import Polygon, unary_union
 from .region import Region
@@ -183,7 +184,33 @@ def _sample_arrow(rng, box, r, w):
     head = wing(angle + math.pi / 3), tip, wing(angle - math.pi / 3)
     return Marker('arrow', tuple(shaft), w, head=head, filled=rng.random() < .5)
 
-# %% ../../nbs/data/30_overlay.ipynb #bd1f09f8
+# %% ../../nbs/data/30_overlay.ipynb #42dcdbc1
+def _together(values, width):
+    "The shifts -width to width, as (lowest, highest, pixels of `values`) of those that move all by whole pixels."
+    found = {}                                       # Pillow cuts fractions towards 0: not alike on both sides of it
+    for d in range(-width, width + 1): found.setdefault(tuple(int(v + d) - d for v in values), []).append(d)
+    return [(ds[0], ds[-1], pixels) for pixels, ds in found.items()]
+
+def _or_next(mask, n, axis):
+    "Every place of `mask` joined with the `n` after it; the axis shortens by `n`."
+    mask, done = np.moveaxis(mask, axis, 0), 0
+    while done < n:
+        step = min(done + 1, n - done)
+        mask, done = mask[:-step] | mask[step:], done + step
+    return np.moveaxis(mask, 0, axis)
+
+def _widened(polygon, width, size):
+    """A polygon's outline at all whole shifts of up to `width` px in both directions: the same pixels as (2 width + 1)^2
+    outlines, which take minutes in a very large picture, from one that is widened."""
+    out = np.zeros(size[::-1], dtype=bool)
+    for lx, hx, xs in _together([x for x, _ in polygon], width):
+        for ly, hy, ys in _together([y for _, y in polygon], width):
+            line = Image.new('L', (size[0] + hx - lx, size[1] + hy - ly))
+            ImageDraw.Draw(line).polygon([(x + hx, y + hy) for x, y in zip(xs, ys)], outline=1)
+            out |= _or_next(_or_next(np.asarray(line).astype(bool), hy - ly, 0), hx - lx, 1)
+    return Image.fromarray(out)
+
+# %% ../../nbs/data/30_overlay.ipynb #b8c01bda
 def canvas(marker: Marker, size: tuple[int, int], color: str | Sequence[int], alpha: int) -> Image.Image:
     "The marker alone on a transparent RGBA layer of `size`."
     if not 0 <= alpha <= 255: raise ValueError(f'alpha={alpha} must be 0 to 255')
@@ -204,6 +231,9 @@ def canvas(marker: Marker, size: tuple[int, int], color: str | Sequence[int], al
     elif m.kind == 'mask contour':
         steps = range(-m.width, m.width + 1)
         for p in m.polygons:
+            if len(steps)**2 * sum(map(math.dist, p, (*p[1:], p[0]))) > 2 * size[0] * size[1]:
+                layer.paste(ink, mask=_widened(p, m.width, size))
+                continue
             for dx in steps:
                 for dy in steps: d.polygon([(x + dx, y + dy) for x, y in p], outline=ink)
     elif m.kind == 'arrow':
@@ -216,8 +246,10 @@ def canvas(marker: Marker, size: tuple[int, int], color: str | Sequence[int], al
 
 def draw_marker(image: Image.Image, marker: Marker, color: str | Sequence[int], alpha: int = 128) -> Image.Image:
     "A new RGB picture with `marker` blended onto `image`."
-    layer = canvas(marker, image.size, color, alpha)
-    return Image.alpha_composite(image.convert('RGBA'), layer).convert('RGB')
+    layer, out = canvas(marker, image.size, color, alpha), image.convert('RGB')
+    if box := layer.getbbox():
+        out.paste(Image.alpha_composite(out.crop(box).convert('RGBA'), layer.crop(box)).convert('RGB'), box[:2])
+    return out
 
 # %% ../../nbs/data/30_overlay.ipynb #87143125
 def random_rgb(rng: random.Random) -> tuple[int, int, int]:

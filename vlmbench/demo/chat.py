@@ -77,7 +77,7 @@ def _check_form(kind, numbers):
         if numbers[:2] == numbers[2:]: raise ValueError('arrow: tail and tip are the same place')
     elif n == 4: _checked(list(numbers), what=kind)
 
-# %% ../../nbs/demo/00_chat.ipynb #e9871633
+# %% ../../nbs/demo/00_chat.ipynb #a32fc822
 def _box_curve(l, t, r, b): return (l, (t + b) / 2), (l + (r - l) / 3, t - (b - t) / 2), (r - (r - l) / 3, b + (b - t) / 2), (r, (t + b) / 2)
 
 def _arrow(tail, tip, width, u):
@@ -92,6 +92,8 @@ def to_marker(prompt: VisualPrompt, size: tuple[int, int]) -> Marker:
     w = max(int((prompt.width or _STROKE.get(kind, 0)) * u), 1)
     points = tuple(zip(v[::2], v[1::2]))
     xs, ys = v[::2], v[1::2]
+    if any(not -n <= x <= 2 * n for values, n in ((xs, size[0]), (ys, size[1])) for x in values):
+        raise ValueError(f'it reaches further outside the picture of {size[0]}x{size[1]} px than the picture is large')
     if kind == 'point' or len(points) == 1: extent = (xs[0] - .5, ys[0] - .5, xs[-1] + .5, ys[-1] + .5)
     else: extent = (min(xs), min(ys), max(max(xs), min(xs) + 1e-6), max(max(ys), min(ys) + 1e-6))
     check_region(Region(extent, ()), size)
@@ -109,6 +111,7 @@ def to_marker(prompt: VisualPrompt, size: tuple[int, int]) -> Marker:
         tail = xs[0] + (reach if xs[0] < size[0] / 2 else -reach), ys[0] + (reach if ys[0] < size[1] / 2 else -reach)
         return _arrow(tail, points[0], w, u)
     if len(v) == 4: points = (v[0], v[1]), (v[0], v[3]), (v[2], v[3]), (v[2], v[1])
+    if kind == 'mask contour': points = tuple((math.floor(x), math.floor(y)) for x, y in points)    # the pixels Pillow takes
     flat = tuple(c for p in points for c in p)
     check_region(Region(None, (flat,)), size, kind)
     return Marker(kind, width=w, polygons=(points,))
@@ -285,7 +288,7 @@ def encoder_view(self: ChatModel, image: Image.Image) -> list[Image.Image]:
     undo = lambda p: p.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return [Image.fromarray((undo(p).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()) for p in pixels]
 
-# %% ../../nbs/demo/00_chat.ipynb #cf550a1c
+# %% ../../nbs/demo/00_chat.ipynb #39866eaa
 @dataclass(frozen=True)
 class Exchange:
     "One question and its answer: as typed, as the model read it, the answer, the marked picture, and 'stop' or 'length'."
@@ -312,11 +315,12 @@ class Chat:
         self.prompts, self.history, self._marked = (), [], self.image
         return self
 
-    def mark(self, *prompts: VisualPrompt | str) -> 'Chat':
-        "These markers (or texts for `parse_region`), instead of the present ones. Raises `ValueError`."
+    def mark(self, *prompts: VisualPrompt | str, marked: Image.Image | None = None) -> 'Chat':
+        """These markers (or texts for `parse_region`), instead of the present ones. `marked`: the picture with them, where
+        another chat has drawn it. Raises `ValueError`."""
         prompts = tuple(parse_region(p) if isinstance(p, str) else p for p in prompts)
         if prompts and self.image is None: raise ChatError('there is no picture to mark: open one first')
-        self._marked = draw_prompts(self.image, prompts) if prompts else self.image
+        if prompts != self.prompts: self._marked = marked or (draw_prompts(self.image, prompts) if prompts else self.image)
         self.prompts = prompts
         return self
 

@@ -17,16 +17,18 @@ from ..data.record import ImageRef
 from .canvas import canvas_js, canvas_settings, data_url, prompts_from_marks
 from .chat import Chat, ChatError, ChatModel, example_questions, refer, unknown_words
 
-# %% ../../nbs/demo/10_serve.ipynb #7ee818ba
+# %% ../../nbs/demo/10_serve.ipynb #6480b4f1
 @dataclass(frozen=True)
 class Limits:
     """What a visitor may ask for: `queue` questions waiting, an upload of `max_upload_mb`, a picture of `max_pixels`, an
-    answer of `max_new_tokens`, a question of `max_question` characters. Raises `ChatError` for limits that are no limits."""
+    answer of `max_new_tokens`, a question of `max_question` characters, a long side of `max_aspect` short ones. Raises
+    `ChatError` for limits that are no limits."""
     queue: int = 20
     max_upload_mb: float = 10.
     max_pixels: int = 25_000_000
     max_new_tokens: int = 256
     max_question: int = 2000
+    max_aspect: float = 20.
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -63,7 +65,7 @@ def together(streams: Mapping[str, Iterator[str]]) -> Iterator[tuple[str, str | 
         halt.set()
         for w in workers: w.join()
 
-# %% ../../nbs/demo/10_serve.ipynb #15724e0b
+# %% ../../nbs/demo/10_serve.ipynb #8902960c
 SIDES = 'left', 'right'
 
 class Visit:
@@ -85,7 +87,11 @@ class Visit:
         "Decode an upload safely and begin anew with it. Raises `ImageError`; then nothing has changed."
         if isinstance(data, bytes) and len(data) > self.limits.max_upload_mb * 1e6:
             raise ImageError(f'too large: {len(data) / 1e6:.1f} MB, the limit is {self.limits.max_upload_mb:g} MB')
-        self.image = load_image(ImageRef('the upload', data=data) if isinstance(data, bytes) else data, max_pixels=self.limits.max_pixels)
+        image = load_image(ImageRef('the upload', data=data) if isinstance(data, bytes) else data, max_pixels=self.limits.max_pixels)
+        if max(image.size) > self.limits.max_aspect * min(image.size):
+            raise ImageError(f'too elongated: {image.width} x {image.height} pixels, the long side may be {self.limits.max_aspect:g} times '
+                             'the short one: cut out the part you ask about')
+        self.image = image
         for chat in self.chats.values():
             if chat is not None: chat.open(self.image)
         return self.image
@@ -108,7 +114,8 @@ class Visit:
             raise ChatError(f'the question has {len(question):,} characters, the limit is {self.limits.max_question:,}')
         prompts, active = prompts_from_marks(marks), {s: c for s, c in self.chats.items() if c is not None}
         settings = dict(max_new_tokens=min(int(max_new_tokens), self.limits.max_new_tokens), temperature=float(temperature))
-        streams = {s: c.mark(*prompts).ask(question, **settings) for s, c in active.items()}
+        marked = next((c.mark(*prompts).marked for c in active.values()), None)              # drawn once for both sides
+        streams = {s: c.mark(*prompts, marked=marked).ask(question, **settings) for s, c in active.items()}
         text, over, last = dict.fromkeys(active, ''), {}, 0.
         asked = dict.fromkeys(active, refer(question.strip(), prompts))
         show = lambda: {s: self.messages(s, over.get(s) if s in over else
