@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from depth_models import FAMILIES, batch, decoder, llava, qwen3_vl, rows
 from vlmbench.analysis.ablation import NotLayerwise, answer_loss, drop_one, gradient_scores, greedy_drop, revert_one, split_samples
@@ -15,7 +16,9 @@ from vlmbench.analysis.importance import (STRATEGIES, AngularDistance, BlockInfl
                                           prune_order, region, region_size, sparse_uniform, stability, top_k_overlap)
 from vlmbench.analysis.streams import residual_states, scores, stream
 from vlmbench.analysis.weights import check_same_base, layer_weights, lora_norm, lora_update, parameter_change
+from vlmbench.data.world import asset_path
 from vlmbench.models.depth import prune
+from vlmbench.models.vlm import build_vlm
 
 DATA = [batch(), batch((8, 10), seed=1)]
 
@@ -316,6 +319,38 @@ def test_towers_do_not_count_as_decoders():
     assert len(names) == 6 and torch.equal(names[2]['mlp.up_proj.weight'],
                                            layer_weights(model)[2]['mlp.up_proj.weight'])
     with pytest.raises(ValueError, match="prefix 'x' has no layers"): layer_weights(model.state_dict(), 'x')
+
+
+@pytest.mark.parametrize('where', ['folder', 'saved names', 'state dict', 'folder without config'])
+def test_a_vlm_as_base(where, tmp_path):
+    "Tower and decoder have as many layers here, and the saved names are not those in memory."
+    base, x = llava(), image_batch()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad(): tuned.model.language_model.layers[2].mlp.up_proj.weight.mul_(2)
+    base.save_pretrained(tmp_path)
+    if where == 'folder without config': (tmp_path/'config.json').unlink()
+    source = {'state dict': base.state_dict(), 'saved names': load_file(tmp_path/'model.safetensors')}.get(where, tmp_path)
+    pd.testing.assert_frame_equal(parameter_change(tuned, source), parameter_change(tuned, base))
+    pd.testing.assert_frame_equal(revert_one(tuned, source, [x]).frame, revert_one(tuned, base, [x]).frame)
+    adapted = get_peft_model(copy.deepcopy(base),
+                             LoraConfig(r=2, target_modules=r'.*language_model\.layers\.1\..*_proj'))
+    pd.testing.assert_frame_equal(lora_update(adapted, base=source), lora_update(adapted, base=base))
+    with pytest.raises(ValueError, match='merge the adapters first'): parameter_change(adapted, source)
+    with pytest.raises(ValueError, match='none of them fit the 4 layers.*give prefix='):
+        parameter_change(llava(4), source)
+
+
+def test_two_vlm_folders_and_our_own(tmp_path):
+    "The configuration beside the weights says which layers are the decoder's."
+    tuned = llava()
+    with torch.no_grad(): tuned.model.language_model.layers[2].mlp.up_proj.weight.mul_(2)
+    tuned.save_pretrained(tmp_path/'a')
+    llava().save_pretrained(tmp_path/'b')
+    change = scores(parameter_change(tmp_path/'a', tmp_path/'b'), 'parameter_change', 'weights')
+    assert change.gt(0).tolist() == [i == 2 for i in range(6)]
+    ours, _ = build_vlm(asset_path('llm'), asset_path('vit'), template='world')
+    ours.save_pretrained(tmp_path/'c')
+    assert parameter_change(tmp_path/'c', ours).value.abs().max() < 1e-6 and len(layer_weights(tmp_path/'c')) == 8
 
 
 @pytest.mark.parametrize('other,message', [

@@ -196,15 +196,17 @@ def greedy_drop(model: nn.Module, batches: Iterable[Mapping], k: int, candidates
 @torch.no_grad()
 def revert_one(tuned: nn.Module, base: nn.Module|Mapping|str, batches: Iterable[Mapping],
                layers: Sequence[int]|None=None,
-               related: bool=True) -> Ablation:
+               related: bool=True, prefix: str|None=None) -> Ablation:
     """Loss of `tuned` with each layer put back to `base` (model, state dict or folder): metrics `revert_one_*`.
+    `prefix`: as for `layer_weights`.
 
     Raises ValueError for checkpoints of different bases (names, shapes, or unrelated weights unless `related=False`)
     and without labels."""
     d, m, deltas = find_decoder(tuned), Moments(), Moments()
     layers = range(len(d)) if layers is None else check_layers(layers, len(d))
-    old = layer_weights(base)
-    check_same_base(layer_weights(tuned), old, related)
+    new = layer_weights(tuned)
+    old = layer_weights(base, prefix, new)
+    check_same_base(new, old, related)
     with evaluating(tuned):
         for batch in batches:
             p, parts = _Prefix(tuned, batch, d), []

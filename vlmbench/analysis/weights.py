@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .streams import Record, tidy
 from ..models.depth import find_decoder
@@ -41,25 +42,50 @@ class _View(Mapping):
     def __len__(self): return len(self.names)
 
 # %% ../../nbs/analysis/12_weights.ipynb #6df4f2ef
-def layer_weights(source: nn.Module|Mapping[str, Tensor]|str|Path,
-                  prefix: str|None=None) -> dict[int, Mapping[str, Tensor]]:
+def layer_weights(source: nn.Module|Mapping[str, Tensor]|str|Path, prefix: str|None=None,
+                  like: Mapping[int, Mapping[str, Tensor]]|None=None) -> dict[int, Mapping[str, Tensor]]:
     """Tensors of every decoder layer, `{layer: {name inside the layer: tensor}}`, from a model, a state dict or a
     folder of safetensors.
 
-    `prefix`: what stands before `layers.N` in the names. Raises ValueError if the layers are not found, or not
-    unique without it."""
+    `prefix`: what stands before `layers.N` in the names. Where several modules have layers (a VLM's tower), `like`, the
+    layers of such a decoder, picks those of its depth and names; a folder's config.json does so too. Raises ValueError
+    if the layers are not found, or not unique."""
     if isinstance(source, nn.Module):
         return {i: dict(layer.state_dict()) for i, layer in enumerate(find_decoder(source).layers)}
-    source = _Folder(source) if isinstance(source, (str, Path)) else source
+    folder = source if isinstance(source, (str, Path)) else None
+    source = source if folder is None else _Folder(folder)
     found: dict[str, dict[int, dict[str, str]]] = {}
     for k in source:
         if m := _LAYER.match(k): found.setdefault(m[1] or '', {}).setdefault(int(m[2]), {})[m[3]] = k
     if prefix is None:
         if not found: raise ValueError(f'no names like layers.N.* among {list(source)[:3]}')
-        if len(found) > 1: raise ValueError(f'several modules have layers: {sorted(found)}; give prefix=')
-        prefix = next(iter(found))
+        prefix = next(iter(found)) if len(found) == 1 else _decoder_prefix(source, found, like or _described(folder))
     if prefix not in found: raise ValueError(f'prefix {prefix!r} has no layers; the names have {sorted(found)}')
     return {i: _View(source, found[prefix][i]) for i in sorted(found[prefix])}
+
+def _described(folder):
+    "Layers of the decoder that a folder's config.json describes, without values; None where there is none."
+    if folder is None or not (Path(folder)/'config.json').exists(): return None
+    import vlmbench.models.vlm                                                       # makes our own model type known
+    config = AutoConfig.from_pretrained(folder)
+    kinds = AutoModelForImageTextToText, AutoModelForCausalLM
+    if (auto := next((a for a in kinds if type(config) in a._model_mapping), None)) is None: return None
+    with torch.device('meta'): return layer_weights(auto.from_config(config))
+
+def _decoder_prefix(source, found, like):
+    "The one prefix in `found` whose layers have the depth, names and shapes of `like`, whose adapters do not count."
+    fits = []
+    if like is not None:
+        plain = lambda layer: {k.replace('.base_layer.', '.'): v for k, v in layer.items() if 'lora_' not in k}
+        want = {l: plain(layer) for l, layer in like.items()}
+        fits = [p for p, layers in found.items() if layers.keys() == want.keys()]
+        same = [p for p in fits if all(found[p][l].keys() == want[l].keys() for l in want)]
+        fits = same if same or len(fits) != 1 else fits                     # other names: `check_same_base` names them
+        if len(fits) > 1: fits = [p for p in fits if all(source[n].shape == want[l][k].shape
+                                                         for l in want for k, n in found[p][l].items())]
+    if len(fits) == 1: return fits[0]
+    reason = '' if like is None else f', and {len(fits) or "none"} of them fit the {len(like)} layers of the decoder'
+    raise ValueError(f'several modules have layers: {sorted(found)}{reason}; give prefix=')
 
 # %% ../../nbs/analysis/12_weights.ipynb #78da2134
 def check_same_base(tuned: Mapping[int, Mapping[str, Tensor]], base: Mapping[int, Mapping[str, Tensor]],
@@ -93,7 +119,8 @@ def parameter_change(tuned, base, prefix: str|None=None, related: bool=True) -> 
 
     Metrics: `parameter_change`, `parameter_ratio_sum_tuned`, `parameter_ratio_sum_base`, `parameter_l2_sum`,
     `angular_parameter`; n = matrices per layer. Raises ValueError for checkpoints of different bases."""
-    new, old = layer_weights(tuned, prefix), layer_weights(base, prefix)
+    new = layer_weights(tuned, prefix)
+    old = layer_weights(base, prefix, new)
     check_same_base(new, old, related)
     out = []
     for l in new:
@@ -147,7 +174,8 @@ def lora_update(source: nn.Module|Mapping[str, Tensor], scaling: float|None=None
     (Frobenius over modules), `lora_update_sum` (sum of module norms) and, with `base` (model, state dict or folder),
     `lora_update_relative` to the norm of the layer's matrices. Layers without adapters are 0; `depth` gives their
     number when neither a model nor `base` does."""
-    pairs, old = _lora_pairs(source, scaling), layer_weights(base, prefix) if base is not None else None
+    pairs, like = _lora_pairs(source, scaling), layer_weights(source) if isinstance(source, nn.Module) else None
+    old = layer_weights(base, prefix, like) if base is not None else None
     if not pairs: raise ValueError('no LoRA factors found in any decoder layer')
     depth = len(old) if old else len(find_decoder(source)) if isinstance(source, nn.Module) else depth or max(pairs) + 1
     if max(pairs) >= depth: raise ValueError(f'adapters on layer {max(pairs)}, the decoder has layers 0..{depth-1}')
