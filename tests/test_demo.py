@@ -82,7 +82,7 @@ def test_strokes_outlines_and_corners_are_drawn_as_given():
 
 @pytest.mark.parametrize('text, why', [
     ('square:1,2,3,4', 'kinds are'), ('rectangle', 'kind:numbers'), ('rectangle:1,2,3', '3 numbers'), ('point:1;x', 'not numbers'),
-    ('rectangle:30,2,3,40', 'no area'), ('arrow:5,5,5,5', 'same place'), ('point:inf,2', 'not all numbers'),
+    ('triangle:1,1,1,1,1,1', 'on one line'), ('triangle:1,1,5,5,9,9', 'on one line'), ('rectangle:30,2,3,40', 'no area'), ('arrow:5,5,5,5', 'same place'), ('point:inf,2', 'not all numbers'),
     ('scribble:1,2,3,4,5', '5 numbers'), ('mask:' + ','.join('1' * 5000), 'at most 4000')])
 def test_bad_regions_say_why(text, why):
     with pytest.raises(ValueError, match=why): parse_region(text)

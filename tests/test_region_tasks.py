@@ -10,7 +10,7 @@ from vlmbench.data.quarantine import BadRecord, Quarantine
 from vlmbench.data.record import ImageRef
 from vlmbench.evaluate.captions import Caption
 from vlmbench.evaluate.generate import GenerationLog
-from vlmbench.evaluate.region_tasks import (SETS, MarkedImage, PlainMatch, Pointer, arrow_task, coco_objects, q_to_ar,
+from vlmbench.evaluate.region_tasks import (SETS, MarkedImage, PlainMatch, Pointer, arrow_task, coco_objects, draw_kinds, q_to_ar,
                                             region_task, vote)
 from vlmbench.evaluate.results import compare, score_predictions
 from vlmbench.evaluate.tasks import image_key
@@ -125,6 +125,25 @@ def test_seeds_kinds_and_opacity_change_the_prompt_hash_only(root, tmp_path):
     GenerationLog(tmp_path/'l.jsonl', dict(prompt_hash=tasks[0].prompt_hash))
     with pytest.raises(ValueError, match='prompt_hash was'): GenerationLog(tmp_path/'l.jsonl',
                                                                            dict(prompt_hash=tasks[1].prompt_hash))
+
+
+@pytest.mark.parametrize('name', ['v7w', 'pointqa', 'vcr_qa', 'vcr_qar'])
+def test_an_ensemble_asks_in_several_kinds(root, name):
+    kinds = draw_kinds(name, 5)
+    tasks = [load(root, name, seed=d, kind=k) for d, k in enumerate(kinds)]
+    shown = [{m.kind for m in t.items[0].images[0].marks} for t in tasks]
+    assert kinds[0] is None and all(s == {k} for s, k in zip(shown[1:], kinds[1:])) and len({*map(frozenset, shown)}) == 5
+    first = [t.items[0] for t in tasks]
+    assert len({i.images[0].load().tobytes() for i in first}) == len({i.turns[0].text for i in first}) == 5
+    assert draw_kinds(name, 3, ['mask', 'arrow']) == ['mask', 'arrow', 'mask']
+    with pytest.raises(ValueError, match='kinds are rectangle'): draw_kinds(name, 2, ['star'])
+
+
+@pytest.mark.parametrize('name', ['v7w', 'pointqa'])
+def test_a_point_where_only_boxes_are_known_is_refused(root, name):
+    with pytest.raises(BadRecord, match=r"row 0 .*kind='point' needs a segmentation.* region 0 is a box"): load(root, name, kind='point')
+    own = load(root, name, kind='rectangle')
+    assert own.prompt_hash == load(root, name).prompt_hash                            # the set's own kind, in its own style
 
 
 def test_numbers_for_ids_and_the_published_scorer(root):

@@ -38,7 +38,7 @@ FORMS = {   # kind -> what its numbers mean, by how many there are; 0 stands for
 _STROKE = dict(rectangle=3, ellipse=3, triangle=3, scribble=4, arrow=3) | {'mask contour': 1}
 MAX_NUMBERS = 4000
 
-# %% ../../nbs/demo/00_chat.ipynb #0ef12069
+# %% ../../nbs/demo/00_chat.ipynb #d04fb535
 @dataclass(frozen=True)
 class VisualPrompt:
     """A marker that a person placed: `kind`, `numbers` (see `FORMS`, px of the picture), `color` (palette name, or RGB:
@@ -73,6 +73,9 @@ def _check_form(kind, numbers):
     if n > MAX_NUMBERS: raise ValueError(f'{kind}: {n} numbers, at most {MAX_NUMBERS}')
     if n not in forms and not (0 in forms and n >= 6 and n % 2 == 0):
         raise ValueError(f'{kind}: {n} numbers; give {" or ".join(f"{kind}:{f}" for f in forms.values())}')
+    if n == 6 and kind == 'triangle':
+        (a, b), (c, d), (e, f) = zip(numbers[::2], numbers[1::2])
+        if (c - a) * (f - b) == (e - a) * (d - b): raise ValueError('triangle: its corners lie on one line')
     if n == 4 and kind == 'arrow':
         if numbers[:2] == numbers[2:]: raise ValueError('arrow: tail and tip are the same place')
     elif n == 4: _checked(list(numbers), what=kind)

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from PIL import Image
 
 # %% auto #0
-__all__ = ['SETS', 'Pointer', 'MarkedImage', 'RegionSet', 'PlainMatch', 'region_task', 'q_to_ar', 'vote', 'coco_objects',
-           'arrow_task']
+__all__ = ['SETS', 'Pointer', 'MarkedImage', 'RegionSet', 'PlainMatch', 'draw_kinds', 'region_task', 'q_to_ar', 'vote',
+           'coco_objects', 'arrow_task']
 
-# %% ../../nbs/evaluate/40_region_tasks.ipynb #58c8dd11
-from ..data.overlay import DATASET_KINDS, PALETTE, Marker, draw_marker, region_text, unit
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #e7e62630
+from ..data.overlay import DATASET_KINDS, PALETTE, Marker, check_kind, draw_marker, region_text, unit
 from ..data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
 from ..data.region import parse_region
 from ..data.region_rows import Mark, build_row, dataset_of, draw_marks, vcr_side_file
@@ -101,7 +101,7 @@ SETS: dict[str, RegionSet] = {
     'refcocog': RegionSet('refcocog', 'refcocog-test.json', '', Caption(), (('bboxes', list), ('answer', str)),
                           max_new_tokens=128)}
 
-# %% ../../nbs/evaluate/40_region_tasks.ipynb #35f4cf27
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #6534be1f
 def _check_row(spec: RegionSet, row: Mapping, question: str):
     "Raises `BadRecord` unless the row has what its set needs."
     needs = (*spec.fields, *([(question, str)] if spec.dataset == 'pointQA_twice' else []), ('image', str))
@@ -124,15 +124,17 @@ def _check_row(spec: RegionSet, row: Mapping, question: str):
         if not 0 <= row[f'{part}_label'] < 4: raise BadRecord(f'{part}_label={row[f"{part}_label"]} is not 0 to 3')
 
 def _as_kind(marks: Sequence[Mark], text: str, kind: str) -> tuple[list[Mark], str]:
-    "Marks and question with every marker of another kind; points stay away from regions without a mask."
+    "Marks and question with every marker of another kind. Raises `BadRecord` where a point has no mask to lie in."
     out = []
-    for m in marks:
-        new = m if kind == 'point' and not m.region.polygons else replace(m, kind=kind, style='')
+    for i, m in enumerate(marks):
+        if kind == 'point' and not m.region.polygons:
+            raise BadRecord(f"kind='point' needs a segmentation to lie in, and region {i} is a box: choose another kind")
+        new = replace(m, kind=kind, style='')
         for the in (True, False): text = text.replace(region_text(m.kind, m.name, the), region_text(new.kind, m.name, the))
         out.append(new)
     return out, text
 
-# %% ../../nbs/evaluate/40_region_tasks.ipynb #28afc2e3
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #c768aee8
 def _seed(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
 
 def _build(name: str, spec: RegionSet, row: Mapping, root, seed: int, alpha: int | None, kind: str | None,
@@ -144,7 +146,9 @@ def _build(name: str, spec: RegionSet, row: Mapping, root, seed: int, alpha: int
     if dataset_of(full) != spec.dataset: raise BadRecord(f'the id belongs to {dataset_of(full)}, not to {spec.dataset}')
     drawn = _seed(seed, ident)
     meta = vcr_side_file(row, root) if spec.dataset == 'vcr' else None
-    fixed = len(DATASET_KINDS[spec.style or spec.dataset][0]) == 1
+    own = DATASET_KINDS[spec.style or spec.dataset][0]
+    fixed = len(own) == 1
+    if fixed and kind == own[0]: kind = None
     options: dict[str, Any] = dict(question=question) if spec.dataset == 'pointQA_twice' else {}
     if kind is not None and not fixed: options['kinds'] = (kind,)
     marks, turns = build_row({**row, 'id': full}, random.Random(drawn), meta, spec.style, alpha, reference, **options)
@@ -155,6 +159,16 @@ def _build(name: str, spec: RegionSet, row: Mapping, root, seed: int, alpha: int
     known = dict(answers=[str(turns[1].text)], choices=letters, cluster=row['image'],
                  question_type=str(row.get('question_type') or 'all'))
     return Sample(ident, [Turn('user', text)], [image], source=name, meta=known, where=where)
+
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #be70ef9a
+_ENSEMBLE = ('rectangle', 'ellipse', 'arrow', 'triangle', 'scribble')          # kinds that a box is enough for
+
+def draw_kinds(name: str, draws: int, kinds: Sequence[str] = ()) -> list[str | None]:
+    """The marker kind of each of `draws` askings of a set (None: its own), for the ensemble of prompts of the paper: its
+    own, then kinds that a box is enough for in turn; or `kinds` in turn. Raises `ValueError` for an unknown kind."""
+    own = DATASET_KINDS[SETS[name].style or SETS[name].dataset][0]
+    turn = [check_kind(k) for k in kinds] or [None, *(k for k in _ENSEMBLE if own != (k,))]
+    return [turn[i % len(turn)] for i in range(draws)]
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #657899b6
 def region_task(name: str, path: str | Path, image_root: str | Path, seed: int = 0, alpha: int | None = 128,
