@@ -189,6 +189,16 @@ def test_choice_agrees_with_scienceqa():
         assert MultipleChoice().score(said, dict(choices=row['choices'], answers=[1])) == ref(row, [said])['exact_match'], said
 
 
+def test_an_integer_answer_is_an_index_whatever_the_options_say():
+    numbers = ['1', '2', '3']
+    truths = {1: 'B', 0: 'A', '1': 'A', '3': 'C', 'C': 'C', '(a)': 'A', '[B]': 'B', 'c.': 'C'}
+    assert {a: MultipleChoice().truth(dict(answers=a, choices=numbers)) for a in truths} == truths
+    assert MultipleChoice().truth(dict(answers=[2], choices=dict(B='3', C='1', D='2'))) == 'D'
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=f"row 'q': answer {wrong} is no index into 3 choices"):
+            MultipleChoice().truth(dict(id='q', answers=wrong, choices=numbers))
+
+
 @given(st.text(max_size=60), st.integers(2, 8))
 def test_choice_parse_is_total(text, n):
     assert parse_choice(text, [f'option {i}' for i in range(n)]) in set(string.ascii_uppercase[:n]) | {''}

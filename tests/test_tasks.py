@@ -140,3 +140,16 @@ def test_bad_public_rows_name_row_and_columns(tmp_path):
     with pytest.raises(ValueError, match='not JSON'):
         (tmp_path / 'x.json').write_text('{"data": [')
         read_rows(tmp_path / 'x.json')
+
+
+def test_index_answers_reach_the_scorer_as_letters(tmp_path):
+    "ScienceQA's rows: the answer is an integer, and the options are numbers."
+    rows = [dict(id=k, question='how many?', choices=['1', '2', '3'], answer=k) for k in range(3)]
+    task = rows_task('sqa', rows, 'choice', tmp_path)
+    assert [i.answers for i in task.items] == [('A',), ('B',), ('C',)]
+    assert [task.scorer.score('B', i.row) for i in task.items] == [0, 1, 0]
+    sample = Sample('s', [Turn('user', 'how many?')], meta=dict(answers=1, choices=['1', '2', '3']))
+    assert Task('own', [sample], 'multiple_choice').items[0].answers == ('B',)
+    assert Task('own', [sample], 'exact_match').items[0].answers == ('1',)      # no options are shown: the number is meant
+    with pytest.raises(ValueError, match='sqa/0.*answer 7 is no index into 3 choices'):
+        rows_task('sqa', [rows[0] | dict(answer=7)], 'choice', tmp_path)

@@ -7,13 +7,14 @@ from __future__ import annotations
 import re, string, unicodedata
 from collections import Counter
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, ClassVar, Mapping, Sequence
 import pandas as pd
 
 # %% auto #0
 __all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'normalise', 'ExactMatch', 'vqa_normalise', 'VQASoft',
-           'parse_yes_no', 'POPE', 'MME', 'parse_choice', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed',
-           'get_scorer']
+           'parse_yes_no', 'POPE', 'MME', 'parse_choice', 'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS',
+           'Relaxed', 'get_scorer']
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #42e699f6
 @dataclass(frozen=True)
@@ -197,10 +198,13 @@ class MME(Scorer):
 # %% ../../nbs/evaluate/10_scorers.ipynb #8eb604c3
 _ANNOUNCED = r'\b(?:answer|option|choice|choose|select|pick)(?:\s+is|\s+would\s+be)?\s*:?\s*(?:option\s+)?[(\[*"\']*'
 
+def _options(choices) -> dict[str, str]:
+    return dict(choices) if isinstance(choices, Mapping) else dict(zip(string.ascii_uppercase, choices))
+
 def parse_choice(text: str, choices: Sequence[str] | Mapping[str, str]) -> str:
     """Option letter named by `text`, or ''. `choices`: option texts in order (lettered from A) or a letter -> text
     mapping."""
-    opts = dict(choices) if isinstance(choices, Mapping) else dict(zip(string.ascii_uppercase, choices))
+    opts = _options(choices)
     text, letters = text.strip(), ''.join(opts)
     if m := re.fullmatch(rf'[\s(\[*"\']*([{letters}])[\s)\].:,;*"\']*', text, re.I): return m[1].upper()
     if m := re.match(rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:])(?!\w)', text): return m[1]
@@ -217,10 +221,23 @@ def parse_choice(text: str, choices: Sequence[str] | Mapping[str, str]) -> str:
     return ''
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #e32dcef2
+def index_letters(row: Mapping[str, Any]) -> Any:
+    """A row's `answers` with integers, which are 0-based indices into its `choices` (ScienceQA), as option letters;
+    anything else, and a row without choices, is left as it is. Raises ValueError for an index outside the choices."""
+    answers, choices = row.get('answers'), row.get('choices')
+    if choices is None: return answers
+    if isinstance(answers, (list, tuple)): return [index_letters({**row, 'answers': a}) for a in answers]
+    if not isinstance(answers, Integral) or isinstance(answers, bool): return answers
+    letters = list(_options(choices))
+    if not 0 <= answers < len(letters):
+        raise ValueError(f"row {row.get('id', '?')!r}: answer {answers} is no index into {len(letters)} choices (from 0); "
+                         f"write an option's text as a string")
+    return letters[answers]
+
 @dataclass(frozen=True)
 class MultipleChoice(Scorer):
-    """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter, an option text or
-    a 0-based index. `summary`: unparsed share; with a `group` per question (MMBench's rotated copies) also circular
+    """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter ('B', '(b)'), an
+    option text or a 0-based index (see `index_letters`; digits that are no option's text count as one). `summary`: unparsed share; with a `group` per question (MMBench's rotated copies) also circular
     accuracy: all copies right. `reference=True` is ScienceQA's published rule: a bare letter, 'X. ' in front, or one
     'The answer is X.'"""
     reference: bool = False
@@ -230,13 +247,14 @@ class MultipleChoice(Scorer):
         c = row.get('choices')
         if c is None or len(c) < 2:
             raise ValueError(f"row {row.get('id', '?')!r}: multiple choice needs two or more 'choices'")
-        return dict(c) if isinstance(c, Mapping) else dict(zip(string.ascii_uppercase, c))
+        return _options(c)
 
     def truth(self, row) -> str:
         "The right option's letter."
-        opts, a = self.options(row), row_answers(row)[0].strip()
-        hits = [k for k in opts if k == a.upper()] or [k for k, v in opts.items()
-                                                       if normalise(v, True) == normalise(a, True)]
+        opts, a = self.options(row), row_answers({**row, 'answers': index_letters(row)})[0].strip()
+        hits = ([k for k in opts if k == a.upper()]
+                or [k for k, v in opts.items() if normalise(v, True) == normalise(a, True)]
+                or [k for k in opts if k == a.upper().strip('()[].: ')])
         if not hits and a.isdigit() and int(a) < len(opts): hits = [list(opts)[int(a)]]
         if not hits: raise ValueError(f"row {row.get('id', '?')!r}: answer {a!r} is no option of {opts}")
         return hits[0]

@@ -16,7 +16,7 @@ __all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'image_key', 'lettered', 'apply_promp
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #f301b4e2
 from ..data.record import ImageRef, Quarantine, Sample, Turn, read_records
-from .scorers import MultipleChoice, Scorer, get_scorer, row_answers
+from .scorers import MultipleChoice, Scorer, get_scorer, index_letters, row_answers
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #82297d90
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _pick(value, i: int, n: int):
     return value[i]
 
 def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'question_type',
-                 history: bool = False) -> list[Item]:
+                 history: bool = False, indexed: bool = False) -> list[Item]:
     """The questions of a sample. `meta[type_key]` (or its plural), `meta['answers']`, `'choices'` and `'group'` belong
     to the one question or, as lists, to each in turn; without 'answers' the assistant's text is the answer.
-    `meta['cluster']` (default: the first picture) names what questions have in common. Raises ValueError naming the
-    sample."""
+    `meta['cluster']` (default: the first picture) names what questions have in common. `indexed`: integers among the
+    answers are indices into the choices (`index_letters`). Raises ValueError naming the sample."""
     system = tuple(t for t in sample.turns[:1] if t.role == 'system')
     turns = sample.turns[len(system):]
     asked = [i for i, t in enumerate(turns) if t.role == 'user']
@@ -90,7 +90,8 @@ def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'qu
         try: meta = {k: _pick(given.get(k), n, len(asked)) for k in (type_key, 'answers', 'choices', 'group')}
         except ValueError as e: raise ValueError(f'sample {sample.id!r} ({sample.source}): {e}') from None
         reply = turns[i + 1].text if i + 1 < len(turns) and turns[i + 1].role == 'assistant' else None
-        answers = row_answers(dict(id=sample.id, answers=meta['answers'] if meta['answers'] is not None else reply))
+        truth = dict(meta, id=sample.id, answers=meta['answers'] if meta['answers'] is not None else reply)
+        answers = row_answers(truth | dict(answers=index_letters(truth)) if indexed else truth)
         text = turns[i].text
         if n and not history: text = marks + text.replace('<image>', '').strip()
         before = tuple(turns[:i]) if history else ()
@@ -134,7 +135,8 @@ class Task:
     @cached_property
     def items(self) -> tuple[Item, ...]:
         "The questions; ids are unique or ValueError."
-        items = tuple(i for s in self.samples for i in sample_items(s, self.prompt, self.type_key, self.history))
+        how = self.prompt, self.type_key, self.history, isinstance(self.scorer, MultipleChoice)
+        items = tuple(i for s in self.samples for i in sample_items(s, *how))
         seen: set[str] = set()
         twice = [i.id for i in items if i.id in seen or seen.add(i.id)]
         if twice:
@@ -267,7 +269,8 @@ def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_roo
         images = [] if v['image'] is None else [_image(v['image'], image_root, image_name)]
         group = v['group'] if v['group'] is not None or kind != 'mme' else image_key(images[0]) if images else None
         ident = f"{v['id'] if v['id'] is not None else n}" + f'/{n}' * (kind == 'mme')   # MME: one id for both questions
-        answers = [str(a) for a in row_answers(dict(answers=v['answers']))]
+        truth = dict(answers=v['answers'], choices=choices if kind == 'choice' else None, id=f'{name}/{n}')
+        answers = row_answers(dict(answers=index_letters(truth)))
         meta = dict(question_type=v['question_type'], answers=answers, choices=choices, group=group)
         samples.append(Sample(ident, [Turn('user', '<image>\n' * len(images) + str(v['question']))], images,
                               source=name, meta=meta))
