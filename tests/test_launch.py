@@ -56,6 +56,14 @@ def test_two_ranks_preempted_and_resumed_equal_uninterrupted(tmp_path, uninterru
     assert ended.step == 4 and all(torch.equal(t, uninterrupted.weights[n]) for n, t in ended.weights.items())
 
 
+def test_sharded_tensors_are_saved_whole_and_put_back(tmp_path):
+    "FSDP2: rank 0 writes whole tensors, loading shards them again, and what one rank cannot write stops both."
+    on_two_ranks('sharded_state', tmp_path)
+    state = load_state(latest(tmp_path / 'run'), world=2)
+    assert state.step == 1 and {k: tuple(v.shape) for k, v in state.weights.items()} == dict(weight=(6, 4), bias=(6,))
+    assert state.optimizer['weight/exp_avg'].shape == (6, 4)
+
+
 def test_non_finite_on_one_rank_stops_both_with_the_sample_named(tmp_path):
     with pytest.raises(LaunchError, match='NonFiniteLoss'): on_two_ranks('two_rank_run', tmp_path, steps=3, poison=True)
     logs = [(tmp_path / 'logs' / f'rank-{r}.log').read_text() for r in (0, 1)]

@@ -109,6 +109,50 @@ def two_rank_run(out, steps, stop_after=None, poison=False):
     run(out, dropout=0., stage=a_stage('full', steps), loader=loader, save_every=None, stop_flag=stop)
 
 
+def sharded_state(out):
+    """Each of two ranks holds half of a layer (FSDP2): one step, save, another step, and the state put back is the one
+    saved."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from vlmbench.train.checkpoint import (CheckpointError, load_optimizer_tensors, load_state, load_weights,
+                                           optimizer_tensors, save_state)
+    rank = int(os.environ['RANK'])
+    dist.init_process_group('gloo')
+    try:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 6)
+        fully_shard(layer, mesh=init_device_mesh('cpu', (2,)))
+        params = dict(layer.named_parameters())
+        optimizer = torch.optim.AdamW([dict(params=list(params.values()), param_names=list(params))], lr=.1)
+        def step():
+            optimizer.zero_grad()
+            layer(torch.arange(8.).view(2, 4)).square().mean().backward()
+            optimizer.step()
+        def agree(ok):
+            ok = torch.tensor(int(ok))
+            dist.all_reduce(ok, dist.ReduceOp.MIN)
+            return bool(ok)
+        kw = dict(rank=rank, world=2, agree=agree)
+        whole = lambda: {n: t.full_tensor().detach().clone() for n, t in params.items()}
+        step()
+        at_save = whole()
+        path = save_state(out, 1, params, optimizer_tensors(optimizer), {}, {}, {}, **kw)
+        dist.barrier()
+        step()
+        after = whole()
+        state = load_state(path, rank=rank, world=2)
+        assert all(torch.equal(t, state.weights[n]) for n, t in at_save.items())
+        load_weights(params, state.weights)
+        load_optimizer_tensors(optimizer, state.optimizer)
+        step()
+        assert all(torch.equal(t, after[n]) for n, t in whole().items()), 'the resumed step differs'
+        try: save_state(out, 2, params, {}, {}, dict(odd=object() if rank else 1), {}, **kw)
+        except CheckpointError as e: assert ('object' if rank else 'another rank') in str(e) and 'intact' in str(e)
+        else: raise AssertionError('a state that rank 1 cannot write was written')
+    finally: dist.destroy_process_group()
+
+
 def sleepy(out):
     with open(os.path.join(out, f'pid-{os.environ["RANK"]}'), 'w') as f: f.write(str(os.getpid()))
     time.sleep(300)

@@ -128,7 +128,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         if name not in names: raise CheckpointError(f'optimizer state for {name!r}, which this stage does not train')
         p, g = names[name]
         on_cpu = k == 'step' and not (g.get('fused') or g.get('capturable'))
-        optimizer.state[p][k] = t.to('cpu' if on_cpu else p.device, copy=True)
+        optimizer.state[p][k] = t.to('cpu', copy=True) if on_cpu else _placed(t, p, copy=True)
 
 # %% ../../nbs/train/20_checkpoint.ipynb #7b769bbb
 def _fsync(path):
@@ -147,6 +147,22 @@ def _sha256(path):
 def _write_json(path, value):
     with open(path, 'w', encoding='utf8') as f: json.dump(value, f, indent=1)
     _fsync(path)
+
+
+def _whole(tensors, rank):
+    "Sharded tensors (FSDP2) whole, on the CPU of rank 0; all ranks take part, one tensor at a time."
+    out = {}
+    for k, t in tensors.items():
+        full = t.detach().full_tensor() if hasattr(t, 'full_tensor') else t
+        if not rank: out[k] = t if full is t else full.cpu()
+    return out
+
+
+def _placed(t, like, copy=False):
+    "The whole tensor `t` on the device of `like`, sharded as `like` is."
+    if not hasattr(like, 'full_tensor') or t.shape != like.shape: return t.to(like.device, copy=copy)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
 
 
 def _write_tensors(path, tensors):
@@ -169,7 +185,7 @@ def save_state(out_dir: str | Path, step: int, weights: Mapping[str, torch.Tenso
                agree: Callable[[bool], bool] = lambda ok: ok) -> Path:
     """Write `out_dir/checkpoints/step-XXXXXXXX` atomically and return it.
 
-    `weights`, `optimizer`: trained tensors by name, written by rank 0. `shared`: any tree equal on all ranks (counters,
+    `weights`, `optimizer`: trained tensors by name, written by rank 0, sharded ones (FSDP2) whole. `shared`: any tree equal on all ranks (counters,
     schedule). `local`: this rank's tree (generators, sampler, half-filled pack). `metric`: score of this state for
     keeping the best (`best`: 'min' or 'max'). `agree(ok)` combines the ranks' verdicts (all of them call it); False on
     one rank makes all raise. Keeps the last `keep_last` states and the best. Raises CheckpointError when writing fails;
@@ -178,14 +194,15 @@ def save_state(out_dir: str | Path, step: int, weights: Mapping[str, torch.Tenso
     def attempt(work):
         error = None
         try: work()
-        except (OSError, SafetensorError) as e: error = e
+        except Exception as e: error = e                          # whatever it is: all ranks must hear of it, then it is raised
         if not agree(error is None):
             if rank == 0: shutil.rmtree(tmp, ignore_errors=True)
             kept = _states(out_dir)
+            disk = error is None or isinstance(error, (OSError, SafetensorError))
             raise CheckpointError(f'could not write {final}: {error or "another rank failed"}. '
-                                  + (f'The previous state {kept[0]} is intact. ' if kept
-                                     else 'No earlier state exists. ') + 'Free space or choose another out_dir, then '
-                                  'resume.') from error
+                                  + (f'The previous state {kept[0]} is intact. ' if kept else 'No earlier state exists. ')
+                                  + 'Free space or choose another out_dir, then resume.' * disk) from error
+    weights, optimizer = _whole(weights, rank), _whole(optimizer, rank)
     def begin():
         if rank: return
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +313,7 @@ def load_weights(params: Mapping[str, nn.Parameter], tensors: Mapping[str, torch
         for n, p in params.items():
             if p.shape != tensors[n].shape: raise CheckpointError(f'{where}: {n} has shape {tuple(tensors[n].shape)}, '
                                                                   f'the model {tuple(p.shape)}')
-            p.copy_(tensors[n])
+            p.copy_(_placed(tensors[n], p))
 
 # %% ../../nbs/train/20_checkpoint.ipynb #e269457b
 def merged_state_dict(model: nn.Module, merge: bool = True) -> dict[str, torch.Tensor]:
