@@ -3,7 +3,7 @@ import torch
 from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           LlavaConfig,
                           LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM,
-                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+                          MistralConfig, MistralForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
 VOCAB, IMAGE = 40, 3
 SHAPE = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB,
@@ -28,6 +28,11 @@ def gemma2(layers=4):
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_hidden_layers=layers, head_dim=4, sliding_window=4,
                                           final_logit_softcapping=3.,
                                           attn_logit_softcapping=2., query_pre_attn_scalar=4)).eval()
+
+
+def mistral(window=None, layers=2):
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SHAPE, num_hidden_layers=layers, sliding_window=window)).eval()
 
 
 def gpt2(layers=4):

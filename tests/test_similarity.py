@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from depth_models import FAMILIES, batch, decoder, llava, rows
+from depth_models import FAMILIES, batch, decoder, llava, mistral, rows
 from vlmbench.analysis.similarity import (CKA, SEGMENTS, ImageAttention, attention_rows, cka_from_hsic, collecting_rows,
                                           full_attentions, hsic_matrices, plot_cka)
 from vlmbench.analysis.streams import scores, stream
@@ -90,15 +90,30 @@ def test_attention_against_eager(family, side):
     at &= im.any(1, keepdim=True)
     b, t = at.nonzero(as_tuple=True)
     mass = torch.stack([(a[:, i, :, j] * im[i]).sum(-1) for i, j in zip(b, t)])               # [queries, layers, heads]
-    valid = x['attention_mask'].bool()
-    share = torch.tensor([im[i, :j + 1].sum() / valid[i, :j + 1].sum() for i, j in zip(b, t)])
+    seen = torch.stack([a[:, i, :, j].amax(1) > 0 for i, j in zip(b, t)])         # a layer's window hides earlier keys
+    share = (seen & im[b][:, None]).sum(2) / seen.sum(2)                                      # [queries, layers]
     np.testing.assert_allclose(scores(frame, 'attention_image', 'answer_predicting'), mass.mean((0, 2)), atol=1e-5)
     np.testing.assert_allclose(scores(frame, 'attention_max_head', 'answer_predicting'), mass.mean(0).amax(1),
                                atol=1e-5)
     np.testing.assert_allclose(scores(frame, 'attention_lift', 'answer_predicting'),
-                               (mass.mean(2) / share[:, None]).mean(0), atol=1e-5)
+                               torch.where(share > 0, mass.mean(2) / share, 0).mean(0), atol=1e-5)
     total = sum(scores(frame, f'attention_mass_{s}', 'last').values for s in SEGMENTS)
     np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize('window', [None, 10])
+def test_uniform_attention_has_lift_one(window):
+    "Under a sliding window a layer sees fewer keys: the share of the image is taken among those."
+    model, ids = mistral(window), torch.randint(5, 40, (2, 20), generator=torch.Generator().manual_seed(0))
+    for layer in model.model.layers: torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+    image = torch.zeros(2, 20, dtype=torch.bool)
+    image[:, 8:14] = True
+    x = dict(input_ids=ids, attention_mask=torch.ones_like(ids), image_mask=image)
+    frame = stream(model, [x], [ImageAttention(['last'])]).frame
+    mass = 6 / 20 if window is None else 4 / 10
+    np.testing.assert_allclose(scores(frame, 'attention_image', 'last'), mass, atol=1e-6)
+    for metric in ('attention_lift', 'attention_efficiency_image', 'attention_efficiency_instruction'):
+        np.testing.assert_allclose(scores(frame, metric, 'last'), 1, atol=1e-5)
 
 
 def test_attention_rows_are_the_only_rows():

@@ -98,6 +98,10 @@ class CKA(StreamMetric):
         return out
 
 # %% ../../nbs/analysis/30_similarity.ipynb #3976bebb
+def _mask_rows(mask, at, keys):
+    return mask.expand(len(at), -1, -1, -1)[..., :keys].gather(
+        2, at[:, None, :, None].expand(-1, mask.shape[1], -1, keys))
+
 def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None, scaling: float|None=None,
                    softcap: float|None=None,
                    sinks: Tensor|None=None) -> Tensor:
@@ -117,7 +121,7 @@ def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None,
     if mask is None:
         logits = logits.masked_fill((torch.arange(keys, device=at.device) > at[..., None])[:, None], never)
     else:
-        rows = mask.expand(b, -1, -1, -1)[..., :keys].gather(2, at[:, None, :, None].expand(b, mask.shape[1], -1, keys))
+        rows = _mask_rows(mask, at, keys)
         logits = logits.masked_fill(~rows, never) if mask.dtype == torch.bool else logits + rows.float()
     if sinks is None: return logits.softmax(-1)
     return torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(b, heads, at.shape[1], 1)],
@@ -164,14 +168,14 @@ SEGMENTS = ('system', 'image', 'instruction', 'answer')
 
 class ImageAttention(StreamMetric):
     """Attention on image tokens: `attention_image` (mass), `attention_max_head` (largest head), `attention_lift`,
-    and per key segment `attention_mass_*` and `attention_efficiency_*` (mass over the segment's share of visible
-    keys). `n` counts queries."""
+    and per key segment `attention_mass_*` and `attention_efficiency_*` (mass over the segment's share of the keys that
+    the layer's own mask lets the query see; 0 where it sees none of them). `n` counts queries."""
     default_sets = ('last', 'answer_predicting', 'text_after_image')
 
     def attach(self, decoder: Decoder): return collecting_rows(decoder, self._collect)
 
     def prepare(self, tokens: TokenSets):
-        self.layer_rows, self.queries = {}, None
+        self.layer_rows, self.shares, self.queries = {}, {}, None
         if tokens.image is None: return
         valid, t = tokens.masks['all'], tokens.samples.shape[1]
         wanted = torch.stack([tokens.masks[k] for k in self.token_sets if k in tokens.masks]).any(0)
@@ -182,10 +186,6 @@ class ImageAttention(StreamMetric):
         at = torch.where(wanted, torch.arange(t, device=wanted.device), t).sort(1).values[:, :int(count.max())]
         self.queries = torch.where(at < t, at, -1)
         self.segments = torch.stack([s.float() for s in self._segments(tokens)], -1)        # [batch, keys, 4]
-        visible = tokens.samples[:, :, None] == tokens.samples.gather(1, at.clamp(max=t - 1))[:, None]
-        visible = visible & (torch.arange(t, device=at.device)[None, :, None] <= at[:, None])
-        share = torch.einsum('bks,bkq->bqs', self.segments, visible.float())
-        self.share = share / visible.sum(1).clamp(min=1)[..., None]
         self.chosen = self.queries >= 0
 
     def _segments(self, tokens):
@@ -197,7 +197,20 @@ class ImageAttention(StreamMetric):
         if self.queries is None: return
         p = attention_rows(query, key, self.queries, mask, scaling, **extra)
         mass = p @ self.segments[:, None, :p.shape[-1]]                                     # [batch, heads, queries, 4]
-        self.layer_rows[layer] = mass.transpose(1, 2)[self.chosen]                          # [queries, heads, 4]
+        # [queries, heads, 4] and [queries, 4]
+        self.layer_rows[layer] = mass.transpose(1, 2)[self.chosen], self._share(mask, p.shape[-1])
+
+    def _share(self, mask, keys):
+        "Share of every segment in what each query may see, `[queries, 4]`; layers with the same mask share it."
+        if id(mask) not in self.shares:
+            at = self.queries.clamp(min=0)
+            if mask is None: visible = torch.arange(keys, device=at.device) <= at[..., None]
+            else:
+                rows = _mask_rows(mask, at, keys)
+                visible = (rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2).any(1)
+            share = visible.float() @ self.segments[:, :keys] / visible.sum(-1, keepdim=True).clamp(min=1)
+            self.shares[id(mask)] = mask, share[self.chosen]                                # kept: the id stays its own
+        return self.shares[id(mask)][1]
 
 # %% ../../nbs/analysis/30_similarity.ipynb #aee55e8b
 def _update(self, states):
@@ -207,8 +220,7 @@ def _update(self, states):
                          'attention cannot be read')
     self.layers = tuple(l for l in states.layers if l in self.layer_rows)
     # [queries, layers, heads, 4]
-    mass = torch.stack([self.layer_rows[l] for l in self.layers], 1).double()
-    share = self.share[self.chosen].double()[:, None]                                        # [queries, 1, 4]
+    mass, share = (torch.stack([self.layer_rows[l][i] for l in self.layers], 1).double() for i in (0, 1))
     mean = mass.mean(2)
     ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.)
     row, col = self.chosen.nonzero(as_tuple=True)[0], self.queries[self.chosen]
@@ -218,7 +230,7 @@ def _update(self, states):
         if (m := states.tokens.masks.get(k)) is None: continue
         take = m[row, col]
         self.moments.setdefault(k, Moments()).add(values[take], states.tokens.samples[row, col][take])
-    self.layer_rows = {}
+    self.layer_rows, self.shares = {}, {}
 
 def _records(self):
     out = []
