@@ -2,6 +2,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -10,10 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen3Config)
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, pipeline)
 
 import vlmbench.models.modeling as modeling
-from vlmbench.data.image import ImageTransform
+from vlmbench.data.image import ImageError, ImageTransform
 from vlmbench.data.packing import collate_packed, collate_padded
 from vlmbench.data.record import Sample, Turn
 from vlmbench.models.processor import VLMProcessor
@@ -507,3 +508,63 @@ def test_processor_errors(processor, call, message):
 
 def test_missing_picture_is_an_image_error(processor, tmp_path):
     with pytest.raises(ValueError, match='missing: '): processor(text='<image>', images=str(tmp_path / 'none.png'))
+
+
+def test_arrays_and_tensors_are_pictures(processor):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    want = processor(text='<image>', images=Image.fromarray(pixels))['pixel_values']
+    floats = torch.tensor(pixels).permute(2, 0, 1) / 255
+    for same in (pixels, pixels / 255, np.moveaxis(pixels, -1, 0), torch.tensor(pixels), floats, floats.double()):
+        assert torch.equal(processor(text='<image>', images=same)['pixel_values'], want)
+    for wrong, message in ((pixels[..., 0], r'shape \(12, 20\).*give one picture as'), (pixels[None], 'give one picture'),
+                           (pixels / 2., 'holds 0 to 127.5; floats are 0 to 1'), (pixels.astype(int), 'use uint8'),
+                           (floats * float('nan'), 'holds nan'), (7, 'int is no picture'), ({}, 'dict is no picture')):
+        with pytest.raises(ImageError, match=message): processor(text='<image>', images=wrong)
+
+
+@pytest.mark.parametrize('token', ['<image>', '<|system|>'])
+def test_processor_cuts_text_and_never_a_picture(processor, token):
+    p = VLMProcessor(processor.tokenizer, processor.transform, processor.front_end, image_token=token, template='world')
+    text, image = 'what <image> colour red', picture('red')
+    for side, want in (('right', ['what', *[token] * 4]), ('left', [*[token] * 4, 'colour', 'red'])):
+        p.tokenizer.truncation_side = side
+        cut = p(text=text, images=image, truncation=True, max_length=len(want))['input_ids'][0].tolist()
+        assert p.tokenizer.convert_ids_to_tokens(cut) == want
+        with pytest.raises(ValueError, match='text 0 has 7 tokens, 4 of them of pictures: max_length=3 would cut'):
+            p(text=text, images=image, truncation=True, max_length=3)
+    padded = p(text=['what', text], images=image, padding='max_length', max_length=9)
+    assert padded['input_ids'].shape == (2, 9) and padded['attention_mask'].sum(1).tolist() == [1, 7]
+    with pytest.raises(TypeError, match='takes no truncate; known besides'): p(text='what', truncate=True)
+
+
+@pytest.mark.parametrize('token', ['<image>', '<|system|>'])
+def test_assistant_mask_marks_the_answers(processor, token):
+    "Behind pictures, in rows of different lengths: the tokens that are training targets."
+    p = VLMProcessor(processor.tokenizer, processor.transform, processor.front_end, image_token=token, template='world')
+    chats = [[('user', '<image> what colour'), ('assistant', 'red'), ('user', 'what'), ('assistant', 'blue blue')],
+             [('user', 'what'), ('assistant', 'red')]]
+    messages = [[dict(role=r, content=[dict(type='image', image=picture('red')), dict(type='text', text=t[8:])]
+                      if '<image>' in t else [dict(type='text', text=t)]) for r, t in chat] for chat in chats]
+    out = p.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors='pt',
+                                return_assistant_tokens_mask=True, processor_kwargs=dict(padding=True))
+    assert out['assistant_masks'].shape == out['input_ids'].shape
+    for ids, mask, chat in zip(out['input_ids'], out['assistant_masks'], chats):
+        sample = Sample('s', [Turn(r, t) for r, t in chat], [picture('red')] * ('<image>' in chat[0][1]))
+        enc = p.encode(sample)
+        assert ids[-len(enc.input_ids):].equal(enc.input_ids)
+        assert ids[mask.bool()].tolist() == [i for i in enc.labels.tolist() if i != -100]
+
+
+def test_pipeline_in_batches_answers_as_one_by_one(processor, tmp_path):
+    model = vlm()
+    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
+    ask = pipeline('image-text-to-text', model=str(tmp_path), device='cpu')
+    chats = [[dict(role='user', content=[dict(type='image', image=picture(c)), dict(type='text', text=t)])]
+             for c, t in (('red', 'what colour'), ('blue', 'what'), ('red', 'what colour what blue'))]
+    settings = dict(return_full_text=False, generate_kwargs=dict(max_new_tokens=5, do_sample=False, eos_token_id=None))
+    one = [ask(text=c, **settings)[0]['generated_text'] for c in chats]
+    assert [o[0]['generated_text'] for o in ask(text=chats, batch_size=3, **settings)] == one and len(set(one)) > 1
+    ask.save_pretrained(tmp_path / 'again')
+    assert VLMProcessor.from_pretrained(tmp_path / 'again').transform == processor.transform
+    assert ask.image_processor([picture('red')] * 2)['pixel_values'].shape == (2, 3, 16, 16)
