@@ -5,10 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmbench.analysis.cost import Meter, Workload, _batch, training_cost
 from vlmbench.methods.planner import Data, any_scale, inference, plan, stage_models
-from vlmbench.methods.recipes import get_method, get_scale
+from vlmbench.methods.recipes import get_method
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.train.prepare import prepare
-from vlmbench.train.recipe import RecipeError, override
+from vlmbench.train.recipe import RecipeError, get_scale, override
 
 TINY = get_scale('tiny')
 MID = override(TINY, dict(name='mid', llm_config=dict(

@@ -11,15 +11,15 @@ from vlmbench.data.collate import collate_padded
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, recipe, transform_of
-from vlmbench.methods.recipes import get_method
+from vlmbench.methods.recipes import find_scale, get_method, get_recipe, model_config
 from vlmbench.methods.shapes import model_from_shapes
-from vlmbench.distill.align import PatchAligner
+from vlmbench.distill.align import PatchAligner, grid_ratio
 from vlmbench.models.patch import GridLayout
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vlm import VLMForConditionalGeneration, assemble, module_groups
 from vlmbench.run.pipeline import build, fit
 from vlmbench.train.process import Preempted
-from vlmbench.train.recipe import RecipeError, get_scale, override
+from vlmbench.train.recipe import Recipe, RecipeError, get_scale, override
 
 FRONT, IMAGE = dict(type='eve', channels=16, patch_stride=2, heads=4), 29
 FRONTS = dict(eve=FRONT, eve_v2=dict(type='eve_v2', channels=16, patch_stride=2))
@@ -138,6 +138,51 @@ def test_registered_with_the_controls_budget_and_paper_counts():
     assert all(s.losses == () for s in bare.stages)
 
 
+def test_published_settings():
+    "Global batch on any number of ranks, length and grouping rules of the released scripts."
+    paper, hd = recipe(get_scale('paper')), recipe(get_scale('paper'), hd=True).stage('finetune_hd')
+    assert [s.global_rows for s in (*paper.stages, hd)] == [512, 512, 128, 128]
+    assert [s.over(32).accumulation for s in (*paper.stages, hd)] == [1, 1, 1, 2] and paper.stages[0].over(8).accumulation == 4
+    assert [s.grouping for s in (*paper.stages, hd)] == [None, None, 'modality', 'modality']
+    assert {(s.packing, s.too_long, s.clip) for s in (*paper.stages, hd)} == {(False, 'truncate', None)}
+    assert paper.table()['rows'].tolist() == [512]*2 + [512]*6 + [128]*6
+    tied = dataclasses.replace(get_scale('paper'), llm_config=get_scale('paper').llm_config | dict(tie_word_embeddings=True))
+    assert not recipe(tied).stage('pretrain').trains['lm_head'].trains
+
+
+@pytest.mark.parametrize('scale, canvas, stride', [
+    (dataclasses.replace(get_scale('paper'), name='mine'), 672, 14), (find_scale('vip_llava:llama-3-8b'), 672, 14),
+    (find_scale('vora_paper'), 896, 14), (dataclasses.replace(get_scale('small'), name='x'), 224, 8),
+    (dataclasses.replace(get_scale('tiny'), name='y'), 64, 4)])
+def test_strides_and_canvas_follow_the_teacher_of_any_scale(scale, canvas, stride):
+    r = recipe(scale)
+    assert (r.canvas, r.front_end['patch_stride']) == (canvas, stride)
+    assert grid_ratio(r.canvas, 2*stride, model_config(scale, 'vision')) == 1
+
+
+def test_the_canvas_is_an_option_and_on_record():
+    tiny = get_scale('tiny')
+    plan = get_recipe('eve', tiny, variant=['canvas=128'])
+    assert plan.canvas == plan.to_dict()['canvas'] == 128 and Recipe.from_dict(plan.to_dict()) == plan
+    model, processor = build(METHOD, plan, tiny)
+    assert processor.transform.size == 128 and processor.load(Image.new('RGB', (64, 64)))[0]['tokens'] == 1 + 16*17
+    assert get_recipe('eve', tiny, overrides=['canvas=128']).canvas == 128
+    for bad, match in (('canvas=256', 'max_tokens'), ('canvas=0', 'whole number'), ('canvas=60', 'no multiple')):
+        with pytest.raises(RecipeError, match=match): get_recipe('eve', tiny, variant=[bad])
+
+
+def test_a_row_too_short_for_a_late_stage_is_refused_before_the_first(tmp_path):
+    tiny, trained = get_scale('tiny'), []
+    for change in ('finetune.max_tokens=60', 'finetune_hd.max_tokens=200'):
+        variant = ['hd=True'] if 'hd' in change else []
+        name, wanted = change.split('.')[0], f"in stage '{change.split('.')[0]}' a picture of"
+        with pytest.raises(RecipeError, match=wanted): get_recipe('eve', tiny, overrides=[f'stages.{change}'], variant=variant)
+        plan = override(get_recipe('eve', tiny, variant=variant), {f'stages.{name}.max_tokens': int(change.split('=')[1])})
+        with pytest.raises(RecipeError, match=wanted):
+            fit(METHOD, plan, tiny, *build(METHOD, plan, tiny), tmp_path, tmp_path/'out', lambda r: trained.append(r))
+    assert not trained and not (tmp_path/'out').exists()
+
+
 def test_patches_of_eve_v2():
     "Any ratio at the area of a square; no aligner; a model that loads again."
     tiny = get_scale('tiny')
@@ -199,10 +244,12 @@ def test_a_run_stopped_in_any_stage_ends_as_if_it_had_not_been(tmp_path):
     tiny, plan = get_scale('tiny'), recipe(get_scale('tiny'), hd=True)
     plan = override(plan, {f'stages.{s.name}.{k}': v for s in plan.stages for k, v in dict(steps=2, batch_rows=1).items()})
     def run(out, stop=None):
-        model, processor = build(METHOD, plan, tiny, 5)
-        done = fit(METHOD, plan, tiny, model, processor, world, out, seed=5, stop_flag=stop or Stop(99), progress_seconds=None)
+        (model, processor), taught = build(METHOD, plan, tiny, 5), {}
+        def keep(result): taught.update({f'align.{k}': v.clone() for k, v in model.loss_terms['align'].state_dict().items()})
+        done = fit(METHOD, plan, tiny, model, processor, world, out, keep, seed=5, stop_flag=stop or Stop(99), progress_seconds=None)
         assert [r.step for r in done.stages] == [2, 2, 2] and done.processor.transform.size == 128
-        return done.model.state_dict() | {f'align.{k}': v for k, v in model.loss_terms['align'].state_dict().items()}
+        assert not hasattr(done.model, 'loss_terms')                       # the teacher is gone before the questions
+        return done.model.state_dict() | taught
     want = run(tmp_path/'whole')
     for n in (2, 4):                                                       # in the first step of the second, the third stage
         with pytest.raises(Preempted): run(tmp_path/'stopped', Stop(n if n == 2 else 1))
@@ -224,6 +271,6 @@ def test_bad_settings_are_refused_before_training():
     with pytest.raises(RecipeError, match='no multiple of the stride'): build(METHOD, r, tiny)
     r = dataclasses.replace(recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=8))
     with pytest.raises(RecipeError, match='teacher grid not matching'): build(METHOD, r, tiny)
-    with pytest.raises(RecipeError, match='takes .* tokens, max_tokens'): recipe(dataclasses.replace(tiny, name='huge', image_size=2240))
+    with pytest.raises(RecipeError, match='takes .* tokens, but a row holds max_tokens=512'): recipe(tiny, canvas=2240)
     for wrong, text in ((dict(conv_stride=0), 'conv_stride must be'), (dict(heads=3), 'heads=3'), (dict(attention_scale='none'), "'width' or 'head'")):
         with pytest.raises(ValueError, match=text): build_front_end(FRONT | wrong, 16)

@@ -293,3 +293,12 @@ def test_stages_in_a_row_merge_lora_and_skip_what_is_done(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(),
                                                  two.parameters())) and math.isclose(again[1].history.loss.iloc[-1],
                                                      results[1].history.loss.iloc[-1])
+
+
+def test_the_loop_takes_the_global_batch(tmp_path):
+    "One optimizer step over as many micro-batches as make the rows."
+    _, result = run(tmp_path, stage=a_stage(steps=1, batch_rows=2, global_rows=6, accumulation=1), loader=Rows(2))
+    _, want = run(tmp_path / 'b', stage=a_stage(steps=1, batch_rows=2, accumulation=3), loader=Rows(2))
+    assert result.stage.accumulation == 3 and result.targets == want.targets > 0
+    with pytest.raises(RecipeError, match='global_rows=7 is no multiple'):
+        run(tmp_path / 'c', stage=a_stage(steps=1, batch_rows=2, global_rows=7), loader=Rows(2))

@@ -487,3 +487,27 @@ def test_batches_are_made_ahead():
     while len(calls) < 2 * inline + 5 and time.monotonic() < patience: time.sleep(.01)
     assert len(calls) >= 2 * inline + 5
     stream.close()
+
+
+def test_truncated_rows_are_noted():
+    from vlmbench.data.quarantine import Quarantine
+    noted, rows = Quarantine(), table()
+    cut = loader(rows, quarantine=noted, too_long='truncate', max_tokens=8)
+    next(iter(cut))
+    assert cut.counts['truncated'] > 0 and noted.notes == {'truncated to max_tokens': cut.counts['truncated']}
+
+
+@pytest.mark.parametrize('turns, want', [
+    ([(3, 2)], 5), ([(3, 4), (2, 3)], 7), ([(2, 3), (1, 2), (6, 9)], 8), ([(4, 20)], 10), ([(30, 2)], 10)])
+def test_whole_later_turns_are_dropped(turns, want):
+    "`too_long='turns'`: an answer never ends in the middle; only a first turn is cut, and closed by the document's end token."
+    labels = [t for p, a in turns for t in (*[IGNORE]*p, *range(1, a), 99)]
+    doc = Encoded(torch.tensor(labels).clamp(min=0), torch.tensor(labels), torch.full((len(labels),), -1))
+    data = BatchLoader([0], lambda _: doc, StatefulSampler(1, epochs=1), 10, packing=False, too_long='turns')
+    batch = next(iter(data))
+    got = batch['labels'][batch['document_ids'] >= 0].tolist()
+    assert len(got) == want and got[-1] == 99 and got[:-1] == labels[:want - 1]
+    assert data.counts['truncated'] == (len(labels) > 10)
+    plain = truncate(doc, 10).labels.tolist()
+    assert (plain == got) == (len(labels) <= 10)
+    with pytest.raises(ValueError, match="how='half': expected"): truncate(doc, 10, 'half')

@@ -157,3 +157,33 @@ def test_published_shapes_build_from_their_configs(name):
         c = dict(config); kind = c.pop('model_type')
         built = AutoConfig.for_model(kind, **c)
         assert all(getattr(built, k) == v for k, v in c.items() if k not in ('rope_theta',)), kind
+
+
+def test_the_global_batch_is_the_same_on_any_number_of_ranks():
+    stage = Stage('s', dict(layers=full()), 'x', lr=1., steps=1, batch_rows=16, global_rows=512)
+    for ranks in (1, 2, 8, 32):
+        on = stage.over(ranks)
+        assert on.batch_rows * on.accumulation * ranks == 512 == on.step_rows(ranks) and on.over(ranks) == on
+    plain = dataclasses.replace(stage, global_rows=None, accumulation=3)
+    assert plain.over(8) is plain and plain.step_rows(8) == 384
+    for ranks, do in ((64, 'set batch_rows=8;'), (3, 'use a number of ranks that divides 512')):
+        with pytest.raises(RecipeError, match=f"'s': global_rows=512 is no multiple of batch_rows=16 x {ranks} ranks = {16*ranks} rows: {do}"):
+            stage.over(ranks)
+    assert dataclasses.replace(stage, batch_rows=8).over(64).accumulation == 1
+    recipe = Recipe('r', (stage,))
+    assert recipe.table()['rows'].tolist() == [512] and Recipe.from_dict(recipe.to_dict()) == recipe
+    changed = override(recipe, {'stages.s.accumulation': 2}).stage('s')                # a choice of its own takes its place
+    assert (changed.global_rows, changed.accumulation) == (None, 2)
+    assert override(recipe, {'stages.s.batch_rows': 8}).stage('s').global_rows == 512
+
+
+def test_every_published_recipe_states_its_global_batch():
+    from vlmbench.methods.recipes import find_scale, get_recipe
+    published = dict(llava=('paper', [256, 128]), vip_llava=('paper', [256, 128, 128]), vora=('vora_paper', [256, 128]),
+                     eve=('paper', [512, 512, 128]), visual_region=('paper', [256, 128]), zero=('llama-3.1-8b', [256, 128]))
+    for name, (scale, rows) in published.items():
+        recipe = get_recipe(name, find_scale(scale))
+        assert [s.global_rows for s in recipe.stages] == rows, name
+        assert {(s.packing, s.too_long == 'error') for s in recipe.stages} == {(False, False)}, name     # a row is a sample
+        for s in recipe.stages: assert s.over(8).accumulation * s.batch_rows * 8 == s.global_rows, name
+        assert {s.global_rows for s in get_recipe(name, find_scale('tiny')).stages} == {None}, name

@@ -25,6 +25,7 @@ from vlmbench.data.record import (
     read_regions,
     read_vora,
     sample_from_llava,
+    sample_from_row,
     sample_from_vora,
     to_llava_row,
     write_llava,
@@ -630,3 +631,24 @@ def test_records_random_access(tmp_path):
 def test_image_first_moves_one_mark():
     s = Sample('1', [Turn('user', 'What?\n<image> '), Turn('assistant', 'x'), Turn('user', 'and <image> or <image>?')])
     assert [t.text for t in image_first(s).turns] == ['<image>\nWhat?', 'x', 'and <image> or <image>?']
+
+
+def test_rows_of_parquet_by_number(tmp_path):
+    "Any row of any row group, in any order, as the stream gives it; a damaged file is listed, not lost."
+    table = pa.table({'id': [str(i) for i in range(500)], 'frames': [[bytes([i % 256])] if i % 3 else None for i in range(500)]})
+    pq.write_table(table, tmp_path / 'v.parquet', row_group_size=150)
+    want, index = [r.value for r in iter_rows(tmp_path / 'v.parquet')], RowIndex(tmp_path / 'v.parquet')
+    assert len(index) == 500 and not index.errors and [index[i] for i in (499, 0, 149, 150, 151, -1, 300)] == [
+        want[i] for i in (499, 0, 149, 150, 151, -1, 300)]
+    with pytest.raises(IndexError): index[500]
+    (tmp_path / 'cut.parquet').write_bytes((tmp_path / 'v.parquet').read_bytes()[:-9])
+    with pytest.raises(BadRecord, match='unreadable parquet'): Records(tmp_path / 'cut.parquet')
+    with pytest.raises(OSError): RowIndex(tmp_path / 'none.parquet')
+
+
+def test_a_row_with_frames_is_never_read_as_text():
+    row = dict(id='1', frames=['a.png', 'b.png'], conversations=[{'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}])
+    with pytest.raises(BadRecord, match="'frames' in place of 'image'.*format='vora'"): sample_from_llava(row)
+    assert sample_from_row(row) == sample_from_vora(row) and len(sample_from_row(row).images) == 2
+    plain = dict(id='1', image='a.png', conversations=[{'from': 'human', 'value': '<image> what ?'}, {'from': 'gpt', 'value': 'red'}])
+    assert sample_from_row(plain) == sample_from_llava(plain)

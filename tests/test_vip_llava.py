@@ -65,7 +65,7 @@ def test_paper_base_models(name, template, rows, size):
     r = get_recipe('vip_llava', scale)
     assert scale is PAPER_SCALES[name] and [s.lr for s in r.stages] == [1e-3, 2e-5, 2e-7]
     assert [s.template for s in r.stages] == ['llava_plain', template, template] and r.stage('align').batch_rows == 32
-    assert {(s.batch_rows, s.accumulation) for s in r.stages[1:]} == {rows}
+    assert {(s.batch_rows, s.over(8).accumulation) for s in r.stages[1:]} == {rows} and [s.global_rows for s in r.stages] == [256, 128, 128]
     model = paper_vlm(scale)
     assert sum(p.numel() for p in model.model.vision.projector.parameters()) == size and model.device.type == 'meta'
     assert sum(p.numel() for p in paper_vlm(scale, 'last').model.vision.projector.parameters()) < size
@@ -84,7 +84,7 @@ def test_options_reach_recipe_and_drawing():
     assert m.transform.how == 'text' and m.transform.kinds == ('mask contour', 'arrow')
     assert m.recipe(get_scale('tiny')).front_end['select_layers'] == [4] and m.recipe(get_scale('tiny')).front_end['projector_norm']
     grouped = get_recipe('vip_llava', get_scale('paper'), variant=['grouping=modality'])
-    assert [(s.grouping, s.packing) for s in grouped.stages] == [(None, True), ('modality', False), ('modality', False)]
+    assert [(s.grouping, s.packing) for s in grouped.stages] == [(None, False), ('modality', False), ('modality', False)]
     seeing = get_recipe('vip_llava', get_scale('tiny'), variant=['encoder=full'])
     assert [s.trains['vision'].how == 'full' for s in seeing.stages] == [False, True, True]
     assert {s.trains['vision'].how for s in get_recipe('vip_llava', get_scale('tiny')).stages} == {'frozen'}

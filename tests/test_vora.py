@@ -1,6 +1,8 @@
 """VoRA: who sees what, packing and padding, merge to a plain language model, published counts, training on text alone, bad input."""
+import json
 from dataclasses import replace
 
+import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -11,10 +13,11 @@ from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.data.collate import collate_packed
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
+from vlmbench.methods.recipes import find_scale, get_recipe
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
                                    recipe)
 from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
-from vlmbench.run.pipeline import build, fit
+from vlmbench.run.pipeline import build, fit, stage_samples
 from vlmbench.train.process import Preempted
 from vlmbench.train.recipe import RecipeError, Scale, get_scale, override
 
@@ -107,8 +110,16 @@ def test_names_both_ways():
 
 def test_published_settings():
     pre, tune = recipe(PAPER_SCALE).stages
-    assert (pre.lr, pre.schedule, pre.batch_rows * pre.accumulation, round(pre.warmup_ratio * pre.steps)) == (2e-4, 'constant', 256, 100)
-    assert (tune.lr, tune.schedule, tune.batch_rows * tune.accumulation, round(tune.warmup_ratio * tune.steps)) == (2e-5, 'cosine', 128, 20)
+    assert (pre.lr, pre.schedule, pre.global_rows, round(pre.warmup_ratio * pre.steps)) == (2e-4, 'constant', 256, 100)
+    assert (tune.lr, tune.schedule, tune.global_rows, round(tune.warmup_ratio * tune.steps)) == (2e-5, 'cosine', 128, 20)
+    assert {(s.packing, s.too_long) for s in (pre, tune)} == {(False, 'turns')}         # a row is a sample: 256 pictures a step
+    assert [(s.over(8).accumulation, s.over(1).accumulation) for s in (pre, tune)] == [(4, 32), (2, 16)]
+    assert (pre.steps * pre.global_rows, pre.data) == (143_359 * 256, 'caption_train*5+text_train*1')      # 30.4M and 6.3M
+    few = recipe(PAPER_SCALE, data='I8M').stage('pretrain')
+    assert (few.steps, few.data, few.global_rows, round(few.warmup_ratio * few.steps)) == (31_250, 'caption_train', 256, 100)
+    with pytest.raises(RecipeError, match="data must be one of .*'I8M'"): recipe(PAPER_SCALE, data='I8')
+    assert recipe(get_scale('paper')).section.endswith('other base models') and recipe(PAPER_SCALE).section.endswith('released configurations')
+    assert find_scale('vora_paper') is find_scale('vora:vora_paper') is PAPER_SCALE
     assert {g for g, t in pre.trains.items() if t.trains} == {'vision', 'projector'}
     assert all(t.trains for t in tune.trains.values())
     coded = recipe(PAPER_SCALE, finetune='as_coded', extra_bias='reference_random').stage('finetune')
@@ -188,6 +199,36 @@ def test_finetuning_at_any_resolution(world, tmp_path):
     sizes = [p['size'] for p in done.processor.load(Image.new('RGB', (130, 45)))]
     assert sizes == [(48, 128)] and done.processor.load(Image.new('RGB', (4000, 900)))[0]['tokens'] <= 512*2//3
     assert done.processor.load(Image.new('RGB', (90, 90)))[0]['tokens'] == 11*11
+
+
+@pytest.mark.parametrize('end', ['jsonl', 'parquet'])
+def test_records_of_frames_train_with_their_pictures(tmp_path, end):
+    "Two frames with time stamps, one frame, none; as JSON Lines with paths or as parquet with the bytes."
+    (tmp_path/'frames').mkdir()
+    for n, color in (('a', 'red'), ('b', 'blue')): Image.new('RGB', (64, 64), color).save(tmp_path/f'frames/{n}.png')
+    talk = [{'from': 'human', 'value': 'what is there ?'}, {'from': 'gpt', 'value': 'a red circle'}]
+    rows = [dict(id=str(i), conversations=talk) | ({} if i == 2 else dict(frames=[f'frames/{n}.png' for n in 'ab'[:2 - i]])) for i in range(3)]
+    for name in ('caption_train', 'text_train', 'vqa_train'):
+        if end == 'jsonl': (tmp_path/f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+        else:
+            bytes_of = lambda r: [(tmp_path/f).read_bytes() for f in r['frames']] if 'frames' in r else None
+            pq.write_table(pa.table(dict(id=[r['id'] for r in rows], conversations=[json.dumps(talk)]*3, frames=[bytes_of(r) for r in rows])),
+                           tmp_path/f'{name}.parquet')
+    samples = stage_samples(tmp_path, 'caption_train')
+    assert [len(s.images) for s in samples] == [2, 1, 0] and samples[0].turns[0].text.startswith('1s: <image>; 2s: <image>; ')
+    done = run(tmp_path, tmp_path/'r')
+    pictures = [r.history[r.history.event == 'step'].images.sum() for r in done.stages]
+    assert all(pictures) and not any(done.quarantined.values())
+
+
+def test_a_row_too_short_for_the_last_stage_is_refused_before_the_first(world, tmp_path):
+    tiny, trained = get_scale('tiny'), []
+    with pytest.raises(RecipeError, match="in stage 'finetune' a picture of 64x64 px .* takes 64 tokens"):
+        get_recipe('vora', tiny, overrides=['stages.finetune.max_tokens=60'])
+    plan = override(recipe(tiny), {'stages.finetune.max_tokens': 60})
+    with pytest.raises(RecipeError, match="'finetune'"):
+        fit(METHOD, plan, tiny, *build(METHOD, plan, tiny), world, tmp_path/'r', lambda r: trained.append(r))
+    assert not trained
 
 
 def test_lora_on_image_tokens_only_stays_and_trains_on(world, tmp_path):

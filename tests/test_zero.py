@@ -52,8 +52,9 @@ def test_published_sizes_and_freeze_tables(name):
 
 def test_published_training_settings():
     r = recipe_of(PAPER_SCALES['llama-3.1-8b'], stages=('adapt', 'encoder', 'decoder'))
-    assert [(s.lr, s.steps, s.batch_rows * s.accumulation * 4, s.targets) for s in r.stages] == [
+    assert [(s.lr, s.steps, s.global_rows, s.targets) for s in r.stages] == [
         (1e-4, 4393, 256, 'special'), (5e-5, 4880, 128, 'special'), (5e-5, 4880, 128, 'answers')]
+    assert [(s.batch_rows, s.over(4).accumulation) for s in r.stages] == [(8, 8), (8, 4), (4, 8)]
     assert all(s.weight_decay == 0 and s.clip == 1 and s.betas == (.9, .999) and s.max_tokens == 4096 for s in r.stages)
     theirs = recipe_of(PAPER_SCALES['llama-3.1-8b'], reference=True)
     assert [(s.schedule, s.reduction, round(s.warmup_ratio * s.steps)) for s in theirs.stages] == [('cosine_recursive', 'micro', 133), ('cosine_recursive', 'micro', 148)]

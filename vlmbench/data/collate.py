@@ -10,10 +10,22 @@ from collections.abc import Iterable
 import torch
 from .template import IGNORE, Encoded
 
-# %% ../../nbs/data/48_collate.ipynb #78948580
-def truncate(doc: Encoded, max_tokens: int) -> Encoded:
-    "`doc` cut to at most `max_tokens`; a cut inside a run of image tokens moves to the start of the run"
+# %% ../../nbs/data/48_collate.ipynb #4ee2484a
+def truncate(doc: Encoded, max_tokens: int, how: str = 'cut') -> Encoded:
+    """`doc` cut to at most `max_tokens`; a cut inside a run of image tokens moves to the start of the run. `how`: 'cut';
+    'close', which ends in the document's own last token, a target; 'turns', which drops whole later turns and closes a
+    first one that is too long."""
+    if how not in ('cut', 'close', 'turns'): raise ValueError(f"how={how!r}: expected 'cut', 'close' or 'turns'")
     if doc.n_tokens <= max_tokens: return doc
+    if how == 'turns':
+        target = doc.labels != IGNORE
+        ends = (target & ~torch.cat([target[1:], target.new_zeros(1)])).nonzero()[:, 0] + 1
+        fit = ends[ends <= max_tokens].tolist()
+        return truncate(doc, fit[-1]) if fit else truncate(doc, max_tokens, 'close')
+    if how == 'close':
+        short = truncate(doc, max_tokens - 1)
+        closed = (torch.cat([getattr(short, k), getattr(doc, k)[-1:]]) for k in ('input_ids', 'labels', 'image_ids'))
+        return Encoded(*closed, short.images, doc.id)
     cut = max_tokens
     if cut and doc.image_ids[cut] >= 0:
         while cut and doc.image_ids[cut - 1] >= 0: cut -= 1

@@ -97,7 +97,7 @@ def pack(docs: Iterable[Encoded],    # any stream of documents
         while rows := packer.pop(): yield [held.pop(k) for k in rows[0]]
     while rows := packer.pop(flush=True): yield [held.pop(k) for k in rows[0]]
 
-# %% ../../nbs/data/50_packing.ipynb #edc2db97
+# %% ../../nbs/data/50_packing.ipynb #4309bd87
 class BatchLoader:
     """Batches of `samples` in the order of `sampler`. Iterating goes on where the loader stands; behind the end of a
     finite stream it begins again. A sample is bad if it raises one of `errors` or has no target; other exceptions pass.
@@ -116,7 +116,7 @@ class BatchLoader:
                  fixed_length: bool = False,         # rows of `max_tokens`, or as long as needed
                  multiple: int = 8,                  # ... rounded up to this
                  side: str = 'right',                # padded: side of the padding
-                 too_long: str = 'error',            # 'error', 'truncate' (see `truncate`) or 'skip' (as `on_bad` says)
+                 too_long: str = 'error',            # 'error', 'truncate', 'turns' (see `truncate`) or 'skip' (as `on_bad`)
                  on_bad: str = 'replace',            # 'replace', 'skip' or 'error'
                  require_targets: bool = True,       # a sample without targets is bad
                  errors: tuple = (ValueError, OSError), # what a bad sample raises
@@ -124,7 +124,7 @@ class BatchLoader:
                  rng_seed: int | None = None,        # seed of the generators handed to `encode_fn`, one per draw
                  prefetch: int = 0,                  # batches made ahead in a thread, 0 = none
                  workers: int = 1):                  # threads that encode ahead, with `prefetch`
-        for name, value, known in (('too_long', too_long, ('error', 'truncate', 'skip')),
+        for name, value, known in (('too_long', too_long, ('error', 'truncate', 'turns', 'skip')),
                                    ('on_bad', on_bad, ('replace', 'skip', 'error')), ('side', side, ('right', 'left'))):
             if value not in known: raise ValueError(f'{name}={value!r}: expected one of {", ".join(known)}')
         if batch_tokens is not None and (packing or batch_tokens < max_tokens):
@@ -157,9 +157,9 @@ class BatchLoader:
                 sample = self.samples[i]
                 doc = self.encode_fn(sample, *rng)
                 doc.id = doc.id or str(getattr(sample, 'id', ''))
-                if doc.n_tokens > self.max_tokens and self.too_long == 'truncate':
+                if doc.n_tokens > self.max_tokens and self.too_long in ('truncate', 'turns'):
                     events.append(('truncated', i, doc.id, f'{doc.n_tokens} tokens'))
-                    doc = truncate(doc, self.max_tokens)
+                    doc = truncate(doc, self.max_tokens, 'turns' if self.too_long == 'turns' else 'cut')
                 reason = ''
                 if self.require_targets and not doc.n_targets: reason = 'no targets: no token carries the loss'
                 if doc.n_tokens > self.max_tokens:
@@ -169,7 +169,7 @@ class BatchLoader:
             if not reason: return doc, events
             if self.on_bad == 'error' or (self.too_long == 'error' and reason.startswith('too long')):
                 raise ValueError(f'sample {i} (id {name!r}) is {reason}. Raise max_tokens or repair the sample; '
-                                 "or set too_long='truncate' or 'skip', on_bad='replace' or 'skip'")
+                                 "or set too_long='truncate', 'turns' or 'skip', on_bad='replace' or 'skip'")
             events.append(('bad', i, name, reason))
             if self.on_bad == 'skip': return None, events
         raise ValueError(f'100 samples in a row are bad at draw {k}; the last: sample {i} (id {name!r}): {reason}')
@@ -256,6 +256,7 @@ class BatchLoader:
             batches=1, documents=n, area=batch['input_ids'].numel(), tokens=int((batch['document_ids'] >= 0).sum()),
             targets=batch['n_targets'], images=len(batch.get('pixel_values', ())))
         if self.quarantine is None: return
+        if n_cut := len(events) - len(bad): self.quarantine.note('truncated to max_tokens', n_cut)
         self.quarantine.drawn(n + len(bad), [(i, name, reason) for _, i, name, reason in bad])
 
     def _settings(self) -> dict:

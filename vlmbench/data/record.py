@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'ROLES', 'READERS', 'Turn', 'ImageRef', 'Sample', 'parse_turns', 'sample_from_llava',
-           'sample_from_vora', 'read_llava', 'read_vora', 'read_regions', 'read_index', 'read_records', 'Records',
-           'to_llava_row', 'write_llava', 'image_first']
+           'sample_from_vora', 'sample_from_row', 'read_llava', 'read_vora', 'read_regions', 'read_index',
+           'read_records', 'Records', 'to_llava_row', 'write_llava', 'image_first']
 
 # %% ../../nbs/data/00_record.ipynb #1cf083d5
 import json, os
@@ -130,7 +130,7 @@ def _image_ref(value, root, allow_absolute=False) -> ImageRef:
 
 def _root(root): return root if root is None else str(root) if isinstance(root, (str, Path)) else tuple(map(str, root))
 
-# %% ../../nbs/data/00_record.ipynb #f69bc13a
+# %% ../../nbs/data/00_record.ipynb #d2787ae1
 _LLAVA_KEYS = {'id', 'image', 'full_path', 'conversations', 'messages', 'regions', 'source'}
 
 def sample_from_llava(row: dict, image_root=None, allow_absolute: bool = False, first_turn: str = 'drop',
@@ -140,6 +140,8 @@ def sample_from_llava(row: dict, image_root=None, allow_absolute: bool = False, 
 
     `need_turns=False` accepts region rows without `conversations` (ViP-LLaVA builds them from the markers it draws)."""
     if not isinstance(row, dict): raise BadRecord(f'wrong type: the row is {type(row).__name__}, not an object')
+    if isinstance(row.get('frames'), list) and not {'image', 'full_path'} & row.keys():
+        raise BadRecord("format: the row has 'frames' in place of 'image': read it with sample_from_vora (format='vora')")
     if missing_mark not in ('error', 'prepend'):
         raise ValueError(f"missing_mark={missing_mark!r} is unknown; use 'error' or 'prepend'")
     id = _id(row.get('id'), where)
@@ -173,7 +175,7 @@ def _id(value, where):
         raise BadRecord(f'wrong type: id is {type(value).__name__}')
     return _text(str(value), 'id')
 
-# %% ../../nbs/data/00_record.ipynb #b4cf8efc
+# %% ../../nbs/data/00_record.ipynb #f811bfda
 def sample_from_vora(row: dict, root=None, allow_absolute: bool = False, first_turn: str = 'drop', source: str = '',
                      where: str = '', note: Callable[[str], None]|None = None) -> Sample:
     "One VoRA row (`id`, `frames`, `conversations`) as a `Sample`. Raises `BadRecord` with the reason."
@@ -199,6 +201,12 @@ def sample_from_vora(row: dict, root=None, allow_absolute: bool = False, first_t
     if dropped and note: note('dropped leading assistant turn')
     return sample_from_llava({**row, 'image': frames or None, 'conversations': turns}, root, allow_absolute, first_turn,
                              source=source, where=where)
+
+def sample_from_row(row: dict, image_root=None, allow_absolute: bool = False, **kwargs) -> Sample:
+    """A row with `frames`, or a conversation kept as JSON text (parquet), as `sample_from_vora` reads it, any other as
+    `sample_from_llava` does; `kwargs` go to it."""
+    vora = isinstance(row, dict) and ('frames' in row or isinstance(row.get('conversations'), str))
+    return (sample_from_vora if vora else sample_from_llava)(row, image_root, allow_absolute, **kwargs)
 
 def _frames_prompt(n):
     return IMAGE_TOKEN * n if n < 2 else ''.join(f'{i}s: {IMAGE_TOKEN}; ' for i in range(1, n + 1)) + '\n'
@@ -283,9 +291,9 @@ def read_records(path: str|Path, image_root=None, quarantine: Quarantine|None = 
     if format not in READERS: raise ValueError(f'format={format!r} is unknown; use one of {sorted(READERS)} or None')
     return READERS[format](path, image_root, quarantine, **kwargs)
 
-# %% ../../nbs/data/00_record.ipynb #1aa94919
+# %% ../../nbs/data/00_record.ipynb #dd37c024
 class Records(Sequence):
-    """The rows of a JSON list or JSON Lines file as indexable samples, 24 bytes of memory a row.
+    """The rows of a JSON list, JSON Lines or parquet file as indexable samples, at most 24 bytes of memory a row.
 
     `parse` turns a row into a `Sample` (default `sample_from_llava` with `kwargs`). Rows that are no JSON are listed in
     `quarantine` when the file is scanned; without one, or where the file is damaged and the quarantine does not allow

@@ -5,35 +5,27 @@
 # %% auto #0
 __all__ = ['model_from_shapes', 'trained_parameters']
 
-# %% ../../nbs/methods/02_shapes.ipynb #d3bd0999
+# %% ../../nbs/methods/02_shapes.ipynb #a7b6716c
 import pandas as pd
 import torch
-from transformers import AutoConfig
 
-from .recipes import base_model
+from .recipes import model_config
 from ..models.vision import front_end_class
 from ..models.vlm import VLMConfig, VLMForConditionalGeneration
 from ..train.prepare import merge_lora, prepare
 from ..train.recipe import Recipe, RecipeError, Scale
 
-# %% ../../nbs/methods/02_shapes.ipynb #fd709051
-def _config(given, where, name):
-    "A configuration dict: the scale's own, or the one beside the weights."
-    if given is not None: return dict(given)
-    try: return AutoConfig.from_pretrained(base_model(where)).to_dict()
-    except (OSError, ValueError) as e: raise RecipeError(f'scale {name!r}: no configuration of {where}: {e}') from None
-
-
+# %% ../../nbs/methods/02_shapes.ipynb #dbcff3dd
 def model_from_shapes(recipe: Recipe, scale: Scale, device: str = 'meta') -> VLMForConditionalGeneration:
     """The recipe's model at `scale` from configurations alone: no weights on 'meta', random ones on 'cpu' or 'cuda'.
 
     Every front end with a vision tower gets the scale's `vision_config` as its `backbone`. The last token id stands in
     for the image token. Raises RecipeError when the scale holds no configuration and none is found where its weights
     should be."""
-    text = _config(scale.llm_config, scale.llm, scale.name)
+    text = model_config(scale, 'llm')
     front = dict(recipe.front_end)
     if 'backbone' not in front and 'backbone' in front_end_class(front).defaults:
-        front['backbone'] = _config(scale.vision_config, scale.vision, scale.name)
+        front['backbone'] = model_config(scale, 'vision')
     config = VLMConfig(text_config=text, vision_config=front, image_token_id=text['vocab_size'] - 1,
                        bidirectional_images=recipe.bidirectional_images)
     with torch.device(device): return VLMForConditionalGeneration(config)

@@ -74,7 +74,7 @@ def paper_vlm(scale: Scale, layers: str = 'fused') -> VLMForConditionalGeneratio
         return VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), vision_config=front,
                                                      image_token_id=0))
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #92e07ee0
+# %% ../../nbs/methods/10_vip_llava.ipynb #ecd77add
 _SETTINGS = dict(   # rate and target tokens of each stage; rows of align and of the rest; tokens; LoRA rank and rate
     tiny=dict(align=(2e-3, 40_000), region=(1e-3, 155_000), chat=(1e-5, 5_000), rows=(24, 24), tokens=192,
               lora=(16, 2e-3)),
@@ -114,10 +114,11 @@ def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: st
     marker_kinds(kinds)
     paper = 'paper' if scale.name in PAPER_SCALES else scale.name
     s = _SETTINGS.get(paper) or _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
-    halves = 2 if paper == 'paper' and scale.template in ('llama_3',
-                                                          'phi_3') else 1      # published: 8 rows, 2 at a time
+    halves = 2 if paper == 'paper' and scale.template in ('llama_3', 'phi_3') else 1      # published: 8 rows at a time
     shape = dict(template=scale.template, max_tokens=s['tokens'])
-    rest = dict(batch_rows=s['rows'][1] // halves, accumulation=halves, gradient_checkpointing=bool(load))
+    if paper == 'paper': shape |= dict(packing=False, too_long='truncate')
+    wide = (256, 128) if paper == 'paper' else (None, None)                 # published samples of a step
+    rest = dict(batch_rows=s['rows'][1] // halves, global_rows=wide[1], gradient_checkpointing=bool(load))
     if grouping: rest |= dict(grouping=grouping, packing=False)
     if scale.template == 'vicuna_v1': rest['template'] = 'llava_v1'
     plain = dict(template='llava_plain') if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else {}
@@ -134,7 +135,7 @@ def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: st
     front = front_end(_tower_depth(scale))
     if layers == 'last': front['select_layers'] = front['select_layers'][:1]
     name = '-'.join(['vip_llava', *(['q' * bool(load) + 'lora'] if load or llm == 'lora' else [])])
-    return Recipe(name, (stage('align', {}, 'caption_train', batch_rows=s['rows'][0], **plain),
+    return Recipe(name, (stage('align', {}, 'caption_train', batch_rows=s['rows'][0], global_rows=wide[0], **plain),
                          stage('region', sees | language('region'), REGION_DATA, **rest),
                          stage('chat', sees | language('chat'), 'region_train*1+vqa_train*1', **rest,
                                merge=not load)),

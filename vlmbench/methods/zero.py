@@ -98,17 +98,17 @@ def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
     try: return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
     except (ValueError, TypeError) as e: raise RecipeError(f'zero: {e}') from None
 
-# %% ../../nbs/methods/40_zero.ipynb #5f9b59ca
+# %% ../../nbs/methods/40_zero.ipynb #bee35297
 FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu',
                  boundary=True)
 ON_SURROGATE = ('language', 'adapt', 'encoder')
 
 _RATES = dict(tiny=dict(adapt=3e-3, encoder=5e-3, decoder=5e-4), small=dict(adapt=1e-3, encoder=1e-4, decoder=2e-5),
               paper=dict(adapt=1e-4, encoder=5e-5, decoder=5e-5))
-_PUBLISHED = dict(   # data, steps, rows and accumulation of each of four ranks
-    language=('genqa-500k', 4393, 4, 16), adapt=('llava-1.5-665k-genqa-500k-instructions', 4393, 8, 8),
-    encoder=('llava-1.5-665k-instructions', 4880, 8, 4),
-    decoder=('llava-1.5-665k-instructions', 4880, 4, 8))
+_PUBLISHED = dict(   # data, steps, rows of a micro-batch and of a step over all ranks (four)
+    language=('genqa-500k', 4393, 4, 256), adapt=('llava-1.5-665k-genqa-500k-instructions', 4393, 8, 256),
+    encoder=('llava-1.5-665k-instructions', 4880, 8, 128),
+    decoder=('llava-1.5-665k-instructions', 4880, 4, 128))
 
 def last_third(scale: Scale) -> tuple[int, ...]:
     "Blocks of the vision encoder that train: 16..23 of CLIP-L's 24."
@@ -162,8 +162,8 @@ def recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, stages: 
         kw = dict(lr=rates['adapt' if name == 'language' else name], template=scale.template,
                   losses=('balance',) if balance else ())
         if published:
-            data, steps, rows, accumulation = _PUBLISHED[name]
-            kw |= dict(data=data, steps=steps, batch_rows=rows, accumulation=accumulation, max_tokens=4096,
+            data, steps, rows, wide = _PUBLISHED[name]
+            kw |= dict(data=data, steps=steps, batch_rows=rows, global_rows=wide, max_tokens=4096,
                        packing=False, too_long='truncate', warmup_ratio=.0305,
                        targets='special' if name in ('adapt', 'encoder') else 'answers')
             if name == 'encoder' and not cut and not stand_in: kw['lr'] = 2e-4

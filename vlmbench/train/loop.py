@@ -240,6 +240,7 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
     module groups (default `module_groups(model)`). Raises Preempted and TooManyBadRecords (state saved),
     NonFiniteLoss, NoGradient, CheckpointError, RecipeError."""
     out_dir, ranks = Path(out_dir), Ranks(device)
+    stage = stage.over(ranks.world)
     terms = _match_terms(stage, extra_losses)
     groups = module_groups(model) if groups is None else groups
     model.to(ranks.device).train()
