@@ -43,6 +43,8 @@ class Case:
         text = [v for k, v in self.x.items() if k.endswith('input_ids')] + [v for k, v in self.y.items() if k.endswith('output_ids')]
         used = set(torch.cat([t.flatten() for t in text]).tolist())
         self.image_token = next(i for i in reversed(range(self.spec['llm']['vocab_size'])) if i not in used)
+        layers = self.spec['lora']['layers']
+        self.lora_layers = self.spec['llm']['num_hidden_layers'] if layers == 'all' else layers
         self.patches = (self.spec['teacher']['image_size'] // self.spec['teacher']['patch_size']) ** 2
 
     def model(self, **weights): return from_reference({**self.w, **weights}, {**self.spec, 'image_token_id': self.image_token})
@@ -140,15 +142,19 @@ def test_initialisation_as_published(case):
 def test_vision_embedding_controls(case):
     front = case.model().model.vision
     want = case.y['mix.vision_embeds'].flatten(0, 1)
+    right = (front(case.x['mix.frames'])[0] - want).abs().max()
     front.norm.eps = 1e-5
-    if case.spec['llm']['rms_norm_eps'] != 1e-5: far(front(case.x['mix.frames'])[0], want, EMBEDS)
+    wrong = (front(case.x['mix.frames'])[0] - want).abs().max()                    # how much depends on the patches' variance
+    assert wrong > right if case.spec['llm']['rms_norm_eps'] != 1e-5 else wrong == right
     front.norm.eps = case.spec['llm']['rms_norm_eps']
     side = int(case.patches ** .5)
     for name, (h, w) in case.meta['vision_embed_hw'].items():
-        grid = tuple(s // case.spec['teacher']['patch_size'] for s in (h, w))
+        grid, whole = tuple(s // (p := case.spec['teacher']['patch_size']) for s in (h, w)), not (h % p or w % p)
         if grid[0] * grid[1] <= case.patches and grid != (side, side):
             front.config['positions'] = 'interpolate'
-            far(front(case.x[f'{name}.frames'])[0][None], case.y[f'{name}.vision_embeds'], 1e-3)
+            if whole: far(front(case.x[f'{name}.frames'])[0][None], case.y[f'{name}.vision_embeds'], 1e-3)
+            else:
+                with pytest.raises(ValueError, match='no multiple'): front(case.x[f'{name}.frames'])
             front.config['positions'] = 'reference'
         elif grid[0] * grid[1] > case.patches:
             table = front.pos_embed.reshape(1, side, side, -1).permute(0, 3, 1, 2)
@@ -161,7 +167,8 @@ def test_sequences(case):
     assert batch['input_ids'].shape[1] == case.meta['mix_seq_len']
     assert torch.equal(batch['labels'], case.y['mix.targets'])
     assert torch.equal((batch['image_ids'] >= 0).to(torch.uint8), case.y['mix.vision_mask'])
-    close(out.hidden_states[0][0], case.y['mix.inputs_embeds.s0'], EMBEDS)
+    real = batch['attention_mask'][0].bool()
+    close(out.hidden_states[0][0][real], case.y['mix.inputs_embeds.s0'][real], EMBEDS)
 
 
 @pytest.mark.parametrize('name', ['mix', 'wide', 'adj'])
@@ -196,7 +203,9 @@ def test_teacher_and_heads(case):
     states = teacher_states(term.teacher, case.x['mix.frames'][:1], 'reference')
     close(torch.cat(states[1:]), case.y['mix.teacher_hidden.f0'], 2e-5)
     close(term.teacher.rms_norm(states[-1])[0], case.y['mix.teacher_last.f0'], 2e-5)
-    close(term.heads[1](out.hidden_states[1][batch['image_ids'] >= 0]), case.y['mix.aux_head_out.layer1'], 2e-5)
+    for key in [k for k in case.y if k.startswith('mix.aux_head_out.layer')]:
+        i = int(key.removeprefix('mix.aux_head_out.layer'))
+        close(term.heads[i](out.hidden_states[i][batch['image_ids'] >= 0]), case.y[key], 2e-5)
     if 'teacher_on_large' in case.meta:
         with pytest.raises(ValueError, match='positions'): teacher_states(term.teacher, case.x['large.frames'], 'reference')
 
@@ -207,7 +216,7 @@ def test_distillation_controls(case):
     aligned = case.term(pairing='aligned') if case.spec['teacher']['num_hidden_layers'] < case.spec['llm']['num_hidden_layers'] else None
     if aligned is not None: far(aux(aligned, out, batch), case.y['mix.aux_losses'], LOSS)
     shifted = case.term()
-    shifted.pairs = [(s, t - 1) for s, t in shifted.pairs]
+    shifted.pairs = [(s, t - 1) for s, t in shifted.pairs]                         # the states before: every loss moves
     far(aux(shifted, out, batch), case.y['mix.aux_losses'], 1e-3)
 
 
@@ -220,9 +229,10 @@ def test_gradients(case):
     assert sorted(named) == sorted(case.meta['trainable_pretrain'])
     out = run(model, batch)
     (out.loss + aux(term, out, batch).mean()).backward()
+    most = max(case.meta['mix_grad_norms'].values())
     for name, norm in case.meta['mix_grad_norms'].items():
         got = 0. if named[name].grad is None else named[name].grad.norm().item()
-        assert got == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+        assert got == pytest.approx(norm, rel=1e-3, abs=1e-6 * max(1., most)), name
     for key in [k for k in case.y if k.startswith('mix.grad.')]:
         got, want = named[key.removeprefix('mix.grad.')].grad, case.y[key]
         close(got, want, 1e-3 * want.abs().max().item(), 1e-3)
@@ -276,6 +286,12 @@ def test_wide_large_text_adjacent(case):
     far(aux(term, run(model, adj), adj), case.y['adj.aux_losses'], LOSS)              # by default images stay apart
 
 
+def until_end(ids, case):
+    "Tokens up to and with the end token: behind it the original pads."
+    stop = (ids[0] == case.spec['eos_token_id']).nonzero()
+    return ids[:, :int(stop[0]) + 1] if len(stop) else ids
+
+
 def generate(model, case, n):
     batch = case.batch('gen')
     model.generation_config.suppress_tokens = None
@@ -287,10 +303,7 @@ def generate(model, case, n):
 @torch.no_grad()
 def test_generation(case):
     model, want = case.model(), case.y['gen.output_ids']
-    got = generate(model, case, want.shape[1])
-    stop = (want[0] == case.spec['eos_token_id']).nonzero()
-    n = int(stop[0]) + 1 if len(stop) else want.shape[1]
-    assert torch.equal(got[:, :n], want[:, :n])
+    assert torch.equal(until_end(generate(model, case, want.shape[1]), case), until_end(want, case))
     batch = case.batch('gen')
     close(run(model, {k: batch[k] for k in ('input_ids', 'attention_mask', 'pixel_values')}).logits[:, -1], case.y['gen.prefill_logits_last'], LOGITS)
 
@@ -300,16 +313,19 @@ def test_merge(case):
     model, batch = case.model(), case.batch('mix')
     before = run(model, batch).logits
     n = sum(not m.settings.merged for m in vision_lora_layers(model).values())
-    assert merge_vision_lora(model) == n == case.spec['lora']['layers'] * len(case.spec['lora']['target_modules'])
-    named = to_reference(model)
-    assert sorted(named) == sorted(case.meta['merged_keys'])
-    for key in [k for k in case.y if k.startswith('merged.llm.')]: close(named[key.removeprefix('merged.')], case.y[key], 1e-6)
+    assert merge_vision_lora(model) == n == case.lora_layers * len(case.spec['lora']['target_modules'])
+    named, tied = to_reference(model), {'llm.lm_head.weight'} if case.spec['llm'].get('tie_word_embeddings') else set()
+    assert named.keys() | tied == {k for k in case.meta['merged_keys'] if not k.startswith('aux_vision.')} | tied
+    for key in [k for k in case.y if k.startswith('merged.llm.')]:
+        close(named[key.removeprefix('merged.')], case.y[key], 1e-6 * max(1., case.y[key].abs().max().item()))
     out, real = run(model, batch), batch['attention_mask'].bool()
-    close(out.logits[2][real[2]], case.y['merged.mix.logits.s2'][real[2]], LOGITS)
+    for key in [k for k in case.y if k.startswith('merged.mix.logits.s')]:
+        i = int(key.rpartition('.s')[2])
+        close(out.logits[i][real[i]], case.y[key][real[i]], LOGITS)
     close(out.loss, case.y['merged.mix.llm_loss'], LOSS)
     close(out.logits[real], before[real], max(1e-5, 2 * case.meta['merged_vs_unmerged_max_abs']))
     want = case.y['merged.gen.output_ids']
-    assert torch.equal(generate(model, case, want.shape[1]), want)
+    assert torch.equal(until_end(generate(model, case, want.shape[1]), case), until_end(want, case))
     again = from_reference(named, {**case.spec, 'image_token_id': case.image_token})
     close(run(again, batch).logits[real], out.logits[real], 1e-6)
     stage = Stage('finetune', dict(vision=full(), projector=full()), 'any', lr=1e-3, steps=1)
@@ -322,9 +338,9 @@ def test_lora_controls(case):
     real = batch['attention_mask'].bool()
     half = from_reference(case.w, {**case.spec, 'image_token_id': case.image_token, 'lora': {**case.spec['lora'], 'scale': .5}})
     far(run(half, batch).logits[real], want[real], LOGITS)
-    bare = case.model(**{k: torch.zeros_like(v) for k, v in case.w.items() if k.endswith('.bias') and k.split('.')[-2] in
-                         ('o_proj', 'gate_proj', 'up_proj', 'down_proj')})
-    far(run(bare, batch).logits[real], want[real], LOGITS)
+    extra = {k: torch.zeros_like(v) for k, v in case.w.items() if k.endswith('.bias') and k.split('.')[-2] in
+             ('o_proj', 'gate_proj', 'up_proj', 'down_proj')}
+    if extra: far(run(case.model(**extra), batch).logits[real], want[real], LOGITS)
     key = next(k for k in case.y if k.startswith('merged.llm.'))
     base = key.removeprefix('merged.').removesuffix('weight')
     a, b = case.w[f'{base}lora_A.weight'], case.w[f'{base}lora_B.weight']
@@ -334,6 +350,7 @@ def test_lora_controls(case):
 
 @torch.no_grad()
 def test_clip_teacher(case):
+    if not (case.folder / 'clip.safetensors').exists(): pytest.skip(f'{case.folder.name} has no CLIP teacher')
     clip = load_file(case.folder / 'clip.safetensors')
     aux_weights = {k.removeprefix('weights.'): v for k, v in clip.items() if k.startswith('weights.')}
     term = distillation_from_reference(aux_weights, case.spec, 'clip')
