@@ -1,6 +1,6 @@
 """Tiny random decoders and mixed image/text batches shared by the layer-analysis tests."""
 import torch
-from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           LlavaConfig,
                           LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM,
                           MistralConfig, MistralForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
@@ -28,6 +28,14 @@ def gemma2(layers=4):
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_hidden_layers=layers, head_dim=4, sliding_window=4,
                                           final_logit_softcapping=3.,
                                           attn_logit_softcapping=2., query_pre_attn_scalar=4)).eval()
+
+
+def gemma3_vlm(layers=4):
+    torch.manual_seed(0)
+    text = SHAPE | dict(num_hidden_layers=layers, head_dim=4, sliding_window=8, query_pre_attn_scalar=4)
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
+                                                       image_token_id=IMAGE)).eval()
 
 
 def mistral(window=None, layers=2):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from depth_models import FAMILIES, IMAGE, batch, decoder, gemma2, llava, qwen3
+from depth_models import FAMILIES, IMAGE, batch, decoder, gemma2, gemma3_vlm, llava, qwen3_vl, qwen3
 from vlmbench.models.depth import (PUBLISHED_SPLITS, build_surrogate, causal_lm, check_layers, depth_of, find_decoder,
                                    fingerprint, graft, prune,
                                    shallow_copy, slice_layers, surrogate_map)
@@ -216,6 +216,19 @@ def test_causal_lm_of_a_vlm_is_plain(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again).__name__ == 'LlamaForCausalLM' and again.config.num_hidden_layers == 4
     with torch.no_grad(): assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_causal_lm_of_other_vlms(tmp_path):
+    "Gemma 3's VLM stands among the causal language models of transformers; Qwen3-VL's decoder has no class of its own."
+    vlm = gemma3_vlm()
+    lm = causal_lm(vlm)
+    lm.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(lm).__name__ == type(again).__name__ == 'Gemma3ForCausalLM'
+    with torch.no_grad(): assert torch.equal(again(IDS).logits, vlm(IDS).logits)
+    plain = decoder()
+    assert causal_lm(plain) is plain
+    with pytest.raises(ValueError, match='no text-only causal language model for Qwen3VLTextConfig'): causal_lm(qwen3_vl())
 
 
 # -------------------------------------------------------------------------------- what it refuses

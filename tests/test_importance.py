@@ -271,6 +271,10 @@ def test_frozen_layers_and_existing_gradients_survive():
 def test_split_samples_refuses_what_it_cannot_cut():
     with pytest.raises(ValueError, match='packs several documents'):
         split_samples(dict(input_ids=torch.ones(1, 4), document_ids=torch.tensor([[0, 0, 1, 1]])))
+    one = dict(input_ids=torch.ones(1, 4), pixel_values=torch.ones(3, 1))           # one sample is itself, any pictures
+    assert split_samples(one) == [one]
+    two = {k: v[:1] for k, v in image_batch().items() if k != 'pixel_values'} | dict(pixel_values=torch.randn(2, 3, 8, 8))
+    pd.testing.assert_frame_equal(gradient_scores(llava(), [two]), gradient_scores(llava(), [two], unit='batch'))
     with pytest.raises(ValueError, match='3 images for 2 rows'):
         split_samples(dict(input_ids=torch.ones(2, 4), pixel_values=torch.ones(3, 1)))
 

@@ -3,18 +3,22 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from depth_models import decoder
-from vlmbench.analysis.ablation import answer_loss
+from depth_models import decoder, llava, qwen3_vl
+from vlmbench.analysis.ablation import answer_loss, greedy_drop, revert_one
+from vlmbench.analysis.streams import model_inputs, scores
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
-from vlmbench.lab.layers import RANKINGS, calibration, choose, figures, load_any, measure
-from vlmbench.methods.recipes import get_method, get_scale
+from vlmbench.lab.calibration import calibration, load_any
+from vlmbench.lab.layers import RANKINGS, choose, figures, measure
+from vlmbench.methods.recipes import get_method
 from vlmbench.models.depth import prune
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.manifest import Manifest
+from vlmbench.train.recipe import get_scale
 
 WORDS = ['red', 'blue', 'small', 'large', 'green', 'two']
 
@@ -64,6 +68,56 @@ def test_rankings_agree_with_themselves_and_stability_ends_at_one(lm_folder):
     assert m.transition is not None and 0 <= m.transition.layer < 5
     drawn = figures(m, choose(m, share=2))
     assert list(drawn)[:2] == ['region', 'scores'] and {'trajectory', 'similarity', 'agreement', 'stability', 'loss'} <= set(drawn)
+
+
+def test_what_tuning_moved_and_what_it_is_worth(lm_folder, tmp_path):
+    "With the model before tuning: every layer put back; with adapters that are not merged: the norms of their updates."
+    model, tokenizer = load_any(lm_folder)
+    batches = calibration(tokenizer, text_samples(6), 3)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r'model\.layers\.[13]\..*_proj'))
+    g = torch.Generator().manual_seed(0)
+    for n, p in adapted.named_parameters():
+        if 'lora_B' in n: torch.nn.init.normal_(p, std=.2, generator=g)
+    adapted.save_pretrained(tmp_path/'lora')
+    again, _ = load_any(lm_folder, adapters=tmp_path/'lora')
+    open_ = measure(again, batches, share=2, base=str(lm_folder))
+    assert open_.rankings['LoRA update'].gt(0).tolist() == [False, True, False, True, False]
+    assert any('not merged' in x for x in open_.left_out) and 'put back to the base' not in open_.rankings
+    merged = again.merge_and_unload()
+    m = measure(merged, batches, share=2, base=str(lm_folder), greedy=2)
+    want = revert_one(merged, lm_folder, batches).frame
+    assert m.rankings['put back to the base'].tolist() == scores(want, 'revert_one_delta', 'answer').tolist()
+    assert m.rankings['put back to the base'].ne(0).tolist() == [False, True, False, True, False]
+    assert m.greedy == greedy_drop(merged, batches, 2) and m.base.value == pytest.approx(open_.base.value, abs=1e-5)
+    with pytest.raises(FileNotFoundError, match='no adapter_config.json'): load_any(lm_folder, adapters=tmp_path)
+
+
+def test_layers_that_cannot_be_dropped_are_left_out():
+    model, ids = qwen3_vl(), torch.randint(5, 35, (1, 14), generator=torch.Generator().manual_seed(0))
+    ids[0, 2:8] = torch.tensor([36, 3, 3, 3, 3, 37])
+    x = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.where(torch.arange(14) > 10, -100),
+             pixel_values=torch.randn(16, 96), image_grid_thw=torch.tensor([[1, 4, 4]]), mm_token_type_ids=(ids == 3).long())
+    m = measure(model, [x], share=1)
+    assert 'drop one' not in m.rankings and any('between layers 0 and 1' in r for r in m.left_out) and m.base.n == 3
+
+
+def test_token_types_reach_the_model(tmp_path):
+    "Gemma 3 looks both ways inside an image, and Qwen-VL numbers positions, by token types that the processor gives."
+    class Typed:
+        image_processor, chat_template, tokenizer = True, 'template', world_tokenizer()
+        def apply_chat_template(self, messages, **kw): return '<image> what is the square ?'
+        def __call__(self, text, images, **kw):
+            ids = self.tokenizer(text, return_tensors='pt', add_special_tokens=False)['input_ids']
+            kinds = (ids == self.tokenizer.convert_tokens_to_ids('<image>')).long()
+            return dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=kinds, mm_token_type_ids=kinds,
+                        pixel_values=torch.zeros(1, 3, 8, 8))
+    asked = Sample('a', [Turn('user', '<image> what ?'), Turn('assistant', 'red')], [Image.new('RGB', (8, 8))])
+    batch, = calibration(Typed(), [asked])
+    for k in ('token_type_ids', 'mm_token_type_ids'):
+        assert batch[k].shape == batch['input_ids'].shape
+        assert batch[k].sum() == 1 and batch[k][batch['labels'] != -100].sum() == 0
+    assert {'token_type_ids', 'mm_token_type_ids'} & {*model_inputs(qwen3_vl(), batch)} == {'mm_token_type_ids'}
+    assert 'token_type_ids' not in model_inputs(llava(), batch)
 
 
 def test_another_vlm_of_transformers(tmp_path):
@@ -119,12 +173,13 @@ def test_the_run_notebook_writes_a_region_that_the_recipe_takes(lm_folder, tmp_p
     (tmp_path/'data').mkdir()
     (tmp_path/'data'/'talk.json').write_text(json.dumps(samples))
     settings = dict(model=str(lm_folder), data=str(tmp_path/'data'), samples='talk', limit=12, batch_size=4, device='cpu',
-                    metric='drop one', share=2., picked=3, base=str(lm_folder))
+                    metric='drop one', share=1., picked=3, base=str(lm_folder), greedy=2)
     assert run_notebook('layers', settings, tmp_path/'r', progress=False, quiet=True) == 0, (tmp_path/'r'/'output.log').read_text()
     m, region = Manifest(tmp_path/'r').read(), json.loads((tmp_path/'r'/'region.json').read_text())
-    assert m['results']['region'] == region['where'] and len(region['where']) == 2 and region['metric'] == 'drop one'
+    assert m['results']['region'] == region['where'] and len(region['where']) == 1 and region['metric'] == 'drop one'
     page = (tmp_path/'r'/'report.html').read_text()
     assert 'src="http' not in page and 'href="http' not in page and page.count('<svg') >= 7 and 'picked: 3' in page
+    assert 'Greedy removal' in page and len(m['results']['greedy']) == 2 and 'put back to the base' in m['results']['top']
     assert {p.stem for p in (tmp_path/'r'/'figures').glob('*.png')} >= {'region', 'scores', 'trajectory', 'similarity'}
     recipe = get_method('visual_region', region['variant']).recipe(get_scale('tiny'))
     assert list(recipe.stages[-1].trains['layers'].layers) == region['where']

@@ -224,6 +224,7 @@ def split_samples(batch: Mapping) -> list[dict]:
     n = len(batch.get('input_ids', batch.get('inputs_embeds')))
     if (doc := batch.get('document_ids')) is not None and any(len(r[r >= 0].unique()) > 1 for r in doc):
         raise ValueError('the batch packs several documents into a row: per-sample gradients need one sample per row')
+    if n == 1: return [dict(batch)]
     ids, pixels, out = batch.get('image_ids'), batch.get('pixel_values'), []
     if pixels is not None and ids is None and len(pixels) != n:
         raise ValueError(f'{len(pixels)} images for {n} rows and no image_ids: pass batches of one sample')

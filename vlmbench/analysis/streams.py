@@ -233,7 +233,8 @@ def make_states(hidden: Sequence[Tensor], batch: Mapping|TokenSets, decoder: Dec
                   decoder, tokens)
 
 # %% ../../nbs/analysis/00_streams.ipynb #cddfbfb3
-ANNOTATIONS = ('labels', 'image_mask', 'image_ids', 'document_ids', 'sample_ids', 'n_targets')
+ANNOTATIONS = ('labels', 'image_mask', 'image_ids', 'document_ids', 'sample_ids', 'n_targets', 'token_type_ids',
+               'mm_token_type_ids')
 
 def model_inputs(model: nn.Module, batch: Mapping) -> dict:
     "The part of a batch that `model.forward` takes, on the model's device, without labels and without cache."

@@ -295,10 +295,13 @@ def fingerprint(module: nn.Module) -> str:
 # %% ../../nbs/models/30_depth.ipynb #993a95dd
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     """The text-only `...ForCausalLM` that shares every tensor with `model`'s decoder and head; it exports as a plain
-    checkpoint."""
-    d, base = find_decoder(model), _unwrapped(model)
-    if type(base) in AutoModelForCausalLM._model_mapping.values(): return base
-    cls = AutoModelForCausalLM._model_mapping[type(d.config)]
+    checkpoint. Raises ValueError for a VLM whose decoder transformers has no such class for."""
+    d, base, known = find_decoder(model), _unwrapped(model), AutoModelForCausalLM._model_mapping
+    if d.config is base.config and type(base) in known.values(): return base              # no vision part beside it
+    if type(d.config) not in known or d.config is base.config:
+        raise ValueError(f'{type(base).__name__}: transformers has no text-only causal language model for '
+                         f'{type(d.config).__name__}; export the whole model with save_pretrained')
+    cls = known[type(d.config)]
     with torch.device('meta'): lm = cls(d.config)
     setattr(lm, lm.base_model_prefix, d.stack)
     lm.set_output_embeddings(d.head)
