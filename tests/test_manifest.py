@@ -43,6 +43,35 @@ def test_redaction_goes_by_whole_words(key, hidden):
     assert redact({'max_tokens': 5, 'token': 5}, {}) == {'max_tokens': 5, 'token': 5}   # numbers are no secrets
 
 
+@pytest.mark.parametrize('name', ['PGPASSWORD', 'GITHUB_PAT', 'MYSQL_PWD', 'HF_TOKEN', 'GHTOKEN', 'OPENAI_API_KEY', 'SMTP_PASS'])
+def test_values_of_secret_variables_are_blanked_anywhere(name):
+    assert redact(dict(reason='refused: swordfish1', command=['x=swordfish1']), {name: 'swordfish1'}) == dict(
+        reason='refused: <redacted>', command=['x=<redacted>'])
+    assert redact({name: 'swordfish1'}, {}) == {name: '<redacted>'}
+
+
+def test_secrets_on_a_command_line_are_blanked_and_special_tokens_are_not():
+    line = ['run', '--token', 'abc', '--api-key', 'k', '--out', 'x', '-v', 'token', 'note=token=abc', '--password', '--force']
+    assert redact(line, {}) == ['run', '--token', '<redacted>', '--api-key', '<redacted>', '--out', 'x', '-v', 'token',
+                                'note=token=<redacted>', '--password', '--force']
+    assert redact('push --hub-token abc --dry and password: hunter2', {}) == (
+        'push --hub-token <redacted> --dry and password: <redacted>')
+    kept = dict(image_token='<image>', pad_token='<pad>', text='image_token=<image> --pad-token <pad> unknown token: foo',
+                path='a/b', forward_path='x')
+    assert redact(kept, {}) == kept
+    assert redact('cloned with ghp_' + 'a1' * 18, {}) == 'cloned with <redacted>'
+
+
+def test_under_the_engine_the_notebook_says_its_parameters(tmp_path, monkeypatch):
+    Manifest(tmp_path/'r').start('evaluate', dict(recipe='', limit=3))
+    monkeypatch.setenv('VLMBENCH_RUN_FOLDER', str(tmp_path/'r'))
+    monkeypatch.setenv('VLMBENCH_NOTEBOOK', 'evaluate')
+    run = Run('', 'evaluate', dict(recipe='llava-s0', limit=3, tasks=['a']))
+    assert run.manifest.read()['parameters'] == dict(recipe='llava-s0', limit=3, tasks=['a'])
+    run.finish()
+
+
+
 def test_a_script_that_just_ends_is_failed_and_a_killed_one_is_lost(tmp_path):
     code = ("import os, sys, signal; from vlmbench.run.manifest import Run\n"
             "run = Run(sys.argv[1], 'demo', {})\n"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmbench.evaluate.results import load_results
 from vlmbench.run.bench import BenchRun, bench, reusable
 from vlmbench.run.engine import find_notebook, run_notebook
 from vlmbench.run.manifest import Manifest
@@ -87,11 +88,14 @@ def test_train_leaves_a_complete_run_folder(trained):
 
 
 def test_evaluate_answers_as_train_did(trained, bases, tmp_path):
-    assert run_notebook('evaluate', dict(model=str(trained/'model'), data=str(bases/'world'), limit=6, batch_size=3,
-                                         device='cpu',
-                                         recipe='llava'), tmp_path/'e', progress=False) == 0
-    before, after = Manifest(trained).read()['results'], Manifest(tmp_path/'e').read()['results']
-    assert after['vqa_test'] == before['vqa_test'] and after['score'] == before['score']
+    "Given the run's folder; in tables it has the run's name."
+    settings = dict(model=str(trained), data=str(bases/'world'), limit=6, batch_size=3, device='cpu')
+    assert run_notebook('evaluate', settings, tmp_path/'e', progress=False) == 0
+    before, after = Manifest(trained).read()['results'], Manifest(tmp_path/'e').read()
+    assert after['results']['vqa_test'] == before['vqa_test'] and after['results']['score'] == before['score']
+    assert after['parameters']['recipe'] == 'llava-s0' and after['parameters']['model'] == str(trained)
+    frame = load_results([tmp_path/'e'])
+    assert set(frame['method']) == {'llava-s0'} and not frame.attrs['not_recorded']
 
 
 def test_bench_leaves_a_self_contained_report_and_can_be_resumed(benched, bases, capsys, monkeypatch):

@@ -59,23 +59,40 @@ ENVIRONMENT = ('ACCELERATE_USE_CPU', 'CUBLAS_WORKSPACE_CONFIG', 'CUDA_VISIBLE_DE
     'SLURM_JOB_ID', 'SLURM_JOB_NAME', 'SLURM_JOB_NUM_NODES', 'SLURM_JOB_PARTITION', 'SLURM_NODEID', 'SLURM_NTASKS',
     'SLURM_PROCID', 'SLURM_RESTART_COUNT', 'TOKENIZERS_PARALLELISM', 'TORCHDYNAMO_DISABLE', 'TRANSFORMERS_OFFLINE',
     'WORLD_SIZE')
-_SECRET = re.compile(r'(^|_)(token|secret|passw(or)?d|passphrase|credentials?|(api|access|private)_?key|auth)$', re.I)
+_SECRET = re.compile(r'(token|passw(or)?d|passphrase|api_?key|(^|_)(pass|pwd|pat|secret|credentials?|auth|'
+                     r'(access|private|secret)_?key))$', re.I)
+_WORD_LIKE = re.compile(r'(^|_)(image|video|audio|pad|bos|eos|unk|mask|cls|sep)_token$', re.I)   # a tokenizer's, no secret
+_SHAPES = re.compile(r'\b(hf_|gh[pousr]_|github_pat_|glpat-)\w{16,}')
+
+def _is_secret(name: str) -> bool:
+    "Whether a variable, key or option of that name holds a secret."
+    name = re.sub(r'\W+', '_', name).strip('_')
+    return bool(_SECRET.search(name)) and not _WORD_LIKE.search(name)
 
 def redact(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     """`value` (any nesting of dicts, lists and text) without secrets: values under secret-sounding names, any copy of a
-    secret-sounding environment variable's value, and passwords in URLs become `<redacted>`."""
+    secret-sounding environment variable's value, what follows `--token`, `token=` or `password:`, access tokens known by
+    their shape, and passwords in URLs become `<redacted>`."""
     environ = os.environ if environ is None else environ
-    secrets = sorted({v for k, v in environ.items() if _SECRET.search(k) and len(v) >= 6}, key=len, reverse=True)
+    secrets = sorted({v for k, v in environ.items() if _is_secret(k) and len(v) >= 6}, key=len, reverse=True)
+    def option(m: re.Match) -> str:
+        return f'{m[1]}{m[2]}' + ('<redacted>' if _is_secret(m[1]) else words(m[3]))
+    def words(v: str) -> str:
+        v = re.sub(r'([\w-]+)(=)(\S+)', option, v)
+        v = re.sub(r'(?<!\S)(--?[a-z][\w-]*)(\s+)(?!-)(\S+)', option, v, flags=re.I)
+        return re.sub(r'(passw(?:or)?d\s*:\s*)\S+', r'\1<redacted>', v, flags=re.I)
     def clean(v: Any) -> Any:
         if isinstance(v, Mapping):
-            return {clean(str(k)): '<redacted>' if _SECRET.search(str(k)) and isinstance(x, str) and x else clean(x)
+            return {clean(str(k)): '<redacted>' if _is_secret(str(k)) and isinstance(x, str) and x else clean(x)
                     for k, x in v.items()}
-        if isinstance(v, (list, tuple)): return [clean(x) for x in v]
+        if isinstance(v, (list, tuple)):
+            flag = [False, *(isinstance(x, str) and re.fullmatch('--?[a-z][a-z0-9_-]*', x, re.I) and _is_secret(x) for x in v)]
+            return ['<redacted>' if f and isinstance(x, str) and not x.startswith('-') else clean(x) for f, x in zip(flag, v)]
         if isinstance(v, Path): v = str(v)
         if not isinstance(v, str): return v
         for s in secrets: v = v.replace(s, '<redacted>')
         v = re.sub(r'(\w+://[^/\s:@]*):[^/\s@]+@', r'\1:<redacted>@', v)
-        return re.sub(r'\b(\w*(?:token|secret|passw(?:or)?d|api_?key))=(\S+)', r'\1=<redacted>', v, flags=re.I)
+        return words(_SHAPES.sub('<redacted>', v))
     return clean(value)
 
 # %% ../../nbs/run/04_manifest.ipynb #3d5e1b66
@@ -287,7 +304,9 @@ class Run:
         self.manifest, self.stop = Manifest(self.folder), Stop()
         self.error: str | None = None
         self._heart, self._done, self._old = None, False, {}
-        if self.joined: self.manifest.update(versions=versions(), host=host_facts(), kernel_pid=os.getpid())
+        if self.joined:                                   # the notebook may know better than the command line
+            self.manifest.update(parameters=dict(parameters), versions=versions(), host=host_facts(),
+                                 kernel_pid=os.getpid())
         else:
             self.manifest.start(notebook, parameters, overwrite)
             self._heart = Heartbeat(self.manifest); self._heart.start()
