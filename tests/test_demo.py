@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -19,11 +20,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlmbench.data.image import ImageError
 from vlmbench.data.overlay import MARKERS, PALETTE
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import asset_path
 from vlmbench.demo.canvas import PointAndAsk, _widget_class, canvas_js, canvas_settings, marker_canvas
 from vlmbench.demo.chat import Chat, ChatError, ChatModel, draw_prompts, parse_region, to_marker
+from vlmbench.demo.terminal import converse, free_name, open_picture
 from vlmbench.demo.serve import Limits, Visit, build_page, launch, launch_settings
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.tasks import Task
@@ -203,6 +206,56 @@ def test_chat_command_refuses_in_one_line(args, why, picture, tmp_path, monkeypa
     done = CliRunner().invoke(app, ['chat', 'model', *args, '--question', 'x'], standalone_mode=False)
     assert isinstance(done.exception, ParameterError) and why in str(done.exception) and done.exception.exit_code == 2
     assert not list(tmp_path.glob('*marked*')), 'a refused command must write nothing'
+
+
+@pytest.mark.parametrize('args, why', [
+    (('--save', 'photo.png', '--image', 'photo.png'), 'is the picture itself'), (('--save', './sub/../photo.png', '--image', 'photo.png'), 'is the picture itself'),
+    (('--save', 'x.jpg', '--image', 'photo.png'), 'end the name in .png'), (('--question', 'where is <region1> ?', '--image', 'photo.png'), 'there are 1 markers'),
+    (('--question', ' '), 'empty'), (('--image', 'http://127.0.0.1:9/x.png'), 'unreachable: http://127.0.0.1:9/x.png')])
+def test_chat_command_refuses_before_the_model_loads(args, why, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture.save('photo.png'); Path('sub').mkdir()
+    before = Path('photo.png').read_bytes()
+    monkeypatch.setattr(ChatModel, 'load', lambda *a, **kw: pytest.fail('the model was loaded'))
+    more = ('--region', 'point:3,3') if '--image' in args and args[0] != '--image' else ()
+    done = CliRunner().invoke(app, ['chat', 'model', *args, *more, '--question', 'x'], standalone_mode=False)
+    assert isinstance(done.exception, ParameterError) and why in str(done.exception)
+    assert Path('photo.png').read_bytes() == before and sorted(p.name for p in Path('.').iterdir()) == ['photo.png', 'sub']
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(model, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture.save('photo.png'); Path('file').write_text('')
+    monkeypatch.setattr(ChatModel, 'load', lambda *a, **kw: model)
+    done = CliRunner().invoke(app, ['chat', 'm', '--image', 'photo.png', '--save', 'file/x.png', '--question', 'what ?'], standalone_mode=False)
+    assert isinstance(done.exception, ParameterError) and 'file' in str(done.exception)
+    chat = Chat(model, 'photo.png', ['point:3,3'])
+    said = io.StringIO()
+    converse(chat, ['/save photo.png', '/save ok.png'], said)
+    assert 'refused: photo.png is the picture itself' in said.getvalue() and Path('ok.png').is_file()
+
+
+def test_pictures_from_the_web_are_fetched_within_the_limit(picture):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == '/a.png' else 404); self.end_headers()
+            self.wfile.write(png(picture))
+        def log_message(self, *args): pass
+    with ThreadingHTTPServer(('127.0.0.1', 0), Page) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        at = f'http://127.0.0.1:{web.server_port}/'
+        assert Chat(None, open_picture(at + 'a.png'), ['point:3,3']).image.tobytes() == picture.tobytes()
+        for name, why in (('a.png', 'more than 0.001 MB'), ('b.png', 'unreachable.*404')):
+            with pytest.raises(ImageError, match=why): open_picture(at + name, .001)
+        web.shutdown()
+    assert open_picture('x.png') == 'x.png' and free_name(at + 'a.png?b=c').name == 'a-marked.png'
+
+
+def test_a_port_that_is_none_is_refused():
+    done = CliRunner().invoke(app, ['serve', 'm', '--port', '99999'])
+    assert done.exit_code == 2 and '65535' in done.output
+    page = type('Page', (), dict(launch=lambda self, **kw: socket.socket().bind(('127.0.0.1', 99999))))()
+    with pytest.raises(ChatError, match='99999 cannot be bound.*--port'): launch(page, Limits(), port=99999)
 
 
 @pytest.mark.parametrize('bits', ['load_4bit', 'load_8bit'])

@@ -31,6 +31,9 @@ def test_without_cuda_the_device_is_named(monkeypatch):
 def test_published_settings():
     four, eight = quantization_config('4bit'), quantization_config('8bit')
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant, four.bnb_4bit_compute_dtype) == ('nf4', True, torch.bfloat16)
+    plain = quantization_config('4bit', torch.float16, ['lm_head', 'model.vision'], 'fp4', False)
+    assert (plain.bnb_4bit_quant_type, plain.bnb_4bit_use_double_quant, plain.llm_int8_skip_modules) == ('fp4', False, ['lm_head', 'model.vision'])
+    with pytest.raises(QuantizationError, match="quant_type='int4' is unknown; .*nf4 or fp4"): quantization_config('4bit', quant_type='int4')
     assert eight.load_in_8bit and eight.llm_int8_threshold == 6. and 'lm_head' in eight.llm_int8_skip_modules
 
 

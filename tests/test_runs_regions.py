@@ -26,16 +26,21 @@ def test_vip_bench_with_a_model_and_a_judge(saved, tmp_path, monkeypatch):
     monkeypatch.setenv('THE_JUDGES', SECRET)
     with scripted(lambda n, r, h: f'0.{n % 10}') as (url, seen):
         params = dict(data=str(tmp_path), model=str(saved), splits=['bbox'], judge=url, judge_model='made-up', judge_runs=2,
-                      judge_key_env='THE_JUDGES', workers=2, max_new_tokens=3, device='cpu', recipe='tiny')
+                      judge_key_env='THE_JUDGES', workers=2, max_new_tokens=3, device='cpu', recipe='tiny',
+                      template='llava_v1')
         assert run_notebook('vip_bench', params, tmp_path/'out', progress=False) == 0
         assert len(seen) == 10 and seen[0]['headers']['Authorization'] == f'Bearer {SECRET}'
     found = Manifest(tmp_path/'out').read()['results']
     assert set(found['bbox']['capability']) >= {'rec', 'ocr', 'total', 'std', 'runs'} and found['judge_runs'] == 2
     assert found['score'] == pytest.approx(found['bbox']['score'] / 100)
+    assert Manifest(tmp_path/'out').read()['parameters']['template'] == 'llava_v1'
     table = pd.read_csv(tmp_path/'out'/'vip_bench.csv')
     assert {'capability', 'combination'} == set(table['by']) and table['n'].max() == 5
     grades = json.loads((tmp_path/'out'/'results'/'vip_bench_bbox.grades.json').read_text())
     assert all(len(g['score']) == 2 for g in grades.values())
+    answers = json.loads((tmp_path/'out'/'results'/'vip_bench_bbox.answers.json').read_text())
+    said = Results.load(tmp_path/'out'/'results', 'vip_bench_bbox', 'judged').frame
+    assert set(answers) == {f'v1_{i}' for i in range(5)} and answers == dict(zip(said['id'], said['prediction']))
     assert Results.load(tmp_path/'out'/'results', 'vip_bench_bbox', 'judged').header['judge'].startswith('made-up at')
     text = [p for p in (tmp_path/'out').rglob('*') if p.is_file() and SECRET.encode() in p.read_bytes()]
     assert not text, f'the key stands in {text}'
@@ -77,4 +82,6 @@ def test_region_tasks(saved, tmp_path):
 
 def test_a_refusal_says_what_to_do(tmp_path):
     assert run_notebook('vip_bench', dict(data=str(tmp_path)), tmp_path/'out', progress=False) != 0
+    assert run_notebook('region_tasks', dict(data=str(tmp_path)), tmp_path/'none', progress=False) != 0
+    assert 'model is empty' in json.dumps(Manifest(tmp_path/'none').read())
     assert 'give either model=' in json.dumps(Manifest(tmp_path/'out').read())

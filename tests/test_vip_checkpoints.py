@@ -1,19 +1,31 @@
 """Checkpoints of LLaVA and ViP-LLaVA: original folders in, transformers' layouts in and out, the same logits and tokens."""
 import json
+import shutil
+from functools import partial
 
+import huggingface_hub
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig,
-                          LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, SiglipVisionConfig, SiglipVisionModel)
+                          LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig,
+                          SiglipVisionModel)
+from typer.testing import CliRunner
 
 from vlmbench.data.image import ImageTransform
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
+from vlmbench.demo.chat import ChatModel
+from vlmbench.methods.load import LoadError, find_model, load_vlm
 from vlmbench.methods.vip_checkpoints import (CheckpointFormatError, from_transformers, load_original, load_published, read_weights,
-                                              save_transformers, to_transformers)
+                                              save_transformers, template_of, to_transformers)
 from vlmbench.methods.vip_llava import convert_keys, stage1_state
 from vlmbench.models.vlm import build_vlm
+from vlmbench.run.cli import app
+from vlmbench.run.parameters import ParameterError
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=12, num_attention_heads=2)
 FRONTS = dict(vip=dict(select_layers=[-2, -5, -8, -11, 6], projector_norm=True), llava=dict(select_layers=[-2]),
@@ -109,7 +121,95 @@ def test_in_from_the_original_layout(kind, text, tower, binary, tmp_path):
     want, got = answers(ours, batch), answers(model, batch)
     torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=0)
     assert torch.equal(got[1], want[1])
-    assert load_published(folder, clip)[1].template == dict(llama='llava_v1', phi3='phi_3')[text]
+    if text == 'phi3': assert load_published(folder, clip)[1].template == 'phi_3'
+    else:
+        with pytest.raises(CheckpointFormatError, match='no template is known for llama'): load_published(folder, clip)
+
+
+@pytest.mark.parametrize('text,control,eos,want', [
+    ('llama', [], '</s>', 'llava_v1'), ('mistral', [], '</s>', 'llava_v1'), ('phi3', ['<|user|>', '<|end|>'], '</s>', 'phi_3'),
+    ('llama', ['<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'], '<|end_of_text|>', 'llama_3'),
+    ('llama', ['<|im_start|>'], '<|im_end|>', None), ('phi3', [], '</s>', None), ('mistral', [], '<eos>', None)])
+def test_the_tokenizer_decides_about_the_template(text, control, eos, want):
+    "Llama-3 and Vicuna folders are both llava_llama."
+    vocab = {t: i for i, t in enumerate(['<unk>', '<s>', eos, 'a', *control])}
+    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocab, unk_token='<unk>')), eos_token=eos)
+    if want: assert template_of(text, tok) == want
+    else:
+        with pytest.raises(CheckpointFormatError, match=f'no template is known for {text}.*--template.*llava_v1'): template_of(text, tok)
+
+
+def test_a_lora_release(tmp_path):
+    "Adapter, projector beside it, the base by name: as if trained in place."
+    ours, processor = made('vip')
+    folder, clip = original(tmp_path, ours, processor)
+    llm = LlamaForCausalLM.from_pretrained(None, config=ours.config.text_config, state_dict=convert_keys(
+        {k: v for k, v in ours.state_dict().items() if 'vision' not in k}, 'ours', 'reference'))
+    llm.save_pretrained(tmp_path/'base')
+    adapted = get_peft_model(llm, LoraConfig(r=2, lora_alpha=4, target_modules=['q_proj', 'down_proj'], init_lora_weights=False))
+    for f in folder.glob('*.safetensors'): f.unlink()
+    adapted.peft_config['default'].base_model_name_or_path = str(tmp_path/'base')
+    adapted.save_pretrained(folder)
+    torch.save({f'base_model.model.{k}': v for k, v in stage1_state(ours).items()}, folder/'non_lora_trainables.bin')
+    ours.model.vision.tower.save_pretrained(clip)
+    model, _ = load_published(folder, clip, 'world')
+    _, batch = asked(processor)
+    ours.model.language_model.load_state_dict(adapted.merge_and_unload().model.state_dict())
+    torch.testing.assert_close(answers(model, batch)[0], answers(ours, batch)[0], atol=1e-5, rtol=0)
+    shutil.rmtree(tmp_path/'base')
+    with pytest.raises(CheckpointFormatError, match='its adapter belongs to .*base.*--base'): load_published(folder, clip, 'world')
+
+
+def published(tmp_path):
+    "An original folder that names the CLIP tower beside it, and the model it was made of."
+    ours, processor = made('vip')
+    folder, clip = original(tmp_path, ours, processor)
+    clip = clip.rename(tmp_path/'clip_4layers_336')
+    config = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(config | dict(mm_vision_tower=str(clip))))
+    return folder, ours, processor
+
+
+def test_original_folders_load_everywhere_and_say_so(tmp_path):
+    folder, ours, processor = published(tmp_path)
+    with pytest.warns(UserWarning, match='original layout.*vlmbench convert'): model, read = load_vlm(folder, template='world')
+    _, batch = asked(processor)
+    torch.testing.assert_close(answers(model, batch)[0], answers(ours, batch)[0], atol=1e-5, rtol=0)
+    with pytest.warns(UserWarning), pytest.raises(LoadError, match='no template is known'): load_vlm(folder)
+    with pytest.raises(LoadError, match='loads without device_map.*vlmbench convert'): load_vlm(folder, device_map='auto')
+    with pytest.warns(UserWarning): chat = ChatModel.load(folder, 'cpu', template='world')
+    assert ''.join(chat.stream([Turn('user', '<image>\nwhat ?')], [Image.new('RGB', (40, 28))], 3)) is not None and chat.name == 'm'
+
+
+def test_convert_writes_what_transformers_loads(tmp_path):
+    folder, ours, processor = published(tmp_path)
+    done = CliRunner().invoke(app, ['convert', str(folder), str(tmp_path/'out'), '--template', 'world'])
+    assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path/'out')
+    _, batch = asked(processor)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path/'out')
+    torch.testing.assert_close(answers(theirs, batch)[0], answers(ours, batch)[0], atol=1e-5, rtol=0)
+    model, read = load_vlm(tmp_path/'out', template='llava_v1')
+    assert read.template == 'llava_v1' and torch.equal(model(**batch).logits, theirs(**batch).logits)
+    again = CliRunner().invoke(app, ['convert', str(folder), str(tmp_path/'out')])
+    assert isinstance(again.exception, ParameterError) and 'exists already' in str(again.exception)
+    wrong = CliRunner().invoke(app, ['convert', str(folder), str(tmp_path/'new'), '--vision', 'none/at-all', '--template', 'world'])
+    assert isinstance(wrong.exception, ParameterError) and '--vision' in str(wrong.exception) and not (tmp_path/'new').exists()
+
+
+@pytest.mark.parametrize('where,why', [('llava-hf/vip-llava-7b-hf', 'the Hugging Face Hub did not give it'), ('a/b/c', 'no config.json'),
+                                       ('.', 'no config.json')])
+def test_what_is_no_model_says_where_it_was_looked_for(where, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', partial(huggingface_hub.snapshot_download, cache_dir=tmp_path/'hub'))
+    with pytest.raises(LoadError, match=why): find_model(where)
+
+
+def test_a_broken_configuration_is_refused_in_one_line(tmp_path):
+    (tmp_path/'config.json').write_text('{')
+    with pytest.raises(LoadError, match='config.json cannot be read'): load_vlm(tmp_path)
+    done = CliRunner().invoke(app, ['chat', str(tmp_path), '--question', 'x'])
+    assert isinstance(done.exception, ParameterError) and 'config.json cannot be read' in str(done.exception)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

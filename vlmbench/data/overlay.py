@@ -184,7 +184,7 @@ def _sample_arrow(rng, box, r, w):
     head = wing(angle + math.pi / 3), tip, wing(angle - math.pi / 3)
     return Marker('arrow', tuple(shaft), w, head=head, filled=rng.random() < .5)
 
-# %% ../../nbs/data/30_overlay.ipynb #42dcdbc1
+# %% ../../nbs/data/30_overlay.ipynb #c5f31c1e
 def _together(values, width):
     "The shifts -width to width, as (lowest, highest, pixels of `values`) of those that move all by whole pixels."
     found = {}                                       # Pillow cuts fractions towards 0: not alike on both sides of it
@@ -202,7 +202,7 @@ def _or_next(mask, n, axis):
 def _widened(polygon, width, size):
     """A polygon's outline at all whole shifts of up to `width` px in both directions: the same pixels as (2 width + 1)^2
     outlines, which take minutes in a very large picture, from one that is widened."""
-    out = np.zeros(size[::-1], dtype=bool)
+    out = np.zeros(size[::-1], bool)
     for lx, hx, xs in _together([x for x, _ in polygon], width):
         for ly, hy, ys in _together([y for _, y in polygon], width):
             line = Image.new('L', (size[0] + hx - lx, size[1] + hy - ly))

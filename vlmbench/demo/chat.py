@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FORMS', 'MAX_NUMBERS', 'DEVICES', 'EXAMPLES', 'VisualPrompt', 'to_marker', 'draw_prompts', 'parse_region',
            'parse_color', 'ChatError', 'pick_device', 'quantization', 'ChatModel', 'Exchange', 'Chat', 'refer',
-           'example_questions', 'unknown_words', 'save_picture']
+           'example_questions', 'unknown_words', 'check_save', 'save_picture']
 
-# %% ../../nbs/demo/00_chat.ipynb #4dd6d32f
+# %% ../../nbs/demo/00_chat.ipynb #aa86f44f
 import math, re, threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList,
-                          StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer)
+from transformers import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
+                          TextIteratorStreamer)
 
-# %% ../../nbs/demo/00_chat.ipynb #f584ac17
-import vlmbench.models.vlm
+# %% ../../nbs/demo/00_chat.ipynb #0513069a
 from ..data.image import MAX_PIXELS, load_image
 from ..data.overlay import MARKERS, PALETTE, Marker, check_kind, check_region, color_rgb, draw_marker, region_text, unit
 from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
 from ..evaluate.generate import _stop_ids, prompt_inputs
+from ..methods.load import LoadError, find_model, load_vlm
+from ..models.quantized import quantization_config
 
 # %% ../../nbs/demo/00_chat.ipynb #22b8249b
 _BOX = 'left,top,right,bottom'
@@ -143,7 +144,7 @@ def parse_color(text: str) -> str | tuple[int, int, int]:
     try: return color_rgb([int(v) for v in text.split(',')])
     except ValueError: raise ValueError(f'colour {text!r} is neither three numbers 0-255 nor one of {", ".join(PALETTE)}') from None
 
-# %% ../../nbs/demo/00_chat.ipynb #a30604bc
+# %% ../../nbs/demo/00_chat.ipynb #f9f71ad5
 class ChatError(ValueError):
     "A request that cannot be answered; the message says why and what to do."
 
@@ -161,8 +162,8 @@ def pick_device(device: str = 'auto') -> str:
     if kind == 'mps' and not mps: raise ChatError("device 'mps': PyTorch finds no Apple GPU here; use cpu")
     return device
 
-def quantization(load_4bit: bool, load_8bit: bool, device: str = 'auto', skip: Sequence[str] = ()):
-    """The `BitsAndBytesConfig` for 4-bit (nf4) or 8-bit weights, None for neither; modules in `skip` keep their precision.
+def quantization(load_4bit: bool, load_8bit: bool, device: str = 'auto', skip: Sequence[str] = ('lm_head',)):
+    """The `quantization_config` for 4-bit or 8-bit weights, None for neither; modules in `skip` keep their precision.
 
     Raises `ChatError` for both at once, without CUDA (unless `device` is 'cpu': slow, but it works), without bitsandbytes."""
     if not (load_4bit or load_8bit): return None
@@ -172,10 +173,8 @@ def quantization(load_4bit: bool, load_8bit: bool, device: str = 'auto', skip: S
         raise ChatError(f'{flag} needs a CUDA device, and PyTorch finds none: leave it out, or add --device cpu (slow)')
     try: import bitsandbytes
     except ImportError as e: raise ChatError(f"{flag} needs bitsandbytes ({e}): pip install 'vlmbench[quant]'") from None
-    from transformers import BitsAndBytesConfig
     half = torch.bfloat16 if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else torch.float16
-    four = dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=half)
-    return BitsAndBytesConfig(**(four if load_4bit else dict(load_in_8bit=True)), llm_int8_skip_modules=list(skip))
+    return quantization_config('4bit' if load_4bit else '8bit', half, skip)
 
 # %% ../../nbs/demo/00_chat.ipynb #324f4560
 class _Streamer(TextIteratorStreamer):
@@ -202,7 +201,9 @@ class _Sample(LogitsProcessor):
         u = torch.rand(scores.shape, generator=self.rng).clamp_(1e-20, 1 - 1e-7)
         return scores.float() / self.temperature - torch.log(-torch.log(u)).to(scores.device)
 
-# %% ../../nbs/demo/00_chat.ipynb #5a930942
+# %% ../../nbs/demo/00_chat.ipynb #98303a9a
+_FULL = 'lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_projector'        # not in 4 or 8 bits
+
 class ChatModel:
     "A loaded model with its processor; answers one question at a time, from whatever thread it is asked."
     def __init__(self, model, processor, name: str = 'model'):
@@ -211,26 +212,19 @@ class ChatModel:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = 'auto', load_4bit: bool = False, load_8bit: bool = False,
-             device_map: str | dict | None = None, name: str | None = None) -> 'ChatModel':
-        """A model from a folder. `device_map`: how to spread it over GPUs ('auto', 'balanced', or module -> device);
-        several CUDA devices with `device='auto'` mean 'auto'. Raises `ChatError`."""
-        path = Path(folder)
-        if not (path/'config.json').is_file() and (path/'model'/'config.json').is_file(): path = path/'model'
-        if not (path/'config.json').is_file():
-            raise ChatError(f'{folder}: no model there (no config.json); give the folder that a run saved as model/')
-        name = name or (path.resolve().parent.name if path.resolve().name == 'model' else path.resolve().name)
-        place = pick_device(device)
-        ours = AutoConfig.from_pretrained(path).model_type == 'vlmbench'
-        skip = ['lm_head', *(['model.vision'] if ours else ['model.vision_tower', 'model.multi_modal_projector'])]
-        bits = quantization(load_4bit, load_8bit, device, skip)
+             device_map: str | dict | None = None, name: str | None = None, template: str = '') -> 'ChatModel':
+        """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how to spread it over GPUs
+        ('auto', 'balanced', or module -> device); several CUDA devices with `device='auto'` mean 'auto'. Raises
+        `ChatError`."""
+        place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         if device_map is None and (device == 'auto' and torch.cuda.device_count() > 1): device_map = 'auto'
         if device_map is None and bits is not None: device_map = {'': place}
-        settings = dict(use_safetensors=True, quantization_config=bits, device_map=device_map)
         try:
-            model = AutoModelForImageTextToText.from_pretrained(path, **{k: v for k, v in settings.items() if v is not None})
-            processor = AutoProcessor.from_pretrained(path, **({} if ours else dict(backend='pil')))
-        except (OSError, ValueError, KeyError) as e: raise ChatError(f'{path}: not a model that can chat: {e}') from e
-        return cls(model if device_map is not None else model.to(place), processor, name)
+            path = find_model(folder)
+            both = load_vlm(path, place, template, quantization_config=bits, device_map=device_map)
+        except LoadError as e: raise ChatError(str(e)) from e
+        own = Path(folder).resolve() if Path(folder).exists() else Path(folder)
+        return cls(*both, name or (own.parent.name if own.name == 'model' else own.name))
 
     @property
     def device(self) -> torch.device: return self.model.get_input_embeddings().weight.device
@@ -291,7 +285,7 @@ def encoder_view(self: ChatModel, image: Image.Image) -> list[Image.Image]:
     undo = lambda p: p.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return [Image.fromarray((undo(p).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()) for p in pixels]
 
-# %% ../../nbs/demo/00_chat.ipynb #39866eaa
+# %% ../../nbs/demo/00_chat.ipynb #7fa98f45
 @dataclass(frozen=True)
 class Exchange:
     "One question and its answer: as typed, as the model read it, the answer, the marked picture, and 'stop' or 'length'."
@@ -315,6 +309,7 @@ class Chat:
     def open(self, image: Image.Image | str | Path | bytes | None) -> 'Chat':
         "Another picture (decoded safely; raises `ImageError`): markers and history start anew."
         self.image = None if image is None else load_image(image, max_pixels=self.max_pixels)
+        self.source = image if isinstance(image, (str, Path)) else None
         self.prompts, self.history, self._marked = (), [], self.image
         return self
 
@@ -337,9 +332,13 @@ class Chat:
         self.history = []
         return self
 
-# %% ../../nbs/demo/00_chat.ipynb #0482d3e6
+# %% ../../nbs/demo/00_chat.ipynb #fc9e84f4
 def refer(question: str, prompts: Sequence[VisualPrompt]) -> str:
-    "`question` with `<region>`, `<region1>`, ... replaced by the markers' names. Raises `ChatError` for one that is not there."
+    """`question`, stripped, with `<region>`, `<region1>`, ... replaced by the markers' names. Raises `ChatError` for one that
+    is not there, for `<image>`, and for an empty question."""
+    question = question.strip()
+    if not question: raise ChatError('the question is empty: type one')
+    if '<image>' in question: raise ChatError('leave <image> out of the question: the picture is placed for you')
     def name(m):
         i = int(m[1] or 0)
         if i >= len(prompts):
@@ -352,9 +351,7 @@ def refer(question: str, prompts: Sequence[VisualPrompt]) -> str:
 def ask(self: Chat, question: str, **settings) -> Iterator[str]:
     """Pieces of the answer, as they come (`settings`: see `ChatModel.stream`). The exchange joins the history when the
     answer is complete; a question that fails or is broken off leaves the history as it was. Raises `ChatError`."""
-    if not question.strip(): raise ChatError('the question is empty: type one')
-    if '<image>' in question: raise ChatError('leave <image> out of the question: the picture is placed for you')
-    asked, image = refer(question.strip(), self.prompts), self._marked
+    asked, image = refer(question, self.prompts), self._marked
     texts = [t for e in self.history for t in (('user', e.asked), ('assistant', e.answer))] + [('user', asked)]
     if image is not None: texts[0] = ('user', '<image>\n' + texts[0][1])
     turns = [Turn('system', self.system)] * bool(self.system) + [Turn(*t) for t in texts]
@@ -367,7 +364,7 @@ def ask(self: Chat, question: str, **settings) -> Iterator[str]:
         self.history.append(Exchange(question, asked, ''.join(pieces).strip(), image, finish))
     return answer()
 
-# %% ../../nbs/demo/00_chat.ipynb #f361c5db
+# %% ../../nbs/demo/00_chat.ipynb #e9b8cba9
 EXAMPLES = dict(world=('what color is the object <region> ?', 'what is the object <region> ?', 'what size is the object <region> ?',
                        'how many objects are there ?'))
 _GENERAL = ('What is the object <region>?', 'Describe the object <region> in detail.', 'What is happening in this picture?')
@@ -383,10 +380,17 @@ def unknown_words(model: ChatModel, text: str) -> list[str]:
     if tok.unk_token_id is None: return []
     return [w for w in dict.fromkeys(text.split()) if tok.unk_token_id in tok(w, add_special_tokens=False)['input_ids']]
 
-def save_picture(image: Image.Image, path: str | Path) -> Path:
-    "Write `image` as PNG (lossless: what is in the file is what the model saw); returns the path."
+def check_save(path: str | Path, source: str | Path | None = None) -> Path:
+    "`path`, if a marked picture may be saved there: a PNG, and not `source`, the file it came from. Raises `ChatError`."
     path = Path(path)
     if path.suffix.lower() != '.png': raise ChatError(f'{path}: the marked picture is saved as PNG; end the name in .png')
+    if source is not None and path.resolve() == Path(source).resolve():
+        raise ChatError(f'{path} is the picture itself, which markers would be drawn over: save under another name')
+    return path
+
+def save_picture(image: Image.Image, path: str | Path, source: str | Path | None = None) -> Path:
+    "Write `image` as PNG (lossless: what is in the file is what the model saw); returns the path. Raises as `check_save`."
+    path = check_save(path, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, 'PNG')
     return path

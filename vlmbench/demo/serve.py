@@ -323,7 +323,7 @@ def _polite(page, limits):
         return done, limits.full if kind == 'queue_full' else answer, kind
     page._queue.push = push_or_refuse
 
-# %% ../../nbs/demo/10_serve.ipynb #46f3a83b
+# %% ../../nbs/demo/10_serve.ipynb #f5a8c078
 def launch_settings(limits: Limits, host: str = '127.0.0.1', port: int = 7860) -> dict:
     "Keywords for `launch`: local unless `host` says otherwise, nothing shared, uploads bounded."
     gr = _gradio()
@@ -339,7 +339,7 @@ def launch(page, limits: Limits, host: str = '127.0.0.1', port: int = 7860) -> s
     check = networking.url_ok     # gives a busy machine a few seconds, then wants a public link: be patient instead
     networking.url_ok = lambda url: any(check(url) for _ in range(10))
     try: return page.launch(prevent_thread_lock=True, **launch_settings(limits, host, port))[1]
-    except OSError as e: raise ChatError(f'{host}:{port} cannot be bound: {e}; choose another with --port') from None
+    except (OSError, OverflowError) as e: raise ChatError(f'{host}:{port} cannot be bound: {e}; choose another with --port') from None
     finally: networking.url_ok = check
 
 def load_models(folders: Sequence[str | Path], **settings) -> dict[str, ChatModel]:
