@@ -1,5 +1,7 @@
 "The claims notebook of EVE and VoRA, end to end, with two arms on random models of two layers."
 import json
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -64,8 +66,25 @@ def test_two_arms_from_end_to_end(bases, deeper, tmp_path):  # noqa: F811
     assert stage('vora')['losses'] and not stage('vora_no_distill')['losses']
     reading = (tmp_path/'c'/'reading.md').read_text()
     assert table['verdict'][0] in ('holds', 'reversed', 'not shown') and 'Of 1 claims' in reading
-    assert f'{100*table["better_score"][0]:.1f}%' in reading and 'until the final loss of no distillation' in reading
+    assert f'{100*table["better_score"][0]:.1f}%' in reading and '**beside chance**' in reading and 'until the final loss of no distillation' in reading
     assert (tmp_path/'c'/'accuracy.csv').exists() and (tmp_path/'c'/'figures'/'claims.png').stat().st_size > 1000
+
+
+def test_no_mean_over_the_seeds_that_happen_to_reach_a_loss():
+    from vlmbench.run.claims import read_reach
+    assert read_reach(pd.Series([.62, float('nan'), float('nan')])) == 'not reached in 2 of 3 seeds'
+    assert read_reach([.8, .84, .88]) == '84% of its tokens, the mean of 3 seeds'
+
+
+def test_the_stored_reading_follows_from_its_tables():
+    "The majority answer stands beside the scores, no mean of some seeds only."
+    from vlmbench.run.claims import read_claims, read_floor
+    store = Path(__file__).resolve().parents[1]/'figures'/'claims_encoder_free'
+    reading, accuracy = (store/'README.md').read_text(), pd.read_csv(store/'accuracy.csv')
+    said = read_floor(accuracy, 'vqa_test')
+    assert said in reading and 'vora_quarter 31.1%' in said and 'majority answer scores 30.4%' in said
+    assert read_claims(pd.read_csv(store/'claims.csv')) in reading and ' of 3 seeds, the mean' not in reading
+    assert not re.search(r'the mean of \d of \d seeds', reading)
 
 
 def test_an_arm_that_does_not_exist_is_refused(bases, tmp_path):  # noqa: F811
