@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from vlmbench.data.collate import collate_padded
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, recipe, transform_of
+from vlmbench.methods.eve import METHOD, after_stage, before_stage, from_reference, losses, recipe, to_reference, transform_of, uncanvas
 from vlmbench.methods.recipes import find_scale, get_method, get_recipe, model_config
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner, grid_ratio
@@ -136,6 +137,32 @@ def test_registered_with_the_controls_budget_and_paper_counts():
     assert sum(count[g] for g in ('embed', 'layers', 'norm', 'lm_head')) == 6_738_415_616       # Vicuna-7B
     bare = recipe(get_scale('tiny'), align=False)
     assert all(s.losses == () for s in bare.stages)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('projector', ['linear', 'mlp2x_gelu'])
+def test_original_names_both_ways(tmp_path, tied, projector):
+    "A tied head is left out and need not be there; a linear projector has no number in its name."
+    front = FRONT | dict(projector=projector)
+    model = assemble(LlamaForCausalLM(LlamaConfig(**LLM, tie_word_embeddings=tied)), build_front_end(front, 16), IMAGE)
+    theirs = to_reference(model)
+    assert ('lm_head.weight' in theirs) == (not tied) and ('model.mm_projector.weight' in theirs) == (projector == 'linear')
+    save_file(theirs, tmp_path/'m.safetensors')
+    spec = dict(config=LLM | dict(tie_word_embeddings=tied), front_end={k: v for k, v in front.items() if k != 'type'}, image_token_id=IMAGE)
+    again = from_reference(load_file(tmp_path/'m.safetensors'), spec)
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    if tied:
+        same = theirs | {'lm_head.weight': theirs['model.embed_tokens.weight'].clone()}
+        from_reference(same, spec)
+        with pytest.raises(ValueError, match='lm_head.weight differs .* tie_word_embeddings=False'):
+            from_reference(same | {'lm_head.weight': same['lm_head.weight'] + 1}, spec)
+
+
+def test_an_empty_canvas_gives_whole_windows_only():
+    for k, side in ((1, 32), (2, 32), (3, 30), (5, 30)):
+        _, sizes = uncanvas(torch.zeros(1, 4, 60, 60), 2, k)
+        assert sizes.tolist() == [[side, side]] and build_front_end(FRONT | dict(conv_stride=k), 16).layout(sizes.tolist()).tokens.tolist()
 
 
 def test_published_settings():

@@ -14,7 +14,7 @@ from vlmbench.data.image import ImageError, ImageTransform, native_size, pad_to_
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.template import encode, get_template
 from vlmbench.distill.blockwise import teacher_states
-from vlmbench.methods.vora import (distillation_from_reference, frame_indices, from_reference, image_runs, to_reference, to_reference_name,
+from vlmbench.methods.vora import (distillation_from_reference, distillation_to_reference, frame_indices, from_reference, image_runs, to_reference, to_reference_name,
                                    truncate_turns)
 from vlmbench.models.masks import allowed, image_ids_of
 from vlmbench.models.vision_lora import LoRASettings, add_vision_lora, merge_vision_lora, vision_lora_layers
@@ -104,6 +104,17 @@ def test_names_both_ways(case):
     back = to_reference(case.model())
     assert back.keys() == plain.keys()
     assert all(torch.equal(back[k], plain[k].float()) for k in plain)
+
+
+def test_teacher_and_heads_both_ways(case):
+    "`aux_vision.*` of the AIMv2 teacher and, where the case has one, of the CLIP teacher."
+    kinds = dict(aimv2={k: v for k, v in case.w.items() if k.startswith('aux_vision.')})
+    if (clip := case.folder / 'clip.safetensors').exists():
+        kinds['clip'] = {k.removeprefix('weights.'): v for k, v in load_file(clip).items() if k.startswith('weights.')}
+    for kind, theirs in kinds.items():
+        back = distillation_to_reference(distillation_from_reference(theirs, case.spec, kind))
+        theirs = {k: v for k, v in theirs.items() if not k.endswith('position_ids')}
+        assert back.keys() == theirs.keys() and all(torch.equal(v, theirs[k].float()) for k, v in back.items()), kind
 
 
 @torch.no_grad()

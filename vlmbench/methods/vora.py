@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FINETUNE', 'DATA', 'PAPER_SCALE', 'PAPER_SCALES', 'METHOD', 'recipe', 'build', 'losses', 'after_stage',
            'before_stage', 'meta_vora', 'from_reference_name', 'to_reference_name', 'to_reference', 'from_reference',
-           'aimv2_from_remote', 'distillation_from_reference', 'frame_indices', 'truncate_turns', 'image_runs',
-           'export_language_model']
+           'aimv2_from_remote', 'aimv2_to_remote', 'distillation_to_reference', 'distillation_from_reference',
+           'frame_indices', 'truncate_turns', 'image_runs', 'export_language_model']
 
 # %% ../../nbs/methods/30_vora.ipynb #8ee6c1b5
 import random
+import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -257,6 +258,33 @@ def aimv2_from_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f'{k} is no tensor of AIMv2')
         out[f'encoder.layers.{i}.{_BLOCK[old]}{rest.removeprefix(old)}'] = v
     return out
+
+def aimv2_to_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The inverse of `aimv2_from_remote`: query, key and value fused again."
+    out = {}
+    for k, v in state_dict.items():
+        if k == 'embeddings.position_embedding.weight': out['preprocessor.pos_embed'] = v[None]; continue
+        if old := next((o for o, n in _STEM.items() if k.startswith(n)), None):
+            out[old + k.removeprefix(_STEM[old])] = v; continue
+        if not k.startswith('encoder.layers.'): raise ValueError(f'{k} is no tensor of AIMv2')
+        _, _, i, rest = k.split('.', 3)
+        if m := re.fullmatch(r'attention\.([qkv])_proj\.(\w+)', rest):
+            if m[1] == 'q':
+                parts = [state_dict[f'encoder.layers.{i}.attention.{n}_proj.{m[2]}'] for n in 'qkv']
+                out[f'trunk.blocks.{i}.attn.qkv.{m[2]}'] = torch.cat(parts)
+            continue
+        if (old := next((o for o, n in _BLOCK.items() if rest.startswith(n)), None)) is None:
+            raise ValueError(f'{k} is no tensor of AIMv2')
+        out[f'trunk.blocks.{i}.{old}{rest.removeprefix(_BLOCK[old])}'] = v
+    return out
+
+def distillation_to_reference(term: BlockwiseDistillation) -> dict[str, Tensor]:
+    "Teacher and heads under the original names `aux_vision.*`; the inverse of `distillation_from_reference`."
+    teacher = {n: p.detach() for n, p in term.teacher.named_parameters()}
+    if term.teacher.config.model_type == 'aimv2_vision_model': teacher = aimv2_to_remote(teacher)
+    else: teacher = {f'vision_model.{n}': p for n, p in teacher.items()}
+    heads = {f'aux_vision.aux_layer_{n}': p.detach() for n, p in term.heads.named_parameters()}
+    return {f'aux_vision.aux_model.{n}': p for n, p in teacher.items()} | heads
 
 def distillation_from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, kind: str = 'aimv2',
                                 pairing: str = 'reference') -> BlockwiseDistillation:
