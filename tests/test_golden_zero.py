@@ -16,8 +16,8 @@ from vlmbench.data.collate import collate_padded
 from vlmbench.data.image import ImageTransform, best_grid, mean_color, pad_to_square, CLIP_MEAN
 from vlmbench.data.record import Turn
 from vlmbench.data.template import encode
-from vlmbench.methods.zero import FAMILIES, from_reference, load_original, to_original
-from vlmbench.methods.zero_parts import (StackedTiles, balance_weights, loglikelihood, mix_order, pope_answer, reference_batch, reference_length_order, vllm_state,
+from vlmbench.methods.zero import from_reference, load_original, to_original
+from vlmbench.methods.zero_parts import (FAMILIES, StackedTiles, balance_weights, loglikelihood, mix_order, pope_answer, reference_batch, reference_length_order, vllm_state,
                                          wrap_question)
 from vlmbench.models.depth import depth_of, find_decoder, fingerprint, graft
 from vlmbench.models.vlm import module_groups

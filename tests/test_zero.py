@@ -2,20 +2,24 @@
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from PIL import Image
+from transformers import (AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+                          SiglipVisionConfig, SiglipVisionModel)
 
 from vlmbench.data.collate import collate_packed
+from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.template import Encoded
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.recipes import RECIPES, get_method, get_recipe, scaled_budget
-from vlmbench.methods.zero import (FAMILIES, METHOD, PAPER_SCALES, default_ranges, from_original, from_reference, get_family, graft_onto, language_parameters,
+from vlmbench.methods.zero import (METHOD, PAPER_SCALES, default_ranges, from_original, from_reference, graft_onto, language_parameters,
                                    last_third, load_original, paper_vlm, split, to_original, zero)
 from vlmbench.methods.zero import recipe as recipe_of
-from vlmbench.methods.zero_parts import WRAPPERS, Balanced, balance_weights, mix_order, mix_rows, reference_length_order, vllm_state
+from vlmbench.methods.zero_parts import FAMILIES, WRAPPERS, Balanced, balance_weights, family_of, get_family, mix_order, mix_rows, reference_length_order, vllm_state
 from vlmbench.models.depth import causal_lm, depth_of, find_decoder, fingerprint
 from vlmbench.models.vlm import VLMForConditionalGeneration, module_groups
 from vlmbench.run.pipeline import build, fit
@@ -23,6 +27,7 @@ from vlmbench.train.loop import train
 from vlmbench.train.prepare import lora_modules, prepare
 from vlmbench.train.recipe import RecipeError, Scale, Stage, full, get_scale
 
+GOLDEN = Path(__file__).parent / 'golden' / 'zero' / 'common'
 PUBLISHED = {'llama-3.2-3b': (28, 16, 3.21, 2.21, 12.6, 100.7), 'llama-3.1-8b': (32, 17, 8.03, 5.19, 21.0, 218.1),
              'llama-3.1-70b': (80, 40, 70.55, 38.04, 75.5, 855.7), 'qwen3-4b': (36, 22, 4.02, 2.81, 9.2, 100.9)}
 
@@ -69,6 +74,53 @@ def test_every_scale_has_a_recipe_with_the_budget_of_the_control():
         assert all(s.trains['embed'].how == 'frozen' for s in ours.stages)
         if control: assert sum(s.budget_targets for s in ours.stages) == sum(s.budget_targets for s in control.stages)
     assert default_ranges(get_scale('paper')) == (range(17, 31),) and last_third(get_scale('paper')) == tuple(range(16, 24))
+
+
+# ------------------------------------------------------------------------------------------------------------ families
+@pytest.fixture(scope='module')
+def llama_scale(tmp_path_factory):
+    "A scale of the llama family: six random layers, the family's tokens, a one-layer CLIP; and the whole language model."
+    root = tmp_path_factory.mktemp('llama')
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / 'tokenizer_llama.json'), eos_token='<|eot_id|>')
+    size = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=320, num_hidden_layers=6, num_key_value_heads=2, **size))
+    llm.save_pretrained(root/'llm')
+    tokenizer.save_pretrained(root/'llm')
+    CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=1, image_size=32, patch_size=8, **size)).save_pretrained(root/'vit')
+    return Scale('mini', str(root/'llm'), str(root/'vit'), 32, 'zero_llama3'), llm
+
+
+def test_a_family_decides_the_placeholder_and_original_files_fit(llama_scale, tmp_path):
+    scale, llm = llama_scale
+    family, recipe = get_family('llama'), METHOD.recipe(scale)
+    with pytest.warns(UserWarning, match='published with wrapped questions.*wrap=True'): build(METHOD, recipe, scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')                                # nothing is added to the tokenizer or the embedding
+        warnings.filterwarnings('ignore', message='no preprocessor_config')
+        model, processor = build(get_method('zero', ['wrap=True']), recipe, scale)
+    tokenizer = processor.tokenizer
+    assert family_of(scale) is family and processor.image_token == family.placeholder and tokenizer.pad_token == family.pad
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids(family.placeholder) == 5
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 320
+    sample = Sample('a', [Turn('user', '<image>\nWhat colour is it?'), Turn('assistant', 'Red.')], [Image.new('RGB', (32, 32))])
+    doc = processor.encode(get_method('zero', ['wrap=True']).transform(sample))
+    assert (doc.input_ids == 5).sum() == model.model.vision.num_tokens(32, 32) and 'hat colour' in tokenizer.decode(doc.input_ids)
+    trained_elsewhere = {f'decoder.{k}': v + 1 for k, v in llm.state_dict().items()}                      # a stage-3 file
+    load_original(model, trained_elsewhere)
+    assert torch.equal(model.lm_head.weight, llm.lm_head.weight + 1)
+    processor.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).image_token == family.placeholder
+
+
+def test_a_model_of_another_family_is_refused_and_the_world_has_none(llama_scale):
+    scale, _ = llama_scale
+    with pytest.raises(RecipeError, match="has no .*im_end.*family 'qwen3' needs"):
+        build(METHOD, METHOD.recipe(scale), replace(scale, template='zero_qwen'))
+    tiny = get_scale('tiny')
+    assert family_of(tiny) is None
+    ours, plain = (build(m, METHOD.recipe(tiny), tiny) for m in (METHOD, replace(METHOD, build=None)))
+    assert fingerprint(ours[0]) == fingerprint(plain[0]) and ours[1].image_token == plain[1].image_token == '<image>'
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
