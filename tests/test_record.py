@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 
 from vlmbench.data import rows as rows_module
 from vlmbench.data.quarantine import BadRecord, Quarantine, TooManyBadRecords
@@ -32,6 +33,7 @@ from vlmbench.data.record import (
 )
 from vlmbench.data.region import parse_regions
 from vlmbench.data.rows import RowIndex, file_format, iter_rows
+from vlmbench.evaluate.tasks import load_task, rows_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -238,6 +240,40 @@ def test_leading_answer_is_dropped_and_noted(tmp_path):
     )
     with pytest.raises(BadRecord, match='answers before any question'):
         list(read_llava(tmp_path / 'a.json', first_turn='error'))
+    q = Quarantine()
+    (tmp_path / 'b.json').write_text(json.dumps([{'id': i, 'conversations': chat} for i in range(3)] + [row(3)]))
+    records = Records(tmp_path / 'b.json', quarantine=q)
+    for _ in range(2):
+        assert [len(records[i].turns) for i in range(4)] == [2, 2, 2, 2]
+    assert q.notes == {'dropped leading assistant turn': 3}                       # rows, however often they are read
+    plain = Records(tmp_path / 'b.json', quarantine=q, parse=lambda row, root, source, where: row['id'])
+    assert plain[2] == 2
+
+
+@pytest.mark.parametrize('name', ['link/a.png', '{outside}/a.png'])
+def test_pictures_in_a_further_root(tmp_path, name):
+    "The usual layout of a shared image folder: absolute paths, or a link out of the data folder."
+    data, outside = tmp_path / 'data', tmp_path / 'outside'
+    for folder in (data, outside):
+        folder.mkdir()
+    Image.new('RGB', (4, 4), 'red').save(outside / 'a.png')
+    (data / 'link').symlink_to(outside)
+    image = name.format(outside=outside)
+    (data / 'rows.json').write_text(json.dumps([{**row(0), 'conversations': [
+        {'from': 'human', 'value': '<image>\nwhat'}, {'from': 'gpt', 'value': 'red'}], 'image': image}]))
+    with pytest.raises(ValueError, match=r'outside the root: .*name its folder in roots='):
+        Records(data / 'rows.json')[0].images[0].load()
+    readers = [lambda **kw: next(read_llava(data / 'rows.json', **kw)), lambda **kw: Records(data / 'rows.json', **kw)[0],
+               lambda **kw: next(read_records(data / 'rows.json', **kw)),
+               lambda **kw: load_task(data / 'rows.json', **kw).items[0],
+               lambda **kw: rows_task('t', [dict(question='q', answer='a', image=image)], 'exact', data, **kw).items[0]]
+    for read in readers:
+        for roots in ([outside], str(outside)):
+            assert read(roots=roots).images[0].load().getpixel((1, 1)) == (255, 0, 0)
+        with pytest.raises(FileNotFoundError, match='roots: .* are no folders'):
+            read(roots=[tmp_path / 'typo'])
+    with pytest.raises(ValueError, match='outside the root'):
+        Records(data / 'rows.json', roots=[data / 'link' / '..' / 'data'])[0].images[0].load()
 
 
 # --- images of a row

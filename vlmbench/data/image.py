@@ -37,7 +37,7 @@ def resolve_path(path: str|Path, root: str|Path|tuple|None = None) -> Path:
         folder = os.path.realpath(folder)
         if full == folder or full.startswith(folder.rstrip(os.sep) + os.sep): return Path(full)
     raise ImageError(f'outside the root: {path} leads to {full}, not below {", ".join(map(str, roots))}; '
-                     'name its folder as a further root if you trust it')
+                     'name its folder in roots= if you trust it')
 
 # %% ../../nbs/data/20_image.ipynb #37329abb
 FORMATS = 'JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'ICO', 'TGA', 'PCX'

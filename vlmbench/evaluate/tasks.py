@@ -15,7 +15,7 @@ __all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'image_key', 'lettered', 'apply_promp
            'world_tasks', 'read_rows', 'rows_task']
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #f301b4e2
-from ..data.record import ImageRef, Quarantine, Sample, Turn, read_records
+from ..data.record import ImageRef, Quarantine, Sample, Turn, allowed_roots, read_records
 from .scorers import MultipleChoice, Scorer, get_scorer, index_letters, row_answers
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #82297d90
@@ -168,11 +168,11 @@ class Task:
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #ca642b57
 def load_task(path: str | Path, name: str | None = None, image_root: str | Path | None = None,
-              quarantine: Quarantine | None = None, **kwargs) -> Task:
-    """Task from a LLaVA-style JSON or JSONL. `name` defaults to the file's stem, `image_root` to its folder; `kwargs`
-    go to `Task`. Raises `BadRecord` at the first unusable row unless a `quarantine` is given."""
+              quarantine: Quarantine | None = None, roots: Iterable[str | Path] = (), **kwargs) -> Task:
+    """Task from a LLaVA-style JSON or JSONL. `name` defaults to the file's stem, `image_root` to its folder; `roots`:
+    further folders pictures may lie in (`allowed_roots`); `kwargs` go to `Task`. Raises `BadRecord` at the first unusable row unless a `quarantine` is given."""
     path = Path(path)
-    return Task(name or path.stem, list(read_records(path, image_root or path.parent, quarantine)), **kwargs)
+    return Task(name or path.stem, list(read_records(path, image_root or path.parent, quarantine, roots=roots)), **kwargs)
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #9d54981f
 WORLD_TASKS = ('vqa_test', 'text_test', 'region_test')
@@ -240,12 +240,12 @@ def _image(value, root, folder_name: Callable | None):
     if isinstance(value, str) and len(value) > 1000: value = base64.b64decode(value)
     if isinstance(value, bytes): return ImageRef('', None, value)
     return value if hasattr(value, 'convert') else ImageRef(folder_name(value) if folder_name else str(value),
-                                                            str(root))
+                                                            root)
 
 def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_root: str | Path, keys: Mapping[str, str]
               | None = None,
-              image_name: Callable[[Any], str] | None = None, **kwargs) -> Task:
-    """Task from benchmark `rows` (dictionaries) of a `kind` in `KINDS`. `keys` maps id, question, answers, image,
+              image_name: Callable[[Any], str] | None = None, roots: Iterable[str | Path] = (), **kwargs) -> Task:
+    """Task from benchmark `rows` (dictionaries) of a `kind` in `KINDS`. `roots`: as in `load_task`. `keys` maps id, question, answers, image,
     question_type, group, choices to column names where the usual ones do not fit; `image_name` turns a row's image id
     into a path under `image_root`. MME rows without 'group' are paired by their picture. Raises ValueError naming row
     and columns."""
@@ -253,6 +253,7 @@ def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_roo
     if unknown := set(keys or {}) - set(_KEYS):
         raise ValueError(f'keys names {sorted(unknown)}; known are {", ".join(_KEYS)}')
     scorer, prompt = KINDS[kind]
+    root = allowed_roots(str(image_root), roots)
     def get(row, what):
         names = (keys[what],) if keys and what in keys else _KEYS[what]
         return next((row[n] for n in names if row.get(n) not in (None, '', [])), None)
@@ -266,7 +267,7 @@ def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_roo
         letters = {c: row[c] for c in 'ABCDEFGH' if row.get(c) not in (None, '', 'nan')}
         choices = v['choices'] if v['choices'] is not None else letters or None
         if isinstance(v['question_type'], (list, tuple)): v['question_type'] = '+'.join(map(str, v['question_type']))
-        images = [] if v['image'] is None else [_image(v['image'], image_root, image_name)]
+        images = [] if v['image'] is None else [_image(v['image'], root, image_name)]
         group = v['group'] if v['group'] is not None or kind != 'mme' else image_key(images[0]) if images else None
         ident = f"{v['id'] if v['id'] is not None else n}" + f'/{n}' * (kind == 'mme')   # MME: one id for both questions
         truth = dict(answers=v['answers'], choices=choices if kind == 'choice' else None, id=f'{name}/{n}')
