@@ -6,17 +6,19 @@ import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM, AutoTokenizer
 
 from test_eve import Stop
 from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.data.collate import collate_packed
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.methods.recipes import find_scale, get_recipe
+from vlmbench.methods.recipes import base_model, find_scale, get_recipe
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
                                    recipe)
 from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
+from vlmbench.models.vlm import load_tower
+from vlmbench.models.vora_patches import VoRAFrontEnd, init_from_teacher
 from vlmbench.run.pipeline import build, fit, stage_samples
 from vlmbench.train.process import Preempted
 from vlmbench.train.recipe import RecipeError, Scale, get_scale, override
@@ -245,6 +247,26 @@ def test_a_run_stopped_after_the_merge_ends_as_if_it_had_not_been(world, tmp_pat
         with pytest.raises(Preempted): run(world, tmp_path/'stopped', Stop(0))
     got = run(world, tmp_path/'stopped').model.state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+@torch.no_grad()
+def test_the_embedding_of_a_teacher_of_native_resolution_is_copied():
+    "AIMv2 with sine-cosine positions: patch embedding, norm and positions give what the teacher's own stem gives."
+    for native in (True, False):
+        teacher = Aimv2VisionModel(Aimv2VisionConfig(hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                                                     patch_size=8, use_head=False, is_native=native, rms_norm_eps=1e-5))
+        front = VoRAFrontEnd(dict(type='vora', patch_size=8, width=12, image_size=32, norm_eps=1e-5), 20)
+        assert init_from_teacher(front, teacher) == ['norm.weight', 'pos_embed', 'proj.bias', 'proj.weight']
+        pixels = torch.randn(2, 3, 32, 32)
+        close(front(pixels)[0], front.out_proj(teacher.embeddings(pixels)).flatten(0, 1))
+
+
+def test_the_patch_embedding_may_start_as_drawn():
+    tiny, tower = get_scale('tiny'), load_tower(base_model(get_scale('tiny').vision), torch.float32)
+    for init, same in (('teacher', True), ('own', False)):
+        model, _ = build(METHOD, get_recipe('vora', tiny, variant=[f'init={init}']), tiny)
+        assert torch.equal(model.model.vision.proj.weight, tower.embeddings.patch_embedding.weight) == same
+    with pytest.raises(RecipeError, match="init must be one of .*'own'"): recipe(tiny, init='none')
 
 
 def test_the_heads_follow_the_runs_seed():

@@ -32,7 +32,7 @@ from .recipes import Method, base_model, check_room, model_config, tied_embeddin
 from ..models.vision import tower_config
 from ..models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
 from ..models.vlm import VLMConfig, VLMForConditionalGeneration, build_vlm, load_tower, tower_transform
-from ..models.vora_patches import POSITIONS, init_from_teacher
+from ..models.vora_patches import INITS, POSITIONS, init_from_teacher
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full
 
 # %% ../../nbs/methods/30_vora.ipynb #2fc33e57
@@ -63,19 +63,21 @@ def _config_of(scale: Scale, which: str): return AutoConfig.for_model(**model_co
 
 def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: int | None = None,
            layers: int | None = None, bidirectional: bool = True, extra_bias: str = 'none', tokens: str = 'all',
-           positions: str = 'interpolate', anyres: bool = False, data: str = DATA[0]) -> Recipe:
+           positions: str = 'interpolate', anyres: bool = False, data: str = DATA[0],
+           init: str = 'teacher') -> Recipe:
     """VoRA at `scale`. `distill`: 'none' or one of `LOSSES`; `finetune`: 'all' or 'as_coded'; `r`, `layers`,
     `extra_bias`, `tokens`: see `LoRASettings` (`layers` default: the teacher's blocks); `bidirectional`: image tokens
     see each other both ways; `positions`: see `VoRAFrontEnd`; `anyres`: the last stage sees pictures at their own
     resolution; `data`: what pre-training reads, captions and text ('I30M_T6M') or captions alone ('I8M', the published
-    ablation of 8M pictures, 31,250 steps at paper scale). Raises RecipeError for settings that cannot run."""
+    ablation of 8M pictures, 31,250 steps at paper scale); `init`: the patch embedding starts as the 'teacher's where that
+    fits, or as drawn ('own'). Raises RecipeError for settings that cannot run."""
     paper = scale.name in ('paper', PAPER_SCALE.name)
     size = 'tiny' if scale.image_size <= 96 else 'small'
     s = _SETTINGS['paper' if paper else scale.name if scale.name in _SETTINGS else size]
     if distill not in ('none', *LOSSES):
         raise RecipeError(f"vora: distill must be 'none' or one of {tuple(LOSSES)}, got {distill!r}")
     if finetune not in FINETUNE: raise RecipeError(f'vora: finetune must be one of {FINETUNE}, got {finetune!r}')
-    for name, value, known in (('positions', positions, POSITIONS), ('data', data, DATA)):
+    for name, value, known in (('positions', positions, POSITIONS), ('data', data, DATA), ('init', init, INITS)):
         if value not in known: raise RecipeError(f'vora: {name} must be one of {known}, got {value!r}')
     for name, value in dict(bidirectional=bidirectional, anyres=anyres).items():
         if not isinstance(value, bool): raise RecipeError(f'vora: {name} must be True or False, got {value!r}')
@@ -93,7 +95,7 @@ def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: 
     try: lora = LoRASettings(layers, s['r'] if r is None else r, extra_bias=extra_bias, tokens=tokens).to_dict()
     except ValueError as e: raise RecipeError(f'vora: {e}') from None
     front = dict(type='vora', patch_size=tower.patch_size, width=tower.hidden_size, image_size=scale.image_size,
-                 norm_eps=llm.rms_norm_eps, positions=positions, lora=lora)
+                 norm_eps=llm.rms_norm_eps, positions=positions, lora=lora) | ({} if init == 'teacher' else dict(init=init))
     eyes = dict(vision=full(), projector=full())
     language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale) else dict(lm_head=full()))
     budgets = [stage.budget_targets for stage in control(scale).stages]
@@ -132,7 +134,8 @@ def build(recipe: Recipe, scale: Scale, seed: int = 0) -> tuple:
                                      transform=transform, dtype=getattr(torch, scale.dtype),
                                      bidirectional_images=recipe.bidirectional_images, seed=seed)
     kinds = 'aimv2_vision_model', 'siglip_vision_model'
-    if tower.config.model_type in kinds and tower.config.hidden_size == recipe.front_end['width']:
+    taken = recipe.front_end.get('init', 'teacher') == 'teacher' and tower.config.model_type in kinds
+    if taken and tower.config.hidden_size == recipe.front_end['width']:
         init_from_teacher(model.model.vision, tower)
     model.loss_seed = seed                                                # the distillation heads are drawn from it
     return model, processor
