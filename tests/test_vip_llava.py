@@ -1,4 +1,6 @@
 """The ViP-LLaVA recipe: rates, freeze table, fused layers, published sizes, markers in the training data."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,6 +25,37 @@ def test_paper_recipe():
     assert (l.trains['layers'].r, l.trains['layers'].alpha, l.trains['layers'].dropout) == (128, 256, .05)
     assert (l.lr_of('layers'), l.lr_of('projector'), l.lr_of('embed')) == (2e-4, 2e-5, None)
     with pytest.raises(RecipeError, match="llm must be one of 'full', 'lora'"): recipe(get_scale('tiny'), 'both')
+
+@pytest.mark.parametrize('name', PAPER_SCALES)
+@pytest.mark.parametrize('variant', [[], ['llm=lora'], ['load=4bit']])
+def test_paper_stages_train_as_published(name, variant):
+    "Single samples, cut at 2048 tokens, blocks recomputed; the published mixtures as they are."
+    r = get_recipe('vip_llava', find_scale(f'vip_llava:{name}'), variant=variant)
+    assert {(s.packing, s.too_long, s.max_tokens, s.gradient_checkpointing, s.grouping) for s in r.stages} == {(False, 'truncate', 2048, True, None)}
+    assert [s.data for s in r.stages] == ['caption_train', 'vip-llava_stage2_mix', 'vip-llava_stage3_mix']
+    assert {s.packing for s in recipe(get_scale('tiny')).stages} == {True} and not recipe(get_scale('tiny')).stages[0].gradient_checkpointing
+
+@pytest.mark.parametrize('scale,variant,modes', [
+    ('paper', [], ['crop', 'pad', 'pad']), ('vip_llava:llama-3-8b', [], ['crop', 'pad', 'pad']), ('paper', ['pictures=pad'], ['pad'] * 3),
+    ('tiny', [], ['squash'] * 3), ('tiny', ['pictures=crop'], ['crop', 'squash', 'squash'])])
+def test_the_first_stage_fits_pictures_its_own_way(scale, variant, modes):
+    "Published: cropped in stage one, padded later. The processor that was given is never changed."
+    from vlmbench.data.image import ImageTransform
+    scale, method = find_scale(scale), get_method('vip_llava', variant)
+    given = processor = SimpleNamespace(transform=ImageTransform(scale.image_mode, scale.image_size))
+    seen = []
+    for s in method.recipe(scale).stages:
+        _, processor = method.before_stage(None, processor, s, scale)
+        seen.append(processor.transform.mode)
+    assert seen == modes and given.transform.mode == scale.image_mode and processor.transform == given.transform
+    assert processor is given or modes[0] != scale.image_mode
+
+def test_quantization_is_an_option(monkeypatch):
+    seen = {}
+    monkeypatch.setattr('vlmbench.methods.vip_llava.load_quantized', lambda *a, **kw: seen.update(kw) or (_ for _ in ()).throw(KeyboardInterrupt))
+    method = get_method('vip_llava', ['load=4bit', 'quant_type=fp4', 'double_quant=False'])
+    with pytest.raises(KeyboardInterrupt): method.build(method.recipe(get_scale('tiny')), get_scale('tiny'), 0)
+    assert seen == dict(quant_type='fp4', double_quant=False)
 
 def test_tiny_budget_is_the_controls():
     ours, control = (get_recipe(n, get_scale('tiny')) for n in ('vip_llava', 'llava'))
@@ -74,7 +107,7 @@ def test_unknown_scales_and_options():
     with pytest.raises(RecipeError, match='vicuna-7b, vicuna-13b, llama-3-8b, phi-3-mini'): find_scale('vip_llava:gpt')
     with pytest.raises(RecipeError, match='none of its own'): find_scale('llava:gpt')
     for bad, match in (('regions=boxes', "'overlay', 'text', 'none'"), ('layers=all', "'fused', 'last'"), ('grouping=size', "'modality'"),
-                       ('encoder=half', "'frozen', 'full'"),
+                       ('encoder=half', "'frozen', 'full'"), ('pictures=tiles', "'pad', 'crop', 'squash'"), ('quant_type=int4', "'nf4', 'fp4'"), ('double_quant=1.5', 'True, False'),
                        ('kinds=rectangle+star', 'kinds are rectangle')):
         with pytest.raises(RecipeError, match=match): get_method('vip_llava', [bad])
     with pytest.raises(RecipeError, match="no option 'marker'"): get_method('vip_llava', ['marker=star'])

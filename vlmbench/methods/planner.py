@@ -16,8 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from transformers import AutoModel
 
-# %% ../../nbs/methods/04_planner.ipynb #b2552dd0
+# %% ../../nbs/methods/04_planner.ipynb #af2c86c0
 from ..analysis.cost import InferenceCost, StepCost, Workload, inference_cost, training_cost
+from ..data.image import ImageTransform
 from ..distill.align import PatchAligner, grid_ratio
 from ..distill.blockwise import BlockwiseDistillation
 from .recipes import (RECIPES, Method, find_scale, get_method, image_share, largest_picture, model_config,
@@ -57,10 +58,11 @@ def picture_size(recipe: Recipe, scale: Scale, stage: Stage | None = None) -> tu
     hook = get_method(recipe.name).picture if recipe.name in RECIPES else None
     return largest_picture(recipe, scale, stage or recipe.stages[-1], hook)
 
-# %% ../../nbs/methods/04_planner.ipynb #cabf2405
+# %% ../../nbs/methods/04_planner.ipynb #3173e4f0
 class _NeedsWeights(Exception): pass
 
 class _NoProcessor:
+    transform = ImageTransform()                     # how pictures are fitted may change, it is not what is counted
     def __getattr__(self, name): raise _NeedsWeights(name)
 
 def _fresh(recipe, scale):
