@@ -1,15 +1,20 @@
 "The embedded world: determinism, disjoint splits, balance, geometry, files; and the shipped base models, which must be good at their trade."
 import json
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import save_file
 
+from vlmbench.data.record import write_llava
 from vlmbench.data.scene import (DIGITS, NUMBERS, PLACES, QUESTION_TYPES, SHAPES, SPLITS, WorldConfig, describe, facts, holds, make_scene, questions,
                                  signature, split_of, text_conversation, world_tokenizer, world_words)
 from vlmbench.data.world import (WorldSize, asset_path, coverage, digit_pool, geometry, load_world, region, render, scene_samples, write_world)
+from vlmbench.run.manifest import write_json
+from vlmbench.train.checkpoint import publish
 
 LEVELS = st.sampled_from(['easy', 'default', 'hard'])
 INDEX = st.integers(0, 10**7)
@@ -111,6 +116,23 @@ def test_files_are_read_back_through_the_ordinary_reader(tmp_path):
             if split != 'train' and kind not in ('caption', 'probe'): assert s.meta['answers'] == [s.turns[1].text]
             if kind == 'region': assert len(s.regions) == 1 and '<region>' in s.turns[0].text and s.regions[0].label in SHAPES + DIGITS
     with pytest.raises(FileExistsError, match='other settings'): write_world(folder, WorldConfig(seed=3), sizes)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='file modes')
+@pytest.mark.parametrize('umask', [0o022, 0o002, 0o077])
+def test_what_is_published_is_as_readable_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_world(tmp_path / 'w', WorldConfig(), WorldSize(2, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+        write_json(tmp_path / 'manifest.json', {})
+        write_llava([], tmp_path / 'rows.json')
+        (tmp_path / 'tmp').mkdir()
+        save_file(dict(w=torch.ones(2)), tmp_path / 'tmp' / 'model.safetensors')
+        publish(tmp_path / 'tmp', tmp_path / 'model')
+    finally: os.umask(before)
+    modes = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in tmp_path.rglob('*')}
+    assert {'w', 'w/caption_train.json', 'manifest.json', 'rows.json', 'model/model.safetensors'} <= modes.keys()
+    assert modes == {n: (0o777 if (tmp_path / n).is_dir() else 0o666) & ~umask for n in modes}
 
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):

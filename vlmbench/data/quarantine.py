@@ -6,7 +6,7 @@
 __all__ = ['ALPHA', 'BadRecord', 'TooManyBadRecords', 'Quarantine']
 
 # %% ../../nbs/data/06_quarantine.ipynb #ab7bfc21
-import json, os, re, tempfile
+import json, os, re, uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,9 +144,8 @@ class _atomic:
     def __init__(self, path): self.path = Path(path)
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd, self.temp = tempfile.mkstemp(dir=self.path.parent, prefix=f'.{self.path.name}.', suffix='.tmp')
-        os.fchmod(fd, 0o644)
-        self.file = os.fdopen(fd, 'w', encoding='utf-8')
+        self.temp = self.path.parent/f'.{self.path.name}.{uuid.uuid4().hex}.tmp'
+        self.file = open(self.temp, 'x', encoding='utf-8')               # as readable as the umask says
         return self.file
     def __exit__(self, kind, *_):
         if kind is None: self.file.flush(); os.fsync(self.file.fileno())

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -165,7 +165,8 @@ def write_world(folder: str|os.PathLike,                  # created; must be new
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{folder} is not empty and holds no finished world; choose another folder')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work, rows = Path(tempfile.mkdtemp(prefix='.world-', dir=folder.parent)), {}
+    work, rows = folder.parent / f'.world-{uuid.uuid4().hex}', {}
+    work.mkdir()                                                             # as readable as the umask says
     try:
         for name, n in asdict(sizes).items():
             if n: rows[name] = _write_split(work, name, n, config)

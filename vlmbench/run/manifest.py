@@ -8,7 +8,7 @@ __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'LOST_SECONDS', 'ENVIRONMENT', 'PA
            'Heartbeat', 'default_folder', 'Stop', 'Run', 'read_runs']
 
 # %% ../../nbs/run/04_manifest.ipynb #4dd8dd39
-import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys, tempfile
+import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys
 import threading, time, traceback, uuid, warnings
 from contextlib import contextmanager
 from importlib import metadata
@@ -37,15 +37,14 @@ def _now() -> str: return datetime.datetime.now(datetime.timezone.utc).isoformat
 def write_json(path: str | Path, value: Any) -> None:
     "`value` as JSON at `path`, atomically: temporary file in the same folder, fsync, rename."
     path = Path(path)
-    fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
+    tmp = path.parent/f'.{path.name}.{uuid.uuid4().hex}.tmp'
     try:
-        with os.fdopen(fd, 'w', encoding='utf8') as f:
+        with open(tmp, 'x', encoding='utf8') as f:
             json.dump(value, f, indent=1, default=str)
             f.write('\n'); f.flush(); os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except BaseException:
-        Path(tmp).unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         raise
 
 def _merge(old: Any, new: Any) -> Any:

@@ -170,7 +170,10 @@ def _write_tensors(path, tensors):
 
 
 def publish(tmp: Path, final: Path) -> None:
-    "Make the finished folder `tmp` appear as `final`, atomically and durably."
+    "Make the finished folder `tmp` appear as `final`, atomically, durably and as readable as the umask says."
+    probe = tmp / '.mode'
+    probe.touch(); mode = probe.stat().st_mode & 0o777; probe.unlink()
+    for p in tmp.rglob('*.safetensors'): p.chmod(mode)               # safetensors makes its files for the owner alone
     _fsync(tmp); os.rename(tmp, final); _fsync(final.parent)
 
 
