@@ -130,6 +130,15 @@ def test_the_published_quirks_are_options():
     assert seen[1]['messages'][0]['content'].split('\n')[-2].startswith('plain? |')
 
 
+@pytest.mark.parametrize('text,ours,published', [
+    ('0.5\nA', .5, None), (' 0.5', .5, None), ('0.5\n', .5, .5), ('0.5 of 1', .5, .5), ('\t1', 1, 1), ('1.1', None, None), ('', None, None),
+    ('nan', None, None)])        # a grade that is no number would leave no total: asked again either way
+def test_the_published_reading_of_a_reply(text, ours, published):
+    assert (parse_grade(text), parse_grade(text, True)) == (ours, published)
+    grade, seen = judged([text, '0.25'], reference=True)
+    assert (grade.score, len(seen)) == ((.25, 2) if published is None else (published, 1))
+
+
 def test_rows_stay_rows():
     row = open_row('q', 'a', 'x | y\n\n| 1.0')
     assert row.count('|') == 3 and '\n' not in row

@@ -157,7 +157,7 @@ class Endpoint:
                 self.sleep(min(pause, self.max_wait))
         raise JudgeError(f'judge {self.spec}: {self.retries + 1} attempts failed, the last with {why}')
 
-# %% ../../nbs/evaluate/44_judge.ipynb #0f51ea02
+# %% ../../nbs/evaluate/44_judge.ipynb #563cf505
 HEADER = 'Question | Ground truth | Prediction | Correctness'
 PUBLISHED_PROMPT_SHA256 = 'c18bad2fdc49f892fd4a6b9ebf53c440b0044645a4059852742a34584a6d016e'
 _ROOTS, _SIGN = 'Which numbers solve the equation within the red rectangle?', 'Why is the sign at the blue arrow funny?'
@@ -187,13 +187,14 @@ def open_row(question: str, truth: str, prediction: str, reference: bool = False
     if not reference: cells = [' '.join(c.split()).replace('|', '/') for c in cells]
     return ' | '.join([*cells, ''])
 
-def parse_grade(text: str) -> float | None:
-    "The first word of a reply as a grade in [0, 1]; None if it is none."
-    try: score = float(text.strip().split()[0])
+def parse_grade(text: str, reference: bool = False) -> float | None:
+    """The first word of a reply as a grade in [0, 1]; None if it is none. `reference`: what stands before the first space,
+    as the published script reads it: nothing, where a reply begins with one."""
+    try: score = float(text.split(' ')[0] if reference else text.split()[0])
     except (ValueError, IndexError): return None
     return score if 0 <= score <= 1 else None
 
-# %% ../../nbs/evaluate/44_judge.ipynb #d7fb47cd
+# %% ../../nbs/evaluate/44_judge.ipynb #87b62283
 @dataclass(frozen=True)
 class Grade:
     """A `score` in [0, 1], the reply it was read from (`content`), the `model` that wrote it, whether it was `parsed`,
@@ -233,7 +234,7 @@ class ChatJudge:
                                   max_tokens=self.max_tokens)
             calls.append(dict(attempt=n, retry=bool(n), temperature=temperature, max_tokens=self.max_tokens, row=row,
                               reply=reply.text, model=reply.model, http_attempts=reply.attempts))
-            score = None if self.reference and n == last else parse_grade(reply.text)
+            score = None if self.reference and n == last else parse_grade(reply.text, self.reference)
             if score is not None: break
         content = reply.text.split(' ')[0].strip() if self.reference else reply.text.strip()
         return Grade(score or 0., content, reply.model, score is not None, tuple(calls))
