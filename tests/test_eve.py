@@ -1,18 +1,20 @@
 "EVE's patch embedding and recipe: properties, bad input, training, export."
 import dataclasses
+import json
 
 import pytest
 import torch
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from vlmbench.data.collate import collate_padded
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.eve import METHOD, after_stage, before_stage, from_reference, losses, recipe, to_reference, transform_of, uncanvas
-from vlmbench.methods.recipes import find_scale, get_method, get_recipe, model_config
+from vlmbench.methods.eve_checkpoints import CheckpointFormatError, load_release
+from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe, model_config
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner, grid_ratio
 from vlmbench.models.patch import GridLayout
@@ -301,3 +303,38 @@ def test_bad_settings_are_refused_before_training():
     with pytest.raises(RecipeError, match='takes .* tokens, but a row holds max_tokens=512'): recipe(tiny, canvas=2240)
     for wrong, text in ((dict(conv_stride=0), 'conv_stride must be'), (dict(heads=3), 'heads=3'), (dict(attention_scale='none'), "'width' or 'head'")):
         with pytest.raises(ValueError, match=text): build_front_end(FRONT | wrong, 16)
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'bin'])
+def test_a_released_folder_loads_and_answers(tmp_path, kind):
+    "Two shards under the original names with teacher, its copy and old buffers; the preprocessor by name, or from a file."
+    tokenizer = AutoTokenizer.from_pretrained(base_model('asset:llm'))
+    llm = LLM | dict(vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    source = assemble(LlamaForCausalLM(LlamaConfig(**llm)), build_front_end(dict(type='eve', channels=16, patch_stride=4), 16), len(tokenizer) - 1)
+    teacher = CLIPVisionModel(CLIPVisionConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4))
+    source.loss_terms = dict(align=PatchAligner(16, 4, teacher, IMAGE, 8))
+    state = {k: v.clone() for k, v in to_reference(source).items()}
+    state |= {k.replace('vision_clip', 'vision_tower_compressor.clip_layer'): v.clone() for k, v in state.items() if 'vision_clip' in k}
+    state['model.layers.0.self_attn.rotary_emb.inv_freq'] = torch.ones(4)
+    names = sorted(state)
+    for i, part in enumerate((names[::2], names[1::2])):
+        shard = {k: state[k].contiguous() for k in part}
+        if kind == 'bin': torch.save(shard, tmp_path/f'pytorch_model-0000{i}.bin')
+        else: save_file(shard, tmp_path/f'model-0000{i}.safetensors')
+    tokenizer.save_pretrained(tmp_path)
+    config = llm | dict(model_type='eve', architectures=['EVELlamaForCausalLM'], mm_hidden_size=16, mm_projector_type='mlp2x_gelu', requires_cliploss=True,
+                        mm_vision_tower='openai/eve-patch4-anypixel-64', mm_vision_tower_clip='openai/clip-vit-large-patch14-336', torch_dtype='float16')
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    (tmp_path/'p.json').write_text(json.dumps(dict(image_size=64, patch_stride=4, conv_stride=2, image_size_clip=32, patch_stride_clip=4)))
+    model, processor = load_release(tmp_path, 'world', preprocessor=tmp_path/'p.json')
+    assert processor.transform.size == 64 and processor.transform.multiple == 8 and not hasattr(model, 'loss_terms')
+    picture = processor.load(Image.new('RGB', (64, 40), 'red'))[0]
+    n, marks = picture['tokens'], {}
+    for name, m in (('ours', model), ('source', source)):
+        ids = torch.tensor([[5, *[m.config.image_token_id]*n, 7, 8]])
+        with torch.no_grad(): marks[name] = m(input_ids=ids, pixel_values=picture['pixel_values'][None], image_sizes=torch.tensor([picture['size']])).logits
+    torch.testing.assert_close(marks['ours'][..., :len(tokenizer) - 1], marks['source'][..., :len(tokenizer) - 1], atol=1e-5, rtol=0)
+    with pytest.raises(CheckpointFormatError, match='image_size=64 px does not divide .*preprocessor='): load_release(tmp_path, 'world')
+    (tmp_path/'config.json').write_text(json.dumps(config | dict(num_hidden_layers=5)))
+    with pytest.raises(CheckpointFormatError, match='language model: missing'): load_release(tmp_path, 'world', preprocessor=tmp_path/'p.json')

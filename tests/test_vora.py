@@ -7,18 +7,22 @@ import pytest
 import torch
 from PIL import Image
 from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from test_eve import Stop
 from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.data.collate import collate_packed
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
+from vlmbench.methods.load import load_vlm
 from vlmbench.methods.recipes import base_model, find_scale, get_recipe
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
                                    recipe)
 from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
 from vlmbench.models.vlm import load_tower
 from vlmbench.models.vora_patches import VoRAFrontEnd, init_from_teacher
+from vlmbench.run.cli import app
+from vlmbench.run.parameters import ParameterError
 from vlmbench.run.pipeline import build, fit, stage_samples
 from vlmbench.train.process import Preempted
 from vlmbench.train.recipe import RecipeError, Scale, get_scale, override
@@ -334,3 +338,27 @@ def test_the_merged_model_is_an_ordinary_folder(tmp_path):
     close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
     assert type(plain).__name__ == 'Qwen3ForCausalLM' and tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert (folder/'vision_embedding.safetensors').exists()
+
+
+@torch.no_grad()
+def test_export_on_the_command_line(tmp_path):
+    "A folder before the merge becomes an ordinary one, or a plain language model; what forbids it is said, and nothing is written."
+    def trained(name, **options):
+        model, processor = build(METHOD, recipe(get_scale('tiny'), r=4, **options), get_scale('tiny'))
+        awake(model)
+        for part in (model, processor): part.save_pretrained(tmp_path/name/'model')
+        return model
+    def call(*words): return CliRunner().invoke(app, ['export', *map(str, words)])
+    model, ids = trained('run'), torch.randint(4, 60, (1, 9))
+    assert call(tmp_path/'run', tmp_path/'plain', '--language-model').output.strip().endswith(str(tmp_path/'plain'))
+    close(AutoModelForCausalLM.from_pretrained(tmp_path/'plain')(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert call(tmp_path/'run', tmp_path/'merged').exit_code == 0
+    merged, _ = load_vlm(tmp_path/'merged')
+    close(merged(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert not vision_lora_layers(merged)
+    trained('biased', extra_bias='reference_random'), trained('gated', tokens='image', distill='none')
+    for name, words, why in (('biased', ['--language-model'], 'extra biases are left'), ('gated', [], "tokens='image'"),
+                             ('none', [], 'no model there')):
+        done = call(tmp_path/name, tmp_path/'out', *words)
+        assert isinstance(done.exception, ParameterError) and why in str(done.exception) and not (tmp_path/'out').exists()
+    assert 'exists already' in str(call(tmp_path/'run', tmp_path/'plain').exception)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 # %% ../../nbs/methods/14_load.ipynb #68e6c61d
 import vlmbench.models.vlm
 from ..data.template import TEMPLATES, get_template
+from .eve_checkpoints import is_release, load_release
 from .vip_checkpoints import is_original, load_published, save_transformers, with_template
 
 # %% ../../nbs/methods/14_load.ipynb #870d3692
@@ -62,6 +63,9 @@ def load_vlm(where: str | Path, device: str | torch.device = 'cpu', template: st
             warnings.warn(f'{folder} has the original layout and is converted while it loads; vlmbench convert keeps the '
                           'result', stacklevel=2)
             model, processor = load_published(folder, template=template or None)
+        elif is_release(folder):
+            if settings: raise LoadError(f'{folder} is a released EVE, which loads without {", ".join(settings)}')
+            model, processor = load_release(folder, template or 'vicuna_v1')
         else:
             ours = AutoConfig.from_pretrained(folder).model_type == 'vlmbench'
             model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **settings)
