@@ -31,7 +31,7 @@ visual7w pointqa_looktwice vcr flickr30k_entities vip_bench eve_cap33m eve_instr
 vora_recap_8m vora_recap_gldv2_1.4m vora_textqa_mixed bunny_695k bunny_laion_2m vqav2 gqa vizwiz textvqa scienceqa
 pope mme mmbench mmbench_cn seed_bench mm_vet llava_bench_wild q_bench mmmu cmmmu ai2d chartqa docvqa
 infographic_vqa ocr_vqa tdiuc cv_bench hallusion_bench realworldqa mmlu bbh c_eval cmmlu hellaswag arc_easy
-arc_challenge winogrande piqa boolq openbookqa world
+arc_challenge winogrande piqa boolq openbookqa ocrbench st_vqa world
 '''.split()
 
 
