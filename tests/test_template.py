@@ -240,9 +240,16 @@ def test_targets_are_exactly_the_answers(tok, data):
     for text, after in expected_targets(turns, template): assert any(text in r and after in r for r in runs) or not text
 
 
+def skip_unwritable(tok, template):
+    "A word-level tokenizer has no word for an end that is written, not a control token."
+    if tok.unk_token_id is not None and tok.unk_token_id in tok(f'a{template.stop}')['input_ids'] and template.stop == '###':
+        pytest.skip(f'no words for {template.stop!r}')
+
+
 @pytest.mark.parametrize('name', [n for n in TEMPLATES if n != 'llava_plain'])
 def test_multi_turn_labels_by_hand(tok, name):
     "Each answer and its stop token is one run of targets, in every tokenizer family"
+    skip_unwritable(tok, get_template(name))
     turns = [Turn('user', f'{IMAGE}\nWhat colour?'), Turn('assistant', 'It is red.'), Turn('user', 'Is it small?'),
              Turn('assistant', 'the circle'), Turn('user', 'the'), Turn('assistant', 'a')]
     e, template = encode(turns, tok, name, [5]), get_template(name)
@@ -296,6 +303,7 @@ def test_labels_agree_with_transformers_assistant_mask(name):
 
 
 def test_empty_answers_and_missing_answers(tok, template):
+    skip_unwritable(tok, template)
     e = encode([Turn('user', f'{IMAGE} What?'), Turn('assistant', '')], tok, template, [2])
     stop = {EOS: '</s>'}.get(template.stop, template.stop)
     if stop.strip(): assert ''.join(target_texts(e, tok)).strip().endswith(stop) and e.n_targets >= 1

@@ -49,7 +49,7 @@ def check_turns(turns: Sequence[Turn], add_generation_prompt: bool = False):
     if add_generation_prompt and turns[-1].role != 'user':
         raise ValueError('a generation prompt needs a conversation that ends with a user turn')
 
-# %% ../../nbs/data/08_spans.ipynb #e1fa2e5a
+# %% ../../nbs/data/08_spans.ipynb #c9b0a98c
 TARGETS = ('answers', 'special', 'all')
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class ChatTemplate:
     default_system: str = ''     # where the conversation has no system turn; an *empty* system turn switches it off
     joiner: str = ''             # text between turns
     image_sep: str = '\n'        # between an image item and a text item of a message whose content is a list
+    system_inside: bool = False  # the system message stands in the first user turn, before its text (Llama-2)
     captions: bool = False       # the user turn is reduced to its image slots (LLaVA's alignment stage)
 
     @property
@@ -88,12 +89,15 @@ class ChatTemplate:
         if targets not in TARGETS: raise ValueError(f'targets={targets!r}: expected one of {", ".join(TARGETS)}')
         own = {BOS: bos, EOS: eos}
         system = [] if turns[0].role == 'system' or not self.default_system else [Turn('system', self.default_system)]
-        blocks = []
+        blocks, inside = [], []
         for t in (*system, *turns):
             text = IMAGE * t.text.count(IMAGE) if self.captions and t.role == 'user' else t.text
-            if t.role != 'system' or text:
-                role = dict(system=self.system, user=self.user, assistant=self.opening + self.answer)[t.role]
-                blocks.append([Span(text, p.target) if p.text == CONTENT.text else p for p in role])
+            if t.role == 'system' and not text: continue
+            role = dict(system=self.system, user=self.user, assistant=self.opening + self.answer)[t.role]
+            block = [Span(text, p.target) if p.text == CONTENT.text else p for p in role]
+            if t.role == 'system' and self.system_inside: inside = block; continue
+            if t.role == 'user': at = role.index(CONTENT); block[at:at] = inside; inside = []
+            blocks.append(block)
         if add_generation_prompt: blocks.append([Span(p.text, False, p.special) for p in self.opening])
         res = [Span(own.get(self.bos, self.bos), special=True)]
         for i, block in enumerate(blocks): res += [Span(self.joiner)] * bool(i) + block
@@ -111,7 +115,7 @@ class ChatTemplate:
         "transformers' chat template for the same string; `mark_targets` encloses targets in `{% generation %}` blocks"
         return _jinja(self, mark_targets)
 
-# %% ../../nbs/data/08_spans.ipynb #2a29d3a5
+# %% ../../nbs/data/08_spans.ipynb #8bf93363
 def _quote(text: str) -> str:
     "A Jinja string literal"
     return "'" + text.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n') + "'"
@@ -137,14 +141,18 @@ def _jinja(t: ChatTemplate, mark_targets: bool) -> str:
     single = block("messages|length > 2 or messages[0]['role'] == 'system'",
                    fail(f'template {t.name} holds one user turn and one caption')) if t.captions else ''
     bos = '{{ ' + own.get(t.bos, _quote(t.bos)) + ' }}' if t.bos else ''
-    default = block("messages[0]['role'] != 'system'",
+    keep = lambda text: '{% set ns.system = ' + text + ' %}'
+    default = block("messages[0]['role'] != 'system'", keep(_quote(t.default_system)) if t.system_inside else
                     join + emit(t.system, _quote(t.default_system))) if t.default_system else ''
+    at = t.user.index(CONTENT) if t.system_inside else 0
+    inside = block('ns.system', emit(t.system, 'ns.system') + keep("''")) if t.system_inside else ''
     order = fail("roles are an optional first 'system', then 'user' and 'assistant' in turn")
-    return (flat + "{% set ns = namespace(joiner='', next='user') %}" + single + bos + default +
+    return (flat + "{% set ns = namespace(joiner='', next='user', system='') %}" + single + bos + default +
             "{% for message in messages %}{% set text = flat(message['content']) %}{% set role = message['role'] %}"
-            "{% if role == 'system' and loop.first %}" + block('text', join + emit(t.system)) +
+            "{% if role == 'system' and loop.first %}" + block('text', keep('text') if t.system_inside else join + emit(t.system)) +
             '{% elif role != ns.next %}' + order +
-            "{% elif role == 'user' %}{% set ns.next = 'assistant' %}" + join + slots + emit(t.user) +
+            "{% elif role == 'user' %}{% set ns.next = 'assistant' %}" + join + slots + emit(t.user[:at]) + inside +
+            emit(t.user[at:]) +
             "{% else %}{% set ns.next = 'user' %}" + block(image + ' in text', fail(f'{IMAGE} in an assistant turn')) +
             join + emit(t.opening + t.answer) + '{% endif %}{% endfor %}' +
             block('add_generation_prompt', join + emit([Span(s.text) for s in t.opening])))

@@ -17,17 +17,20 @@ from tokenizers import Tokenizer
 from .record import Turn
 from .spans import BOS, CONTENT, EOS, IMAGE, ChatTemplate, Span, pieces
 
-# %% ../../nbs/data/10_template.ipynb #e502619d
+# %% ../../nbs/data/10_template.ipynb #618a635d
 def _assistant_system(person: str) -> str:
     return (f'A chat between a curious {person} and an artificial intelligence assistant. The assistant gives helpful, '
             f"detailed, and polite answers to the {person}'s questions.")
 
-_LLAVA_SYSTEM = ('You are a helpful language and vision assistant. You are able to understand the visual content that '
-                 'the user provides, and assist the user with a variety of tasks using natural language.')
+_ABLE = ('able to understand the visual content that the user provides, and assist the user with a variety of tasks using '
+         'natural language.')
+_LLAVA_SYSTEM = f'You are a helpful language and vision assistant. You are {_ABLE}'
+_MMTAG = (f'A chat between a curious user and an artificial intelligence assistant. The assistant is {_ABLE}The visual '
+          'content will be provided with the following format: <Image>visual content</Image>.')
 
-def _vicuna(name: str, person: str) -> ChatTemplate:
+def _vicuna(name: str, system: str) -> ChatTemplate:
     return ChatTemplate(name, pieces(CONTENT, ' '), pieces('USER: ', CONTENT, ' '), pieces('ASSISTANT:'),
-                        pieces(' ', CONTENT, (EOS,), target=True), bos=BOS, default_system=_assistant_system(person))
+                        pieces(' ', CONTENT, (EOS,), target=True), bos=BOS, default_system=system)
 
 def _llama(name: str, newline: str, **kw) -> ChatTemplate:
     head = lambda role: (('<|start_header_id|>',), role, ('<|end_header_id|>',))
@@ -43,11 +46,19 @@ def _chatml(name: str, close: str, **kw) -> ChatTemplate:
 
 def _phi(role: str) -> tuple[Span, ...]: return pieces((f'<|{role}|>',), '\n', CONTENT, ('<|end|>',), '\n')
 
-# %% ../../nbs/data/10_template.ipynb #2daa58ce
+# %% ../../nbs/data/10_template.ipynb #e500ddfd
 _all_ = ['Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']  # of data.spans
 
 TEMPLATES = {t.name: t for t in (
-    _vicuna('vicuna_v1', 'user'), _vicuna('llava_v1', 'human'),
+    _vicuna('vicuna_v1', _assistant_system('user')), _vicuna('llava_v1', _assistant_system('human')),
+    _vicuna('v1_mmtag', _MMTAG),
+    ChatTemplate('llava_v0', pieces(CONTENT, '###'), pieces('Human: ', CONTENT, '###'), pieces('Assistant:'),
+                 pieces(' ', CONTENT, '###', target=True), bos=BOS, default_system=_assistant_system('human')),
+    ChatTemplate('llava_llama_2', pieces('<<SYS>>\n', CONTENT, '\n<</SYS>>\n\n'),
+                 pieces((BOS,), '[INST] ', CONTENT, ' [/INST]'), (), pieces(' ', CONTENT, ' ', (EOS,), target=True),
+                 default_system=_LLAVA_SYSTEM, system_inside=True),
+    _chatml('mpt', '', default_system='A conversation between a user and an LLM-based AI assistant. The assistant gives '
+            'helpful and honest answers.'),
     ChatTemplate('llava_plain', (), pieces(CONTENT), (), pieces(CONTENT, '\n', target=True), bos=BOS, captions=True),
     _llama('llama_3', '\n\n', default_system=_LLAVA_SYSTEM), _llama('zero_llama3', '\n'),
     ChatTemplate('phi_3', _phi('system'), _phi('user'), pieces(('<|assistant|>',), '\n'),
