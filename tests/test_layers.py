@@ -1,5 +1,6 @@
 """The layer report: any model folder in, one page and a region that a recipe takes out."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,9 @@ def test_the_run_notebook_writes_a_region_that_the_recipe_takes(lm_folder, tmp_p
     assert {p.stem for p in (tmp_path/'r'/'figures').glob('*.png')} >= {'region', 'scores', 'trajectory', 'similarity'}
     recipe = get_method('visual_region', region['variant']).recipe(get_scale('tiny'))
     assert list(recipe.stages[-1].trains['layers'].layers) == region['where']
+    table = [f'where={tmp_path}/r/scores.csv', 'metric=drop_one_delta', 'share=1']
+    again = get_method('visual_region', table).recipe(replace(get_scale('tiny'), llm=str(lm_folder)))
+    assert list(again.stages[-1].trains['layers'].layers) == region['where']
 
 
 def test_the_run_notebook_refuses_what_cannot_be_measured(lm_folder, tmp_path):

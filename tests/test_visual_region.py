@@ -3,6 +3,7 @@ import copy
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -12,9 +13,9 @@ from vlmbench.analysis.importance import BlockInfluence, region
 from vlmbench.analysis.streams import scores, stream
 from vlmbench.analysis.suite import streaming_metrics
 from vlmbench.analysis.weights import lora_update
-from vlmbench.methods.recipes import RECIPES, get_method, get_recipe
+from vlmbench.methods.recipes import RECIPES, find_scale, get_method, get_recipe
 from vlmbench.methods.visual_region import (METHOD, PUBLISHED_REGIONS, backward_depth, decoder_depth, heal_stage,
-                                            prune_outside, retention, retention_report, run_costs)
+                                            meta_vlm, prune_outside, retention, retention_report, run_costs)
 from vlmbench.methods.visual_region import recipe as region_recipe
 from vlmbench.models.depth import build_surrogate, causal_lm, depth_of, find_decoder, fingerprint, graft, prune
 from vlmbench.models.vision import backbone_dict
@@ -240,6 +241,41 @@ def test_a_region_chosen_by_importance_becomes_a_recipe():
                    module_groups(model))
     assert {int(n.split('.layers.')[1].split('.')[0]) for n in plan.trainable} == set(chosen)
     assert region_recipe(get_scale('small'), chosen).stage('instruct').trains['layers'].layers == tuple(chosen)
+
+
+@pytest.mark.parametrize('suffix', ['csv', 'parquet'])
+def test_a_table_of_scores_becomes_a_recipe(tmp_path, suffix):
+    frame = stream(vlm(depth=8), [packed()], [BlockInfluence(['all', 'image'])]).frame
+    path = tmp_path/f'scores.{suffix}'
+    getattr(frame, dict(csv='to_csv', parquet='to_parquet')[suffix])(path, index=False)
+    variant = [f'where={path}', 'metric=block_influence:image', 'share=3']
+    stage = get_method('visual_region', variant).recipe(get_scale('tiny')).stage('instruct')
+    assert list(stage.trains['layers'].layers) == region(scores(frame, 'block_influence', 'image'), 3)
+    for metric, message in (('', 'choose from .*block_influence:all'), ('taylor', "metric='taylor' names none"),
+                            ('block_influence', 'names 2 of its scores')):
+        with pytest.raises(RecipeError, match=message): region_recipe(get_scale('tiny'), str(path), metric=metric)
+    with pytest.raises(RecipeError, match='the decoder has 32'):
+        region_recipe(get_scale('paper'), str(path), metric='block_influence:all')
+    with pytest.raises(RecipeError, match='goes with a table'): region_recipe(get_scale('tiny'), 'top', metric='taylor')
+    pd.DataFrame(dict(a=[1])).to_csv(tmp_path/'other.csv')
+    with pytest.raises(RecipeError, match='no columns'): region_recipe(get_scale('tiny'), str(tmp_path/'other.csv'), metric='a')
+
+
+@pytest.mark.parametrize('name,layers_,size,projector,lora_,tokens', [
+    ('bunny-llama-3-8b', 32, 8, 21.5, 83.9, 729), ('bunny-phi-3-mini', 32, 8, 13.0, 50.3, 729),
+    ('llava-1.5-7b', 32, 8, 21.0, 80.0, 576), ('llava-1.5-13b', 40, 9, 31.5, 112.7, 576)])
+def test_the_papers_four_models_are_scales(name, layers_, size, projector, lora_, tokens):
+    scale = find_scale(f'visual_region:{name}')
+    recipe = get_recipe('visual_region', scale)
+    align, tune = recipe.stages
+    assert find_scale(name) is scale and len(tune.trains['layers'].layers) == size and decoder_depth(scale) == layers_
+    assert (align.lr, align.global_rows, tune.global_rows, tune.max_tokens) == (1e-3, 256, 128, 2048)
+    assert (tune.lr_of('layers'), tune.lr_of('projector'), tune.trains['layers'].r, tune.trains['layers'].alpha) == \
+           (2e-4, 2e-5, 128, 256)
+    model = meta_vlm(scale)
+    plan = prepare(model, tune, module_groups(model)).table().set_index('group')
+    assert [round(plan.trainable[g] / 1e6, 1) for g in ('projector', 'layers')] == [projector, lora_]
+    assert model.model.vision.num_tokens(scale.image_size, scale.image_size) == tokens
 
 
 def test_retention_of_the_paper():

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'BlockInfluence', 'AngularDistance', 'best_block', 'sparse_uniform', 'region_size', 'region',
-           'prune_order', 'iterative_prune_order', 'top_k_overlap', 'agreement', 'stability', 'plot_scores']
+           'read_scores', 'prune_order', 'iterative_prune_order', 'top_k_overlap', 'agreement', 'stability',
+           'plot_scores']
 
 # %% ../../nbs/analysis/10_importance.ipynb #e12c988c
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -122,6 +124,25 @@ def region(source: str|pd.Series|Sequence[float], k: int|float, depth: int|None=
     s = s.drop(list(check_layers(exclude, max(s.index) + 1, 'exclude')), errors='ignore')
     return sorted(s.sort_index().sort_values(ascending=not largest,
                                              kind='stable').index[:region_size(k, len(s))].tolist())
+
+# %% ../../nbs/analysis/10_importance.ipynb #096a73db
+def read_scores(path: str|Path, metric: str) -> pd.Series:
+    """One score over layers from a .csv or .parquet table of records, as `vlmbench run layers` writes it.
+
+    metric: `metric:token_set`, or the metric alone where the table has it for one token set. Raises ValueError naming
+    the file and the scores it holds."""
+    path, read = Path(path), {'.csv': pd.read_csv, '.parquet': pd.read_parquet}
+    if path.suffix not in read: raise ValueError(f'{path}: scores are read from {" or ".join(read)}')
+    if not path.is_file(): raise ValueError(f'{path}: there is no such file; vlmbench run layers writes scores.csv')
+    frame = read[path.suffix](path)
+    if lacking := {'metric', 'token_set', 'layer', 'span', 'value'} - {*frame}:
+        raise ValueError(f'{path} has no columns {sorted(lacking)}: it is no table that vlmbench run layers wrote')
+    have = frame.loc[frame.span == 1, ['metric', 'token_set']].drop_duplicates()
+    fits = have[(have.metric == metric) | (have.metric + ':' + have.token_set == metric)]
+    if len(fits) != 1:
+        known = ', '.join(have.metric + ':' + have.token_set)
+        raise ValueError(f'{path}: metric={metric!r} names {len(fits) or "none"} of its scores; choose from {known}')
+    return scores(frame, *fits.iloc[0])
 
 # %% ../../nbs/analysis/10_importance.ipynb #f92cd336
 def prune_order(importance: pd.Series, region: Sequence[int]=()) -> list[int]:
