@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from depth_models import FAMILIES, batch, decoder, llava, qwen3_vl, rows
-from vlmbench.analysis.ablation import NotLayerwise, answer_loss, drop_one, gradient_scores, greedy_drop, revert_one, split_samples
+from vlmbench.analysis.ablation import (GRADIENT, NotLayerwise, answer_loss, drop_one, gradient_scores, greedy_drop,
+                                        revert_one, split_samples)
 from vlmbench.analysis.importance import (STRATEGIES, AngularDistance, BlockInfluence, agreement, best_block,
                                           iterative_prune_order, plot_scores,
                                           prune_order, region, region_size, sparse_uniform, stability, top_k_overlap)
@@ -253,7 +254,15 @@ def test_gradient_scores_by_autograd():
                     grad_norm=total(lambda n: mean[n]**2)**.5,
                     pruner_second=total(lambda n: w[n]**2 * sum(s[n]**2 for s in g) / 5))
         for k, v in want.items(): assert scores(frame, k, 'answer')[l] == pytest.approx(v, rel=1e-4), k
-    assert frame[frame.metric == 'fisher'].standard_error.gt(0).all()
+        sums = [{n: (w[n].detach() * s[n]).double() for n in w} for s in g]
+        errors = dict(fisher=(torch.tensor([sum(s[n].double().square().sum() for n in w) for s in g]), 1),
+                      taylor_absolute=(torch.tensor([sum(x.abs().sum() for x in u.values()) for u in sums]), 5),
+                      taylor_signed=(torch.tensor([sum(x.sum() for x in u.values()) for u in sums]), 1),
+                      pruner_second=(torch.tensor([sum(x.square().sum() for x in u.values()) for u in sums]), 1))
+        got = frame[frame.layer == l].set_index('metric').standard_error
+        for k, (x, factor) in errors.items():                       # the samples here have three answer tokens each
+            assert got[k] == pytest.approx((x.std() / 5**.5 * factor).item(), rel=1e-4), k
+        assert set(got.index[got.isna()]) == set(GRADIENT) - set(errors)
 
 
 def test_frozen_layers_and_existing_gradients_survive():

@@ -250,7 +250,7 @@ class _Gradients:
         self.weights, self.tokens, self.units = weights, 0, 0
         make = lambda: {k: torch.zeros_like(p, dtype=torch.float32) for k, p in weights.items()}
         self.weighted, self.plain, self.square = make(), make(), make()
-        self.absolute, self.fisher = {}, {}
+        self.sizes, self.scalars = [], {}                        # tokens per unit; per layer and unit, see `_hook`
         self.handles = [p.register_post_accumulate_grad_hook(self._hook(k)) for k, p in weights.items()]
 
     def _hook(self, key):
@@ -259,9 +259,9 @@ class _Gradients:
             self.weighted[key] += self.now * g
             self.plain[key] += g
             self.square[key] += g * g
-            self.row.setdefault(key[0], [0., 0.])
-            self.row[key[0]][0] += (p.detach().float() * g).abs().sum(dtype=torch.float64).item()
-            self.row[key[0]][1] += (g * g).sum(dtype=torch.float64).item()
+            wg, total = p.detach().float() * g, lambda x: x.sum(dtype=torch.float64)
+            sums = torch.stack([total(wg.abs()), total(g * g), total(wg), total(wg * wg)]).cpu()
+            self.row[key[0]] = self.row.get(key[0], 0.) + sums
             p.grad = None
         return hook
 
@@ -270,9 +270,12 @@ class _Gradients:
         self.now, self.row = tokens, {}
         loss.backward()
         self.tokens, self.units = self.tokens + tokens, self.units + 1
-        for l, (a, f) in self.row.items():
-            self.absolute.setdefault(l, []).append(a)
-            self.fisher.setdefault(l, []).append(f)
+        self.sizes.append(tokens)
+        for l, sums in self.row.items(): self.scalars.setdefault(l, []).append(sums)
+
+    def of(self, layer):
+        "Sums of |w g|, g^2, w g and (w g)^2 over the weights of a layer, each float64 `[units]`."
+        return torch.stack(self.scalars[layer]).T
 
 # %% ../../nbs/analysis/14_ablation.ipynb #3a91d2a8
 def _layer_gradients(acc, layer):
@@ -289,12 +292,17 @@ def _layer_gradients(acc, layer):
         s['pruner_second'] += t(w * w * f)
         s['pruner_mixed'] += t((wg - w * w * f / 2).abs())
     s['grad_norm'] **= .5
-    s['taylor_absolute'], s['fisher'] = sum(acc.absolute[layer]), sum(acc.fisher[layer]) / acc.units
+    absolute, fisher, _, _ = acc.of(layer)
+    s['taylor_absolute'], s['fisher'] = absolute.sum().item(), fisher.mean().item()
     return s
 
 def gradient_scores(model: nn.Module, batches: Iterable[Mapping], unit: str='sample', weights: str='all',
                     layers: Sequence[int]|None=None) -> pd.DataFrame:
     """Gradient-based scores per layer (metrics `GRADIENT`, token set `answer`); n = units.
+
+    Standard errors are over units, for the scores that are sums or means of one number a unit: `taylor_absolute`,
+    `taylor_signed`, `fisher`, `pruner_second`. The others take the size of a gradient that is summed first; their
+    errors would need every unit's gradient and are NaN.
 
     unit: 'sample' (batch of one each) or 'batch'. weights: 'all' weights of a layer or only its 'matrices'. layers:
     a subset, to bound the memory of three float32 copies of their weights. Frozen layers are enabled and restored.
@@ -336,9 +344,16 @@ def _gradient_frame(acc, layers):
     table = {l: _layer_gradients(acc, l) for l in layers}
     total = sum(s['taylor'] for s in table.values())
     for s in table.values(): s['snip'] = s['taylor'] / total if total else float('nan')
-    def error(x):
-        x = torch.tensor(x, dtype=torch.float64)
-        return (x.std() / len(x)**.5).item() if len(x) > 1 else float('nan')
-    se = {l: dict(fisher=error(acc.fisher[l]), taylor_absolute=error(acc.absolute[l]) * acc.units) for l in layers}
+    sizes = torch.tensor(acc.sizes, dtype=torch.float64)
+    def error(x, weight=torch.ones_like(sizes)):
+        "Of the weighted mean over units."
+        n, mean = len(x), (weight * x).sum() / weight.sum()
+        if n < 2: return float('nan')
+        return ((weight * (x - mean)).square().sum() * n / (n - 1)).sqrt().item() / weight.sum().item()
+    se = {}
+    for l in layers:
+        absolute, fisher, signed, second = acc.of(l)
+        se[l] = dict(taylor_absolute=error(absolute) * acc.units, fisher=error(fisher), pruner_second=error(second),
+                     taylor_signed=error(signed, sizes))
     return tidy(Record(k, 'answer', l, table[l][k], se[l].get(k, float('nan')), acc.units) for k in GRADIENT
                 for l in layers)
