@@ -139,6 +139,17 @@ def test_back_ends_agree_on_packed_batches(language, bidirectional):
     assert all((logits['sdpa'] - other).abs().max() < 1e-5 * scale for other in logits.values())
 
 
+def test_flex_attention_with_bidirectional_images_takes_batches_of_any_shape_on_a_cpu():
+    "Compiled for a second shape, torch writes C++ that does not build."
+    model = vlm(bidirectional=True)
+    for rows in ([DOCS[:2], DOCS[2:]], [DOCS[:1]], [DOCS]):
+        logits = {}
+        for attn in ('sdpa', 'flex_attention'):
+            model.set_attn_implementation(attn)
+            with torch.no_grad(): logits[attn] = model(**packed(*rows)).logits[packed(*rows)['document_ids'] >= 0]
+        assert (logits['sdpa'] - logits['flex_attention']).abs().max() < 1e-5 * logits['sdpa'].abs().max()
+
+
 def test_gradients_do_not_leak_between_documents():
     model = vlm(bidirectional=True)
     batch = packed(DOCS[:3])

@@ -7,6 +7,7 @@ __all__ = ['VLMConfig', 'VLMModelOutput', 'VLMOutput', 'VLMPreTrainedModel', 'pl
            'VLMForConditionalGeneration']
 
 # %% ../../nbs/models/18_modeling.ipynb #ee3b580f
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,13 @@ def _no_image_tokens(input_ids, image_token_id, past_key_values):
         raise ValueError(f'{n} image tokens (id {image_token_id}) in input_ids, but no pixel_values were given')
 
 # %% ../../nbs/models/18_modeling.ipynb #b8f320df
+def _stance(model, image_ids, embeds):
+    """Leaves flex attention uncompiled (torch says so once) where torch's CPU compiler writes C++ that does not build:
+    for a second batch shape with bidirectional images. sdpa is faster there."""
+    flex = model.language_model.config._attn_implementation == 'flex_attention'
+    if not flex or image_ids is None or embeds.device.type != 'cpu' or torch.compiler.is_compiling(): return nullcontext()
+    return torch.compiler.set_stance('force_eager')
+
 def _language_mask(model, attention_mask, document_ids, image_ids, past_key_values, embeds):
     "What the language model gets as `attention_mask`."
     if isinstance(attention_mask, dict): return attention_mask                # already one mask per layer type
@@ -195,8 +203,9 @@ class VLMModel(VLMPreTrainedModel):
         if position_ids is None and document_ids is not None: position_ids = document_positions(document_ids)
         if not self.config.bidirectional_images: image_ids = None
         mask = _language_mask(self, attention_mask, document_ids, image_ids, past_key_values, embeds)
-        out = self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids,
-                                  past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        with _stance(self, image_ids, embeds):
+            out = self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids,
+                                      past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         return VLMModelOutput(out.last_hidden_state, out.past_key_values, out.hidden_states, out.attentions, features)
 
 AutoModel.register(VLMConfig, VLMModel)
