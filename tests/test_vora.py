@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,7 +16,7 @@ from vlmbench.data.collate import collate_packed
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.load import load_vlm
-from vlmbench.methods.recipes import base_model, find_scale, get_recipe
+from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
                                    recipe)
 from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
@@ -225,6 +226,23 @@ def test_records_of_frames_train_with_their_pictures(tmp_path, end):
     done = run(tmp_path, tmp_path/'r')
     pictures = [r.history[r.history.event == 'step'].images.sum() for r in done.stages]
     assert all(pictures) and not any(done.quarantined.values())
+
+
+def test_frames_of_a_clip_are_sampled():
+    "A random frame of each stratum in training, the first otherwise; time stamps follow; marks of the text's own and short clips stay."
+    method = get_method('vora', ['frames=2'])
+    assert method.recipe(get_scale('tiny')).notes.endswith('2 frames of a clip') and get_method('vora').transform is None
+    clip = lambda n, text: sample_from_vora(dict(id='c', frames=[f'{i}.png' for i in range(n)], conversations=[
+        {'from': 'human', 'value': text}, {'from': 'gpt', 'value': 'a circle'}]))
+    few = method.transform(clip(6, 'what ?'))
+    assert [i.path for i in few.images] == ['0.png', '3.png'] and few.turns[0].text == '1s: <image>; 2s: <image>; \nwhat ?'
+    drawn = {tuple(i.path for i in method.transform(clip(6, 'what ?'), np.random.default_rng(s)).images) for s in range(60)}
+    assert {a for a, _ in drawn} == {'0.png', '1.png', '2.png'} and {b for _, b in drawn} == {'3.png', '4.png', '5.png'}
+    one = get_method('vora', ['frames=1']).transform(clip(3, 'what ?'))
+    assert one.turns[0].text == '<image>what ?' and len(one.images) == one.n_slots == 1
+    for kept in (clip(2, 'what ?'), clip(1, 'what ?'), clip(3, '<image> or <image> or <image> ?')): assert method.transform(kept) == kept
+    with pytest.raises(RecipeError, match='frames must be a whole number'): get_recipe('vora', get_scale('tiny'), variant=['frames=-1'])
+    with pytest.raises(RecipeError, match="no option 'frame'"): get_method('vora', ['frame=1'])
 
 
 def test_a_row_too_short_for_the_last_stage_is_refused_before_the_first(world, tmp_path):

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'FINETUNE', 'DATA', 'PAPER_SCALE', 'PAPER_SCALES', 'METHOD', 'recipe', 'build', 'losses', 'after_stage',
-           'before_stage', 'meta_vora', 'from_reference_name', 'to_reference_name', 'to_reference', 'from_reference',
-           'aimv2_from_remote', 'aimv2_to_remote', 'distillation_to_reference', 'distillation_from_reference',
-           'frame_indices', 'truncate_turns', 'image_runs', 'export_language_model']
+           'before_stage', 'configure', 'meta_vora', 'from_reference_name', 'to_reference_name', 'to_reference',
+           'from_reference', 'aimv2_from_remote', 'aimv2_to_remote', 'distillation_to_reference',
+           'distillation_from_reference', 'frame_indices', 'SampleFrames', 'truncate_turns', 'image_runs',
+           'export_language_model']
 
 # %% ../../nbs/methods/30_vora.ipynb #8ee6c1b5
 import random
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn, Tensor
@@ -25,6 +28,7 @@ from transformers import (Aimv2VisionConfig, Aimv2VisionModel, AutoConfig, AutoM
 
 from ..data.collate import truncate
 from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
+from ..data.record import Sample, Turn, _frames_prompt
 from ..data.template import IGNORE, Encoded
 from ..distill.blockwise import BlockwiseDistillation, check_grid
 from .llava import recipe as control
@@ -64,13 +68,14 @@ def _config_of(scale: Scale, which: str): return AutoConfig.for_model(**model_co
 def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: int | None = None,
            layers: int | None = None, bidirectional: bool = True, extra_bias: str = 'none', tokens: str = 'all',
            positions: str = 'interpolate', anyres: bool = False, data: str = DATA[0],
-           init: str = 'teacher') -> Recipe:
+           init: str = 'teacher', frames: int = 0) -> Recipe:
     """VoRA at `scale`. `distill`: 'none' or one of `LOSSES`; `finetune`: 'all' or 'as_coded'; `r`, `layers`,
     `extra_bias`, `tokens`: see `LoRASettings` (`layers` default: the teacher's blocks); `bidirectional`: image tokens
     see each other both ways; `positions`: see `VoRAFrontEnd`; `anyres`: the last stage sees pictures at their own
     resolution; `data`: what pre-training reads, captions and text ('I30M_T6M') or captions alone ('I8M', the published
     ablation of 8M pictures, 31,250 steps at paper scale); `init`: the patch embedding starts as the 'teacher's where that
-    fits, or as drawn ('own'). Raises RecipeError for settings that cannot run."""
+    fits, or as drawn ('own'); `frames`: of a longer clip, how many are drawn (0: all; the
+    released configurations 1), see `SampleFrames`. Raises RecipeError for settings that cannot run."""
     paper = scale.name in ('paper', PAPER_SCALE.name)
     size = 'tiny' if scale.image_size <= 96 else 'small'
     s = _SETTINGS['paper' if paper else scale.name if scale.name in _SETTINGS else size]
@@ -81,6 +86,8 @@ def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: 
         if value not in known: raise RecipeError(f'vora: {name} must be one of {known}, got {value!r}')
     for name, value in dict(bidirectional=bidirectional, anyres=anyres).items():
         if not isinstance(value, bool): raise RecipeError(f'vora: {name} must be True or False, got {value!r}')
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 0:
+        raise RecipeError(f'vora: frames must be a whole number, 0 for all, got {frames!r}')
     for name, n in dict(r=r, layers=layers).items():
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise RecipeError(f'vora: {name} must be a whole number above 0, got {n!r}')
@@ -113,7 +120,7 @@ def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: 
     source = ("released configurations' hyper-parameters on other base models" if scale.name == 'paper' else
               'released configurations')
     made = Recipe('vora', (pretrain, tune), front, f'Vision as LoRA, sections 3 and 4; {source}',
-                  bidirectional_images=bidirectional, notes=f'distillation: {distill}; finetune: {finetune}')
+                  bidirectional_images=bidirectional, notes=f'distillation: {distill}; finetune: {finetune}' + f'; {frames} frames of a clip' * (frames > 0))
     check_room(made, scale)
     return made
 
@@ -173,7 +180,13 @@ def before_stage(model: nn.Module, processor, stage: Stage, scale: Scale) -> tup
                                       min_pixels=(4 * p) ** 2, max_pixels=most * p * p)
     return model, processor
 
-METHOD = Method(recipe, build, losses, before_stage=before_stage, after_stage=after_stage)
+@wraps(recipe, assigned=())
+def configure(**options) -> Method:
+    "The method with options of `recipe`, of which `frames` acts on the samples."
+    frames = options.get('frames', 0)
+    return replace(METHOD, recipe=partial(recipe, **options), transform=SampleFrames(frames) if frames else None)
+
+METHOD = Method(recipe, build, losses, before_stage=before_stage, after_stage=after_stage, configure=configure)
 
 # %% ../../nbs/methods/30_vora.ipynb #b9aa5434
 def meta_vora(recipe: Recipe, scale: Scale) -> VLMForConditionalGeneration:
@@ -321,6 +334,20 @@ def frame_indices(frames: int, segments: int, rng: random.Random | None = None) 
     size, more = divmod(frames, segments)
     starts = [i * size + min(i, more) for i in range(segments)] + [frames]
     return [a if rng is None else rng.randrange(a, b) for a, b in zip(starts, starts[1:])]
+
+@dataclass(frozen=True)
+class SampleFrames:
+    "Keeps `count` frames of a sample that has more, and their time stamps: a random one of each stratum, without `rng` the first."
+    count: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
+        n, whole = len(sample.images), _frames_prompt(len(sample.images))
+        turn = next((i for i, t in enumerate(sample.turns) if whole in t.text), None)
+        if n <= self.count or turn is None: return sample              # marks of the text's own stay
+        kept = frame_indices(n, self.count, None if rng is None else random.Random(int(rng.integers(2 ** 32))))
+        text = sample.turns[turn].text.replace(whole, _frames_prompt(self.count), 1)
+        turns = [Turn(t.role, text) if i == turn else t for i, t in enumerate(sample.turns)]
+        return replace(sample, turns=turns, images=[sample.images[i] for i in kept])
 
 def truncate_turns(turns: Sequence[tuple[Sequence[int], Sequence[int]]], max_tokens: int, eos: int,
                    mode: str = 'qa') -> tuple[list[int], list[int]]:
