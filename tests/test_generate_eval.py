@@ -11,9 +11,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, Qwen3Co
 from vlmbench.data.image import ImageTransform
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
+from vlmbench.data.template import CONTENT, get_template, pieces
 from vlmbench.data.world import WorldSize, write_world
+from vlmbench.demo.chat import ChatModel
 from vlmbench.evaluate.generate import (GenerationLog, blinded, check_prompt, evaluate, fingerprint, mean_colour, plan_batches,
-                                        prompt_inputs, rescore)
+                                        prompt_inputs, rescore, written_stop)
 from vlmbench.evaluate.results import Results, compare, load_results, text_retention
 from vlmbench.evaluate.tasks import Task, world_tasks
 from vlmbench.models.vlm import build_vlm
@@ -55,6 +57,23 @@ def test_answers_equal_plain_generate(vlm, tasks):
         with torch.no_grad(): out = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=processor.tokenizer.convert_tokens_to_ids('<|end|>'))
         text = processor.tokenizer.decode(out[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True).strip()
         assert res.frame.set_index('id').loc[item.id, 'prediction'] == text
+
+
+def test_an_end_that_is_written_cuts_answers_everywhere(vlm, tasks, monkeypatch):
+    "As in `llava_v0`, whose answers end in ### and not in a token."
+    model, processor = vlm
+    whole = evaluate(model, processor, tasks['vqa_test'], max_new_tokens=6).frame.set_index('id')['prediction']
+    ident, words = next((i, w) for i, t in whole.items() if len(set(w := t.split())) > 3)
+    end = ' '.join(words[2:4])
+    world = get_template('world')
+    monkeypatch.setattr(processor, 'template', replace(world, answer=pieces(' ', CONTENT, ' ', end, target=True)))
+    assert written_stop(processor) == end
+    cut = evaluate(model, processor, tasks['vqa_test'], max_new_tokens=6).frame.set_index('id').loc[ident]
+    assert cut['prediction'] == ' '.join(words[:2]) and cut['finish'] == 'stop'
+    sample = next(i for i in tasks['vqa_test'].items if i.id == ident).sample()
+    chat = ChatModel(model, processor)
+    said = ''.join(chat.stream(sample.turns, [x.load() for x in sample.images], 6))
+    assert said.split() == words[:2]
 
 
 def test_blind_never_sees_the_picture(vlm, tasks):

@@ -18,13 +18,13 @@ from PIL import Image
 from transformers import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
                           TextIteratorStreamer)
 
-# %% ../../nbs/demo/00_chat.ipynb #0513069a
+# %% ../../nbs/demo/00_chat.ipynb #d301579c
 from ..data.image import MAX_PIXELS, load_image
 from ..data.overlay import MARKERS, PALETTE, Marker, check_kind, check_region, color_rgb, draw_marker, region_text, unit
 from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
-from ..evaluate.generate import _stop_ids, prompt_inputs
+from ..evaluate.generate import _stop_ids, prompt_inputs, written_stop
 from ..methods.load import LoadError, find_model, load_vlm
 from ..models.quantized import quantization_config
 
@@ -176,18 +176,29 @@ def quantization(load_4bit: bool, load_8bit: bool, device: str = 'auto', skip: S
     half = torch.bfloat16 if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else torch.float16
     return quantization_config('4bit' if load_4bit else '8bit', half, skip)
 
-# %% ../../nbs/demo/00_chat.ipynb #324f4560
+# %% ../../nbs/demo/00_chat.ipynb #8770d14f
 class _Streamer(TextIteratorStreamer):
     "Text of new tokens as words complete; tokens that end an answer are not text."
     def __init__(self, tokenizer, stops):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stops, self.ended = set(stops), False
+        self.stops, self.ended, self.written = set(stops), False, ''
 
     def put(self, value):
         if not self.next_tokens_are_prompt and (self.ended or self.stops & set(value.flatten().tolist())):
             self.ended = True
             return
         super().put(value)
+
+def _until(streamer, stop):
+    "The pieces up to `stop`, which may stand across several of them."
+    held = ''
+    for piece in streamer:
+        said, streamer.written, _ = (held + piece).partition(stop)
+        if streamer.written: yield said; return
+        n = next((n for n in range(len(stop) - 1, 0, -1) if said.endswith(stop[:n])), 0)
+        held, said = said[len(said) - n:], said[:len(said) - n]
+        yield said
+    yield held
 
 class _Halt(StoppingCriteria):
     def __init__(self, event): self.event = event
@@ -201,14 +212,14 @@ class _Sample(LogitsProcessor):
         u = torch.rand(scores.shape, generator=self.rng).clamp_(1e-20, 1 - 1e-7)
         return scores.float() / self.temperature - torch.log(-torch.log(u)).to(scores.device)
 
-# %% ../../nbs/demo/00_chat.ipynb #98303a9a
+# %% ../../nbs/demo/00_chat.ipynb #2d0538e8
 _FULL = 'lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_projector'        # not in 4 or 8 bits
 
 class ChatModel:
     "A loaded model with its processor; answers one question at a time, from whatever thread it is asked."
     def __init__(self, model, processor, name: str = 'model'):
         self.model, self.processor, self.name, self._lock = model.eval(), processor, name, threading.Lock()
-        self.stops = _stop_ids(model, processor)
+        self.stops, self.written = _stop_ids(model, processor), written_stop(processor)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = 'auto', load_4bit: bool = False, load_8bit: bool = False,
@@ -229,7 +240,7 @@ class ChatModel:
     @property
     def device(self) -> torch.device: return self.model.get_input_embeddings().weight.device
 
-# %% ../../nbs/demo/00_chat.ipynb #8abc6a77
+# %% ../../nbs/demo/00_chat.ipynb #e0fdab25
 def _room(model, n: int, wanted: int) -> int:
     text = getattr(model.config, 'text_config', model.config)
     limit = getattr(text, 'max_position_embeddings', None)
@@ -260,7 +271,7 @@ def stream(self: ChatModel, turns: Sequence[Turn], images: Sequence[Image.Image]
     worker.start()
     started = False
     try:
-        for piece in streamer:
+        for piece in _until(streamer, self.written) if self.written else streamer:
             if not started: piece = piece.lstrip()
             if piece: started = True; yield piece
     finally:
@@ -268,7 +279,7 @@ def stream(self: ChatModel, turns: Sequence[Turn], images: Sequence[Image.Image]
         worker.join()
     if failed and isinstance(failed[0], RuntimeError): raise ChatError(f'{self.name} failed: {failed[0]}') from failed[0]
     if failed: raise failed[0]
-    return 'stop' if streamer.ended else 'length'
+    return 'stop' if streamer.ended or streamer.written else 'length'
 
 # %% ../../nbs/demo/00_chat.ipynb #fa9ca75a
 @patch
