@@ -71,9 +71,10 @@ class Transformed(Sequence):
         return self.samples[i] if self.transform is None else self.transform(self.samples[i])
 
 def stage_samples(folder: str | Path, data: str, quarantine: Quarantine | None = None,
-                  parse: Callable[..., Sample] = sample_from_row) -> Sequence[Sample]:
+                  parse: Callable[..., Sample] = sample_from_row, roots: Sequence[str] = ()) -> Sequence[Sample]:
     """The samples a stage's `data` names, each row read by `parse` (LLaVA rows, and VoRA's, which have `frames`); a
-    `Mixture` for several files. Raises `RecipeError` for a missing file or a bad weight."""
+    `Mixture` for several files. `roots`: further folders that pictures may lie in. Raises `RecipeError` for a missing file or
+    a bad weight."""
     weights: dict[str, float] = {}
     for part in data.split('+'):
         name, star, weight = part.strip().partition('*')
@@ -83,7 +84,7 @@ def stage_samples(folder: str | Path, data: str, quarantine: Quarantine | None =
             raise RecipeError(f'data {data!r}: {weight!r} is no weight above 0; write name*9+other*1')
         if name in weights: raise RecipeError(f'data {data!r} names {name!r} twice: give it one weight')
         weights[name] = value
-    sources = {n: Records(data_file(folder, n), folder, quarantine, parse) for n in weights}
+    sources = {n: Records(data_file(folder, n), folder, quarantine, parse, roots=roots) for n in weights}
     return Mixture(sources, weights) if len(sources) > 1 else next(iter(sources.values()))
 
 def grouped_order(samples: Sequence[Sample], stage: Stage, turns: Callable[[Sample], Sequence] | None = None,
@@ -122,9 +123,11 @@ class Fitted:
     notes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 def fit(method: Method, recipe: Recipe, scale: Scale, model: Any, processor: Any, folder: str | Path, out: str | Path,
-        on_stage: Callable[[TrainResult], None] | None = None, **kw: Any) -> Fitted:
+        on_stage: Callable[[TrainResult], None] | None = None, roots: Sequence[str] = (), bad_rows: float = .01,
+        **kw: Any) -> Fitted:
     """Runs all stages of `recipe` on `model`, with data from `folder`, into `out/stages/<stage>`. `on_stage` is
-    called after each; `kw` go to `train` (seed, precision, stop_flag, callbacks, ...). Every stage is checked before the
+    called after each; `roots`: further folders that pictures may lie in; `bad_rows`: largest share of unusable rows; `kw`
+    go to `train` (seed, precision, stop_flag, callbacks, ...). Every stage is checked before the
     first one trains: room for its pictures, and a whole number of micro-batches on this number of ranks. What only
     taught (`model.loss_terms`) is gone at the end. Raises what `train` raises."""
     out, results, bad, notes, ranks = Path(out), [], {}, {}, int(os.environ.get('WORLD_SIZE', 1))
@@ -135,8 +138,8 @@ def fit(method: Method, recipe: Recipe, scale: Scale, model: Any, processor: Any
     for stage in recipe.stages:
         place = out/'stages'/stage.name
         place.mkdir(parents=True, exist_ok=True)
-        quarantine = Quarantine(path=place/'quarantine.json')
-        samples = stage_samples(folder, stage.data, quarantine, getattr(method.transform, 'parse', sample_from_row))
+        quarantine = Quarantine(bad_rows, path=place/'quarantine.json')
+        samples = stage_samples(folder, stage.data, quarantine, getattr(method.transform, 'parse', sample_from_row), roots)
         order = None
         if stage.grouping:
             order = grouped_order(samples, stage, getattr(method.transform, 'turns', None), ranks)
@@ -176,9 +179,11 @@ def _usable(samples: Sequence[Sample], quarantine: Quarantine):
         try: yield samples[i]
         except (ValueError, OSError) as e: quarantine.add('majority baseline', i, None, str(e))
 
-def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None) -> dict[str, Task]:
-    "Tasks of a data folder by file name, in order; `limit` keeps the first samples (and says so in the task's name)."
-    tasks = {n: load_task(data_file(folder, n), n, folder) for n in names}
+def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None,
+               roots: Sequence[str] = ()) -> dict[str, Task]:
+    """Tasks of a data folder by file name, in order; `limit` keeps the first samples (and says so in the task's name);
+    `roots`: further folders that pictures may lie in."""
+    tasks = {n: load_task(data_file(folder, n), n, folder, roots=roots) for n in names}
     return {n: t.head(limit) if limit else t for n, t in tasks.items()}
 
 def ask_before(model: Any, processor: Any, tasks: Mapping[str, Task], out: str | Path,
