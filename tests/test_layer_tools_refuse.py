@@ -8,10 +8,10 @@ from vlmbench.analysis.importance import BlockInfluence, agreement, iterative_pr
 from vlmbench.analysis.similarity import full_attentions
 from vlmbench.analysis.streams import scores, stream
 from vlmbench.analysis.weights import lora_update, parameter_change
-from vlmbench.methods.recipes import get_method, get_scale
+from vlmbench.methods.recipes import get_method
 from vlmbench.methods.visual_region import prune_outside
 from vlmbench.models.depth import build_surrogate, prune, slice_layers, surrogate_map
-from vlmbench.train.recipe import RecipeError
+from vlmbench.train.recipe import RecipeError, get_scale
 
 MODEL, BATCH = decoder(), batch()
 UNLABELLED = {k: v for k, v in BATCH.items() if k != 'labels'}
