@@ -10,11 +10,11 @@ import os
 import torch
 
 from vlmbench.analysis.cost import Workload, training_cost
-from vlmbench.methods.recipes import get_method, get_scale
+from vlmbench.methods.recipes import get_method
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.run.speed import PeakMemory
 from vlmbench.train.prepare import prepare
-from vlmbench.train.recipe import override
+from vlmbench.train.recipe import get_scale, override
 
 SCALE = override(get_scale('tiny'), dict(
     name='mid', llm_config=dict(model_type='llama', hidden_size=512, intermediate_size=1376, num_hidden_layers=10,
