@@ -14,6 +14,7 @@ from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.eve import METHOD, after_stage, before_stage, from_reference, losses, recipe, to_reference, transform_of, uncanvas
 from vlmbench.methods.eve_checkpoints import CheckpointFormatError, load_release
+from vlmbench.methods.load import load_vlm
 from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe, model_config
 from vlmbench.methods.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner, grid_ratio
@@ -335,6 +336,12 @@ def test_a_released_folder_loads_and_answers(tmp_path, kind):
         ids = torch.tensor([[5, *[m.config.image_token_id]*n, 7, 8]])
         with torch.no_grad(): marks[name] = m(input_ids=ids, pixel_values=picture['pixel_values'][None], image_sizes=torch.tensor([picture['size']])).logits
     torch.testing.assert_close(marks['ours'][..., :len(tokenizer) - 1], marks['source'][..., :len(tokenizer) - 1], atol=1e-5, rtol=0)
+    (tmp_path/'pre').mkdir()
+    (tmp_path/'p.json').replace(tmp_path/'pre'/'preprocessor_config.json')                 # where mm_vision_tower is a folder, its file counts
+    (tmp_path/'config.json').write_text(json.dumps(config | dict(mm_vision_tower=str(tmp_path/'pre'))))
+    again, beside = load_vlm(tmp_path, template='world')
+    assert beside.transform == processor.transform and torch.equal(again.lm_head.weight, model.lm_head.weight)
+    (tmp_path/'config.json').write_text(json.dumps(config))
     with pytest.raises(CheckpointFormatError, match='image_size=64 px does not divide .*preprocessor='): load_release(tmp_path, 'world')
     (tmp_path/'config.json').write_text(json.dumps(config | dict(num_hidden_layers=5)))
-    with pytest.raises(CheckpointFormatError, match='language model: missing'): load_release(tmp_path, 'world', preprocessor=tmp_path/'p.json')
+    with pytest.raises(CheckpointFormatError, match='language model: missing'): load_release(tmp_path, 'world', preprocessor=tmp_path/'pre'/'preprocessor_config.json')

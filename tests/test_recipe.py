@@ -187,3 +187,13 @@ def test_every_published_recipe_states_its_global_batch():
         assert {(s.packing, s.too_long == 'error') for s in recipe.stages} == {(False, False)}, name     # a row is a sample
         for s in recipe.stages: assert s.over(8).accumulation * s.batch_rows * 8 == s.global_rows, name
         assert {s.global_rows for s in get_recipe(name, find_scale('tiny')).stages} == {None}, name
+
+
+def test_groups_of_like_length_are_one_global_batch():
+    from vlmbench.data.record import Sample, Turn
+    from vlmbench.run.pipeline import grouped_order
+    samples = [Sample(str(i), [Turn('user', 'a ' * (i + 1)), Turn('assistant', 'b')]) for i in range(24)]
+    stage = Stage('s', dict(layers=full()), 'x', lr=1., steps=1, batch_rows=2, packing=False, grouping='modality')
+    assert [grouped_order(samples, stage, ranks=r).group for r in (1, 3)] == [2, 6]
+    whole = dataclasses.replace(stage, global_rows=12)
+    assert [grouped_order(samples, whole, ranks=r).group for r in (1, 2, 3)] == [12, 12, 12]
