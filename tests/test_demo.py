@@ -115,6 +115,8 @@ def test_a_small_file_cannot_stall_the_server(model, monkeypatch):
     marks = json.dumps([dict(kind='mask contour', numbers=[64.5, 4.5, 500, 28])])
     for _ in range(2): assert [*visit.ask(QUESTION, marks, 3)]
     assert len(drawn) == 1 and all(c.marked.getbbox() for c in visit.chats.values())
+    many = json.dumps([dict(kind='scribble', numbers=[5., 5., 30., 20.] * 500)] * 3)
+    with pytest.raises(ChatError, match='6000 numbers together, at most 4000'): next(visit.ask(QUESTION, many, 3))
     assert [*visit.ask('what is this ?', '[]', 3)] and visit.chats['left'].marked.getbbox() is None
 
 

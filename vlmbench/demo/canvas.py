@@ -6,7 +6,7 @@
 __all__ = ['MAX_MARKS', 'canvas_js', 'canvas_settings', 'data_url', 'prompts_from_marks', 'marker_canvas', 'PointAndAsk',
            'point_at_things']
 
-# %% ../../nbs/demo/20_canvas.ipynb #f52d803b
+# %% ../../nbs/demo/20_canvas.ipynb #c5e70b9a
 import base64, html, io, json, threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -15,9 +15,9 @@ from PIL import Image
 import vlmbench
 from ..data.image import ImageError, load_image
 from ..data.overlay import ANCHOR, MARKERS, PALETTE
-from .chat import Chat, ChatError, ChatModel, VisualPrompt, example_questions, unknown_words
+from .chat import MAX_NUMBERS, Chat, ChatError, ChatModel, VisualPrompt, example_questions, unknown_words
 
-# %% ../../nbs/demo/20_canvas.ipynb #8fd381fc
+# %% ../../nbs/demo/20_canvas.ipynb #d392d9bd
 MAX_MARKS = 24
 
 def canvas_js() -> str:
@@ -54,6 +54,8 @@ def prompts_from_marks(marks: Sequence[Mapping] | str) -> list[VisualPrompt]:
             raise ChatError(f"marker {i + 1}: 'numbers' must be a list and 'color' a name of the palette")
         try: out.append(VisualPrompt(**{**m, 'numbers': tuple(m['numbers'])}))
         except (ValueError, TypeError) as e: raise ChatError(f'marker {i + 1}: {e}') from None
+    if (n := sum(len(p.numbers) for p in out)) > MAX_NUMBERS:
+        raise ChatError(f'the markers have {n} numbers together, at most {MAX_NUMBERS}: draw fewer or simpler ones')
     return out
 
 # %% ../../nbs/demo/20_canvas.ipynb #49ccdc24

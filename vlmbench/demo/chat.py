@@ -18,14 +18,14 @@ from PIL import Image
 from transformers import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
                           TextIteratorStreamer)
 
-# %% ../../nbs/demo/00_chat.ipynb #d301579c
+# %% ../../nbs/demo/00_chat.ipynb #021c9eef
 from ..data.image import MAX_PIXELS, load_image
 from ..data.overlay import MARKERS, PALETTE, Marker, check_kind, check_region, color_rgb, draw_marker, region_text, unit
 from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
 from ..evaluate.generate import _stop_ids, prompt_inputs, written_stop
-from ..methods.load import LoadError, find_model, load_vlm
+from ..methods.load import LoadError, load_vlm, model_name
 from ..models.quantized import quantization_config
 
 # %% ../../nbs/demo/00_chat.ipynb #22b8249b
@@ -212,7 +212,7 @@ class _Sample(LogitsProcessor):
         u = torch.rand(scores.shape, generator=self.rng).clamp_(1e-20, 1 - 1e-7)
         return scores.float() / self.temperature - torch.log(-torch.log(u)).to(scores.device)
 
-# %% ../../nbs/demo/00_chat.ipynb #2d0538e8
+# %% ../../nbs/demo/00_chat.ipynb #9a5ac633
 _FULL = 'lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_projector'        # not in 4 or 8 bits
 
 class ChatModel:
@@ -230,12 +230,9 @@ class ChatModel:
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         if device_map is None and (device == 'auto' and torch.cuda.device_count() > 1): device_map = 'auto'
         if device_map is None and bits is not None: device_map = {'': place}
-        try:
-            path = find_model(folder)
-            both = load_vlm(path, place, template, quantization_config=bits, device_map=device_map)
+        try: both = load_vlm(folder, place, template, quantization_config=bits, device_map=device_map)
         except LoadError as e: raise ChatError(str(e)) from e
-        own = Path(folder).resolve() if Path(folder).exists() else Path(folder)
-        return cls(*both, name or (own.parent.name if own.name == 'model' else own.name))
+        return cls(*both, name or model_name(folder))
 
     @property
     def device(self) -> torch.device: return self.model.get_input_embeddings().weight.device

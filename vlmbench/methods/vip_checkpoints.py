@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         except Exception as e: raise CheckpointFormatError(f'{f}: not a file of tensors: {e}') from e
     return state
 
-# %% ../../nbs/methods/12_vip_checkpoints.ipynb #bdc6e152
+# %% ../../nbs/methods/12_vip_checkpoints.ipynb #53bf4062
 _TEXT = dict(llava='llama', llava_llama='llama', llava_phi3='phi3', llava_mistral='mistral')
 
 def template_of(text: str, tokenizer) -> str:
@@ -95,14 +95,16 @@ def _tower(state, vision):
 CLIP = 'openai/clip-vit-large-patch14-336'
 
 def _adapted(folder, base, dtype):
-    "The language model of a LoRA release, its adapter folded in, and the other weights of the folder."
+    """The language model of a LoRA release, its adapter folded in, the other weights of the folder, and where the tokenizer
+    is: with the language model, unless the folder holds one."""
     base = base or json.loads((folder/'adapter_config.json').read_text(encoding='utf8')).get('base_model_name_or_path')
     state = {k.removeprefix('base_model.model.'): v for k, v in read_weights(folder/'non_lora_trainables.bin').items()}
     try: llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     except (OSError, ValueError) as e:
         raise CheckpointFormatError(f'{folder}: its adapter belongs to {base!r}, which cannot be loaded: name the folder '
                                     f'of that language model (base=, --base). {e}') from None
-    return PeftModel.from_pretrained(llm, str(folder)).merge_and_unload(), state
+    own = any(folder.glob('tokenizer*'))
+    return PeftModel.from_pretrained(llm, str(folder)).merge_and_unload(), state, folder if own else base
 
 def load_original(folder: str | Path, vision: str | Path | None = None, template: str | None = None,
                   dtype: torch.dtype = torch.float32,
@@ -121,9 +123,9 @@ def load_original(folder: str | Path, vision: str | Path | None = None, template
     named = str(config.get('mm_vision_tower') or '')
     vision = vision or (CLIP if 'clip_4layers' in named and not Path(named).is_dir() else named)
     released = (folder/'adapter_config.json').exists()
-    if released: llm, state = _adapted(folder, base, dtype)
+    if released: llm, state, words = _adapted(folder, base, dtype)
     else:
-        state = read_weights(folder)
+        state, words = read_weights(folder), folder
         llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(_TEXT[kind], **settings), dtype=dtype)
     head = ('model.mm_projector.', 'model.vision_tower.', 'model.image_newline')
     language = {k: v.to(dtype) for k, v in state.items() if not k.startswith(head)}
@@ -140,7 +142,7 @@ def load_original(folder: str | Path, vision: str | Path | None = None, template
     mode = 'pad' if aspect == 'pad' else None
     transform = from_image_processor(json.loads(beside.read_text()), mode,
                                      tower.config.patch_size) if beside.exists() else mode
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(words)
     model, processor = build_vlm(llm, tower, front_of(config), tokenizer, template or template_of(_TEXT[kind], tokenizer),
                                  transform)
     load_stage1(model, {k: v for k, v in state.items() if 'mm_projector.' in k})
