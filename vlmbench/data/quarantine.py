@@ -98,7 +98,7 @@ class Quarantine:
         first = '\n'.join(f"  {r['source']} row {r['row']} (id {r['id']}): {r['reason']}" for r in self.records[:5])
         return (f'{self.n_bad:,} of {seen:,} rows are bad' + f', met by {k:,} of {n:,} draws' * bool(n) + f': more than '
                 f'{limit} allows. By reason: {self.summary()}. First ones:\n{first}\nRepair the data, or accept the loss '
-                f"with a larger {limit.partition('=')[0]}: Quarantine({limit.partition('=')[0]}=...).")
+                f"with a larger {limit.partition('=')[0]}: Quarantine({limit.partition('=')[0]}=...), bad_rows of a run.")
 
     def judge(self):
         "Raise `TooManyBadRecords` with the verdict, if there is one; inside `held` nothing is raised."
