@@ -45,7 +45,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         except Exception as e: raise CheckpointFormatError(f'{f}: not a file of tensors: {e}') from e
     return state
 
-# %% ../../nbs/methods/12_vip_checkpoints.ipynb #53bf4062
+# %% ../../nbs/methods/12_vip_checkpoints.ipynb #4373b690
 _TEXT = dict(llava='llama', llava_llama='llama', llava_phi3='phi3', llava_mistral='mistral')
 
 def template_of(text: str, tokenizer) -> str:
@@ -82,7 +82,7 @@ def _tower(state, vision):
     try: tower = load_tower(vision, torch.float32)
     except (OSError, ValueError) as e:
         raise CheckpointFormatError(f'the CLIP tower {str(vision)!r} cannot be loaded: name its folder (vision=, '
-                                    f'--vision). {e}') from None
+                                    f'or vlmbench convert --vision). {e}') from None
     own = {k.removeprefix(head): v.float() for k, v in state.items() if k.startswith(head)
            and not k.endswith('position_ids')}
     if own:
@@ -102,7 +102,7 @@ def _adapted(folder, base, dtype):
     try: llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     except (OSError, ValueError) as e:
         raise CheckpointFormatError(f'{folder}: its adapter belongs to {base!r}, which cannot be loaded: name the folder '
-                                    f'of that language model (base=, --base). {e}') from None
+                                    f'of that language model (base=, or vlmbench convert --base). {e}') from None
     own = any(folder.glob('tokenizer*'))
     return PeftModel.from_pretrained(llm, str(folder)).merge_and_unload(), state, folder if own else base
 
