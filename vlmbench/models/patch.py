@@ -129,34 +129,33 @@ class PatchFrontEnd(FrontEnd):
         lay = self.layout(sizes, pixel_values.device)
         windows = self.pool(pixel_values, lay)
         x = torch.cat([windows, self.look(windows, lay), self.split_embedding[None].to(windows)])
-        return self.projector(x)[lay.source()], lay.tokens
+        return self.projector(x).index_select(0, lay.source()), lay.tokens     # its gradients add up in one order, on any number of threads
 
 FRONT_ENDS['eve'] = PatchFrontEnd
 
 # %% ../../nbs/models/40_patch.ipynb #55cf950c
 def _patches(self, pixels, lay):
-    "`pixels` `[images, 3, H, W]` -> `[windows, k * k, channels]`: the embedded patches of every window."
+    """`pixels` `[images, 3, H, W]` -> the embedded patches of every window, `[windows, k * k, channels]`: of all images at
+    once on a GPU, of images of equal grids one after the other elsewhere (what fits a CPU's caches is faster)."""
     k, p = self.config['conv_stride'], self.config['patch_stride']
     side, weight = k * p, self.patch_embedding.weight
     pixels = pixels.to(weight.dtype)
     if not pixels.is_cuda:
-        out, at = [], 0
+        at = 0
         for (h, w), same in groupby(zip(lay.rows.tolist(), lay.columns.tolist())):
             n = len(list(same))
             x = self.patch_embedding(pixels[at:at + n, :, :h * side, :w * side])
-            out.append(x.unflatten(3, (w, k)).unflatten(2, (h, k)).permute(0, 2, 4, 3, 5, 1).reshape(n * h * w, k * k, -1))
+            yield x.unflatten(3, (w, k)).unflatten(2, (h, k)).permute(0, 2, 4, 3, 5, 1).reshape(n * h * w, k * k, -1)
             at += n
-        return torch.cat(out)
+        return
     pixels = pixels[..., :pixels.shape[-2] // side * side, :pixels.shape[-1] // side * side]
     x = pixels.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p)).permute(0, 2, 5, 3, 6, 1, 4, 7)   # [image, row, col, k, k, 3, p, p]
     if len(lay.image) != x.shape[:3].numel(): x = x[lay.image, lay.row, lay.column]
-    return x.reshape(len(lay.image), k * k, -1) @ weight.flatten(1).T
+    yield x.reshape(len(lay.image), k * k, -1) @ weight.flatten(1).T
 
 def _pool(self, pixels, lay):
     "`pixels` `[images, 3, H, W]` -> `[windows, channels]`: patches embedded, each k x k window pooled by attention over its mean."
-    f = self.patches(pixels, lay)
-    mean = f.mean(1)
-    return mean + self.local_attention(mean, f)
+    return torch.cat([(mean := f.mean(1)) + self.local_attention(mean, f) for f in self.patches(pixels, lay)])
 
 def _look(self, windows, lay):
     "`[images, channels]`: the class token of every image after it looked at the image's `windows` `[windows, channels]`."
