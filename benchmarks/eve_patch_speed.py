@@ -3,7 +3,7 @@
     python benchmarks/eve_patch_speed.py [--channels 256] [--hidden 512] [--images 6] [--rounds 5] [--device cpu]
 
 Published geometry (672 px canvas, patches of 14 px, windows of 2 x 2) at a reduced width, mixed aspect ratios (bar 2).
-`vlmbench.run.speed_methods.patches_by_image` is the baseline; `flops` is the ratio that the matrix products alone would
+`vlmbench.run.speed_methods.patches_by_image` is the baseline; `planned` is the ratio that the matrix products alone would
 give."""
 import argparse, json
 

@@ -128,7 +128,7 @@ def patches_by_image(front: PatchFrontEnd, pixels: Tensor, sizes: Tensor) -> Ten
 def patch_speed(channels: int = 256, hidden: int = 512, images: int = 6, rounds: int = 3, device: str = 'cpu',
                 clock: str = 'wall', canvas: int = 672) -> dict[str, Any]:
     """Forward and backward of the layer at the published geometry (672 px, patches of 14, windows of 2 x 2) and reduced
-    width. `ratio`: by image over ours; `flops`: the same in multiply-adds of matrix products, the ratio to be expected."""
+    width. `ratio`: by image over ours; `planned`: the same in multiply-adds of matrix products, the ratio to be expected."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         front = PatchFrontEnd(dict(channels=channels), hidden).to(device)
@@ -148,7 +148,7 @@ def patch_speed(channels: int = 256, hidden: int = 512, images: int = 6, rounds:
         with FlopCounterMode(display=False) as counter: step(f)
         count[k] = counter.get_total_flops()
     return dict(ours=_ms(took['ours']), baseline=_ms(took['by_image']), ratio=ratio(took['by_image'], took['ours']),
-                flops=count['by_image']/count['ours'])
+                planned=count['by_image']/count['ours'])
 
 # %% ../../nbs/run/32_speed_methods.ipynb #9239960b
 def analysis_batch(vocab: int = 4096, rows: int = 4, image: int = 144, text: int = 72, answer: int = 8,
