@@ -93,3 +93,16 @@ def test_an_arm_that_does_not_exist_is_refused(bases, tmp_path):  # noqa: F811
 def test_variants_that_the_arms_name_reach_the_hooks():
     for a in declared('tiny')['ZERO']:
         if a.name == 'pair': assert get_method(a.recipe, a.variant).after_stage.args[0] is False
+
+
+def test_regions_chosen_by_measured_scores(bases, deep, tmp_path):  # noqa: F811
+    given = dict(seeds=1, budget=.004, scale=str(deep), data=str(bases/'world'), device='cpu', calibration=8)
+    assert run_notebook('claims_importance', given, tmp_path/'c', progress=False) == 0
+    values, regions = (pd.read_csv(tmp_path/'c'/f'{n}.csv', index_col=0) for n in ('importance', 'regions'))
+    assert values.notna().all(axis=None) and list(values) == list(regions.index) and len(values) == 4
+    for name, layers in regions['layers'].items(): assert json.loads(layers) == [values[name].idxmax()]
+    trained = {p.name for p in (tmp_path/'c'/'arms').glob('*-s0')}
+    assert trained == {f'{arm}-s0' for arm in {'region_all', 'uniform', *regions['arm']}}
+    table = pd.read_csv(tmp_path/'c'/'claims.csv')
+    assert len(table) == regions['arm'].replace('uniform', None).dropna().nunique() + 1
+    assert 'what the scores choose' in (tmp_path/'c'/'reading.md').read_text()
