@@ -59,6 +59,6 @@ class PatchFrontEndV2(FrontEnd):
         x = self.projector(nn.functional.gelu(x)).permute(0, 2, 3, 1)[lay.image, lay.row, lay.column]
         both = torch.stack([self.class_embedding, self.split_embedding]).to(x)
         x = torch.cat([x, both[:1].expand(len(sizes), -1), both[1:]])
-        return x.index_select(0, lay.source()), lay.tokens
+        return x.index_select(0, lay.source().to(x.device)), lay.tokens
 
 FRONT_ENDS['eve_v2'] = PatchFrontEndV2
