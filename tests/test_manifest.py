@@ -62,6 +62,13 @@ def test_secrets_on_a_command_line_are_blanked_and_special_tokens_are_not():
     assert redact('cloned with ghp_' + 'a1' * 18, {}) == 'cloned with <redacted>'
 
 
+def test_a_shells_own_variables_hide_nothing():
+    names = ('PWD', 'OLDPWD', 'PATH', 'PYTHONPATH', 'HOME', 'SSH_AUTH_SOCK', 'GIT_ASKPASS', 'XAUTHORITY', 'SSL_CERT_FILE', 'HF_HOME')
+    shell = {name: f'/home/me/{name.lower()}-folder' for name in names}
+    kept = dict(compared=[f'{v}/runs/a-s0' for v in shell.values()], out=shell['PWD'])
+    assert redact(kept, shell) == kept
+
+
 def test_under_the_engine_the_notebook_says_its_parameters(tmp_path, monkeypatch):
     Manifest(tmp_path/'r').start('evaluate', dict(recipe='', limit=3))
     monkeypatch.setenv('VLMBENCH_RUN_FOLDER', str(tmp_path/'r'))

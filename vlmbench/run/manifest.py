@@ -73,7 +73,7 @@ def redact(value: Any, environ: Mapping[str, str] | None = None) -> Any:
     secret-sounding environment variable's value, what follows `--token`, `token=` or `password:`, access tokens known by
     their shape, and passwords in URLs become `<redacted>`."""
     environ = os.environ if environ is None else environ
-    secrets = sorted({v for k, v in environ.items() if _is_secret(k) and len(v) >= 6}, key=len, reverse=True)
+    secrets = sorted({v for k, v in environ.items() if _is_secret(k) and k != 'PWD' and len(v) >= 6}, key=len, reverse=True)
     def option(m: re.Match) -> str:
         return f'{m[1]}{m[2]}' + ('<redacted>' if _is_secret(m[1]) else words(m[3]))
     def words(v: str) -> str:
