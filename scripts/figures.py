@@ -81,8 +81,9 @@ def keep(store: Path, folders: list[Path], first: list[Path] = ()) -> None:
     words = dict.fromkeys(('method', 'task', 'id', 'question_type', 'cluster', 'condition', 'prompt_hash'), 'category')
     frame = frame[frame['condition'] == 'image'][[*words, 'seed', 'score']]
     frame.astype(words | dict(score='float32', seed='int16')).to_parquet(store/'scores.parquet', compression='zstd')
+    here = f'{Path.cwd()}/'                                          # what is stored names no folder of a machine
     with open(store/'manifests.jsonl', 'w', encoding='utf8') as f:
-        f.writelines(json.dumps(manifest_of(folder)) + '\n' for folder in [*first, *folders])
+        f.writelines(json.dumps(manifest_of(folder)).replace(here, '') + '\n' for folder in [*first, *folders])
 
 
 def store_bench(bench: Path) -> Path:
