@@ -190,23 +190,24 @@ def stream_speed(layers: int = 12, hidden: int = 512, vocab: int = 4096, rounds:
     return dict(ours=_ms(took['every']), baseline=_ms(took['plain']), ratio=over['every'], share_text=float(text.float().mean()),
                 **(dict(each={k: v for k, v in over.items() if k not in ('plain', 'every')}) if each else {}))
 
-def stream_memory(few: int = 2, many: int = 20, **kw: Any) -> dict[str, Any]:
-    """Peak memory of all streaming metrics over `many` batches against `few`, in MB; `ratio`: many over few. `kw`: `layers`,
-    `hidden`, `vocab`, `rounds` (the largest counts), `device` and the sizes of `analysis_batch`. Measured in a process of
-    its own, because what others have left behind in memory is used again."""
-    code = f'from vlmbench.run.speed_methods import _stream_peaks; print(*_stream_peaks({few}, {many}, **{kw!r}))'
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    low, high = map(float, out.split()[-2:])
+def stream_memory(few: int = 2, many: int = 40, **kw: Any) -> dict[str, Any]:
+    """Peak memory of a process that takes all streaming metrics over `many` batches, and over `few`, in MB; `ratio`: many over
+    few. `kw`: `layers`, `hidden`, `vocab`, `device` and the sizes of `analysis_batch`. Each in a process of its own, because
+    what others have left behind in memory is used again."""
+    def peak(n):
+        code = f'from vlmbench.run.speed_methods import _stream_peak; print(_stream_peak({n}, **{kw!r}))'
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+        return round(float(out.split()[-1]), 1)
+    low, high = peak(few), peak(many)
     return dict(ours=f'{many} batches', baseline=f'{few} batches', ratio=high/low, ours_mb=high, baseline_mb=low)
 
-def _stream_peaks(few, many, layers=4, hidden=256, vocab=4096, rounds=3, device='cpu', **sizes):
+def _stream_peak(n, layers=4, hidden=256, vocab=4096, device='cpu', **sizes):
     from vlmbench.analysis.streams import stream
     from vlmbench.analysis.suite import streaming_metrics
     model = analysis_model(layers, hidden, vocab, device)
     make = lambda i: {k: v.to(device) for k, v in analysis_batch(vocab, seed=i, **sizes).items()}
-    run = lambda n: stream(model, (make(i) for i in range(n)), streaming_metrics())
-    run(many)                                                                 # what libraries allocate once
-    return [max(_peak(lambda n=n: run(n), device) for _ in range(rounds)) for n in (few, many)]
+    with PeakMemory(device) as m: stream(model, (make(i) for i in range(n)), streaming_metrics())
+    return m.mb + m.start/2**20                                               # the whole process, weights included
 
 def drop_one_speed(layers: int = 12, hidden: int = 256, vocab: int = 4096, batches: int = 3, rounds: int = 3,
                    device: str = 'cpu', clock: str = 'wall', **sizes: Any) -> dict[str, Any]:
