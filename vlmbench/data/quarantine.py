@@ -94,11 +94,12 @@ class Quarantine:
         draws = n >= fewest and k > self.cap * n and (
             self.n_bad > self.cap * seen or bdtrc(k - 1, n, self.cap) < ALPHA / (k * (k + 1)))
         if not (rows or draws or self._too_many()): return None
+        name = 'max_count' if self._too_many() else 'cap'
         limit = f'max_count={self.max_count}' if self._too_many() else f'cap={self.cap:.2%}'
         first = '\n'.join(f"  {r['source']} row {r['row']} (id {r['id']}): {r['reason']}" for r in self.records[:5])
         return (f'{self.n_bad:,} of {seen:,} rows are bad' + f', met by {k:,} of {n:,} draws' * bool(n) + f': more than '
                 f'{limit} allows. By reason: {self.summary()}. First ones:\n{first}\nRepair the data, or accept the loss '
-                f"with a larger {limit.partition('=')[0]}: Quarantine({limit.partition('=')[0]}=...), bad_rows of a run.")
+                f"with a larger {name}: Quarantine({name}=...)" + ', bad_rows of a run.' * (name == 'cap'))
 
     def judge(self):
         "Raise `TooManyBadRecords` with the verdict, if there is one; inside `held` nothing is raised."

@@ -25,8 +25,9 @@ from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
 from ..evaluate.generate import _stop_ids, prompt_inputs, written_stop
-from ..methods.load import LoadError, load_vlm, model_name
+from ..methods.load import LoadError, load_vlm
 from ..models.quantized import quantization_config
+from ..models.vlm import model_name
 
 # %% ../../nbs/demo/00_chat.ipynb #22b8249b
 _BOX = 'left,top,right,bottom'

@@ -129,7 +129,7 @@ class PatchFrontEnd(FrontEnd):
         lay = self.layout(sizes, pixel_values.device)
         windows = self.pool(pixel_values, lay)
         x = torch.cat([windows, self.look(windows, lay), self.split_embedding[None].to(windows)])
-        x = self.projector(x)                                               # index_select adds gradients up in one order on any number of threads
+        x = self.projector(x)            # index_select: its gradients add up in one order on any number of threads
         return x.index_select(0, lay.source().to(x.device)), lay.tokens
 
 FRONT_ENDS['eve'] = PatchFrontEnd
