@@ -6,7 +6,8 @@ import torch
 
 from vlmbench.methods.recipes import get_method, get_recipe
 from vlmbench.methods.vip_llava import build_quantized
-from vlmbench.models.quantized import QuantizationError, check_quantized, dequantize, load_quantized, quantization_config, quantized_modules
+from vlmbench.models.quantized import (QuantizationError, check_quantized, dequantize, load_quantized, prepare_quantized, quantization_config,
+                                       quantized_modules)
 from vlmbench.train.recipe import RecipeError, get_scale
 
 needs_bnb = pytest.mark.skipif(importlib.util.find_spec('bitsandbytes') is None, reason="bitsandbytes: vlmbench[quant]")
@@ -92,3 +93,40 @@ def test_adapters_are_added_exactly(tmp_path):
     want = base + adapted.get_delta_weight('default')
     assert dequantize(model) == 7
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, want)
+
+
+@needs_bnb
+@pytest.mark.parametrize('width, repacked', [(96, 1), (128, 7)])
+def test_four_bits_answer_on_a_cpu_at_any_width(width, repacked, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=2*width, num_hidden_layers=1,
+                                 num_attention_heads=4)).save_pretrained(tmp_path)
+    want = load_quantized(tmp_path, '4bit', 'cpu', torch.float32).eval()
+    q = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization_config('4bit', torch.float32), device_map={'': 'cpu'})
+    layers = list(quantized_modules(q).values())
+    can = layers[0].support_avx512bf16_for_cpu                                 # this machine, not this shape
+    prepare_quantized(q, repack=True)
+    ids = torch.arange(1, 9)[None]
+    with torch.inference_mode(): a, b = q(ids).logits, want(ids).logits
+    assert sum(bool(getattr(m.weight.quant_state, 'packing_format_for_cpu', False)) for m in layers) == bool(can)*repacked
+    torch.testing.assert_close(a, b, atol=.02, rtol=.05)
+
+
+@needs_bnb
+@pytest.mark.parametrize('bits', ['load_4bit', 'load_8bit'])
+def test_the_embedded_model_chats(bits, tmp_path, capfd):
+    from PIL import Image
+    from vlmbench.data.template import Turn
+    from vlmbench.demo.chat import ChatModel
+    from vlmbench.run.pipeline import build
+    plan, scale = get_recipe('vip_llava', get_scale('tiny')), get_scale('tiny')
+    model, processor = build(get_method('vip_llava'), plan, scale, 0)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    chat = ChatModel.load(tmp_path, 'cpu', **{bits: True})
+    assert len(quantized_modules(chat.model)) == 8*7 and not any('vision' in n for n in quantized_modules(chat.model))
+    ask = [Turn('user', '<image>\nobject color')]
+    said = [''.join(chat.stream(ask, [Image.new('RGB', (64, 64), 'red')], 4)) for _ in range(2)]
+    assert said[0] == said[1]
+    assert capfd.readouterr().err.count('will be cast') <= 1

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from ..data.template import TEMPLATES, get_template
 from .eve_checkpoints import is_release, load_release
 from .vip_checkpoints import is_original, load_published, save_transformers, with_template
+from ..models.quantized import prepare_quantized
 from ..models.vlm import model_folder  # also registers our classes with transformers
 
 # %% ../../nbs/methods/14_load.ipynb #2c36f0de
@@ -70,6 +71,7 @@ def load_vlm(where: str | Path, device: str | torch.device = 'cpu', template: st
         else:
             ours = AutoConfig.from_pretrained(folder).model_type == 'vlmbench'
             model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **settings)
+            if 'quantization_config' in settings: prepare_quantized(model, repack=True)
             processor = AutoProcessor.from_pretrained(folder, **({} if ours else dict(backend='pil')))
             if template and ours: processor.template, processor.chat_template = template, get_template(template).jinja()
             elif template: model, processor = with_template(model, processor, template)

@@ -143,8 +143,8 @@ def world(folder: Annotated[Path, typer.Argument(help='New folder to write into.
 _Model = Annotated[str, typer.Argument(help='A folder saved by a run, a published folder, or a name on the Hub.')]
 _Device = Annotated[str, typer.Option(help='auto, cuda, cuda:1, cpu or mps.')]
 _DeviceMap = Annotated[Optional[str], typer.Option(help='Spread over several GPUs: auto, balanced or sequential.')]
-_Bits4 = Annotated[bool, typer.Option('--load-4bit', help='4-bit weights (bitsandbytes, CUDA).')]
-_Bits8 = Annotated[bool, typer.Option('--load-8bit', help='8-bit weights (bitsandbytes, CUDA).')]
+_Bits4 = Annotated[bool, typer.Option('--load-4bit', help='4-bit weights (bitsandbytes; without CUDA add --device cpu).')]
+_Bits8 = Annotated[bool, typer.Option('--load-8bit', help='8-bit weights (bitsandbytes; without CUDA add --device cpu).')]
 
 def _refusing(function, *args, **kwargs):
     "Call; bad pictures, markers, models and settings, what cannot be written, a missing extra: refused in one line."
