@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Method', 'parse_setting', 'method_options', 'get_method', 'published_scales', 'find_scale', 'base_model',
-           'model_config', 'tied_embeddings', 'image_share', 'scaled_budget', 'largest_picture', 'check_room',
-           'get_recipe']
+           'model_config', 'tied_embeddings', 'encoder_model', 'image_share', 'scaled_budget', 'largest_picture',
+           'check_room', 'get_recipe']
 
 # %% ../../nbs/methods/00_recipes.ipynb #70e66e20
 import ast, importlib, inspect, json
@@ -117,6 +117,15 @@ def model_config(scale: Scale, which: str) -> dict[str, Any]:
 def tied_embeddings(scale: Scale) -> bool:
     "Whether the scale's language model ties its head to its embedding."
     return bool(model_config(scale, 'llm').get('tie_word_embeddings', False))
+
+def encoder_model(recipe: Recipe, scale: Scale, seed: int = 0, **other: Any) -> tuple[Any, Any]:
+    """`(model, processor)`: the scale's language model behind the recipe's front end on the scale's vision tower, new
+    parts drawn from `seed`. `other`: arguments of `build_vlm`, before the ones that follow from recipe and scale."""
+    from vlmbench.models.vlm import build_vlm
+    follow = dict(llm=base_model(scale.llm), vision=base_model(scale.vision), template=scale.template,
+                  transform=None if scale.image_mode == 'squash' else scale.image_mode, dtype=scale.dtype,
+                  bidirectional_images=recipe.bidirectional_images)
+    return build_vlm(front_end=dict(recipe.front_end), seed=seed, **follow | other)
 
 # %% ../../nbs/methods/00_recipes.ipynb #19b1f434
 _SHARES = {'llava-1.5-665k-genqa-500k-instructions': 624_610 / 1_124_610}          # zero's published mix

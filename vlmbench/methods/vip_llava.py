@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from ..data.overlay import MARKERS
 from ..data.region_rows import HOW, DrawRegions
-from .recipes import Method, base_model, tied_embeddings
+from .recipes import Method, base_model, encoder_model, tied_embeddings
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.quantized import LOADS, QUANT_TYPES, dequantize, load_quantized
-from ..models.vlm import build_vlm
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, get_scale, lora
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #0df158da
@@ -161,8 +160,7 @@ def build_quantized(load: str, recipe: Recipe, scale: Scale, seed: int = 0, devi
     before anything is read."""
     where = base_model(scale.llm)
     llm = load_quantized(where, load, device, **quant)
-    model, processor = build_vlm(llm, base_model(scale.vision), dict(recipe.front_end), where, scale.template,
-                                 None if scale.image_mode == 'squash' else scale.image_mode, seed=seed)
+    model, processor = encoder_model(recipe, scale, seed, llm=llm, tokenizer=where)
     setattr(model, f'is_loaded_in_{load}', True)          # where peft looks
     return model, processor
 

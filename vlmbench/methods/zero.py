@@ -16,7 +16,7 @@ import torch
 from torch import nn, Tensor
 from transformers import AutoConfig
 
-from .recipes import Method, base_model
+from .recipes import Method, base_model, encoder_model
 from .zero_parts import Balanced, TiledEncoder, Wrapped, family_of, family_tokenizer
 from ..models.depth import PUBLISHED_SPLITS, build_surrogate, depth_of, find_decoder, graft, surrogate_map
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
@@ -221,10 +221,7 @@ def _build(wrap, recipe, scale, seed):
             warnings.warn(f'zero: family {family.name!r} was published with wrapped questions about pictures, here '
                           'they stay plain: say wrap=True (as published) or wrap=False', stacklevel=3)
         own = dict(tokenizer=family_tokenizer(family, base_model(scale.llm)), image_token=family.placeholder)
-    return build_vlm(base_model(scale.llm), base_model(scale.vision), dict(recipe.front_end), template=scale.template,
-                     transform=None if scale.image_mode == 'squash' else scale.image_mode,
-                     dtype=getattr(torch, scale.dtype), bidirectional_images=recipe.bidirectional_images, seed=seed,
-                     **own)
+    return encoder_model(recipe, scale, seed, **own)
 
 def zero(ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'),
          grafts: bool = True, balance: bool = False, wrap: bool | None = None, reference: bool = False,

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from .vision import FRONT_ENDS, FrontEnd, Projector
+from .vision import FRONT_ENDS, FrontEnd, Linear, Projector, by_onednn, linear
 
 # %% ../../nbs/models/40_patch.ipynb #9a77f467
 class PoolingAttention(nn.Module):
@@ -22,19 +22,18 @@ class PoolingAttention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, (channels if scale == 'width' else channels // heads) ** -.5
         self.q_norm, self.kv_norm = nn.LayerNorm(channels, eps=eps), nn.LayerNorm(channels, eps=eps)
-        self.q_proj = nn.Linear(channels, channels, bias=False)
+        self.q_proj = Linear(channels, channels, bias=False)
         self.kv_proj = nn.Linear(channels, 2 * channels, bias=False)          # first half keys, second half values
-        self.out_proj = nn.Linear(channels, channels)
+        self.out_proj = Linear(channels, channels)
 
     def forward(self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         "`query` `[sets, channels]`, `keys` `[sets, keys, channels]`, `valid` `[sets, keys]` (all when absent) -> `[sets, channels]`."
-        to_key, to_value = self.kv_proj.weight.unflatten(0, (2, self.heads, -1))               # [heads, channels of a head, channels]
-        f = self.kv_norm(keys)
-        q = (self.q_proj(self.q_norm(query)) * self.scale).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        scores = torch.bmm(q, to_key.to(q)).transpose(0, 1) @ f.mT                             # [sets, heads, keys]
+        to_key, to_value = self.kv_proj.weight.chunk(2)                                        # heads of rows, [channels, channels]
+        f, heads = self.kv_norm(keys), self.heads
+        q = linear(self.q_proj(self.q_norm(query)) * self.scale, to_key.unflatten(0, (heads, -1)).mT.flatten(0, 1), groups=heads)
+        scores = q.unflatten(-1, (heads, -1)) @ f.mT                                           # [sets, heads, keys]
         if valid is not None: scores = scores.masked_fill(~valid[:, None], float('-inf'))
-        pooled = (scores.softmax(-1) @ f).transpose(0, 1)                                      # [heads, sets, channels]
-        return self.out_proj(torch.bmm(pooled, to_value.mT.to(pooled)).transpose(0, 1).flatten(1))
+        return self.out_proj(linear((scores.softmax(-1) @ f).flatten(1), to_value, groups=heads))
 
 # %% ../../nbs/models/40_patch.ipynb #37f2bef6
 class GridLayout:
@@ -136,23 +135,24 @@ FRONT_ENDS['eve'] = PatchFrontEnd
 
 # %% ../../nbs/models/40_patch.ipynb #55cf950c
 def _patches(self, pixels, lay):
-    """`pixels` `[images, 3, H, W]` -> the embedded patches of every window, `[windows, k * k, channels]`: of all images at
-    once on a GPU, of images of equal grids one after the other elsewhere (what fits a CPU's caches is faster)."""
+    """`pixels` `[images, 3, H, W]` -> the embedded patches of every window, `[windows, k * k, channels]`, on a GPU at once,
+    elsewhere one part for every run of equal grids."""
     k, p = self.config['conv_stride'], self.config['patch_stride']
-    side, weight = k * p, self.patch_embedding.weight
+    side, weight = k * p, self.patch_embedding.weight.flatten(1)
+    cut = lambda x: x.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p)).permute(0, 2, 5, 3, 6, 1, 4, 7)   # [image, row, col, k, k, 3, p, p]
     pixels = pixels.to(weight.dtype)
-    if not pixels.is_cuda:
-        at = 0
-        for (h, w), same in groupby(zip(lay.rows.tolist(), lay.columns.tolist())):
-            n = len(list(same))
-            x = self.patch_embedding(pixels[at:at + n, :, :h * side, :w * side])
-            yield x.unflatten(3, (w, k)).unflatten(2, (h, k)).permute(0, 2, 4, 3, 5, 1).reshape(n * h * w, k * k, -1)
-            at += n
+    if pixels.is_cuda:
+        x = cut(pixels[..., :pixels.shape[-2] // side * side, :pixels.shape[-1] // side * side])
+        if len(lay.image) != x.shape[:3].numel(): x = x[lay.image, lay.row, lay.column]
+        yield linear(x.reshape(len(lay.image), k * k, -1), weight)
         return
-    pixels = pixels[..., :pixels.shape[-2] // side * side, :pixels.shape[-1] // side * side]
-    x = pixels.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p)).permute(0, 2, 5, 3, 6, 1, 4, 7)   # [image, row, col, k, k, 3, p, p]
-    if len(lay.image) != x.shape[:3].numel(): x = x[lay.image, lay.row, lay.column]
-    yield x.reshape(len(lay.image), k * k, -1) @ weight.flatten(1).T
+    at = 0
+    for (h, w), same in groupby(zip(lay.rows.tolist(), lay.columns.tolist())):
+        n = len(list(same))
+        x, windows = pixels[at:at + n, :, :h * side, :w * side], n * h * w
+        if by_onednn(windows * k * k, x, weight): yield linear(cut(x).reshape(windows, k * k, -1), weight)
+        else: yield self.patch_embedding(x).unflatten(3, (w, k)).unflatten(2, (h, k)).permute(0, 2, 4, 3, 5, 1).reshape(windows, k * k, -1)
+        at += n
 
 def _pool(self, pixels, lay):
     "`pixels` `[images, 3, H, W]` -> `[windows, channels]`: patches embedded, each k x k window pooled by attention over its mean."

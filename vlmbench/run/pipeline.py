@@ -24,8 +24,7 @@ from ..data.world import WorldConfig, write_world
 from ..evaluate.generate import evaluate
 from ..evaluate.results import Results, majority_baseline, text_retention
 from ..evaluate.tasks import Task, load_task
-from ..methods.recipes import Method, base_model, check_room
-from ..models.vlm import build_vlm
+from ..methods.recipes import Method, check_room, encoder_model
 from .manifest import write_json
 from ..train.loop import TrainResult, train
 from ..train.recipe import Recipe, RecipeError, Scale, Stage
@@ -107,9 +106,7 @@ def build(method: Method, recipe: Recipe, scale: Scale, seed: int = 0) -> tuple[
     """`(model, processor)` of a recipe at a scale, new parts drawn from `seed`; the method's own `build` when it has
     one."""
     if method.build is not None: return method.build(recipe, scale, seed)
-    return build_vlm(base_model(scale.llm), base_model(scale.vision), dict(recipe.front_end), template=scale.template,
-                     transform=None if scale.image_mode == 'squash' else scale.image_mode,
-                     dtype=getattr(torch, scale.dtype), bidirectional_images=recipe.bidirectional_images, seed=seed)
+    return encoder_model(recipe, scale, seed)
 
 # %% ../../nbs/run/15_pipeline.ipynb #292ad4df
 @dataclass
