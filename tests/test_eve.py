@@ -354,3 +354,22 @@ def test_a_released_folder_loads_and_answers(tmp_path, kind):
     with pytest.raises(CheckpointFormatError, match='image_size=64 px does not divide .*preprocessor='): load_release(tmp_path, 'world')
     (tmp_path/'config.json').write_text(json.dumps(config | dict(num_hidden_layers=5)))
     with pytest.raises(CheckpointFormatError, match='language model: missing'): load_release(tmp_path, 'world', preprocessor=tmp_path/'pre'/'preprocessor_config.json')
+
+
+def test_a_wide_patch_layer_does_not_depend_on_threads_or_neighbours(two_threads):
+    "Wide enough for the products that become convolutions: the same values as with one thread, the same gradients every time."
+    from vlmbench.models.vision import build_front_end
+    torch.manual_seed(0)
+    front = build_front_end(dict(type='eve', channels=128, patch_stride=4), 160)
+    sizes, pixels = torch.tensor([[128, 96], [128, 96], [64, 128], [8, 8]]), torch.randn(4, 3, 128, 128)
+    def run(n):
+        torch.set_num_threads(n)
+        front.zero_grad()
+        y, counts = front(pixels, sizes)
+        y.square().sum().backward()
+        return [y.detach()] + [p.grad.clone() for p in front.parameters()], counts.tolist()
+    (one, counts), (two, _), (again, _) = run(1), run(2), run(2)
+    alone = torch.cat([front(pixels[i:i + 1, :, :h, :w])[0].detach() for i, (h, w) in enumerate(sizes.tolist())])
+    assert counts == [16*13 + 1, 16*13 + 1, 8*17 + 1, 3] and torch.allclose(alone, two[0], atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(two, again))
+    for a, b in zip(one, two): torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

@@ -107,10 +107,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if by_onednn(x.shape[:-1].numel(), x, weight):
         pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                   # [1, in, rows, 1], channels last
         y = nn.functional.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
     if groups == 1: return nn.functional.linear(x, weight, bias)
     blocks = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)
-    y = torch.bmm(blocks, weight.unflatten(0, (groups, -1)).mT.to(blocks)).transpose(0, 1).reshape(*x.shape[:-1], -1)
+    y = torch.bmm(blocks, weight.unflatten(0, (groups, -1)).mT.to(blocks)).transpose(0, 1).reshape(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias
 
 class Linear(nn.Linear):
