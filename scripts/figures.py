@@ -4,6 +4,7 @@
     python scripts/figures.py [NAME ...]
     python scripts/figures.py --store-claims RUN_FOLDER      a completed claims_* run -> figures/claims_*/
     python scripts/figures.py --store-bench FOLDER           a completed bench -> figures/bench/
+    python scripts/figures.py --store-speed RUN_FOLDER       a completed speed run -> figures/speed/
     python scripts/figures.py --methods                      stored claims -> figures/methods/, all methods side by side
 
 A stored claims run keeps its tables, pictures and reading, every answer's score (`scores.parquet`) and one line per
@@ -101,6 +102,53 @@ def store_bench(bench: Path) -> Path:
     return store
 
 
+def markdown(frame: pd.DataFrame) -> str:
+    cells = frame.astype(object).where(frame.notna(), '').itertuples(index=False)
+    rows = [frame.columns, ['---']*frame.shape[1], *cells]
+    return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in rows)
+
+
+def store_speed(run: Path) -> Path:
+    "Copy tables and pictures of a speed run to figures/speed/, write them out in a README, and return that folder."
+    manifest, store = manifest_of(run), root/'speed'
+    if manifest['status'] != 'completed': sys.exit(f"{run} is {manifest['status']}: only completed runs are stored")
+    if manifest['parameters']['measures'] != []: sys.exit(f'{run} left measures out: only whole runs are stored')
+    for name in ('speed.csv', 'speed.json', 'speed.png', 'overlay.csv', 'inference.csv', 'inference.png'):
+        shutil.copyfile(run/name, store/name)
+    host, asked, version = manifest['host'], manifest['parameters'], manifest['versions']['torch']
+    table = pd.read_csv(store/'speed.csv').round(3)
+    missed = ', '.join(f'`{n}`' for n in table['name'][table['met'].eq(False)])
+    where = ', '.join(host['gpus']) or f"{host['usable_cpus']} CPU cores"
+    (store/'README.md').write_text(f"""# Speed
+
+`make speed`, {asked['rounds']} rounds, {where}, {manifest['seconds']/60:.0f} minutes, torch {version}.
+Ratios are medians over rounds of two alternatives timed in turns; `planned` is the ratio in multiply-adds; memory is
+the peak above the start of a step, in MB (`streams_memory`: of the whole process).
+
+{markdown(table)}
+
+Not met: {missed or 'none'} (why: the lab log).
+
+![ratios and bars](speed.png)
+
+## Markers
+
+Rows per second, a picture of 640 x 480 px loaded and marked.
+
+{markdown(pd.read_csv(store/'overlay.csv'))}
+
+## What an answer costs
+
+One picture and 64 text tokens up to the first token; random weights. `published / 8`: the papers' pictures, widths
+divided by eight, depths by four.
+
+{markdown(pd.read_csv(store/'inference.csv').round(3))}
+
+![cost of an answer](inference.png)
+""", encoding='utf8')
+    return store
+
+
 def side_by_side(frame: pd.DataFrame, control: str, store: Path) -> None:
     """The methods of `frame` on pictures and on text, each beside `control`: methods.csv, table.md and methods.png in
     `store`. Holm's p within a task. Stops when a method shares no seed or question with the control."""
@@ -154,6 +202,9 @@ def main(names: list[str]) -> int:
         return 0
     if names[:1] == ['--store-bench']:
         for bench in names[1:]: print(store_bench(Path(bench)))
+        return 0
+    if names[:1] == ['--store-speed']:
+        for run in names[1:]: print(store_speed(Path(run)))
         return 0
     if names[:1] == ['--store-claims']:
         for run in names[1:]: print(store_claims(Path(run)))
