@@ -44,6 +44,7 @@ def docstring(obj: Any) -> str:
 def annotation(a: Any) -> str:
     "A type as it would be written."
     if a is EMPTY or a is None: return ''
+    a = getattr(a, '__origin__', a) if hasattr(a, '__metadata__') else a     # the type that is annotated
     text = a if isinstance(a, str) else inspect.formatannotation(a)
     homes = r'typing|collections\.abc|pathlib|PIL\.Image|torch\.nn\.modules\.module|vlmbench(?:\.\w+)+'
     return re.sub(rf'\b(?:{homes})\.(?=[A-Z])', '', text)
@@ -116,7 +117,7 @@ def methods(cls: type, documented: set[str]) -> str:
         if not (inspect.isfunction(fn) or isinstance(fn, property)): continue
         target = fn.fget if isinstance(fn, property) else fn
         if target is None or target.__module__ != cls.__module__: continue
-        doc = (inspect.getdoc(target) or '').split('\n\n')[0]
+        doc = inspect.cleandoc(target.__doc__ or '').split('\n\n')[0]          # not what a base class says of its own
         if not doc: continue
         flat = signature(fn, name).replace(',\n)', ')').replace('(\n    ', '(').replace('\n    ', ' ')
         sig = name if isinstance(fn, property) else re.sub(r'^(async )?def ', '', flat)

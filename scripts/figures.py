@@ -125,11 +125,15 @@ def store_speed(run: Path) -> Path:
 Ratios are medians over rounds of two alternatives timed in turns; `planned` is the ratio in multiply-adds; memory is
 the peak above the start of a step, in MB (`streams_memory`: of the whole process).
 
-{markdown(table)}
+{markdown(table[['name', 'measure', 'ratio', 'bar', 'met', 'planned']])}
 
 Not met: {missed or 'none'} (why: the lab log).
 
 ![ratios and bars](speed.png)
+
+Both alternatives by themselves, on this machine:
+
+{markdown(table[['name', 'ours', 'baseline', 'ours_mb', 'baseline_mb']])}
 
 ## Markers
 

@@ -27,7 +27,7 @@ def lens_values(states: States, mask: Tensor, chunk: int|None=None) -> dict[str,
     """Lens values `[positions, L+1]` for the tokens of `mask` `[tokens]`, in nats; `probability` is that of the true
     next token in model precision.
 
-    `chunk`: logits of one layer held at a time (default 2**18 on a CPU, 2**24 elsewhere; at least 8 positions). A
+    `chunk`: logits of one layer held at a time (default 262,144 on a CPU, 64 times that elsewhere; at least 8 positions). A
     later call with a subset of an earlier mask reuses its values."""
     if 'lens' in states.cache and not (mask & ~states.cache['lens'][0]).any():
         old, values = states.cache['lens']
@@ -193,12 +193,13 @@ def plot_trajectory(curves: np.ndarray, picked: int|None=None, suggest: bool=Tru
 # %% ../../nbs/analysis/20_trajectory.ipynb #6a6b9ca2
 def plot_lens(frame: pd.DataFrame, metrics: Sequence[str]=LENS, token_set: str='answer_predicting', ax=None):
     "Lens metrics over states (0 = embeddings), with a band of one standard error."
+    lines = {m: frame[(frame.metric == m) & (frame.token_set == token_set) & (frame.span == 0)].sort_values('layer')
+             for m in metrics}
+    if missing := [m for m, r in lines.items() if r.empty]:
+        raise ValueError(f'the frame has no {missing[0]!r} for token set {token_set!r}: run LogitLens([{token_set!r}]) '
+                         'through stream')
     ax = ax or plt.subplots(figsize=(6, 4))[1]
-    for m in metrics:
-        r = frame[(frame.metric == m) & (frame.token_set == token_set) & (frame.span == 0)].sort_values('layer')
-        if r.empty:
-            raise ValueError(f'the frame has no {m!r} for token set {token_set!r}: run LogitLens([{token_set!r}]) '
-                             'through stream')
+    for m, r in lines.items():
         ax.plot(r.layer, r.value, label=m)
         ax.fill_between(r.layer, r.value - r.standard_error, r.value + r.standard_error, alpha=.2)
     ax.set_xlabel('state')

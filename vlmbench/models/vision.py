@@ -97,7 +97,7 @@ def num_image_tokens(config: dict, height: int, width: int) -> int:
 # %% ../../nbs/models/00_vision.ipynb #29832631
 def by_onednn(rows: int, x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `linear` computes a product of `rows` rows with `weight` as a convolution: in fp32 on a CPU with several
-    threads, from 256 rows and 2**14 weights."""
+    threads, from 256 rows and 16,384 weights."""
     return (rows >= 256 and weight.numel() >= 2**14 and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
             and torch.get_num_threads() > 1 and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled('cpu'))
 
