@@ -116,6 +116,12 @@ def test_every_recipe_is_planned_at_the_embedded_scale(name):
     assert answer.total > answer.prefill > answer.per_token > 0
 
 
+def test_both_patch_embeddings_are_planned():
+    v2 = plan('eve', 'tiny', ['patches=eve_v2', 'align=False'])
+    assert v2.stage.tolist() == ['prealign', 'pretrain', 'finetune'] and (v2.forward > 0).all()
+    assert inference('eve', 'paper', ['patches=eve_v2', 'align=False']).image_tokens == 1 + 25*26
+
+
 def test_a_teacher_costs_in_training_only():
     with_teacher, without = (plan('vora', 'tiny', v).set_index('stage') for v in ((), ('distill=none',)))
     assert with_teacher.forward['pretrain'] > without.forward['pretrain']

@@ -22,8 +22,9 @@ from vlmbench.models.patch import GridLayout
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vlm import VLMForConditionalGeneration, assemble, module_groups
 from vlmbench.run.pipeline import build, fit
+from vlmbench.train.prepare import merge_lora, prepare
 from vlmbench.train.process import Preempted
-from vlmbench.train.recipe import Recipe, RecipeError, get_scale, override
+from vlmbench.train.recipe import Recipe, RecipeError, Stage, get_scale, lora, override
 
 FRONT, IMAGE = dict(type='eve', channels=16, patch_stride=2, heads=4), 29
 FRONTS = dict(eve=FRONT, eve_v2=dict(type='eve_v2', channels=16, patch_stride=2))
@@ -111,6 +112,22 @@ def test_text_only_batches_train_under_gradient_checkpointing():
     out = model(**batch, labels=batch['input_ids'], output_hidden_states=True)
     term(out, batch).backward()
     assert model.model.vision.patch_embedding.weight.grad.any() and term.input_layer.weight.grad.any()
+
+
+def test_lora_reaches_every_linear_layer_of_the_patch_embedding():
+    "Keys and values are folded into queries and means: the adapter of their projection counts, and merging it changes nothing."
+    model = make()
+    prepare(model, Stage('a', dict(vision=lora(2, 4)), 'caption_train', 1e-3, budget_targets=9))
+    front = model.model.vision
+    adapted = {n: p for n, p in front.named_parameters() if '.lora_' in n}
+    for p in adapted.values(): torch.nn.init.normal_(p)
+    batch = row(front, [(8, 12), (4, 4)])
+    out = model(**batch, labels=batch['input_ids'])
+    out.loss.backward()
+    assert {n.split('.')[1] for n in adapted} >= {'q_proj', 'kv_proj', 'out_proj'}
+    assert [n for n, p in adapted.items() if p.grad is None or not p.grad.any()] == []
+    merge_lora(model)
+    torch.testing.assert_close(model(**batch).logits, out.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_saved_folder_holds_neither_teacher_nor_aligner(tmp_path):

@@ -72,8 +72,8 @@ def _fresh(recipe, scale):
         raise RecipeError('a cost plan cannot follow LoRA on image tokens only (which tokens it meets depends on their '
                           "values): plan it with tokens='all'")
     if hasattr(front, 'layout'):                                          # the grid is real, what it holds are shapes
-        front.layout = lambda sizes, device='cpu': GridLayout([front.grid(front.config, int(h), int(w))
-                                                               for h, w in sizes])
+        layout = front.layout
+        front.layout = lambda sizes, device='cpu': layout(sizes)
     return model
 
 def _find(recipe, scale, variant, budget, overrides):

@@ -40,6 +40,10 @@ class PatchFrontEndV2(FrontEnd):
     def count(cls, config: dict, height: int, width: int) -> int:
         return PatchFrontEnd.count(config, height, width)
 
+    def layout(self, sizes: list, device='cpu') -> GridLayout:
+        "The `GridLayout` of images of `sizes` `[(height, width), ...]` in px."
+        return GridLayout([PatchFrontEnd.grid(self.config, int(h), int(w)) for h, w in sizes], device)
+
     def init_weights(self, module: nn.Module) -> None:
         "PyTorch's defaults; class and split token from N(0, 1 / hidden)."
         super().init_weights(module)
@@ -54,7 +58,7 @@ class PatchFrontEndV2(FrontEnd):
             raise ValueError(f'{len(pixel_values)} images, but image_sizes has {len(sizes)} rows')
         if bad := [s for s in sizes if s[0] > canvas[0] or s[1] > canvas[1]]:
             raise ValueError(f'image_sizes has {tuple(bad[0])} (h, w), larger than the pixel tensor of {tuple(canvas)}')
-        lay = GridLayout([PatchFrontEnd.grid(self.config, *map(int, s)) for s in sizes], pixel_values.device)
+        lay = self.layout(sizes, pixel_values.device)
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         x = self.projector(nn.functional.gelu(x)).permute(0, 2, 3, 1)[lay.image, lay.row, lay.column]
         both = torch.stack([self.class_embedding, self.split_embedding]).to(x)
