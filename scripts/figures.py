@@ -129,8 +129,6 @@ the peak above the start of a step, in MB (`streams_memory`: of the whole proces
 
 Not met: {missed or 'none'} (why: the lab log).
 
-![ratios and bars](speed.png)
-
 Both alternatives by themselves, on this machine:
 
 {markdown(table[['name', 'ours', 'baseline', 'ours_mb', 'baseline_mb']])}
@@ -147,8 +145,6 @@ One picture and 64 text tokens up to the first token; random weights. `published
 divided by eight, depths by four.
 
 {markdown(pd.read_csv(store/'inference.csv').round(3))}
-
-![cost of an answer](inference.png)
 """, encoding='utf8')
     return store
 
