@@ -114,6 +114,14 @@ def test_text_only_batches_train_under_gradient_checkpointing():
     assert model.model.vision.patch_embedding.weight.grad.any() and term.input_layer.weight.grad.any()
 
 
+@pytest.mark.parametrize('front', [*FRONTS.values(), dict(type='vora', patch_size=4, width=8, image_size=12)], ids=lambda f: f['type'])
+def test_an_empty_batch_of_pictures_is_none(front):
+    torch.manual_seed(0)
+    model, ids = assemble(LlamaForCausalLM(LlamaConfig(**LLM)), build_front_end(front, 16), IMAGE), torch.randint(1, 20, (2, 9))
+    empty = model(input_ids=ids, labels=ids, pixel_values=torch.zeros(0, 3, 12, 12), image_sizes=torch.zeros(0, 2, dtype=torch.long))
+    assert torch.equal(empty.logits, model(input_ids=ids).logits) and empty.loss.isfinite()
+
+
 def test_lora_reaches_every_linear_layer_of_the_patch_embedding():
     "Keys and values are folded into queries and means: the adapter of their projection counts, and merging it changes nothing."
     model = make()

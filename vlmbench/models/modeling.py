@@ -187,7 +187,8 @@ class VLMModel(VLMPreTrainedModel):
         `pixel_values` `[images, channels, height, width]` with `image_sizes` `[images, 2]` belong to the image tokens
         in reading order. `document_ids` `[batch, tokens]` (-1 padding) keeps packed documents apart; `position_ids`
         default to restarting in each. `image_ids` `[batch, tokens]` (-1 text) is derived from the images when absent;
-        it matters for bidirectional images only."""
+        it matters for bidirectional images only. `pixel_values` of no images are as good as none."""
+        if pixel_values is not None and not len(pixel_values): pixel_values = None
         if input_ids is None and (inputs_embeds is None or pixel_values is not None):
             raise ValueError('input_ids are needed (inputs_embeds alone will do only without pixel_values)')
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
