@@ -253,6 +253,12 @@ def test_pictures_from_the_web_are_fetched_within_the_limit(picture):
     assert open_picture('x.png') == 'x.png' and free_name(at + 'a.png?b=c').name == 'a-marked.png'
 
 
+@pytest.mark.parametrize('option, value', [('--max-pixels', '-1'), ('--max-upload-mb', 'nan')])
+def test_limits_that_are_none_are_refused_in_one_line(option, value):
+    done = CliRunner().invoke(app, ['serve', 'm', option, value])
+    assert isinstance(done.exception, ParameterError) and 'must be above 0' in str(done.exception)
+
+
 def test_a_port_that_is_none_is_refused():
     done = CliRunner().invoke(app, ['serve', 'm', '--port', '99999'])
     assert done.exit_code == 2 and '65535' in done.output

@@ -73,6 +73,17 @@ def test_train_and_fold_back(load, tmp_path):
     with torch.no_grad(): torch.testing.assert_close(again(ids).logits.float(), model(ids).logits.float())
 
 
+def test_the_device_of_a_run_reaches_the_weights(monkeypatch):
+    from vlmbench.methods import vip_llava
+    from vlmbench.run.pipeline import build
+    asked = []
+    monkeypatch.setattr(vip_llava, 'load_quantized', lambda where, load, device, **kw: asked.append(device))
+    monkeypatch.setattr(vip_llava, 'encoder_model', lambda *args, **kw: (torch.nn.Module(), None))
+    method, scale = get_method('vip_llava', ['load=4bit']), get_scale('tiny')
+    for device in ('cpu', None): build(method, method.recipe(scale), scale, 0, device)
+    assert asked == ['cpu', None]
+
+
 def dequantized(m):
     from peft.utils.integrations import dequantize_bnb_weight
     return dequantize_bnb_weight(m.weight, state=getattr(m, 'state', None)).float()

@@ -197,6 +197,30 @@ def test_convert_writes_what_transformers_loads(tmp_path):
     assert isinstance(wrong.exception, ParameterError) and '--vision' in str(wrong.exception) and not (tmp_path/'new').exists()
 
 
+@pytest.mark.parametrize('kind, cls', [('vip', 'VipLlava'), ('llava', 'Llava')])
+def test_convert_writes_a_runs_model_too(kind, cls, tmp_path):
+    ours, processor = made(kind)
+    ours.save_pretrained(tmp_path/'run'/'model'); processor.save_pretrained(tmp_path/'run'/'model')
+    done = CliRunner().invoke(app, ['convert', str(tmp_path/'run'), str(tmp_path/'out')])
+    assert done.exit_code == 0, done.exception
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path/'out')
+    assert type(theirs).__name__ == f'{cls}ForConditionalGeneration'
+    _, batch = asked(processor)
+    torch.testing.assert_close(answers(theirs, batch)[0], answers(ours, batch)[0], atol=1e-5, rtol=0)
+
+
+def test_a_language_model_alone_is_refused_in_one_line(tmp_path):
+    made('llava')[0].model.language_model.save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match="of type 'llama' takes no pictures: give a vision-language model$"): load_vlm(tmp_path)
+
+
+def test_several_gpus_do_not_keep_an_original_folder_from_loading(tmp_path, monkeypatch):
+    folder, *_ = published(tmp_path)
+    monkeypatch.setattr('vlmbench.demo.chat.pick_device', lambda device: 'cpu')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.warns(UserWarning, match='original layout'): ChatModel.load(folder, template='world')
+
+
 @pytest.mark.parametrize('where,why', [('llava-hf/vip-llava-7b-hf', 'the Hugging Face Hub did not give it'), ('a/b/c', 'no config.json'),
                                        ('.', 'no config.json')])
 def test_what_is_no_model_says_where_it_was_looked_for(where, why, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
 from ..evaluate.generate import _stop_ids, prompt_inputs, written_stop
-from ..methods.load import LoadError, load_vlm
+from ..methods.load import LoadError, load_vlm, takes_settings
 from ..models.quantized import quantization_config
 from ..models.vlm import model_name
 
@@ -226,12 +226,14 @@ class ChatModel:
     def load(cls, folder: str | Path, device: str = 'auto', load_4bit: bool = False, load_8bit: bool = False,
              device_map: str | dict | None = None, name: str | None = None, template: str = '') -> 'ChatModel':
         """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how to spread it over GPUs
-        ('auto', 'balanced', or module -> device); several CUDA devices with `device='auto'` mean 'auto'. Raises
+        ('auto', 'balanced', or module -> device); several CUDA devices with `device='auto'` mean 'auto', where weights load in parts. Raises
         `ChatError`."""
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
-        if device_map is None and (device == 'auto' and torch.cuda.device_count() > 1): device_map = 'auto'
-        if device_map is None and bits is not None: device_map = {'': place}
-        try: both = load_vlm(folder, place, template, quantization_config=bits, device_map=device_map)
+        try:
+            several = device == 'auto' and torch.cuda.device_count() > 1
+            if device_map is None and several and takes_settings(folder): device_map = 'auto'
+            if device_map is None and bits is not None: device_map = {'': place}
+            both = load_vlm(folder, place, template, quantization_config=bits, device_map=device_map)
         except LoadError as e: raise ChatError(str(e)) from e
         return cls(*both, name or model_name(folder))
 

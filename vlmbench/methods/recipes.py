@@ -23,7 +23,8 @@ from ..train.recipe import SCALES, Recipe, RecipeError, Scale, Stage, override
 class Method:
     """A method: `recipe(scale, **options)` gives its `Recipe`; the hooks are optional.
 
-    `build(recipe, scale, seed)` -> `(model, processor)`, instead of joining the scale's language model and vision tower.
+    `build(recipe, scale, seed)` -> `(model, processor)`, instead of joining the scale's language model and vision tower;
+    with a parameter `device` if it places weights itself.
     `losses(model, processor, stage, scale)` -> loss terms by name, exactly those that `stage.losses` declares.
     `transform(sample)` -> the sample a model is trained on and asked about (markers, say).
     `before_stage(model, processor, stage, scale)` -> `(model, processor)` that the stage trains (a surrogate, say).

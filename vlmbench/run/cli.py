@@ -190,18 +190,18 @@ def serve(models: Annotated[list[str], typer.Argument(metavar='MODEL...', help='
           load_8bit: _Bits8 = False) -> None:
     "Serve models in the browser: draw a marker, ask, compare two models side by side. Needs the extra `serve`."
     from vlmbench.demo.serve import Limits, serve_command
-    _refusing(serve_command, models, image or (), host, port,
-              Limits(queue, max_upload_mb, max_pixels, max_new_tokens), device, load_4bit, load_8bit, device_map)
+    limits = _refusing(Limits, queue, max_upload_mb, max_pixels, max_new_tokens)
+    _refusing(serve_command, models, image or (), host, port, limits, device, load_4bit, load_8bit, device_map)
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
 @app.command()
-def convert(folder: Annotated[str, typer.Argument(help='A published LLaVA or ViP-LLaVA folder, or a name on the Hub.')],
+def convert(folder: Annotated[str, typer.Argument(help='A LLaVA or ViP-LLaVA folder, published or saved by a run, or a name on the Hub.')],
             out: Annotated[Path, typer.Argument(help='New folder, which transformers loads by itself.')],
             vision: Annotated[Optional[str], typer.Option(help='Its CLIP tower; default: the one it names.')] = None,
             base: Annotated[Optional[str], typer.Option(
                 help='The language model of a LoRA release; default: the one it names.')] = None,
             template: Annotated[str, typer.Option(help='Its chat template, where its tokenizer does not tell.')] = '') -> None:
-    "Write a published folder, of the original layout or a LoRA release, as one that transformers loads."
+    "Write a published folder (original layout, LoRA release) or a run's model as one that transformers loads."
     from vlmbench.methods.load import convert as write
     typer.echo(_refusing(write, folder, out, vision, base, template))
 

@@ -102,11 +102,12 @@ def grouped_order(samples: Sequence[Sample], stage: Stage, turns: Callable[[Samp
                    stage.step_rows(ranks), flags)
 
 # %% ../../nbs/run/15_pipeline.ipynb #2af65f5f
-def build(method: Method, recipe: Recipe, scale: Scale, seed: int = 0) -> tuple[Any, Any]:
+def build(method: Method, recipe: Recipe, scale: Scale, seed: int = 0, device: str | None = None) -> tuple[Any, Any]:
     """`(model, processor)` of a recipe at a scale, new parts drawn from `seed`; the method's own `build` when it has
-    one."""
-    if method.build is not None: return method.build(recipe, scale, seed)
-    return encoder_model(recipe, scale, seed)
+    one, which is told the `device` if it places weights itself."""
+    if method.build is None: return encoder_model(recipe, scale, seed)
+    placed = dict(device=device) if 'device' in inspect.signature(method.build).parameters else {}
+    return method.build(recipe, scale, seed, **placed)
 
 # %% ../../nbs/run/15_pipeline.ipynb #292ad4df
 @dataclass
