@@ -185,6 +185,17 @@ def test_bad_rows_are_named(root, name, row, match):
     assert len(load(root, name, quarantine=quarantine)) == 1 and quarantine.n_bad == 1 and quarantine.n_seen == 2
 
 
+def test_bad_rows_include_pictures_and_regions_outside_them(root):
+    first, second, *rest = ROWS['v7w']
+    far = [900, 900, 950, 950]
+    rows = [first | dict(bboxes=[far, *BOXES[1:]], answer=far), second | dict(image='f/none.png'), *rest]
+    (root/'v7w.json').write_text(json.dumps(rows))
+    assert len(load(root, 'v7w')) == 5                                         # not opened yet
+    quarantine = Quarantine(cap=.5)
+    assert len(load(root, 'v7w', quarantine=quarantine)) == 3 and quarantine.n_bad == 2
+    assert 'outside the picture of 200x150' in quarantine.records[0]['reason'] and 'missing' in quarantine.records[1]['reason']
+
+
 def test_bad_files_and_settings(root):
     with pytest.raises(FileNotFoundError, match='none.json is missing'): region_task('v7w', root/'none.json', root)
     with pytest.raises(ValueError, match='use one of v7w'): region_task('vqa', root/'v7w.json', root)

@@ -179,7 +179,8 @@ def region_task(name: str, path: str | Path, image_root: str | Path, seed: int =
     `seed`: of the markers' colours and geometry. `alpha`: their opacity (the published evaluation: 128; None: drawn).
     `kind`: a marker kind instead of the benchmark's own. `question`: PointQA's field that holds the question. `limit`:
     first rows only (renames the task). `reference`: with the published faults (a RefCOCOg question without picture
-    among them) and the published exact match. Raises `BadRecord` naming file and row unless a `quarantine` is given."""
+    among them) and the published exact match. Raises `BadRecord` naming file and row; a `quarantine` sets such
+    rows aside instead, and opens every picture for it."""
     if name not in SETS: raise ValueError(f'region set {name!r} is unknown: use one of {", ".join(SETS)}')
     spec, path, samples = SETS[name], Path(path), []
     scorer = scorer or (PlainMatch() if reference and not isinstance(spec.scorer, Caption) else spec.scorer)
@@ -192,7 +193,10 @@ def region_task(name: str, path: str | Path, image_root: str | Path, seed: int =
             if raw.error: raise BadRecord(raw.error)
             if not isinstance(raw.value, dict): raise BadRecord(f'the row is {type(raw.value).__name__}, not an object')
             where = f'{path.name}:{raw.number}'
-            samples.append(_build(name, spec, raw.value, image_root, seed, alpha, kind, reference, question, where))
+            sample = _build(name, spec, raw.value, image_root, seed, alpha, kind, reference, question, where)
+            if quarantine is not None:
+                for picture in sample.images: picture.load()              # bad ones show only when they are marked
+            samples.append(sample)
         except ValueError as e:
             ident = raw.value.get('id') if isinstance(raw.value, dict) else None
             if quarantine is None: raise BadRecord(f'{path} row {raw.number} (id {ident!r}): {e}') from None
