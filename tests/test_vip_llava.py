@@ -107,7 +107,7 @@ def test_unknown_scales_and_options():
     with pytest.raises(RecipeError, match='vicuna-7b, vicuna-13b, llama-3-8b, phi-3-mini'): find_scale('vip_llava:gpt')
     with pytest.raises(RecipeError, match='none of its own'): find_scale('llava:gpt')
     for bad, match in (('regions=boxes', "'overlay', 'text', 'none'"), ('layers=all', "'fused', 'last'"), ('grouping=size', "'modality'"),
-                       ('encoder=half', "'frozen', 'full'"), ('pictures=tiles', "'pad', 'crop', 'squash'"), ('quant_type=int4', "'nf4', 'fp4'"), ('double_quant=1.5', 'True, False'),
+                       ('encoder=half', "'frozen', 'full'"), ('pictures=tiles', "'pad', 'crop', 'squash'"), ('quant_type=int4', "'nf4', 'fp4'"), ('double_quant=1.5', 'True, False'), ('reference=yes', 'True, False'),
                        ('kinds=rectangle+star', 'kinds are rectangle')):
         with pytest.raises(RecipeError, match=match): get_method('vip_llava', [bad])
     with pytest.raises(RecipeError, match="no option 'marker'"): get_method('vip_llava', ['marker=star'])
@@ -115,6 +115,7 @@ def test_unknown_scales_and_options():
 def test_options_reach_recipe_and_drawing():
     m = get_method('vip_llava', ['regions=text', 'layers=last', 'kinds=mask contour+arrow'])
     assert m.transform.how == 'text' and m.transform.kinds == ('mask contour', 'arrow')
+    assert not m.transform.reference and get_method('vip_llava', ['reference=True']).transform.reference
     assert m.recipe(get_scale('tiny')).front_end['select_layers'] == [4] and m.recipe(get_scale('tiny')).front_end['projector_norm']
     grouped = get_recipe('vip_llava', get_scale('paper'), variant=['grouping=modality'])
     assert [(s.grouping, s.packing) for s in grouped.stages] == [(None, False), ('modality', False), ('modality', False)]

@@ -84,7 +84,7 @@ _SETTINGS = dict(   # rate and target tokens of each stage; rows of align and of
                lora=(128, 2e-4)))
 _WORDS = dict(llm=('full', 'lora'), regions=HOW, layers=('fused', 'last'), load=('', *LOADS),
               grouping=('', 'length', 'modality'), encoder=('frozen', 'full'), pictures=('', 'pad', 'crop', 'squash'),
-              quant_type=QUANT_TYPES, double_quant=(True, False))
+              quant_type=QUANT_TYPES, double_quant=(True, False), reference=(True, False))
 
 def _check(**options):
     for name, value in options.items():
@@ -178,13 +178,16 @@ def _fit_pictures(pictures, model, processor, stage, scale):
 
 def configure(llm: str = 'full', regions: str = 'overlay', layers: str = 'fused', kinds: str = '', load: str = '',
               grouping: str = '', encoder: str = 'frozen', pictures: str = '', quant_type: str = 'nf4',
-              double_quant: bool = True) -> Method:
-    "The method with options of `recipe`, which the drawing of rows and the loading of weights depend on too."
+              double_quant: bool = True, reference: bool = False) -> Method:
+    """The method with options of `recipe`, which the drawing of rows and the loading of weights depend on too.
+    `reference`: rows of the published data sets with the published faults, see `DrawRegions`."""
+    _check(reference=reference)
     quant = dict(quant_type=quant_type, double_quant=double_quant)
     own = partial(recipe, llm=llm, regions=regions, layers=layers, kinds=kinds, load=load, grouping=grouping,
                   encoder=encoder, pictures=pictures, **quant)
     own(get_scale('paper'))                                                   # bad options are refused here
-    return Method(own, transform=DrawRegions(kinds=marker_kinds(kinds), how=regions), configure=configure,
+    return Method(own, transform=DrawRegions(kinds=marker_kinds(kinds), how=regions, reference=reference),
+                  configure=configure,
                   build=partial(build_quantized, load, **quant) if load else None,
                   before_stage=partial(_fit_pictures, pictures),
                   after_stage=partial(_ordinary_again, own) if load else None)
