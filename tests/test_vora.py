@@ -15,7 +15,7 @@ from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.data.collate import collate_packed
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.methods.load import load_vlm
+from vlmbench.methods.load import LoadError, load_vlm
 from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
                                    recipe)
@@ -359,6 +359,12 @@ def test_the_merged_model_is_an_ordinary_folder(tmp_path):
 
 
 @torch.no_grad()
+def test_a_released_folder_is_refused_by_name(tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='vora', architectures=['VoRAForCausalLM'])))
+    (tmp_path/'model.safetensors').touch()
+    with pytest.raises(LoadError, match='released VoRA.*from_reference'): load_vlm(tmp_path)
+
+
 def test_export_on_the_command_line(tmp_path):
     "A folder before the merge becomes an ordinary one, or a plain language model; what forbids it is said, and nothing is written."
     def trained(name, **options):

@@ -73,6 +73,9 @@ def load_vlm(where: str | Path, device: str | torch.device = 'cpu', template: st
         elif is_release(folder):
             if settings: raise LoadError(f'{folder} is a released EVE, which loads without {", ".join(settings)}')
             model, processor = load_release(folder, template or 'vicuna_v1')
+        elif json.loads((folder/'config.json').read_text(encoding='utf8')).get('model_type') == 'vora':
+            raise LoadError(f'{folder} is a released VoRA, which does not load as a folder: vlmbench.methods.vora.from_reference '
+                            'makes the model from its tensors and settings')
         else:
             kind = AutoConfig.from_pretrained(folder).model_type
             ours = kind == 'vlmbench'

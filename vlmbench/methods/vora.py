@@ -378,8 +378,7 @@ def export_language_model(model: VLMForConditionalGeneration, tokenizer, folder:
     if left := vision_lora_layers(model):
         m = next(iter(left.values()))
         raise ValueError('extra biases are left, which a plain language model does not have: train with '
-                         'extra_bias=none, '
-                         'or use train.checkpoint.export'
+                         'extra_bias=none, or write a VLM folder (vlmbench export without --language-model)'
                          if m.settings.merged else 'LoRA is not merged: call merge_vision_lora(model) first')
     folder = Path(folder)
     with torch.device('meta'): llm = AutoModelForCausalLM.from_config(model.config.text_config)
