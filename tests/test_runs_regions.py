@@ -85,3 +85,41 @@ def test_a_refusal_says_what_to_do(tmp_path):
     assert run_notebook('region_tasks', dict(data=str(tmp_path)), tmp_path/'none', progress=False) != 0
     assert 'model is empty' in json.dumps(Manifest(tmp_path/'none').read())
     assert 'give either model=' in json.dumps(Manifest(tmp_path/'out').read())
+
+
+@pytest.mark.parametrize('variant, asked', [(['regions=text'], ' at [ '), (['kinds=arrow'], ' pointed to by the '), (None, ' the ')])
+def test_evaluate_draws_the_regions_of_questions_as_training_did(variant, asked, tmp_path):
+    "`variant`: of the run that trained the model; None: a folder that no run left."
+    from vlmbench.data.world import WorldSize, write_world
+    from vlmbench.methods.recipes import get_method
+    from vlmbench.run.pipeline import build
+    from vlmbench.train.recipe import get_scale
+    sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(region_train=4, region_test=4)
+    world = write_world(tmp_path/'world', sizes=WorldSize(**sizes))
+    method, scale = get_method('vip_llava'), get_scale('tiny')
+    for part in build(method, method.recipe(scale), scale): part.save_pretrained(tmp_path/'run'/'model')
+    if variant is not None:
+        said = dict(notebook='train', parameters=dict(recipe='vip_llava', variant=variant))
+        (tmp_path/'run'/'manifest.json').write_text(json.dumps(said))
+    params = dict(model=str(tmp_path/'run'), data=str(world), tasks=['region_test'], blind=False, device='cpu')
+    assert run_notebook('evaluate', params, tmp_path/'out', progress=False) == 0
+    rows = (tmp_path/'out'/'results'/'region_test.generations.jsonl').read_text().splitlines()[1:]
+    assert len(rows) == 4 and all(asked in json.loads(r)['prompt'] and '<region>' not in r for r in rows)
+
+
+def test_rows_that_become_questions_when_drawn_have_a_majority_answer(tmp_path):
+    from vlmbench.data.region_rows import DrawRegions
+    from vlmbench.data.world import WorldSize, write_world
+    from vlmbench.methods.recipes import get_method
+    from vlmbench.run.pipeline import assess, build, load_tasks
+    from vlmbench.train.recipe import get_scale
+    sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(region_train=4, region_test=4)
+    world = write_world(tmp_path/'world', sizes=WorldSize(**sizes))
+    rows = json.loads((world/'region_train.json').read_text())
+    published = [dict(id=f'refcocog-{i}', image=r['image'], bboxes=[r['regions'][0]['box']], answer='a cup') for i, r in enumerate(rows)]
+    (world/'region_train.json').write_text(json.dumps(published))
+    method, scale = get_method('vip_llava'), get_scale('tiny')
+    both = build(method, method.recipe(scale), scale)
+    assess(*both, load_tasks(world, ['region_test']), world, tmp_path/'out', blind=False, transform=DrawRegions())
+    majority = Results.load(tmp_path/'out'/'results', 'region_test', 'majority')
+    assert set(majority.frame['prediction']) == {'a cup'}

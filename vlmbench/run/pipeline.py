@@ -9,7 +9,7 @@ __all__ = ['DATA_FILES', 'prepare_data', 'data_file', 'Transformed', 'stage_samp
 # %% ../../nbs/run/15_pipeline.ipynb #5743e3ec
 import inspect, json, math, os, time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from ..data.mixture import Grouped, Mixture, Shuffled
 from ..data.quarantine import Quarantine
 from ..data.record import Records, Sample, sample_from_row
+from ..data.region_rows import DrawRegions
 from ..data.world import WorldConfig, write_world
 from ..evaluate.generate import evaluate
 from ..evaluate.results import Results, majority_baseline, text_retention
@@ -171,10 +172,13 @@ class Ticker:
             self.last = now
             print(f'{self.name}: {done}/{total} answered', flush=True)
 
-def _usable(samples: Sequence[Sample], quarantine: Quarantine):
+def _usable(samples: Sequence[Sample], quarantine: Quarantine, turns: Callable | None = None):
+    "`turns`: what makes the conversation of rows that have none before they are drawn."
     for i in range(len(samples)):
         quarantine.seen()
-        try: yield samples[i]
+        try:
+            sample = samples[i]
+            yield sample if sample.turns or turns is None else replace(sample, turns=turns(sample))
         except (ValueError, OSError) as e: quarantine.add('majority baseline', i, None, str(e))
 
 def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None,
@@ -199,18 +203,24 @@ def assess(model: Any, processor: Any, tasks: Mapping[str, Task], folder: str | 
            examples: int = 24, **kw: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Asks every task and saves the results under `out/results`. Returns a tidy table (task, condition, question
     type, n, score, low, high) and the summary for the manifest: `score` of the first task and, per task, its
-    accuracies and `retention`. `kw` go to `evaluate`."""
+    accuracies and `retention`. Without a `transform`, marked regions are drawn as `DrawRegions` does. `kw` go to
+    `evaluate`."""
     store, rows, summary = Path(out)/'results', [], {}
     for name, task in tasks.items():
-        done = {'image': evaluate(model, processor, task, out_dir=store, transform=transform, examples=examples,
+        shown = transform
+        if shown is None and any(s.regions for s in task.samples):
+            shown = DrawRegions()
+            print(f'{name}: regions are drawn as markers, which the recipe does not say', flush=True)
+        done = {'image': evaluate(model, processor, task, out_dir=store, transform=shown, examples=examples,
                                   on_batch=Ticker(name, check), **kw)}
         if task.has_images and blind:
-            done['blind'] = evaluate(model, processor, task, out_dir=store, transform=transform, blind=True,
+            done['blind'] = evaluate(model, processor, task, out_dir=store, transform=shown, blind=True,
                                      on_batch=Ticker(f'{name} blind', check), **kw)
         train_file = name.rpartition('_')[0] + '_train'
         if any((Path(folder)/f'{train_file}{end}').exists() for end in DATA_FILES):
             left = Quarantine(cap=1.)                                      # rows that training has listed and capped
-            done['majority'] = majority_baseline(task, _usable(stage_samples(folder, train_file, left), left))
+            samples = stage_samples(folder, train_file, left, getattr(shown, 'parse', sample_from_row))
+            done['majority'] = majority_baseline(task, _usable(samples, left, getattr(shown, 'turns', None)))
             done['majority'].save(store)
             if left.n_bad: print(f'{name}: majority baseline without {left.n_bad} unusable rows of {train_file}', flush=True)
         else: print(f'{name}: no {train_file} beside it, so no majority baseline', flush=True)
