@@ -226,6 +226,16 @@ def test_the_canvas_is_an_option_and_on_record():
         with pytest.raises(RecipeError, match=match): get_recipe('eve', tiny, variant=[bad])
 
 
+@pytest.mark.parametrize('name, stages', [('eve', ('prealign', 'pretrain', 'finetune')), ('vora', ('pretrain', 'finetune'))])
+def test_longer_rows_make_room_for_a_picture_that_was_refused(name, stages):
+    "What the message advises works: an override of max_tokens comes before the check."
+    scale = override(get_scale('tiny'), dict(image_size=256)) if name == 'vora' else get_scale('tiny')
+    variant = [] if name == 'vora' else ['canvas=256']
+    with pytest.raises(RecipeError, match='set max_tokens to more than'): get_recipe(name, scale, variant=variant)
+    plan = get_recipe(name, scale, variant=variant, overrides=[f'stages.{s}.max_tokens=1200' for s in stages])
+    assert [s.max_tokens for s in plan.stages] == [1200] * len(stages)
+
+
 def test_a_row_too_short_for_a_late_stage_is_refused_before_the_first(tmp_path):
     tiny, trained = get_scale('tiny'), []
     for change in ('finetune.max_tokens=60', 'finetune_hd.max_tokens=200'):
@@ -335,7 +345,7 @@ def test_bad_settings_are_refused_before_training():
     with pytest.raises(RecipeError, match='no multiple of the stride'): build(METHOD, r, tiny)
     r = dataclasses.replace(recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=8))
     with pytest.raises(RecipeError, match='teacher grid not matching'): build(METHOD, r, tiny)
-    with pytest.raises(RecipeError, match='takes .* tokens, but a row holds max_tokens=512'): recipe(tiny, canvas=2240)
+    with pytest.raises(RecipeError, match='takes .* tokens, but a row holds max_tokens=512'): get_recipe('eve', tiny, variant=['canvas=2240'])
     for wrong, text in ((dict(conv_stride=0), 'conv_stride must be'), (dict(heads=3), 'heads=3'), (dict(attention_scale='none'), "'width' or 'head'")):
         with pytest.raises(ValueError, match=text): build_front_end(FRONT | wrong, 16)
 

@@ -145,7 +145,7 @@ def test_bad_recipes(kw, match):
 def test_bad_scales_and_losses():
     tiny = get_scale('tiny').to_dict()
     for change, match in ((dict(image_size=60), 'no multiple'), (dict(image_size=256), 'max_tokens')):
-        with pytest.raises(RecipeError, match=match): recipe(Scale.from_dict({**tiny, **change}))
+        with pytest.raises(RecipeError, match=match): get_recipe('vora', Scale.from_dict({**tiny, **change}))
     scale = get_scale('tiny')
     given = recipe(scale)
     with pytest.raises(RecipeError, match="teacher's patches"): METHOD.build(override(given, {'front_end.patch_size': 16}), scale, 0)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlamaCon
 from ..data.image import ImageTransform, mean_color, to_rgb
 from ..distill.align import PatchAligner, grid_ratio
 from .llava import recipe as control
-from .recipes import Method, base_model, check_room, model_config, tied_embeddings
+from .recipes import Method, base_model, model_config, tied_embeddings
 from ..models.vision import build_front_end, front_end_class, tower_config
 from ..models.vlm import VLMForConditionalGeneration, assemble, build_vlm, load_tower, tower_transform
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full
@@ -57,7 +57,7 @@ def recipe(scale: Scale, prealign: bool = True, align: bool = True, hd: bool = F
     aligner, so no teacher. `hd`: the last stage at twice the canvas. `patches`: the front end, one of `PATCHES`.
     `canvas`: long side of the pictures in px (None: the scale's).
 
-    Raises RecipeError for options that cannot run and when the largest picture does not fit into a row."""
+    Raises RecipeError for options that cannot run."""
     for name, value in dict(prealign=prealign, align=align, hd=hd).items():
         if not isinstance(value, bool): raise RecipeError(f'eve: {name} must be True or False, got {value!r}')
     if patches not in PATCHES: raise RecipeError(f'eve: patches must be one of {PATCHES}, got {patches!r}')
@@ -83,11 +83,9 @@ def recipe(scale: Scale, prealign: bool = True, align: bool = True, hd: bool = F
     stages = (stage('prealign', new, 'caption_train', plain),) if prealign else ()
     stages += (stage('pretrain', every, 'caption_train', plain),
                stage(last, every, 'vqa_train*9+text_train*1', scale.template))
-    made = Recipe('eve', stages, front, 'EVE, sections 3 and 4.1' if patches == 'eve' else 'EVEv2, patch embedding',
+    return Recipe('eve', stages, front, 'EVE, sections 3 and 4.1' if patches == 'eve' else 'EVEv2, patch embedding',
                   notes='encoder-free; frozen encoder as teacher in training' if align else 'encoder-free',
                   canvas=canvas or side)
-    check_room(made, scale, picture)
-    return made
 
 def _canvas(recipe: Recipe, scale: Scale) -> int: return recipe.canvas or _settings(scale)[recipe.front_end['type']][0]
 

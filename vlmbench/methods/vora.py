@@ -32,7 +32,7 @@ from ..data.record import Sample, Turn, _frames_prompt
 from ..data.template import IGNORE, Encoded
 from ..distill.blockwise import BlockwiseDistillation, check_grid
 from .llava import recipe as control
-from .recipes import Method, base_model, check_room, model_config, tied_embeddings
+from .recipes import Method, base_model, model_config, tied_embeddings
 from ..models.vision import tower_config
 from ..models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
 from ..models.vlm import VLMConfig, VLMForConditionalGeneration, build_vlm, load_tower, tower_transform
@@ -119,10 +119,8 @@ def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: 
                  'vqa_train*9+text_train*1')
     source = ("released configurations' hyper-parameters on other base models" if scale.name == 'paper' else
               'released configurations')
-    made = Recipe('vora', (pretrain, tune), front, f'Vision as LoRA, sections 3 and 4; {source}',
+    return Recipe('vora', (pretrain, tune), front, f'Vision as LoRA, sections 3 and 4; {source}',
                   bidirectional_images=bidirectional, notes=f'distillation: {distill}; finetune: {finetune}' + f'; {frames} frames of a clip' * (frames > 0))
-    check_room(made, scale)
-    return made
 
 # %% ../../nbs/methods/30_vora.ipynb #b9c42da2
 def build(recipe: Recipe, scale: Scale, seed: int = 0) -> tuple:
