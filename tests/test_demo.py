@@ -184,7 +184,7 @@ def test_chat_command_streams_turns_from_a_pipe_and_saves_the_marked_picture(mod
     def call(*args, said=''):
         return subprocess.run([*words, *map(str, args)], input=said, capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(COLUMNS='200'))
     done = call('run', '--image', 'photo.png', '--region', 'ellipse:5,5,40,40', '--color', 'blue', '--max-new-tokens', 5, '--device', 'cpu',
-                said=f'{QUESTION}\nand where is it ?\n/nonsense\n')
+                said=f'{QUESTION}\nand where is it ?\n/nonsense\n/image\n')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:2] == ['marked picture: photo-marked.png', 'marker 1: <region> = within the blue ellipse']
@@ -192,6 +192,7 @@ def test_chat_command_streams_turns_from_a_pipe_and_saves_the_marked_picture(mod
     for q in (QUESTION, 'and where is it ?'): list(chat.ask(q, max_new_tokens=5))
     assert [x.removeprefix('run> ').removesuffix(' [cut at --max-new-tokens]') for x in lines if x.startswith('run> ')] == [e.answer for e in chat.history]
     assert 'refused: /nonsense' in done.stdout
+    assert 'refused: /image needs more' in done.stdout
     assert np.asarray(Image.open(tmp_path/'photo-marked.png')).tobytes() == chat.marked.tobytes()
 
 
@@ -199,7 +200,7 @@ def test_chat_command_streams_turns_from_a_pipe_and_saves_the_marked_picture(mod
     (('--image', 'photo.png', '--region', 'star:1,2'), 'kinds are'), (('--image', 'none.png'), 'missing'), (('--region', 'point:1,2'), 'add --image'),
     (('--image', 'photo.png', '--region', 'point:1,2', '--region', 'point:3,4', '--region', 'point:5,6', '--color', 'red', '--color', 'blue'), '2 colours for 3'),
     (('--device', 'tpu'), 'use one of auto, cuda'), (('--load-4bit', '--load-8bit'), 'exclude each other'), ((), 'no config.json'),
-    (('--image', 'photo.png', '--color', 'pink', '--region', 'point:1,2'), 'colours are red')])
+    (('--image', 'photo.png', '--color', 'pink', '--region', 'point:1,2'), 'colours are red'), (('--image', 'photo.png', '--color', 'red'), 'add --region')])
 def test_chat_command_refuses_in_one_line(args, why, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture.save('photo.png')

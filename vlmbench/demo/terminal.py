@@ -22,6 +22,7 @@ def prompts_from_options(regions: Sequence[str], colors: Sequence[str] = (), alp
                          width: float | None = None) -> list[VisualPrompt]:
     "Markers of `--region` and `--color`. Raises `ValueError`, also when the numbers of both differ."
     chosen = [parse_color(c) for c in colors]
+    if chosen and not regions: raise ValueError('a colour, but no region: add --region, or leave --color out')
     if len(chosen) > 1 and len(chosen) != len(regions):
         raise ValueError(f'{len(chosen)} colours for {len(regions)} regions: give one for all, or one for each')
     if len(chosen) == 1: chosen *= len(regions)
@@ -65,6 +66,7 @@ def _command(chat: Chat, line: str, say: Callable, alpha: int, width: float | No
     word, _, rest = line[1:].strip().partition(' ')
     rest = rest.strip()
     if word in ('quit', 'exit', 'q'): return False
+    if word in ('image', 'region') and not rest: raise ChatError(f'/{word} needs more; /help shows what')
     if word == 'image': chat.open(open_picture(rest)); say(f'picture: {rest}, {chat.image.width} x {chat.image.height} px')
     elif word == 'region':
         spec, _, color = rest.partition(' ')
