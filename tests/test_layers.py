@@ -195,7 +195,9 @@ def test_the_run_notebook_refuses_what_cannot_be_measured(lm_folder, tmp_path):
         {'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}])]))
     settings = dict(model=str(tmp_path/'nothing'), data=str(tmp_path/'data'), samples='talk', device='cpu')
     assert run_notebook('layers', settings, tmp_path/'r', progress=False, quiet=True) == 1
-    assert 'is no folder' in Manifest(tmp_path/'r').read()['reason']
-    wrong = settings | dict(model=str(lm_folder), metric='importance')
+    assert 'holds no model' in Manifest(tmp_path/'r').read()['reason']
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'model').symlink_to(lm_folder)                        # a run's folder stands for its model/
+    wrong = settings | dict(model=str(tmp_path/'run'), metric='importance')
     assert run_notebook('layers', wrong, tmp_path/'r2', progress=False, quiet=True) == 1
     assert 'choose from' in Manifest(tmp_path/'r2').read()['reason']

@@ -123,3 +123,24 @@ def test_rows_that_become_questions_when_drawn_have_a_majority_answer(tmp_path):
     assess(*both, load_tasks(world, ['region_test']), world, tmp_path/'out', blind=False, transform=DrawRegions())
     majority = Results.load(tmp_path/'out'/'results', 'region_test', 'majority')
     assert set(majority.frame['prediction']) == {'a cup'}
+
+
+def test_any_method_learns_from_marked_rows_when_told_how(tmp_path):
+    from vlmbench.data.region_rows import DrawRegions
+    from vlmbench.data.world import WorldSize, write_world
+    from vlmbench.methods.recipes import get_method, get_recipe
+    from vlmbench.run.pipeline import build, fit
+    from vlmbench.train.recipe import RecipeError, get_scale
+    sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(caption_train=4, region_train=8)
+    world, scale = write_world(tmp_path/'world', sizes=WorldSize(**sizes)), get_scale('tiny')
+    settings = ['stages.instruct.data=region_train*1', 'stages.instruct.steps=1', 'stages.align.steps=1']
+    def run(name, variant=()):
+        method, plan = get_method(name, variant), get_recipe(name, scale, overrides=settings, variant=variant)
+        return fit(method, plan, scale, *build(method, plan, scale), world, tmp_path/'-'.join([name, *variant]), device='cpu',
+                   progress_seconds=None)
+    with pytest.raises(RecipeError, match=r'region_train refer to <region>.*variant=\["regions=overlay"\]'): run('llava')
+    assert not (tmp_path/'llava'/'stages').exists()                                   # said before anything trains
+    assert [r.step for r in run('llava', ['regions=overlay']).stages] == [1, 1]
+    assert isinstance(get_method('eve', ['regions=none']).transform, DrawRegions)
+    with pytest.raises(RecipeError, match='changes its samples already'): get_method('zero', ['wrap=True', 'regions=text'])
+    with pytest.raises(RecipeError, match='options are llm, regions'): get_method('llava', ['region=text'])

@@ -159,7 +159,7 @@ def sample_from_llava(row: dict, image_root=None, allow_absolute: bool = False, 
     regions = parse_regions(row)
     conversation = row.get('conversations', row.get('messages'))
     if conversation is None and (need_turns or not regions):
-        hint = " (region rows: read them with format='region')" if regions else ''
+        hint = " (region rows: read them with format='region', train on them with the option regions=overlay)" if regions else ''
         raise BadRecord(f"no turns: the row has no 'conversations'{hint}")
     turns, dropped = parse_turns(conversation, first_turn) if conversation is not None else ([], 0)
     if dropped and note: note('dropped leading assistant turn')

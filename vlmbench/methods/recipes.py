@@ -65,16 +65,26 @@ def method_options(method: Method) -> dict[str, Any]:
     return {p.name: p.default for p in known if p.name != 'scale' and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 def get_method(name: str, variant: Sequence[str] = ()) -> Method:
-    """The method called exactly `name`, with the options that `variant` sets, each as `name=value`. Raises `RecipeError`
-    listing the names or options that exist."""
+    """The method called exactly `name`, with the options that `variant` sets, each as `name=value`. Every method takes
+    `regions`: 'overlay', 'text' or 'none', what becomes of marked regions in its data (`DrawRegions`). Raises
+    `RecipeError` listing the names or options that exist."""
     if name not in RECIPES: raise RecipeError(f'unknown recipe {name!r}; recipes are {", ".join(RECIPES)}')
     method = importlib.import_module(RECIPES[name]).METHOD
     options, known = dict(map(parse_setting, variant)), method_options(method)
+    regions = None if 'regions' in known else options.pop('regions', None)
     for k in options:
         if k not in known:
-            raise RecipeError(f'recipe {name!r} has no option {k!r}; options are {", ".join(known) or "none"}')
-    if not options: return method
-    return method.configure(**options) if method.configure else replace(method, recipe=partial(method.recipe, **options))
+            raise RecipeError(f'recipe {name!r} has no option {k!r}; options are {", ".join({**known, "regions": None})}')
+    if options and method.configure: method = method.configure(**options)
+    elif options: method = replace(method, recipe=partial(method.recipe, **options))
+    return method if regions is None else _with_regions(name, method, regions)
+
+def _with_regions(name, method, how):
+    from vlmbench.data.region_rows import DrawRegions
+    if method.transform is not None:
+        raise RecipeError(f'recipe {name!r} changes its samples already: leave out regions={how!r}, or the option that does')
+    try: return replace(method, transform=DrawRegions(how=how))
+    except ValueError as e: raise RecipeError(f'recipe {name!r}: {e}') from None
 
 # %% ../../nbs/methods/00_recipes.ipynb #34e114d5
 def _paper_scales(method): return getattr(importlib.import_module(RECIPES[method]), 'PAPER_SCALES', {})
