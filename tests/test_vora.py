@@ -7,7 +7,8 @@ import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from test_eve import Stop
@@ -19,8 +20,9 @@ from vlmbench.methods.load import LoadError, load_vlm
 from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe
 from vlmbench.methods.vora import (LOSSES, METHOD, PAPER_SCALE, export_language_model, from_reference_name, meta_vora, to_reference, to_reference_name,
                                    recipe)
-from vlmbench.models.vision_lora import merge_vision_lora, vision_lora_layers
-from vlmbench.models.vlm import load_tower
+from vlmbench.models.vision import build_front_end
+from vlmbench.models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
+from vlmbench.models.vlm import assemble, load_tower
 from vlmbench.models.vora_patches import VoRAFrontEnd, init_from_teacher
 from vlmbench.run.cli import app
 from vlmbench.run.parameters import ParameterError
@@ -359,10 +361,40 @@ def test_the_merged_model_is_an_ordinary_folder(tmp_path):
 
 
 @torch.no_grad()
-def test_a_released_folder_is_refused_by_name(tmp_path):
-    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='vora', architectures=['VoRAForCausalLM'])))
-    (tmp_path/'model.safetensors').touch()
-    with pytest.raises(LoadError, match='released VoRA.*from_reference'): load_vlm(tmp_path)
+@pytest.mark.parametrize('kind', ['lora', 'merged', 'merged without biases', 'tied'])
+def test_a_released_folder_loads_and_answers(tmp_path, kind):
+    "Original names in two shards, the teacher among them; the same logits as the original's model on its square."
+    tokenizer = AutoTokenizer.from_pretrained(base_model('asset:llm'))
+    llm = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+               rms_norm_eps=1e-5, tie_word_embeddings=kind == 'tied')
+    lora = LoRASettings(2, 3, extra_bias='none' if 'without' in kind else 'reference_random').to_dict()
+    front = dict(type='vora', patch_size=8, image_size=32, width=12, norm_eps=1e-5, lora=lora)
+    torch.manual_seed(0)
+    source = assemble(Qwen2ForCausalLM(Qwen2Config(**llm)), build_front_end(front, 32), len(tokenizer) - 1, bidirectional_images=True).eval()
+    awake(source)
+    if kind.startswith('merged'): merge_vision_lora(source)
+    state = to_reference(source) | {'aux_vision.trunk.weight': torch.ones(2)}
+    for i, part in enumerate((sorted(state)[::2], sorted(state)[1::2])):
+        save_file({k: state[k].contiguous().clone() for k in part}, tmp_path/f'model-0000{i}.safetensors')
+    tokenizer.save_pretrained(tmp_path)
+    config = llm | dict(model_type='vora', architectures=['VoRAForCausalLM'], aux_vision='apple/aimv2-huge-patch14-448', auto_map={'AutoModel': 'x.Y'})
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    model, processor = load_vlm(tmp_path, template='world')
+    assert processor.transform.size == 32 and processor.transform.background == (0, 0, 0)
+    assert (model.config.vision_config['lora'] is None) == ('without' in kind)
+    picture, marks = processor.load(Image.new('RGB', (50, 30), 'red'))[0], []
+    assert picture['tokens'] == 16
+    for m in (model, source):
+        ids = torch.tensor([[5, *[m.config.image_token_id]*16, 7, 8]])
+        out = m(input_ids=ids, pixel_values=picture['pixel_values'][None], image_sizes=torch.tensor([picture['size']])).logits
+        marks.append(out[..., :len(tokenizer) - 1])
+    close(*marks)
+    with pytest.raises(LoadError, match='loads without device_map'): load_vlm(tmp_path, device_map='auto')
+    (tmp_path/'config.json').write_text(json.dumps(config | dict(num_hidden_layers=4)))
+    with pytest.raises(LoadError, match='language model: missing'): load_vlm(tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps(config))
+    save_file({'llm.model.layers.0.mlp.gate.weight': torch.ones(2)}, tmp_path/'model-00002.safetensors')
+    with pytest.raises(LoadError, match='unknown .*mlp.gate'): load_vlm(tmp_path)
 
 
 def test_export_on_the_command_line(tmp_path):
