@@ -1,5 +1,6 @@
 """What every test gets: no network, calm threads, and slow tests only when asked for (`--slow`, or CI=true)."""
 import os
+import shutil
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -32,3 +33,17 @@ def pytest_collection_modifyitems(config, items):
 def project_root(request):
     "Folder that holds settings.ini."
     return request.config.rootpath
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "A headless Chromium, or the reason why there is none."
+    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed (extra: dev)')
+    exe = next((shutil.which(n) for n in ('chromium', 'chromium-browser', 'google-chrome') if shutil.which(n)), None)
+    if exe is None: pytest.skip('no Chromium on this machine: `apt-get install chromium`')
+    flags = '--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+    flags += '--disable-component-update --disable-sync'
+    with api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=exe, args=flags.split())
+        yield b
+        b.close()

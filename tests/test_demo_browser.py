@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,19 +21,6 @@ from vlmbench.models.vlm import build_vlm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = os.environ.get('VLMBENCH_SHOTS')        # a folder that keeps the screenshots
-FLAGS = ('--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-         '--disable-component-update --disable-sync').split()
-
-
-@pytest.fixture(scope='module')
-def browser():
-    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed (extra: dev)')
-    exe = next((shutil.which(n) for n in ('chromium', 'chromium-browser', 'google-chrome') if shutil.which(n)), None)
-    if exe is None: pytest.skip('no Chromium on this machine: `apt-get install chromium`')
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=FLAGS)
-        yield b
-        b.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The built site in a real browser, opened from disk: pages load alone, pictures show, formulas set, search finds."""
 import os
 import re
-import shutil
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
@@ -10,26 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(os.environ.get('VLMBENCH_SITE', ROOT/'_site'))
-FLAGS = ('--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking '
-         '--disable-component-update --disable-sync').split()
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts)
-
-
-@pytest.fixture(scope='module')
-def browser():
-    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed (extra: dev)')
-    exe = next((shutil.which(n) for n in ('chromium', 'chromium-browser', 'google-chrome') if shutil.which(n)), None)
-    if exe is None: pytest.skip('no Chromium on this machine: `apt-get install chromium`')
-    if not (SITE/'index.html').exists(): pytest.skip('the site is not built: `make docs`')
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=FLAGS)
-        yield b
-        b.close()
 
 
 @pytest.fixture
 def page(browser):
     "A page that remembers requests to other hosts and errors."
+    if not (SITE/'index.html').exists(): pytest.skip('the site is not built: `make docs`')
     page = browser.new_page(viewport=dict(width=1400, height=900))
     page.foreign, page.problems = [], []
     local = ('file:', 'data:', 'blob:', 'about:')
