@@ -42,10 +42,8 @@ def table(folders: list[Path]) -> str:
         wide = part.pivot_table(index='question_type', columns='column', values='cell', aggfunc='first', sort=False)
         wide = wide.fillna('')
         wide = wide.loc[[i for i in wide.index if i != 'all'] + ['all']]
-        rows = [['question type', *wide.columns], ['---']*(1 + len(wide.columns)),
-                *([i, *r] for i, r in zip(wide.index, wide.to_numpy()))]
         out += [f'**{task.replace("_", " ")}**, percent right with 95% interval', '',
-                *('| ' + ' | '.join(r) + ' |' for r in rows), '']
+                markdown(wide.rename_axis('question type').reset_index()), '']
     return '\n'.join(out)
 
 
@@ -54,10 +52,15 @@ def manifest_of(folder: Path) -> dict:
     return json.loads((folder/'manifest.json').read_text(encoding='utf8'))
 
 
-def store_claims(run: Path) -> Path:
-    "Copy a completed claims run to figures/<notebook>/ and return that folder."
+def completed(run: Path) -> dict:
     manifest = manifest_of(run)
     if manifest['status'] != 'completed': sys.exit(f"{run} is {manifest['status']}: only completed runs are stored")
+    return manifest
+
+
+def store_claims(run: Path) -> Path:
+    "Copy a completed claims run to figures/<notebook>/ and return that folder."
+    manifest = completed(run)
     name = manifest['notebook']
     if not name.startswith('claims_'): sys.exit(f'{run} is a run of {name}, not of a claims notebook')
     store = root/name
@@ -103,6 +106,7 @@ def store_bench(bench: Path) -> Path:
 
 
 def markdown(frame: pd.DataFrame) -> str:
+    "The columns of a frame as a Markdown table, without a newline at its end."
     cells = frame.astype(object).where(frame.notna(), '').itertuples(index=False)
     rows = [frame.columns, ['---']*frame.shape[1], *cells]
     return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in rows)
@@ -110,8 +114,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def store_speed(run: Path) -> Path:
     "Copy tables and pictures of a speed run to figures/speed/, write them out in a README, and return that folder."
-    manifest, store = manifest_of(run), root/'speed'
-    if manifest['status'] != 'completed': sys.exit(f"{run} is {manifest['status']}: only completed runs are stored")
+    manifest, store = completed(run), root/'speed'
     if manifest['parameters']['measures'] != []: sys.exit(f'{run} left measures out: only whole runs are stored')
     for name in ('speed.csv', 'speed.json', 'speed.png', 'overlay.csv', 'inference.csv', 'inference.png'):
         shutil.copyfile(run/name, store/name)
@@ -167,14 +170,14 @@ def side_by_side(frame: pd.DataFrame, control: str, store: Path) -> None:
                                                     f'{100*r.gap_high:+.1f}]')
     on = {task: part.set_index('method', drop=False) for task, part in t.groupby('task')}
     beside = 'to the control, points'
-    rows = [['method', 'pictures, %', 'seeds', beside, 'p (Holm)', 'text, %', beside]]
-    rows.append(['---']*len(rows[0]))
+    rows = []
     order = on['vqa_test'].sort_values('score', ascending=False, kind='stable')
     for v in pd.concat([order.loc[[control]], order.drop(control)]).itertuples():
         x = on['text_test'].loc[v.method]
         p = '' if v.method == control else f'{v.p_holm:.2g}'
         rows.append([v.method.replace('_', ' '), word(v), v.by_seed, gap(v), p, word(x), gap(x)])
-    (store/'table.md').write_text('\n'.join('| ' + ' | '.join(r) + ' |' for r in rows) + '\n', encoding='utf8')
+    columns = ['method', 'pictures, %', 'seeds', beside, 'p (Holm)', 'text, %', beside]
+    (store/'table.md').write_text(markdown(pd.DataFrame(rows, columns=columns)) + '\n', encoding='utf8')
     rest, at = order.drop(control), 100*order.loc[control, 'score']
     save_png(forest_figure([f"{r.method.replace('_', ' ')}, {100*r.score:.1f}%" for r in rest.itertuples()],
                            rest['difference'], rest['gap_low'], rest['gap_high'], PALETTE[1:1 + len(rest)],
@@ -200,14 +203,9 @@ def main(names: list[str]) -> int:
     if names == ['--methods']:
         print(methods())
         return 0
-    if names[:1] == ['--store-bench']:
-        for bench in names[1:]: print(store_bench(Path(bench)))
-        return 0
-    if names[:1] == ['--store-speed']:
-        for run in names[1:]: print(store_speed(Path(run)))
-        return 0
-    if names[:1] == ['--store-claims']:
-        for run in names[1:]: print(store_claims(Path(run)))
+    stores = {'--store-bench': store_bench, '--store-speed': store_speed, '--store-claims': store_claims}
+    if names and names[0] in stores:
+        for folder in names[1:]: print(stores[names[0]](Path(folder)))
         return 0
     found = sorted(p for p in root.glob('*/runs') if not names or p.parent.name in names)
     if unknown := set(names) - {p.parent.name for p in found}:

@@ -226,8 +226,8 @@ class ChatModel:
     def load(cls, folder: str | Path, device: str = 'auto', load_4bit: bool = False, load_8bit: bool = False,
              device_map: str | dict | None = None, name: str | None = None, template: str = '') -> 'ChatModel':
         """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how to spread it over GPUs
-        ('auto', 'balanced', or module -> device); several CUDA devices with `device='auto'` mean 'auto', where weights load in parts. Raises
-        `ChatError`."""
+        ('auto', 'balanced', or module -> device); several CUDA devices with `device='auto'` mean 'auto',
+        where weights load in parts. Raises `ChatError`."""
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1

@@ -10,12 +10,12 @@ import re, warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 # %% ../../nbs/methods/14_load.ipynb #c75f3717
 from ..data.template import TEMPLATES, get_template
-from .eve_checkpoints import load_release, model_type
-from .vip_checkpoints import is_original, load_published, save_transformers, with_template
+from .eve_checkpoints import load_release
+from .vip_checkpoints import is_original, load_published, read_config, save_transformers, with_template
 from .vora_checkpoints import load_vora_release
 from ..models.quantized import prepare_quantized
 from ..models.vlm import model_folder  # also registers our classes with transformers
@@ -56,7 +56,7 @@ def find_model(where: str | Path) -> Path:
 def takes_settings(where: str | Path) -> bool:
     "Whether `load_vlm` takes settings for this model: folders of the original layout load whole. Raises `LoadError`."
     folder = find_model(where)
-    return not (is_original(folder) or model_type(folder) in RELEASES)
+    return not (is_original(folder) or read_config(folder).get('model_type') in RELEASES)
 
 def load_vlm(where: str | Path, device: str | torch.device = 'cpu', template: str = '', **settings) -> tuple:
     """`(model, processor)` ready to answer, from `find_model(where)`. `template`: a chat template instead of the folder's
@@ -73,12 +73,11 @@ def load_vlm(where: str | Path, device: str | torch.device = 'cpu', template: st
             warnings.warn(f'{folder} has the original layout and is converted while it loads; vlmbench convert keeps the '
                           'result', stacklevel=2)
             model, processor = load_published(folder, template=template or None)
-        elif (kind := model_type(folder)) in RELEASES:
+        elif (kind := read_config(folder).get('model_type')) in RELEASES:
             if settings: raise LoadError(f'{folder} is a released {kind}, which loads without {", ".join(settings)}')
             load, usual = RELEASES[kind]
             model, processor = load(folder, template or usual)
         else:
-            kind = AutoConfig.from_pretrained(folder).model_type
             ours = kind == 'vlmbench'
             try: model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **settings)
             except ValueError as e:                                   # which lists every model that would do
@@ -103,7 +102,7 @@ def convert(where: str | Path, out: str | Path, vision: str | Path | None = None
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise LoadError(f'{out} exists already: name another folder, or remove it')
     try:
-        if model_type(folder) == 'vlmbench':
+        if read_config(folder).get('model_type') == 'vlmbench':
             return save_transformers(*load_vlm(folder, template=template), out)
         return save_transformers(*load_published(folder, vision, template or None, base=base), out)
     except LoadError: raise

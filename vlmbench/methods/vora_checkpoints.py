@@ -6,7 +6,7 @@
 __all__ = ['release_front', 'load_vora_release']
 
 # %% ../../nbs/methods/34_vora_checkpoints.ipynb #09db40a5
-import json, math, re
+import math, re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 # %% ../../nbs/methods/34_vora_checkpoints.ipynb #24345924
 from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
-from .eve_checkpoints import LLM_FIELDS, fill, model_type
-from .vip_checkpoints import CheckpointFormatError, read_weights
+from .eve_checkpoints import LLM_FIELDS, fill
+from .vip_checkpoints import CheckpointFormatError, read_config, read_weights
 from .vora import from_reference_name, to_reference_name
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
@@ -50,9 +50,8 @@ def load_vora_release(folder: str | Path, template: str = 'chatml',
                       dtype: torch.dtype = torch.float32) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a released VoRA folder (safetensors or bin shards), merged or with its LoRA. Raises
     `CheckpointFormatError` naming what does not fit."""
-    folder = Path(folder)
-    if model_type(folder) != 'vora': raise CheckpointFormatError(f"{folder}: model_type is not 'vora'")
-    config = json.loads((folder/'config.json').read_text(encoding='utf8'))
+    folder, config = Path(folder), read_config(folder)
+    if config.get('model_type') != 'vora': raise CheckpointFormatError(f"{folder}: model_type is not 'vora'")
     state = {k: v for k, v in read_weights(folder).items() if not k.startswith('aux_vision.')}
     llm = Qwen2ForCausalLM(Qwen2Config(**{k: config[k] for k in LLM_FIELDS if k in config})).to(dtype)
     known = {f'llm.{k}' for k in llm.state_dict()}

@@ -29,7 +29,7 @@ class PoolingAttention(nn.Module):
     def forward(self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         "`query` `[sets, channels]`, `keys` `[sets, keys, channels]`, `valid` `[sets, keys]` (all when absent) -> `[sets, channels]`."
         f, heads, kv = self.kv_norm(keys), self.heads, self.kv_proj
-        weight = kv.weight if type(kv) is nn.Linear else kv(torch.eye(f.shape[-1]).to(f)).T    # LoRA's update is in what the layer computes
+        weight = kv.weight if type(kv) is nn.Linear else kv(torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)).T    # LoRA's update is in what the layer computes
         to_key, to_value = weight.chunk(2)                                                     # heads of rows, [channels, channels]
         q = linear(self.q_proj(self.q_norm(query)) * self.scale, to_key.unflatten(0, (heads, -1)).mT.flatten(0, 1), groups=heads)
         scores = q.unflatten(-1, (heads, -1)) @ f.mT                                           # [sets, heads, keys]

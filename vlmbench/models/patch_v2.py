@@ -9,7 +9,7 @@ __all__ = ['PatchFrontEndV2']
 import torch
 from torch import nn
 
-from .patch import GridLayout, PatchFrontEnd
+from .patch import PatchFrontEnd
 from .vision import FRONT_ENDS, FrontEnd
 
 # %% ../../nbs/models/41_patch_v2.ipynb #2f123532
@@ -36,13 +36,7 @@ class PatchFrontEndV2(FrontEnd):
                 raise ValueError(f'{k} must be a positive integer, got {c[k]!r}')
         return c
 
-    @classmethod
-    def count(cls, config: dict, height: int, width: int) -> int:
-        return PatchFrontEnd.count(config, height, width)
-
-    def layout(self, sizes: list, device='cpu') -> GridLayout:
-        "The `GridLayout` of images of `sizes` `[(height, width), ...]` in px."
-        return GridLayout([PatchFrontEnd.grid(self.config, int(h), int(w)) for h, w in sizes], device)
+    grid, count, layout = staticmethod(PatchFrontEnd.grid), staticmethod(PatchFrontEnd.count), PatchFrontEnd.layout
 
     def init_weights(self, module: nn.Module) -> None:
         "PyTorch's defaults; class and split token from N(0, 1 / hidden)."

@@ -128,7 +128,8 @@ def patches_by_image(front: PatchFrontEnd, pixels: Tensor, sizes: Tensor) -> Ten
 def patch_speed(channels: int = 512, hidden: int = 2048, images: int = 6, rounds: int = 3, device: str = 'cpu',
                 clock: str = 'wall', canvas: int = 672) -> dict[str, Any]:
     """Forward and backward of the layer at the published geometry (672 px, patches of 14, windows of 2 x 2) and reduced
-    widths, by default half the published ones. `ratio`: by image over ours; `planned`: the same in multiply-adds of matrix products, the ratio to be expected."""
+    widths, by default half the published ones. `ratio`: by image over ours; `planned`: the same in multiply-adds of matrix
+    products, the ratio to be expected."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         front = PatchFrontEnd(dict(channels=channels), hidden).to(device)
