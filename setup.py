@@ -1,44 +1,56 @@
-"""Packaging. Everything that is a fact about the project is read from settings.ini; nothing is written twice."""
+"""Packaging: every fact about the project is read from settings.ini, nothing is written twice."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-parser = ConfigParser(delimiters=['='], interpolation=None)  # requirements contain colons and percent signs are literal
-parser.read(Path(__file__).parent/'settings.ini', encoding='utf8')
+parser = ConfigParser(
+    delimiters=['='], interpolation=None
+)  # requirements contain colons and percent signs are literal
+parser.read(Path(__file__).parent / 'settings.ini', encoding='utf8')
 cfg = parser['DEFAULT']
 
-licences = {"apache2": "Apache-2.0"}  # SPDX, as settings.ini spells it -> as PyPI wants it
+licences = {'apache2': 'Apache-2.0'}  # SPDX, as settings.ini spells it -> as PyPI wants it
 statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable']
 pythons = ['3.10', '3.11', '3.12', '3.13']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant')}
+extras = {
+    name: cfg[f'{name}_requirements'].split()
+    for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant')
+}
 
 setup(
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf8')
-        if Path(__file__).with_name('README.md').exists() else cfg['description'],
+    if Path(__file__).with_name('README.md').exists()
+    else cfg['description'],
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],
     url=cfg['git_url'],
     keywords=cfg['keywords'].split(),
-    license=licences[cfg["license"]],
+    license=licences[cfg['license']],
     classifiers=[
-        f"Development Status :: {statuses[int(cfg['status']) - 1]}",
-        f"Intended Audience :: {cfg['audience']}",
+        f'Development Status :: {statuses[int(cfg["status"]) - 1]}',
+        f'Intended Audience :: {cfg["audience"]}',
         'Framework :: Jupyter',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         'Typing :: Typed',
         *(f'Programming Language :: Python :: {v}' for v in pythons),
     ],
-    python_requires=f">={cfg['min_python']},<3.14",
+    python_requires=f'>={cfg["min_python"]},<3.14',
     # the cards lie beside the package in a checkout and inside it in a wheel
-    packages=[*find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]), f"{cfg['lib_name']}._data_cards"],
-    package_dir={f"{cfg['lib_name']}._data_cards": 'data_cards'},
-    package_data={cfg['lib_name']: ['py.typed', 'assets/**/*', '_notebooks/*.ipynb'],
-                  f"{cfg['lib_name']}._data_cards": ['*.md']},
+    packages=[
+        *find_packages(include=[cfg['lib_name'], f'{cfg["lib_name"]}.*']),
+        f'{cfg["lib_name"]}._data_cards',
+    ],
+    package_dir={f'{cfg["lib_name"]}._data_cards': 'data_cards'},
+    package_data={
+        cfg['lib_name']: ['py.typed', 'assets/**/*', '_notebooks/*.ipynb'],
+        f'{cfg["lib_name"]}._data_cards': ['*.md'],
+    },
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points={

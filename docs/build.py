@@ -1,14 +1,20 @@
 """Build the documentation site from the notebooks: no Quarto, no CDN, warnings are errors.
 
-    python docs/build.py [--output _site] [--jobs 2] [--only nbs/data/00_record.ipynb ...] [--no-execute] [--no-math]
+    python docs/build.py [--output _site] [--jobs 2] [--only nbs/data/00_record.ipynb ...]
+    [--no-execute] [--no-math]
 
-1. Every notebook is executed in a process of its own, in its own folder, and its outputs are kept in `_proc/run`; it is
-   not executed again while it and the package stay the same. Exported cells fold away behind an API entry for each
+1. Every notebook is executed in a process of its own, in its own folder, and its outputs are
+kept in `_proc/run`; it is
+   not executed again while it and the package stay the same. Exported cells fold away behind an
+   API entry for each
    public symbol. Notebooks in `nbs/runs` are experiments and not executed.
-2. Names in backticks become links; pages for data cards, stored results and the contributor guide join (`_proc/src`).
-3. Sphinx with myst-nb writes `_site`, which opens from file:// with search. A last pass refuses resources from other
+2. Names in backticks become links; pages for data cards, stored results and the contributor
+guide join (`_proc/src`).
+3. Sphinx with myst-nb writes `_site`, which opens from file:// with search. A last pass refuses
+resources from other
    hosts.
 """
+
 import argparse
 import re
 import shutil
@@ -26,9 +32,13 @@ from places import nbs, root, src_dir
 
 def mathjax(static: Path) -> None:
     "MathJax 3 from its npm package into the static folder, once; formulas then need no network."
-    if (static/'mathjax'/'tex-mml-chtml.js').exists(): return
+    if (static / 'mathjax' / 'tex-mml-chtml.js').exists():
+        return
     if not shutil.which('npm'):
-        sys.exit('docs: MathJax comes from npm, which is not installed. Install npm, or pass --no-math to show TeX.')
+        sys.exit(
+            'docs: MathJax comes from npm, which is not installed. Install npm, or pass --no-math '
+            'to show TeX.'
+        )
     with tempfile.TemporaryDirectory() as tmp:
         fetch = ['npm', 'pack', 'mathjax@3', '--silent', '--pack-destination', tmp]
         subprocess.run(fetch, check=True, stdout=subprocess.DEVNULL)
@@ -36,8 +46,9 @@ def mathjax(static: Path) -> None:
             for m in tar.getmembers():
                 name = m.name.removeprefix('package/es5/')
                 wanted = re.fullmatch(r'tex-mml-chtml\.js|output/chtml/fonts/woff-v2/[\w.-]+', name)
-                if not m.isfile() or not wanted: continue
-                target = static/'mathjax'/name
+                if not m.isfile() or not wanted:
+                    continue
+                target = static / 'mathjax' / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(tar.extractfile(m).read())
     print('  MathJax unpacked')
@@ -45,8 +56,10 @@ def mathjax(static: Path) -> None:
 
 def foreign_resources(site: Path) -> list[str]:
     "Scripts, styles, fonts and pictures that a page would fetch from another host."
-    loads = re.compile(r'<(?:script|img|iframe|source)\b[^>]*?\bsrc="((?:https?:)?//[^"]+)"|'
-                       r'<link\b(?=[^>]*rel="(?:stylesheet|preload|icon)")[^>]*?href="((?:https?:)?//[^"]+)"')
+    loads = re.compile(
+        r'<(?:script|img|iframe|source)\b[^>]*?\bsrc="((?:https?:)?//[^"]+)"|'
+        r'<link\b(?=[^>]*rel="(?:stylesheet|preload|icon)")[^>]*?href="((?:https?:)?//[^"]+)"'
+    )
     found = []
     for page in sorted(site.rglob('*.html')):
         html = re.sub(r'<pre.*?</pre>', '', page.read_text(encoding='utf8'), flags=re.S)
@@ -55,33 +68,57 @@ def foreign_resources(site: Path) -> list[str]:
 
 
 def main() -> None:
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--output', type=Path, default=root/'_site')
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ap.add_argument('--output', type=Path, default=root / '_site')
     ap.add_argument('--jobs', type=int, default=2, help='notebooks executed at once')
-    ap.add_argument('--only', nargs='*', type=Path,
-                    help='only these notebooks and the home page; a draft: warnings do not count')
-    ap.add_argument('--no-execute', action='store_true', help='do not run example cells: pages without outputs')
-    ap.add_argument('--no-math', action='store_true', help='do without MathJax: formulas appear as TeX')
+    ap.add_argument(
+        '--only',
+        nargs='*',
+        type=Path,
+        help='only these notebooks and the home page; a draft: warnings do not count',
+    )
+    ap.add_argument(
+        '--no-execute', action='store_true', help='do not run example cells: pages without outputs'
+    )
+    ap.add_argument(
+        '--no-math', action='store_true', help='do without MathJax: formulas appear as TeX'
+    )
     args = ap.parse_args()
 
     files = notebooks()
-    if args.only: files = [p for p in files if p in {o.resolve() for o in args.only} | {nbs/'index.ipynb'}]
+    if args.only:
+        files = [p for p in files if p in {o.resolve() for o in args.only} | {nbs / 'index.ipynb'}]
     print(f'docs: {len(files)} notebooks', flush=True)
     execute_all(files, args.jobs, not args.no_execute)
     shutil.rmtree(src_dir, ignore_errors=True)
     src_dir.mkdir(parents=True)
     link_pages(files)
     navigation(files, data_cards(), results_page(), guide())
-    if not args.no_math: mathjax(root/'docs'/'_static')
+    if not args.no_math:
+        mathjax(root / 'docs' / '_static')
     shutil.rmtree(args.output, ignore_errors=True)
     strict = [] if args.only else ['-W']
-    folders = ['-c', root/'docs', '-d', root/'_proc'/'doctrees', src_dir, args.output]
-    sphinx = [sys.executable, '-m', 'sphinx', *strict, '--keep-going', '-q', '-b', 'html', *map(str, folders)]
-    if subprocess.run(sphinx).returncode: sys.exit('docs: Sphinx reported warnings; they count as errors')
+    folders = ['-c', root / 'docs', '-d', root / '_proc' / 'doctrees', src_dir, args.output]
+    sphinx = [
+        sys.executable,
+        '-m',
+        'sphinx',
+        *strict,
+        '--keep-going',
+        '-q',
+        '-b',
+        'html',
+        *map(str, folders),
+    ]
+    if subprocess.run(sphinx).returncode:
+        sys.exit('docs: Sphinx reported warnings; they count as errors')
     copy_reports(args.output)
     if found := foreign_resources(args.output):
         sys.exit('docs: these pages fetch from another host:\n  ' + '\n  '.join(found))
-    print(f'docs: open {args.output/"index.html"}')
+    print(f'docs: open {args.output / "index.html"}')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

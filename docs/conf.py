@@ -1,10 +1,12 @@
-"""Sphinx settings of the documentation site. The pages come from docs/build.py; nothing is executed here."""
+"""Sphinx settings of the documentation site. The pages come from docs/build.py; nothing is executed
+here."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
 settings = ConfigParser(delimiters=['='], interpolation=None)
-settings.read(here.parent/'settings.ini', encoding='utf8')
+settings.read(here.parent / 'settings.ini', encoding='utf8')
 cfg = settings['DEFAULT']
 
 project, author, copyright = cfg['title'], cfg['author'], cfg['copyright']
@@ -21,23 +23,36 @@ nb_merge_streams = True
 nb_number_source_lines = False
 nb_ipywidgets_js = {}  # these default to scripts on a CDN
 
-myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist', 'attrs_inline', 'attrs_block', 'tasklist']
+myst_enable_extensions = [
+    'dollarmath',
+    'amsmath',
+    'colon_fence',
+    'deflist',
+    'attrs_inline',
+    'attrs_block',
+    'tasklist',
+]
 myst_heading_anchors = 3
 myst_links_external_new_tab = True
 mathjax_path = 'mathjax/tex-mml-chtml.js'
 
 html_theme = 'sphinx_book_theme'
 html_title = cfg['title']
-html_static_path = [str(here/'_static')]
+html_static_path = [str(here / '_static')]
 html_css_files = ['site.css']
-html_logo = str(here/'_static'/'logo.svg')
-html_favicon = str(here/'_static'/'favicon.svg')
+html_logo = str(here / '_static' / 'logo.svg')
+html_favicon = str(here / '_static' / 'favicon.svg')
 html_copy_source = False
 html_show_sourcelink = False
 html_context = {'default_mode': 'auto'}
 html_theme_options = {
-    'home_page_in_toc': False, 'show_navbar_depth': 1, 'show_toc_level': 2, 'use_download_button': False,
-    'use_fullscreen_button': False, 'use_issues_button': False, 'use_repository_button': False,
+    'home_page_in_toc': False,
+    'show_navbar_depth': 1,
+    'show_toc_level': 2,
+    'use_download_button': False,
+    'use_fullscreen_button': False,
+    'use_issues_button': False,
+    'use_repository_button': False,
     'toc_title': 'On this page',
 }
 copybutton_prompt_text = r'\$ '

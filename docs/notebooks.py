@@ -1,7 +1,9 @@
-"""Notebooks on their way to the site: executed, exported cells folded behind API entries, symbol names linked.
+"""Notebooks on their way to the site: executed, exported cells folded behind API entries, symbol
+names linked.
 
-    python docs/notebooks.py SRC DST [--no-execute]      one notebook, in a process of its own
+python docs/notebooks.py SRC DST [--no-execute]      one notebook, in a process of its own
 """
+
 import hashlib
 import json
 import os
@@ -17,29 +19,39 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from places import nbs, root, run_dir, src_dir
 
-SKIPPED = {'gpu', 'slow', 'notest'}     # cells with these flags are shown, not executed
+SKIPPED = {'gpu', 'slow', 'notest'}  # cells with these flags are shown, not executed
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 
 def notebooks() -> list[Path]:
     "Every notebook of the project, in reading order."
-    def hidden(p: Path) -> bool: return any(s.startswith(('.', '_')) for s in p.relative_to(nbs).parts)
+
+    def hidden(p: Path) -> bool:
+        return any(s.startswith(('.', '_')) for s in p.relative_to(nbs).parts)
+
     return sorted(p for p in nbs.rglob('*.ipynb') if not hidden(p))
 
 
 def module_name(nb) -> str | None:
     "Full name of the module a notebook exports to, None if it exports nothing."
-    found = (re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, re.M) for c in nb.cells if c.cell_type == 'code')
+    found = (
+        re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, re.M)
+        for c in nb.cells
+        if c.cell_type == 'code'
+    )
     m = next((m for m in found if m), None)
     return f'vlmbench.{m[1]}' if m else None
 
 
 def find_symbol(name: str, module, names: dict):
-    "The object `name` (dotted) of the exported module, or else of the notebook's own names; None if neither has it."
+    """The object `name` (dotted) of the exported module, or else of the notebook's own names; None
+    if neither has it."""
     for scope in (module, names.get(name.split('.')[0])):
         obj = scope
-        for part in name.split('.')[0 if scope is module else 1:]: obj = getattr(obj, part, None)
-        if obj is not None: return obj
+        for part in name.split('.')[0 if scope is module else 1 :]:
+            obj = getattr(obj, part, None)
+        if obj is not None:
+            return obj
 
 
 def first(directives: dict, key: str) -> str:
@@ -48,27 +60,37 @@ def first(directives: dict, key: str) -> str:
 
 
 def clean_outputs(outputs: list) -> list:
-    "Outputs as nbformat wants them: no stderr, no widget state (it would load a script from a CDN)."
+    """Outputs as nbformat wants them: no stderr, no widget state (it would load a script from a
+    CDN)."""
     keep = []
     for o in json.loads(json.dumps(outputs)):
-        if o.get('name') == 'stderr': continue
+        if o.get('name') == 'stderr':
+            continue
         o.get('data', {}).pop(WIDGET, None)
-        if o['output_type'] == 'execute_result': o.setdefault('execution_count', None)
+        if o['output_type'] == 'execute_result':
+            o.setdefault('execution_count', None)
         keep.append(nbformat.from_dict(o))
     return keep
 
 
 def code_cell(cell, directives: dict):
-    "A code cell as the site shows it: exported code and imports folded away; None when nothing is left to show."
+    """A code cell as the site shows it: exported code and imports folded away; None when nothing is
+    left to show."""
     source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
-    if not source.strip() or {'hide', 'default_exp'} & directives.keys(): return None
+    if not source.strip() or {'hide', 'default_exp'} & directives.keys():
+        return None
     new = new_code_cell(source)
     exported = bool({'export', 'exports', 'exporti'} & directives.keys())
-    imports = 'import' in source and all(re.match(r'(from|import|#|\s|\)|$)', line) for line in source.splitlines())
+    imports = 'import' in source and all(
+        re.match(r'(from|import|#|\s|\)|$)', line) for line in source.splitlines()
+    )
     if exported or imports:
         label = 'Imports' if imports else 'Source'
-        new.metadata.update(tags=['hide-input'], mystnb=dict(code_prompt_show=label, code_prompt_hide=label))
-    if first(directives, 'echo:') == 'false' or 'hide_input' in directives: new.metadata['tags'] = ['remove-input']
+        new.metadata.update(
+            tags=['hide-input'], mystnb=dict(code_prompt_show=label, code_prompt_hide=label)
+        )
+    if first(directives, 'echo:') == 'false' or 'hide_input' in directives:
+        new.metadata['tags'] = ['remove-input']
     quiet = exported or first(directives, 'output:') == 'false' or 'hide_output' in directives
     new.outputs = [] if quiet else clean_outputs(cell.get('outputs') or [])
     new.metadata['folded'] = 'imports' if imports else 'source' if exported else ''
@@ -76,18 +98,31 @@ def code_cell(cell, directives: dict):
 
 
 def prepare(src: Path, dst: Path, execute: bool) -> None:
-    "Execute one notebook and write it with API entries in place of exported cells. Exits with the cell that failed."
+    """Execute one notebook and write it with API entries in place of exported cells. Exits with the
+    cell that failed."""
     from execnb.shell import CaptureShell
     from nbdev.process import NBProcessor
     from nbdev.processors import add_show_docs, hide_line, populate_language, strip_ansi
     from render import entry
 
-    nb = NBProcessor(src, procs=[populate_language, add_show_docs, strip_ansi, hide_line], process=True).nb
-    nb.cells = [c for auto, group in groupby(nb.cells, lambda c: bool(getattr(c, 'has_sd', False)))
-                for c in (reversed(list(group)) if auto else group)]    # nbdev adds a cell's entries last name first
+    nb = NBProcessor(
+        src, procs=[populate_language, add_show_docs, strip_ansi, hide_line], process=True
+    ).nb
+    nb.cells = [
+        c
+        for auto, group in groupby(nb.cells, lambda c: bool(getattr(c, 'has_sd', False)))
+        for c in (reversed(list(group)) if auto else group)
+    ]  # nbdev adds a cell's entries last name first
     modname = module_name(nbformat.reads(src.read_text(encoding='utf8'), as_version=4))
-    module, shell = import_module(modname) if modname else None, CaptureShell(src) if execute else None
-    shown = {i: m[1] for i, c in enumerate(nb.cells) if (m := re.match(r'show_doc\(\s*([\w.]+)', c.source))}
+    module, shell = (
+        import_module(modname) if modname else None,
+        CaptureShell(src) if execute else None,
+    )
+    shown = {
+        i: m[1]
+        for i, c in enumerate(nb.cells)
+        if (m := re.match(r'show_doc\(\s*([\w.]+)', c.source))
+    }
     os.chdir(src.parent)
     out, level, labels, sources = [], 1, set(), []
     for i, cell in enumerate(nb.cells):
@@ -95,128 +130,198 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
         if i in shown:
             name = shown[i]
             obj = find_symbol(name, module, shell.user_ns if shell else {})
-            if obj is None: sys.exit(f'{src.relative_to(root)}: show_doc({name}) names nothing in {modname}')
+            if obj is None:
+                sys.exit(f'{src.relative_to(root)}: show_doc({name}) names nothing in {modname}')
             label = f'{modname or src.stem}.{name}'.lower()
-            if label in labels: label += f'-{len(labels)}'
+            if label in labels:
+                label += f'-{len(labels)}'
             labels.add(label)
             new = new_markdown_cell(entry(obj, name, min(level + 1, 4), label, set(shown.values())))
             new.metadata['symbol'] = dict(name=name, label=label, module=modname)
             out.append(new)
             continue
-        out += sources                          # folded source comes after the entries that describe it
+        out += sources  # folded source comes after the entries that describe it
         sources = []
         if cell.cell_type == 'markdown':
-            heads = re.findall(r'^(#{1,6}) ', re.sub(r'```.*?```', '', cell.source, flags=re.S), re.M)
-            if heads: level = len(heads[-1])
+            heads = re.findall(
+                r'^(#{1,6}) ', re.sub(r'```.*?```', '', cell.source, flags=re.S), re.M
+            )
+            if heads:
+                level = len(heads[-1])
             out.append(new_markdown_cell(cell.source))
-        if cell.cell_type != 'code': continue
-        if shell and cell.source.strip() and not SKIPPED & directives.keys() and first(directives, 'eval:') != 'false':
+        if cell.cell_type != 'code':
+            continue
+        if (
+            shell
+            and cell.source.strip()
+            and not SKIPPED & directives.keys()
+            and first(directives, 'eval:') != 'false'
+        ):
             shell.cell(cell)
             if shell.exc:
                 trace = shell.prettytb(fname=src.name)
                 sys.exit(f'{src.relative_to(root)}: this cell failed\n\n{cell.source}\n\n{trace}')
         new = code_cell(cell, directives)
-        if new is None: continue
+        if new is None:
+            continue
         folded = new.metadata.pop('folded')
-        if folded == 'imports' and out and out[-1].metadata.get('imports'): out[-1].source += '\n' + new.source
-        elif folded == 'source': sources.append(new)
+        if folded == 'imports' and out and out[-1].metadata.get('imports'):
+            out[-1].source += '\n' + new.source
+        elif folded == 'source':
+            sources.append(new)
         else:
-            if folded: new.metadata['imports'] = True
+            if folded:
+                new.metadata['imports'] = True
             out.append(new)
     out += sources
-    if nbs/'runs' in src.parents:
-        note = f'An experiment: `vlmbench run {src.stem} name=value ...` executes it with checked parameters. '
-        out.insert(1, new_markdown_cell(f'```{{note}}\n{note}It is shown as it stands, without results.\n```'))
+    if nbs / 'runs' in src.parents:
+        note = (
+            f'An experiment: `vlmbench run {src.stem} name=value ...` executes it with checked '
+            'parameters. '
+        )
+        out.insert(
+            1,
+            new_markdown_cell(
+                f'```{{note}}\n{note}It is shown as it stands, without results.\n```'
+            ),
+        )
     page = new_notebook(cells=out)
-    page.metadata.update(kernelspec=dict(name='python3', display_name='Python 3', language='python'),
-                         language_info=dict(name='python'))
-    for i, c in enumerate(page.cells): c['id'] = f'c{i}'
+    page.metadata.update(
+        kernelspec=dict(name='python3', display_name='Python 3', language='python'),
+        language_info=dict(name='python'),
+    )
+    for i, c in enumerate(page.cells):
+        c['id'] = f'c{i}'
     dst.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(page, dst)
 
 
 def fingerprint() -> str:
-    "Changes when anything an executed notebook can see changes: package, assets, stored results, these two files."
+    """Changes when anything an executed notebook can see changes: package, assets, stored results,
+    these two files."""
     h = hashlib.sha256()
-    seen = [*(root/'vlmbench').rglob('*'), *(root/'data_cards').glob('*'), *(root/'figures').rglob('*.json'),
-            root/'docs'/'notebooks.py', root/'docs'/'render.py']
+    seen = [
+        *(root / 'vlmbench').rglob('*'),
+        *(root / 'data_cards').glob('*'),
+        *(root / 'figures').rglob('*.json'),
+        root / 'docs' / 'notebooks.py',
+        root / 'docs' / 'render.py',
+    ]
     for p in sorted(seen):
-        if p.is_file() and '__pycache__' not in p.parts: h.update(str(p.relative_to(root)).encode() + p.read_bytes())
+        if p.is_file() and '__pycache__' not in p.parts:
+            h.update(str(p.relative_to(root)).encode() + p.read_bytes())
     return h.hexdigest()
 
 
 def execute_all(files: list[Path], jobs: int, execute: bool, timeout: int = 900) -> None:
-    "Prepare the notebooks that changed, `jobs` at a time. Exits with every failed cell once all have been tried."
+    """Prepare the notebooks that changed, `jobs` at a time. Exits with every failed cell once all
+    have been tried."""
     package = fingerprint()
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE', 'HF_HUB_OFFLINE': '1'}
+    env = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'OMP_WAIT_POLICY': 'PASSIVE',
+        'HF_HUB_OFFLINE': '1',
+    }
 
     def one(src: Path) -> str | None:
         rel = src.relative_to(nbs)
-        dst, runs = run_dir/rel, execute and rel.parts[0] != 'runs'
-        key, stamp = hashlib.sha256(f'{package}{runs}'.encode() + src.read_bytes()).hexdigest(), dst.with_suffix('.key')
-        if dst.exists() and stamp.exists() and stamp.read_text() == key: return None
+        dst, runs = run_dir / rel, execute and rel.parts[0] != 'runs'
+        key, stamp = (
+            hashlib.sha256(f'{package}{runs}'.encode() + src.read_bytes()).hexdigest(),
+            dst.with_suffix('.key'),
+        )
+        if dst.exists() and stamp.exists() and stamp.read_text() == key:
+            return None
         cmd = [sys.executable, __file__, str(src), str(dst)] + ([] if runs else ['--no-execute'])
-        try: done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired: return f'{rel}: still running after {timeout} s'
-        if done.returncode: return f'{rel}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}'
+        try:
+            done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return f'{rel}: still running after {timeout} s'
+        if done.returncode:
+            return f'{rel}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}'
         stamp.write_text(key)
         print(f'  {rel}', flush=True)
 
-    wanted = {run_dir/p.relative_to(nbs) for p in files}
+    wanted = {run_dir / p.relative_to(nbs) for p in files}
     for old in run_dir.rglob('*.ipynb') if run_dir.exists() else ():
-        if old not in wanted: old.unlink()
-    with ThreadPoolExecutor(jobs) as pool: failures = [f for f in pool.map(one, files) if f]
-    if failures: sys.exit('\n\n'.join(failures) + f'\n{len(failures)} of {len(files)} notebooks failed')
+        if old not in wanted:
+            old.unlink()
+    with ThreadPoolExecutor(jobs) as pool:
+        failures = [f for f in pool.map(one, files) if f]
+    if failures:
+        sys.exit('\n\n'.join(failures) + f'\n{len(failures)} of {len(files)} notebooks failed')
 
 
 def link_pages(files: list[Path]) -> None:
-    "Copy the executed notebooks to the Sphinx source folder, names in backticks linked to their API entries."
-    pages = {p.relative_to(nbs): nbformat.read(run_dir/p.relative_to(nbs), as_version=4) for p in files}
-    symbols, home, modules = {}, {}, {}         # name -> labels; label -> page; module -> page
+    """Copy the executed notebooks to the Sphinx source folder, names in backticks linked to their
+    API entries."""
+    pages = {
+        p.relative_to(nbs): nbformat.read(run_dir / p.relative_to(nbs), as_version=4) for p in files
+    }
+    symbols, home, modules = {}, {}, {}  # name -> labels; label -> page; module -> page
     for rel, nb in pages.items():
         for cell in nb.cells:
             if s := cell.metadata.get('symbol'):
                 symbols.setdefault(s['name'], set()).add(s['label'])
-                symbols[f"{s['module']}.{s['name']}"] = {s['label']}
+                symbols[f'{s["module"]}.{s["name"]}'] = {s['label']}
                 home[s['label']], modules[s['module']] = rel, rel
 
     def target(name: str, rel: Path, own: str | None) -> str | None:
-        if name in modules: return f'/{modules[name].as_posix()}' if modules[name] != rel else None
+        if name in modules:
+            return f'/{modules[name].as_posix()}' if modules[name] != rel else None
         parts = name.split('.')
-        for n in range(len(parts), 0, -1):      # `Packer.push` leads to Packer where push has no entry
+        for n in range(len(parts), 0, -1):  # `Packer.push` leads to Packer where push has no entry
             labels = symbols.get('.'.join(parts[:n]), set())
-            here = sorted(x for x in labels if home[x] == rel) or (sorted(labels) if len(labels) == 1 else [])
-            if here: return f'#{here[0]}' if here[0] != own else None
+            here = sorted(x for x in labels if home[x] == rel) or (
+                sorted(labels) if len(labels) == 1 else []
+            )
+            if here:
+                return f'#{here[0]}' if here[0] != own else None
 
     def link(text: str, rel: Path, own: str | None) -> str:
-        def sub(m: re.Match) -> str: return f'[{m[0]}]({to})' if (to := target(m[1], rel, own)) else m[0]
-        chunks = re.split(r'(```.*?```|^#.*$)', text, flags=re.S | re.M)       # not in fences and headings
+        def sub(m: re.Match) -> str:
+            return f'[{m[0]}]({to})' if (to := target(m[1], rel, own)) else m[0]
+
+        chunks = re.split(
+            r'(```.*?```|^#.*$)', text, flags=re.S | re.M
+        )  # not in fences and headings
         names = r'(?<![`\[\w])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]\w])'
         return ''.join(c if i % 2 else re.sub(names, sub, c) for i, c in enumerate(chunks))
 
     for rel, nb in pages.items():
         for cell in nb.cells:
-            if cell.cell_type != 'markdown': continue
+            if cell.cell_type != 'markdown':
+                continue
             own = (cell.metadata.get('symbol') or {}).get('label')
-            cell.source = relink(link(cell.source, rel, own), nbs/rel)
-        dst = src_dir/rel
+            cell.source = relink(link(cell.source, rel, own), nbs / rel)
+        dst = src_dir / rel
         dst.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, dst)
 
 
 def relink(text: str, src: Path) -> str:
-    "Links from `src` to files outside nbs/: those with a page lead there, the others keep only their words."
+    """Links from `src` to files outside nbs/: those with a page lead there, the others keep only
+    their words."""
+
     def sub(m: re.Match) -> str:
         words, link = m[1], m[2]
-        if re.match(r'[a-z]+:|#|/', link): return m[0]
-        path = Path(os.path.normpath(src.parent/link.split('#')[0]))
-        if not path.is_relative_to(root) or path.is_relative_to(nbs): return m[0]
+        if re.match(r'[a-z]+:|#|/', link):
+            return m[0]
+        path = Path(os.path.normpath(src.parent / link.split('#')[0]))
+        if not path.is_relative_to(root) or path.is_relative_to(nbs):
+            return m[0]
         rel = path.relative_to(root)
-        if rel.parts[0] == 'data_cards': return f'[{words}](/data_cards/{rel.name if rel.suffix else "index.md"})'
-        if rel.name == 'CONTRIBUTING.md': return f'[{words}](/contributing.md)'
+        if rel.parts[0] == 'data_cards':
+            return f'[{words}](/data_cards/{rel.name if rel.suffix else "index.md"})'
+        if rel.name == 'CONTRIBUTING.md':
+            return f'[{words}](/contributing.md)'
         if rel.parts[0] == 'figures':
-            return f'[{words}](/{rel.as_posix() if rel.suffix in (".png", ".svg") else "results.md"})'
+            return (
+                f'[{words}](/{rel.as_posix() if rel.suffix in (".png", ".svg") else "results.md"})'
+            )
         return words
+
     return re.sub(r'(?<!\\)\[([^\]\[]*)\]\(([^)\s]+)\)', sub, text)
 
 

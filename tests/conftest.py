@@ -1,4 +1,6 @@
-"""What every test gets: no network, calm threads, and slow tests only when asked for (`--slow`, or CI=true)."""
+"""What every test gets: no network, calm threads, and slow tests only when asked for (`--slow`, or
+CI=true)."""
+
 import os
 import shutil
 
@@ -20,13 +22,16 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line('markers', SLOW)
     import torch
+
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '2')))
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption('--slow'): return
+    if config.getoption('--slow'):
+        return
     for item in items:
-        if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason=f'{SLOW}'))
+        if 'slow' in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=f'{SLOW}'))
 
 
 @pytest.fixture
@@ -38,10 +43,23 @@ def project_root(request):
 @pytest.fixture(scope='module')
 def browser():
     "A headless Chromium, or the reason why there is none."
-    api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed (extra: dev)')
-    exe = next((shutil.which(n) for n in ('chromium', 'chromium-browser', 'google-chrome') if shutil.which(n)), None)
-    if exe is None: pytest.skip('no Chromium on this machine: `apt-get install chromium`')
-    flags = '--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+    api = pytest.importorskip(
+        'playwright.sync_api', reason='playwright is not installed (extra: dev)'
+    )
+    exe = next(
+        (
+            shutil.which(n)
+            for n in ('chromium', 'chromium-browser', 'google-chrome')
+            if shutil.which(n)
+        ),
+        None,
+    )
+    if exe is None:
+        pytest.skip('no Chromium on this machine: `apt-get install chromium`')
+    flags = (
+        '--no-sandbox --headless --disable-gpu --disable-quic --no-first-run '
+        '--disable-background-networking '
+    )
     flags += '--disable-component-update --disable-sync'
     with api.sync_playwright() as p:
         b = p.chromium.launch(executable_path=exe, args=flags.split())

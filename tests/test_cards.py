@@ -1,4 +1,5 @@
-"""Data cards: every card is valid and complete, and the check of a local copy finds exactly what is wrong with it."""
+"""Data cards: every card is valid and complete, and the check of a local copy finds exactly what is
+wrong with it."""
 
 import json
 import re
@@ -25,14 +26,19 @@ from vlmbench.data.cards import (
 )
 
 CARDS = sorted((Path(__file__).parents[1] / 'data_cards').glob('*.md'))
-NAMED = '''
-llava_mix665k llava_pretrain_558k genqa llava_genqa_mix vip_llava_stage2 vip_llava_stage3 refcocog vg_relations
-visual7w pointqa_looktwice vcr flickr30k_entities vip_bench eve_cap33m eve_instruct_mix1.8m vora_recap_29m
-vora_recap_8m vora_recap_gldv2_1.4m vora_textqa_mixed bunny_695k bunny_laion_2m vqav2 gqa vizwiz textvqa scienceqa
-pope mme mmbench mmbench_cn seed_bench mm_vet llava_bench_wild q_bench mmmu cmmmu ai2d chartqa docvqa
-infographic_vqa ocr_vqa tdiuc cv_bench hallusion_bench realworldqa mmlu bbh c_eval cmmlu hellaswag arc_easy
+NAMED = """
+llava_mix665k llava_pretrain_558k genqa llava_genqa_mix vip_llava_stage2 vip_llava_stage3 refcocog
+vg_relations
+visual7w pointqa_looktwice vcr flickr30k_entities vip_bench eve_cap33m eve_instruct_mix1.8m
+vora_recap_29m
+vora_recap_8m vora_recap_gldv2_1.4m vora_textqa_mixed bunny_695k bunny_laion_2m vqav2 gqa vizwiz
+textvqa scienceqa
+pope mme mmbench mmbench_cn seed_bench mm_vet llava_bench_wild q_bench mmmu cmmmu ai2d chartqa
+docvqa
+infographic_vqa ocr_vqa tdiuc cv_bench hallusion_bench realworldqa mmlu bbh c_eval cmmlu hellaswag
+arc_easy
 arc_challenge winogrande piqa boolq openbookqa ocrbench st_vqa world
-'''.split()
+""".split()
 
 
 # --- the cards
@@ -52,8 +58,8 @@ def test_card_is_valid_and_says_what_it_must(path):
         assert heading in body, heading
     assert card.front['known_faults'], 'say unknown where no fault is known'
     for entry in card.files:
-        assert entry['fields'], f"{entry['path']} has no row schema"
-        assert f"`{entry['path']}`" in body
+        assert entry['fields'], f'{entry["path"]} has no row schema'
+        assert f'`{entry["path"]}`' in body
     if not card.files:
         assert card.front['role'] != 'embedded'
     assert not re.search(r'\b(TODO|FIXME|TBD)\b', body)
@@ -74,7 +80,7 @@ def test_no_machine_path_in_a_card():
 
 # --- the validation of a front matter
 
-GOOD = yaml.safe_load('''
+GOOD = yaml.safe_load("""
 license: mit
 pretty_name: Example
 task_categories: [visual-question-answering]
@@ -93,7 +99,7 @@ files:
   fields: {id: "str|int", image: "image?", conversations: turns, answers: strings}
 known_faults: [unknown]
 used_by: [llava]
-''')
+""")
 
 
 def changed(**new):
@@ -191,7 +197,10 @@ def test_field_types():
         assert field_problem({'f': good}, 'f', spec) is None
         if bad is not ...:
             assert field_problem({'f': bad}, 'f', spec)[0] == 'field type', spec
-    assert field_problem({'f': None}, 'f', 'str?') is None and field_problem({'f': None}, 'f', 'str')[0] == 'field type'
+    assert (
+        field_problem({'f': None}, 'f', 'str?') is None
+        and field_problem({'f': None}, 'f', 'str')[0] == 'field type'
+    )
 
 
 # --- checking a copy
@@ -201,7 +210,9 @@ def row(id, image=None, answers=('x',), mark=None):
     mark = ('<image>' if image else '') if mark is None else mark
     chat = [{'from': 'human', 'value': mark + 'What?'}, {'from': 'gpt', 'value': 'x'}]
     return {
-        k: v for k, v in dict(id=id, image=image, conversations=chat, answers=list(answers)).items() if v is not None
+        k: v
+        for k, v in dict(id=id, image=image, conversations=chat, answers=list(answers)).items()
+        if v is not None
     }
 
 
@@ -224,14 +235,21 @@ def problems(copy, **kw):
         'check',
         'detail',
     ]
-    assert report.status == int(len(report.table) > 0) and report.summary['problems'].sum() >= len(report.table)
-    return [(p['check'], None if pd.isna(p['row']) else int(p['row'])) for p in report.table.to_dict('records')]
+    assert report.status == int(len(report.table) > 0) and report.summary['problems'].sum() >= len(
+        report.table
+    )
+    return [
+        (p['check'], None if pd.isna(p['row']) else int(p['row']))
+        for p in report.table.to_dict('records')
+    ]
 
 
 def test_clean_copy(copy):
     assert problems(copy) == [] and problems(copy, full=True) == []
     report = check(copy / 'card.md', copy)
-    assert report.summary.iloc[0].to_dict() == dict(file='rows.json', rows=3, expected=3, pictures_opened=2, problems=0)
+    assert report.summary.iloc[0].to_dict() == dict(
+        file='rows.json', rows=3, expected=3, pictures_opened=2, problems=0
+    )
     assert 'matches its card' in str(report)
 
 
@@ -239,7 +257,9 @@ def test_each_fault_is_found_where_it_is(copy):
     rows = [row(1, 'a.png'), row(2, 'gone.png'), row(3), row(1, 'b.png')]
     rows[2].pop('answers')
     (copy / 'rows.json').write_text(
-        json.dumps(rows + [row(5, answers='x'), row('6', 'a.png', mark=''), 7, row(8, '../card.md')])
+        json.dumps(
+            rows + [row(5, answers='x'), row('6', 'a.png', mark=''), 7, row(8, '../card.md')]
+        )
     )
     Image.new('RGB', (5, 4)).save(copy / 'images' / 'b.png')
     (copy / 'images' / 'b.png').write_bytes((copy / 'images' / 'b.png').read_bytes()[:40])
@@ -274,7 +294,10 @@ def test_missing_file_and_folder(copy, capsys):
     assert problems(copy) == [('missing file', None)]
     report = check(copy / 'card.md', copy / 'nowhere')
     assert report.status == 2 and 'could not be checked' in str(report)
-    assert check_command(copy / 'card.md', copy) == 1 and 'nothing matches rows.json' in capsys.readouterr().out
+    assert (
+        check_command(copy / 'card.md', copy) == 1
+        and 'nothing matches rows.json' in capsys.readouterr().out
+    )
     assert check_command('no-such-card', copy) == 2 and 'known:' in capsys.readouterr().out
     assert check_command('eve_cap33m', copy) == 2 and 'names no files' in capsys.readouterr().out
 
@@ -305,7 +328,11 @@ def test_sample_full_and_limit(copy):
     opened = lambda **kw: int(check(copy / 'card.md', copy, **kw).summary.pictures_opened[0])
     assert (opened(sample=20), opened(sample=0), opened(full=True)) == (20, 0, 300)
     report = check(copy / 'card.md', copy, limit=10)
-    assert report.status == 0 and report.summary.rows[0] == 10 and 'not judged' in report.summary.expected[0]
+    assert (
+        report.status == 0
+        and report.summary.rows[0] == 10
+        and 'not judged' in report.summary.expected[0]
+    )
     rows[250]['image'] = 'gone.png'
     (copy / 'rows.json').write_text(json.dumps(rows))
     assert problems(copy, full=True) == [('image', 250)]
@@ -316,7 +343,11 @@ def test_sample_full_and_limit(copy):
 def test_many_problems_are_counted_and_listed_up_to_a_limit(copy):
     (copy / 'rows.json').write_text(json.dumps([{'id': i} for i in range(100)]))
     report = check(copy / 'card.md', copy, max_listed=5)
-    assert report.summary.problems[0] == 201 and len(report.table) == 6 and 'and 195 more problems' in str(report)
+    assert (
+        report.summary.problems[0] == 201
+        and len(report.table) == 6
+        and 'and 195 more problems' in str(report)
+    )
 
 
 def test_patterns_parquet_and_tsv(copy):
@@ -337,7 +368,11 @@ def test_patterns_parquet_and_tsv(copy):
     chat = [{'from': 'human', 'value': 'Describe'}, {'from': 'gpt', 'value': 'x'}]
     for k in range(2):
         table = pa.table(
-            {'id': [2 * k, 2 * k + 1], 'frames': [[png], [b'broken'] if k else None], 'conversations': [chat, chat]}
+            {
+                'id': [2 * k, 2 * k + 1],
+                'frames': [[png], [b'broken'] if k else None],
+                'conversations': [chat, chat],
+            }
         )
         pq.write_table(table, copy / 'data' / f'{k}.parquet')
     (copy / 't.tsv').write_text('index\timage\n1\t' + 'A' * 200_000 + '\n2\tBB\n')
@@ -357,12 +392,15 @@ def test_the_embedded_world_matches_its_card(tmp_path):
     write_world(tmp_path / 'world', sizes=WorldSize(**dict.fromkeys(names, 4)))
     report = check('world', tmp_path / 'world', full=True)
     assert report.status == 0, str(report)
-    assert sorted(report.summary.file) == sorted(p.name for p in (tmp_path / 'world').glob('*_*.json'))
-    assert (report.summary.pictures_opened > 0).sum() == len(names) - 2                     # all but the text files
+    assert sorted(report.summary.file) == sorted(
+        p.name for p in (tmp_path / 'world').glob('*_*.json')
+    )
+    assert (report.summary.pictures_opened > 0).sum() == len(names) - 2  # all but the text files
 
 
 def test_the_worlds_card_states_its_default_sizes():
     from vlmbench.data.world import WorldSize
-    asked = dict(vqa_val=3, vqa_test=3, text_test=4)      # questions a scene, one row each
-    rows = sum(n*asked.get(name, 1) for name, n in vars(WorldSize()).items())
+
+    asked = dict(vqa_val=3, vqa_test=3, text_test=4)  # questions a scene, one row each
+    rows = sum(n * asked.get(name, 1) for name, n in vars(WorldSize()).items())
     assert load_card('world').front['size']['rows'] == rows

@@ -1,4 +1,5 @@
 """The command line: thin, light to load, honest exit codes."""
+
 import json, os, subprocess, sys
 
 import pytest
@@ -9,51 +10,70 @@ from vlmbench.run.cli import app
 from vlmbench.run.manifest import Run
 
 
-def call(*words): return CliRunner().invoke(app, [str(w) for w in words])
+def call(*words):
+    return CliRunner().invoke(app, [str(w) for w in words])
 
 
 def vlmbench_process(*words, cwd):
     code = 'from vlmbench.run.cli import main; main()'
-    return subprocess.run([sys.executable, '-c', code, *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | dict(COLUMNS='160'))
+    return subprocess.run(
+        [sys.executable, '-c', code, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(COLUMNS='160'),
+    )
 
 
 def test_version_and_help_name_every_command():
     assert call('--version').output.strip() == f'vlmbench {vlmbench.__version__}'
     text = call('--help').output
-    assert all(w in text for w in ('run', 'runs', 'bench', 'data')) and call('nonsense').exit_code == 2
+    assert (
+        all(w in text for w in ('run', 'runs', 'bench', 'data')) and call('nonsense').exit_code == 2
+    )
     assert call('bench', '--help').exit_code == 0 and '--seeds' in call('bench', '--help').output
 
 
 def test_loading_the_command_line_and_the_engine_imports_nothing_heavy():
-    code = ("import sys, vlmbench.run.cli, vlmbench.run.engine; "
-            "heavy = 'torch', 'transformers', 'papermill', 'pandas', 'matplotlib', 'IPython'; "
-            "print([m for m in heavy if m in sys.modules])")
+    code = (
+        'import sys, vlmbench.run.cli, vlmbench.run.engine; '
+        "heavy = 'torch', 'transformers', 'papermill', 'pandas', 'matplotlib', 'IPython'; "
+        'print([m for m in heavy if m in sys.modules])'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == '[]', done.stdout + done.stderr
 
 
 def test_a_mistyped_parameter_is_one_line_and_code_two(tmp_path):
     done = vlmbench_process('run', 'train', 'recpie=llava', 'seed=one', cwd=tmp_path)
-    assert done.returncode == 2 and not (tmp_path/'runs').exists()
+    assert done.returncode == 2 and not (tmp_path / 'runs').exists()
     assert "did you mean 'recipe'" in done.stderr and "'seed' must be int" in done.stderr
     assert 'Traceback' not in done.stderr
 
 
 def test_the_exit_code_is_the_notebooks_and_values_may_hold_equals_signs(tmp_path):
     import nbformat
+
     kernel = dict(name='python3', display_name='python3', language='python')
     nb = nbformat.v4.new_notebook(metadata=dict(kernelspec=kernel))
-    nb.cells = [nbformat.v4.new_code_cell("note: str = ''\nfail: bool = False\nout: str = ''",
-                                          metadata=dict(tags=['parameters'])),
-                nbformat.v4.new_code_cell("print('note', note)\nif fail: raise SystemExit(3)")]
-    nbformat.write(nb, tmp_path/'demo.ipynb')
+    nb.cells = [
+        nbformat.v4.new_code_cell(
+            "note: str = ''\nfail: bool = False\nout: str = ''", metadata=dict(tags=['parameters'])
+        ),
+        nbformat.v4.new_code_cell("print('note', note)\nif fail: raise SystemExit(3)"),
+    ]
+    nbformat.write(nb, tmp_path / 'demo.ipynb')
     good = vlmbench_process('run', 'demo.ipynb', 'note=a=b', 'out=good', cwd=tmp_path)
     bad = vlmbench_process('run', 'demo.ipynb', 'fail=true', 'out=bad', cwd=tmp_path)
     assert good.returncode == 0 and 'note a=b' in good.stdout and bad.returncode == 1
     again = vlmbench_process('run', 'demo.ipynb', 'out=good', cwd=tmp_path)
     assert again.returncode == 2 and 'completed run' in again.stderr
-    assert vlmbench_process('run', 'demo.ipynb', 'note=c', 'out=good', '--overwrite', cwd=tmp_path).returncode == 0
+    assert (
+        vlmbench_process(
+            'run', 'demo.ipynb', 'note=c', 'out=good', '--overwrite', cwd=tmp_path
+        ).returncode
+        == 0
+    )
     rows = vlmbench_process('runs', '.', cwd=tmp_path).stdout.splitlines()
     assert rows[0].split()[:2] == ['id', 'notebook']
     assert sorted(r.split()[2] for r in rows[1:]) == ['completed', 'failed']
@@ -65,12 +85,12 @@ def test_show_lists_the_parameters_without_running():
 
 
 def test_runs_as_table_and_as_json(tmp_path):
-    with Run(tmp_path/'a', 'train', dict(recipe='llava', scale='tiny',
-                                         seed=3)) as run: run.record(results=dict(score=.625))
+    with Run(tmp_path / 'a', 'train', dict(recipe='llava', scale='tiny', seed=3)) as run:
+        run.record(results=dict(score=0.625))
     table = call('runs', tmp_path).output.splitlines()
     assert table[1].split()[1:7] == ['train', 'llava', 'tiny', '3', 'completed', '0.625']
-    assert json.loads(call('runs', tmp_path, '--json').output)[0]['results'] == dict(score=.625)
-    lost = call('runs', tmp_path/'nowhere')
+    assert json.loads(call('runs', tmp_path, '--json').output)[0]['results'] == dict(score=0.625)
+    lost = call('runs', tmp_path / 'nowhere')
     assert 'no such folder' in str(lost.exception or lost.output)
 
 
@@ -82,6 +102,6 @@ def test_bench_refuses_unknown_methods_and_no_seeds(tmp_path):
 
 @pytest.mark.parametrize('words, why', [(('--difficulty', 'brutal'), 'easy'), ((), 'not empty')])
 def test_data_world_refuses_with_a_reason(tmp_path, words, why):
-    (tmp_path/'file').write_text('x')
+    (tmp_path / 'file').write_text('x')
     done = vlmbench_process('data', 'world', tmp_path, *words, cwd=tmp_path)
     assert done.returncode == 2 and why in done.stderr and 'Traceback' not in done.stderr

@@ -1,4 +1,5 @@
 """The cost planner against torch's FLOP counter and the memory that tensors really take."""
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,11 +12,30 @@ from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import RecipeError, get_scale, override
 
 TINY = get_scale('tiny')
-MID = override(TINY, dict(name='mid', llm_config=dict(
-    model_type='llama', hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8,
-    num_key_value_heads=4, vocab_size=2000), vision_config=dict(
-        model_type='clip_vision_model', hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=4, image_size=64, patch_size=8)))
+MID = override(
+    TINY,
+    dict(
+        name='mid',
+        llm_config=dict(
+            model_type='llama',
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=2000,
+        ),
+        vision_config=dict(
+            model_type='clip_vision_model',
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=8,
+        ),
+    ),
+)
 
 
 def really(model, work, precision='fp32', kernel='eager'):
@@ -23,12 +43,19 @@ def really(model, work, precision='fp32', kernel='eager'):
     batch = _batch(model, work, 'cpu')
     flat = torch.arange(work.rows * work.tokens).view(work.rows, work.tokens)
     labels = torch.full((work.rows * work.tokens,), -100)
-    labels[flat[:, 1:].flatten()[-work.targets:]] = 3
+    labels[flat[:, 1:].flatten()[-work.targets :]] = 3
     documents = (flat % work.tokens >= work.tokens - 3).long()
     model.set_attn_implementation(kernel)
-    inputs = dict(input_ids=batch['input_ids'], pixel_values=batch['pixel_values'], labels=labels.view(flat.shape),
-                  document_ids=documents)
-    with FlopCounterMode(display=False) as counter, Meter([*model.parameters(), *model.buffers()], 'cpu') as meter:
+    inputs = dict(
+        input_ids=batch['input_ids'],
+        pixel_values=batch['pixel_values'],
+        labels=labels.view(flat.shape),
+        document_ids=documents,
+    )
+    with (
+        FlopCounterMode(display=False) as counter,
+        Meter([*model.parameters(), *model.buffers()], 'cpu') as meter,
+    ):
         with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
             loss = model.train()(**inputs, use_cache=False).loss
         loss.backward()
@@ -43,25 +70,34 @@ def pair(name, variant, scale, stage):
     for device in ('meta', 'cpu'):
         model = model_from_shapes(recipe, scale, device)
         s = recipe.stage(stage)
-        if method.before_stage is not None: model, _ = method.before_stage(model, None, s, scale)
+        if method.before_stage is not None:
+            model, _ = method.before_stage(model, None, s, scale)
         prepare(model, s)
         out.append(model)
     return out
 
 
-CASES = [('llava', (), 'align'), ('llava', (), 'instruct'), ('llava', ('llm=lora',), 'instruct'), ('zero', (), 'adapt'),
-         ('zero', (), 'encoder'), ('visual_region', ('where=[2]', 'projector=frozen'), 'instruct'),
-         ('visual_region', ('tune=full',), 'instruct')]
+CASES = [
+    ('llava', (), 'align'),
+    ('llava', (), 'instruct'),
+    ('llava', ('llm=lora',), 'instruct'),
+    ('zero', (), 'adapt'),
+    ('zero', (), 'encoder'),
+    ('visual_region', ('where=[2]', 'projector=frozen'), 'instruct'),
+    ('visual_region', ('tune=full',), 'instruct'),
+]
 
 
-@pytest.mark.parametrize('name,variant,stage', CASES, ids=lambda v: '-'.join(v) if isinstance(v, tuple) else v)
+@pytest.mark.parametrize(
+    'name,variant,stage', CASES, ids=lambda v: '-'.join(v) if isinstance(v, tuple) else v
+)
 def test_a_step_costs_what_torch_counts(name, variant, stage):
     meta, real = pair(name, variant, MID, stage)
     work = Workload(4, 160, 6, 64, 64, 60)
     planned = training_cost(meta, work, kernel='eager')
     flops, peak = really(real, work)
     assert planned.flops == flops
-    assert planned.peak - planned.weights_bytes - planned.optimizer == pytest.approx(peak, rel=.05)
+    assert planned.peak - planned.weights_bytes - planned.optimizer == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
@@ -71,41 +107,66 @@ def test_memory_of_the_fused_kernel_and_of_mixed_precision(precision, stage):
     work = Workload(4, 160, 4, 64, 64, 60)
     planned = training_cost(meta, work, precision=precision)
     assert planned.peak - planned.weights_bytes - planned.optimizer == pytest.approx(
-        really(real, work, precision, 'sdpa')[1], rel=.05)
+        really(real, work, precision, 'sdpa')[1], rel=0.05
+    )
 
 
 def test_checkpointing_trades_memory_for_one_more_forward_pass_of_the_blocks():
     work, costs = Workload(4, 160, 6, 64, 64, 60), []
     for on in (False, True):
         model, _ = pair('llava', (), MID, 'instruct')
-        if on: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        if on:
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
         costs.append(training_cost(model, work))
     plain, saved = costs
-    assert plain.recomputed == 0 and saved.activations < .5 * plain.activations
+    assert plain.recomputed == 0 and saved.activations < 0.5 * plain.activations
     blocks = plain.parts['layers']['forward']
-    assert .7 * blocks < saved.recomputed <= blocks                 # it stops early: the last product is not needed
-    assert (saved.forward, saved.inputs, saved.weights) == (plain.forward, plain.inputs, plain.weights)
+    assert (
+        0.7 * blocks < saved.recomputed <= blocks
+    )  # it stops early: the last product is not needed
+    assert (saved.forward, saved.inputs, saved.weights) == (
+        plain.forward,
+        plain.inputs,
+        plain.weights,
+    )
 
 
 def test_accumulated_gradients_wait_through_the_next_forward_pass():
     model, _ = pair('llava', (), MID, 'instruct')
-    once, again = (training_cost(model, Workload(2, 160, 2, 64, 64, 30), accumulates=a) for a in (False, True))
+    once, again = (
+        training_cost(model, Workload(2, 160, 2, 64, 64, 30), accumulates=a) for a in (False, True)
+    )
     assert once.flops == again.flops and once.peak < again.peak <= once.peak + again.gradients
     assert once.activations == again.activations
 
 
 def test_back_propagation_stops_at_the_lowest_trained_layer():
     work, depth = Workload(2, 96, 2, 64, 64, 30), 6
-    inputs = [training_cost(pair('visual_region', (f'where=[{i}]', 'projector=frozen', 'tune=full'), MID, 'instruct')[0],
-                            work).inputs for i in range(depth)]
+    inputs = [
+        training_cost(
+            pair(
+                'visual_region', (f'where=[{i}]', 'projector=frozen', 'tune=full'), MID, 'instruct'
+            )[0],
+            work,
+        ).inputs
+        for i in range(depth)
+    ]
     steps = {a - b for a, b in zip(inputs[1:], inputs[2:])}
-    assert len(steps) == 1 and inputs == sorted(inputs, reverse=True)        # one layer less, the same FLOPs less
+    assert len(steps) == 1 and inputs == sorted(
+        inputs, reverse=True
+    )  # one layer less, the same FLOPs less
 
 
 def test_frozen_base_weights_get_no_gradient_but_adapters_do():
-    full, low = (training_cost(pair('llava', v, MID, 'instruct')[0], Workload(2, 96, 2, 64, 64, 30))
-                 for v in ((), ('llm=lora',)))
-    assert low.weights < .2 * full.weights and low.forward > full.forward and low.optimizer < .3 * full.optimizer
+    full, low = (
+        training_cost(pair('llava', v, MID, 'instruct')[0], Workload(2, 96, 2, 64, 64, 30))
+        for v in ((), ('llm=lora',))
+    )
+    assert (
+        low.weights < 0.2 * full.weights
+        and low.forward > full.forward
+        and low.optimizer < 0.3 * full.optimizer
+    )
 
 
 @pytest.mark.parametrize('name', ['llava', 'vip_llava', 'eve', 'vora', 'zero', 'visual_region'])
@@ -119,14 +180,19 @@ def test_every_recipe_is_planned_at_the_embedded_scale(name):
 def test_both_patch_embeddings_are_planned():
     v2 = plan('eve', 'tiny', ['patches=eve_v2', 'align=False'])
     assert v2.stage.tolist() == ['prealign', 'pretrain', 'finetune'] and (v2.forward > 0).all()
-    assert inference('eve', 'paper', ['patches=eve_v2', 'align=False']).image_tokens == 1 + 25*26
+    assert inference('eve', 'paper', ['patches=eve_v2', 'align=False']).image_tokens == 1 + 25 * 26
 
 
 def test_a_teacher_costs_in_training_only():
-    with_teacher, without = (plan('vora', 'tiny', v).set_index('stage') for v in ((), ('distill=none',)))
+    with_teacher, without = (
+        plan('vora', 'tiny', v).set_index('stage') for v in ((), ('distill=none',))
+    )
     assert with_teacher.forward['pretrain'] > without.forward['pretrain']
     assert with_teacher.parameters['pretrain'] > without.parameters['pretrain']
-    assert inference('vora', 'tiny').parameters == inference('vora', 'tiny', ('distill=none',)).parameters
+    assert (
+        inference('vora', 'tiny').parameters
+        == inference('vora', 'tiny', ('distill=none',)).parameters
+    )
 
 
 def test_what_was_grafted_answers_with_every_layer():
@@ -140,15 +206,28 @@ def test_published_sizes_without_weights():
     scale = 'llama-3.1-70b'
     method = get_method('zero', ('stages=("adapt","encoder","decoder")',))
     recipe = method.recipe(any_scale(scale))
-    sizes = [sum(p.numel() for p in model.model.language_model.parameters()) + sum(p.numel() for p in model.lm_head.parameters())
-             for stage, model, _ in stage_models(recipe, method, any_scale(scale)) if stage is not None]
+    sizes = [
+        sum(p.numel() for p in model.model.language_model.parameters())
+        + sum(p.numel() for p in model.lm_head.parameters())
+        for stage, model, _ in stage_models(recipe, method, any_scale(scale))
+        if stage is not None
+    ]
     assert [round(s / 1e9, 2) for s in sizes] == [38.04, 38.04, 70.55]
 
 
 def test_bad_input_is_refused():
-    for call, words in ((lambda: plan('llava', 'tiny', ranks=0), 'ranks'), (lambda: plan('llava', 'huge'), 'unknown scale'),
-                        (lambda: plan('llava', 'tiny', ['r=3']), 'no option'), (lambda: Data(targets=0.), 'no target token'),
-                        (lambda: inference('eve', 'tiny', size=(60, 60)), 'multiple'),
-                        (lambda: plan('llava', 'tiny', overrides=['stages.align.losses=["x"]']), 'no shapes are known')):
-        with pytest.raises(RecipeError, match=words): call()
-    with pytest.raises(ValueError, match='at least 1'): Workload(0, 4)
+    for call, words in (
+        (lambda: plan('llava', 'tiny', ranks=0), 'ranks'),
+        (lambda: plan('llava', 'huge'), 'unknown scale'),
+        (lambda: plan('llava', 'tiny', ['r=3']), 'no option'),
+        (lambda: Data(targets=0.0), 'no target token'),
+        (lambda: inference('eve', 'tiny', size=(60, 60)), 'multiple'),
+        (
+            lambda: plan('llava', 'tiny', overrides=['stages.align.losses=["x"]']),
+            'no shapes are known',
+        ),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            call()
+    with pytest.raises(ValueError, match='at least 1'):
+        Workload(0, 4)

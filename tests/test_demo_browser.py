@@ -1,4 +1,6 @@
-"""The demo and the canvas in a real browser: draw, ask, read the streamed answer, look at what the model saw."""
+"""The demo and the canvas in a real browser: draw, ask, read the streamed answer, look at what the
+model saw."""
+
 import io
 import json
 import os
@@ -20,7 +22,7 @@ from vlmbench.demo.chat import ChatModel
 from vlmbench.models.vlm import build_vlm
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOTS = os.environ.get('VLMBENCH_SHOTS')        # a folder that keeps the screenshots
+SHOTS = os.environ.get('VLMBENCH_SHOTS')  # a folder that keeps the screenshots
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def page(browser):
 
 
 def shot(page, tmp_path, name):
-    path = Path(SHOTS or tmp_path)/f'{name}.png'
+    path = Path(SHOTS or tmp_path) / f'{name}.png'
     page.screenshot(path=path)
     assert np.asarray(Image.open(path)).std() > 10, 'an empty page'
 
@@ -50,6 +52,7 @@ def free_port():
 
 class Recorder(ChatModel):
     "A model that keeps the pictures it was given."
+
     def stream(self, turns, images=(), *args, **kwargs):
         self.given, self.turns = list(images), list(turns)
         end = yield from ChatModel.stream(self, turns, images, *args, **kwargs)
@@ -57,26 +60,33 @@ class Recorder(ChatModel):
 
 
 class Counting(ChatModel):
-    "A model whose answer takes its time, and does not end while `hold` is cleared: the stream can be watched."
+    """A model whose answer takes its time, and does not end while `hold` is cleared: the stream can
+    be watched."""
+
     hold = threading.Event()
     hold.set()
 
     def stream(self, turns, images=(), *args, **kwargs):
         for word in 'one two three four five six seven eight nine ten'.split():
-            time.sleep(.15)
-            if word == 'ten': self.hold.wait(120)
+            time.sleep(0.15)
+            if word == 'ten':
+                self.hold.wait(120)
             yield word + ' '
         return 'stop'
 
 
 @pytest.fixture(scope='module')
-def parts(): return build_vlm(asset_path('llm'), asset_path('vit'), dict(projector='mlp2x_gelu'), template='world')
+def parts():
+    return build_vlm(
+        asset_path('llm'), asset_path('vit'), dict(projector='mlp2x_gelu'), template='world'
+    )
 
 
 @pytest.fixture(scope='module')
 def served(parts, tmp_path_factory):
     pytest.importorskip('gradio', reason='gradio is not installed (extra: serve)')
     from vlmbench.demo.serve import Limits, build_page, launch
+
     os.environ['GRADIO_TEMP_DIR'] = str(tmp_path_factory.mktemp('uploads'))
     models = dict(plain=Recorder(*parts, 'plain'), counting=Counting(*parts, 'counting'))
     limits = Limits(max_upload_mb=1, max_pixels=500_000, max_new_tokens=8, queue=1)
@@ -91,12 +101,18 @@ def drag(page, area, *places):
     at = lambda x, y: (area['x'] + x * area['width'], area['y'] + y * area['height'])
     page.mouse.move(*at(*places[0]))
     page.mouse.down()
-    for p in places[1:]: page.mouse.move(*at(*p), steps=4)
+    for p in places[1:]:
+        page.mouse.move(*at(*p), steps=4)
     page.mouse.up()
 
 
-PATHS = {'point': [(.5, .5)], 'scribble': [(.2, .2), (.5, .6), (.8, .3)], 'mask': [(.3, .3), (.7, .3), (.5, .8)],
-         'mask contour': [(.2, .2), (.8, .2), (.5, .9)], 'arrow': [(.1, .1), (.5, .5)]}
+PATHS = {
+    'point': [(0.5, 0.5)],
+    'scribble': [(0.2, 0.2), (0.5, 0.6), (0.8, 0.3)],
+    'mask': [(0.3, 0.3), (0.7, 0.3), (0.5, 0.8)],
+    'mask contour': [(0.2, 0.2), (0.8, 0.2), (0.5, 0.9)],
+    'arrow': [(0.1, 0.1), (0.5, 0.5)],
+}
 
 
 def test_draw_ask_and_see_what_the_model_saw(served, page, tmp_path):
@@ -108,7 +124,7 @@ def test_draw_ask_and_see_what_the_model_saw(served, page, tmp_path):
     for kind, colour in zip(MARKERS, 'red lime blue yellow fuchsia aqua orange purple'.split()):
         page.click(f'#canvas button[data-kind="{kind}"]')
         page.click(f'#canvas button[data-color="{colour}"]')
-        drag(page, area, *PATHS.get(kind, [(.2, .25), (.7, .8)]))
+        drag(page, area, *PATHS.get(kind, [(0.2, 0.25), (0.7, 0.8)]))
         names.append(f'{MARKERS[kind][0]} the {colour} {MARKERS[kind][1]}')
     assert page.locator('#canvas .vp-chip button:first-child').all_inner_texts() == names
     page.locator('#canvas .vp-chip button[title="remove this marker"]').nth(2).click()
@@ -119,37 +135,65 @@ def test_draw_ask_and_see_what_the_model_saw(served, page, tmp_path):
     box = page.locator('#question textarea')
     box.fill('what is the object')
     page.locator('#canvas .vp-chip button:first-child').nth(1).click()
-    page.wait_for_function("document.querySelector('#question textarea').value.trim() == 'what is the object <region1>'")
+    page.wait_for_function(
+        "document.querySelector('#question textarea').value.trim() == 'what is the object "
+        "<region1>'"
+    )
     page.click('#ask')
     asked = f'what is the object {names[1]}'
-    for side in ('left', 'right'): page.wait_for_selector(f'#chat-{side} >> text="{asked}"')
-    seen = set()                                             # the answer grows while it is watched
-    while 'ten' not in (text := page.locator('#chat-right .bot').first.inner_text()): seen.add(text.strip(' ▍\n')); page.wait_for_timeout(60)
-    assert len(seen) >= 3 and all('one two three four five six seven eight nine ten'.startswith(t) for t in seen), seen
+    for side in ('left', 'right'):
+        page.wait_for_selector(f'#chat-{side} >> text="{asked}"')
+    seen = set()  # the answer grows while it is watched
+    while 'ten' not in (text := page.locator('#chat-right .bot').first.inner_text()):
+        seen.add(text.strip(' ▍\n'))
+        page.wait_for_timeout(60)
+    assert len(seen) >= 3 and all(
+        'one two three four five six seven eight nine ten'.startswith(t) for t in seen
+    ), seen
     page.wait_for_selector('#seen-left img')
-    page.wait_for_function("!document.querySelector('#ask').disabled && document.querySelector('#stop').disabled")
-    first = page.evaluate("async () => Array.from(new Uint8Array(await (await fetch(document.querySelector('#seen-left img').src)).arrayBuffer()))")
+    page.wait_for_function(
+        "!document.querySelector('#ask').disabled && document.querySelector('#stop').disabled"
+    )
+    first = page.evaluate(
+        'async () => Array.from(new Uint8Array(await (await '
+        "fetch(document.querySelector('#seen-left img').src)).arrayBuffer()))"
+    )
     shown, given = Image.open(io.BytesIO(bytes(first))).convert('RGB'), models['plain'].given[0]
-    assert shown.size == given.size and shown.tobytes() == given.tobytes(), 'the page shows another picture than the model got'
+    assert shown.size == given.size and shown.tobytes() == given.tobytes(), (
+        'the page shows another picture than the model got'
+    )
     assert models['plain'].turns[-1].text == f'<image>\n{asked}'
     shot(page, tmp_path, 'serve')
-    assert box.input_value() == '' and not page.foreign and not page.problems, (page.foreign, page.problems)
+    assert box.input_value() == '' and not page.foreign and not page.problems, (
+        page.foreign,
+        page.problems,
+    )
 
 
 def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path):
-    "A bad upload, a question without its marker and a full queue: each says why; picture and question stay."
+    """A bad upload, a question without its marker and a full queue: each says why; picture and
+    question stay."""
     url, models = served
     page.goto(url)
     page.wait_for_selector('#canvas canvas')
     pick = page.locator('#canvas input[type=file]')
-    pick.set_input_files(dict(name='drawing.png', mimeType='image/png', buffer=b'<svg xmlns="http://www.w3.org/2000/svg"/>'))
+    pick.set_input_files(
+        dict(
+            name='drawing.png',
+            mimeType='image/png',
+            buffer=b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        )
+    )
     page.wait_for_selector('#canvas .vp-bad >> text=an SVG drawing: render it to PNG first')
     pick.set_input_files(dict(name='huge.png', mimeType='image/png', buffer=bytes(1_200_000)))
     page.wait_for_selector('#canvas .vp-bad >> text=huge.png is larger than 1 MB')
     out = io.BytesIO()
     Image.new('RGB', (120, 40), 'navy').save(out, 'PNG')
     pick.set_input_files(dict(name='flag.png', mimeType='image/png', buffer=out.getvalue()))
-    page.wait_for_function("(() => { const c = document.querySelector('#canvas canvas'); return c && Math.abs(c.width / c.height - 3) < .05; })()")
+    page.wait_for_function(
+        "(() => { const c = document.querySelector('#canvas canvas'); return c && Math.abs(c.width "
+        '/ c.height - 3) < .05; })()'
+    )
     box = page.locator('#question textarea')
     box.fill('what is <region> ?')
     page.click('#ask')
@@ -157,7 +201,9 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
     assert box.input_value() == 'what is <region> ?'
 
     models['counting'].hold.clear()
-    others = [browser.new_page() for _ in range(2)]     # one answers, one waits: the queue of one is full
+    others = [
+        browser.new_page() for _ in range(2)
+    ]  # one answers, one waits: the queue of one is full
     for p in others:
         p.goto(url)
         p.wait_for_selector('#canvas canvas')
@@ -173,7 +219,8 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
     assert box.input_value() == 'and now ?'
     models['counting'].hold.set()
     others[1].wait_for_selector('#chat-right .bot >> text=ten', timeout=60_000)
-    for p in others: p.close()
+    for p in others:
+        p.close()
     page.click('#ask')
     page.wait_for_selector('#chat-right .bot >> text=ten')
     assert not page.problems, page.problems
@@ -183,54 +230,100 @@ def test_canvas_in_jupyterlab(browser, page, tmp_path):
     "The tutorial in JupyterLab: run it, draw, ask, read the answer, compare the picture."
     pytest.importorskip('jupyterlab', reason='jupyterlab is not installed (extra: dev)')
     pytest.importorskip('anywidget', reason='anywidget is not installed (extra: serve)')
-    nb = json.loads((ROOT/'nbs/tutorials/point_at_things.ipynb').read_text(encoding='utf8'))
-    stop = next(i for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code' and ''.join(c['source']).endswith('\napp'))
-    nb['cells'] = nb['cells'][:stop + 1]
-    (tmp_path/'point.ipynb').write_text(json.dumps(nb))
+    nb = json.loads((ROOT / 'nbs/tutorials/point_at_things.ipynb').read_text(encoding='utf8'))
+    stop = next(
+        i
+        for i, c in enumerate(nb['cells'])
+        if c['cell_type'] == 'code' and ''.join(c['source']).endswith('\napp')
+    )
+    nb['cells'] = nb['cells'][: stop + 1]
+    (tmp_path / 'point.ipynb').write_text(json.dumps(nb))
     port = free_port()
-    env = os.environ | dict(PYTHONPATH=str(ROOT), JUPYTER_CONFIG_DIR=str(tmp_path/'config'), JUPYTER_DATA_DIR=str(tmp_path/'data'),
-                            JUPYTERLAB_SETTINGS_DIR=str(tmp_path/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(tmp_path/'spaces'))
-    lab = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
-                            '--IdentityProvider.token=', '--allow-root', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
-                            f'--ServerApp.root_dir={tmp_path}'], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    env = os.environ | dict(
+        PYTHONPATH=str(ROOT),
+        JUPYTER_CONFIG_DIR=str(tmp_path / 'config'),
+        JUPYTER_DATA_DIR=str(tmp_path / 'data'),
+        JUPYTERLAB_SETTINGS_DIR=str(tmp_path / 'settings'),
+        JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / 'spaces'),
+    )
+    lab = subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            'jupyterlab',
+            '--no-browser',
+            '--ip=127.0.0.1',
+            f'--port={port}',
+            '--ServerApp.port_retries=0',
+            '--IdentityProvider.token=',
+            '--allow-root',
+            '--LabApp.news_url=',
+            '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
+            f'--ServerApp.root_dir={tmp_path}',
+        ],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
     try:
         url, end = f'http://127.0.0.1:{port}', time.monotonic() + 90
         while True:
-            try: urllib.request.urlopen(f'{url}/api/status', timeout=5).close(); break
+            try:
+                urllib.request.urlopen(f'{url}/api/status', timeout=5).close()
+                break
             except OSError:
                 assert lab.poll() is None and time.monotonic() < end, 'JupyterLab did not start'
-                time.sleep(.3)
+                time.sleep(0.3)
         page.set_default_timeout(120_000)
         page.goto(f'{url}/lab/tree/point.ipynb')
         page.wait_for_selector('.jp-NotebookPanel-toolbar')
         page.wait_for_selector('.jp-CodeCell')
-        page.wait_for_selector('.jp-StatusBar-Widget >> text=/ipykernel.*Idle/')    # else Lab asks which kernel to start
+        page.wait_for_selector(
+            '.jp-StatusBar-Widget >> text=/ipykernel.*Idle/'
+        )  # else Lab asks which kernel to start
         page.click('.lm-MenuBar-itemLabel:text-is("Run")')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
         end, ask = time.monotonic() + 150, page.locator('.jp-Dialog button:has-text("Select")')
-        while not page.locator('.vp-stage canvas').count():     # Lab may ask which kernel to start
+        while not page.locator('.vp-stage canvas').count():  # Lab may ask which kernel to start
             assert time.monotonic() < end, page.locator('.jp-OutputArea').all_inner_texts()
-            if ask.count(): ask.click()
+            if ask.count():
+                ask.click()
             page.wait_for_timeout(300)
         page.locator('.vp-stage canvas').scroll_into_view_if_needed()
         page.wait_for_timeout(300)
         page.click('.vp button[data-kind=ellipse]')
         page.click('.vp button[data-color=aqua]')
-        drag(page, page.locator('.vp-stage canvas').bounding_box(), (.3, .3), (.75, .8))
+        drag(page, page.locator('.vp-stage canvas').bounding_box(), (0.3, 0.3), (0.75, 0.8))
         page.wait_for_selector('.vp-chip >> text=within the aqua ellipse')
-        page.locator('.jp-OutputArea input[type=text]').first.fill('what color is the object <region> ?')
+        page.locator('.jp-OutputArea input[type=text]').first.fill(
+            'what color is the object <region> ?'
+        )
         page.click('button:text-is("Ask")')
-        page.wait_for_selector('.vpt .q >> text="what color is the object within the aqua ellipse ?"')
+        page.wait_for_selector(
+            '.vpt .q >> text="what color is the object within the aqua ellipse ?"'
+        )
         page.wait_for_selector('.vpt .a:not(:has-text("▍"))')
         assert page.locator('.vpt .a').last.inner_text().strip()
-        seen = page.evaluate("async () => Array.from(new Uint8Array(await (await fetch(document.querySelector('.jp-OutputArea img.widget-image').src)).arrayBuffer()))")
+        seen = page.evaluate(
+            'async () => Array.from(new Uint8Array(await (await '
+            "fetch(document.querySelector('.jp-OutputArea img.widget-image').src)).arrayBuffer()))"
+        )
         picture = np.asarray(Image.open(io.BytesIO(bytes(seen))).convert('RGB')).astype(int)
         aqua = (picture[..., 1] - picture[..., 0] > 60) & (picture[..., 2] - picture[..., 0] > 60)
-        assert picture.shape == (64, 64, 3) and 20 < aqua.sum() < 600, 'no aqua ellipse in what the model saw'
+        assert picture.shape == (64, 64, 3) and 20 < aqua.sum() < 600, (
+            'no aqua ellipse in what the model saw'
+        )
         shot(page, tmp_path, 'canvas')
         assert not page.problems and not page.foreign, (page.problems, page.foreign)
     finally:
-        try: urllib.request.urlopen(urllib.request.Request(f'http://127.0.0.1:{port}/api/shutdown', method='POST'), timeout=10).close()
-        except OSError: lab.terminate()
-        try: lab.wait(20)
-        except subprocess.TimeoutExpired: lab.kill()
+        try:
+            urllib.request.urlopen(
+                urllib.request.Request(f'http://127.0.0.1:{port}/api/shutdown', method='POST'),
+                timeout=10,
+            ).close()
+        except OSError:
+            lab.terminate()
+        try:
+            lab.wait(20)
+        except subprocess.TimeoutExpired:
+            lab.kill()

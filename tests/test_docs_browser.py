@@ -1,4 +1,6 @@
-"""The built site in a real browser, opened from disk: pages load alone, pictures show, formulas set, search finds."""
+"""The built site in a real browser, opened from disk: pages load alone, pictures show, formulas
+set, search finds."""
+
 import os
 import re
 from html import unescape
@@ -8,14 +10,17 @@ from urllib.parse import unquote
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = Path(os.environ.get('VLMBENCH_SITE', ROOT/'_site'))
-PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts)
+SITE = Path(os.environ.get('VLMBENCH_SITE', ROOT / '_site'))
+PAGES = sorted(
+    p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts
+)
 
 
 @pytest.fixture
 def page(browser):
     "A page that remembers requests to other hosts and errors."
-    if not (SITE/'index.html').exists(): pytest.skip('the site is not built: `make docs`')
+    if not (SITE / 'index.html').exists():
+        pytest.skip('the site is not built: `make docs`')
     page = browser.new_page(viewport=dict(width=1400, height=900))
     page.foreign, page.problems = [], []
     local = ('file:', 'data:', 'blob:', 'about:')
@@ -26,7 +31,8 @@ def page(browser):
     page.close()
 
 
-def visit(page, name): page.goto((SITE/name).as_uri(), wait_until='load')
+def visit(page, name):
+    page.goto((SITE / name).as_uri(), wait_until='load')
 
 
 def test_home_page(page):
@@ -34,14 +40,17 @@ def test_home_page(page):
     assert page.locator('h1').first.inner_text().rstrip('#').strip() == 'vlmbench'
     captions = page.locator('.bd-sidebar-primary .caption-text').all_inner_texts()
     assert {'Data', 'Models', 'Training', 'Evaluation', 'Project'} <= set(captions), captions
-    assert page.locator('.bd-sidebar-primary img.only-light').first.evaluate('i => i.naturalWidth') > 0
+    assert (
+        page.locator('.bd-sidebar-primary img.only-light').first.evaluate('i => i.naturalWidth') > 0
+    )
     assert page.get_by_text('make bench').first.is_visible()
 
 
 def test_every_page_stands_alone(page):
-    "No request leaves the disk, no script fails, every picture loads, every page has a title and content."
+    """No request leaves the disk, no script fails, every picture loads, every page has a title and
+    content."""
     cards = [n for n in PAGES if n.startswith('data_cards/') and not n.endswith('index.html')]
-    pages = [n for n in PAGES if n not in cards[3:]]    # the cards are all made alike
+    pages = [n for n in PAGES if n not in cards[3:]]  # the cards are all made alike
     assert len(pages) > 5
     for name in pages:
         visit(page, name)
@@ -58,21 +67,25 @@ def test_every_page_stands_alone(page):
 def test_internal_links_lead_somewhere():
     ids, wrong = {}, set()
     for name in PAGES:
-        html = (SITE/name).read_text(encoding='utf8')
-        ids[(SITE/name).resolve()] = set(re.findall(r'\bid="([^"]+)"', html))
+        html = (SITE / name).read_text(encoding='utf8')
+        ids[(SITE / name).resolve()] = set(re.findall(r'\bid="([^"]+)"', html))
     for name in PAGES:
-        html = (SITE/name).read_text(encoding='utf8')
+        html = (SITE / name).read_text(encoding='utf8')
         for tag in re.findall(r'<a\b[^>]*\bclass="[^"]*internal[^"]*"[^>]*>', html):
             href = unescape(re.search(r'\bhref="([^"]*)"', tag)[1])
             target, _, anchor = href.partition('#')
-            path = ((SITE/name).parent/unquote(target)).resolve() if target else (SITE/name).resolve()
+            path = (
+                ((SITE / name).parent / unquote(target)).resolve()
+                if target
+                else (SITE / name).resolve()
+            )
             if not path.exists() or anchor and path in ids and unquote(anchor) not in ids[path]:
                 wrong.add(f'{name} -> {href}')
     assert not wrong, sorted(wrong)[:10]
 
 
 def test_search_works_from_disk(page):
-    page.goto((SITE/'search.html').as_uri() + '?q=projector', wait_until='load')
+    page.goto((SITE / 'search.html').as_uri() + '?q=projector', wait_until='load')
     page.wait_for_selector('#search-results li a', timeout=15_000)
     found = page.eval_on_selector_all('#search-results li a', 'els => els.map(e => e.href)')
     path = Path(unquote(found[0].split('#')[0].split('?')[0]).removeprefix('file://'))
@@ -80,18 +93,29 @@ def test_search_works_from_disk(page):
 
 
 def test_formulas_are_typeset_without_network(page):
-    name = next((n for n in PAGES if 'class="math notranslate' in (SITE/n).read_text(encoding='utf8')), None)
-    if name is None: pytest.skip('no page holds a formula')
+    name = next(
+        (n for n in PAGES if 'class="math notranslate' in (SITE / n).read_text(encoding='utf8')),
+        None,
+    )
+    if name is None:
+        pytest.skip('no page holds a formula')
     visit(page, name)
     page.wait_for_selector('mjx-container', timeout=20_000)
     assert not page.foreign
 
 
 def test_api_entry_has_an_anchor_a_signature_and_folded_source(page):
-    name = next(n for n in PAGES if 'section id="vlmbench-' in (SITE/n).read_text(encoding='utf8'))
+    name = next(
+        n for n in PAGES if 'section id="vlmbench-' in (SITE / n).read_text(encoding='utf8')
+    )
     visit(page, name)
     entry = page.locator('section[id^="vlmbench-"]').first
-    assert entry.locator('.highlight-python pre').first.inner_text().split()[0] in ('def', 'class', 'async', 'property')
+    assert entry.locator('.highlight-python pre').first.inner_text().split()[0] in (
+        'def',
+        'class',
+        'async',
+        'property',
+    )
     fold = page.locator('details.hide summary').first
     body = page.locator('details.hide .highlight').first
     assert not body.is_visible()

@@ -1,4 +1,6 @@
-"""lm-eval on the language model of a VLM, a surrogate and a plain model: its numbers against the model's own."""
+"""lm-eval on the language model of a VLM, a surrogate and a plain model: its numbers against the
+model's own."""
+
 import json
 import sys
 
@@ -18,26 +20,43 @@ TOKENIZER = world_tokenizer()
 
 def plain():
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48,
-                                        num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=64,
-                                        initializer_range=.3)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(TOKENIZER),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=6,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
+    ).eval()
 
 
-def vlm(): return build_vlm(asset_path('llm'), asset_path('vit'), template='world')[0]
+def vlm():
+    return build_vlm(asset_path('llm'), asset_path('vit'), template='world')[0]
 
 
-MODELS = dict(plain=plain, surrogate=lambda: build_surrogate(plain(), [[2, 3, 4]]), vlm=vlm,
-              surrogate_of_a_vlm=lambda: build_surrogate(vlm(), [[3, 4, 5]]))
+MODELS = dict(
+    plain=plain,
+    surrogate=lambda: build_surrogate(plain(), [[2, 3, 4]]),
+    vlm=vlm,
+    surrogate_of_a_vlm=lambda: build_surrogate(vlm(), [[3, 4, 5]]),
+)
 
 
 @pytest.fixture
 def lm_eval():
-    return pytest.importorskip('lm_eval.models.huggingface', reason="lm-eval is not installed: pip install 'vlmbench[eval]'",
-                               exc_type=ImportError)
+    return pytest.importorskip(
+        'lm_eval.models.huggingface',
+        reason="lm-eval is not installed: pip install 'vlmbench[eval]'",
+        exc_type=ImportError,
+    )
 
 
 def ask(kind, *arguments):
     from lm_eval.api.instance import Instance
+
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
@@ -47,35 +66,66 @@ def test_requests_of_the_harness_are_the_models_own_numbers(name, lm_eval):
     lm = harness_model(model, TOKENIZER, batch_size=2)
     inside = {p.data_ptr() for p in model.parameters()}
     assert all(p.data_ptr() in inside for p in lm.model.parameters()), 'tensors were copied'
-    pairs = [('square red', ' blue square'), ('square red . what ', ' is the color ?'), ('', 'square two')]
+    pairs = [
+        ('square red', ' blue square'),
+        ('square red . what ', ' is the color ?'),
+        ('', 'square two'),
+    ]
     got = lm.loglikelihood([ask('loglikelihood', *p) for p in pairs], disable_tqdm=True)
     for pair, (value, greedy) in zip(pairs, got):
-        with torch.no_grad(): want = loglikelihood(model, TOKENIZER, *pair, lm.prefix_token_id)
+        with torch.no_grad():
+            want = loglikelihood(model, TOKENIZER, *pair, lm.prefix_token_id)
         assert value == pytest.approx(want[0], abs=1e-3) and greedy == want[1]
     text = 'square red . what is the color ?'
-    ids = torch.tensor([[lm.prefix_token_id, *TOKENIZER(text, add_special_tokens=False)['input_ids']]])
-    with torch.no_grad(): logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-    rolling, = lm.loglikelihood_rolling([ask('loglikelihood_rolling', text)], disable_tqdm=True)
+    ids = torch.tensor(
+        [[lm.prefix_token_id, *TOKENIZER(text, add_special_tokens=False)['input_ids']]]
+    )
+    with torch.no_grad():
+        logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    (rolling,) = lm.loglikelihood_rolling([ask('loglikelihood_rolling', text)], disable_tqdm=True)
     assert rolling == pytest.approx(logp.gather(1, ids[0, 1:, None]).sum().item(), abs=1e-3)
-    written, = lm.generate_until([ask('generate_until', text, dict(until=['never'], max_gen_toks=4))], disable_tqdm=True)
+    (written,) = lm.generate_until(
+        [ask('generate_until', text, dict(until=['never'], max_gen_toks=4))], disable_tqdm=True
+    )
     prompt = TOKENIZER(text, return_tensors='pt')
-    answer = model.generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, prompt['input_ids'].shape[1]:]
+    answer = model.generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)[
+        0, prompt['input_ids'].shape[1] :
+    ]
     assert written.split() == TOKENIZER.decode(answer, skip_special_tokens=True).split()
 
 
 def test_a_task_becomes_a_table(lm_eval, tmp_path):
     words = ['red', 'blue', 'two']
-    (tmp_path/'q.jsonl').write_text('\n'.join(json.dumps(dict(question=f'square {w} . what ?', answer=w)) for w in words))
-    task = dict(task='colours', dataset_path='json', test_split='test', output_type='multiple_choice',
-                dataset_kwargs=dict(data_files=dict(test=str(tmp_path/'q.jsonl')), cache_dir=str(tmp_path)),
-                doc_to_text='question', doc_to_choice=words, doc_to_target='answer',
-                metric_list=[dict(metric='acc', aggregation='mean', higher_is_better=True)])
+    (tmp_path / 'q.jsonl').write_text(
+        '\n'.join(json.dumps(dict(question=f'square {w} . what ?', answer=w)) for w in words)
+    )
+    task = dict(
+        task='colours',
+        dataset_path='json',
+        test_split='test',
+        output_type='multiple_choice',
+        dataset_kwargs=dict(
+            data_files=dict(test=str(tmp_path / 'q.jsonl')), cache_dir=str(tmp_path)
+        ),
+        doc_to_text='question',
+        doc_to_choice=words,
+        doc_to_target='answer',
+        metric_list=[dict(metric='acc', aggregation='mean', higher_is_better=True)],
+    )
     model, before = plain(), torch.get_rng_state()
     table = run_harness(model, TOKENIZER, [task], bootstrap_iters=10)
     assert torch.equal(torch.get_rng_state(), before) and list(table.columns) == COLUMNS
     with torch.no_grad():
-        best = [max(words, key=lambda c: loglikelihood(model, TOKENIZER, f'square {w} . what ?', f' {c}', 0)[0]) for w in words]
-    row, = table.to_dict('records')
+        best = [
+            max(
+                words,
+                key=lambda c: loglikelihood(model, TOKENIZER, f'square {w} . what ?', f' {c}', 0)[
+                    0
+                ],
+            )
+            for w in words
+        ]
+    (row,) = table.to_dict('records')
     assert (row['task'], row['metric'], row['n']) == ('colours', 'acc', 3)
     assert row['value'] == pytest.approx(sum(a == b for a, b in zip(best, words)) / 3)
     assert run_harness(model, TOKENIZER, [task], limit=2, bootstrap_iters=10).n.tolist() == [2]
@@ -84,5 +134,7 @@ def test_a_task_becomes_a_table(lm_eval, tmp_path):
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'lm_eval', None)
     monkeypatch.setitem(sys.modules, 'lm_eval.models.huggingface', None)
-    with pytest.raises(ImportError, match=r'pip install .vlmbench\[eval\]'): run_harness(plain(), TOKENIZER, ['hellaswag'])
-    with pytest.raises(ValueError, match='at least one'): run_harness(plain(), TOKENIZER, [])
+    with pytest.raises(ImportError, match=r'pip install .vlmbench\[eval\]'):
+        run_harness(plain(), TOKENIZER, ['hellaswag'])
+    with pytest.raises(ValueError, match='at least one'):
+        run_harness(plain(), TOKENIZER, [])

@@ -1,4 +1,5 @@
-"""Images: every odd file is decoded right or refused with a reason; policies equal transformers' PIL processors."""
+"""Images: every odd file is decoded right or refused with a reason; policies equal transformers'
+PIL processors."""
 
 import io, json, os, struct, warnings, zlib
 from pathlib import Path
@@ -12,7 +13,9 @@ from pillow_order import resize_as_pillow_13
 from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vlmbench.data.image import (
@@ -49,7 +52,9 @@ def encoded(img, format, **kw):
 
 def png_header(w, h):
     "A PNG that claims w x h pixels and holds none."
-    chunk = lambda name, data: struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    chunk = lambda name, data: (
+        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    )
     return (
         b'\x89PNG\r\n\x1a\n'
         + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))
@@ -72,9 +77,19 @@ def test_formats(format):
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     got = np.asarray(load_image(encoded(Image.fromarray(ramp), 'PNG')))
-    assert np.array_equal(got[..., 0], ramp >> 8) and got.max() == 255 and np.array_equal(got[..., 0], got[..., 2])
-    assert np.array_equal(np.asarray(load_image(encoded(Image.fromarray(ramp), 'TIFF')))[..., 1], ramp >> 8)
-    for bad in (np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70_000, np.int32), np.full((2, 2), -1, np.int32)):
+    assert (
+        np.array_equal(got[..., 0], ramp >> 8)
+        and got.max() == 255
+        and np.array_equal(got[..., 0], got[..., 2])
+    )
+    assert np.array_equal(
+        np.asarray(load_image(encoded(Image.fromarray(ramp), 'TIFF')))[..., 1], ramp >> 8
+    )
+    for bad in (
+        np.full((2, 2), 0.5, np.float32),
+        np.full((2, 2), 70_000, np.int32),
+        np.full((2, 2), -1, np.int32),
+    ):
         with pytest.raises(ImageError, match='pixel range'):
             load_image(encoded(Image.fromarray(bad), 'TIFF'))
 
@@ -96,7 +111,10 @@ def test_palette_with_transparency():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert [load_image(data).getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
-        assert [load_image(data, background=(9, 9, 9)).getpixel((x, 0)) for x in (0, 1)] == [(9, 9, 9), (0, 0, 255)]
+        assert [load_image(data, background=(9, 9, 9)).getpixel((x, 0)) for x in (0, 1)] == [
+            (9, 9, 9),
+            (0, 0, 255),
+        ]
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -107,7 +125,8 @@ def test_exif_orientation_equals_pillow(orientation):
     exif[0x0112] = orientation
     data = encoded(noise(), 'JPEG', exif=exif)
     assert np.array_equal(
-        np.asarray(load_image(data)), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        np.asarray(load_image(data)),
+        np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))),
     )
     assert load_image(data, exif=False).size == (40, 30)
 
@@ -119,7 +138,9 @@ def test_damaged_exif_is_announced():
     at = data.index(b'Exif\0\0')
     broken = data[: at + 6] + b'\xff' * 12 + data[at + 18 :]
     said = []
-    assert load_image(broken, note=said.append).size == (40, 30) and said == ['unreadable EXIF, orientation ignored']
+    assert load_image(broken, note=said.append).size == (40, 30) and said == [
+        'unreadable EXIF, orientation ignored'
+    ]
 
 
 def test_animation_gives_the_first_frame_and_says_so():
@@ -181,7 +202,9 @@ def test_pixel_limit_is_local():
     before, data = Image.MAX_IMAGE_PIXELS, encoded(noise(100, 100), 'PNG')
     with pytest.raises(ImageError, match='max_pixels=9,999'):
         load_image(data, max_pixels=9_999)
-    assert load_image(data, max_pixels=10_000).size == (100, 100) and Image.MAX_IMAGE_PIXELS == before
+    assert (
+        load_image(data, max_pixels=10_000).size == (100, 100) and Image.MAX_IMAGE_PIXELS == before
+    )
 
 
 def test_places(tmp_path):
@@ -195,7 +218,9 @@ def test_places(tmp_path):
     os.symlink(out, root / 'linked')
     os.symlink('loop.png', root / 'loop.png')
     os.mkfifo(root / 'pipe.png')
-    assert load_image('dir/../a.png', root).size == load_image(root / 'a.png', root).size == (40, 30)
+    assert (
+        load_image('dir/../a.png', root).size == load_image(root / 'a.png', root).size == (40, 30)
+    )
     for bad in (
         '../root-evil/b.png',
         str(out / 'b.png'),
@@ -220,7 +245,10 @@ def test_places(tmp_path):
     ):
         with pytest.raises(ImageError, match=reason):
             load_image(bad, root)
-    assert load_image('link.png', (root, out)).size == (40, 30)  # a second root is an explicit permission
+    assert load_image('link.png', (root, out)).size == (
+        40,
+        30,
+    )  # a second root is an explicit permission
     assert resolve_path('/anywhere', None) == Path('/anywhere')
 
 
@@ -271,7 +299,9 @@ def test_crop_pad_squash_equal_transformers(wh, size):
         transform = from_image_processor(processor.to_dict())
         (ours,) = transform(img)
         assert torch.equal(ours['pixel_values'], theirs), (type(processor).__name__, transform.mode)
-        assert ours['size'] == tuple(theirs.shape[1:]) and ours['pixel_values'].dtype == torch.float32
+        assert (
+            ours['size'] == tuple(theirs.shape[1:]) and ours['pixel_values'].dtype == torch.float32
+        )
 
 
 @given(sizes)
@@ -287,16 +317,18 @@ def test_tiles_equal_llava_next(wh):
     assert transform.mode == 'tiles' and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize('case', sorted((GOLDEN / 'vip_llava').glob('case_*')), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    'case', sorted((GOLDEN / 'vip_llava').glob('case_*')), ids=lambda p: p.name
+)
 def test_golden_llava_preprocessing(case, monkeypatch):
     monkeypatch.setattr(Image.Image, 'resize', resize_as_pillow_13)
     spec = json.loads((case / 'misc.json').read_text())
     tensors = load_file(case / 'preprocess.safetensors')
     policy = {'pad': 'pad', 'resize': 'squash', None: 'crop'}
     for p in spec['preprocess']:
-        (ours,) = ImageTransform(policy[p['mode']], spec['size'], tuple(spec['mean']), tuple(spec['std']))(
-            load_image(case / p['image'])
-        )
+        (ours,) = ImageTransform(
+            policy[p['mode']], spec['size'], tuple(spec['mean']), tuple(spec['std'])
+        )(load_image(case / p['image']))
         assert (ours['pixel_values'] - tensors[p['key']]).abs().max() < 1e-6, p
 
 
@@ -316,13 +348,18 @@ def test_golden_native_and_any_aspect_sizes():
     for r in json.loads((GOLDEN / 'eve' / 'common' / 'geometry_real.json').read_text())['rows']:
         left, top, right, bottom = r['valid_box_xyxy']
         w, h = r['size']
-        assert any_aspect_size(h, w, r['canvas'], r['canvas'] // 24) == (bottom - top, right - left), r
+        assert any_aspect_size(h, w, r['canvas'], r['canvas'] // 24) == (
+            bottom - top,
+            right - left,
+        ), r
 
 
 # --- properties
 
 
-@given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([(672, 28), (1344, 56), (64, 8)]))
+@given(
+    st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([(672, 28), (1344, 56), (64, 8)])
+)
 def test_any_aspect_properties(h, w, setting):
     long, multiple = setting
     H, W = any_aspect_size(h, w, long, multiple)
@@ -381,7 +418,12 @@ def test_transform_survives_json(mode, size, background):
 
 
 def test_transform_refuses_unknown_settings():
-    for bad in (dict(mode='Squash'), dict(resample='cubic'), dict(mode='pad', size=(3, 4)), dict(mean=(0, 0))):
+    for bad in (
+        dict(mode='Squash'),
+        dict(resample='cubic'),
+        dict(mode='pad', size=(3, 4)),
+        dict(mean=(0, 0)),
+    ):
         with pytest.raises(ValueError):
             ImageTransform(**bad)
     for config, key in (
@@ -397,7 +439,10 @@ def test_transform_refuses_unknown_settings():
     plain = from_image_processor({'size': {'height': 8, 'width': 6}, 'do_normalize': False})
     assert (
         plain(noise())[0]['size'] == (8, 6)
-        and 0 <= plain(noise())[0]['pixel_values'].min() <= plain(noise())[0]['pixel_values'].max() <= 1
+        and 0
+        <= plain(noise())[0]['pixel_values'].min()
+        <= plain(noise())[0]['pixel_values'].max()
+        <= 1
     )
 
 
@@ -405,5 +450,9 @@ def test_vora_preprocessing_is_black_pad_and_clip():
     (ours,) = ImageTransform('pad', 28, background=(0, 0, 0))(noise())
     padded = Image.new('RGB', (40, 40))
     padded.paste(noise(), (0, 5))
-    processor = CLIPImageProcessorPil(size={'shortest_edge': 28}, crop_size={'height': 28, 'width': 28})
-    assert torch.equal(ours['pixel_values'], processor(padded, return_tensors='pt')['pixel_values'][0])
+    processor = CLIPImageProcessorPil(
+        size={'shortest_edge': 28}, crop_size={'height': 28, 'width': 28}
+    )
+    assert torch.equal(
+        ours['pixel_values'], processor(padded, return_tensors='pt')['pixel_values'][0]
+    )

@@ -1,5 +1,6 @@
-"""Two CPU ranks over gloo: the same step as one rank, text-only batches on one rank, preemption, and failures that name
-the rank."""
+"""Two CPU ranks over gloo: the same step as one rank, text-only batches on one rank, preemption,
+and failures that name the rank."""
+
 import os
 import signal
 import subprocess
@@ -22,8 +23,16 @@ ENV = dict(PYTHONPATH=os.pathsep.join([HERE, os.environ.get('PYTHONPATH', '')]))
 
 
 def on_two_ranks(function, tmp_path, **kwargs):
-    return launch(f'train_stubs:{function}', dict(out=str(tmp_path / 'run'), **kwargs), ranks=2,
-                  log_dir=tmp_path / 'logs', cpu=True, threads=1, timeout=240, env=ENV)
+    return launch(
+        f'train_stubs:{function}',
+        dict(out=str(tmp_path / 'run'), **kwargs),
+        ranks=2,
+        log_dir=tmp_path / 'logs',
+        cpu=True,
+        threads=1,
+        timeout=240,
+        env=ENV,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -35,65 +44,93 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_two_ranks_equal_one(tmp_path, uninterrupted):
-    """Rows with images go to rank 0, text-only rows to rank 1: weights and losses equal those of one process with both
-    rows."""
-    _, result = run(tmp_path, dropout=0., stage=a_stage('full', 4), loader=RowLoader(0, 1), save_every=None)
+    """Rows with images go to rank 0, text-only rows to rank 1: weights and losses equal those of
+    one process with both rows."""
+    _, result = run(
+        tmp_path, dropout=0.0, stage=a_stage('full', 4), loader=RowLoader(0, 1), save_every=None
+    )
     one = load_state(result.checkpoint)
     assert one.shared['targets'] == uninterrupted.shared['targets']
-    for n, t in one.weights.items(): assert torch.allclose(t, uninterrupted.weights[n], atol=2e-5), n
+    for n, t in one.weights.items():
+        assert torch.allclose(t, uninterrupted.weights[n], atol=2e-5), n
     losses = read_metrics(uninterrupted.path.parents[1]).loss
     assert torch.allclose(torch.tensor(result.history.loss), torch.tensor(losses), atol=1e-5)
-    with pytest.raises(CheckpointError, match='written by 2 ranks'): load_state(uninterrupted.path, world=1)
+    with pytest.raises(CheckpointError, match='written by 2 ranks'):
+        load_state(uninterrupted.path, world=1)
 
 
 def test_two_ranks_preempted_and_resumed_equal_uninterrupted(tmp_path, uninterrupted):
-    """One rank is asked to stop: both save the same step and leave; started again, they end where an uninterrupted run
-    ends."""
-    with pytest.raises(Preempted): on_two_ranks('two_rank_run', tmp_path, steps=4, stop_after=2)
+    """One rank is asked to stop: both save the same step and leave; started again, they end where
+    an uninterrupted run ends."""
+    with pytest.raises(Preempted):
+        on_two_ranks('two_rank_run', tmp_path, steps=4, stop_after=2)
     assert latest(tmp_path / 'run').name == 'step-00000002'
     on_two_ranks('two_rank_run', tmp_path, steps=4)
     ended = load_state(latest(tmp_path / 'run'), world=2)
-    assert ended.step == 4 and all(torch.equal(t, uninterrupted.weights[n]) for n, t in ended.weights.items())
+    assert ended.step == 4 and all(
+        torch.equal(t, uninterrupted.weights[n]) for n, t in ended.weights.items()
+    )
 
 
 def test_sharded_tensors_are_saved_whole_and_put_back(tmp_path):
-    "FSDP2: rank 0 writes whole tensors, loading shards them again, and what one rank cannot write stops both."
+    """FSDP2: rank 0 writes whole tensors, loading shards them again, and what one rank cannot write
+    stops both."""
     on_two_ranks('sharded_state', tmp_path)
     state = load_state(latest(tmp_path / 'run'), world=2)
-    assert state.step == 1 and {k: tuple(v.shape) for k, v in state.weights.items()} == dict(weight=(6, 4), bias=(6,))
+    assert state.step == 1 and {k: tuple(v.shape) for k, v in state.weights.items()} == dict(
+        weight=(6, 4), bias=(6,)
+    )
     assert state.optimizer['weight/exp_avg'].shape == (6, 4)
 
 
 def test_non_finite_on_one_rank_stops_both_with_the_sample_named(tmp_path):
-    with pytest.raises(LaunchError, match='NonFiniteLoss'): on_two_ranks('two_rank_run', tmp_path, steps=3, poison=True)
+    with pytest.raises(LaunchError, match='NonFiniteLoss'):
+        on_two_ranks('two_rank_run', tmp_path, steps=3, poison=True)
     logs = [(tmp_path / 'logs' / f'rank-{r}.log').read_text() for r in (0, 1)]
     assert all('not finite in input pixel_values' in log for log in logs)
     assert '"s0"' in (tmp_path / 'run' / 'nonfinite.json').read_text()
     assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
-PARENT = textwrap.dedent('''
+PARENT = textwrap.dedent("""
     import sys
     from vlmbench.train.launch import launch
-    launch('train_stubs:sleepy', dict(out=sys.argv[1]), ranks=2, log_dir=sys.argv[1], cpu=True, threads=1)
-''')
+    folder = sys.argv[1]
+    launch('train_stubs:sleepy', dict(out=folder), ranks=2, log_dir=folder, cpu=True, threads=1)
+""")
 
 
 def alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    return Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z' if Path(f'/proc/{pid}/stat').exists() else True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return (
+        Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z'
+        if Path(f'/proc/{pid}/stat').exists()
+        else True
+    )
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='the death signal of a parent is a Linux facility')
+@pytest.mark.skipif(
+    sys.platform != 'linux', reason='the death signal of a parent is a Linux facility'
+)
 def test_killing_the_parent_takes_the_ranks_down(tmp_path):
-    parent = subprocess.Popen([sys.executable, '-c', PARENT, str(tmp_path)], env={**os.environ, **ENV})
+    parent = subprocess.Popen(
+        [sys.executable, '-c', PARENT, str(tmp_path)], env={**os.environ, **ENV}
+    )
     wanted, end = [tmp_path / f'pid-{r}' for r in (0, 1)], time.monotonic() + 120
-    while not all(p.exists() and p.read_text()
-                  for p in wanted) and parent.poll() is None and time.monotonic() < end: time.sleep(0.1)
+    while (
+        not all(p.exists() and p.read_text() for p in wanted)
+        and parent.poll() is None
+        and time.monotonic() < end
+    ):
+        time.sleep(0.1)
     pids = [int(p.read_text()) for p in wanted]
     assert all(map(alive, pids))
-    parent.send_signal(signal.SIGKILL); parent.wait()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
     end = time.monotonic() + 30
-    while any(map(alive, pids)) and time.monotonic() < end: time.sleep(0.1)
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
     assert not any(map(alive, pids))

@@ -1,4 +1,5 @@
-"""Malformed records and pictures: none crashes unexplained, none is dropped uncounted (in = out + quarantined)."""
+"""Malformed records and pictures: none crashes unexplained, none is dropped uncounted (in = out +
+quarantined)."""
 
 import io
 import itertools
@@ -21,7 +22,21 @@ CHAT = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': '
 LLAVA = {'id': 'a', 'image': 'a.png', 'conversations': CHAT}
 VORA = {'id': 'a', 'frames': ['a.png'], 'conversations': CHAT}
 REGION = {'id': 'a', 'image': 'a.png', 'regions': [{'box': [0, 0, 2, 2]}]}
-JUNK = [3, -1.5, True, math.nan, 10**30, {}, {'a': 1}, [[]], [None], [3], ['\ud800'], '\ud800', {'bytes': 3}]
+JUNK = [
+    3,
+    -1.5,
+    True,
+    math.nan,
+    10**30,
+    {},
+    {'a': 1},
+    [[]],
+    [None],
+    [3],
+    ['\ud800'],
+    '\ud800',
+    {'bytes': 3},
+]
 
 
 def without(row, key):
@@ -35,7 +50,9 @@ def changed_turn(i, **new):
 def bad_llava_rows():
     "Rows of which every single one must be refused."
     yield from (None, 3, True, 'row', '', [], [LLAVA], 1.5)
-    yield from ({**LLAVA, 'id': v} for v in JUNK if not isinstance(v, (int, float)) or isinstance(v, bool))
+    yield from (
+        {**LLAVA, 'id': v} for v in JUNK if not isinstance(v, (int, float)) or isinstance(v, bool)
+    )
     yield from ({**LLAVA, 'image': v} for v in JUNK)
     bad_paths = [
         '',
@@ -146,7 +163,8 @@ def bad_vora_rows():
         ]
     )
     yield from (
-        {**VORA, 'conversations': v} for v in JUNK + [None, 'no json', '[', '[]', '3', '"x"', CHAT[1:], [CHAT[0]] * 2]
+        {**VORA, 'conversations': v}
+        for v in JUNK + [None, 'no json', '[', '[]', '3', '"x"', CHAT[1:], [CHAT[0]] * 2]
     )
     yield without(VORA, 'conversations')
     yield without(VORA, 'frames')
@@ -189,7 +207,9 @@ def read(reader, path, root='/root'):
 
 
 def test_the_corpus_is_large():
-    assert sum(len(rows) for *_, rows in CASES) + len(IMAGES) >= 600  # and 300 more drawn by hypothesis
+    assert (
+        sum(len(rows) for *_, rows in CASES) + len(IMAGES) >= 600
+    )  # and 300 more drawn by hypothesis
 
 
 @pytest.mark.parametrize('lines', [False, True], ids=['list', 'lines'])
@@ -199,7 +219,9 @@ def test_every_bad_row_is_listed_and_every_good_one_delivered(tmp_path, reader, 
     path = tmp_path / ('rows.jsonl' if lines else 'rows.json')
     path.write_text('\n'.join(map(json.dumps, rows)) if lines else json.dumps(rows))
     out, q = read(reader, path)
-    wrongly_taken = [rows[int(s.where.rpartition(':')[2])] for s in out if not s.id.startswith('good')]
+    wrongly_taken = [
+        rows[int(s.where.rpartition(':')[2])] for s in out if not s.id.startswith('good')
+    ]
     assert not wrongly_taken
     assert [s.id for s in out] == [f'good{i}' for i in range(len(bad))]
     assert [r['row'] for r in q.records] == list(range(1, 2 * len(bad), 2))
@@ -223,7 +245,11 @@ json_values = st.recursive(
     | st.sampled_from(['a.png', '<image>', 'human']),
     lambda v: (
         st.lists(v, max_size=4)
-        | st.dictionaries(st.sampled_from(['from', 'value', 'role', 'content', 'box', 'polygons', 'x']), v, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(['from', 'value', 'role', 'content', 'box', 'polygons', 'x']),
+            v,
+            max_size=4,
+        )
     ),
     max_leaves=10,
 )
@@ -309,13 +335,18 @@ def png(w, h, body=b'', depth=8, color=2):
 
 
 def images():
-    "(name, bytes, must be refused): every format cut, flipped and filled; bombs, wrong headers, other file types."
+    """(name, bytes, must be refused): every format cut, flipped and filled; bombs, wrong headers,
+    other file types."""
     rng = random.Random(0)
     base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     for format in ('PNG', 'JPEG', 'GIF', 'WEBP', 'TIFF', 'BMP', 'PPM', 'ICO', 'TGA', 'PCX'):
         data = encoded(base, format)
         for k in range(8):
-            yield f'{format} cut {k}', data[: len(data) * k // 16], True if k < 2 and format != 'TGA' else None
+            yield (
+                f'{format} cut {k}',
+                data[: len(data) * k // 16],
+                True if k < 2 and format != 'TGA' else None,
+            )
         for k in range(14):
             raw = bytearray(data)
             for _ in range(1 + k % 5):
@@ -324,8 +355,19 @@ def images():
         yield f'{format} head only, zeros after', data[:64] + bytes(len(data)), None
         yield f'{format} doubled', data + data, False
     for mode in ('1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16'):
-        yield f'mode {mode}', encoded(Image.new(mode, (4, 3)), 'TIFF' if mode in ('CMYK', 'I;16') else 'PNG'), False
-    for w, h in ((60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1), (0, 0), (10, 0), (9000, 12_000)):
+        yield (
+            f'mode {mode}',
+            encoded(Image.new(mode, (4, 3)), 'TIFF' if mode in ('CMYK', 'I;16') else 'PNG'),
+            False,
+        )
+    for w, h in (
+        (60_000, 60_000),
+        (2**31 - 1, 2**31 - 1),
+        (1, 2**31 - 1),
+        (0, 0),
+        (10, 0),
+        (9000, 12_000),
+    ):
         yield f'png {w}x{h}', png(w, h), True
     yield 'png without rows', png(9, 9), True
     yield 'png bad depth', png(9, 9, depth=3), True
@@ -388,7 +430,17 @@ def test_every_malformed_picture_is_explained(tmp_path, recwarn):
 @given(
     st.binary(max_size=300),
     st.sampled_from(
-        [b'', b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'GIF89a', b'II*\0', b'MM\0*', b'BM', b'P6\n', b'RIFF']
+        [
+            b'',
+            b'\xff\xd8\xff',
+            b'\x89PNG\r\n\x1a\n',
+            b'GIF89a',
+            b'II*\0',
+            b'MM\0*',
+            b'BM',
+            b'P6\n',
+            b'RIFF',
+        ]
     ),
 )
 @settings(max_examples=200, deadline=None)

@@ -1,9 +1,20 @@
-"""Typed notebook parameters: what is accepted, what is refused, and that text and value round-trip."""
+"""Typed notebook parameters: what is accepted, what is refused, and that text and value
+round-trip."""
+
 import pytest
 from hypothesis import given, strategies as st
 
-from vlmbench.run.parameters import (ParameterError, ParamType, check_parameters, check_value, load_notebook,
-                                     notebook_parameters, parse_assignments, parse_text, read_parameters)
+from vlmbench.run.parameters import (
+    ParameterError,
+    ParamType,
+    check_parameters,
+    check_value,
+    load_notebook,
+    notebook_parameters,
+    parse_assignments,
+    parse_text,
+    read_parameters,
+)
 
 DECLARED = read_parameters("""
 # a comment line is fine
@@ -23,33 +34,81 @@ def test_declaration_is_read_in_order_with_help_and_defaults():
     assert str(DECLARED['layers'].type) == 'Optional[list[int]]'
 
 
-@pytest.mark.parametrize('source, why', [
-    ('steps = 3', 'not a typed parameter'), ('a: int = 1; b: int = 2', 'one parameter on one line'),
-    ('a: int = [\n1]', 'one parameter on one line'), ('a: dict = {}', 'is not one of'),
-    ('a: int = 1\na: int = 2', 'declared twice'), ('a: int = len("x")', 'literal'), ('a: int', 'not a typed parameter'),
-    ('a: int = "1"', 'default'), ('a: bool = 0', 'default'), ('a: int = None', 'None is not allowed'),
-    ('import os', 'not a typed parameter'), ('a: int = (', 'not valid Python')])
+@pytest.mark.parametrize(
+    'source, why',
+    [
+        ('steps = 3', 'not a typed parameter'),
+        ('a: int = 1; b: int = 2', 'one parameter on one line'),
+        ('a: int = [\n1]', 'one parameter on one line'),
+        ('a: dict = {}', 'is not one of'),
+        ('a: int = 1\na: int = 2', 'declared twice'),
+        ('a: int = len("x")', 'literal'),
+        ('a: int', 'not a typed parameter'),
+        ('a: int = "1"', 'default'),
+        ('a: bool = 0', 'default'),
+        ('a: int = None', 'None is not allowed'),
+        ('import os', 'not a typed parameter'),
+        ('a: int = (', 'not valid Python'),
+    ],
+)
 def test_a_faulty_declaration_is_refused_with_its_place(source, why):
-    with pytest.raises(ParameterError, match='parameters cell') as e: read_parameters(source)
+    with pytest.raises(ParameterError, match='parameters cell') as e:
+        read_parameters(source)
     assert why in str(e.value)
 
 
-@pytest.mark.parametrize('name, text, value', [
-    ('lr', '1e-3', 1e-3), ('lr', '3', 3.0), ('steps', '1_000', 1000), ('steps', '-2', -2), ('quick', 'true', True),
-    ('quick', 'off', False), ('name', 'a=b', 'a=b'), ('name', '7', '7'), ('name', '', ''), ('layers', '0,2', [0, 2]),
-    ('layers', 'none', None), ('layers', '[1, 2]', [1, 2]), ('layers', '', []), ('tags', 'x,y z', ['x', 'y z']),
-    ('precision', 'bf16', 'bf16')])
+@pytest.mark.parametrize(
+    'name, text, value',
+    [
+        ('lr', '1e-3', 1e-3),
+        ('lr', '3', 3.0),
+        ('steps', '1_000', 1000),
+        ('steps', '-2', -2),
+        ('quick', 'true', True),
+        ('quick', 'off', False),
+        ('name', 'a=b', 'a=b'),
+        ('name', '7', '7'),
+        ('name', '', ''),
+        ('layers', '0,2', [0, 2]),
+        ('layers', 'none', None),
+        ('layers', '[1, 2]', [1, 2]),
+        ('layers', '', []),
+        ('tags', 'x,y z', ['x', 'y z']),
+        ('precision', 'bf16', 'bf16'),
+    ],
+)
 def test_text_is_read_by_the_declared_type(name, text, value):
     got = check_parameters(DECLARED, {name: text})[name]
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize('name, bad', [
-    ('steps', '1.5'), ('steps', '1e3'), ('steps', 'many'), ('steps', 1.5), ('steps', True), ('steps', None),
-    ('lr', 'fast'),
-    ('lr', 'nan'), ('lr', 'inf'), ('lr', True), ('lr', float('nan')), ('quick', 'maybe'), ('quick', ''), ('quick', 1),
-    ('name', 7), ('layers', '1,x'), ('layers', [1, 2.5]), ('layers', '[1,'), ('layers', "__import__('os')"),
-    ('precision', 'fp8'), ('precision', 3), ('tags', [1])])
+@pytest.mark.parametrize(
+    'name, bad',
+    [
+        ('steps', '1.5'),
+        ('steps', '1e3'),
+        ('steps', 'many'),
+        ('steps', 1.5),
+        ('steps', True),
+        ('steps', None),
+        ('lr', 'fast'),
+        ('lr', 'nan'),
+        ('lr', 'inf'),
+        ('lr', True),
+        ('lr', float('nan')),
+        ('quick', 'maybe'),
+        ('quick', ''),
+        ('quick', 1),
+        ('name', 7),
+        ('layers', '1,x'),
+        ('layers', [1, 2.5]),
+        ('layers', '[1,'),
+        ('layers', "__import__('os')"),
+        ('precision', 'fp8'),
+        ('precision', 3),
+        ('tags', [1]),
+    ],
+)
 def test_a_wrong_type_is_refused_and_named(name, bad):
     with pytest.raises(ParameterError, match=f"parameter '{name}' must be") as e:
         check_parameters(DECLARED, {name: bad})
@@ -57,11 +116,20 @@ def test_a_wrong_type_is_refused_and_named(name, bad):
 
 
 def test_all_faults_are_reported_at_once_with_the_nearest_name():
-    with pytest.raises(ParameterError) as e: check_parameters(DECLARED, {'stpes': 3, 'lr': 'x', 'zzz': 1})
-    assert "did you mean 'steps'?" in str(e.value) and "'lr' must be float" in str(e.value) and "'zzz'" in str(e.value)
+    with pytest.raises(ParameterError) as e:
+        check_parameters(DECLARED, {'stpes': 3, 'lr': 'x', 'zzz': 1})
+    assert (
+        "did you mean 'steps'?" in str(e.value)
+        and "'lr' must be float" in str(e.value)
+        and "'zzz'" in str(e.value)
+    )
 
 
-@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text()))
+@given(
+    st.one_of(
+        st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text()
+    )
+)
 def test_text_of_a_value_reads_back_as_the_value(value):
     kind = type(value).__name__
     assert parse_text(str(value), ParamType(kind)) == value
@@ -73,10 +141,14 @@ def test_lists_read_back_in_both_spellings(values):
     assert parse_text(str(values), ParamType('list[int]')) == values
 
 
-@given(st.text(), st.sampled_from(['int', 'float', 'bool', 'list[int]', 'list[float]', 'list[str]']))
+@given(
+    st.text(), st.sampled_from(['int', 'float', 'bool', 'list[int]', 'list[float]', 'list[str]'])
+)
 def test_any_text_is_either_read_or_refused(text, kind):
-    try: value = check_value(text, ParamType(kind))
-    except ValueError: return
+    try:
+        value = check_value(text, ParamType(kind))
+    except ValueError:
+        return
     assert type(value).__name__ == kind.split('[')[0]
 
 
@@ -87,13 +159,20 @@ def test_assignments_split_at_the_first_equals_sign(key, value):
 
 @pytest.mark.parametrize('words', [['lr'], ['=3'], ['a b=3'], ['lr=1', 'lr=2']])
 def test_a_word_that_is_no_assignment_is_refused(words):
-    with pytest.raises(ParameterError): parse_assignments(words)
+    with pytest.raises(ParameterError):
+        parse_assignments(words)
 
 
 def test_only_one_cell_may_declare_and_a_broken_file_is_named(tmp_path):
-    cell = dict(cell_type='code', metadata=dict(tags=['parameters']), source=['a: int = 1\n', 'b: str = "x"'])
+    cell = dict(
+        cell_type='code',
+        metadata=dict(tags=['parameters']),
+        source=['a: int = 1\n', 'b: str = "x"'],
+    )
     assert list(notebook_parameters({'cells': [cell]})) == ['a', 'b']
-    with pytest.raises(ParameterError, match='keep one'): notebook_parameters({'cells': [cell, cell]})
+    with pytest.raises(ParameterError, match='keep one'):
+        notebook_parameters({'cells': [cell, cell]})
     for content in ('', '{', '[]', '{"cells": 3}'):
-        (tmp_path/'x.ipynb').write_text(content)
-        with pytest.raises(ParameterError, match='x.ipynb: not a notebook'): load_notebook(tmp_path/'x.ipynb')
+        (tmp_path / 'x.ipynb').write_text(content)
+        with pytest.raises(ParameterError, match='x.ipynb: not a notebook'):
+            load_notebook(tmp_path / 'x.ipynb')

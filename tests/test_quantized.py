@@ -1,4 +1,6 @@
-"""QLoRA: what is refused without bitsandbytes or CUDA, the recipe, and with bitsandbytes training and folding back on a CPU."""
+"""QLoRA: what is refused without bitsandbytes or CUDA, the recipe, and with bitsandbytes training
+and folding back on a CPU."""
+
 import importlib.util
 
 import pytest
@@ -6,16 +8,26 @@ import torch
 
 from vlmbench.methods.recipes import get_method, get_recipe
 from vlmbench.methods.vip_llava import build_quantized
-from vlmbench.models.quantized import (QuantizationError, check_quantized, dequantize, load_quantized, prepare_quantized, quantization_config,
-                                       quantized_modules)
+from vlmbench.models.quantized import (
+    QuantizationError,
+    check_quantized,
+    dequantize,
+    load_quantized,
+    prepare_quantized,
+    quantization_config,
+    quantized_modules,
+)
 from vlmbench.train.recipe import RecipeError, get_scale
 
-needs_bnb = pytest.mark.skipif(importlib.util.find_spec('bitsandbytes') is None, reason="bitsandbytes: vlmbench[quant]")
+needs_bnb = pytest.mark.skipif(
+    importlib.util.find_spec('bitsandbytes') is None, reason='bitsandbytes: vlmbench[quant]'
+)
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(QuantizationError, match=r"pip install 'vlmbench\[quant\]'"): check_quantized('4bit', 'cpu')
+    with pytest.raises(QuantizationError, match=r"pip install 'vlmbench\[quant\]'"):
+        check_quantized('4bit', 'cpu')
     method = get_method('vip_llava', ['load=4bit'])
     with pytest.raises(QuantizationError, match='bitsandbytes'):
         method.build(method.recipe(get_scale('tiny')), get_scale('tiny'), 0)
@@ -24,27 +36,52 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
 def test_without_cuda_the_device_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(QuantizationError, match='needs a CUDA device'): check_quantized('8bit')
+    with pytest.raises(QuantizationError, match='needs a CUDA device'):
+        check_quantized('8bit')
     assert check_quantized('8bit', 'cpu') == 'cpu'
-    with pytest.raises(QuantizationError, match='4bit or 8bit'): check_quantized('3bit')
+    with pytest.raises(QuantizationError, match='4bit or 8bit'):
+        check_quantized('3bit')
 
 
 def test_published_settings():
     four, eight = quantization_config('4bit'), quantization_config('8bit')
-    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant, four.bnb_4bit_compute_dtype) == ('nf4', True, torch.bfloat16)
+    assert (
+        four.bnb_4bit_quant_type,
+        four.bnb_4bit_use_double_quant,
+        four.bnb_4bit_compute_dtype,
+    ) == ('nf4', True, torch.bfloat16)
     plain = quantization_config('4bit', torch.float16, ['lm_head', 'model.vision'], 'fp4', False)
-    assert (plain.bnb_4bit_quant_type, plain.bnb_4bit_use_double_quant, plain.llm_int8_skip_modules) == ('fp4', False, ['lm_head', 'model.vision'])
-    with pytest.raises(QuantizationError, match="quant_type='int4' is unknown; .*nf4 or fp4"): quantization_config('4bit', quant_type='int4')
-    assert eight.load_in_8bit and eight.llm_int8_threshold == 6. and 'lm_head' in eight.llm_int8_skip_modules
+    assert (
+        plain.bnb_4bit_quant_type,
+        plain.bnb_4bit_use_double_quant,
+        plain.llm_int8_skip_modules,
+    ) == ('fp4', False, ['lm_head', 'model.vision'])
+    with pytest.raises(QuantizationError, match="quant_type='int4' is unknown; .*nf4 or fp4"):
+        quantization_config('4bit', quant_type='int4')
+    assert (
+        eight.load_in_8bit
+        and eight.llm_int8_threshold == 6.0
+        and 'lm_head' in eight.llm_int8_skip_modules
+    )
 
 
 @pytest.mark.parametrize('load', ['4bit', '8bit'])
 def test_recipe(load):
     r = get_recipe('vip_llava', get_scale('paper'), variant=[f'load={load}'])
     region, chat = r.stage('region'), r.stage('chat')
-    assert r.name == 'vip_llava-qlora' and (region.trains['layers'].r, region.trains['layers'].alpha) == (128, 256)
-    assert [g for g, t in region.trains.items() if t.trains] == ['projector', 'layers'] and region.gradient_checkpointing
-    assert (region.lr_of('layers'), chat.lr_of('layers'), chat.lr_of('projector')) == (2e-4, 2e-6, 2e-7)
+    assert r.name == 'vip_llava-qlora' and (
+        region.trains['layers'].r,
+        region.trains['layers'].alpha,
+    ) == (128, 256)
+    assert [g for g, t in region.trains.items() if t.trains] == [
+        'projector',
+        'layers',
+    ] and region.gradient_checkpointing
+    assert (region.lr_of('layers'), chat.lr_of('layers'), chat.lr_of('projector')) == (
+        2e-4,
+        2e-6,
+        2e-7,
+    )
     assert region.merge and not chat.merge
     with pytest.raises(RecipeError, match="load must be one of '', '4bit', '8bit', got '2bit'"):
         get_method('vip_llava', ['load=2bit'])
@@ -55,37 +92,54 @@ def test_recipe(load):
 def test_train_and_fold_back(load, tmp_path):
     from vlmbench.data.world import WorldSize, write_world
     from vlmbench.run.pipeline import fit
-    world = write_world(tmp_path/'world', sizes=WorldSize(*[6]*10))
+
+    world = write_world(tmp_path / 'world', sizes=WorldSize(*[6] * 10))
     scale, method = get_scale('tiny'), get_method('vip_llava', [f'load={load}'])
-    plan = get_recipe('vip_llava', scale, .0004, variant=[f'load={load}'])
+    plan = get_recipe('vip_llava', scale, 0.0004, variant=[f'load={load}'])
     model, processor = build_quantized(load, plan, scale, device='cpu')
-    assert len(quantized_modules(model)) == 8*7
+    assert len(quantized_modules(model)) == 8 * 7
     before = {n: dequantized(m) for n, m in quantized_modules(model).items()}
-    fitted = fit(method, plan, scale, model, processor, world, tmp_path/'run', precision='bf16', device='cpu')
+    fitted = fit(
+        method,
+        plan,
+        scale,
+        model,
+        processor,
+        world,
+        tmp_path / 'run',
+        precision='bf16',
+        device='cpu',
+    )
     assert fitted.model is model and not quantized_modules(model)
     after = {n: model.get_submodule(n).weight for n in before}
     assert all(w.dtype == torch.float32 and w.shape == before[n].shape for n, w in after.items())
     changed = [float((w - before[n]).abs().max()) for n, w in after.items()]
     assert max(changed) > 0 and max(changed) < 1
-    model.save_pretrained(tmp_path/'model')
-    again = type(model).from_pretrained(tmp_path/'model')
+    model.save_pretrained(tmp_path / 'model')
+    again = type(model).from_pretrained(tmp_path / 'model')
     ids = torch.arange(20, 25)[None]
-    with torch.no_grad(): torch.testing.assert_close(again(ids).logits.float(), model(ids).logits.float())
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits.float(), model(ids).logits.float())
 
 
 def test_the_device_of_a_run_reaches_the_weights(monkeypatch):
     from vlmbench.methods import vip_llava
     from vlmbench.run.pipeline import build
+
     asked = []
-    monkeypatch.setattr(vip_llava, 'load_quantized', lambda where, load, device, **kw: asked.append(device))
+    monkeypatch.setattr(
+        vip_llava, 'load_quantized', lambda where, load, device, **kw: asked.append(device)
+    )
     monkeypatch.setattr(vip_llava, 'encoder_model', lambda *args, **kw: (torch.nn.Module(), None))
     method, scale = get_method('vip_llava', ['load=4bit']), get_scale('tiny')
-    for device in ('cpu', None): build(method, method.recipe(scale), scale, 0, device)
+    for device in ('cpu', None):
+        build(method, method.recipe(scale), scale, 0, device)
     assert asked == ['cpu', None]
 
 
 def dequantized(m):
     from peft.utils.integrations import dequantize_bnb_weight
+
     return dequantize_bnb_weight(m.weight, state=getattr(m, 'state', None)).float()
 
 
@@ -93,9 +147,17 @@ def dequantized(m):
 def test_adapters_are_added_exactly(tmp_path):
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                                 num_attention_heads=2)).save_pretrained(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ).save_pretrained(tmp_path)
     model = load_quantized(tmp_path, '4bit', 'cpu', torch.float32)
     base = dequantized(model.model.layers[0].mlp.up_proj)
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=['up_proj']), model)
@@ -110,18 +172,34 @@ def test_adapters_are_added_exactly(tmp_path):
 @pytest.mark.parametrize('width, repacked', [(96, 1), (128, 7)])
 def test_four_bits_answer_on_a_cpu_at_any_width(width, repacked, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=width, intermediate_size=2*width, num_hidden_layers=1,
-                                 num_attention_heads=4)).save_pretrained(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    ).save_pretrained(tmp_path)
     want = load_quantized(tmp_path, '4bit', 'cpu', torch.float32).eval()
-    q = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization_config('4bit', torch.float32), device_map={'': 'cpu'})
+    q = LlamaForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=quantization_config('4bit', torch.float32),
+        device_map={'': 'cpu'},
+    )
     layers = list(quantized_modules(q).values())
-    can = layers[0].support_avx512bf16_for_cpu                                 # this machine, not this shape
+    can = layers[0].support_avx512bf16_for_cpu  # this machine, not this shape
     prepare_quantized(q, repack=True)
     ids = torch.arange(1, 9)[None]
-    with torch.inference_mode(): a, b = q(ids).logits, want(ids).logits
-    assert sum(bool(getattr(m.weight.quant_state, 'packing_format_for_cpu', False)) for m in layers) == bool(can)*repacked
-    torch.testing.assert_close(a, b, atol=.02, rtol=.05)
+    with torch.inference_mode():
+        a, b = q(ids).logits, want(ids).logits
+    assert (
+        sum(bool(getattr(m.weight.quant_state, 'packing_format_for_cpu', False)) for m in layers)
+        == bool(can) * repacked
+    )
+    torch.testing.assert_close(a, b, atol=0.02, rtol=0.05)
 
 
 @needs_bnb
@@ -131,12 +209,15 @@ def test_the_embedded_model_chats(bits, tmp_path, capfd):
     from vlmbench.data.template import Turn
     from vlmbench.demo.chat import ChatModel
     from vlmbench.run.pipeline import build
+
     plan, scale = get_recipe('vip_llava', get_scale('tiny')), get_scale('tiny')
     model, processor = build(get_method('vip_llava'), plan, scale, 0)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     chat = ChatModel.load(tmp_path, 'cpu', **{bits: True})
-    assert len(quantized_modules(chat.model)) == 8*7 and not any('vision' in n for n in quantized_modules(chat.model))
+    assert len(quantized_modules(chat.model)) == 8 * 7 and not any(
+        'vision' in n for n in quantized_modules(chat.model)
+    )
     ask = [Turn('user', '<image>\nobject color')]
     said = [''.join(chat.stream(ask, [Image.new('RGB', (64, 64), 'red')], 4)) for _ in range(2)]
     assert said[0] == said[1]

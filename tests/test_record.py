@@ -1,4 +1,5 @@
-"""Records: row streams, readers, quarantine, writing; what is in equals what comes out plus what is listed."""
+"""Records: row streams, readers, quarantine, writing; what is in equals what comes out plus what is
+listed."""
 
 import io, json, math, os, pickle, string, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,10 @@ def row(i=0, image='a.jpg', **extra):
     mark = '<image>\n' if image else ''
     out = {
         'id': i,
-        'conversations': [{'from': 'human', 'value': f'{mark}Q{i}?'}, {'from': 'gpt', 'value': f'A{i}'}],
+        'conversations': [
+            {'from': 'human', 'value': f'{mark}Q{i}?'},
+            {'from': 'gpt', 'value': f'A{i}'},
+        ],
         **extra,
     }
     return {**out, 'image': image} if image else out
@@ -51,13 +55,19 @@ def row(i=0, image='a.jpg', **extra):
 # --- raw rows
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8),
     lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=4), v, max_size=4),
     max_leaves=12,
 )
 
 
-@given(st.lists(json_values, max_size=8), st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
+@given(
+    st.lists(json_values, max_size=8), st.integers(1, 40), st.booleans(), st.sampled_from([None, 1])
+)
 @settings(max_examples=60, deadline=None)
 def test_list_stream_equals_json_load(values, window, ascii, indent):
     data = json.dumps(values, ensure_ascii=ascii, indent=indent).encode('utf-8', 'surrogatepass')
@@ -68,7 +78,9 @@ def test_list_stream_equals_json_load(values, window, ascii, indent):
     finally:
         rows_module.WINDOW = old
     assert [r.error for r in got] == [None] * len(values)
-    assert [r.value for r in got] == expected and [r.number for r in got] == list(range(len(values)))
+    assert [r.value for r in got] == expected and [r.number for r in got] == list(
+        range(len(values))
+    )
 
 
 @given(st.data())
@@ -76,7 +88,9 @@ def test_list_stream_equals_json_load(values, window, ascii, indent):
 def test_truncated_list_delivers_every_complete_row(data):
     values = data.draw(
         st.lists(
-            st.dictionaries(st.text('ab"\\é', max_size=3), st.text('xy"]}{é', max_size=9), max_size=3),
+            st.dictionaries(
+                st.text('ab"\\é', max_size=3), st.text('xy"]}{é', max_size=9), max_size=3
+            ),
             min_size=1,
             max_size=6,
         )
@@ -126,9 +140,13 @@ def test_odd_lists(data, n, error):
 
 def test_lines_survive_bad_lines(tmp_path):
     p = tmp_path / 'a.jsonl'
-    p.write_bytes(b'\xef\xbb\xbf{"id": 0}\r\n\n{"id": 1\n' + b'[' * 100_000 + b'\n{"id": "\xff"}\n{"id": 4}')
+    p.write_bytes(
+        b'\xef\xbb\xbf{"id": 0}\r\n\n{"id": 1\n' + b'[' * 100_000 + b'\n{"id": "\xff"}\n{"id": 4}'
+    )
     got = list(iter_rows(p))
-    assert [r.error is None for r in got] == [True, False, False, True, True] and not any(r.fatal for r in got)
+    assert [r.error is None for r in got] == [True, False, False, True, True] and not any(
+        r.fatal for r in got
+    )
     index = RowIndex(p)
     assert [r.number for r in index.errors] == [1, 2] and list(index.numbers) == [0, 3, 4]
     assert [index[i] for i in range(3)] == [got[0].value, got[3].value, got[4].value]
@@ -143,7 +161,9 @@ def test_lines_survive_bad_lines(tmp_path):
 def test_index_equals_stream(tmp_path_factory, values, lines, ascii):
     p = tmp_path_factory.mktemp('i') / ('a.jsonl' if lines else 'a.json')
     dump = lambda v: json.dumps(v, ensure_ascii=ascii)
-    p.write_bytes(('\n'.join(map(dump, values)) if lines else dump(values)).encode('utf-8', 'surrogatepass'))
+    p.write_bytes(
+        ('\n'.join(map(dump, values)) if lines else dump(values)).encode('utf-8', 'surrogatepass')
+    )
     stream = [r.value for r in iter_rows(p)]
     index = RowIndex(p)
     assert list(index) == stream
@@ -178,22 +198,29 @@ def test_format_by_name_and_content(tmp_path):
 
 # --- memory
 
-CHILD = '''
+CHILD = """
 import json, sys
 from vlmbench.data.record import read_llava
 rss = lambda: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))
 before = rss()
-n = len(json.load(open(sys.argv[2]))) if sys.argv[1] == 'load' else sum(1 for _ in read_llava(sys.argv[2], '/data'))
+if sys.argv[1] == 'load':
+    n = len(json.load(open(sys.argv[2])))
+else:
+    n = sum(1 for _ in read_llava(sys.argv[2], '/data'))
 print(n, rss() - before)
-'''
+"""
 
 
 def test_reader_memory_does_not_grow_with_the_file(tmp_path):
-    "Peak at 1,000 and at 20,000 rows; json.load of the same file proves that the probe can see a growth."
+    """Peak at 1,000 and at 20,000 rows; json.load of the same file proves that the probe can see a
+    growth."""
 
     def peak(how, n):
         out = subprocess.run(
-            [sys.executable, '-c', CHILD, how, str(tmp_path / f'{n}.json')], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, '-c', CHILD, how, str(tmp_path / f'{n}.json')],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
         assert out.returncode == 0, out.stderr
         rows, kb = map(int, out.stdout.split())
@@ -212,7 +239,11 @@ def test_reader_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_roles_and_order():
-    chat = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    chat = [
+        {'role': 'system', 'content': 's'},
+        {'role': 'user', 'content': 'a'},
+        {'role': 'assistant', 'content': 'b'},
+    ]
     assert [t.role for t in parse_turns(chat)[0]] == ['system', 'user', 'assistant']
     assert parse_turns(chat[1:2])[0] == [Turn('user', 'a')]  # a question without answer
     for bad, reason in (
@@ -231,22 +262,32 @@ def test_roles_and_order():
 
 
 def test_leading_answer_is_dropped_and_noted(tmp_path):
-    chat = [{'from': 'gpt', 'value': 'Hello'}, {'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yes'}]
+    chat = [
+        {'from': 'gpt', 'value': 'Hello'},
+        {'from': 'human', 'value': 'Hi'},
+        {'from': 'gpt', 'value': 'Yes'},
+    ]
     (tmp_path / 'a.json').write_text(json.dumps([{'id': 1, 'conversations': chat}]))
     q = Quarantine()
     (s,) = read_llava(tmp_path / 'a.json', quarantine=q)
     assert (
-        [t.text for t in s.turns] == ['Hi', 'Yes'] and q.notes == {'dropped leading assistant turn': 1} and not q.n_bad
+        [t.text for t in s.turns] == ['Hi', 'Yes']
+        and q.notes == {'dropped leading assistant turn': 1}
+        and not q.n_bad
     )
     with pytest.raises(BadRecord, match='answers before any question'):
         list(read_llava(tmp_path / 'a.json', first_turn='error'))
     q = Quarantine()
-    (tmp_path / 'b.json').write_text(json.dumps([{'id': i, 'conversations': chat} for i in range(3)] + [row(3)]))
+    (tmp_path / 'b.json').write_text(
+        json.dumps([{'id': i, 'conversations': chat} for i in range(3)] + [row(3)])
+    )
     records = Records(tmp_path / 'b.json', quarantine=q)
     for _ in range(2):
         assert [len(records[i].turns) for i in range(4)] == [2, 2, 2, 2]
-    assert q.notes == {'dropped leading assistant turn': 3}                       # rows, however often they are read
-    plain = Records(tmp_path / 'b.json', quarantine=q, parse=lambda row, root, source, where: row['id'])
+    assert q.notes == {'dropped leading assistant turn': 3}  # rows, however often they are read
+    plain = Records(
+        tmp_path / 'b.json', quarantine=q, parse=lambda row, root, source, where: row['id']
+    )
     assert plain[2] == 2
 
 
@@ -259,14 +300,31 @@ def test_pictures_in_a_further_root(tmp_path, name):
     Image.new('RGB', (4, 4), 'red').save(outside / 'a.png')
     (data / 'link').symlink_to(outside)
     image = name.format(outside=outside)
-    (data / 'rows.json').write_text(json.dumps([{**row(0), 'conversations': [
-        {'from': 'human', 'value': '<image>\nwhat'}, {'from': 'gpt', 'value': 'red'}], 'image': image}]))
+    (data / 'rows.json').write_text(
+        json.dumps(
+            [
+                {
+                    **row(0),
+                    'conversations': [
+                        {'from': 'human', 'value': '<image>\nwhat'},
+                        {'from': 'gpt', 'value': 'red'},
+                    ],
+                    'image': image,
+                }
+            ]
+        )
+    )
     with pytest.raises(ValueError, match=r'outside the root: .*name its folder in roots='):
         Records(data / 'rows.json')[0].images[0].load()
-    readers = [lambda **kw: next(read_llava(data / 'rows.json', **kw)), lambda **kw: Records(data / 'rows.json', **kw)[0],
-               lambda **kw: next(read_records(data / 'rows.json', **kw)),
-               lambda **kw: load_task(data / 'rows.json', **kw).items[0],
-               lambda **kw: rows_task('t', [dict(question='q', answer='a', image=image)], 'exact', data, **kw).items[0]]
+    readers = [
+        lambda **kw: next(read_llava(data / 'rows.json', **kw)),
+        lambda **kw: Records(data / 'rows.json', **kw)[0],
+        lambda **kw: next(read_records(data / 'rows.json', **kw)),
+        lambda **kw: load_task(data / 'rows.json', **kw).items[0],
+        lambda **kw: rows_task(
+            't', [dict(question='q', answer='a', image=image)], 'exact', data, **kw
+        ).items[0],
+    ]
     for read in readers:
         for roots in ([outside], str(outside)):
             assert read(roots=roots).images[0].load().getpixel((1, 1)) == (255, 0, 0)
@@ -307,10 +365,14 @@ def test_image_key_variants():
 def test_full_path_wins_and_stays_inside():
     r = {**row(image='ignored.jpg'), 'full_path': '/d/coco/a.jpg'}
     assert sample_from_llava(r, '/d').images == [ImageRef('coco/a.jpg', '/d')]
-    assert sample_from_llava(r, ('/other', '/d')).images == [ImageRef('/d/coco/a.jpg', ('/other', '/d'))]
+    assert sample_from_llava(r, ('/other', '/d')).images == [
+        ImageRef('/d/coco/a.jpg', ('/other', '/d'))
+    ]
     with pytest.raises(BadRecord, match='allow_absolute'):
         sample_from_llava(r, '/elsewhere')
-    assert sample_from_llava(r, '/elsewhere', allow_absolute=True).images == [ImageRef('/d/coco/a.jpg', None)]
+    assert sample_from_llava(r, '/elsewhere', allow_absolute=True).images == [
+        ImageRef('/d/coco/a.jpg', None)
+    ]
 
 
 def test_missing_mark_is_an_error_or_prepended(tmp_path):
@@ -321,12 +383,16 @@ def test_missing_mark_is_an_error_or_prepended(tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps([r]))
     q = Quarantine()
     (s,) = read_llava(tmp_path / 'a.json', quarantine=q, missing_mark='prepend')
-    assert s.turns[0].text == '<image>\nDescribe the object.' and q.notes == {'prepended missing <image>': 1}
+    assert s.turns[0].text == '<image>\nDescribe the object.' and q.notes == {
+        'prepended missing <image>': 1
+    }
 
 
 def test_ids(tmp_path):
     (tmp_path / 'a.json').write_text(
-        json.dumps([row(7), row('7'), {k: v for k, v in row().items() if k != 'id'}, row(True), row([1])])
+        json.dumps(
+            [row(7), row('7'), {k: v for k, v in row().items() if k != 'id'}, row(True), row([1])]
+        )
     )
     q = Quarantine(cap=1)
     assert [s.id for s in read_llava(tmp_path / 'a.json', quarantine=q)] == ['7', '7', 'a.json:2']
@@ -343,7 +409,10 @@ def test_vora_prompt_rules():
                 {
                     'id': 1,
                     'frames': [f'{i}.jpg' for i in range(n)],
-                    'conversations': [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': 'R'}],
+                    'conversations': [
+                        {'from': 'human', 'value': question},
+                        {'from': 'gpt', 'value': 'R'},
+                    ],
                 },
                 '/d',
             )
@@ -376,8 +445,19 @@ def test_vora_parquet(tmp_path):
     )
     pq.write_table(table, tmp_path / 'v.parquet')
     a, b, c = read_vora(tmp_path / 'v.parquet')
-    assert a.images[0].data == b'\x89PNG' and a.meta == {'note': 'x'} and b.images == c.images == [] and b.meta == {}
-    structs = pa.table({'id': [1], 'frames': [[{'bytes': b'\x89', 'path': 'p'}]], 'conversations': [json.dumps(chat)]})
+    assert (
+        a.images[0].data == b'\x89PNG'
+        and a.meta == {'note': 'x'}
+        and b.images == c.images == []
+        and b.meta == {}
+    )
+    structs = pa.table(
+        {
+            'id': [1],
+            'frames': [[{'bytes': b'\x89', 'path': 'p'}]],
+            'conversations': [json.dumps(chat)],
+        }
+    )
     pq.write_table(structs, tmp_path / 's.parquet')
     assert next(read_records(tmp_path / 's.parquet')).images == [ImageRef('', None, b'\x89')]
     (tmp_path / 'cut.parquet').write_bytes((tmp_path / 'v.parquet').read_bytes()[:-9])
@@ -403,7 +483,12 @@ def test_published_region_rows(tmp_path):
             'bbox': [[[0, 0, 9, 9], [1, 1, 5, 5]], [[2, 2, 3, 3]]],
             'grounding': 'a dog <bbox0>',
         },
-        {'id': 'custom', 'image': 'x.jpg', 'bbox': [1, 2, 3, 4], 'conversations': row()['conversations']},
+        {
+            'id': 'custom',
+            'image': 'x.jpg',
+            'bbox': [1, 2, 3, 4],
+            'conversations': row()['conversations'],
+        },
         {'id': 'nothing', 'image': 'x.jpg', 'answer': 'a'},
     ]
     (tmp_path / 'r.json').write_text(json.dumps(rows))
@@ -414,7 +499,9 @@ def test_published_region_rows(tmp_path):
         and a.turns == []
         and a.meta['answer'] == 'a dog'
     )
-    assert [r.label for r in b.regions] == ['<bbox0>', '<bbox0>', '<bbox1>'] and b.meta['bbox'] == rows[1]['bbox']
+    assert [r.label for r in b.regions] == ['<bbox0>', '<bbox0>', '<bbox1>'] and b.meta[
+        'bbox'
+    ] == rows[1]['bbox']
     assert c.turns and c.regions == [Region((1, 2, 3, 4))] and q.n_bad == 1
     with pytest.raises(BadRecord, match="format='region'"):
         list(read_llava(tmp_path / 'r.json'))
@@ -456,7 +543,9 @@ def test_index_of_ids_stays_in_its_folder(tmp_path):
     (tmp_path / 'secret.json').write_text(json.dumps(row('s')))
     (tmp_path / 'ids.json').write_text(json.dumps(['a', '../secret', 'none', 3]))
     q = Quarantine(cap=1)
-    assert [s.id for s in read_index(tmp_path / 'ids.json', tmp_path / 'rows', quarantine=q)] == ['a']
+    assert [s.id for s in read_index(tmp_path / 'ids.json', tmp_path / 'rows', quarantine=q)] == [
+        'a'
+    ]
     assert q.summary() == {'outside the root': 1, 'unreadable row file': 1, 'wrong type': 1}
 
 
@@ -465,7 +554,7 @@ def test_index_of_ids_stays_in_its_folder(tmp_path):
 
 def test_without_quarantine_the_first_bad_row_names_file_and_row(tmp_path):
     (tmp_path / 'a.json').write_text(json.dumps([row(0), {'id': 1}]))
-    with pytest.raises(BadRecord, match=r"a\.json row 1 \(id 1\): no turns"):
+    with pytest.raises(BadRecord, match=r'a\.json row 1 \(id 1\): no turns'):
         list(read_llava(tmp_path / 'a.json'))
 
 
@@ -494,7 +583,9 @@ def test_cap_of_a_file_is_judged_at_its_end_and_at_close(tmp_path):
 
 
 def test_bad_rows_in_front_do_not_stop_a_file_within_the_cap(tmp_path):
-    (tmp_path / 'a.json').write_text(json.dumps([row(i) if i > 3 else {'id': i} for i in range(400)]))
+    (tmp_path / 'a.json').write_text(
+        json.dumps([row(i) if i > 3 else {'id': i} for i in range(400)])
+    )
     q = Quarantine(cap=0.01)
     assert len(list(read_llava(tmp_path / 'a.json', quarantine=q))) == 396 and q.n_bad == 4
     q.close()
@@ -539,14 +630,14 @@ def test_draws_over_the_cap_are_stopped_early_and_a_row_counts_once():
     rng = np.random.default_rng(1)
     q = Quarantine(cap=0.01)
     q.seen(10**6)
-    assert draw(q, rng.integers(10**6, size=20000), lambda i: i < 50000) < 1000      # 5% are bad
+    assert draw(q, rng.integers(10**6, size=20000), lambda i: i < 50000) < 1000  # 5% are bad
     q = Quarantine(cap=0.01, max_count=4)
-    q.seen(400)                                                                   # 4 of 400, over and over
+    q.seen(400)  # 4 of 400, over and over
     assert draw(q, [i for _ in range(20) for i in rng.permutation(400)], lambda i: i < 4) is None
     assert (q.n_bad, q.n_bad_drawn, len(q.records)) == (4, 80, 4)
     q.close()
     q = Quarantine(cap=0.01)
-    q.seen(400)                                                                   # 6 of 400: certain in the first pass
+    q.seen(400)  # 6 of 400: certain in the first pass
     assert draw(q, rng.permutation(400), lambda i: i < 6) is not None
 
 
@@ -570,9 +661,15 @@ def test_truncated_file_delivers_then_stops_or_goes_on(tmp_path):
     with pytest.raises(BadRecord, match='truncated.*allow_truncated'):
         for s in read_llava(tmp_path / 'a.json', quarantine=q):
             got.append(s.id)
-    assert got == [str(i) for i in range(len(got))] and len(got) > 100 and q.records[0]['row'] == len(got)
+    assert (
+        got == [str(i) for i in range(len(got))]
+        and len(got) > 100
+        and q.records[0]['row'] == len(got)
+    )
     q = Quarantine(allow_truncated=True)
-    assert [s.id for s in read_llava(tmp_path / 'a.json', quarantine=q)] == got and q.summary() == {'truncated': 1}
+    assert [s.id for s in read_llava(tmp_path / 'a.json', quarantine=q)] == got and q.summary() == {
+        'truncated': 1
+    }
     with pytest.raises(BadRecord, match='truncated'):
         list(read_llava(tmp_path / 'a.json'))
     with pytest.raises(FileNotFoundError):
@@ -581,7 +678,9 @@ def test_truncated_file_delivers_then_stops_or_goes_on(tmp_path):
 
 # --- writing
 
-texts = st.text(st.characters(exclude_categories=('Cs',)), max_size=12).filter(lambda t: '<image>' not in t)
+texts = st.text(st.characters(exclude_categories=('Cs',)), max_size=12).filter(
+    lambda t: '<image>' not in t
+)
 numbers = st.integers(-9999, 9999) | st.floats(-9999, 9999)
 boxes = st.tuples(numbers, numbers, st.floats(1, 99), st.floats(1, 99)).map(
     lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
@@ -589,10 +688,14 @@ boxes = st.tuples(numbers, numbers, st.floats(1, 99), st.floats(1, 99)).map(
 polygons = st.lists(numbers, min_size=6, max_size=10).filter(lambda p: len(p) % 2 == 0).map(tuple)
 regions = st.builds(Region, boxes, st.lists(polygons, max_size=2).map(tuple), st.none() | texts)
 metas = st.dictionaries(
-    st.sampled_from(['answers', 'question_type', 'x é']), json_values.filter(lambda v: True), max_size=2
+    st.sampled_from(['answers', 'question_type', 'x é']),
+    json_values.filter(lambda v: True),
+    max_size=2,
 )
 paths = st.lists(
-    st.text(string.ascii_letters + 'é _-', min_size=1, max_size=5).filter(str.strip), min_size=1, max_size=3
+    st.text(string.ascii_letters + 'é _-', min_size=1, max_size=5).filter(str.strip),
+    min_size=1,
+    max_size=3,
 ).map('/'.join)
 
 
@@ -621,7 +724,9 @@ def samples(draw):
 def test_write_then_read_is_the_identity(tmp_path_factory, items, name):
     path = tmp_path_factory.mktemp('w') / name
     utf8 = lambda v: json.dumps(v, ensure_ascii=False).encode('utf-8', 'replace')
-    items = [s for s in items if b'?' not in utf8(s.meta)]  # lone surrogates in meta are refused on reading
+    items = [
+        s for s in items if b'?' not in utf8(s.meta)
+    ]  # lone surrogates in meta are refused on reading
     assert write_llava(items, path) == len(items)
     assert list(read_llava(path, 'root')) == items
     assert list(Records(path, 'root')) == items
@@ -654,7 +759,12 @@ def test_records_random_access(tmp_path):
     path = tmp_path / 'a.json'
     path.write_text(json.dumps([row(0), {'id': 1}, row(2)]))
     records = Records(path, '/d')
-    assert len(records) == 3 and records[2].id == '2' and records[2].where == 'a.json:2' and records[-3].id == '0'
+    assert (
+        len(records) == 3
+        and records[2].id == '2'
+        and records[2].where == 'a.json:2'
+        and records[-3].id == '0'
+    )
     with pytest.raises(BadRecord, match='a.json row 1: no turns'):
         records[1]
     path.write_text(json.dumps([row(0), row(1)])[:-20])
@@ -665,26 +775,65 @@ def test_records_random_access(tmp_path):
 
 
 def test_image_first_moves_one_mark():
-    s = Sample('1', [Turn('user', 'What?\n<image> '), Turn('assistant', 'x'), Turn('user', 'and <image> or <image>?')])
-    assert [t.text for t in image_first(s).turns] == ['<image>\nWhat?', 'x', 'and <image> or <image>?']
+    s = Sample(
+        '1',
+        [
+            Turn('user', 'What?\n<image> '),
+            Turn('assistant', 'x'),
+            Turn('user', 'and <image> or <image>?'),
+        ],
+    )
+    assert [t.text for t in image_first(s).turns] == [
+        '<image>\nWhat?',
+        'x',
+        'and <image> or <image>?',
+    ]
 
 
 def test_rows_of_parquet_by_number(tmp_path):
-    "Any row of any row group, in any order, as the stream gives it; a damaged file is listed, not lost."
-    table = pa.table({'id': [str(i) for i in range(500)], 'frames': [[bytes([i % 256])] if i % 3 else None for i in range(500)]})
+    """Any row of any row group, in any order, as the stream gives it; a damaged file is listed, not
+    lost."""
+    table = pa.table(
+        {
+            'id': [str(i) for i in range(500)],
+            'frames': [[bytes([i % 256])] if i % 3 else None for i in range(500)],
+        }
+    )
     pq.write_table(table, tmp_path / 'v.parquet', row_group_size=150)
-    want, index = [r.value for r in iter_rows(tmp_path / 'v.parquet')], RowIndex(tmp_path / 'v.parquet')
-    assert len(index) == 500 and not index.errors and [index[i] for i in (499, 0, 149, 150, 151, -1, 300)] == [
-        want[i] for i in (499, 0, 149, 150, 151, -1, 300)]
-    with pytest.raises(IndexError): index[500]
+    want, index = (
+        [r.value for r in iter_rows(tmp_path / 'v.parquet')],
+        RowIndex(tmp_path / 'v.parquet'),
+    )
+    assert (
+        len(index) == 500
+        and not index.errors
+        and [index[i] for i in (499, 0, 149, 150, 151, -1, 300)]
+        == [want[i] for i in (499, 0, 149, 150, 151, -1, 300)]
+    )
+    with pytest.raises(IndexError):
+        index[500]
     (tmp_path / 'cut.parquet').write_bytes((tmp_path / 'v.parquet').read_bytes()[:-9])
-    with pytest.raises(BadRecord, match='unreadable parquet'): Records(tmp_path / 'cut.parquet')
-    with pytest.raises(OSError): RowIndex(tmp_path / 'none.parquet')
+    with pytest.raises(BadRecord, match='unreadable parquet'):
+        Records(tmp_path / 'cut.parquet')
+    with pytest.raises(OSError):
+        RowIndex(tmp_path / 'none.parquet')
 
 
 def test_a_row_with_frames_is_never_read_as_text():
-    row = dict(id='1', frames=['a.png', 'b.png'], conversations=[{'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}])
-    with pytest.raises(BadRecord, match="'frames' in place of 'image'.*format='vora'"): sample_from_llava(row)
+    row = dict(
+        id='1',
+        frames=['a.png', 'b.png'],
+        conversations=[{'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}],
+    )
+    with pytest.raises(BadRecord, match="'frames' in place of 'image'.*format='vora'"):
+        sample_from_llava(row)
     assert sample_from_row(row) == sample_from_vora(row) and len(sample_from_row(row).images) == 2
-    plain = dict(id='1', image='a.png', conversations=[{'from': 'human', 'value': '<image> what ?'}, {'from': 'gpt', 'value': 'red'}])
+    plain = dict(
+        id='1',
+        image='a.png',
+        conversations=[
+            {'from': 'human', 'value': '<image> what ?'},
+            {'from': 'gpt', 'value': 'red'},
+        ],
+    )
     assert sample_from_row(plain) == sample_from_llava(plain)

@@ -1,5 +1,6 @@
-"""Interrupted equals uninterrupted, bit for bit: weights, moments, generators, the half-filled pack and the next batch;
-also after a real kill -9."""
+"""Interrupted equals uninterrupted, bit for bit: weights, moments, generators, the half-filled pack
+and the next batch; also after a real kill -9."""
+
 import os
 import signal
 import subprocess
@@ -22,17 +23,22 @@ HERE = Path(__file__).parent
 
 
 def same_tree(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same_tree(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same_tree, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tree(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same_tree, a, b))
     return bool((a == b).all()) if hasattr(a, 'all') else a == b
 
 
 def assert_same_state(a, b):
-    "Two training states agree in weights, optimizer, counters, generators, sampler and half-filled pack."
+    """Two training states agree in weights, optimizer, counters, generators, sampler and
+    half-filled pack."""
     a, b = load_state(a), load_state(b)
     assert a.step == b.step
-    for part in ('weights', 'optimizer', 'shared', 'local'): assert same_tree(getattr(a, part), getattr(b, part)), part
+    for part in ('weights', 'optimizer', 'shared', 'local'):
+        assert same_tree(getattr(a, part), getattr(b, part)), part
 
 
 def interrupted(out, after, **kw):
@@ -51,39 +57,51 @@ def test_interrupted_equals_uninterrupted(tmp_path, variant, after):
     parts, b = interrupted(tmp_path / 'parts', after, variant=variant)
     assert a.step == b.step == 6 and a.done and b.done
     assert_same_state(a.checkpoint, b.checkpoint)
-    for (n, p), (m, q) in zip(whole.named_parameters(), parts.named_parameters()): assert n == m and torch.equal(p,
-        q), n
-    for k in ('loss', 'grad_norm', 'lr/projector', 'targets'): assert list(a.history[k]) == list(b.history[k]), k
+    for (n, p), (m, q) in zip(whole.named_parameters(), parts.named_parameters()):
+        assert n == m and torch.equal(p, q), n
+    for k in ('loss', 'grad_norm', 'lr/projector', 'targets'):
+        assert list(a.history[k]) == list(b.history[k]), k
 
 
 def test_state_is_inside_a_pack_and_draws_dropout(tmp_path):
-    """The resumption tests above mean something: documents wait in the packer at the cut, and dropout makes the
-    generator matter."""
+    """The resumption tests above mean something: documents wait in the packer at the cut, and
+    dropout makes the generator matter."""
     loader = packed_loader()
-    with pytest.raises(Preempted): run(tmp_path / 'a', loader=loader, stop_flag=StopAfter(loader, 6))
+    with pytest.raises(Preempted):
+        run(tmp_path / 'a', loader=loader, stop_flag=StopAfter(loader, 6))
     state = load_state(latest(tmp_path / 'a'))
     assert len(state.local['loader']['waiting']) > 0
     _, with_dropout = run(tmp_path / 'b', dropout=0.1)
-    _, without = run(tmp_path / 'c', dropout=0.)
+    _, without = run(tmp_path / 'c', dropout=0.0)
     assert list(with_dropout.history.loss) != list(without.history.loss)
 
 
 def test_next_batch_after_resume_is_the_next_batch(tmp_path):
     loader = packed_loader()
-    with pytest.raises(Preempted): run(tmp_path, loader=loader, stop_flag=StopAfter(loader, 6))
+    with pytest.raises(Preempted):
+        run(tmp_path, loader=loader, stop_flag=StopAfter(loader, 6))
     state, fresh, restored = load_state(latest(tmp_path)), iter(packed_loader()), packed_loader()
     restored.load_state_dict(state.local['loader'])
-    for _ in range(6): next(fresh)
+    for _ in range(6):
+        next(fresh)
     a, b = next(fresh), next(iter(restored))
-    assert a['sample_ids'] == b['sample_ids'] and all(torch.equal(a[k], b[k]) for k in a
-                                                      if isinstance(a[k], torch.Tensor))
+    assert a['sample_ids'] == b['sample_ids'] and all(
+        torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor)
+    )
 
 
 def test_bf16_resumes_bit_for_bit(tmp_path):
     _, a = run(tmp_path / 'a', 'lora', precision='bf16', steps=4)
     loader = packed_loader()
-    with pytest.raises(Preempted): run(tmp_path / 'b', 'lora', precision='bf16', steps=4, loader=loader,
-                                       stop_flag=StopAfter(loader, 4))
+    with pytest.raises(Preempted):
+        run(
+            tmp_path / 'b',
+            'lora',
+            precision='bf16',
+            steps=4,
+            loader=loader,
+            stop_flag=StopAfter(loader, 4),
+        )
     _, b = run(tmp_path / 'b', 'lora', precision='bf16', steps=4)
     assert_same_state(a.checkpoint, b.checkpoint)
 
@@ -92,27 +110,41 @@ def test_budget_in_target_tokens_resumes_at_the_same_place(tmp_path):
     stage = a_stage('frozen', budget_targets=300)
     _, a = run(tmp_path / 'a', stage=stage)
     loader = packed_loader()
-    with pytest.raises(Preempted): run(tmp_path / 'b', stage=stage, loader=loader, stop_flag=StopAfter(loader, 4))
+    with pytest.raises(Preempted):
+        run(tmp_path / 'b', stage=stage, loader=loader, stop_flag=StopAfter(loader, 4))
     _, b = run(tmp_path / 'b', stage=stage)
-    assert a.targets == b.targets >= 300 and list(a.history['lr/projector']) == list(b.history['lr/projector'])
+    assert a.targets == b.targets >= 300 and list(a.history['lr/projector']) == list(
+        b.history['lr/projector']
+    )
     assert a.targets - a.history.targets.iloc[-1] < 300
 
 
 def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path):
     "Killed between two states: the lines after the last state are dropped aloud and written again."
     loader = packed_loader()
+
     def boom(moment):
-        if moment.step == 5: raise RuntimeError('power cut')
-    with pytest.raises(RuntimeError, match='power cut'): run(tmp_path, loader=loader,
-                                                             callbacks=[Callback(boom, every=1)])
+        if moment.step == 5:
+            raise RuntimeError('power cut')
+
+    with pytest.raises(RuntimeError, match='power cut'):
+        run(tmp_path, loader=loader, callbacks=[Callback(boom, every=1)])
     assert list(read_metrics(tmp_path).step) == [1, 2, 3, 4, 5]
     with pytest.warns(UserWarning, match='dropped 1 lines after step 4'):
-        train(tiny_vlm(0.1), None, a_stage(), None, tmp_path, loader=packed_loader(), device='cpu',
-              progress_seconds=None)
+        train(
+            tiny_vlm(0.1),
+            None,
+            a_stage(),
+            None,
+            tmp_path,
+            loader=packed_loader(),
+            device='cpu',
+            progress_seconds=None,
+        )
     assert list(read_metrics(tmp_path).step) == [1, 2, 3, 4, 5, 6]
 
 
-KILLED = textwrap.dedent('''
+KILLED = textwrap.dedent("""
     import os, signal, sys
     sys.path.insert(0, sys.argv[3])
     import torch; torch.set_num_threads(1)
@@ -126,18 +158,22 @@ KILLED = textwrap.dedent('''
         publish(tmp, final)
     if where != 'never': checkpoint.publish = killed
     run(sys.argv[1], sys.argv[4])
-''')
+""")
 
 
 def child(out, where, variant):
-    return subprocess.run([sys.executable, '-c', KILLED, str(out), where, str(HERE), variant], capture_output=True,
-                          text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1',
-                                                       'OMP_WAIT_POLICY': 'PASSIVE'})
+    return subprocess.run(
+        [sys.executable, '-c', KILLED, str(out), where, str(HERE), variant],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'},
+    )
 
 
 def test_kill_9_between_write_and_rename(tmp_path, variant='lora'):
-    """The process dies with a complete but unpublished state on disk: the run continues from the state before it and
-    ends the same."""
+    """The process dies with a complete but unpublished state on disk: the run continues from the
+    state before it and ends the same."""
     dead = child(tmp_path / 'killed', 'before', variant)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     left = sorted(p.name for p in (tmp_path / 'killed' / 'checkpoints').iterdir())
@@ -151,7 +187,7 @@ def test_kill_9_between_write_and_rename(tmp_path, variant='lora'):
     assert not list((tmp_path / 'killed' / 'checkpoints').glob('.tmp-*'))
 
 
-SIGNALLED = textwrap.dedent('''
+SIGNALLED = textwrap.dedent("""
     import os, signal, sys
     sys.path.insert(0, sys.argv[2])
     import torch; torch.set_num_threads(1)
@@ -160,13 +196,18 @@ SIGNALLED = textwrap.dedent('''
     def kick(moment):
         if moment.step == 3: os.kill(os.getpid(), signal.Signals[sys.argv[3]])
     run(sys.argv[1], 'frozen', callbacks=[Callback(kick, every=1)], save_every=None)
-''')
+""")
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
 def test_signal_saves_and_exits_75(tmp_path, name):
-    p = subprocess.run([sys.executable, '-c', SIGNALLED, str(tmp_path), str(HERE), name], capture_output=True,
-                       text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'})
+    p = subprocess.run(
+        [sys.executable, '-c', SIGNALLED, str(tmp_path), str(HERE), name],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'},
+    )
     assert p.returncode == 75, p.stderr
     assert latest(tmp_path).name in ('step-00000003', 'step-00000004')
     _, result = run(tmp_path, 'frozen')
@@ -175,17 +216,20 @@ def test_signal_saves_and_exits_75(tmp_path, name):
 
 def test_resume_none_refuses_a_used_folder(tmp_path):
     run(tmp_path, 'frozen', steps=2)
-    with pytest.raises(CheckpointError, match="resume='auto'"): run(tmp_path, 'frozen', steps=2, resume=None)
+    with pytest.raises(CheckpointError, match="resume='auto'"):
+        run(tmp_path, 'frozen', steps=2, resume=None)
 
 
 def test_another_stage_seed_or_base_is_refused(tmp_path):
     run(tmp_path, 'frozen', steps=2)
-    with pytest.raises(CheckpointError, match='stage.lr: saved 0.003, now 0.1'): run(tmp_path,
-        stage=a_stage('frozen', steps=2, lr=0.1))
-    with pytest.raises(CheckpointError, match='seed: saved 0, now 1'): run(tmp_path, 'frozen', steps=2, seed=1)
-    with pytest.raises(CheckpointError, match='base: saved'): run(tmp_path, 'frozen', steps=2, model=tiny_vlm(seed=5))
-    with pytest.raises(ValueError, match='max_tokens'): run(tmp_path, 'frozen', steps=2,
-                                                            loader=packed_loader(max_tokens=40))
+    with pytest.raises(CheckpointError, match='stage.lr: saved 0.003, now 0.1'):
+        run(tmp_path, stage=a_stage('frozen', steps=2, lr=0.1))
+    with pytest.raises(CheckpointError, match='seed: saved 0, now 1'):
+        run(tmp_path, 'frozen', steps=2, seed=1)
+    with pytest.raises(CheckpointError, match='base: saved'):
+        run(tmp_path, 'frozen', steps=2, model=tiny_vlm(seed=5))
+    with pytest.raises(ValueError, match='max_tokens'):
+        run(tmp_path, 'frozen', steps=2, loader=packed_loader(max_tokens=40))
 
 
 def test_allowed_changes_extend_a_finished_run(tmp_path):
@@ -200,24 +244,47 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path):
     bad = latest(tmp_path / 'damaged') / 'optimizer.safetensors'
     bad.write_bytes(bad.read_bytes()[:-8])
     with pytest.warns(UserWarning, match='optimizer.safetensors has .* bytes instead of'):
-        train(tiny_vlm(0.1), None, a_stage('frozen'), None, tmp_path / 'damaged', loader=packed_loader(), device='cpu',
-              progress_seconds=None)
+        train(
+            tiny_vlm(0.1),
+            None,
+            a_stage('frozen'),
+            None,
+            tmp_path / 'damaged',
+            loader=packed_loader(),
+            device='cpu',
+            progress_seconds=None,
+        )
     assert_same_state(whole.checkpoint, latest(tmp_path / 'damaged'))
 
 
 def test_too_many_bad_rows_stop_at_a_saved_state(tmp_path):
-    "The run goes on from that state, bit for bit, once the cap allows it; the list of bad rows lies beside it."
+    """The run goes on from that state, bit for bit, once the cap allows it; the list of bad rows
+    lies beside it."""
+
     def loader(cap):
         def broken(i):
-            if i % 4 == 0: raise ValueError('missing: a.jpg')
+            if i % 4 == 0:
+                raise ValueError('missing: a.jpg')
             return encode(i)
-        return BatchLoader(range(600), broken, StatefulSampler(600, seed=0), 48, 2, buffer=8, prefetch=2,
-                           quarantine=Quarantine(cap, path=tmp_path / 'bad.json'))
-    _, a = run(tmp_path / 'a', steps=12, loader=loader(1.), save_every=None)
-    with pytest.raises(TooManyBadRecords, match=r'(?s)draws: more than cap=1.00%.*The state is in .*b') as e:
-        run(tmp_path / 'b', steps=12, loader=loader(.01), save_every=None)
+
+        return BatchLoader(
+            range(600),
+            broken,
+            StatefulSampler(600, seed=0),
+            48,
+            2,
+            buffer=8,
+            prefetch=2,
+            quarantine=Quarantine(cap, path=tmp_path / 'bad.json'),
+        )
+
+    _, a = run(tmp_path / 'a', steps=12, loader=loader(1.0), save_every=None)
+    with pytest.raises(
+        TooManyBadRecords, match=r'(?s)draws: more than cap=1.00%.*The state is in .*b'
+    ) as e:
+        run(tmp_path / 'b', steps=12, loader=loader(0.01), save_every=None)
     stopped = latest(tmp_path / 'b')
     assert str(stopped) in str(e.value) and 1 < load_state(stopped).step < 12
     assert 'missing: a.jpg' in (tmp_path / 'bad.json').read_text()
-    _, b = run(tmp_path / 'b', steps=12, loader=loader(1.), save_every=None)
+    _, b = run(tmp_path / 'b', steps=12, loader=loader(1.0), save_every=None)
     assert_same_state(a.checkpoint, b.checkpoint)

@@ -1,4 +1,6 @@
-"""Scorers against their benchmarks' rules, against lmms-eval's own functions where it is installed, and under hypothesis."""
+"""Scorers against their benchmarks' rules, against lmms-eval's own functions where it is installed,
+and under hypothesis."""
+
 import ast
 import importlib.util
 import re
@@ -12,43 +14,71 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmbench.evaluate.scorers import (ANLS, MME, POPE, SCORERS, ExactMatch, MultipleChoice, Relaxed, VQASoft, edit_distance,
-                                       get_scorer, normalise, parse_choice, parse_yes_no, vqa_normalise)
+from vlmbench.evaluate.scorers import (
+    ANLS,
+    MME,
+    POPE,
+    SCORERS,
+    ExactMatch,
+    MultipleChoice,
+    Relaxed,
+    VQASoft,
+    edit_distance,
+    get_scorer,
+    normalise,
+    parse_choice,
+    parse_yes_no,
+    vqa_normalise,
+)
 
 WORDS = st.text(alphabet=string.ascii_letters + string.digits + " .,;!?'/-()", max_size=25)
 
 
 def lmms_folder() -> Path:
     spec = importlib.util.find_spec('lmms_eval')
-    if spec is None: pytest.skip('lmms-eval is not installed: pip install --no-deps lmms-eval==0.7.3')
+    if spec is None:
+        pytest.skip('lmms-eval is not installed: pip install --no-deps lmms-eval==0.7.3')
     return Path(spec.submodule_search_locations[0])
 
 
 def lmms_module(path: str, **stubs) -> ModuleType:
-    "One file of lmms-eval as a module, without importing the package around it (its imports are what `stubs` names)."
+    """One file of lmms-eval as a module, without importing the package around it (its imports are
+    what `stubs` names)."""
     file = lmms_folder() / path
-    if not file.exists(): pytest.skip(f'this lmms-eval has no {path}')
+    if not file.exists():
+        pytest.skip(f'this lmms-eval has no {path}')
     spec = importlib.util.spec_from_file_location('lmms_' + re.sub(r'\W', '_', path), file)
     module, old = importlib.util.module_from_spec(spec), {n: sys.modules.get(n) for n in stubs}
     sys.modules.update(stubs)
-    try: spec.loader.exec_module(module)
-    except ModuleNotFoundError as e: pytest.skip(f'lmms-eval {path} needs {e.name}')
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as e:
+        pytest.skip(f'lmms-eval {path} needs {e.name}')
     finally:
         for n, m in old.items():
-            if m is None: sys.modules.pop(n)
-            else: sys.modules[n] = m
+            if m is None:
+                sys.modules.pop(n)
+            else:
+                sys.modules[n] = m
     return module
 
 
 def lmms_functions(path: str, names: set[str], **world) -> SimpleNamespace:
     "Single functions of an lmms-eval file, without its decorators and imports."
     file = lmms_folder() / path
-    if not file.exists(): pytest.skip(f'this lmms-eval has no {path}')
-    body = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef) and n.name in names]
+    if not file.exists():
+        pytest.skip(f'this lmms-eval has no {path}')
+    body = [
+        n
+        for n in ast.parse(file.read_text()).body
+        if isinstance(n, ast.FunctionDef) and n.name in names
+    ]
     assert {n.name for n in body} == names
-    for n in body: n.decorator_list, n.returns = [], None
     for n in body:
-        for a in n.args.args: a.annotation = None
+        n.decorator_list, n.returns = [], None
+    for n in body:
+        for a in n.args.args:
+            a.annotation = None
     exec(compile(ast.Module(body, []), str(file), 'exec'), world)
     return SimpleNamespace(**{n: world[n] for n in names})
 
@@ -58,16 +88,25 @@ def vqa_reference():
     metric = lmms_module('tasks/_task_utils/vqa_eval_metric.py')
     files = ModuleType('lmms_eval.tasks._task_utils.file_utils')
     files.generate_submission_file = None
-    stubs = {n: ModuleType(n) for n in ('lmms_eval', 'lmms_eval.tasks', 'lmms_eval.tasks._task_utils')}
+    stubs = {
+        n: ModuleType(n) for n in ('lmms_eval', 'lmms_eval.tasks', 'lmms_eval.tasks._task_utils')
+    }
     for parent, name in (('lmms_eval', 'tasks'), ('lmms_eval.tasks', '_task_utils')):
         setattr(stubs[parent], name, stubs[f'{parent}.{name}'])
     stubs['lmms_eval.tasks._task_utils'].file_utils = files
-    stubs |= {'lmms_eval.tasks._task_utils.file_utils': files, 'lmms_eval.tasks._task_utils.vqa_eval_metric': metric}
-    return SimpleNamespace(processor=metric.EvalAIAnswerProcessor, v2=lmms_module('tasks/vqav2/utils.py', **stubs),
-                           text=lmms_module('tasks/textvqa/utils.py', **stubs))
+    stubs |= {
+        'lmms_eval.tasks._task_utils.file_utils': files,
+        'lmms_eval.tasks._task_utils.vqa_eval_metric': metric,
+    }
+    return SimpleNamespace(
+        processor=metric.EvalAIAnswerProcessor,
+        v2=lmms_module('tasks/vqav2/utils.py', **stubs),
+        text=lmms_module('tasks/textvqa/utils.py', **stubs),
+    )
 
 
 # ---------------------------------------------------------------- exact match
+
 
 @given(WORDS)
 def test_normalise_is_idempotent_and_never_empties(text):
@@ -85,15 +124,26 @@ def test_exact_match_is_symmetric(a, b):
 
 def test_exact_match_agrees_with_lmms_eval():
     import numpy as np
-    ref = lmms_functions('api/metrics.py', {'exact_match_hf_evaluate'}, np=np, re=re, string=string).exact_match_hf_evaluate
+
+    ref = lmms_functions(
+        'api/metrics.py', {'exact_match_hf_evaluate'}, np=np, re=re, string=string
+    ).exact_match_hf_evaluate
     gqa = get_scorer('gqa')
-    pairs = [('Yes.', 'yes'), ('red', 'Red'), ('the table', 'table'), ('left', 'right'), ("it's", 'its'), ('t-shirt', 'tshirt')]
+    pairs = [
+        ('Yes.', 'yes'),
+        ('red', 'Red'),
+        ('the table', 'table'),
+        ('left', 'right'),
+        ("it's", 'its'),
+        ('t-shirt', 'tshirt'),
+    ]
     for said, truth in pairs:
         theirs = ref([said], [truth], ignore_case=True, ignore_punctuation=True)['exact_match']
         assert gqa.score(said, dict(answers=[truth])) == theirs, (said, truth)
 
 
 # ---------------------------------------------------------------- VQA
+
 
 def test_vqa_tables_equal_lmms_eval(vqa_reference):
     ours, theirs = vqa_normalise, vqa_reference.processor()
@@ -110,25 +160,49 @@ def test_vqa_normalise_equals_lmms_eval(vqa_reference, text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(said=st.sampled_from(['red', 'Red.', 'two', '2', "dont", 'a dog', 'dog', '1,000', 'black/white', '']),
-       answers=st.lists(st.sampled_from(['red', '2', 'two', "don't", 'the dog', '1000', 'black white', 'no']), min_size=10, max_size=10))
+@given(
+    said=st.sampled_from(
+        ['red', 'Red.', 'two', '2', 'dont', 'a dog', 'dog', '1,000', 'black/white', '']
+    ),
+    answers=st.lists(
+        st.sampled_from(['red', '2', 'two', "don't", 'the dog', '1000', 'black white', 'no']),
+        min_size=10,
+        max_size=10,
+    ),
+)
 def test_vqa_soft_equals_lmms_eval(vqa_reference, said, answers):
     doc = dict(question_id=1, answers=[dict(answer=a, answer_id=i) for i, a in enumerate(answers)])
     ours = VQASoft().score(said, dict(answers=answers))
     assert ours == pytest.approx(vqa_reference.v2.vqav2_process_results(doc, [said])['exact_match'])
     text = get_scorer('textvqa').score(said, dict(answers=answers))
-    assert text == pytest.approx(vqa_reference.text.textvqa_process_results(dict(question_id=1, answers=list(answers)), [said])['exact_match'])
+    assert text == pytest.approx(
+        vqa_reference.text.textvqa_process_results(
+            dict(question_id=1, answers=list(answers)), [said]
+        )['exact_match']
+    )
 
 
 def test_vqa_soft_needs_people():
-    with pytest.raises(ValueError, match='exact_match'): VQASoft().score('red', dict(id='r', answers=['red'] * 3))
+    with pytest.raises(ValueError, match='exact_match'):
+        VQASoft().score('red', dict(id='r', answers=['red'] * 3))
 
 
 # ---------------------------------------------------------------- yes and no
 
+
 def scored(scorer, rows, said):
-    return pd.DataFrame([dict(answers=r['answers'], group=r.get('group'), question_type=r.get('question_type'),
-                              parsed=scorer.parse(p, r), score=scorer.score(p, r)) for r, p in zip(rows, said)])
+    return pd.DataFrame(
+        [
+            dict(
+                answers=r['answers'],
+                group=r.get('group'),
+                question_type=r.get('question_type'),
+                parsed=scorer.parse(p, r),
+                score=scorer.score(p, r),
+            )
+            for r, p in zip(rows, said)
+        ]
+    )
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
@@ -136,10 +210,20 @@ def test_pope_equals_lmms_eval(pairs):
     ref = lmms_module('tasks/pope/utils.py')
     word = {True: 'yes', False: 'no'}
     rows, said = [dict(answers=[word[t]]) for t, _ in pairs], [word[p] for _, p in pairs]
-    theirs = [ref.pope_process_results(dict(question_id=i, answer=r['answers'][0]), [p]) for i, (r, p) in enumerate(zip(rows, said))]
+    theirs = [
+        ref.pope_process_results(dict(question_id=i, answer=r['answers'][0]), [p])
+        for i, (r, p) in enumerate(zip(rows, said))
+    ]
     ours = POPE().summary(scored(POPE(), rows, said))
-    for name, key in (('accuracy', 'accuracy'), ('precision', 'precision'), ('recall', 'recall'), ('f1_score', 'f1')):
-        assert ours[key] == pytest.approx(getattr(ref, f'pope_aggregate_{name}')([t[f'pope_{name}'] for t in theirs])), name
+    for name, key in (
+        ('accuracy', 'accuracy'),
+        ('precision', 'precision'),
+        ('recall', 'recall'),
+        ('f1_score', 'f1'),
+    ):
+        assert ours[key] == pytest.approx(
+            getattr(ref, f'pope_aggregate_{name}')([t[f'pope_{name}'] for t in theirs])
+        ), name
     assert ours['yes_rate'] == pytest.approx(sum(p for _, p in pairs) / len(pairs))
 
 
@@ -149,25 +233,58 @@ def test_yes_no_parse_is_total(text):
     assert parse_yes_no('Yes, ' + text) == 'yes' and parse_yes_no('No. ' + text) == 'no'
 
 
-@given(st.lists(st.tuples(st.sampled_from(['count', 'OCR', 'code_reasoning']), st.sampled_from(['Yes', 'no.', 'y', 'maybe', 'not sure']),
-                          st.sampled_from(['yes', 'No', 'nope', ''])), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(['count', 'OCR', 'code_reasoning']),
+            st.sampled_from(['Yes', 'no.', 'y', 'maybe', 'not sure']),
+            st.sampled_from(['yes', 'No', 'nope', '']),
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_mme_equals_lmms_eval(pictures):
     ref = lmms_module('tasks/mme/utils.py')
     rows, said, theirs = [], [], {'mme_perception_score': [], 'mme_cognition_score': []}
     for i, (kind, first, second) in enumerate(pictures):
         for truth, p in (('Yes', first), ('No', second)):
-            rows.append(dict(answers=[truth], group=str(i), question_type=kind)); said.append(p)
-            for k, v in ref.mme_process_results(dict(question_id=str(i), category=kind, answer=truth), [p]).items(): theirs[k].append(v)
+            rows.append(dict(answers=[truth], group=str(i), question_type=kind))
+            said.append(p)
+            for k, v in ref.mme_process_results(
+                dict(question_id=str(i), category=kind, answer=truth), [p]
+            ).items():
+                theirs[k].append(v)
     ours = MME().summary(scored(MME(), rows, said))
     for part in ('perception', 'cognition'):
-        want = ref.mme_aggregate_results(theirs[f'mme_{part}_score']) if theirs[f'mme_{part}_score'] else 0
+        want = (
+            ref.mme_aggregate_results(theirs[f'mme_{part}_score'])
+            if theirs[f'mme_{part}_score']
+            else 0
+        )
         assert ours[part] == pytest.approx(want), part
 
 
 # ---------------------------------------------------------------- multiple choice
 
-FORMS = ['B', 'b', 'B.', '(B)', 'B)', 'B: green', 'B. green', 'The answer is B', 'The answer is B.', 'Answer: B', 'I choose B',
-         'The correct option is (B).', 'Option B', 'It must be B because of the leaf', '**B**', 'A or C? The answer is B']
+FORMS = [
+    'B',
+    'b',
+    'B.',
+    '(B)',
+    'B)',
+    'B: green',
+    'B. green',
+    'The answer is B',
+    'The answer is B.',
+    'Answer: B',
+    'I choose B',
+    'The correct option is (B).',
+    'Option B',
+    'It must be B because of the leaf',
+    '**B**',
+    'A or C? The answer is B',
+]
 
 
 @pytest.mark.parametrize('reply', FORMS)
@@ -177,7 +294,10 @@ def test_choice_forms(reply):
 
 def test_choice_agrees_with_lmms_eval_on_common_forms():
     ref = lmms_module('tasks/_task_utils/mcq_extract.py').extract_mcq_answer
-    known = {'b': '', 'A or C? The answer is B': 'A'}       # theirs wants a capital, and takes a leading letter over a stated answer
+    known = {
+        'b': '',
+        'A or C? The answer is B': 'A',
+    }  # theirs wants a capital, and takes a leading letter over a stated answer
     for reply in FORMS:
         assert ref(reply, ['A', 'B', 'C', 'D']) == known.get(reply, 'B'), reply
 
@@ -186,7 +306,10 @@ def test_choice_agrees_with_scienceqa():
     ref = lmms_module('tasks/scienceqa/utils.py').sqa_process_results
     row = dict(choices=['red', 'green', 'blue'], answer=1)
     for said in ('B', 'b', 'B. green', 'A', 'A. red', 'C'):
-        assert MultipleChoice().score(said, dict(choices=row['choices'], answers=[1])) == ref(row, [said])['exact_match'], said
+        assert (
+            MultipleChoice().score(said, dict(choices=row['choices'], answers=[1]))
+            == ref(row, [said])['exact_match']
+        ), said
 
 
 def test_an_integer_answer_is_an_index_whatever_the_options_say():
@@ -201,10 +324,16 @@ def test_an_integer_answer_is_an_index_whatever_the_options_say():
 
 @given(st.text(max_size=60), st.integers(2, 8))
 def test_choice_parse_is_total(text, n):
-    assert parse_choice(text, [f'option {i}' for i in range(n)]) in set(string.ascii_uppercase[:n]) | {''}
+    assert parse_choice(text, [f'option {i}' for i in range(n)]) in set(
+        string.ascii_uppercase[:n]
+    ) | {''}
 
 
-@given(st.integers(2, 8), st.integers(0, 7), st.sampled_from(['{}', '({})', '{}.', 'The answer is {}', 'answer: ({})']))
+@given(
+    st.integers(2, 8),
+    st.integers(0, 7),
+    st.sampled_from(['{}', '({})', '{}.', 'The answer is {}', 'answer: ({})']),
+)
 def test_choice_round_trip(n, k, form):
     k %= n
     letter = string.ascii_uppercase[k]
@@ -215,6 +344,7 @@ def test_choice_round_trip(n, k, form):
 
 # ---------------------------------------------------------------- ANLS and charts
 
+
 @given(st.text('abc', max_size=8), st.text('abc', max_size=8), st.text('abc', max_size=8))
 def test_edit_distance_is_a_metric(a, b, c):
     assert edit_distance(a, b) == edit_distance(b, a) and (edit_distance(a, b) == 0) == (a == b)
@@ -223,14 +353,38 @@ def test_edit_distance_is_a_metric(a, b, c):
 
 
 @settings(max_examples=300)
-@given(st.text('ab c', max_size=12).map(lambda s: ' '.join(s.split())), st.lists(st.text('abC', min_size=1, max_size=9), min_size=1, max_size=3))
+@given(
+    st.text('ab c', max_size=12).map(lambda s: ' '.join(s.split())),
+    st.lists(st.text('abC', min_size=1, max_size=9), min_size=1, max_size=3),
+)
 def test_anls_equals_lmms_eval(said, answers):
     ref = lmms_functions('api/metrics.py', {'anls', 'levenshtein_distance'})
-    assert ANLS().score(said, dict(answers=answers)) == pytest.approx(ref.anls(answers, [said])['anls'])
+    assert ANLS().score(said, dict(answers=answers)) == pytest.approx(
+        ref.anls(answers, [said])['anls']
+    )
 
 
-@given(st.sampled_from(['20', '21', '21.1', '19', '0', '0.0', '5%', '0.05', '-3', '-3.1', 'Peru', 'peru', '1e2', '100']),
-       st.sampled_from(['20', '0', '5%', '-3', 'Peru', '100']))
+@given(
+    st.sampled_from(
+        [
+            '20',
+            '21',
+            '21.1',
+            '19',
+            '0',
+            '0.0',
+            '5%',
+            '0.05',
+            '-3',
+            '-3.1',
+            'Peru',
+            'peru',
+            '1e2',
+            '100',
+        ]
+    ),
+    st.sampled_from(['20', '0', '5%', '-3', 'Peru', '100']),
+)
 def test_relaxed_equals_lmms_eval(said, truth):
     ref = lmms_functions('tasks/chartqa/utils.py', {'relaxed_correctness'}).relaxed_correctness
     assert Relaxed().score(said, dict(answers=[truth])) == float(ref(said, truth))
@@ -238,11 +392,17 @@ def test_relaxed_equals_lmms_eval(said, truth):
 
 # ---------------------------------------------------------------- all of them
 
+
 def test_every_scorer_names_a_version_and_scores_in_range():
-    row = dict(id='r', answers=['yes'] * 10, choices=['yes', 'no'], group='g', question_type='count')
+    row = dict(
+        id='r', answers=['yes'] * 10, choices=['yes', 'no'], group='g', question_type='count'
+    )
     assert len({s.spec for s in SCORERS.values()}) == len(SCORERS)
     for name, s in SCORERS.items():
         assert re.fullmatch(r'\w+/\d+(\[.*\])?', s.spec), name
-        assert all(0 <= s.score(p, row) <= 1 for p in ('yes', 'no', '', 'A', 'maybe, maybe not')), name
+        assert all(0 <= s.score(p, row) <= 1 for p in ('yes', 'no', '', 'A', 'maybe, maybe not')), (
+            name
+        )
         assert s.score('yes', row) == 1, name
-        with pytest.raises(ValueError, match='answers'): s.score('yes', dict(row, answers=[]))
+        with pytest.raises(ValueError, match='answers'):
+            s.score('yes', dict(row, answers=[]))

@@ -1,4 +1,6 @@
-"""Tasks: from LLaVA rows, from the embedded world, from the files of public benchmarks; prompts, hashes, clusters."""
+"""Tasks: from LLaVA rows, from the embedded world, from the files of public benchmarks; prompts,
+hashes, clusters."""
+
 import base64
 import io
 import json
@@ -12,12 +14,23 @@ from PIL import Image
 from vlmbench.data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
 from vlmbench.data.world import WorldSize, write_world
 from vlmbench.evaluate.results import majority_baseline, score_predictions
-from vlmbench.evaluate.tasks import KINDS, Task, apply_prompt, load_task, read_rows, rows_task, sample_items, world_tasks
+from vlmbench.evaluate.tasks import (
+    KINDS,
+    Task,
+    apply_prompt,
+    load_task,
+    read_rows,
+    rows_task,
+    sample_items,
+    world_tasks,
+)
 
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp('world') / 'w', sizes=WorldSize(8, 40, 0, 30, 40, 30, 8, 10, 0, 0))
+    return write_world(
+        tmp_path_factory.mktemp('world') / 'w', sizes=WorldSize(8, 40, 0, 30, 40, 30, 8, 10, 0, 0)
+    )
 
 
 def test_world_tasks_answer_themselves(world):
@@ -28,7 +41,9 @@ def test_world_tasks_answer_themselves(world):
         assert gold.accuracy == 1 and t.has_images == (name != 'text_test'), name
         assert len(set(gold.frame['cluster'])) <= len(t.samples)
     vqa = tasks['vqa_test']
-    assert len({i.cluster for i in vqa.items}) == 30 and len(vqa) > 60      # several questions share a scene
+    assert (
+        len({i.cluster for i in vqa.items}) == 30 and len(vqa) > 60
+    )  # several questions share a scene
     assert {'color', 'count', 'exist'} <= {i.question_type for i in vqa.items}
     assert all(i.regions for i in tasks['region_test'].items)
     assert world_tasks(world)['vqa_test'].content_hash == vqa.content_hash
@@ -37,21 +52,28 @@ def test_world_tasks_answer_themselves(world):
 def test_world_majority_is_a_real_baseline(world):
     t = world_tasks(world, ['vqa_test'])['vqa_test']
     m = majority_baseline(t, load_task(world / 'vqa_train.json'))
-    assert m.header['unseen_types'] == {} and .1 < m.accuracy < .7
+    assert m.header['unseen_types'] == {} and 0.1 < m.accuracy < 0.7
     said = m.frame.groupby('question_type')['prediction'].nunique()
-    assert (said == 1).all() and set(m.frame.loc[m.frame['question_type'] == 'exist', 'prediction']) <= {'yes', 'no'}
+    assert (said == 1).all() and set(
+        m.frame.loc[m.frame['question_type'] == 'exist', 'prediction']
+    ) <= {'yes', 'no'}
 
 
 def test_limit_renames(world):
     assert world_tasks(world, ['vqa_test'], limit=3)['vqa_test'].name == 'vqa_test.head3'
-    with pytest.raises(FileNotFoundError, match='pope_test.json'): world_tasks(world, ['pope_test'])
+    with pytest.raises(FileNotFoundError, match='pope_test.json'):
+        world_tasks(world, ['pope_test'])
 
 
 def test_bad_rows_stop_or_are_listed(tmp_path):
-    rows = [dict(id=1, conversations=[{'from': 'human', 'value': 'a?'}, {'from': 'gpt', 'value': 'b'}]), dict(id=2)]
+    rows = [
+        dict(id=1, conversations=[{'from': 'human', 'value': 'a?'}, {'from': 'gpt', 'value': 'b'}]),
+        dict(id=2),
+    ]
     (tmp_path / 't.json').write_text(json.dumps(rows))
-    with pytest.raises(BadRecord, match='t.json'): load_task(tmp_path / 't.json')
-    q = Quarantine(cap=1.)
+    with pytest.raises(BadRecord, match='t.json'):
+        load_task(tmp_path / 't.json')
+    q = Quarantine(cap=1.0)
     assert len(load_task(tmp_path / 't.json', quarantine=q)) == 1 and q.n_bad == 1
 
 
@@ -61,12 +83,19 @@ TEXT = st.text(alphabet='ab {}<>?\n', min_size=1, max_size=20).filter(lambda s: 
 @given(TEXT, st.integers(0, 2))
 def test_prompt_keeps_question_and_markers(text, n):
     asked = apply_prompt('Q: {question} A:', '<image>\n' * n + text)
-    assert asked.count('<image>') == n and asked.removeprefix('<image>\n' * n) == f'Q: {text.strip()} A:'
+    assert (
+        asked.count('<image>') == n
+        and asked.removeprefix('<image>\n' * n) == f'Q: {text.strip()} A:'
+    )
 
 
 @given(st.lists(st.sampled_from(['red', 'blue']), min_size=1, max_size=4), st.booleans())
 def test_turns_become_items_without_earlier_answers(answers, history):
-    turns = [t for i, a in enumerate(answers) for t in (Turn('user', ('<image>\n' if i == 0 else '') + f'q{i}?'), Turn('assistant', a))]
+    turns = [
+        t
+        for i, a in enumerate(answers)
+        for t in (Turn('user', ('<image>\n' if i == 0 else '') + f'q{i}?'), Turn('assistant', a))
+    ]
     items = sample_items(Sample('s', turns, [ImageRef('a.png')]), history=history)
     assert [i.answers[0] for i in items] == answers and len({i.id for i in items}) == len(answers)
     for n, i in enumerate(items):
@@ -76,7 +105,12 @@ def test_turns_become_items_without_earlier_answers(answers, history):
 
 def test_hashes_cover_what_they_say():
     def task(q='a?', a='b', image='x.png', **kw):
-        return Task('t', [Sample('1', [Turn('user', f'<image>\n{q}'), Turn('assistant', a)], [ImageRef(image)])], **kw)
+        return Task(
+            't',
+            [Sample('1', [Turn('user', f'<image>\n{q}'), Turn('assistant', a)], [ImageRef(image)])],
+            **kw,
+        )
+
     base = task()
     for changed in (task(q='c?'), task(image='y.png'), task(prompt='{question} Briefly.')):
         assert changed.prompt_hash != base.prompt_hash and changed.content_hash != base.content_hash
@@ -90,19 +124,82 @@ Image.new('RGB', (30, 20), 'red').save(PNG, 'PNG')
 NOISE = io.BytesIO()
 Image.effect_noise((64, 64), 90).save(NOISE, 'PNG')
 
-FILES = {   # kind: (file name, text, expected answers, question type, right reply, wrong reply)
-    'pope': ('coco_pope_random.json', '{"question_id": 1, "image": "a.png", "text": "Is there a dog?", "label": "no"}\n', ('no',), 'all', 'No.', 'Yes'),
-    'mme': ('count.jsonl', '{"question_id": "c/1.png", "image": "a.png", "question": "Two? Please answer yes or no.", "answer": "Yes", "category": "count"}\n'
-            '{"question_id": "c/1.png", "image": "a.png", "question": "Six? Please answer yes or no.", "answer": "No", "category": "count"}\n',
-            ('Yes',), 'count', 'yes', 'no'),
-    'choice': ('mmbench.tsv', 'index\tquestion\tA\tB\tC\tD\tanswer\tcategory\timage\n7\tWhich?\tred\tgreen\t\t\tB\tcolor\t'
-               + base64.b64encode(NOISE.getvalue()).decode() + '\n', ('B',), 'color', 'B', 'A'),
-    'anls': ('docvqa.json', json.dumps(dict(data=[dict(questionId=3, question='Who?', image='a.png', answers=['Ada L.', 'Ada'], question_types=['form'])])),
-             ('Ada L.', 'Ada'), 'all', 'ada', 'bob'),
-    'gqa': ('testdev.json', json.dumps({'20': dict(question='Where?', imageId='a', answer='left')}), ('left',), 'all', 'Left', 'right'),
-    'textvqa': ('textvqa.json', json.dumps(dict(data=[dict(question_id=4, question='brand?', image_id='a', answers=['acme'] * 10)])),
-                ('acme',) * 10, 'all', 'Acme', 'nike'),
-    'relaxed': ('chartqa.json', json.dumps([dict(imgname='a.png', query='How many?', label='20')]), ('20',), 'all', '20.5', '25'),
+FILES = {  # kind: (file name, text, expected answers, question type, right reply, wrong reply)
+    'pope': (
+        'coco_pope_random.json',
+        '{"question_id": 1, "image": "a.png", "text": "Is there a dog?", "label": "no"}\n',
+        ('no',),
+        'all',
+        'No.',
+        'Yes',
+    ),
+    'mme': (
+        'count.jsonl',
+        '{"question_id": "c/1.png", "image": "a.png", "question": "Two? Please answer yes or no.", '
+        '"answer": "Yes", "category": "count"}\n'
+        '{"question_id": "c/1.png", "image": "a.png", "question": "Six? Please answer yes or no.", '
+        '"answer": "No", "category": "count"}\n',
+        ('Yes',),
+        'count',
+        'yes',
+        'no',
+    ),
+    'choice': (
+        'mmbench.tsv',
+        'index\tquestion\tA\tB\tC\tD\tanswer\tcategory\timage\n7\tWhich?\tred\tgreen\t\t\tB\tcolor\t'
+        + base64.b64encode(NOISE.getvalue()).decode()
+        + '\n',
+        ('B',),
+        'color',
+        'B',
+        'A',
+    ),
+    'anls': (
+        'docvqa.json',
+        json.dumps(
+            dict(
+                data=[
+                    dict(
+                        questionId=3,
+                        question='Who?',
+                        image='a.png',
+                        answers=['Ada L.', 'Ada'],
+                        question_types=['form'],
+                    )
+                ]
+            )
+        ),
+        ('Ada L.', 'Ada'),
+        'all',
+        'ada',
+        'bob',
+    ),
+    'gqa': (
+        'testdev.json',
+        json.dumps({'20': dict(question='Where?', imageId='a', answer='left')}),
+        ('left',),
+        'all',
+        'Left',
+        'right',
+    ),
+    'textvqa': (
+        'textvqa.json',
+        json.dumps(
+            dict(data=[dict(question_id=4, question='brand?', image_id='a', answers=['acme'] * 10)])
+        ),
+        ('acme',) * 10,
+        'all',
+        'Acme',
+        'nike',
+    ),
+    'relaxed': (
+        'chartqa.json',
+        json.dumps([dict(imgname='a.png', query='How many?', label='20')]),
+        ('20',),
+        'all',
+        '20.5',
+        '25',
+    ),
 }
 
 
@@ -111,25 +208,51 @@ def test_public_files(kind, tmp_path):
     name, text, answers, question_type, right, wrong = FILES[kind]
     (tmp_path / name).write_text(text)
     (tmp_path / 'a.png').write_bytes(PNG.getvalue())
-    t = rows_task(kind, read_rows(tmp_path / name), kind, tmp_path, image_name=lambda i: i if str(i).endswith('.png') else f'{i}.png')
+    t = rows_task(
+        kind,
+        read_rows(tmp_path / name),
+        kind,
+        tmp_path,
+        image_name=lambda i: i if str(i).endswith('.png') else f'{i}.png',
+    )
     first = t.items[0]
     assert (first.answers, first.question_type) == (answers, question_type)
     assert first.images[0].load().mode == 'RGB' and first.turns[-1].text.startswith('<image>\n')
     said = {i.id: wrong for i in t.items} | {first.id: right}
     scores = score_predictions(t, said).frame['score'].tolist()
-    assert scores[0] == 1 and (kind == 'mme' or score_predictions(t, {i.id: wrong for i in t.items}).accuracy == 0)
+    assert scores[0] == 1 and (
+        kind == 'mme' or score_predictions(t, {i.id: wrong for i in t.items}).accuracy == 0
+    )
     assert t.scorer is Task('x', t.samples, KINDS[kind][0]).scorer
 
 
 def test_vqa_v2_joins_annotations_and_parquet_bytes(tmp_path):
-    (tmp_path / 'q.json').write_text(json.dumps(dict(questions=[dict(question_id=5, image_id=1, question='What?')])))
-    annotation = dict(question_id=5, answer_type='other', answers=[dict(answer=a, answer_id=i) for i, a in enumerate(['cat'] * 9 + ['dog'])])
+    (tmp_path / 'q.json').write_text(
+        json.dumps(dict(questions=[dict(question_id=5, image_id=1, question='What?')]))
+    )
+    annotation = dict(
+        question_id=5,
+        answer_type='other',
+        answers=[dict(answer=a, answer_id=i) for i, a in enumerate(['cat'] * 9 + ['dog'])],
+    )
     (tmp_path / 'a.json').write_text(json.dumps(dict(annotations=[annotation])))
-    t = rows_task('v2', read_rows(tmp_path / 'q.json', tmp_path / 'a.json'), 'vqa', tmp_path, image_name=lambda i: f'{i:012d}.jpg')
-    assert score_predictions(t, {'5': 'Cat'}).accuracy == 1 and t.items[0].images[0].path == '000000000001.jpg'
+    t = rows_task(
+        'v2',
+        read_rows(tmp_path / 'q.json', tmp_path / 'a.json'),
+        'vqa',
+        tmp_path,
+        image_name=lambda i: f'{i:012d}.jpg',
+    )
+    assert (
+        score_predictions(t, {'5': 'Cat'}).accuracy == 1
+        and t.items[0].images[0].path == '000000000001.jpg'
+    )
     (tmp_path / 'a.json').write_text(json.dumps(dict(annotations=[])))
-    with pytest.raises(ValueError, match='no annotation for 1 question'): read_rows(tmp_path / 'q.json', tmp_path / 'a.json')
-    pd.DataFrame([dict(id='p', question='What?', answer='red', image=dict(bytes=PNG.getvalue(), path=None))]).to_parquet(tmp_path / 'p.parquet')
+    with pytest.raises(ValueError, match='no annotation for 1 question'):
+        read_rows(tmp_path / 'q.json', tmp_path / 'a.json')
+    pd.DataFrame(
+        [dict(id='p', question='What?', answer='red', image=dict(bytes=PNG.getvalue(), path=None))]
+    ).to_parquet(tmp_path / 'p.parquet')
     t = rows_task('parquet', read_rows(tmp_path / 'p.parquet'), 'exact', tmp_path)
     assert t.items[0].images[0].load().size == (30, 20) and t.items[0].cluster.startswith('pixels-')
 
@@ -150,6 +273,8 @@ def test_index_answers_reach_the_scorer_as_letters(tmp_path):
     assert [task.scorer.score('B', i.row) for i in task.items] == [0, 1, 0]
     sample = Sample('s', [Turn('user', 'how many?')], meta=dict(answers=1, choices=['1', '2', '3']))
     assert Task('own', [sample], 'multiple_choice').items[0].answers == ('B',)
-    assert Task('own', [sample], 'exact_match').items[0].answers == ('1',)      # no options are shown: the number is meant
+    assert Task('own', [sample], 'exact_match').items[0].answers == (
+        '1',
+    )  # no options are shown: the number is meant
     with pytest.raises(ValueError, match='sqa/0.*answer 7 is no index into 3 choices'):
         rows_task('sqa', [rows[0] | dict(answer=7)], 'choice', tmp_path)

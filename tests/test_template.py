@@ -1,4 +1,6 @@
-"""Templates, labels and tokenisation: every tokenizer family, every template, hostile text, the reference vectors."""
+"""Templates, labels and tokenisation: every tokenizer family, every template, hostile text, the
+reference vectors."""
+
 import json, os, re, warnings
 from pathlib import Path
 
@@ -6,80 +8,175 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from jinja2.exceptions import TemplateError
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from vlmbench.data.record import Turn
 from vlmbench.data.spans import EOS, IMAGE, TARGETS
-from vlmbench.data.template import (IGNORE, TEMPLATES, encode, from_messages, get_template,
-                                    images_first, prompt_is_prefix, target_texts, to_messages)
+from vlmbench.data.template import (
+    IGNORE,
+    TEMPLATES,
+    encode,
+    from_messages,
+    get_template,
+    images_first,
+    prompt_is_prefix,
+    target_texts,
+    to_messages,
+)
 
 GOLDEN = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden'))
-CONTROL = ['<image>', '<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<|im_start|>',
-           '<|im_end|>', '<|system|>', '<|user|>', '<|assistant|>', '<|end|>']
-CORPUS = ['What colour is the circle on the left? It is red.', 'USER: see ASSISTANT: a small blue square',
-          'A chat between a curious user and an artificial intelligence assistant.',
-          "the user's questions\n\nassistant\nuser"] * 3
-quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CONTROL = [
+    '<image>',
+    '<|begin_of_text|>',
+    '<|start_header_id|>',
+    '<|end_header_id|>',
+    '<|eot_id|>',
+    '<|im_start|>',
+    '<|im_end|>',
+    '<|system|>',
+    '<|user|>',
+    '<|assistant|>',
+    '<|end|>',
+]
+CORPUS = [
+    'What colour is the circle on the left? It is red.',
+    'USER: see ASSISTANT: a small blue square',
+    'A chat between a curious user and an artificial intelligence assistant.',
+    "the user's questions\n\nassistant\nuser",
+] * 3
+quick = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def word_level():
-    words = ['<pad>', '<s>', '</s>', '<unk>', *CONTROL, *sorted(set(re.findall(r'\w+|[^\w\s]', ' '.join(CORPUS))))]
+    words = [
+        '<pad>',
+        '<s>',
+        '</s>',
+        '<unk>',
+        *CONTROL,
+        *sorted(set(re.findall(r'\w+|[^\w\s]', ' '.join(CORPUS)))),
+    ]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token='<unk>'))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>',
-                                   unk_token='<unk>', additional_special_tokens=CONTROL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token='<pad>',
+        bos_token='<s>',
+        eos_token='</s>',
+        unk_token='<unk>',
+        additional_special_tokens=CONTROL,
+    )
 
 
 def byte_level(llama=False):
-    "BPE over bytes; `llama`: Llama-3's splitting rule, an automatic begin token and a byte-level post-processor"
+    """BPE over bytes; `llama`: Llama-3's splitting rule, an automatic begin token and a byte-level
+    post-processor"""
     tok = Tokenizer(models.BPE())
-    split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-             r'|\s+(?!\S)|\s+')
-    tok.pre_tokenizer = (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), 'isolated'),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-                         if llama else pre_tokenizers.ByteLevel(add_prefix_space=False))
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+'
+        r'|\s+(?!\S)|\s+'
+    )
+    tok.pre_tokenizer = (
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), 'isolated'),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        if llama
+        else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    )
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(CORPUS + ['a\n\n\nb\n\n'] * 9, trainers.BpeTrainer(
-        vocab_size=420, show_progress=False, special_tokens=['<pad>', '<s>', '</s>'],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.train_from_iterator(
+        CORPUS + ['a\n\n\nb\n\n'] * 9,
+        trainers.BpeTrainer(
+            vocab_size=420,
+            show_progress=False,
+            special_tokens=['<pad>', '<s>', '</s>'],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tok.add_special_tokens(CONTROL)
     if llama:
         bos = tok.token_to_id('<|begin_of_text|>')
-        begin = processors.TemplateProcessing(single='<|begin_of_text|> $A',
-                                              special_tokens=[('<|begin_of_text|>', bos)])
+        begin = processors.TemplateProcessing(
+            single='<|begin_of_text|> $A', special_tokens=[('<|begin_of_text|>', bos)]
+        )
         tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), begin])
-    else: tok.post_processor = processors.ByteLevel(trim_offsets=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>')
+    else:
+        tok.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>'
+    )
 
 
 def sentencepiece_like(scheme, rstrip=False, pieces=None):
-    "BPE over characters with '▁' for spaces and byte fallback; `scheme`: 'first', 'always', 'legacy' (a normaliser)"
+    """BPE over characters with '▁' for spaces and byte fallback; `scheme`: 'first', 'always',
+    'legacy' (a normaliser)"""
     strips = lambda c: rstrip and c.startswith('<|') and c != '<|end_header_id|>'
     control = [AddedToken(c, rstrip=strips(c), special=True) for c in CONTROL]
     if pieces is None:
         alphabet = sorted(set(' '.join(CORPUS).replace(' ', '▁')) | {'▁', '\n'})
         vocab = ['<unk>', '<s>', '</s>', *[f'<0x{b:02X}>' for b in range(256)], *alphabet]
-        merges, words = [], ['▁the', '▁is', '▁red', '▁user', '▁It', 'lo', 'ur', '▁a', '▁▁', '\n\n', ':▁']
+        merges, words = (
+            [],
+            ['▁the', '▁is', '▁red', '▁user', '▁It', 'lo', 'ur', '▁a', '▁▁', '\n\n', ':▁'],
+        )
         for w in words:
             for i in range(2, len(w) + 1):
-                if w[:i] not in vocab: vocab.append(w[:i]); merges.append((w[:i - 1], w[i - 1]))
+                if w[:i] not in vocab:
+                    vocab.append(w[:i])
+                    merges.append((w[: i - 1], w[i - 1]))
         vocab = {v: i for i, v in enumerate(vocab)}
-    else: vocab, merges = pieces
-    tok = Tokenizer(models.BPE(vocab, merges, unk_token='<unk>', byte_fallback='<0x00>' in vocab, fuse_unk=True))
+    else:
+        vocab, merges = pieces
+    tok = Tokenizer(
+        models.BPE(vocab, merges, unk_token='<unk>', byte_fallback='<0x00>' in vocab, fuse_unk=True)
+    )
     if scheme == 'legacy':
-        tok.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    else: tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
-    tok.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in ('<unk>', '<s>', '</s>')] + control)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token='<s>', eos_token='</s>', unk_token='<unk>',
-                                   pad_token='<unk>')
+        tok.normalizer = normalizers.Sequence(
+            [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+        )
+    else:
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tok.add_special_tokens(
+        [AddedToken(c, special=True, normalized=False) for c in ('<unk>', '<s>', '</s>')] + control
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token='<s>',
+        eos_token='</s>',
+        unk_token='<unk>',
+        pad_token='<unk>',
+    )
 
 
-TOKENIZERS = {'word level': word_level, 'bytes': byte_level, 'llama 3 bytes': lambda: byte_level(llama=True),
-              'metaspace first': lambda: sentencepiece_like('first'),
-              'metaspace always': lambda: sentencepiece_like('always'), 'legacy': lambda: sentencepiece_like('legacy'),
-              'legacy rstrip': lambda: sentencepiece_like('legacy', rstrip=True)}
+TOKENIZERS = {
+    'word level': word_level,
+    'bytes': byte_level,
+    'llama 3 bytes': lambda: byte_level(llama=True),
+    'metaspace first': lambda: sentencepiece_like('first'),
+    'metaspace always': lambda: sentencepiece_like('always'),
+    'legacy': lambda: sentencepiece_like('legacy'),
+    'legacy rstrip': lambda: sentencepiece_like('legacy', rstrip=True),
+}
 LOSSLESS = ('bytes', 'llama 3 bytes')
 
 
@@ -94,12 +191,17 @@ TEMPLATE = st.sampled_from(list(TEMPLATES)).map(get_template)
 
 
 @pytest.fixture(params=list(TEMPLATES))
-def template(request): return get_template(request.param)
+def template(request):
+    return get_template(request.param)
 
 
 PLAIN = st.text(st.characters(codec='utf-8', exclude_categories=('Cs', 'Cn', 'Co')), max_size=12)
-PHRASE = st.one_of(PLAIN, st.sampled_from(['What colour?', ' the red ', '\n\n', '', 'USER:', "it's {{ x }} {% if %}",
-                                           '\\n', 'é日本']))
+PHRASE = st.one_of(
+    PLAIN,
+    st.sampled_from(
+        ['What colour?', ' the red ', '\n\n', '', 'USER:', "it's {{ x }} {% if %}", '\\n', 'é日本']
+    ),
+)
 USER = st.lists(st.one_of(PHRASE, st.just(IMAGE)), max_size=4).map(''.join)
 ANSWER = PHRASE.filter(lambda t: IMAGE not in t)
 
@@ -115,15 +217,19 @@ def talks(draw, max_rounds=3, user=USER, answer=ANSWER, closed=None):
 
 def fit(turns, template):
     "The part of a conversation that the template can hold"
-    if not template.captions: return turns
+    if not template.captions:
+        return turns
     turns = [t for t in turns if t.role != 'system']
     return turns[:2]
 
 
-def slots(turns): return sum(t.text.count(IMAGE) for t in turns)
+def slots(turns):
+    return sum(t.text.count(IMAGE) for t in turns)
 
 
-# --- the string -------------------------------------------------------------------------------------------------------
+# --- the string
+# --------------------------------------------------------------------------------------------------
+
 
 @quick
 @given(data=st.data())
@@ -133,61 +239,92 @@ def test_jinja_renders_the_same_string(data):
     tok = render_tok()
     open_ = turns[-1].role == 'user' and data.draw(st.booleans())
     want = template.render(turns, add_generation_prompt=open_, bos='<s>', eos='</s>')
-    got = tok.apply_chat_template(to_messages(turns), chat_template=template.jinja(), tokenize=False,
-                                  add_generation_prompt=open_)
+    got = tok.apply_chat_template(
+        to_messages(turns),
+        chat_template=template.jinja(),
+        tokenize=False,
+        add_generation_prompt=open_,
+    )
     assert got == want
-    for t in turns: assert t.text in got or (template.captions and t.role == 'user')
+    for t in turns:
+        assert t.text in got or (template.captions and t.role == 'user')
 
 
 _render_tok = []
+
+
 def render_tok():
-    if not _render_tok: _render_tok.append(byte_level())
+    if not _render_tok:
+        _render_tok.append(byte_level())
     return _render_tok[0]
 
 
 def test_jinja_content_lists_equal_strings(template):
     image, text = dict(type='image'), lambda t: dict(type='text', text=t)
     parts = [image, image, text('Which one?\n'), text('Say.')]
-    messages = [dict(role='user', content=parts), dict(role='assistant', content=[dict(type='text', text='both')])]
+    messages = [
+        dict(role='user', content=parts),
+        dict(role='assistant', content=[dict(type='text', text='both')]),
+    ]
     turns = from_messages(messages, template.image_sep)
     assert turns[0].text == f'{IMAGE}{IMAGE}{template.image_sep}Which one?\nSay.'
     got = render_tok().apply_chat_template(messages, chat_template=template.jinja(), tokenize=False)
     assert got == template.render(turns)
 
 
-@pytest.mark.parametrize('turns, reason', [
-    ([], 'no turns'), ([Turn('system', 's')], 'system turn only'), ([Turn('assistant', 'a')], "where 'user' belongs"),
-    ([Turn('user', 'q'), Turn('user', 'q')], "turn 1 has role 'user'"),
-    ([Turn('user', 'q'), Turn('system', 's')], "turn 1 has role 'system'"),
-    ([Turn('user', 'q'), Turn('assistant', f'see {IMAGE}')], 'turn 1: <image> stands in an assistant turn'),
-    ([Turn('user', None)], 'has no text')])
+@pytest.mark.parametrize(
+    'turns, reason',
+    [
+        ([], 'no turns'),
+        ([Turn('system', 's')], 'system turn only'),
+        ([Turn('assistant', 'a')], "where 'user' belongs"),
+        ([Turn('user', 'q'), Turn('user', 'q')], "turn 1 has role 'user'"),
+        ([Turn('user', 'q'), Turn('system', 's')], "turn 1 has role 'system'"),
+        (
+            [Turn('user', 'q'), Turn('assistant', f'see {IMAGE}')],
+            'turn 1: <image> stands in an assistant turn',
+        ),
+        ([Turn('user', None)], 'has no text'),
+    ],
+)
 def test_bad_conversations_are_named(template, turns, reason):
-    with pytest.raises(ValueError, match=re.escape(reason)): template.spans(turns)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        template.spans(turns)
     if turns and turns[0].text is not None and len(turns) > 1:
         with pytest.raises(TemplateError):
-            render_tok().apply_chat_template(to_messages(turns), chat_template=template.jinja(), tokenize=False)
+            render_tok().apply_chat_template(
+                to_messages(turns), chat_template=template.jinja(), tokenize=False
+            )
 
 
 def test_a_caption_template_refuses_conversations():
     plain, pair = get_template('llava_plain'), [Turn('user', IMAGE), Turn('assistant', 'a')]
     talk = pair + pair
-    with pytest.raises(ValueError, match='one user turn'): plain.spans(talk)
+    with pytest.raises(ValueError, match='one user turn'):
+        plain.spans(talk)
     with pytest.raises(TemplateError):
-        render_tok().apply_chat_template(to_messages(talk), chat_template=plain.jinja(), tokenize=False)
-    with pytest.raises(ValueError, match='one user turn'): plain.spans([Turn('system', 's'), Turn('user', IMAGE)])
+        render_tok().apply_chat_template(
+            to_messages(talk), chat_template=plain.jinja(), tokenize=False
+        )
+    with pytest.raises(ValueError, match='one user turn'):
+        plain.spans([Turn('system', 's'), Turn('user', IMAGE)])
 
 
 def test_names_are_exact():
-    for name in 'vicuna_v1 llava_v1 llava_plain llama_3 phi_3 chatml world zero_llama3 zero_qwen'.split():
+    for (
+        name
+    ) in 'vicuna_v1 llava_v1 llava_plain llama_3 phi_3 chatml world zero_llama3 zero_qwen'.split():
         assert get_template(name).name == name
     for near in ('vicuna', 'llama', 'LLAMA_3', ''):
-        with pytest.raises(KeyError, match='there are'): get_template(near)
+        with pytest.raises(KeyError, match='there are'):
+            get_template(near)
 
 
 def test_an_empty_system_turn_switches_the_default_off():
     turns = [Turn('user', 'q'), Turn('assistant', 'a')]
     for t in TEMPLATES.values():
-        if not t.default_system: continue
+        if not t.default_system:
+            continue
         assert t.default_system in t.render(turns)
         assert t.default_system not in t.render([Turn('system', ''), *turns])
         other = t.render([Turn('system', 'Be brief.'), *turns])
@@ -195,13 +332,18 @@ def test_an_empty_system_turn_switches_the_default_off():
 
 
 def test_images_first_keeps_every_slot():
-    moved = images_first([Turn('user', f'a {IMAGE} b {IMAGE}'), Turn('assistant', ' x '), Turn('user', ' y ')])
+    moved = images_first(
+        [Turn('user', f'a {IMAGE} b {IMAGE}'), Turn('assistant', ' x '), Turn('user', ' y ')]
+    )
     assert [t.text for t in moved] == [f'{IMAGE}\n{IMAGE}\na  b', ' x ', ' y ']
 
 
-# --- tokens and labels ------------------------------------------------------------------------------------------------
+# --- tokens and labels
+# ------------------------------------------------------------------------------------------------
 
-def ids_of_string(tok, text): return tok(text, add_special_tokens=False)['input_ids']
+
+def ids_of_string(tok, text):
+    return tok(text, add_special_tokens=False)['input_ids']
 
 
 @quick
@@ -216,12 +358,16 @@ def test_ids_equal_those_of_the_rendered_string(tok, data):
     where = e.labels != IGNORE
     assert torch.equal(e.labels[where], e.input_ids[where])
     image = tok.convert_tokens_to_ids(IMAGE)
-    assert (e.image_ids >= 0).tolist() == (e.input_ids == image).tolist() and not (where & (e.image_ids >= 0)).any()
+    assert (e.image_ids >= 0).tolist() == (e.input_ids == image).tolist() and not (
+        where & (e.image_ids >= 0)
+    ).any()
     assert e.image_ids[e.image_ids >= 0].tolist() == list(range(slots(turns)))
 
 
 def expected_targets(turns, template):
-    after = ''.join({EOS: '</s>'}.get(s.text, s.text) for s in template.answer if s.target and s.special)
+    after = ''.join(
+        {EOS: '</s>'}.get(s.text, s.text) for s in template.answer if s.target and s.special
+    )
     lead = template.answer[0].text if template.answer[0].text == ' ' else ''
     return [(lead + t.text, after) for t in turns if t.role == 'assistant']
 
@@ -232,17 +378,27 @@ def test_targets_are_exactly_the_answers(tok, data):
     template = data.draw(TEMPLATE)
     turns = fit(data.draw(talks(closed=True)), template)
     e = encode(turns, tok, template, [2] * slots(turns))
-    if tok.family not in LOSSLESS: return
+    if tok.family not in LOSSLESS:
+        return
     runs = target_texts(e, tok)
     want = ''.join(s.text for s in template.spans(turns) if s.target)
-    if ''.join(runs) != want:            # a token that straddles the start of an answer brings template newlines along
-        assert ''.join(runs).replace('\n', '') == want.replace('\n', '') and len(''.join(runs)) >= len(want)
-    for text, after in expected_targets(turns, template): assert any(text in r and after in r for r in runs) or not text
+    if (
+        ''.join(runs) != want
+    ):  # a token that straddles the start of an answer brings template newlines along
+        assert ''.join(runs).replace('\n', '') == want.replace('\n', '') and len(
+            ''.join(runs)
+        ) >= len(want)
+    for text, after in expected_targets(turns, template):
+        assert any(text in r and after in r for r in runs) or not text
 
 
 def skip_unwritable(tok, template):
     "A word-level tokenizer has no word for an end that is written, not a control token."
-    if tok.unk_token_id is not None and tok.unk_token_id in tok(f'a{template.stop}')['input_ids'] and template.stop == '###':
+    if (
+        tok.unk_token_id is not None
+        and tok.unk_token_id in tok(f'a{template.stop}')['input_ids']
+        and template.stop == '###'
+    ):
         pytest.skip(f'no words for {template.stop!r}')
 
 
@@ -250,21 +406,32 @@ def skip_unwritable(tok, template):
 def test_multi_turn_labels_by_hand(tok, name):
     "Each answer and its stop token is one run of targets, in every tokenizer family"
     skip_unwritable(tok, get_template(name))
-    turns = [Turn('user', f'{IMAGE}\nWhat colour?'), Turn('assistant', 'It is red.'), Turn('user', 'Is it small?'),
-             Turn('assistant', 'the circle'), Turn('user', 'the'), Turn('assistant', 'a')]
+    turns = [
+        Turn('user', f'{IMAGE}\nWhat colour?'),
+        Turn('assistant', 'It is red.'),
+        Turn('user', 'Is it small?'),
+        Turn('assistant', 'the circle'),
+        Turn('user', 'the'),
+        Turn('assistant', 'a'),
+    ]
     e, template = encode(turns, tok, name, [5]), get_template(name)
     runs = target_texts(e, tok)
     assert len(runs) == 3
     squeeze = lambda t: re.sub(r'\s+', '', t)
     stop = '</s>' if template.stop == EOS else template.stop
-    assert [squeeze(r) for r in runs] == [squeeze(t.text) + stop for t in turns if t.role == 'assistant']
+    assert [squeeze(r) for r in runs] == [
+        squeeze(t.text) + stop for t in turns if t.role == 'assistant'
+    ]
     assert e.n_targets == int((e.labels != IGNORE).sum())
     assert (e.image_ids == 0).sum() == 5
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_the_generation_prompt_is_a_prefix_of_training(tok, name):
-    if (tok.family, name) == ('bytes', 'llama_3'):       # GPT-2's rule cuts the header's two newlines by what follows
+    if (tok.family, name) == (
+        'bytes',
+        'llama_3',
+    ):  # GPT-2's rule cuts the header's two newlines by what follows
         assert not prompt_is_prefix(tok, name)
         return
     assert prompt_is_prefix(tok, name, ['It is'])
@@ -273,9 +440,11 @@ def test_the_generation_prompt_is_a_prefix_of_training(tok, name):
     full = encode(turns, tok, name, [3])
     first = int((full.labels != IGNORE).nonzero()[0])
     assert prompt.n_targets == 0
-    shared = full.input_ids[:prompt.n_tokens].tolist()
+    shared = full.input_ids[: prompt.n_tokens].tolist()
     assert prompt.input_ids.tolist() == shared
-    assert 0 <= prompt.n_tokens - first <= 2 * (name == 'zero_llama3')      # which also learns its header's newline
+    assert (
+        0 <= prompt.n_tokens - first <= 2 * (name == 'zero_llama3')
+    )  # which also learns its header's newline
 
 
 @pytest.mark.parametrize('mode', TARGETS)
@@ -286,17 +455,31 @@ def test_target_modes(tok, mode):
     marks = ['<|im_end|>'] if mode == 'answers' else ['<|im_start|>', '<|im_end|>'] * 3
     assert [t for t in learnt if t in CONTROL] == marks
     assert (mode == 'all') == (len(learnt) == e.n_tokens)
-    with pytest.raises(ValueError, match='one of answers, special, all'): encode(turns, tok, 'chatml', targets='answer')
+    with pytest.raises(ValueError, match='one of answers, special, all'):
+        encode(turns, tok, 'chatml', targets='answer')
 
 
 @pytest.mark.parametrize('name', ['vicuna_v1', 'llama_3', 'phi_3', 'chatml', 'world'])
 def test_labels_agree_with_transformers_assistant_mask(name):
-    "An independent way to the labels: `{% generation %}` blocks and character offsets in transformers itself"
+    """An independent way to the labels: `{% generation %}` blocks and character offsets in
+    transformers itself"""
     tok, template = byte_level(), get_template(name)
-    tok.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # else first spaces are lost
-    turns = [Turn('user', 'What colour?'), Turn('assistant', 'It is red.'), Turn('user', 'é?'), Turn('assistant', 'a')]
-    out = tok.apply_chat_template(to_messages(turns), chat_template=template.jinja(mark_targets=True), tokenize=True,
-                                  return_dict=True, return_assistant_tokens_mask=True)
+    tok.backend_tokenizer.post_processor = processors.ByteLevel(
+        trim_offsets=False
+    )  # else first spaces are lost
+    turns = [
+        Turn('user', 'What colour?'),
+        Turn('assistant', 'It is red.'),
+        Turn('user', 'é?'),
+        Turn('assistant', 'a'),
+    ]
+    out = tok.apply_chat_template(
+        to_messages(turns),
+        chat_template=template.jinja(mark_targets=True),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
     e = encode(turns, tok, template)
     assert out['input_ids'] == e.input_ids.tolist()
     assert out['assistant_masks'] == (e.labels != IGNORE).long().tolist()
@@ -306,7 +489,8 @@ def test_empty_answers_and_missing_answers(tok, template):
     skip_unwritable(tok, template)
     e = encode([Turn('user', f'{IMAGE} What?'), Turn('assistant', '')], tok, template, [2])
     stop = {EOS: '</s>'}.get(template.stop, template.stop)
-    if stop.strip(): assert ''.join(target_texts(e, tok)).strip().endswith(stop) and e.n_targets >= 1
+    if stop.strip():
+        assert ''.join(target_texts(e, tok)).strip().endswith(stop) and e.n_targets >= 1
     assert encode([Turn('user', f'{IMAGE} What?')], tok, template, [2]).n_targets == 0
 
 
@@ -315,15 +499,21 @@ def test_one_token_answers_are_never_lost(tok):
     for name in ('llama_3', 'phi_3', 'zero_qwen', 'chatml'):
         for answer in ('\n', '\n\n', ' ', 'a'):
             e = encode([Turn('user', 'q'), Turn('assistant', answer)], tok, name)
-            if not answer.strip() and tok.family in ('word level', 'legacy rstrip'): continue    # has no such tokens
+            if not answer.strip() and tok.family in ('word level', 'legacy rstrip'):
+                continue  # has no such tokens
             assert e.n_targets >= 2, (name, answer)
 
 
 def test_a_token_across_the_start_of_an_answer_is_a_target():
-    "The straddle rule by hand: ':▁' ends the prompt and begins the answer; the pairing is reported as well"
+    """The straddle rule by hand: ':▁' ends the prompt and begins the answer; the pairing is
+    reported as well"""
     tok = TOKENIZERS['legacy']()
     e = encode([Turn('user', 'the'), Turn('assistant', '1')], tok, 'vicuna_v1')
-    assert tok.convert_ids_to_tokens(e.labels[e.labels != IGNORE].tolist()) == [':▁', '<0x31>', '</s>']
+    assert tok.convert_ids_to_tokens(e.labels[e.labels != IGNORE].tolist()) == [
+        ':▁',
+        '<0x31>',
+        '</s>',
+    ]
     assert not prompt_is_prefix(tok, 'vicuna_v1')
     e = encode([Turn('user', 'the'), Turn('assistant', 'It')], tok, 'vicuna_v1')
     assert tok.convert_ids_to_tokens(e.labels[e.labels != IGNORE].tolist()) == ['▁It', '</s>']
@@ -333,10 +523,12 @@ def test_a_control_token_that_swallows_an_answers_space_is_not_a_target():
     tok = sentencepiece_like('legacy', rstrip=True)
     e = encode([Turn('user', 'the'), Turn('assistant', 'red')], tok, 'world')
     opening = e.input_ids.tolist().index(tok.convert_tokens_to_ids('<|assistant|>'))
-    assert e.labels[opening] == IGNORE and (e.labels[opening + 1:] != IGNORE).all()
+    assert e.labels[opening] == IGNORE and (e.labels[opening + 1 :] != IGNORE).all()
 
 
-# --- hostile and unusual text -----------------------------------------------------------------------------------------
+# --- hostile and unusual text
+# -----------------------------------------------------------------------------------------
+
 
 @quick
 @given(data=st.data())
@@ -344,39 +536,60 @@ def test_typed_control_tokens_stay_text(tok, data):
     template = data.draw(TEMPLATE)
     evil = st.sampled_from(CONTROL[1:] + ['</s>', '<s>', '<unk>'])
     word = st.lists(st.one_of(PHRASE, evil, st.just(IMAGE)), max_size=4).map(''.join)
-    answer = st.lists(st.one_of(PHRASE, evil), max_size=3).map(''.join).filter(lambda t: IMAGE not in t)
+    answer = (
+        st.lists(st.one_of(PHRASE, evil), max_size=3).map(''.join).filter(lambda t: IMAGE not in t)
+    )
     turns = fit(data.draw(talks(user=word, answer=answer)), template)
     e = encode(turns, tok, template, [1] * slots(turns))
     spans = template.spans(turns, bos='<s>', eos='</s>')
     control = {tok.convert_tokens_to_ids(c) for c in CONTROL + ['<s>', '</s>']}
     want = []
-    for s in spans: want += [s.text] if s.special else [IMAGE] * s.text.count(IMAGE)
+    for s in spans:
+        want += [s.text] if s.special else [IMAGE] * s.text.count(IMAGE)
     assert [i for i in e.input_ids.tolist() if i in control] == tok.convert_tokens_to_ids(want)
-    if tok.family in LOSSLESS: assert tok.decode(e.input_ids) == ''.join(s.text for s in spans)
+    if tok.family in LOSSLESS:
+        assert tok.decode(e.input_ids) == ''.join(s.text for s in spans)
 
 
 def test_noncharacters_are_refused(tok):
-    with pytest.raises(ValueError, match='U\\+FDD0'): encode([Turn('user', 'a\ufdd05\ufdd1')], tok, 'chatml')
+    with pytest.raises(ValueError, match='U\\+FDD0'):
+        encode([Turn('user', 'a\ufdd05\ufdd1')], tok, 'chatml')
 
 
 def test_another_image_token_and_typed_image_tokens():
     tok = byte_level()
     turns = [Turn('user', f'{IMAGE} not <|system|>'), Turn('assistant', 'a')]
     e = encode(turns, tok, 'chatml', [4], image_token='<|system|>')
-    assert (e.input_ids == tok.convert_tokens_to_ids('<|system|>')).sum() == 4 == (e.image_ids == 0).sum()
+    assert (
+        (e.input_ids == tok.convert_tokens_to_ids('<|system|>')).sum()
+        == 4
+        == (e.image_ids == 0).sum()
+    )
     assert IMAGE not in tok.convert_ids_to_tokens(e.input_ids.tolist())
 
 
-@pytest.mark.parametrize('counts, reason', [([], '1 <image> slots in the text but 0 images'), ([1, 1], 'but 2 images'),
-                                            ([0], 'at least one token'), ([-3], 'at least one token'),
-                                            ([[]], 'at least one token')])
+@pytest.mark.parametrize(
+    'counts, reason',
+    [
+        ([], '1 <image> slots in the text but 0 images'),
+        ([1, 1], 'but 2 images'),
+        ([0], 'at least one token'),
+        ([-3], 'at least one token'),
+        ([[]], 'at least one token'),
+    ],
+)
 def test_slots_and_counts_have_to_match(counts, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         encode([Turn('user', IMAGE), Turn('assistant', 'a')], render_tok(), 'chatml', counts)
 
 
 def test_tiles_count_as_images():
-    e = encode([Turn('user', f'{IMAGE}{IMAGE} q'), Turn('assistant', 'a')], render_tok(), 'chatml', [[2, 3], 4])
+    e = encode(
+        [Turn('user', f'{IMAGE}{IMAGE} q'), Turn('assistant', 'a')],
+        render_tok(),
+        'chatml',
+        [[2, 3], 4],
+    )
     assert [(e.image_ids == k).sum().item() for k in range(4)] == [2, 3, 4, 0]
 
 
@@ -384,11 +597,16 @@ def test_a_template_foreign_to_the_tokenizer_is_refused():
     tok = Tokenizer(models.WordLevel({'<unk>': 0, 'a': 1}, unk_token='<unk>'))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='<unk>')
-    with pytest.raises(ValueError, match=r"needs the control tokens \['<\|im_end\|>', '<\|im_start\|>'\]"):
+    with pytest.raises(
+        ValueError, match=r"needs the control tokens \['<\|im_end\|>', '<\|im_start\|>'\]"
+    ):
         encode([Turn('user', 'a')], tok, 'chatml')
     talk = [Turn('user', 'a'), Turn('assistant', 'a')]
-    with pytest.raises(ValueError, match='control tokens'): encode(talk, tok, 'vicuna_v1')
-    assert encode(talk, tok, 'llava_plain').input_ids.tolist() == [1]        # no begin token, and none is made up
+    with pytest.raises(ValueError, match='control tokens'):
+        encode(talk, tok, 'vicuna_v1')
+    assert encode(talk, tok, 'llava_plain').input_ids.tolist() == [
+        1
+    ]  # no begin token, and none is made up
 
 
 def test_tokens_added_later_are_seen():
@@ -408,12 +626,19 @@ def test_the_tokenizer_is_left_as_it_was():
 
 def test_slow_tokenizers_are_announced_and_labelled():
     tok = ByT5Tokenizer(extra_ids=0, additional_special_tokens=CONTROL)
-    turns = [Turn('user', f'é{IMAGE} <|end|>?'), Turn('assistant', 'ja'), Turn('user', 'x'), Turn('assistant', '')]
+    turns = [
+        Turn('user', f'é{IMAGE} <|end|>?'),
+        Turn('assistant', 'ja'),
+        Turn('user', 'x'),
+        Turn('assistant', ''),
+    ]
     with pytest.warns(UserWarning, match='ByT5Tokenizer gives no character offsets'):
         e = encode(turns, tok, 'world', [3])
     assert target_texts(e, tok) == [' ja <|end|>', '  <|end|>']
     assert (e.input_ids == tok.convert_tokens_to_ids('<|end|>')).sum() == 2
-    assert tok.decode(e.input_ids[e.image_ids < 0]) == get_template('world').render(turns).replace(IMAGE, '')
+    assert tok.decode(e.input_ids[e.image_ids < 0]) == get_template('world').render(turns).replace(
+        IMAGE, ''
+    )
 
 
 def test_encoding_is_quiet_for_fast_tokenizers(tok):
@@ -422,19 +647,32 @@ def test_encoding_is_quiet_for_fast_tokenizers(tok):
         encode([Turn('user', 'q'), Turn('assistant', 'a')], tok, 'llama_3')
 
 
-# --- the reference's own vectors --------------------------------------------------------------------------------------
+# --- the reference's own vectors
+# --------------------------------------------------------------------------------------
 
-def cases(method): return sorted((GOLDEN / method).glob('case_*'))
+
+def cases(method):
+    return sorted((GOLDEN / method).glob('case_*'))
 
 
 def load_sp(path):
-    "A fast tokenizer from a SentencePiece BPE file: pieces, and merges in the order of the pieces' scores"
+    """A fast tokenizer from a SentencePiece BPE file: pieces, and merges in the order of the
+    pieces' scores"""
     sp = pytest.importorskip('sentencepiece').SentencePieceProcessor(model_file=str(path))
     pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    normal = [i for i, p in enumerate(pieces) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    normal = [
+        i
+        for i, p in enumerate(pieces)
+        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))
+    ]
     known = {pieces[i] for i in normal}
-    merges = [(-sp.get_score(i), p[:k], p[k:]) for i in normal if len(p := pieces[i]) > 1
-              for k in range(1, len(p)) if p[:k] in known and p[k:] in known]
+    merges = [
+        (-sp.get_score(i), p[:k], p[k:])
+        for i in normal
+        if len(p := pieces[i]) > 1
+        for k in range(1, len(p))
+        if p[:k] in known and p[k:] in known
+    ]
     rank = {p: i for i, p in enumerate(pieces)}
     merges.sort(key=lambda m: (m[0], rank[m[1]], rank[m[2]]))
     return {p: i for i, p in enumerate(pieces)}, [m[1:] for m in merges]
@@ -442,20 +680,32 @@ def load_sp(path):
 
 def golden_tokenizer(case, name):
     if name in ('vicuna', 'plain') or name.startswith('phi3'):
-        return sentencepiece_like('legacy', pieces=load_sp(case / 'tokenizers' / 'tokenizer_sp.model'))
+        return sentencepiece_like(
+            'legacy', pieces=load_sp(case / 'tokenizers' / 'tokenizer_sp.model')
+        )
     tok = PreTrainedTokenizerFast(tokenizer_file=str(case / 'tokenizers' / f'{name}.json'))
     tok.add_special_tokens({'additional_special_tokens': [IMAGE]})
     return tok
 
 
 def golden_turns(rows):
-    roles = dict(human='user', gpt='assistant', user='user', assistant='assistant', model='assistant')
-    turns = [Turn(roles[r.get('from') or r['role']], r['value'] if 'value' in r else r['content']) for r in rows]
-    return images_first(turns[turns[0].role == 'assistant':])
+    roles = dict(
+        human='user', gpt='assistant', user='user', assistant='assistant', model='assistant'
+    )
+    turns = [
+        Turn(roles[r.get('from') or r['role']], r['value'] if 'value' in r else r['content'])
+        for r in rows
+    ]
+    return images_first(turns[turns[0].role == 'assistant' :])
 
 
-NAMES = dict(vicuna_v1='vicuna_v1', llava_v1='llava_v1', llava_llama_3='llama_3', llava_phi_3='phi_3',
-             plain='llava_plain')
+NAMES = dict(
+    vicuna_v1='vicuna_v1',
+    llava_v1='llava_v1',
+    llava_llama_3='llama_3',
+    llava_phi_3='phi_3',
+    plain='llava_plain',
+)
 
 
 @pytest.mark.parametrize('case', cases('vip_llava'), ids=lambda p: p.name)
@@ -463,25 +713,37 @@ def test_golden_vip_llava_strings(case):
     text = json.loads((case / 'text.json').read_text())
     one = [Turn('user', f'{IMAGE}\nQ-one'), Turn('assistant', 'A-one')]
     for theirs, ours in NAMES.items():
-        if theirs not in text['prompts']: continue
+        if theirs not in text['prompts']:
+            continue
         want = text['prompts'][theirs]
         assert get_template(ours).render(one, bos='') == want['one_turn']
-        assert get_template(ours).render([*one, Turn('user', 'Q-two')], True, bos='') == want['generation']
+        assert (
+            get_template(ours).render([*one, Turn('user', 'Q-two')], True, bos='')
+            == want['generation']
+        )
 
 
 @pytest.mark.parametrize('case', cases('vip_llava'), ids=lambda p: p.name)
 def test_golden_vip_llava_labels(case):
-    "Rows that the reference labels as intended; rows it masked by mistake (a warning) must keep their answers here"
+    """Rows that the reference labels as intended; rows it masked by mistake (a warning) must keep
+    their answers here"""
     text, checked = json.loads((case / 'text.json').read_text()), 0
     for row in text['labels']:
-        if row['template'] not in NAMES: continue
-        tok, turns = golden_tokenizer(case, row['tokenizer']), golden_turns(text['conversations'][row['conv']])
-        if row['template'] == 'plain': turns = turns[:2]
+        if row['template'] not in NAMES:
+            continue
+        tok, turns = (
+            golden_tokenizer(case, row['tokenizer']),
+            golden_turns(text['conversations'][row['conv']]),
+        )
+        if row['template'] == 'plain':
+            turns = turns[:2]
         e = encode(turns, tok, NAMES[row['template']], [1] * slots(turns))
         got = target_texts(e, tok)
         squeeze = lambda t: ''.join(t.split())
-        if row['warning']: assert len(got) == sum(t.role == 'assistant' for t in turns)
-        else: assert [squeeze(t) for t in got] == [squeeze(t) for t in row['supervised_text']]
+        if row['warning']:
+            assert len(got) == sum(t.role == 'assistant' for t in turns)
+        else:
+            assert [squeeze(t) for t in got] == [squeeze(t) for t in row['supervised_text']]
         exact = row['tokenizer'] == 'llama3_nobos' and not row['has_image']
         if exact or (row['conv'] == 'text_1turn' and row['tokenizer'] == 'vicuna'):
             assert e.input_ids.tolist() == row['input_ids'] and e.labels.tolist() == row['labels']
@@ -492,59 +754,96 @@ def test_golden_vip_llava_labels(case):
 @pytest.mark.parametrize('case', cases('eve'), ids=lambda p: p.name)
 def test_golden_eve_labels(case):
     meta = json.loads((case / 'meta.json').read_text())
-    tok = sentencepiece_like('legacy', pieces=load_sp(GOLDEN / 'eve' / 'common' / 'tiny_tokenizer.model'))
+    tok = sentencepiece_like(
+        'legacy', pieces=load_sp(GOLDEN / 'eve' / 'common' / 'tiny_tokenizer.model')
+    )
     for row in meta['text']:
         turns = golden_turns([{'from': a, 'value': b} for a, b in row['conversations']])
         e = encode(turns, tok, 'vicuna_v1', [1] * slots(turns))
         want, run = [], []
         for t in row['labels'] + [IGNORE]:
-            if t != IGNORE: run.append(t)
-            elif run: want.append(tok.decode(run)); run = []
+            if t != IGNORE:
+                run.append(t)
+            elif run:
+                want.append(tok.decode(run))
+                run = []
         assert [t.strip() for t in target_texts(e, tok)] == [t.strip() for t in want]
-        if len(turns) == 2 and not slots(turns): assert e.input_ids.tolist() == row['input_ids']
+        if len(turns) == 2 and not slots(turns):
+            assert e.input_ids.tolist() == row['input_ids']
 
 
 @pytest.mark.parametrize('case', cases('zero'), ids=lambda p: p.name)
 def test_golden_zero_text_ids_and_targets(case):
     "Language-only rows: ids and both label modes, shifted by one as the reference stores them"
     from safetensors.torch import load_file
-    meta, data = json.loads((case / 'meta.json').read_text()), load_file(case / 'lang_forward.safetensors')
-    tok = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / 'zero' / 'common' / 'tokenizer_llama.json'))
+
+    meta, data = (
+        json.loads((case / 'meta.json').read_text()),
+        load_file(case / 'lang_forward.safetensors'),
+    )
+    tok = PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / 'zero' / 'common' / 'tokenizer_llama.json')
+    )
     ids, targets = data['default.input_ids'], data['default.targets']
     for k, row in enumerate(meta['lang_messages']):
         e = encode(golden_turns(row['messages']), tok, 'zero_llama3')
         n = e.n_tokens
         assert e.input_ids.tolist() == ids[k][:n].tolist() and (ids[k][n:] < 2).all()
-        assert e.labels[1:].tolist() == targets[k][:n - 1].tolist()
+        assert e.labels[1:].tolist() == targets[k][: n - 1].tolist()
 
 
 @pytest.mark.parametrize('case', cases('zero'), ids=lambda p: p.name)
 def test_golden_zero_label_modes(case):
-    "Text rows of the image engine: control tokens learnt (stages 1 and 2) or answers only (stage 3)"
+    """Text rows of the image engine: control tokens learnt (stages 1 and 2) or answers only (stage
+    3)"""
     from safetensors.torch import load_file
-    meta, data = json.loads((case / 'meta.json').read_text()), load_file(case / 'vlm_forward.safetensors')
-    tok = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / 'zero' / 'common' / 'tokenizer_llama.json'))
-    text_only = [k for k, c in enumerate(meta['conversations']) if not any(IMAGE in t['content'] for t in c)]
+
+    meta, data = (
+        json.loads((case / 'meta.json').read_text()),
+        load_file(case / 'vlm_forward.safetensors'),
+    )
+    tok = PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / 'zero' / 'common' / 'tokenizer_llama.json')
+    )
+    text_only = [
+        k for k, c in enumerate(meta['conversations']) if not any(IMAGE in t['content'] for t in c)
+    ]
     assert text_only
     for setting, mode in (('default', 'special'), ('stage3', 'answers')):
         for k in text_only:
             e = encode(golden_turns(meta['conversations'][k]), tok, 'zero_llama3', targets=mode)
             n = e.n_tokens
             assert e.input_ids.tolist() == data[f'{setting}.input_ids'][k][:n].tolist()
-            assert e.labels[1:].tolist() == data[f'{setting}.targets'][k][:n - 1].tolist(), (setting, k)
+            assert e.labels[1:].tolist() == data[f'{setting}.targets'][k][: n - 1].tolist(), (
+                setting,
+                k,
+            )
 
 
 @pytest.mark.parametrize('case', cases('zero'), ids=lambda p: p.name)
 def test_golden_zero_qwen(case):
     from safetensors.torch import load_file
+
     meta, data = json.loads((case / 'qwen.json').read_text()), load_file(case / 'qwen.safetensors')
-    tok = PreTrainedTokenizerFast(tokenizer_file=str(GOLDEN / 'zero' / 'common' / 'tokenizer_qwen.json'))
+    tok = PreTrainedTokenizerFast(
+        tokenizer_file=str(GOLDEN / 'zero' / 'common' / 'tokenizer_qwen.json')
+    )
     for k, conversation in enumerate(meta['conversations']):
         turns = golden_turns(conversation)
         turns = [Turn(t.role, c['content']) for t, c in zip(turns, conversation)]
         for setting, mode in (('special', 'special'), ('response', 'answers'), ('all', 'all')):
-            e = encode(turns, tok, 'zero_qwen', [1] * slots(turns), image_token='<|image_pad|>', targets=mode)
+            e = encode(
+                turns,
+                tok,
+                'zero_qwen',
+                [1] * slots(turns),
+                image_token='<|image_pad|>',
+                targets=mode,
+            )
             n = e.n_tokens
             assert e.input_ids.tolist() == data['input_ids'][k][:n].tolist()
             if not slots(turns):
-                assert e.labels[1:].tolist() == data[f'{setting}.targets'][k][:n - 1].tolist(), (setting, k)
+                assert e.labels[1:].tolist() == data[f'{setting}.targets'][k][: n - 1].tolist(), (
+                    setting,
+                    k,
+                )

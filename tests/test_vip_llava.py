@@ -1,4 +1,6 @@
-"""The ViP-LLaVA recipe: rates, freeze table, fused layers, published sizes, markers in the training data."""
+"""The ViP-LLaVA recipe: rates, freeze table, fused layers, published sizes, markers in the training
+data."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -6,121 +8,263 @@ import torch
 
 from vlmbench.data.record import Region, Sample, Turn
 from vlmbench.methods.recipes import RECIPES, find_scale, get_method, get_recipe
-from vlmbench.methods.vip_llava import (FEATURE_LAYERS, METHOD, PAPER_SCALES, PAPER_WIDTHS, feature_layers, front_end, paper_vlm,
-                                        projector_size, recipe)
+from vlmbench.methods.vip_llava import (
+    FEATURE_LAYERS,
+    METHOD,
+    PAPER_SCALES,
+    PAPER_WIDTHS,
+    feature_layers,
+    front_end,
+    paper_vlm,
+    projector_size,
+    recipe,
+)
 from vlmbench.train.recipe import RecipeError, get_scale
 
-def test_registered(): assert 'vip_llava' in RECIPES and get_method('vip_llava') is METHOD
 
-@pytest.mark.parametrize('name,size', [('vicuna-7b', 37_767_168), ('llama-3-8b', 37_767_168), ('vicuna-13b', 52_449_280), ('phi-3-mini', 25_182_208)])
-def test_published_projector_sizes(name, size): assert projector_size(PAPER_WIDTHS[name]) == size
+def test_registered():
+    assert 'vip_llava' in RECIPES and get_method('vip_llava') is METHOD
+
+
+@pytest.mark.parametrize(
+    'name,size',
+    [
+        ('vicuna-7b', 37_767_168),
+        ('llama-3-8b', 37_767_168),
+        ('vicuna-13b', 52_449_280),
+        ('phi-3-mini', 25_182_208),
+    ],
+)
+def test_published_projector_sizes(name, size):
+    assert projector_size(PAPER_WIDTHS[name]) == size
+
 
 def test_paper_recipe():
     r = recipe(get_scale('paper'))
-    assert [s.lr for s in r.stages] == [1e-3, 2e-5, 2e-7] and [s.template for s in r.stages] == ['llava_plain', 'llava_v1', 'llava_v1']
-    assert r.front_end['select_layers'] == list(FEATURE_LAYERS) and r.front_end['projector_norm'] is True
+    assert [s.lr for s in r.stages] == [1e-3, 2e-5, 2e-7] and [s.template for s in r.stages] == [
+        'llava_plain',
+        'llava_v1',
+        'llava_v1',
+    ]
+    assert (
+        r.front_end['select_layers'] == list(FEATURE_LAYERS)
+        and r.front_end['projector_norm'] is True
+    )
     trained = [[g for g, t in s.trains.items() if t.trains] for s in r.stages]
-    assert trained == [['projector']] + [['projector', 'embed', 'layers', 'norm', 'lm_head']]*2
+    assert trained == [['projector']] + [['projector', 'embed', 'layers', 'norm', 'lm_head']] * 2
     l = recipe(get_scale('paper'), 'lora').stage('region')
-    assert (l.trains['layers'].r, l.trains['layers'].alpha, l.trains['layers'].dropout) == (128, 256, .05)
+    assert (l.trains['layers'].r, l.trains['layers'].alpha, l.trains['layers'].dropout) == (
+        128,
+        256,
+        0.05,
+    )
     assert (l.lr_of('layers'), l.lr_of('projector'), l.lr_of('embed')) == (2e-4, 2e-5, None)
-    with pytest.raises(RecipeError, match="llm must be one of 'full', 'lora'"): recipe(get_scale('tiny'), 'both')
+    with pytest.raises(RecipeError, match="llm must be one of 'full', 'lora'"):
+        recipe(get_scale('tiny'), 'both')
+
 
 @pytest.mark.parametrize('name', PAPER_SCALES)
 @pytest.mark.parametrize('variant', [[], ['llm=lora'], ['load=4bit']])
 def test_paper_stages_train_as_published(name, variant):
     "Single samples, cut at 2048 tokens, blocks recomputed; the published mixtures as they are."
     r = get_recipe('vip_llava', find_scale(f'vip_llava:{name}'), variant=variant)
-    assert {(s.packing, s.too_long, s.max_tokens, s.gradient_checkpointing, s.grouping) for s in r.stages} == {(False, 'truncate', 2048, True, None)}
-    assert [s.data for s in r.stages] == ['caption_train', 'vip-llava_stage2_mix', 'vip-llava_stage3_mix']
-    assert {s.packing for s in recipe(get_scale('tiny')).stages} == {True} and not recipe(get_scale('tiny')).stages[0].gradient_checkpointing
+    assert {
+        (s.packing, s.too_long, s.max_tokens, s.gradient_checkpointing, s.grouping)
+        for s in r.stages
+    } == {(False, 'truncate', 2048, True, None)}
+    assert [s.data for s in r.stages] == [
+        'caption_train',
+        'vip-llava_stage2_mix',
+        'vip-llava_stage3_mix',
+    ]
+    assert {s.packing for s in recipe(get_scale('tiny')).stages} == {True} and not recipe(
+        get_scale('tiny')
+    ).stages[0].gradient_checkpointing
 
-@pytest.mark.parametrize('scale,variant,modes', [
-    ('paper', [], ['crop', 'pad', 'pad']), ('vip_llava:llama-3-8b', [], ['crop', 'pad', 'pad']), ('paper', ['pictures=pad'], ['pad'] * 3),
-    ('tiny', [], ['squash'] * 3), ('tiny', ['pictures=crop'], ['crop', 'squash', 'squash'])])
+
+@pytest.mark.parametrize(
+    'scale,variant,modes',
+    [
+        ('paper', [], ['crop', 'pad', 'pad']),
+        ('vip_llava:llama-3-8b', [], ['crop', 'pad', 'pad']),
+        ('paper', ['pictures=pad'], ['pad'] * 3),
+        ('tiny', [], ['squash'] * 3),
+        ('tiny', ['pictures=crop'], ['crop', 'squash', 'squash']),
+    ],
+)
 def test_the_first_stage_fits_pictures_its_own_way(scale, variant, modes):
     "Published: cropped in stage one, padded later. The processor that was given is never changed."
     from vlmbench.data.image import ImageTransform
+
     scale, method = find_scale(scale), get_method('vip_llava', variant)
-    given = processor = SimpleNamespace(transform=ImageTransform(scale.image_mode, scale.image_size))
+    given = processor = SimpleNamespace(
+        transform=ImageTransform(scale.image_mode, scale.image_size)
+    )
     seen = []
     for s in method.recipe(scale).stages:
         _, processor = method.before_stage(None, processor, s, scale)
         seen.append(processor.transform.mode)
-    assert seen == modes and given.transform.mode == scale.image_mode and processor.transform == given.transform
+    assert (
+        seen == modes
+        and given.transform.mode == scale.image_mode
+        and processor.transform == given.transform
+    )
     assert processor is given or modes[0] != scale.image_mode
+
 
 def test_quantization_is_an_option(monkeypatch):
     seen = {}
-    monkeypatch.setattr('vlmbench.methods.vip_llava.load_quantized', lambda *a, **kw: seen.update(kw) or (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        'vlmbench.methods.vip_llava.load_quantized',
+        lambda *a, **kw: seen.update(kw) or (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     method = get_method('vip_llava', ['load=4bit', 'quant_type=fp4', 'double_quant=False'])
-    with pytest.raises(KeyboardInterrupt): method.build(method.recipe(get_scale('tiny')), get_scale('tiny'), 0)
+    with pytest.raises(KeyboardInterrupt):
+        method.build(method.recipe(get_scale('tiny')), get_scale('tiny'), 0)
     assert seen == dict(quant_type='fp4', double_quant=False)
+
 
 def test_tiny_budget_is_the_controls():
     ours, control = (get_recipe(n, get_scale('tiny')) for n in ('vip_llava', 'llava'))
-    assert sum(s.budget_targets for s in ours.stages) == sum(s.budget_targets for s in control.stages)
-    assert {(s.batch_rows, s.max_tokens) for s in ours.stages} == {(s.batch_rows, s.max_tokens) for s in control.stages}
+    assert sum(s.budget_targets for s in ours.stages) == sum(
+        s.budget_targets for s in control.stages
+    )
+    assert {(s.batch_rows, s.max_tokens) for s in ours.stages} == {
+        (s.batch_rows, s.max_tokens) for s in control.stages
+    }
+
 
 @pytest.mark.parametrize('depth', range(2, 30))
 def test_feature_layers_exist(depth):
     found = feature_layers(depth)
-    assert all(-depth - 1 <= i <= depth for i in found) and len({i % (depth + 1) for i in found}) == len(found) >= min(depth - 1, 3) 
+    assert all(-depth - 1 <= i <= depth for i in found) and len(
+        {i % (depth + 1) for i in found}
+    ) == len(found) >= min(depth - 1, 3)
+
 
 def test_too_shallow():
-    with pytest.raises(RecipeError, match='too shallow'): front_end(1)
+    with pytest.raises(RecipeError, match='too shallow'):
+        front_end(1)
+
 
 def test_fusion_is_five_states_without_cls():
     from vlmbench.models.vision import build_front_end
-    backbone = dict(model_type='clip_vision_model', hidden_size=16, intermediate_size=32, num_hidden_layers=12, num_attention_heads=2,
-                    image_size=28, patch_size=14)
-    front, pixels = build_front_end(front_end(12) | dict(backbone=backbone), 24), torch.randn(2, 3, 28, 28)
+
+    backbone = dict(
+        model_type='clip_vision_model',
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    front, pixels = (
+        build_front_end(front_end(12) | dict(backbone=backbone), 24),
+        torch.randn(2, 3, 28, 28),
+    )
     with torch.no_grad():
         states = front.tower(pixels, output_hidden_states=True).hidden_states
         fused = front.select(pixels)
-    assert torch.equal(fused, torch.cat([states[i][:, 1:] for i in FEATURE_LAYERS], -1)) and fused.shape == (2, 4, 80)
-    other = torch.cat([states[i][:, 1:] for i in FEATURE_LAYERS[::-1]], -1)      # the order matters
+    assert torch.equal(
+        fused, torch.cat([states[i][:, 1:] for i in FEATURE_LAYERS], -1)
+    ) and fused.shape == (2, 4, 80)
+    other = torch.cat([states[i][:, 1:] for i in FEATURE_LAYERS[::-1]], -1)  # the order matters
     assert not torch.allclose(front.projector(fused), front.projector(other))
+
 
 def test_transform_draws_markers():
     from PIL import Image
-    s = Sample('x', [Turn('user', '<image>\nwhat is <region> ?'), Turn('assistant', 'ring')], [Image.new('RGB', (64, 64))], [Region((9., 9., 40., 40.))])
+
+    s = Sample(
+        'x',
+        [Turn('user', '<image>\nwhat is <region> ?'), Turn('assistant', 'ring')],
+        [Image.new('RGB', (64, 64))],
+        [Region((9.0, 9.0, 40.0, 40.0))],
+    )
     out = METHOD.transform(s)
-    assert out.images[0].getbbox() and '<region>' not in out.turns[0].text and out.turns[1] == s.turns[1] and '<region>' in s.turns[0].text
+    assert (
+        out.images[0].getbbox()
+        and '<region>' not in out.turns[0].text
+        and out.turns[1] == s.turns[1]
+        and '<region>' in s.turns[0].text
+    )
     plain = Sample('y', s.turns[1:], [])
     assert METHOD.transform(plain) is plain
 
-@pytest.mark.parametrize('name,template,rows,size', [
-    ('vicuna-7b', 'llava_v1', (16, 1), 37_767_168), ('vicuna-13b', 'llava_v1', (16, 1), 52_449_280),
-    ('llama-3-8b', 'llama_3', (8, 2), 37_767_168), ('phi-3-mini', 'phi_3', (8, 2), 25_182_208)])
+
+@pytest.mark.parametrize(
+    'name,template,rows,size',
+    [
+        ('vicuna-7b', 'llava_v1', (16, 1), 37_767_168),
+        ('vicuna-13b', 'llava_v1', (16, 1), 52_449_280),
+        ('llama-3-8b', 'llama_3', (8, 2), 37_767_168),
+        ('phi-3-mini', 'phi_3', (8, 2), 25_182_208),
+    ],
+)
 def test_paper_base_models(name, template, rows, size):
     scale = find_scale(f'vip_llava:{name}')
     r = get_recipe('vip_llava', scale)
     assert scale is PAPER_SCALES[name] and [s.lr for s in r.stages] == [1e-3, 2e-5, 2e-7]
-    assert [s.template for s in r.stages] == ['llava_plain', template, template] and r.stage('align').batch_rows == 32
-    assert {(s.batch_rows, s.over(8).accumulation) for s in r.stages[1:]} == {rows} and [s.global_rows for s in r.stages] == [256, 128, 128]
+    assert [s.template for s in r.stages] == ['llava_plain', template, template] and r.stage(
+        'align'
+    ).batch_rows == 32
+    assert {(s.batch_rows, s.over(8).accumulation) for s in r.stages[1:]} == {rows} and [
+        s.global_rows for s in r.stages
+    ] == [256, 128, 128]
     model = paper_vlm(scale)
-    assert sum(p.numel() for p in model.model.vision.projector.parameters()) == size and model.device.type == 'meta'
-    assert sum(p.numel() for p in paper_vlm(scale, 'last').model.vision.projector.parameters()) < size
+    assert (
+        sum(p.numel() for p in model.model.vision.projector.parameters()) == size
+        and model.device.type == 'meta'
+    )
+    assert (
+        sum(p.numel() for p in paper_vlm(scale, 'last').model.vision.projector.parameters()) < size
+    )
+
 
 def test_unknown_scales_and_options():
-    with pytest.raises(RecipeError, match='vicuna-7b, vicuna-13b, llama-3-8b, phi-3-mini'): find_scale('vip_llava:gpt')
-    with pytest.raises(RecipeError, match='none of its own'): find_scale('llava:gpt')
-    for bad, match in (('regions=boxes', "'overlay', 'text', 'none'"), ('layers=all', "'fused', 'last'"), ('grouping=size', "'modality'"),
-                       ('encoder=half', "'frozen', 'full'"), ('pictures=tiles', "'pad', 'crop', 'squash'"), ('quant_type=int4', "'nf4', 'fp4'"), ('double_quant=1.5', 'True, False'), ('reference=yes', 'True, False'),
-                       ('kinds=rectangle+star', 'kinds are rectangle')):
-        with pytest.raises(RecipeError, match=match): get_method('vip_llava', [bad])
-    with pytest.raises(RecipeError, match="no option 'marker'"): get_method('vip_llava', ['marker=star'])
+    with pytest.raises(RecipeError, match='vicuna-7b, vicuna-13b, llama-3-8b, phi-3-mini'):
+        find_scale('vip_llava:gpt')
+    with pytest.raises(RecipeError, match='none of its own'):
+        find_scale('llava:gpt')
+    for bad, match in (
+        ('regions=boxes', "'overlay', 'text', 'none'"),
+        ('layers=all', "'fused', 'last'"),
+        ('grouping=size', "'modality'"),
+        ('encoder=half', "'frozen', 'full'"),
+        ('pictures=tiles', "'pad', 'crop', 'squash'"),
+        ('quant_type=int4', "'nf4', 'fp4'"),
+        ('double_quant=1.5', 'True, False'),
+        ('reference=yes', 'True, False'),
+        ('kinds=rectangle+star', 'kinds are rectangle'),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            get_method('vip_llava', [bad])
+    with pytest.raises(RecipeError, match="no option 'marker'"):
+        get_method('vip_llava', ['marker=star'])
+
 
 def test_options_reach_recipe_and_drawing():
     m = get_method('vip_llava', ['regions=text', 'layers=last', 'kinds=mask contour+arrow'])
     assert m.transform.how == 'text' and m.transform.kinds == ('mask contour', 'arrow')
-    assert not m.transform.reference and get_method('vip_llava', ['reference=True']).transform.reference
-    assert m.recipe(get_scale('tiny')).front_end['select_layers'] == [4] and m.recipe(get_scale('tiny')).front_end['projector_norm']
+    assert (
+        not m.transform.reference
+        and get_method('vip_llava', ['reference=True']).transform.reference
+    )
+    assert (
+        m.recipe(get_scale('tiny')).front_end['select_layers'] == [4]
+        and m.recipe(get_scale('tiny')).front_end['projector_norm']
+    )
     grouped = get_recipe('vip_llava', get_scale('paper'), variant=['grouping=modality'])
-    assert [(s.grouping, s.packing) for s in grouped.stages] == [(None, False), ('modality', False), ('modality', False)]
+    assert [(s.grouping, s.packing) for s in grouped.stages] == [
+        (None, False),
+        ('modality', False),
+        ('modality', False),
+    ]
     seeing = get_recipe('vip_llava', get_scale('tiny'), variant=['encoder=full'])
     assert [s.trains['vision'].how == 'full' for s in seeing.stages] == [False, True, True]
-    assert {s.trains['vision'].how for s in get_recipe('vip_llava', get_scale('tiny')).stages} == {'frozen'}
+    assert {s.trains['vision'].how for s in get_recipe('vip_llava', get_scale('tiny')).stages} == {
+        'frozen'
+    }
     l = get_recipe('vip_llava', get_scale('paper'), variant=['llm=lora'])
     assert (l.stage('chat').lr_of('layers'), l.stage('chat').lr_of('projector')) == (2e-6, 2e-7)

@@ -1,4 +1,6 @@
-"The embedded world: determinism, disjoint splits, balance, geometry, files; and the shipped base models, which must be good at their trade."
+"""The embedded world: determinism, disjoint splits, balance, geometry, files; and the shipped base
+models, which must be good at their trade."""
+
 import json
 import os
 from collections import Counter
@@ -10,9 +12,37 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 from vlmbench.data.record import write_llava
-from vlmbench.data.scene import (DIGITS, NUMBERS, PLACES, QUESTION_TYPES, SHAPES, SPLITS, WorldConfig, describe, facts, holds, make_scene, questions,
-                                 signature, split_of, text_conversation, world_tokenizer, world_words)
-from vlmbench.data.world import (WorldSize, asset_path, coverage, digit_pool, geometry, load_world, region, render, scene_samples, write_world)
+from vlmbench.data.scene import (
+    DIGITS,
+    NUMBERS,
+    PLACES,
+    QUESTION_TYPES,
+    SHAPES,
+    SPLITS,
+    WorldConfig,
+    describe,
+    facts,
+    holds,
+    make_scene,
+    questions,
+    signature,
+    split_of,
+    text_conversation,
+    world_tokenizer,
+    world_words,
+)
+from vlmbench.data.world import (
+    WorldSize,
+    asset_path,
+    coverage,
+    digit_pool,
+    geometry,
+    load_world,
+    region,
+    render,
+    scene_samples,
+    write_world,
+)
 from vlmbench.run.manifest import write_json
 from vlmbench.train.checkpoint import publish
 
@@ -31,13 +61,25 @@ def test_a_scene_is_a_function_of_its_address(level, split, index, seed):
 
 
 def test_splits_share_no_scene_content_across_seeds():
-    seen = {s: {signature(make_scene(WorldConfig(seed=seed), s, i)) for seed in (0, 1) for i in range(400)} for s in SPLITS}
-    assert not seen['train'] & seen['test'] and not seen['train'] & seen['val'] and not seen['val'] & seen['test']
+    seen = {
+        s: {
+            signature(make_scene(WorldConfig(seed=seed), s, i))
+            for seed in (0, 1)
+            for i in range(400)
+        }
+        for s in SPLITS
+    }
+    assert (
+        not seen['train'] & seen['test']
+        and not seen['train'] & seen['val']
+        and not seen['val'] & seen['test']
+    )
 
 
 def test_digit_samples_are_divided_between_splits():
     pools = {s: {d: {x.tobytes() for x in v} for d, v in digit_pool(s).items()} for s in SPLITS}
-    for d in DIGITS: assert not pools['train'][d] & pools['test'][d] and not pools['train'][d] & pools['val'][d]
+    for d in DIGITS:
+        assert not pools['train'][d] & pools['test'][d] and not pools['train'][d] & pools['val'][d]
     assert sum(len(v) for s in SPLITS for v in digit_pool(s).values()) == 1797
 
 
@@ -45,15 +87,26 @@ def test_digit_samples_are_divided_between_splits():
 @settings(max_examples=60, deadline=None)
 def test_every_answer_is_true(level, index):
     scene = make_scene(WorldConfig.at(level), 'val', index)
-    by_name, by_place = {t.name: t for t in scene.things}, {PLACES[t.place]: t for t in scene.things}
+    by_name, by_place = (
+        {t.name: t for t in scene.things},
+        {PLACES[t.place]: t for t in scene.things},
+    )
     for q in questions(scene, np.random.default_rng(index)):
         words = q.text.split()
-        if q.type == 'color': assert by_name[words[4]].color == q.answer
-        elif q.type == 'size': assert by_name[words[4]].size == q.answer
-        elif q.type == 'where': assert PLACES[by_name[words[3]].place] == q.answer
-        elif q.type in ('shape', 'digit'): assert by_place[words[3]].name == q.answer and (q.type == 'digit') == (q.answer in DIGITS)
-        elif q.type == 'count': assert NUMBERS.index(q.answer) == len(scene.things)
-        elif q.type == 'exist': assert (words[3] in by_name) == (q.answer == 'yes')
+        if q.type == 'color':
+            assert by_name[words[4]].color == q.answer
+        elif q.type == 'size':
+            assert by_name[words[4]].size == q.answer
+        elif q.type == 'where':
+            assert PLACES[by_name[words[3]].place] == q.answer
+        elif q.type in ('shape', 'digit'):
+            assert by_place[words[3]].name == q.answer and (q.type == 'digit') == (
+                q.answer in DIGITS
+            )
+        elif q.type == 'count':
+            assert NUMBERS.index(q.answer) == len(scene.things)
+        elif q.type == 'exist':
+            assert (words[3] in by_name) == (q.answer == 'yes')
         else:
             relation = next(r for r in ('left', 'right', 'above', 'below') if r in words)
             assert holds(relation, by_name[words[2]], by_name[words[-2]]) == (q.answer == 'yes')
@@ -64,8 +117,10 @@ def test_yes_no_answers_carry_no_prior():
     answers = {k: Counter() for k in ('exist', 'spatial')}
     for i in range(1500):
         for q in questions(make_scene(WorldConfig(), 'test', i), np.random.default_rng(i)):
-            if q.type in answers: answers[q.type][q.answer] += 1
-    for k, c in answers.items(): assert .45 < c['yes'] / c.total() < .55, (k, c)
+            if q.type in answers:
+                answers[q.type][q.answer] += 1
+    for k, c in answers.items():
+        assert 0.45 < c['yes'] / c.total() < 0.55, (k, c)
 
 
 @given(LEVELS, INDEX)
@@ -78,18 +133,28 @@ def test_pictures_show_what_regions_say(level, index):
     for t in scene.things:
         box = region(t, scene).box
         assert 0 <= box[0] < box[2] <= scene.size[0] and 0 <= box[1] < box[3] <= scene.size[1]
-        inside = coverage(t, scene.size, scene.split)[int(box[1]):int(box[3]), int(box[0]):int(box[2])]
-        assert inside.max() > .5
+        inside = coverage(t, scene.size, scene.split)[
+            int(box[1]) : int(box[3]), int(box[0]) : int(box[2])
+        ]
+        assert inside.max() > 0.5
         cx, cy, r = geometry(t, scene.size)
         row, col = divmod(t.place, 3)
-        assert col * scene.size[0] / 3 <= cx <= (col + 1) * scene.size[0] / 3 and row * scene.size[1] / 3 <= cy <= (row + 1) * scene.size[1] / 3
+        assert (
+            col * scene.size[0] / 3 <= cx <= (col + 1) * scene.size[0] / 3
+            and row * scene.size[1] / 3 <= cy <= (row + 1) * scene.size[1] / 3
+        )
 
 
 def test_the_tokenizer_knows_every_word_of_the_world():
     tok = world_tokenizer()
-    assert len(tok) == len(world_words()) and tok.convert_ids_to_tokens(list(range(len(tok)))) == world_words()
+    assert (
+        len(tok) == len(world_words())
+        and tok.convert_ids_to_tokens(list(range(len(tok)))) == world_words()
+    )
     for i in range(200):
-        pairs, _ = text_conversation(make_scene(WorldConfig.at('hard'), 'train', i), np.random.default_rng(i))
+        pairs, _ = text_conversation(
+            make_scene(WorldConfig.at('hard'), 'train', i), np.random.default_rng(i)
+        )
         text = ' '.join(w for pair in pairs for w in pair)
         ids = tok(text, add_special_tokens=False).input_ids
         assert tok.unk_token_id not in ids and tok.decode(ids) == text
@@ -97,7 +162,9 @@ def test_the_tokenizer_knows_every_word_of_the_world():
 
 def test_descriptions_state_every_fact_once():
     scene = make_scene(WorldConfig.at('hard'), 'train', 5)
-    said = [s.strip() + ' .' for s in describe(scene, np.random.default_rng(0)).split(' .') if s.strip()]
+    said = [
+        s.strip() + ' .' for s in describe(scene, np.random.default_rng(0)).split(' .') if s.strip()
+    ]
     assert sorted(said[1:]) == sorted(f for t in scene.things for f in facts(t))
 
 
@@ -111,11 +178,21 @@ def test_files_are_read_back_through_the_ordinary_reader(tmp_path):
         kind, split = name.split('_')
         assert len(samples) == n and len({s.id for s in samples}) == n
         for s in samples:
-            assert len(s.images) == (kind != 'text') == sum(t.text.count('<image>') for t in s.turns)
-            if s.images: assert s.images[0].load().mode == 'RGB'
-            if split != 'train' and kind not in ('caption', 'probe'): assert s.meta['answers'] == [s.turns[1].text]
-            if kind == 'region': assert len(s.regions) == 1 and '<region>' in s.turns[0].text and s.regions[0].label in SHAPES + DIGITS
-    with pytest.raises(FileExistsError, match='other settings'): write_world(folder, WorldConfig(seed=3), sizes)
+            assert (
+                len(s.images) == (kind != 'text') == sum(t.text.count('<image>') for t in s.turns)
+            )
+            if s.images:
+                assert s.images[0].load().mode == 'RGB'
+            if split != 'train' and kind not in ('caption', 'probe'):
+                assert s.meta['answers'] == [s.turns[1].text]
+            if kind == 'region':
+                assert (
+                    len(s.regions) == 1
+                    and '<region>' in s.turns[0].text
+                    and s.regions[0].label in SHAPES + DIGITS
+                )
+    with pytest.raises(FileExistsError, match='other settings'):
+        write_world(folder, WorldConfig(seed=3), sizes)
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='file modes')
@@ -129,37 +206,69 @@ def test_what_is_published_is_as_readable_as_the_umask_says(tmp_path, umask):
         (tmp_path / 'tmp').mkdir()
         save_file(dict(w=torch.ones(2)), tmp_path / 'tmp' / 'model.safetensors')
         publish(tmp_path / 'tmp', tmp_path / 'model')
-    finally: os.umask(before)
-    modes = {p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in tmp_path.rglob('*')}
-    assert {'w', 'w/caption_train.json', 'manifest.json', 'rows.json', 'model/model.safetensors'} <= modes.keys()
+    finally:
+        os.umask(before)
+    modes = {
+        p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in tmp_path.rglob('*')
+    }
+    assert {
+        'w',
+        'w/caption_train.json',
+        'manifest.json',
+        'rows.json',
+        'model/model.safetensors',
+    } <= modes.keys()
     assert modes == {n: (0o777 if (tmp_path / n).is_dir() else 0o666) & ~umask for n in modes}
 
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     import vlmbench.data.world as world
-    def full(*a, **k): raise OSError(28, 'No space left on device')
+
+    def full(*a, **k):
+        raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(world, 'render', full)
-    with pytest.raises(OSError, match='No space'): write_world(tmp_path / 'w', WorldConfig(), WorldSize())
+    with pytest.raises(OSError, match='No space'):
+        write_world(tmp_path / 'w', WorldConfig(), WorldSize())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_shipped_language_model_reads():
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tok, llm = AutoTokenizer.from_pretrained(asset_path('llm')), AutoModelForCausalLM.from_pretrained(asset_path('llm')).eval()
-    rows = [s for i in range(60) for s in scene_samples('text', 'test', 1000 + i, WorldConfig(), one_question=True)[1]]
+
+    tok, llm = (
+        AutoTokenizer.from_pretrained(asset_path('llm')),
+        AutoModelForCausalLM.from_pretrained(asset_path('llm')).eval(),
+    )
+    rows = [
+        s
+        for i in range(60)
+        for s in scene_samples('text', 'test', 1000 + i, WorldConfig(), one_question=True)[1]
+    ]
     right = 0
     with torch.no_grad():
         for s in rows:
-            ids = tok(f'<|user|> {s.turns[0].text} <|assistant|>', add_special_tokens=False, return_tensors='pt').input_ids
+            ids = tok(
+                f'<|user|> {s.turns[0].text} <|assistant|>',
+                add_special_tokens=False,
+                return_tensors='pt',
+            ).input_ids
             right += tok.decode(llm(input_ids=ids).logits[0, -1].argmax()) == s.turns[1].text
-    assert right / len(rows) > .95, right / len(rows)           # 240 questions; the card states the score on 2,000
+    assert right / len(rows) > 0.95, right / len(
+        rows
+    )  # 240 questions; the card states the score on 2,000
 
 
 def test_the_shipped_encoder_sees():
     from transformers import AutoModel
     from vlmbench.train.pretrain import linear_probe
-    scores = linear_probe(AutoModel.from_pretrained(asset_path('vit')).eval(), WorldConfig(), n_train=1500, n_test=400)
-    assert scores['color'] > .95 and scores['shape'] > .95 and scores['digit'] > .85, scores   # a small probe set; the card states 8,000
+
+    scores = linear_probe(
+        AutoModel.from_pretrained(asset_path('vit')).eval(), WorldConfig(), n_train=1500, n_test=400
+    )
+    assert scores['color'] > 0.95 and scores['shape'] > 0.95 and scores['digit'] > 0.85, (
+        scores
+    )  # a small probe set; the card states 8,000
 
 
 def test_assets_are_small_and_state_their_scores():

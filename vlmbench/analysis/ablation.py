@@ -16,7 +16,16 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .streams import Moments, Record, batch_tokens, capture, check_head, evaluating, rows, tidy
+from vlmbench.analysis.streams import (
+    Moments,
+    Record,
+    batch_tokens,
+    capture,
+    check_head,
+    evaluating,
+    rows,
+    tidy,
+)
 from .weights import check_same_base, layer_weights
 from ..models.depth import Decoder, check_layers, find_decoder
 
@@ -24,20 +33,35 @@ from ..models.depth import Decoder, check_layers, find_decoder
 def _answers(batch, decoder):
     tokens = batch_tokens(batch, decoder)
     if 'answer_predicting' not in tokens.masks:
-        raise ValueError('the loss is taken on answer tokens and needs labels, and the batch has none')
+        raise ValueError(
+            'the loss is taken on answer tokens and needs labels, and the batch has none'
+        )
     mask = tokens.masks['answer_predicting']
     return mask, tokens.targets[mask], tokens.samples[mask]
 
-def token_losses(hidden: Tensor, target: Tensor, decoder: Decoder, chunk: int=2**23) -> tuple[Tensor, Tensor]:
-    "Cross-entropy and correctness `[tokens]` of residual streams `[tokens, hidden]`, at most `chunk` logits at a time."
+
+def token_losses(
+    hidden: Tensor, target: Tensor, decoder: Decoder, chunk: int = 2**23
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and correctness `[tokens]` of residual streams `[tokens, hidden]`, at most
+    `chunk` logits at a time."""
     parts = []
     for h, t in zip(hidden.split(n := max(1, chunk // decoder.config.vocab_size)), target.split(n)):
         logits = decoder.logits(decoder.norm(h)).float()
-        parts.append((F.cross_entropy(logits, t, reduction='none'), (logits.argmax(-1) == t).float()))
-    return tuple(torch.cat(p) for p in zip(*parts)) if parts else (hidden.new_zeros(0), hidden.new_zeros(0))
+        parts.append(
+            (F.cross_entropy(logits, t, reduction='none'), (logits.argmax(-1) == t).float())
+        )
+    return (
+        tuple(torch.cat(p) for p in zip(*parts))
+        if parts
+        else (hidden.new_zeros(0), hidden.new_zeros(0))
+    )
+
 
 class NotLayerwise(ValueError):
-    "A model that does more than hand the residual stream from layer to layer; its layers cannot be run on their own."
+    """A model that does more than hand the residual stream from layer to layer; its layers cannot
+    be run on their own."""
+
 
 class _Prefix:
     def __init__(self, model, batch, decoder, skip=()):
@@ -48,36 +72,59 @@ class _Prefix:
         states = cap.states()
         check_head(states[-1], out, decoder)
         self.layers, self.kwargs, self.last = tuple(cap.layers), cap.kwargs, states[-1]
-        self.enters, self.leaves = dict(zip(self.layers, states)), {i: x for i, (x, _) in cap.left.items()}
+        self.enters, self.leaves = (
+            dict(zip(self.layers, states)),
+            {i: x for i, (x, _) in cap.left.items()},
+        )
 
     def check(self, rerun=True):
-        "NotLayerwise unless what leaves a layer enters the next and (`rerun`) a second call of all layers agrees."
+        """NotLayerwise unless what leaves a layer enters the next and (`rerun`) a second call of
+        all layers agrees."""
         name = type(self.d.model).__name__
         for i, j in zip(self.layers, self.layers[1:]):
-            if self.leaves[i] is not self.enters[j] and not torch.equal(self.leaves[i], self.enters[j]):
-                raise NotLayerwise(f'{name} changes the residual stream between layers {i} and {j} (Qwen3-VL adds '
-                                   'image features there): losses without a layer would be wrong; answer_loss(skip=) '
-                                   'runs the whole model')
-        if not rerun or not self.mask.any(): return
-        again, scale = self.run(self.enters[self.layers[0]], self.layers)[self.mask], self.last[self.mask].abs().max()
+            if self.leaves[i] is not self.enters[j] and not torch.equal(
+                self.leaves[i], self.enters[j]
+            ):
+                raise NotLayerwise(
+                    f'{name} changes the residual stream between layers {i} and {j} (Qwen3-VL adds '
+                    'image features there): losses without a layer would be wrong; '
+                    'answer_loss(skip=) '
+                    'runs the whole model'
+                )
+        if not rerun or not self.mask.any():
+            return
+        again, scale = (
+            self.run(self.enters[self.layers[0]], self.layers)[self.mask],
+            self.last[self.mask].abs().max(),
+        )
         if (off := (again - self.last[self.mask]).abs().max()) > 1e-2 * scale:
-            raise NotLayerwise(f'the layers of {name} give other states when they are called a second time (off by '
-                               f'{off:.3g}): they keep a state between calls, such as a cache; answer_loss(skip=) '
-                               'runs the whole model')
+            raise NotLayerwise(
+                f'the layers of {name} give other states when they are called a second time (off '
+                'by '
+                f'{off:.3g}): they keep a state between calls, such as a cache; answer_loss(skip=) '
+                'runs the whole model'
+            )
 
     def run(self, h, layers, swap=None):
-        "State after `layers`, starting from `h`; `swap` = {layer: tensors} replaces the parameters of a layer."
+        """State after `layers`, starting from `h`; `swap` = {layer: tensors} replaces the
+        parameters of a layer."""
         for i in layers:
             args, kwargs = self.kwargs[i]
             layer = self.d.layers[i]
-            if swap and i in swap: h = functional_call(layer, dict(swap[i]), (h, *args), kwargs)
-            else: h = layer(h, *args, **kwargs)
+            if swap and i in swap:
+                h = functional_call(layer, dict(swap[i]), (h, *args), kwargs)
+            else:
+                h = layer(h, *args, **kwargs)
             if not isinstance(h, Tensor):
-                raise ValueError(f'{type(layer).__name__} returns {type(h).__name__}, not a tensor: layers that pass '
-                                 'more than the residual stream cannot be dropped one by one')
+                raise ValueError(
+                    f'{type(layer).__name__} returns {type(h).__name__}, not a tensor: layers that '
+                    'pass '
+                    'more than the residual stream cannot be dropped one by one'
+                )
         return h
 
-    def losses(self, h): return token_losses(h[self.mask], self.target, self.d)
+    def losses(self, h):
+        return token_losses(h[self.mask], self.target, self.d)
 
     def without(self, layer):
         "Token losses without `layer`: its input goes straight to the layers above."
@@ -86,28 +133,34 @@ class _Prefix:
 # %% ../../nbs/analysis/14_ablation.ipynb #b4851a3a
 @dataclass(frozen=True)
 class Loss:
-    """Token-mean cross-entropy on answer tokens in nats, its standard error over samples, number of tokens, share of
-    correct tokens."""
+    """Token-mean cross-entropy on answer tokens in nats, its standard error over samples, number of
+    tokens, share of correct tokens."""
+
     value: float
     standard_error: float
     n: int
     accuracy: float
 
+
 def _loss(moments, i=0):
     value, se, n = moments.pooled()
     return Loss(value[i, 0].item(), se[i, 0].item(), n, value[i, 1].item())
 
+
 def _pool(moments: Moments, parts: Sequence[tuple[Tensor, Tensor]], sample: Tensor):
     moments.add(torch.stack([torch.stack(p, -1) for p in parts], 1), sample)
 
+
 def _finish(moments):
-    if not moments.samples: raise ValueError('no batch held an answer token: every label is -100')
+    if not moments.samples:
+        raise ValueError('no batch held an answer token: every label is -100')
     return moments
 
+
 @torch.no_grad()
-def answer_loss(model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int]=()) -> Loss:
-    """Loss of `model` on the answer tokens of all batches, with the layers `skip` left out. Raises ValueError
-    without labels."""
+def answer_loss(model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int] = ()) -> Loss:
+    """Loss of `model` on the answer tokens of all batches, with the layers `skip` left out. Raises
+    ValueError without labels."""
     d, m = find_decoder(model), Moments()
     with evaluating(model):
         for batch in batches:
@@ -119,8 +172,10 @@ def answer_loss(model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int
 @dataclass(frozen=True)
 class Ablation:
     "Tidy `frame` of an ablation, and the loss of the unchanged model."
+
     frame: pd.DataFrame
     base: Loss
+
 
 def _ablation(name, layers, m: Moments, deltas: Moments):
     value, se, n = m.pooled()
@@ -132,18 +187,23 @@ def _ablation(name, layers, m: Moments, deltas: Moments):
     out += rows(f'{name}_accuracy_delta', 'answer', (change[:, 1], change_se[:, 1], n), layers)
     return Ablation(tidy(out), _loss(m))
 
+
 def _add_variants(parts, sample, m, deltas):
     table = torch.stack([torch.stack(p, -1) for p in parts], 1)
     m.add(table, sample)
     deltas.add(table[:, 1:] - table[:, :1], sample)
 
-@torch.no_grad()
-def drop_one(model: nn.Module, batches: Iterable[Mapping], layers: Sequence[int]|None=None) -> Ablation:
-    """Loss on answer tokens without each layer: metrics `drop_one_loss`, `_delta`, `_ppl_ratio`, `_accuracy_delta`
-    (token set `answer`).
 
-    Source: Shortened LLaMA (arXiv 2402.02834). Cost: one forward plus (L-1)/2 forwards for all layers, and one more
-    on the first batch as a check. Raises ValueError without labels and `NotLayerwise` for models such as Qwen3-VL."""
+@torch.no_grad()
+def drop_one(
+    model: nn.Module, batches: Iterable[Mapping], layers: Sequence[int] | None = None
+) -> Ablation:
+    """Loss on answer tokens without each layer: metrics `drop_one_loss`, `_delta`, `_ppl_ratio`,
+    `_accuracy_delta` (token set `answer`).
+
+    Source: Shortened LLaMA (arXiv 2402.02834). Cost: one forward plus (L-1)/2 forwards for all
+    layers, and one more on the first batch as a check. Raises ValueError without labels and
+    `NotLayerwise` for models such as Qwen3-VL."""
     d, m, deltas = find_decoder(model), Moments(), Moments()
     layers = range(len(d)) if layers is None else check_layers(layers, len(d))
     with evaluating(model):
@@ -156,27 +216,43 @@ def drop_one(model: nn.Module, batches: Iterable[Mapping], layers: Sequence[int]
 # %% ../../nbs/analysis/14_ablation.ipynb #0d474e9c
 @dataclass(frozen=True)
 class GreedyDrop:
-    "Layers in the order of removal and the loss after each removal; `base` is the loss of the whole model."
+    """Layers in the order of removal and the loss after each removal; `base` is the loss of the
+    whole model."""
+
     order: tuple[int, ...]
     loss: tuple[float, ...]
     base: Loss
 
-@torch.no_grad()
-def greedy_drop(model: nn.Module, batches: Iterable[Mapping], k: int, candidates: Sequence[int]|None=None,
-                protect_first: int=1,
-                protect_last: int=1) -> GreedyDrop:
-    """Remove k layers one at a time, always the one whose removal gives the lowest loss on answer tokens.
 
-    candidates: layers that may go (default: all but the first `protect_first` and last `protect_last`). Batches are
-    read once per removal. Raises ValueError if k exceeds the candidates, for one-shot iterators, or without labels, and
-    `NotLayerwise` as `drop_one` does."""
+@torch.no_grad()
+def greedy_drop(
+    model: nn.Module,
+    batches: Iterable[Mapping],
+    k: int,
+    candidates: Sequence[int] | None = None,
+    protect_first: int = 1,
+    protect_last: int = 1,
+) -> GreedyDrop:
+    """Remove k layers one at a time, always the one whose removal gives the lowest loss on answer
+    tokens.
+
+    candidates: layers that may go (default: all but the first `protect_first` and last
+    `protect_last`). Batches are read once per removal. Raises ValueError if k exceeds the
+    candidates, for one-shot iterators, or without labels, and `NotLayerwise` as `drop_one` does."""
     d = find_decoder(model)
-    left = list(range(protect_first, len(d) - protect_last)
-                if candidates is None else check_layers(candidates, len(d), 'candidates'))
+    left = list(
+        range(protect_first, len(d) - protect_last)
+        if candidates is None
+        else check_layers(candidates, len(d), 'candidates')
+    )
     if k > len(left) or k >= len(d):
-        raise ValueError(f'k={k} layers cannot be removed: {len(left)} of {len(d)} layers are candidates')
+        raise ValueError(
+            f'k={k} layers cannot be removed: {len(left)} of {len(d)} layers are candidates'
+        )
     if iter(batches) is batches:
-        raise ValueError('batches are read once per removal: pass a list or another re-iterable, not an iterator')
+        raise ValueError(
+            'batches are read once per removal: pass a list or another re-iterable, not an iterator'
+        )
     gone, losses, base = [], [], None
     with evaluating(model):
         for _ in range(k):
@@ -194,14 +270,19 @@ def greedy_drop(model: nn.Module, batches: Iterable[Mapping], k: int, candidates
 
 # %% ../../nbs/analysis/14_ablation.ipynb #918ee602
 @torch.no_grad()
-def revert_one(tuned: nn.Module, base: nn.Module|Mapping|str, batches: Iterable[Mapping],
-               layers: Sequence[int]|None=None,
-               related: bool=True, prefix: str|None=None) -> Ablation:
-    """Loss of `tuned` with each layer put back to `base` (model, state dict or folder): metrics `revert_one_*`.
-    `prefix`: as for `layer_weights`.
+def revert_one(
+    tuned: nn.Module,
+    base: nn.Module | Mapping | str,
+    batches: Iterable[Mapping],
+    layers: Sequence[int] | None = None,
+    related: bool = True,
+    prefix: str | None = None,
+) -> Ablation:
+    """Loss of `tuned` with each layer put back to `base` (model, state dict or folder): metrics
+    `revert_one_*`. `prefix`: as for `layer_weights`.
 
-    Raises ValueError for checkpoints of different bases (names, shapes, or unrelated weights unless `related=False`)
-    and without labels."""
+    Raises ValueError for checkpoints of different bases (names, shapes, or unrelated weights unless
+    `related=False`) and without labels."""
     d, m, deltas = find_decoder(tuned), Moments(), Moments()
     layers = range(len(d)) if layers is None else check_layers(layers, len(d))
     new = layer_weights(tuned)
@@ -212,46 +293,80 @@ def revert_one(tuned: nn.Module, base: nn.Module|Mapping|str, batches: Iterable[
             p, parts = _Prefix(tuned, batch, d), []
             p.check(rerun=not m.samples)
             for i in layers:
-                swap = {i: {k: v.to(d.device, next(d.layers[i].parameters()).dtype) for k, v in old[i].items()}}
+                swap = {
+                    i: {
+                        k: v.to(d.device, next(d.layers[i].parameters()).dtype)
+                        for k, v in old[i].items()
+                    }
+                }
                 parts.append(p.losses(p.run(p.enters[i], range(i, len(d)), swap)))
             _add_variants([p.losses(p.last), *parts], p.sample, m, deltas)
     return _ablation('revert_one', layers, _finish(m), deltas)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #dab4511c
 def split_samples(batch: Mapping) -> list[dict]:
-    """The rows of a batch as batches of one sample. Raises ValueError for packed rows or image tensors that cannot
-    be assigned to rows."""
+    """The rows of a batch as batches of one sample. Raises ValueError for packed rows or image
+    tensors that cannot be assigned to rows."""
     n = len(batch.get('input_ids', batch.get('inputs_embeds')))
-    if (doc := batch.get('document_ids')) is not None and any(len(r[r >= 0].unique()) > 1 for r in doc):
-        raise ValueError('the batch packs several documents into a row: per-sample gradients need one sample per row')
-    if n == 1: return [dict(batch)]
+    if (doc := batch.get('document_ids')) is not None and any(
+        len(r[r >= 0].unique()) > 1 for r in doc
+    ):
+        raise ValueError(
+            'the batch packs several documents into a row: per-sample gradients need one sample '
+            'per row'
+        )
+    if n == 1:
+        return [dict(batch)]
     ids, pixels, out = batch.get('image_ids'), batch.get('pixel_values'), []
     if pixels is not None and ids is None and len(pixels) != n:
-        raise ValueError(f'{len(pixels)} images for {n} rows and no image_ids: pass batches of one sample')
+        raise ValueError(
+            f'{len(pixels)} images for {n} rows and no image_ids: pass batches of one sample'
+        )
     for i in range(n):
-        row = {k: v[i:i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in batch.items()}
+        row = {
+            k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == n else v
+            for k, v in batch.items()
+        }
         if ids is not None:
             mine = ids[i][ids[i] >= 0].unique()
-            row['image_ids'] = torch.where(ids[i:i + 1] >= 0, torch.searchsorted(mine, ids[i:i + 1].contiguous()), -1)
+            row['image_ids'] = torch.where(
+                ids[i : i + 1] >= 0, torch.searchsorted(mine, ids[i : i + 1].contiguous()), -1
+            )
             for k in ('pixel_values', 'image_sizes'):
-                if batch.get(k) is not None and len(mine): row[k] = batch[k][mine.to(batch[k].device)]
-                else: row.pop(k, None)
+                if batch.get(k) is not None and len(mine):
+                    row[k] = batch[k][mine.to(batch[k].device)]
+                else:
+                    row.pop(k, None)
         out.append(row)
     return out
 
 # %% ../../nbs/analysis/14_ablation.ipynb #b29d3c28
-GRADIENT = ('taylor', 'taylor_signed', 'taylor_squared', 'taylor_summed', 'taylor_absolute', 'grad_norm', 'snip',
-            'fisher', 'pruner_second', 'pruner_mixed')
+GRADIENT = (
+    'taylor',
+    'taylor_signed',
+    'taylor_squared',
+    'taylor_summed',
+    'taylor_absolute',
+    'grad_norm',
+    'snip',
+    'fisher',
+    'pruner_second',
+    'pruner_mixed',
+)
+
 
 class _Gradients:
-    """Per-weight sums over units (token-weighted, plain, squared) and per-layer scalars, fed by post-accumulate
-    hooks that free each gradient."""
+    """Per-weight sums over units (token-weighted, plain, squared) and per-layer scalars, fed by
+    post-accumulate hooks that free each gradient."""
+
     def __init__(self, weights, device):
         self.weights, self.tokens, self.units = weights, 0, 0
         make = lambda: {k: torch.zeros_like(p, dtype=torch.float32) for k, p in weights.items()}
         self.weighted, self.plain, self.square = make(), make(), make()
-        self.sizes, self.scalars = [], {}                        # tokens per unit; per layer and unit, see `_hook`
-        self.handles = [p.register_post_accumulate_grad_hook(self._hook(k)) for k, p in weights.items()]
+        self.sizes, self.scalars = [], {}  # tokens per unit; per layer and unit, see `_hook`
+        self.handles = [
+            p.register_post_accumulate_grad_hook(self._hook(k)) for k, p in weights.items()
+        ]
 
     def _hook(self, key):
         def hook(p):
@@ -261,8 +376,9 @@ class _Gradients:
             self.square[key] += g * g
             wg, total = p.detach().float() * g, lambda x: x.sum(dtype=torch.float64)
             sums = torch.stack([total(wg.abs()), total(g * g), total(wg), total(wg * wg)]).cpu()
-            self.row[key[0]] = self.row.get(key[0], 0.) + sums
+            self.row[key[0]] = self.row.get(key[0], 0.0) + sums
             p.grad = None
+
         return hook
 
     def add(self, loss, tokens):
@@ -271,7 +387,8 @@ class _Gradients:
         loss.backward()
         self.tokens, self.units = self.tokens + tokens, self.units + 1
         self.sizes.append(tokens)
-        for l, sums in self.row.items(): self.scalars.setdefault(l, []).append(sums)
+        for l, sums in self.row.items():
+            self.scalars.setdefault(l, []).append(sums)
 
     def of(self, layer):
         "Sums of |w g|, g^2, w g and (w g)^2 over the weights of a layer, each float64 `[units]`."
@@ -279,9 +396,10 @@ class _Gradients:
 
 # %% ../../nbs/analysis/14_ablation.ipynb #3a91d2a8
 def _layer_gradients(acc, layer):
-    s, t = dict.fromkeys(GRADIENT, 0.), lambda x: x.sum(dtype=torch.float64).item()
+    s, t = dict.fromkeys(GRADIENT, 0.0), lambda x: x.sum(dtype=torch.float64).item()
     for key, p in acc.weights.items():
-        if key[0] != layer: continue
+        if key[0] != layer:
+            continue
         w, g, f = p.detach().float(), acc.weighted[key] / acc.tokens, acc.square[key] / acc.units
         wg = w * g
         s['taylor'] += t(wg.abs())
@@ -291,30 +409,50 @@ def _layer_gradients(acc, layer):
         s['grad_norm'] += t(g * g)
         s['pruner_second'] += t(w * w * f)
         s['pruner_mixed'] += t((wg - w * w * f / 2).abs())
-    s['grad_norm'] **= .5
+    s['grad_norm'] **= 0.5
     absolute, fisher, _, _ = acc.of(layer)
     s['taylor_absolute'], s['fisher'] = absolute.sum().item(), fisher.mean().item()
     return s
 
-def gradient_scores(model: nn.Module, batches: Iterable[Mapping], unit: str='sample', weights: str='all',
-                    layers: Sequence[int]|None=None) -> pd.DataFrame:
+
+def gradient_scores(
+    model: nn.Module,
+    batches: Iterable[Mapping],
+    unit: str = 'sample',
+    weights: str = 'all',
+    layers: Sequence[int] | None = None,
+) -> pd.DataFrame:
     """Gradient-based scores per layer (metrics `GRADIENT`, token set `answer`); n = units.
 
-    Standard errors are over units, for the scores that are sums or means of one number a unit: `taylor_absolute`,
-    `taylor_signed`, `fisher`, `pruner_second`. The others take the size of a gradient that is summed first; their
-    errors would need every unit's gradient and are NaN.
+    Standard errors are over units, for the scores that are sums or means of one number a unit:
+    `taylor_absolute`, `taylor_signed`, `fisher`, `pruner_second`. The others take the size of a
+    gradient that is summed first; their errors would need every unit's gradient and are NaN.
 
-    unit: 'sample' (batch of one each) or 'batch'. weights: 'all' weights of a layer or only its 'matrices'. layers:
-    a subset, to bound the memory of three float32 copies of their weights. Frozen layers are enabled and restored.
-    Raises ValueError without labels or for quantised weights."""
-    if unit not in ('sample', 'batch'): raise ValueError(f"unit must be 'sample' or 'batch', got {unit!r}")
-    if weights not in ('all', 'matrices'): raise ValueError(f"weights must be 'all' or 'matrices', got {weights!r}")
+    unit: 'sample' (batch of one each) or 'batch'. weights: 'all' weights of a layer or only its
+    'matrices'. layers: a subset, to bound the memory of three float32 copies of their weights.
+    Frozen layers are enabled and restored. Raises ValueError without labels or for quantised
+    weights."""
+    if unit not in ('sample', 'batch'):
+        raise ValueError(f"unit must be 'sample' or 'batch', got {unit!r}")
+    if weights not in ('all', 'matrices'):
+        raise ValueError(f"weights must be 'all' or 'matrices', got {weights!r}")
     d = find_decoder(model)
     layers = tuple(range(len(d))) if layers is None else check_layers(layers, len(d))
-    chosen = {(l, n): p for l in layers for n, p in d.layers[l].named_parameters() if weights == 'all' or p.ndim > 1}
+    chosen = {
+        (l, n): p
+        for l in layers
+        for n, p in d.layers[l].named_parameters()
+        if weights == 'all' or p.ndim > 1
+    }
     if bad := [f'{l}.{n}' for (l, n), p in chosen.items() if not p.is_floating_point()]:
-        raise ValueError(f'weights {bad[:3]} are quantised and have no gradient: load the model without quantisation')
-    flags, grads = [(p, p.requires_grad) for p in model.parameters()], [(p, p.grad) for p in model.parameters()]
+        raise ValueError(
+            f'weights {bad[:3]} are quantised and have no gradient: load the model without '
+            'quantisation'
+        )
+    flags, grads = (
+        [(p, p.requires_grad) for p in model.parameters()],
+        [(p, p.grad) for p in model.parameters()],
+    )
     ids, acc = {id(p) for p in chosen.values()}, None
     try:
         for p, _ in flags:
@@ -323,11 +461,14 @@ def gradient_scores(model: nn.Module, batches: Iterable[Mapping], unit: str='sam
         acc = _Gradients(chosen, d.device)
         with evaluating(model), torch.enable_grad():
             for batch in batches:
-                for part in split_samples(batch) if unit == 'sample' else [batch]: _unit_gradient(model, part, d, acc)
-        if not acc.units: raise ValueError('no batch held an answer token: every label is -100')
+                for part in split_samples(batch) if unit == 'sample' else [batch]:
+                    _unit_gradient(model, part, d, acc)
+        if not acc.units:
+            raise ValueError('no batch held an answer token: every label is -100')
         return _gradient_frame(acc, layers)
     finally:
-        for h in acc.handles if acc else (): h.remove()
+        for h in acc.handles if acc else ():
+            h.remove()
         for (p, flag), (_, grad) in zip(flags, grads):
             p.requires_grad_(flag)
             p.grad = grad
@@ -336,24 +477,39 @@ def gradient_scores(model: nn.Module, batches: Iterable[Mapping], unit: str='sam
 def _unit_gradient(model, batch, d, acc):
     batch = {k: v.to(d.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     mask, target, _ = _answers(batch, d)
-    if not len(target): return
+    if not len(target):
+        return
     hidden = capture(model, batch, (), d)[0].states()[-1]
     acc.add(token_losses(hidden[mask], target, d)[0].mean(), len(target))
+
 
 def _gradient_frame(acc, layers):
     table = {l: _layer_gradients(acc, l) for l in layers}
     total = sum(s['taylor'] for s in table.values())
-    for s in table.values(): s['snip'] = s['taylor'] / total if total else float('nan')
+    for s in table.values():
+        s['snip'] = s['taylor'] / total if total else float('nan')
     sizes = torch.tensor(acc.sizes, dtype=torch.float64)
+
     def error(x, weight=torch.ones_like(sizes)):
         "Of the weighted mean over units."
         n, mean = len(x), (weight * x).sum() / weight.sum()
-        if n < 2: return float('nan')
-        return ((weight * (x - mean)).square().sum() * n / (n - 1)).sqrt().item() / weight.sum().item()
+        if n < 2:
+            return float('nan')
+        return (
+            (weight * (x - mean)).square().sum() * n / (n - 1)
+        ).sqrt().item() / weight.sum().item()
+
     se = {}
     for l in layers:
         absolute, fisher, signed, second = acc.of(l)
-        se[l] = dict(taylor_absolute=error(absolute) * acc.units, fisher=error(fisher), pruner_second=error(second),
-                     taylor_signed=error(signed, sizes))
-    return tidy(Record(k, 'answer', l, table[l][k], se[l].get(k, float('nan')), acc.units) for k in GRADIENT
-                for l in layers)
+        se[l] = dict(
+            taylor_absolute=error(absolute) * acc.units,
+            fisher=error(fisher),
+            pruner_second=error(second),
+            taylor_signed=error(signed, sizes),
+        )
+    return tidy(
+        Record(k, 'answer', l, table[l][k], se[l].get(k, float('nan')), acc.units)
+        for k in GRADIENT
+        for l in layers
+    )

@@ -32,8 +32,10 @@ from ..models.modeling import VLMForConditionalGeneration
 # %% ../../nbs/analysis/40_cost.ipynb #1621622b
 @dataclass(frozen=True)
 class Workload:
-    """One micro-batch: `rows` x `tokens` positions, `images` pictures of `height` x `width` pixels in all, `targets`
-    positions that carry loss, `packed`: several documents share a row (attention then takes a mask)."""
+    """One micro-batch: `rows` x `tokens` positions, `images` pictures of `height` x `width` pixels
+    in all, `targets` positions that carry loss, `packed`: several documents share a row (attention
+    then takes a mask)."""
+
     rows: int
     tokens: int
     images: int = 0
@@ -44,22 +46,35 @@ class Workload:
 
     def __post_init__(self):
         for k in ('rows', 'tokens', 'targets'):
-            if getattr(self, k) < 1: raise ValueError(f'workload: {k} must be at least 1, got {getattr(self, k)}')
-        if self.images < 0: raise ValueError(f'workload: images must be at least 0, got {self.images}')
+            if getattr(self, k) < 1:
+                raise ValueError(f'workload: {k} must be at least 1, got {getattr(self, k)}')
+        if self.images < 0:
+            raise ValueError(f'workload: images must be at least 0, got {self.images}')
         if self.images and min(self.height, self.width) < 1:
             raise ValueError(f'workload: {self.images} images need height and width in pixels')
         if self.targets > self.rows * (self.tokens - 1):
-            raise ValueError(f'workload: {self.targets} targets, but {self.rows} x {self.tokens} positions predict at '
-                             f'most {self.rows * (self.tokens - 1)}')
+            raise ValueError(
+                f'workload: {self.targets} targets, but {self.rows} x {self.tokens} positions '
+                'predict at '
+                f'most {self.rows * (self.tokens - 1)}'
+            )
 
 # %% ../../nbs/analysis/40_cost.ipynb #e9e3e469
 _aten = torch.ops.aten
-_OPERANDS = {_aten.mm: (0, 1), _aten.addmm: (1, 2), _aten.bmm: (0, 1), _aten.baddbmm: (1, 2), _aten.convolution: (0, 1)}
+_OPERANDS = {
+    _aten.mm: (0, 1),
+    _aten.addmm: (1, 2),
+    _aten.bmm: (0, 1),
+    _aten.baddbmm: (1, 2),
+    _aten.convolution: (0, 1),
+}
 _FUSED = {_aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_flash_attention}
 
+
 class Meter(TorchDispatchMode):
-    """Counts FLOPs (`flops[part]`: a Counter of forward, inputs, weights; `backward`) and the bytes of living tensors
-    (`live`, `peak`) on `device`, apart from `known` tensors (weights)."""
+    """Counts FLOPs (`flops[part]`: a Counter of forward, inputs, weights; `backward`) and the bytes
+    of living tensors (`live`, `peak`) on `device`, apart from `known` tensors (weights)."""
+
     def __init__(self, known: Iterable[Tensor] = (), device: str = 'meta'):
         super().__init__()
         self.device, self.part, self.phase = device, 'layers', 'forward'
@@ -70,18 +85,24 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if (op := func._overloadpacket) in flop_registry: self._count(op, args, kwargs or {}, out)
+        if (op := func._overloadpacket) in flop_registry:
+            self._count(op, args, kwargs or {}, out)
         for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor) and t.device.type == self.device: self._watch(t)
+            if isinstance(t, Tensor) and t.device.type == self.device:
+                self._watch(t)
         return out
 
     def _count(self, op, args, kwargs, out):
         n = flop_registry[op](*args, **kwargs, out_val=out)
-        if self.phase == 'backward': self.backward += n; return
+        if self.phase == 'backward':
+            self.backward += n
+            return
         c = self.flops.setdefault(self.part, Counter())
         c['forward'] += n
-        if not torch.is_grad_enabled(): return
-        if op in _FUSED and any(t.requires_grad for t in args[:3]): c['inputs'] += 5 * n // 2     # scores once more
+        if not torch.is_grad_enabled():
+            return
+        if op in _FUSED and any(t.requires_grad for t in args[:3]):
+            c['inputs'] += 5 * n // 2  # scores once more
         for i in _OPERANDS.get(op, ()):
             if args[i].requires_grad:
                 c['weights' if args[i].untyped_storage()._cdata in self.weights else 'inputs'] += n
@@ -89,7 +110,8 @@ class Meter(TorchDispatchMode):
     def _watch(self, t):
         storage = t.untyped_storage()
         key, n = storage._cdata, storage.nbytes()
-        if key in self.alive: return
+        if key in self.alive:
+            return
         self.alive[key] = n
         weakref.finalize(storage, self._free, key).atexit = False
         self.live += n
@@ -101,30 +123,63 @@ class Meter(TorchDispatchMode):
 
 # %% ../../nbs/analysis/40_cost.ipynb #3e431aa8
 _F = nn.functional
-_LOW = {_F.linear, _F.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
-        Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm}
-_HIGH = {_F.layer_norm, _F.softmax, _F.log_softmax, _F.cross_entropy, _F.cosine_similarity, Tensor.softmax,
-         Tensor.log_softmax}
+_LOW = {
+    _F.linear,
+    _F.conv2d,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.__rmatmul__,
+    Tensor.mm,
+    Tensor.bmm,
+}
+_HIGH = {
+    _F.layer_norm,
+    _F.softmax,
+    _F.log_softmax,
+    _F.cross_entropy,
+    _F.cosine_similarity,
+    Tensor.softmax,
+    Tensor.log_softmax,
+}
+
 
 class Precision(TorchFunctionMode):
     "Mixed precision as `torch.autocast('cuda', torch.bfloat16)` has it, for tensors of any device."
+
     def __init__(self, meter: Meter):
         super().__init__()
         self.meter, self.cache, self.keeps = meter, {}, True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _LOW: args, kwargs = self._cast(args, torch.bfloat16), self._cast(kwargs or {}, torch.bfloat16)
-        elif func in _HIGH: args, kwargs = self._cast(args, torch.float32), self._cast(kwargs or {}, torch.float32)
+        if func in _LOW:
+            args, kwargs = (
+                self._cast(args, torch.bfloat16),
+                self._cast(kwargs or {}, torch.bfloat16),
+            )
+        elif func in _HIGH:
+            args, kwargs = self._cast(args, torch.float32), self._cast(kwargs or {}, torch.float32)
         return func(*args, **(kwargs or {}))
 
     def _cast(self, x, dtype):
-        if isinstance(x, (tuple, list)): return type(x)(self._cast(v, dtype) for v in x)
-        if isinstance(x, dict): return {k: self._cast(v, dtype) for k, v in x.items()}
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == dtype: return x
-        if id(x) in self.cache: return self.cache[id(x)][1]
+        if isinstance(x, (tuple, list)):
+            return type(x)(self._cast(v, dtype) for v in x)
+        if isinstance(x, dict):
+            return {k: self._cast(v, dtype) for k, v in x.items()}
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == dtype:
+            return x
+        if id(x) in self.cache:
+            return self.cache[id(x)][1]
         y = x.to(dtype)
-        if isinstance(x, nn.Parameter): self.meter.weights.add(y.untyped_storage()._cdata)
-        if isinstance(x, nn.Parameter) and x.requires_grad and self.keeps: self.cache[id(x)] = x, y
+        if isinstance(x, nn.Parameter):
+            self.meter.weights.add(y.untyped_storage()._cdata)
+        if isinstance(x, nn.Parameter) and x.requires_grad and self.keeps:
+            self.cache[id(x)] = x, y
         return y
 
     def leave(self):
@@ -136,67 +191,102 @@ class Precision(TorchFunctionMode):
 KERNELS = ('sdpa', 'eager')
 _NAME = 'vlmbench_cost'
 
-def _attention(module, query, key, value, attention_mask=None, dropout=0., scaling=None, is_causal=None, **kwargs):
+
+def _attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    dropout=0.0,
+    scaling=None,
+    is_causal=None,
+    **kwargs,
+):
     groups = getattr(module, 'num_key_value_groups', 1)
     if groups > 1 and not use_gqa_in_sdpa(attention_mask, key, value):
         key, value = (repeat_kv(t, groups) for t in (key, value))
-    if any(t.dtype == torch.bfloat16 for t in (query, key, value)):                             # as autocast does
+    if any(t.dtype == torch.bfloat16 for t in (query, key, value)):  # as autocast does
         query, key, value = (t.to(torch.bfloat16) for t in (query, key, value))
     if attention_mask is None:
-        causal = query.shape[2] > 1 and (getattr(module, 'is_causal', True) if is_causal is None else is_causal)
-        out = _aten._scaled_dot_product_flash_attention(query, key, value, 0., causal, False, scale=scaling)[0]
+        causal = query.shape[2] > 1 and (
+            getattr(module, 'is_causal', True) if is_causal is None else is_causal
+        )
+        out = _aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scaling
+        )[0]
     else:
         bias = attention_mask
-        if bias.dtype == torch.bool: bias = torch.empty(bias.shape, dtype=query.dtype, device=query.device)
+        if bias.dtype == torch.bool:
+            bias = torch.empty(bias.shape, dtype=query.dtype, device=query.device)
         bias = bias.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-        out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, 0., False, scale=scaling)[0]
+        out = _aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, 0.0, False, scale=scaling
+        )[0]
     return out.transpose(1, 2).contiguous(), None
+
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
 masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, masking_utils.sdpa_mask)
 
+
 @contextmanager
 def _kernel(model: nn.Module, kernel: str):
-    "All attention of `model` through `kernel`; nothing looks at the values of positions; restored afterwards."
-    if kernel not in KERNELS: raise ValueError(f'kernel must be one of {KERNELS}, got {kernel!r}')
+    """All attention of `model` through `kernel`; nothing looks at the values of positions; restored
+    afterwards."""
+    if kernel not in KERNELS:
+        raise ValueError(f'kernel must be one of {KERNELS}, got {kernel!r}')
     configs = (getattr(m, 'config', None) for m in model.modules())
     found = {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}
     old = [(c, c._attn_implementation) for c in found.values()]
-    for c, _ in old: c._attn_implementation = _NAME if kernel == 'sdpa' else 'eager'
+    for c, _ in old:
+        c._attn_implementation = _NAME if kernel == 'sdpa' else 'eager'
     look = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda positions: None
-    try: yield
+    try:
+        yield
     finally:
         masking_utils.find_packed_sequence_indices = look
-        for c, name in old: c._attn_implementation = name
+        for c, name in old:
+            c._attn_implementation = name
 
 # %% ../../nbs/analysis/40_cost.ipynb #780cc3b4
 def image_tokens(model: VLMForConditionalGeneration, work: Workload) -> int:
-    """Tokens of all images of a micro-batch. Raises ValueError when they do not fit into it, or the model has no front
-    end."""
-    if not work.images: return 0
-    if model.model.vision is None: raise ValueError('the workload holds images, but the model has no vision front end')
+    """Tokens of all images of a micro-batch. Raises ValueError when they do not fit into it, or the
+    model has no front end."""
+    if not work.images:
+        return 0
+    if model.model.vision is None:
+        raise ValueError('the workload holds images, but the model has no vision front end')
     n = work.images * model.model.vision.num_tokens(work.height, work.width)
     if n + work.targets > work.rows * work.tokens:
-        raise ValueError(f'{work.images} images take {n} tokens and {work.targets} targets follow them, but the '
-                         f'micro-batch has {work.rows} x {work.tokens} positions: fewer images, or longer rows')
+        raise ValueError(
+            f'{work.images} images take {n} tokens and {work.targets} targets follow them, but the '
+            f'micro-batch has {work.rows} x {work.tokens} positions: fewer images, or longer rows'
+        )
     return n
+
 
 def _batch(model, work, device):
     ids, n = torch.zeros(work.rows * work.tokens, dtype=torch.long), image_tokens(model, work)
     slot = model.config.image_token_id
-    if n and slot is None: raise ValueError('the model has no image_token_id, so images have no place')
-    if slot == 0: ids += 1
+    if n and slot is None:
+        raise ValueError('the model has no image_token_id, so images have no place')
+    if slot == 0:
+        ids += 1
     ids[:n] = slot if n else ids[:n]
     per, where = n // max(work.images, 1), torch.full_like(ids, -1)
     where[:n] = torch.arange(n) // max(per, 1)
     shape = (work.rows, work.tokens)
     batch = dict(input_ids=ids.view(shape), image_ids=where.view(shape))
-    if n: batch['pixel_values'] = torch.empty(work.images, 3, work.height, work.width, device=device)
+    if n:
+        batch['pixel_values'] = torch.empty(work.images, 3, work.height, work.width, device=device)
     return batch
 
+
 def _mask(model, work, dtype, kernel, device):
-    if not work.packed and not (model.config.bidirectional_images and work.images): return None
+    if not work.packed and not (model.config.bidirectional_images and work.images):
+        return None
     shape = (work.rows, 1, work.tokens, work.tokens)
     return torch.empty(shape, dtype=torch.bool if kernel == 'sdpa' else dtype, device=device)
 
@@ -210,17 +300,33 @@ def _decode(model, meter, batch, mask=None, hidden_states=False, cache=None, use
         meter.part = 'vision'
         features, _ = model.get_image_features(batch['pixel_values'])
         slots = ids == model.config.image_token_id
-        where = slots.flatten().nonzero()[:, 0].to(embeds.device)       # masked_scatter has no backward pass on 'meta'
+        where = (
+            slots.flatten().nonzero()[:, 0].to(embeds.device)
+        )  # masked_scatter has no backward pass on 'meta'
         embeds = embeds.flatten(0, 1).index_put((where,), features.to(embeds)).view_as(embeds)
-    if model.model.vision is not None: model.model.vision.see_tokens(slots)
+    if model.model.vision is not None:
+        model.model.vision.see_tokens(slots)
     meter.part = 'layers'
-    places = None if mask is None else torch.empty(ids.shape, dtype=torch.long, device=embeds.device)
-    return model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=places,
-                                      past_key_values=cache, use_cache=use_cache, output_hidden_states=hidden_states)
+    places = (
+        None if mask is None else torch.empty(ids.shape, dtype=torch.long, device=embeds.device)
+    )
+    return model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=places,
+        past_key_values=cache,
+        use_cache=use_cache,
+        output_hidden_states=hidden_states,
+    )
+
 
 def _loss(model, hidden, work):
     "`target_loss` over the last `targets` positions: the same slices, the same recomputation."
-    flat = torch.arange(work.rows * work.tokens).view(work.rows, work.tokens)[:, :-1].flatten()[-work.targets:]
+    flat = (
+        torch.arange(work.rows * work.tokens)
+        .view(work.rows, work.tokens)[:, :-1]
+        .flatten()[-work.targets :]
+    )
     keep = torch.zeros(work.rows * work.tokens, dtype=torch.bool)
     keep[flat] = True
     row, column = keep.view(work.rows, work.tokens)[:, :-1].nonzero(as_tuple=True)
@@ -228,17 +334,26 @@ def _loss(model, hidden, work):
     target = torch.empty(len(source), dtype=torch.long, device=hidden.device)
     step = max(1, modeling._SLICE // model.lm_head.weight.shape[0])
     parts = list(zip(source.split(step), target.split(step)))
-    if len(parts) == 1: return modeling._sum_ce(model.lm_head, *parts[0]) / work.targets
-    return sum(checkpoint(modeling._sum_ce, model.lm_head, x, y, use_reentrant=False, preserve_rng_state=False)
-               for x, y in parts) / work.targets
+    if len(parts) == 1:
+        return modeling._sum_ce(model.lm_head, *parts[0]) / work.targets
+    return (
+        sum(
+            checkpoint(
+                modeling._sum_ce, model.lm_head, x, y, use_reentrant=False, preserve_rng_state=False
+            )
+            for x, y in parts
+        )
+        / work.targets
+    )
 
 # %% ../../nbs/analysis/40_cost.ipynb #857ec2a4
 @dataclass
 class StepCost:
-    """Cost of one micro-batch. FLOPs (2 per multiply-add; attention over full rows): `forward`, back to `inputs`, back
-    to `weights`, `recomputed`; `parts`: the same by part of the model. Bytes: `weights_bytes` (all of them),
-    `gradients`, `optimizer`, `activations` (alive when the loss is known), `peak` (all together, at the worst moment of
-    the step)."""
+    """Cost of one micro-batch. FLOPs (2 per multiply-add; attention over full rows): `forward`,
+    back to `inputs`, back to `weights`, `recomputed`; `parts`: the same by part of the model.
+    Bytes: `weights_bytes` (all of them), `gradients`, `optimizer`, `activations` (alive when the
+    loss is known), `peak` (all together, at the worst moment of the step)."""
+
     forward: int
     inputs: int
     weights: int
@@ -253,50 +368,86 @@ class StepCost:
     parts: dict[str, dict[str, int]] = field(repr=False, default_factory=dict)
 
     @property
-    def flops(self) -> int: return self.forward + self.inputs + self.weights + self.recomputed
+    def flops(self) -> int:
+        return self.forward + self.inputs + self.weights + self.recomputed
+
 
 def _size(tensors):
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 # %% ../../nbs/analysis/40_cost.ipynb #adba8b32
-def training_cost(model: VLMForConditionalGeneration, work: Workload, terms: Mapping[str, Callable] | None = None,
-                  precision: str = 'fp32', kernel: str = 'sdpa', state_bytes: int | None = None,
-                  accumulates: bool = False) -> StepCost:
-    """Cost of training `model` (on the meta device, trained parameters with `requires_grad`) on one micro-batch.
+def training_cost(
+    model: VLMForConditionalGeneration,
+    work: Workload,
+    terms: Mapping[str, Callable] | None = None,
+    precision: str = 'fp32',
+    kernel: str = 'sdpa',
+    state_bytes: int | None = None,
+    accumulates: bool = False,
+) -> StepCost:
+    """Cost of training `model` (on the meta device, trained parameters with `requires_grad`) on one
+    micro-batch.
 
-    `terms`: extra losses, called with the language model's output and the batch (modules bring their parameters).
-    `precision`: 'fp32' or 'bf16' (autocast). `kernel`: 'sdpa' (fused) or 'eager'. `state_bytes`: of the optimizer
-    (default: AdamW, two copies of what trains). `accumulates`: gradients of an earlier micro-batch are there already.
-    Raises ValueError for a model with weights and a workload that does not fit."""
+    `terms`: extra losses, called with the language model's output and the batch (modules bring
+    their parameters). `precision`: 'fp32' or 'bf16' (autocast). `kernel`: 'sdpa' (fused) or
+    'eager'. `state_bytes`: of the optimizer (default: AdamW, two copies of what trains).
+    `accumulates`: gradients of an earlier micro-batch are there already. Raises ValueError for a
+    model with weights and a workload that does not fit."""
     everything = [model, *(t for t in (terms or {}).values() if isinstance(t, nn.Module))]
     params = {id(p): p for m in everything for p in m.parameters()}
     static = [*params.values(), *(b for m in everything for b in m.buffers())]
     if any(p.device.type != 'meta' for p in params.values()):
-        raise ValueError('training_cost counts models on the meta device: build the model under torch.device("meta")')
-    if precision not in ('fp32', 'bf16'): raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        raise ValueError(
+            'training_cost counts models on the meta device: build the model under '
+            'torch.device("meta")'
+        )
+    if precision not in ('fp32', 'bf16'):
+        raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
     trained = [p for p in params.values() if p.requires_grad]
-    if not trained: raise ValueError('nothing trains: every parameter is frozen')
-    for p in trained: p.grad = None
+    if not trained:
+        raise ValueError('nothing trains: every parameter is frozen')
+    for p in trained:
+        p.grad = None
     image_tokens(model, work)
     model.train()
     meter, runs = Meter(static), 2 if accumulates else 1
     with _kernel(model, kernel):
         for i in range(runs):
             counted = meter if not i else Meter(static)
-            if i: counted.live = counted.peak = _size([p.grad for p in trained if p.grad is not None])
-            if i: counted.alive |= {p.grad.untyped_storage()._cdata: 0 for p in trained if p.grad is not None}
+            if i:
+                counted.live = counted.peak = _size([p.grad for p in trained if p.grad is not None])
+            if i:
+                counted.alive |= {
+                    p.grad.untyped_storage()._cdata: 0 for p in trained if p.grad is not None
+                }
             alive = _step(model, work, terms or {}, precision, kernel, counted)
-            if not i: activations = alive
+            if not i:
+                activations = alive
             meter.peak = max(meter.peak, counted.peak)
     total = sum(meter.flops.values(), Counter())
-    surplus = meter.backward - total['inputs'] - total['weights']      # below 0: outputs that no loss depends on
+    surplus = (
+        meter.backward - total['inputs'] - total['weights']
+    )  # below 0: outputs that no loss depends on
     total['inputs'] += min(0, surplus)
     size, grads = _size(static), sum(p.numel() * p.element_size() for p in trained)
     state = 2 * grads if state_bytes is None else state_bytes
-    for p in trained: p.grad = None
-    return StepCost(total['forward'], total['inputs'], total['weights'], max(0, surplus), size, grads, state,
-                    activations, size + state + meter.peak, sum(p.numel() for p in params.values()), sum(p.numel() for p in trained),
-                    {k: dict(v) for k, v in meter.flops.items()})
+    for p in trained:
+        p.grad = None
+    return StepCost(
+        total['forward'],
+        total['inputs'],
+        total['weights'],
+        max(0, surplus),
+        size,
+        grads,
+        state,
+        activations,
+        size + state + meter.peak,
+        sum(p.numel() for p in params.values()),
+        sum(p.numel() for p in trained),
+        {k: dict(v) for k, v in meter.flops.items()},
+    )
+
 
 def _step(model, work, terms, precision, kernel, meter):
     half = Precision(meter) if precision == 'bf16' else None
@@ -307,20 +458,31 @@ def _step(model, work, terms, precision, kernel, meter):
         meter.part = 'lm_head'
         loss = _loss(model, out.last_hidden_state, work)
         meter.part = 'losses'
-        for term in terms.values(): loss = loss + term(out, batch)
+        for term in terms.values():
+            loss = loss + term(out, batch)
         del out
-        if half: half.leave()
+        if half:
+            half.leave()
         activations, meter.phase = meter.live, 'backward'
-        _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
-                             accumulate_grad=True)                        # Tensor.backward would suspend `half`
+        _engine_run_backward(
+            (loss,),
+            (torch.ones_like(loss),),
+            False,
+            False,
+            (),
+            allow_unreachable=True,
+            accumulate_grad=True,
+        )  # Tensor.backward would suspend `half`
     return activations
 
 # %% ../../nbs/analysis/40_cost.ipynb #77334ff3
 @dataclass
 class InferenceCost:
-    """Cost of one answer. FLOPs: `vision` (front end), `prefill` (decoder over image and prompt, head at the last
-    position), `per_token` (one new token behind them). Bytes: `weights_bytes`, `cache` (keys and values after the
-    prompt), `peak` of the prefill. `tokens`: length of the prompt with its images, `image_tokens` of them."""
+    """Cost of one answer. FLOPs: `vision` (front end), `prefill` (decoder over image and prompt,
+    head at the last position), `per_token` (one new token behind them). Bytes: `weights_bytes`,
+    `cache` (keys and values after the prompt), `peak` of the prefill. `tokens`: length of the
+    prompt with its images, `image_tokens` of them."""
+
     vision: int
     prefill: int
     per_token: int
@@ -335,32 +497,71 @@ class InferenceCost:
         "Everything for an answer of `new_tokens` tokens (the first comes with the prefill)."
         return self.vision + self.prefill + max(0, new_tokens - 1) * self.per_token
 
+
 @torch.no_grad()
-def inference_cost(model: VLMForConditionalGeneration, prompt_tokens: int = 64, images: int = 1, height: int = 0,
-                   width: int = 0, kernel: str = 'sdpa') -> InferenceCost:
-    """Cost of answering one prompt of `prompt_tokens` text tokens and `images` pictures of `height` x `width` pixels
-    with `model` on the meta device, in the precision of its weights. Raises ValueError for a model with weights."""
+def inference_cost(
+    model: VLMForConditionalGeneration,
+    prompt_tokens: int = 64,
+    images: int = 1,
+    height: int = 0,
+    width: int = 0,
+    kernel: str = 'sdpa',
+) -> InferenceCost:
+    """Cost of answering one prompt of `prompt_tokens` text tokens and `images` pictures of `height`
+    x `width` pixels with `model` on the meta device, in the precision of its weights. Raises
+    ValueError for a model with weights."""
     static = [*model.parameters(), *model.buffers()]
     if any(t.device.type != 'meta' for t in static):
-        raise ValueError('inference_cost counts models on the meta device: build the model under torch.device("meta")')
+        raise ValueError(
+            'inference_cost counts models on the meta device: build the model under '
+            'torch.device("meta")'
+        )
     n = images * model.model.vision.num_tokens(height, width) if images else 0
     work, meter = Workload(1, n + prompt_tokens, images, height, width), Meter(static)
     model.eval()
     with _kernel(model, kernel), meter:
         batch = _batch(model, work, 'meta')
-        if 'pixel_values' in batch: batch['pixel_values'] = batch['pixel_values'].to(model.dtype)
-        mask = _mask(model, Workload(1, work.tokens, images, height, width, packed=False), model.dtype, kernel, 'meta')
+        if 'pixel_values' in batch:
+            batch['pixel_values'] = batch['pixel_values'].to(model.dtype)
+        mask = _mask(
+            model,
+            Workload(1, work.tokens, images, height, width, packed=False),
+            model.dtype,
+            kernel,
+            'meta',
+        )
         out = _decode(model, meter, batch, mask, use_cache=True)
         model.lm_head(out.last_hidden_state[:, -1:])
         cache = out.past_key_values
         size, done = _cache_bytes(cache), _forward(meter)
-        _decode(model, meter, dict(input_ids=torch.zeros(1, 1, dtype=torch.long)), cache=cache, use_cache=True)
+        _decode(
+            model,
+            meter,
+            dict(input_ids=torch.zeros(1, 1, dtype=torch.long)),
+            cache=cache,
+            use_cache=True,
+        )
         meter.part = 'lm_head'
         model.lm_head(out.last_hidden_state[:, -1:])
     seen = meter.flops.get('vision', Counter())['forward']
-    return InferenceCost(seen, done - seen, _forward(meter) - done, _size(static), size, _size(static) + meter.peak,
-                         work.tokens, n, sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()))
+    return InferenceCost(
+        seen,
+        done - seen,
+        _forward(meter) - done,
+        _size(static),
+        size,
+        _size(static) + meter.peak,
+        work.tokens,
+        n,
+        sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+    )
 
-def _forward(meter): return sum(c['forward'] for c in meter.flops.values())
+
+def _forward(meter):
+    return sum(c['forward'] for c in meter.flops.values())
+
+
 def _cache_bytes(cache):
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )

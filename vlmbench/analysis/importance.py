@@ -25,8 +25,9 @@ from ..models.depth import check_layers, find_decoder
 
 # %% ../../nbs/analysis/10_importance.ipynb #f48e996f
 class BlockInfluence(StreamMetric):
-    """Block influence: `block_influence`, `block_influence_per_sample`, and `block_influence_balanced` for the set
-    `image+text`."""
+    """Block influence: `block_influence`, `block_influence_per_sample`, and
+    `block_influence_balanced` for the set `image+text`."""
+
     default_sets = ('all', 'image', 'text', 'prompt_text', 'answer', 'answer_predicting', 'last')
 
     def update(self, states: States):
@@ -40,37 +41,51 @@ class BlockInfluence(StreamMetric):
             out += rows('block_influence_per_sample', k, self.moments[k].per_sample(), self.layers)
         if self.found('image') and self.found('text'):
             (a, sa, n), (b, sb, m) = self.moments['image'].pooled(), self.moments['text'].pooled()
-            out += rows('block_influence_balanced', 'image+text', ((a + b) / 2, (sa**2 + sb**2).sqrt() / 2, n + m),
-                        self.layers)
+            out += rows(
+                'block_influence_balanced',
+                'image+text',
+                ((a + b) / 2, (sa**2 + sb**2).sqrt() / 2, n + m),
+                self.layers,
+            )
         return out
 
 # %% ../../nbs/analysis/10_importance.ipynb #6bbb264f
 class AngularDistance(StreamMetric):
-    """Activation-space angular distance of all blocks: metric `angular_activation`, `span` = block length n, in half
-    turns (0..1)."""
+    """Activation-space angular distance of all blocks: metric `angular_activation`, `span` = block
+    length n, in half turns (0..1)."""
+
     default_sets = ('last', 'all', 'image', 'text')
 
     def update(self, states: States):
         self.layers = states.layers
-        i, j = self.pairs = torch.triu_indices(len(states.hidden), len(states.hidden), 1, device=states.sample.device)
+        i, j = self.pairs = torch.triu_indices(
+            len(states.hidden), len(states.hidden), 1, device=states.sample.device
+        )
         self.add(states, states.cosines[:, i, j].arccos() / math.pi)
 
     def records(self) -> list[Record]:
         pairs = [(self.layers[a], b - a) for a, b in self.pairs.T.tolist()]
-        return [Record('angular_activation', k, l, v, s, n, span) for k in filter(self.found, self.token_sets)
-                for value, se, n in [self.moments[k].pooled()] for (l, span), v,
-                s in zip(pairs, value.tolist(), se.tolist())]
+        return [
+            Record('angular_activation', k, l, v, s, n, span)
+            for k in filter(self.found, self.token_sets)
+            for value, se, n in [self.moments[k].pooled()]
+            for (l, span), v, s in zip(pairs, value.tolist(), se.tolist())
+        ]
 
-def best_block(frame: pd.DataFrame, span: int, token_set: str='last') -> int:
+
+def best_block(frame: pd.DataFrame, span: int, token_set: str = 'last') -> int:
     "First layer of the block of `span` layers with the smallest angular distance."
     return int(scores(frame, 'angular_activation', token_set, span).idxmin())
 
 # %% ../../nbs/analysis/10_importance.ipynb #1feb356b
-def sparse_uniform(depth: int, k: int, offset: int=0) -> list[int]:
-    "The evenly spread region, k of depth layers; offset 0 is the paper's list, 1 the released default."
-    if k == depth: return list(range(depth))
+def sparse_uniform(depth: int, k: int, offset: int = 0) -> list[int]:
+    """The evenly spread region, k of depth layers; offset 0 is the paper's list, 1 the released
+    default."""
+    if k == depth:
+        return list(range(depth))
     centre = offset + Fraction(depth - 2, 2)
-    if k == 1: return [math.floor(centre)]
+    if k == 1:
+        return [math.floor(centre)]
     x = [offset + Fraction(i * (depth - 2), k - 1) for i in range(k)]
     return [math.floor(v) if v <= centre else math.ceil(v) for v in x]
 
@@ -79,8 +94,10 @@ def _window(depth, k, which):
     start = round(Fraction(which * (depth - k), 3))
     return list(range(start, start + k))
 
+
 def _random_layers(depth, k, seed):
     return sorted(np.random.default_rng(seed).choice(depth, k, replace=False).tolist())
+
 
 STRATEGIES = {
     'sparse_uniform': lambda n, k, seed: sparse_uniform(n, k),
@@ -92,77 +109,123 @@ STRATEGIES = {
     'hybrid': lambda n, k, seed: [*range((k + 1) // 2), *range(n - k // 2, n)],
     'stride': lambda n, k, seed: [i * n // k for i in range(k)],
     'linspace': lambda n, k, seed: [round(Fraction(i * (n - 1), max(k - 1, 1))) for i in range(k)],
-    'random': _random_layers}
+    'random': _random_layers,
+}
 
 # %% ../../nbs/analysis/10_importance.ipynb #f9ebdb44
-def region_size(k: int|float, depth: int) -> int:
-    "A count of layers from a count, or from a share as a float: `round(share * depth)`, at least 1."
+def region_size(k: int | float, depth: int) -> int:
+    """A count of layers from a count, or from a share as a float: `round(share * depth)`, at least
+    1."""
     if isinstance(k, float):
-        if not 0 < k <= 1: raise ValueError(f'k={k}: a share of the layers must lie in (0, 1]; give a count as an int')
+        if not 0 < k <= 1:
+            raise ValueError(
+                f'k={k}: a share of the layers must lie in (0, 1]; give a count as an int'
+            )
         k = max(1, round(k * depth))
-    if not 1 <= k <= depth: raise ValueError(f'k={k} layers cannot be chosen from a decoder of {depth} layers')
+    if not 1 <= k <= depth:
+        raise ValueError(f'k={k} layers cannot be chosen from a decoder of {depth} layers')
     return k
 
-def region(source: str|pd.Series|Sequence[float], k: int|float, depth: int|None=None, seed: int=0, largest: bool=True,
-           exclude: Sequence[int]=()) -> list[int]:
-    """Choose k layers, ascending, by the name of a strategy (`STRATEGIES`) or by scores over layers (top k).
 
-    source: strategy name (needs `depth`), a series indexed by layer (see `scores`), or one score per layer. k: a
-    count (int) or a share of the depth (float). largest=False takes the lowest scores. exclude: layers never chosen
-    by score. Ties go to the lower layer. Raises ValueError for an unknown strategy, k larger than the depth, or
-    missing scores."""
+def region(
+    source: str | pd.Series | Sequence[float],
+    k: int | float,
+    depth: int | None = None,
+    seed: int = 0,
+    largest: bool = True,
+    exclude: Sequence[int] = (),
+) -> list[int]:
+    """Choose k layers, ascending, by the name of a strategy (`STRATEGIES`) or by scores over layers
+    (top k).
+
+    source: strategy name (needs `depth`), a series indexed by layer (see `scores`), or one score
+    per layer. k: a count (int) or a share of the depth (float). largest=False takes the lowest
+    scores. exclude: layers never chosen by score. Ties go to the lower layer. Raises ValueError for
+    an unknown strategy, k larger than the depth, or missing scores."""
     if isinstance(source, str):
         if source not in STRATEGIES:
-            raise ValueError(f'unknown strategy {source!r}; choose from {list(STRATEGIES)} or pass scores')
-        if depth is None: raise ValueError(f'strategy {source!r} needs depth, the number of decoder layers')
-        if exclude: raise ValueError('exclude works on scores; a strategy fixes its layers')
+            raise ValueError(
+                f'unknown strategy {source!r}; choose from {list(STRATEGIES)} or pass scores'
+            )
+        if depth is None:
+            raise ValueError(f'strategy {source!r} needs depth, the number of decoder layers')
+        if exclude:
+            raise ValueError('exclude works on scores; a strategy fixes its layers')
         return sorted(STRATEGIES[source](depth, region_size(k, depth), seed))
     s = source if isinstance(source, pd.Series) else pd.Series(list(source), dtype=float)
     if depth is not None and sorted(s.index) != list(range(depth)):
         raise ValueError(f'scores cover layers {list(s.index)}, the decoder has {depth}')
-    if s.isna().any(): raise ValueError(f'layers {s.index[s.isna()].tolist()} have no score')
+    if s.isna().any():
+        raise ValueError(f'layers {s.index[s.isna()].tolist()} have no score')
     s = s.drop(list(check_layers(exclude, max(s.index) + 1, 'exclude')), errors='ignore')
-    return sorted(s.sort_index().sort_values(ascending=not largest,
-                                             kind='stable').index[:region_size(k, len(s))].tolist())
+    return sorted(
+        s.sort_index()
+        .sort_values(ascending=not largest, kind='stable')
+        .index[: region_size(k, len(s))]
+        .tolist()
+    )
 
 # %% ../../nbs/analysis/10_importance.ipynb #096a73db
-def read_scores(path: str|Path, metric: str) -> pd.Series:
-    """One score over layers from a .csv or .parquet table of records, as `vlmbench run layers` writes it.
+def read_scores(path: str | Path, metric: str) -> pd.Series:
+    """One score over layers from a .csv or .parquet table of records, as `vlmbench run layers`
+    writes it.
 
-    metric: `metric:token_set`, or the metric alone where the table has it for one token set. Raises ValueError naming
-    the file and the scores it holds."""
+    metric: `metric:token_set`, or the metric alone where the table has it for one token set. Raises
+    ValueError naming the file and the scores it holds."""
     path, read = Path(path), {'.csv': pd.read_csv, '.parquet': pd.read_parquet}
-    if path.suffix not in read: raise ValueError(f'{path}: scores are read from {" or ".join(read)}')
-    if not path.is_file(): raise ValueError(f'{path}: there is no such file; vlmbench run layers writes scores.csv')
+    if path.suffix not in read:
+        raise ValueError(f'{path}: scores are read from {" or ".join(read)}')
+    if not path.is_file():
+        raise ValueError(f'{path}: there is no such file; vlmbench run layers writes scores.csv')
     frame = read[path.suffix](path)
     if lacking := {'metric', 'token_set', 'layer', 'span', 'value'} - {*frame}:
-        raise ValueError(f'{path} has no columns {sorted(lacking)}: it is no table that vlmbench run layers wrote')
+        raise ValueError(
+            f'{path} has no columns {sorted(lacking)}: it is no table that vlmbench run layers '
+            'wrote'
+        )
     have = frame.loc[frame.span == 1, ['metric', 'token_set']].drop_duplicates()
     fits = have[(have.metric == metric) | (have.metric + ':' + have.token_set == metric)]
     if len(fits) != 1:
         known = ', '.join(have.metric + ':' + have.token_set)
-        raise ValueError(f'{path}: metric={metric!r} names {len(fits) or "none"} of its scores; choose from {known}')
+        raise ValueError(
+            f'{path}: metric={metric!r} names {len(fits) or "none"} of its scores; choose from '
+            f'{known}'
+        )
     return scores(frame, *fits.iloc[0])
 
 # %% ../../nbs/analysis/10_importance.ipynb #f92cd336
-def prune_order(importance: pd.Series, region: Sequence[int]=()) -> list[int]:
+def prune_order(importance: pd.Series, region: Sequence[int] = ()) -> list[int]:
     "All layers outside `region`, least important first (single shot)."
     s = importance.drop(list(check_layers(region, max(importance.index) + 1, 'region')))
     return s.sort_index().sort_values(kind='stable').index.tolist()
 
-def iterative_prune_order(model: nn.Module, batches: Iterable[Mapping], k: int, region: Sequence[int]=(),
-                          metric=AngularDistance,
-                          name: str='angular_activation', token_set: str='last') -> list[int]:
-    """The k layers outside `region` to remove, one at a time, measured again on the remaining layers after every
-    removal."""
+
+def iterative_prune_order(
+    model: nn.Module,
+    batches: Iterable[Mapping],
+    k: int,
+    region: Sequence[int] = (),
+    metric=AngularDistance,
+    name: str = 'angular_activation',
+    token_set: str = 'last',
+) -> list[int]:
+    """The k layers outside `region` to remove, one at a time, measured again on the remaining
+    layers after every removal."""
     if iter(batches) is batches:
-        raise ValueError('batches are read once per removal: pass a list or another re-iterable, not an iterator')
+        raise ValueError(
+            'batches are read once per removal: pass a list or another re-iterable, not an iterator'
+        )
     depth, gone = len(find_decoder(model)), []
     region = check_layers(region, depth, 'region')
-    if k > depth - len(region): raise ValueError(f'k={k}: only {depth - len(region)} layers lie outside the region')
+    if k > depth - len(region):
+        raise ValueError(f'k={k}: only {depth - len(region)} layers lie outside the region')
     for _ in range(k):
         frame = stream(model, batches, [metric([token_set])], skip=gone).frame
-        gone.append(prune_order(scores(frame, name, token_set).drop([i for i in region if i not in gone]))[0])
+        gone.append(
+            prune_order(scores(frame, name, token_set).drop([i for i in region if i not in gone]))[
+                0
+            ]
+        )
     return gone
 
 # %% ../../nbs/analysis/10_importance.ipynb #75519286
@@ -170,42 +233,68 @@ def top_k_overlap(a: pd.Series, b: pd.Series, k: int) -> float:
     "Share of the k top layers of `a` that are also among the k top layers of `b`."
     return len({*region(a, k)} & {*region(b, k)}) / k
 
+
 def agreement(rankings: Mapping[str, pd.Series], k: int) -> pd.DataFrame:
-    """One row per pair of rankings: `tau` with its `p_value`, `overlap` of the top k, and the overlap expected by
-    `chance`."""
+    """One row per pair of rankings: `tau` with its `p_value`, `overlap` of the top k, and the
+    overlap expected by `chance`."""
     names, out = list(rankings), []
     for i, a in enumerate(names):
-        for b in names[i + 1:]:
+        for b in names[i + 1 :]:
             x, y = rankings[a].sort_index(), rankings[b].sort_index()
             if list(x.index) != list(y.index):
-                raise ValueError(f'{a!r} and {b!r} score different layers: {list(x.index)} and {list(y.index)}')
+                raise ValueError(
+                    f'{a!r} and {b!r} score different layers: {list(x.index)} and {list(y.index)}'
+                )
             t = kendalltau(x, y)
-            out.append(dict(a=a, b=b, tau=t.statistic, p_value=t.pvalue, overlap=top_k_overlap(x, y, k),
-                            chance=k / len(x)))
+            out.append(
+                dict(
+                    a=a,
+                    b=b,
+                    tau=t.statistic,
+                    p_value=t.pvalue,
+                    overlap=top_k_overlap(x, y, k),
+                    chance=k / len(x),
+                )
+            )
     return pd.DataFrame(out)
 
 # %% ../../nbs/analysis/10_importance.ipynb #1700898b
-def stability(snapshots: Mapping[int, pd.DataFrame], metric: str, token_set: str='all', k: int=1,
-              span: int=1) -> pd.DataFrame:
-    """Agreement of the ranking after each number of samples with the ranking after the most: `samples, tau, overlap,
-    largest_change`."""
-    if len(snapshots) < 2: raise ValueError('stability needs at least two snapshots: pass snapshots=[...] to stream')
+def stability(
+    snapshots: Mapping[int, pd.DataFrame],
+    metric: str,
+    token_set: str = 'all',
+    k: int = 1,
+    span: int = 1,
+) -> pd.DataFrame:
+    """Agreement of the ranking after each number of samples with the ranking after the most:
+    `samples, tau, overlap, largest_change`."""
+    if len(snapshots) < 2:
+        raise ValueError('stability needs at least two snapshots: pass snapshots=[...] to stream')
     last = scores(snapshots[max(snapshots)], metric, token_set, span)
     out = []
     for n in sorted(snapshots):
         s = scores(snapshots[n], metric, token_set, span)
-        out.append(dict(samples=n, tau=kendalltau(s, last).statistic, overlap=top_k_overlap(s, last, k),
-                        largest_change=(s - last).abs().max()))
+        out.append(
+            dict(
+                samples=n,
+                tau=kendalltau(s, last).statistic,
+                overlap=top_k_overlap(s, last, k),
+                largest_change=(s - last).abs().max(),
+            )
+        )
     return pd.DataFrame(out)
 
 # %% ../../nbs/analysis/10_importance.ipynb #c36f5cb7
-def plot_scores(frame: pd.DataFrame, span: int=1, ax=None):
+def plot_scores(frame: pd.DataFrame, span: int = 1, ax=None):
     "Heat map layer x (metric, token set), each row scaled to 0..1; returns the axes."
-    t = frame[frame.span == span].pivot_table(index=['metric', 'token_set'], columns='layer', values='value')
-    if t.empty: raise ValueError(f'the frame has no rows with span {span}')
+    t = frame[frame.span == span].pivot_table(
+        index=['metric', 'token_set'], columns='layer', values='value'
+    )
+    if t.empty:
+        raise ValueError(f'the frame has no rows with span {span}')
     low, high = t.min(axis=1), t.max(axis=1)
     z = t.sub(low, axis=0).div((high - low).where(high > low, 1), axis=0)
-    ax = ax or plt.subplots(figsize=(2 + .3 * t.shape[1], 1 + .25 * len(t)))[1]
+    ax = ax or plt.subplots(figsize=(2 + 0.3 * t.shape[1], 1 + 0.25 * len(t)))[1]
     ax.imshow(z, aspect='auto', cmap='viridis', vmin=0, vmax=1)
     ax.set_yticks(range(len(t)), [f'{m} ({s})' for m, s in t.index], fontsize=7)
     ax.set_xticks(range(t.shape[1]), t.columns, fontsize=7)

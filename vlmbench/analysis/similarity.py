@@ -17,15 +17,24 @@ from torch import nn, Tensor
 from matplotlib import pyplot as plt
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .streams import Moments, Record, States, StreamMetric, TokenSets, model_inputs, rows
+from vlmbench.analysis.streams import (
+    Moments,
+    Record,
+    States,
+    StreamMetric,
+    TokenSets,
+    model_inputs,
+    rows,
+)
 from ..models.depth import Decoder, find_decoder
 
 # %% ../../nbs/analysis/30_similarity.ipynb #a13319ad
 def hsic_matrices(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Biased and debiased HSIC between all pairs of states `[states, tokens, hidden]`: two `[states, states]`
-    float64 matrices."""
+    """Biased and debiased HSIC between all pairs of states `[states, tokens, hidden]`: two
+    `[states, states]` float64 matrices."""
     n = x.shape[1]
-    if n < 4: raise ValueError(f'HSIC needs at least 4 tokens, got {n}')
+    if n < 4:
+        raise ValueError(f'HSIC needs at least 4 tokens, got {n}')
     x = x.double()
     k = x - x.mean(1, keepdim=True)
     k = k @ k.mT
@@ -34,33 +43,50 @@ def hsic_matrices(x: Tensor) -> tuple[Tensor, Tensor]:
     k.diagonal(dim1=1, dim2=2).zero_()
     flat, row = k.flatten(1), k.sum(2)
     total = row.sum(1)
-    return biased, (flat @ flat.T + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2)
-                    * row @ row.T) / (n * (n - 3))
+    return biased, (
+        flat @ flat.T + torch.outer(total, total) / ((n - 1) * (n - 2)) - 2 / (n - 2) * row @ row.T
+    ) / (n * (n - 3))
+
 
 def cka_from_hsic(h: Tensor) -> Tensor:
-    "CKA matrix from a matrix of HSIC values; NaN where an unbiased self-similarity is not positive."
+    """CKA matrix from a matrix of HSIC values; NaN where an unbiased self-similarity is not
+    positive."""
     d = h.diagonal()
-    return h / torch.where(d > 0, d, torch.nan).sqrt().outer(torch.where(d > 0, d, torch.nan).sqrt())
+    return h / torch.where(d > 0, d, torch.nan).sqrt().outer(
+        torch.where(d > 0, d, torch.nan).sqrt()
+    )
 
 # %% ../../nbs/analysis/30_similarity.ipynb #20dce790
 class CKA(StreamMetric):
-    """Linear CKA between all states: metrics `cka` (debiased) and `cka_biased`, all spans; standard error over batches.
+    """Linear CKA between all states: metrics `cka` (debiased) and `cka_biased`, all spans; standard
+    error over batches.
 
-    `max_tokens`: tokens per batch and set (None = all). `drop_first`: leave out the first token of each sample.
-    `skipped[set]` counts batches with fewer than 4 tokens of a set."""
+    `max_tokens`: tokens per batch and set (None = all). `drop_first`: leave out the first token of
+    each sample. `skipped[set]` counts batches with fewer than 4 tokens of a set."""
+
     default_sets = ('all', 'image', 'text')
 
-    def __init__(self, token_sets: Sequence[str]|None=None, max_tokens: int|None=128, drop_first: bool=False,
-                 seed: int=0):
+    def __init__(
+        self,
+        token_sets: Sequence[str] | None = None,
+        max_tokens: int | None = 128,
+        drop_first: bool = False,
+        seed: int = 0,
+    ):
         super().__init__(token_sets)
-        self.max_tokens, self.drop_first, self.rng = max_tokens, drop_first, np.random.default_rng(seed)
+        self.max_tokens, self.drop_first, self.rng = (
+            max_tokens,
+            drop_first,
+            np.random.default_rng(seed),
+        )
         self.sums: dict[str, tuple] = {}
         self.skipped: dict[str, int] = {}
 
     def update(self, states: States):
         self.layers = (*states.layers, max(states.layers) + 1)
         for k in self.token_sets:
-            if k not in states.sets or not states.sets[k].any(): continue
+            if k not in states.sets or not states.sets[k].any():
+                continue
             mask = states.sets[k] & ~self._first(states) if self.drop_first else states.sets[k]
             at = mask.nonzero()[:, 0]
             if len(at) < 4:
@@ -70,19 +96,24 @@ class CKA(StreamMetric):
                 chosen = np.sort(self.rng.choice(len(at), self.max_tokens, replace=False))
                 at = at[torch.from_numpy(chosen).to(at.device)]
             h = torch.stack(hsic_matrices(torch.stack([s[at] for s in states.hidden])))
-            total, batches, n, m = self.sums.get(k, (0., 0, 0, Moments()))
+            total, batches, n, m = self.sums.get(k, (0.0, 0, 0, Moments()))
             one = torch.stack([cka_from_hsic(h[0]), cka_from_hsic(h[1])])
-            if one.isfinite().all(): m.add(one[None], torch.zeros(1, dtype=torch.long, device=h.device))
+            if one.isfinite().all():
+                m.add(one[None], torch.zeros(1, dtype=torch.long, device=h.device))
             self.sums[k] = total + h, batches + 1, n + len(at), m
 
     def _first(self, states):
-        return torch.cat([states.sample.new_ones(1).bool(), states.sample[1:] != states.sample[:-1]])
+        return torch.cat(
+            [states.sample.new_ones(1).bool(), states.sample[1:] != states.sample[:-1]]
+        )
 
-    def found(self, k): return k in self.sums
+    def found(self, k):
+        return k in self.sums
 
-    def matrix(self, token_set: str='all', debiased: bool=True) -> np.ndarray:
+    def matrix(self, token_set: str = 'all', debiased: bool = True) -> np.ndarray:
         "The full CKA map `[L+1, L+1]`."
-        if not self.found(token_set): raise ValueError(f'no CKA for token set {token_set!r}; it has {list(self.sums)}')
+        if not self.found(token_set):
+            raise ValueError(f'no CKA for token set {token_set!r}; it has {list(self.sums)}')
         return cka_from_hsic(self.sums[token_set][0][int(debiased)]).cpu().numpy()
 
     def records(self) -> list[Record]:
@@ -92,44 +123,74 @@ class CKA(StreamMetric):
             se = m.per_sample()[1].cpu() if m.samples else None
             for i, name in enumerate(('cka_biased', 'cka')):
                 c = self.matrix(k, bool(i))
-                out += [Record(name, k, self.layers[a], c[a, b], float('nan') if se is None else se[i, a, b].item(), n,
-                               b - a)
-                        for a in range(len(c)) for b in range(a + 1, len(c))]
+                out += [
+                    Record(
+                        name,
+                        k,
+                        self.layers[a],
+                        c[a, b],
+                        float('nan') if se is None else se[i, a, b].item(),
+                        n,
+                        b - a,
+                    )
+                    for a in range(len(c))
+                    for b in range(a + 1, len(c))
+                ]
         return out
 
 # %% ../../nbs/analysis/30_similarity.ipynb #3976bebb
 def _mask_rows(mask, at, keys):
     return mask.expand(len(at), -1, -1, -1)[..., :keys].gather(
-        2, at[:, None, :, None].expand(-1, mask.shape[1], -1, keys))
+        2, at[:, None, :, None].expand(-1, mask.shape[1], -1, keys)
+    )
 
-def attention_rows(query: Tensor, key: Tensor, index: Tensor, mask: Tensor|None, scaling: float|None=None,
-                   softcap: float|None=None,
-                   sinks: Tensor|None=None) -> Tensor:
-    """Attention probabilities `[batch, heads, queries, keys]`, float32, of the rows `index` `[batch, queries]` (-1 =
-    unused row).
 
-    query `[batch, heads, tokens, head_dim]`, key `[batch, key-value heads, tokens, head_dim]`, mask as for sdpa
-    (None = causal)."""
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention probabilities `[batch, heads, queries, keys]`, float32, of the rows `index`
+    `[batch, queries]` (-1 = unused row).
+
+    query `[batch, heads, tokens, head_dim]`, key `[batch, key-value heads, tokens, head_dim]`, mask
+    as for sdpa (None = causal)."""
     b, heads, t, dim = query.shape
     # finite: a padded row stays finite
     groups, keys, never = heads // key.shape[1], key.shape[2], torch.finfo(torch.float32).min
     at = index.clamp(min=0)
-    q = query.gather(2, at[:, None, :, None].expand(b, heads, -1, dim)).unflatten(1, (-1, groups)).flatten(2, 3)
-    q = q.float()*(dim**-.5 if scaling is None else scaling)
+    q = (
+        query.gather(2, at[:, None, :, None].expand(b, heads, -1, dim))
+        .unflatten(1, (-1, groups))
+        .flatten(2, 3)
+    )
+    q = q.float() * (dim**-0.5 if scaling is None else scaling)
     logits = (q @ key.float().mT).view(b, heads, at.shape[1], keys)
-    if softcap: logits = softcap * torch.tanh(logits / softcap)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     if mask is None:
-        logits = logits.masked_fill((torch.arange(keys, device=at.device) > at[..., None])[:, None], never)
+        logits = logits.masked_fill(
+            (torch.arange(keys, device=at.device) > at[..., None])[:, None], never
+        )
     else:
         rows = _mask_rows(mask, at, keys)
-        logits = logits.masked_fill(~rows, never) if mask.dtype == torch.bool else logits + rows.float()
-    if sinks is None: return logits.softmax(-1)
-    return torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(b, heads, at.shape[1], 1)],
-                     -1).softmax(-1)[..., :-1]
+        logits = (
+            logits.masked_fill(~rows, never) if mask.dtype == torch.bool else logits + rows.float()
+        )
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat(
+        [logits, sinks.float().view(1, -1, 1, 1).expand(b, heads, at.shape[1], 1)], -1
+    ).softmax(-1)[..., :-1]
 
 # %% ../../nbs/analysis/30_similarity.ipynb #74f8a287
 def _blockwise(query, key, value, mask, scaling, extra, block=64):
-    "Attention output `[batch, tokens, heads, head_dim]` with the eager extras, from `block` rows at a time."
+    """Attention output `[batch, tokens, heads, head_dim]` with the eager extras, from `block` rows
+    at a time."""
     b, t, out = query.shape[0], query.shape[2], []
     for at in torch.arange(t, device=query.device).split(block):
         p = attention_rows(query, key, at.expand(b, -1), mask, scaling, **extra).to(value.dtype)
@@ -137,100 +198,146 @@ def _blockwise(query, key, value, mask, scaling, extra, block=64):
         out.append(grouped.unflatten(2, (-1, len(at))).flatten(1, 2).transpose(1, 2))
     return torch.cat(out, 1)
 
+
 @contextmanager
 def collecting_rows(decoder: Decoder, collect):
-    """Call `collect(layer, query, key, mask, scaling, extra)` for every attention call of the decoder's layers,
-    which run on sdpa meanwhile."""
+    """Call `collect(layer, query, key, mask, scaling, extra)` for every attention call of the
+    decoder's layers, which run on sdpa meanwhile."""
     watched = {id(m): i for i, layer in enumerate(decoder.layers) for m in layer.modules()}
-    configs = {id(c): c for m in decoder.stack.modules() if (c := getattr(m, 'config', None)) is not None}.values()
+    configs = {
+        id(c): c for m in decoder.stack.modules() if (c := getattr(m, 'config', None)) is not None
+    }.values()
     before = [(c, c._attn_implementation) for c in configs]
     eager = decoder.config._attn_implementation == 'eager'
     local, plain = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS['sdpa']
     previous = local.get('sdpa')
-    def rows_too(module, query, key, value, attention_mask, scaling=None, dropout=0., **kwargs):
+
+    def rows_too(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         if (layer := watched.get(id(module))) is not None:
             given = dict(softcap=kwargs.get('softcap'), sinks=kwargs.get('s_aux'))
             extra = {k: v for k, v in given.items() if v is not None} if eager else {}
             collect(layer, query, key, attention_mask, scaling, extra)
-            if extra: return _blockwise(query, key, value, attention_mask, scaling, extra), None
-        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+            if extra:
+                return _blockwise(query, key, value, attention_mask, scaling, extra), None
+        return plain(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+
     try:
-        for c, _ in before: c._attn_implementation = 'sdpa'
+        for c, _ in before:
+            c._attn_implementation = 'sdpa'
         ALL_ATTENTION_FUNCTIONS['sdpa'] = rows_too
         yield
     finally:
-        if previous is None: del ALL_ATTENTION_FUNCTIONS['sdpa']
-        else: ALL_ATTENTION_FUNCTIONS['sdpa'] = previous
-        for c, name in before: c._attn_implementation = name
+        if previous is None:
+            del ALL_ATTENTION_FUNCTIONS['sdpa']
+        else:
+            ALL_ATTENTION_FUNCTIONS['sdpa'] = previous
+        for c, name in before:
+            c._attn_implementation = name
 
 # %% ../../nbs/analysis/30_similarity.ipynb #ec218e52
 SEGMENTS = ('system', 'image', 'instruction', 'answer')
 
+
 class ImageAttention(StreamMetric):
-    """Attention on image tokens: `attention_image` (mass), `attention_max_head` (largest head), `attention_lift`,
-    and per key segment `attention_mass_*` and `attention_efficiency_*` (mass over the segment's share of the keys that
-    the layer's own mask lets the query see; 0 where it sees none of them). `n` counts queries."""
+    """Attention on image tokens: `attention_image` (mass), `attention_max_head` (largest head),
+    `attention_lift`, and per key segment `attention_mass_*` and `attention_efficiency_*` (mass over
+    the segment's share of the keys that the layer's own mask lets the query see; 0 where it sees
+    none of them). `n` counts queries."""
+
     default_sets = ('last', 'answer_predicting', 'text_after_image')
 
-    def attach(self, decoder: Decoder): return collecting_rows(decoder, self._collect)
+    def attach(self, decoder: Decoder):
+        return collecting_rows(decoder, self._collect)
 
     def prepare(self, tokens: TokenSets):
         self.layer_rows, self.shares, self.queries = {}, {}, None
-        if tokens.image is None: return
+        if tokens.image is None:
+            return
         valid, t = tokens.masks['all'], tokens.samples.shape[1]
         wanted = torch.stack([tokens.masks[k] for k in self.token_sets if k in tokens.masks]).any(0)
         earlier = tokens.masks.get('text_after_image', torch.zeros_like(valid))
-        wanted = wanted & (earlier | tokens.image)                                         # an image token is visible
-        if not wanted.any(): return
+        wanted = wanted & (earlier | tokens.image)  # an image token is visible
+        if not wanted.any():
+            return
         count = wanted.sum(1)
-        at = torch.where(wanted, torch.arange(t, device=wanted.device), t).sort(1).values[:, :int(count.max())]
+        at = (
+            torch.where(wanted, torch.arange(t, device=wanted.device), t)
+            .sort(1)
+            .values[:, : int(count.max())]
+        )
         self.queries = torch.where(at < t, at, -1)
-        self.segments = torch.stack([s.float() for s in self._segments(tokens)], -1)        # [batch, keys, 4]
+        self.segments = torch.stack(
+            [s.float() for s in self._segments(tokens)], -1
+        )  # [batch, keys, 4]
         self.chosen = self.queries >= 0
 
     def _segments(self, tokens):
-        answer, after = tokens.masks.get('answer', torch.zeros_like(tokens.image)), tokens.masks['text_after_image']
+        answer, after = (
+            tokens.masks.get('answer', torch.zeros_like(tokens.image)),
+            tokens.masks['text_after_image'],
+        )
         rest = tokens.masks['text'] & ~answer
         return rest & ~after, tokens.image, rest & after, answer
 
     def _collect(self, layer, query, key, mask, scaling, extra):
-        if self.queries is None: return
+        if self.queries is None:
+            return
         p = attention_rows(query, key, self.queries, mask, scaling, **extra)
-        mass = p @ self.segments[:, None, :p.shape[-1]]                                     # [batch, heads, queries, 4]
+        mass = p @ self.segments[:, None, : p.shape[-1]]  # [batch, heads, queries, 4]
         # [queries, heads, 4] and [queries, 4]
         self.layer_rows[layer] = mass.transpose(1, 2)[self.chosen], self._share(mask, p.shape[-1])
 
     def _share(self, mask, keys):
-        "Share of every segment in what each query may see, `[queries, 4]`; layers with the same mask share it."
+        """Share of every segment in what each query may see, `[queries, 4]`; layers with the same
+        mask share it."""
         if id(mask) not in self.shares:
             at = self.queries.clamp(min=0)
-            if mask is None: visible = torch.arange(keys, device=at.device) <= at[..., None]
+            if mask is None:
+                visible = torch.arange(keys, device=at.device) <= at[..., None]
             else:
                 rows = _mask_rows(mask, at, keys)
-                visible = (rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2).any(1)
-            share = visible.float() @ self.segments[:, :keys] / visible.sum(-1, keepdim=True).clamp(min=1)
-            self.shares[id(mask)] = mask, share[self.chosen]                                # kept: the id stays its own
+                visible = (
+                    rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+                ).any(1)
+            share = (
+                visible.float()
+                @ self.segments[:, :keys]
+                / visible.sum(-1, keepdim=True).clamp(min=1)
+            )
+            self.shares[id(mask)] = mask, share[self.chosen]  # kept: the id stays its own
         return self.shares[id(mask)][1]
 
 # %% ../../nbs/analysis/30_similarity.ipynb #aee55e8b
 def _update(self, states):
-    if self.queries is None: return
+    if self.queries is None:
+        return
     if not self.layer_rows:
-        raise ValueError(f'{type(states.decoder.model).__name__} never called the attention table of transformers: its '
-                         'attention cannot be read')
+        raise ValueError(
+            f'{type(states.decoder.model).__name__} never called the attention table of '
+            'transformers: its '
+            'attention cannot be read'
+        )
     self.layers = tuple(l for l in states.layers if l in self.layer_rows)
     # [queries, layers, heads, 4]
-    mass, share = (torch.stack([self.layer_rows[l][i] for l in self.layers], 1).double() for i in (0, 1))
+    mass, share = (
+        torch.stack([self.layer_rows[l][i] for l in self.layers], 1).double() for i in (0, 1)
+    )
     mean = mass.mean(2)
-    ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.)
+    ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.0)
     row, col = self.chosen.nonzero(as_tuple=True)[0], self.queries[self.chosen]
     # [queries, layers, heads + 8]
     values = torch.cat([mass[..., 1], mean, ratio], 2)
     for k in self.token_sets:
-        if (m := states.tokens.masks.get(k)) is None: continue
+        if (m := states.tokens.masks.get(k)) is None:
+            continue
         take = m[row, col]
-        self.moments.setdefault(k, Moments()).add(values[take], states.tokens.samples[row, col][take])
+        self.moments.setdefault(k, Moments()).add(
+            values[take], states.tokens.samples[row, col][take]
+        )
     self.layer_rows, self.shares = {}, {}
+
 
 def _records(self):
     out = []
@@ -240,28 +347,40 @@ def _records(self):
         best = value[:, :heads].argmax(1, keepdim=True)
         pick = lambda i: (value[:, i], se[:, i], n)
         out += rows('attention_image', k, pick(heads + 1), self.layers)
-        out += rows('attention_max_head', k, (value.gather(1, best)[:, 0], se.gather(1, best)[:, 0], n), self.layers)
+        out += rows(
+            'attention_max_head',
+            k,
+            (value.gather(1, best)[:, 0], se.gather(1, best)[:, 0], n),
+            self.layers,
+        )
         out += rows('attention_lift', k, pick(heads + 5), self.layers)
         for i, s in enumerate(SEGMENTS):
             out += rows(f'attention_mass_{s}', k, pick(heads + i), self.layers)
             out += rows(f'attention_efficiency_{s}', k, pick(heads + 4 + i), self.layers)
     return out
 
+
 ImageAttention.update, ImageAttention.records = _update, _records
 
 # %% ../../nbs/analysis/30_similarity.ipynb #9ec54e64
 @torch.no_grad()
 def full_attentions(model: nn.Module, batch: Mapping) -> Tensor:
-    """Attention probabilities `[layers, batch, heads, tokens, tokens]` of a small batch, from the eager implementation.
+    """Attention probabilities `[layers, batch, heads, tokens, tokens]` of a small batch, from the
+    eager implementation.
 
-    Raises ValueError under sdpa or flash attention, which return none (transformers hands back an empty tuple)."""
+    Raises ValueError under sdpa or flash attention, which return none (transformers hands back an
+    empty tuple)."""
     out = model(**model_inputs(model, batch), output_attentions=True)
     got = tuple(a for a in (out.attentions or ()) if a is not None)
     if len(got) != len(find_decoder(model)):
-        raise ValueError(f'attn_implementation={find_decoder(model).config._attn_implementation!r} returned {len(got)} '
-                         'attention maps: call '
-                         "model.set_attn_implementation('eager') first, or use ImageAttention, which recomputes only "
-                         "the rows it needs")
+        raise ValueError(
+            f'attn_implementation={find_decoder(model).config._attn_implementation!r} returned '
+            f'{len(got)} '
+            'attention maps: call '
+            "model.set_attn_implementation('eager') first, or use ImageAttention, which recomputes "
+            'only '
+            'the rows it needs'
+        )
     return torch.stack(got)
 
 # %% ../../nbs/analysis/30_similarity.ipynb #f393b583
@@ -270,5 +389,5 @@ def plot_cka(matrix: np.ndarray, ax=None):
     ax = ax or plt.subplots(figsize=(4, 4))[1]
     im = ax.imshow(matrix, origin='lower', cmap='magma', vmin=0, vmax=1)
     ax.set(xlabel='state', ylabel='state')
-    ax.figure.colorbar(im, ax=ax, shrink=.8)
+    ax.figure.colorbar(im, ax=ax, shrink=0.8)
     return ax

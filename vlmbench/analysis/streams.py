@@ -23,8 +23,9 @@ from ..models.depth import Decoder, check_layers, find_decoder
 # %% ../../nbs/analysis/00_streams.ipynb #9eabf964
 @dataclass(frozen=True)
 class Record:
-    """One score. `n` counts the tokens (or samples, queries, batches) behind `value`; the standard error is over
-    samples."""
+    """One score. `n` counts the tokens (or samples, queries, batches) behind `value`; the standard
+    error is over samples."""
+
     metric: str
     token_set: str
     layer: int
@@ -33,62 +34,89 @@ class Record:
     n: int
     span: int = 1
 
+
 COLUMNS = ['metric', 'token_set', 'layer', 'span', 'value', 'standard_error', 'n']
+
 
 def tidy(records: Iterable[Record]) -> pd.DataFrame:
     "Records as a data frame with the columns `COLUMNS`."
     return pd.DataFrame([vars(r) for r in records], columns=COLUMNS)
 
-def scores(frame: pd.DataFrame, metric: str, token_set: str='all', span: int=1) -> pd.Series:
-    "One metric as a series over layers; ValueError listing what the frame holds if it has no such rows."
+
+def scores(frame: pd.DataFrame, metric: str, token_set: str = 'all', span: int = 1) -> pd.Series:
+    """One metric as a series over layers; ValueError listing what the frame holds if it has no such
+    rows."""
     rows = frame[(frame.metric == metric) & (frame.token_set == token_set) & (frame.span == span)]
     if rows.empty:
-        have = sorted(map(tuple, frame[['metric', 'token_set', 'span']].drop_duplicates().itertuples(index=False)))
-        raise ValueError(f'no rows for metric={metric!r}, token_set={token_set!r}, span={span}; the frame holds '
-                         f'{have[:12]}')
+        have = sorted(
+            map(
+                tuple,
+                frame[['metric', 'token_set', 'span']].drop_duplicates().itertuples(index=False),
+            )
+        )
+        raise ValueError(
+            f'no rows for metric={metric!r}, token_set={token_set!r}, span={span}; the frame holds '
+            f'{have[:12]}'
+        )
     return rows.set_index('layer').value.sort_index()
 
 # %% ../../nbs/analysis/00_streams.ipynb #bd823a0b
 LABEL_SETS = ('answer', 'prompt_text', 'answer_predicting')
 IMAGE_SETS = ('image', 'text_after_image', 'text_after_images')
 
+
 @dataclass(frozen=True)
 class TokenSets:
-    "Masks `[batch, tokens]` by name, sample number per token (-1 = padding) and next-token targets (-100 = none)."
+    """Masks `[batch, tokens]` by name, sample number per token (-1 = padding) and next-token
+    targets (-100 = none)."""
+
     masks: dict[str, Tensor]
     samples: Tensor
     targets: Tensor
-    image: Tensor|None = None
+    image: Tensor | None = None
 
 # %% ../../nbs/analysis/00_streams.ipynb #9966adf3
 def _valid_mask(batch, ids, pad_token_id):
     mask = batch.get('attention_mask')
     if mask is not None:
         if mask.ndim != 2:
-            raise ValueError(f'attention_mask must be [batch, tokens], got {tuple(mask.shape)}; put documents in '
-                             'document_ids')
+            raise ValueError(
+                f'attention_mask must be [batch, tokens], got {tuple(mask.shape)}; put documents '
+                'in '
+                'document_ids'
+            )
         return mask.bool()
-    if (doc := batch.get('document_ids')) is not None: return doc >= 0
+    if (doc := batch.get('document_ids')) is not None:
+        return doc >= 0
     if pad_token_id is not None and ids is not None and ids.shape[1] > 1:
         for side, run in (('right', ids[:, -2:]), ('left', ids[:, :2])):
             if (run == pad_token_id).all(1).any():
-                raise ValueError(f'input_ids are padded on the {side} (pad_token_id {pad_token_id}) but there is no '
-                                 'attention_mask: '
-                                 'padding would enter every metric; pass attention_mask or document_ids')
+                raise ValueError(
+                    f'input_ids are padded on the {side} (pad_token_id {pad_token_id}) but there '
+                    'is no '
+                    'attention_mask: '
+                    'padding would enter every metric; pass attention_mask or document_ids'
+                )
     like = ids if ids is not None else batch['inputs_embeds'][..., 0]
     return torch.ones_like(like, dtype=torch.bool)
 
+
 def _image_mask(batch, ids, image_token_id):
-    if (m := batch.get('image_mask')) is not None: return m.bool()
-    if (m := batch.get('image_ids')) is not None: return m >= 0
+    if (m := batch.get('image_mask')) is not None:
+        return m.bool()
+    if (m := batch.get('image_ids')) is not None:
+        return m >= 0
     return None if image_token_id is None or ids is None else ids == image_token_id
 
 # %% ../../nbs/analysis/00_streams.ipynb #11e25ce1
-def token_sets(batch: Mapping, image_token_id: int|None=None, pad_token_id: int|None=None) -> TokenSets:
+def token_sets(
+    batch: Mapping, image_token_id: int | None = None, pad_token_id: int | None = None
+) -> TokenSets:
     """Name the token sets of a batch of `input_ids` or `inputs_embeds`.
 
-    Padding comes from `attention_mask` [batch, tokens] or `document_ids` (-1 = pad); image positions from `image_mask`,
-    `image_ids` (-1 = text) or `image_token_id`; answers from `labels` (unshifted, -100 = not an answer)."""
+    Padding comes from `attention_mask` [batch, tokens] or `document_ids` (-1 = pad); image
+    positions from `image_mask`, `image_ids` (-1 = text) or `image_token_id`; answers from `labels`
+    (unshifted, -100 = not an answer)."""
     ids, labels = batch.get('input_ids'), batch.get('labels')
     valid = _valid_mask(batch, ids, pad_token_id)
     doc = batch.get('document_ids')
@@ -106,19 +134,27 @@ def token_sets(batch: Mapping, image_token_id: int|None=None, pad_token_id: int|
     if image is not None:
         first, last = _image_bounds(image, samples)
         at = torch.arange(image.shape[1], device=image.device)
-        masks |= dict(image=image, text_after_image=text & (at > first), text_after_images=text & (at > last))
+        masks |= dict(
+            image=image, text_after_image=text & (at > first), text_after_images=text & (at > last)
+        )
     targets = torch.full_like(samples, -100)
     source = labels if ids is None else ids
-    if source is not None: targets[:, :-1] = torch.where(same[:, :-1], source[:, 1:].long(), -100)
+    if source is not None:
+        targets[:, :-1] = torch.where(same[:, :-1], source[:, 1:].long(), -100)
     if labels is not None:
         answer = (labels != -100) & valid
-        masks |= dict(answer=answer, prompt_text=text & ~answer, answer_predicting=same & answer.roll(-1, 1))
-        targets[:, :-1] = torch.where(masks['answer_predicting'][:, :-1], labels[:, 1:].long(), targets[:, :-1])
+        masks |= dict(
+            answer=answer, prompt_text=text & ~answer, answer_predicting=same & answer.roll(-1, 1)
+        )
+        targets[:, :-1] = torch.where(
+            masks['answer_predicting'][:, :-1], labels[:, 1:].long(), targets[:, :-1]
+        )
     return TokenSets(masks, samples, targets, image)
 
+
 def _image_bounds(image, samples):
-    """Position of the first and of the last image token of every token's sample; beyond the row where the sample has
-    none."""
+    """Position of the first and of the last image token of every token's sample; beyond the row
+    where the sample has none."""
     n, none = int(samples.max()) + 1, image.shape[1]
     at = torch.arange(none, device=image.device).expand_as(image).flatten()
     where = torch.where(image, samples, n).flatten()
@@ -128,14 +164,21 @@ def _image_bounds(image, samples):
 
 # %% ../../nbs/analysis/00_streams.ipynb #ddfd2e59
 class Moments:
-    "Streaming pooled and per-sample means of token values `[tokens, ...]`, standard errors clustered by sample."
-    def __init__(self): self.samples, self.x, self.xx = 0, 0., 0.
+    """Streaming pooled and per-sample means of token values `[tokens, ...]`, standard errors
+    clustered by sample."""
+
+    def __init__(self):
+        self.samples, self.x, self.xx = 0, 0.0, 0.0
 
     def add(self, values: Tensor, sample: Tensor):
-        "Add float `values` `[tokens, ...]` of samples `sample` `[tokens]`; a sample must arrive whole, in one call."
-        if not len(values): return
+        """Add float `values` `[tokens, ...]` of samples `sample` `[tokens]`; a sample must arrive
+        whole, in one call."""
+        if not len(values):
+            return
         ids, inv = sample.unique(return_inverse=True)
-        y = values.new_zeros(len(ids), *values.shape[1:], dtype=torch.float64).index_add_(0, inv, values.double())
+        y = values.new_zeros(len(ids), *values.shape[1:], dtype=torch.float64).index_add_(
+            0, inv, values.double()
+        )
         x = torch.bincount(inv).double().view(-1, *[1] * (y.ndim - 1))
         new = [y.sum(0), (y * y).sum(0), (x * y).sum(0), (y / x).sum(0), (y / x).square().sum(0)]
         self.sums = [a + b for a, b in zip(self.sums, new)] if self.samples else new
@@ -145,7 +188,11 @@ class Moments:
 
     def _se(self, square_sum):
         n = self.samples
-        return (square_sum.clamp(min=0) * n / (n - 1)).sqrt() if n > 1 else torch.full_like(square_sum, float('nan'))
+        return (
+            (square_sum.clamp(min=0) * n / (n - 1)).sqrt()
+            if n > 1
+            else torch.full_like(square_sum, float('nan'))
+        )
 
     def pooled(self) -> tuple[Tensor, Tensor, int]:
         "Mean over all tokens, its standard error, number of tokens."
@@ -163,9 +210,10 @@ class Moments:
 class States:
     """Residual streams of one batch, valid tokens only.
 
-    `hidden`: L+1 tensors `[tokens, hidden]`; `layers`: original numbers of the L layers; `sets`: masks `[tokens]`;
-    `sample`, `targets`: `[tokens]`; `position`: index of each token in the flattened batch; `logits`: the model's
-    own `[batch, kept, vocab]`."""
+    `hidden`: L+1 tensors `[tokens, hidden]`; `layers`: original numbers of the L layers; `sets`:
+    masks `[tokens]`; `sample`, `targets`: `[tokens]`; `position`: index of each token in the
+    flattened batch; `logits`: the model's own `[batch, kept, vocab]`."""
+
     hidden: list[Tensor]
     layers: tuple[int, ...]
     sets: dict[str, Tensor]
@@ -179,8 +227,11 @@ class States:
     @cached_property
     def gram(self) -> Tensor:
         "Inner product of every pair of states of every token, float64 `[tokens, L+1, L+1]`."
-        n = len(self.hidden)*self.hidden[0].shape[1]
-        step, out = max(16, 2**17//n if self.sample.device.type == 'cpu' else 2**24//n), []    # a CPU's cache, or 128 MB
+        n = len(self.hidden) * self.hidden[0].shape[1]
+        step, out = (
+            max(16, 2**17 // n if self.sample.device.type == 'cpu' else 2**24 // n),
+            [],
+        )  # a CPU's cache, or 128 MB
         for part in zip(*(h.split(step) for h in self.hidden)):
             x = torch.stack(part, 1).double()
             out.append(x @ x.mT)
@@ -190,12 +241,12 @@ class States:
     def cosines(self) -> Tensor:
         "Cosine of every pair of states of every token, float64 `[tokens, L+1, L+1]`."
         size = self.gram.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
-        return (self.gram/(size[:, :, None]*size[:, None])).clamp_(-1, 1)
+        return (self.gram / (size[:, :, None] * size[:, None])).clamp_(-1, 1)
 
 # %% ../../nbs/analysis/00_streams.ipynb #421f6504
 def check_residual(last: Tensor, norm: nn.Module):
-    """ValueError if states `[tokens, hidden]` have already passed the final `norm` (transformers returns the last
-    entry normed)."""
+    """ValueError if states `[tokens, hidden]` have already passed the final `norm` (transformers
+    returns the last entry normed)."""
     x = last.double()
     if isinstance(norm, nn.LayerNorm):
         z = (x - norm.bias.double()) / norm.weight.double() if norm.elementwise_affine else x
@@ -203,8 +254,12 @@ def check_residual(last: Tensor, norm: nn.Module):
     else:
         weight = norm(torch.ones_like(last[:1])).double()
         off = ((x / weight).square().mean(-1) - 1).abs().max().item()
-    if off < 1e-2: raise ValueError('the last hidden state has already passed the final norm: pass the residual stream '
-                                    '(hooks, or output_hidden_states with config.tie_last_hidden_states=False)')
+    if off < 1e-2:
+        raise ValueError(
+            'the last hidden state has already passed the final norm: pass the residual stream '
+            '(hooks, or output_hidden_states with config.tie_last_hidden_states=False)'
+        )
+
 
 def batch_tokens(batch: Mapping, decoder: Decoder) -> TokenSets:
     "`token_sets` with the image and padding ids of the model's configuration."
@@ -212,10 +267,15 @@ def batch_tokens(batch: Mapping, decoder: Decoder) -> TokenSets:
     image_id = getattr(c, 'image_token_id', getattr(c, 'image_token_index', None))
     return token_sets(batch, image_id, getattr(decoder.config, 'pad_token_id', None))
 
-def make_states(hidden: Sequence[Tensor], batch: Mapping|TokenSets, decoder: Decoder,
-                layers: Sequence[int]|None=None) -> States:
-    """States from residual streams `L+1 x [batch, tokens, hidden]`, from hooks or stored; refuses post-norm and
-    non-finite states."""
+
+def make_states(
+    hidden: Sequence[Tensor],
+    batch: Mapping | TokenSets,
+    decoder: Decoder,
+    layers: Sequence[int] | None = None,
+) -> States:
+    """States from residual streams `L+1 x [batch, tokens, hidden]`, from hooks or stored; refuses
+    post-norm and non-finite states."""
     tokens = batch if isinstance(batch, TokenSets) else batch_tokens(batch, decoder)
     layers = tuple(range(len(hidden) - 1)) if layers is None else tuple(layers)
     if len(hidden) != len(layers) + 1:
@@ -224,32 +284,61 @@ def make_states(hidden: Sequence[Tensor], batch: Mapping|TokenSets, decoder: Dec
     pick = lambda t: t.flatten(0, 1)[keep]
     states = [h.flatten(0, 1) if len(keep) == h.shape[0] * h.shape[1] else pick(h) for h in hidden]
     if not states[-1].isfinite().all():
-        raise ValueError('the residual stream is not finite at valid tokens; float64 with eager attention and left '
-                         'padding does this: '
-                         'use float32 or sdpa')
+        raise ValueError(
+            'the residual stream is not finite at valid tokens; float64 with eager attention and '
+            'left '
+            'padding does this: '
+            'use float32 or sdpa'
+        )
     check_residual(states[-1], decoder.norm)
-    return States(states, layers, {k: pick(m) for k, m in tokens.masks.items()}, pick(tokens.samples),
-                  pick(tokens.targets), keep,
-                  decoder, tokens)
+    return States(
+        states,
+        layers,
+        {k: pick(m) for k, m in tokens.masks.items()},
+        pick(tokens.samples),
+        pick(tokens.targets),
+        keep,
+        decoder,
+        tokens,
+    )
 
 # %% ../../nbs/analysis/00_streams.ipynb #cddfbfb3
-ANNOTATIONS = ('labels', 'image_mask', 'image_ids', 'document_ids', 'sample_ids', 'n_targets', 'token_type_ids',
-               'mm_token_type_ids')
+ANNOTATIONS = (
+    'labels',
+    'image_mask',
+    'image_ids',
+    'document_ids',
+    'sample_ids',
+    'n_targets',
+    'token_type_ids',
+    'mm_token_type_ids',
+)
+
 
 def model_inputs(model: nn.Module, batch: Mapping) -> dict:
-    "The part of a batch that `model.forward` takes, on the model's device, without labels and without cache."
+    """The part of a batch that `model.forward` takes, on the model's device, without labels and
+    without cache."""
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     names = inspect.signature(base.forward).parameters
     if batch.get('output_attentions'):
-        raise ValueError('output_attentions: sdpa returns no attentions; use '
-                         'vlmbench.analysis.similarity.ImageAttention, which '
-                         'recomputes the rows it needs, or similarity.full_attentions for a small batch')
+        raise ValueError(
+            'output_attentions: sdpa returns no attentions; use '
+            'vlmbench.analysis.similarity.ImageAttention, which '
+            'recomputes the rows it needs, or similarity.full_attentions for a small batch'
+        )
     drop = {'labels'} | ({'input_ids'} if 'inputs_embeds' in batch else set())
     if bad := [k for k in batch if k not in names and k not in ANNOTATIONS]:
-        raise ValueError(f'{type(base).__name__}.forward does not take {bad}; remove these keys from the batch')
+        raise ValueError(
+            f'{type(base).__name__}.forward does not take {bad}; remove these keys from the batch'
+        )
     device = next(base.parameters()).device
-    out = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k in names and k not in drop}
-    if 'use_cache' in names or any(p.kind is p.VAR_KEYWORD for p in names.values()): out['use_cache'] = False
+    out = {
+        k: v.to(device) if isinstance(v, Tensor) else v
+        for k, v in batch.items()
+        if k in names and k not in drop
+    }
+    if 'use_cache' in names or any(p.kind is p.VAR_KEYWORD for p in names.values()):
+        out['use_cache'] = False
     return out
 
 # %% ../../nbs/analysis/00_streams.ipynb #4685d74d
@@ -258,26 +347,36 @@ def evaluating(model: nn.Module):
     "Evaluation mode inside the block, the previous mode of every module restored afterwards."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    try: yield model
+    try:
+        yield model
     finally:
-        for m, mode in modes: m.training = mode
+        for m, mode in modes:
+            m.training = mode
+
 
 @contextmanager
 def skipping(decoder: Decoder, skip: Sequence[int]):
-    "Let the layers `skip` return their input inside the block: equal to deleting them, without computing them."
+    """Let the layers `skip` return their input inside the block: equal to deleting them, without
+    computing them."""
     layers = [decoder.layers[i] for i in check_layers(skip, len(decoder), 'skip')]
     try:
-        for m in layers: m.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        for m in layers:
+            m.forward = lambda hidden_states, *args, **kwargs: hidden_states
         yield decoder
     finally:
-        for m in layers: m.__dict__.pop('forward', None)
+        for m in layers:
+            m.__dict__.pop('forward', None)
 
 # %% ../../nbs/analysis/00_streams.ipynb #0eec0da4
 class _Capture:
     "Hooks that keep what enters and what leaves each layer."
+
     def __init__(self, decoder, layers):
         self.hidden, self.left, self.kwargs, self.fired, self.layers = {}, {}, {}, [], layers
-        self.handles = [decoder.layers[i].register_forward_pre_hook(self._enter(i), with_kwargs=True) for i in layers]
+        self.handles = [
+            decoder.layers[i].register_forward_pre_hook(self._enter(i), with_kwargs=True)
+            for i in layers
+        ]
         self.handles += [decoder.layers[i].register_forward_hook(self._leave(i)) for i in layers]
 
     def _enter(self, i):
@@ -286,69 +385,99 @@ class _Capture:
             self.fired.append(i)
             self.hidden[i] = x, x._version
             self.kwargs[i] = args[1:], {k: v for k, v in kwargs.items() if k != 'hidden_states'}
+
         return hook
 
     def _leave(self, i):
         def hook(module, args, out):
             x = out[0] if isinstance(out, tuple) else out
             self.left[i] = x, x._version
+
         return hook
 
     def close(self):
-        for h in self.handles: h.remove()
+        for h in self.handles:
+            h.remove()
 
     def states(self):
         if tuple(self.fired) != tuple(self.layers):
-            raise ValueError(f'layers ran in the order {self.fired} instead of {list(self.layers)}: this model does '
-                             'not run each layer once')
+            raise ValueError(
+                f'layers ran in the order {self.fired} instead of {list(self.layers)}: this model '
+                'does '
+                'not run each layer once'
+            )
         kept = [*self.hidden.values(), self.left[self.layers[-1]]]
         if any(x._version != v for x, v in kept):
             raise ValueError('a layer changed its input in place; states are lost')
         return [x for x, _ in kept]
 
-def capture(model: nn.Module, batch: Mapping, skip: Sequence[int]=(), decoder: Decoder|None=None):
-    "One forward pass with hooks: (`_Capture` with the states and call arguments of every layer, the model's output)."
+
+def capture(
+    model: nn.Module, batch: Mapping, skip: Sequence[int] = (), decoder: Decoder | None = None
+):
+    """One forward pass with hooks: (`_Capture` with the states and call arguments of every layer,
+    the model's output)."""
     d = decoder or find_decoder(model)
     layers = [i for i in range(len(d)) if i not in check_layers(skip, len(d), 'skip')]
-    if not layers: raise ValueError('skip lists every layer')
+    if not layers:
+        raise ValueError('skip lists every layer')
     inputs = model_inputs(model, batch)
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    if 'logits_to_keep' in inspect.signature(base.forward).parameters: inputs.setdefault('logits_to_keep', 1)
+    if 'logits_to_keep' in inspect.signature(base.forward).parameters:
+        inputs.setdefault('logits_to_keep', 1)
     with skipping(d, skip):
         cap = _Capture(d, layers)
-        try: out = base(**inputs)
-        finally: cap.close()
+        try:
+            out = base(**inputs)
+        finally:
+            cap.close()
     return cap, out
 
-def residual_states(model: nn.Module, batch: Mapping, skip: Sequence[int]=(), decoder: Decoder|None=None):
-    """Streams `L+1 x [batch, tokens, hidden]` before the final norm, and the model's output; layers in `skip` are
-    left out."""
+
+def residual_states(
+    model: nn.Module, batch: Mapping, skip: Sequence[int] = (), decoder: Decoder | None = None
+):
+    """Streams `L+1 x [batch, tokens, hidden]` before the final norm, and the model's output; layers
+    in `skip` are left out."""
     cap, out = capture(model, batch, skip, decoder)
     return cap.states(), out
 
 # %% ../../nbs/analysis/00_streams.ipynb #3549f188
 class StreamMetric:
-    "Base of streaming metrics. `token_sets=None` means the class's `default_sets`, as far as the data has them."
+    """Base of streaming metrics. `token_sets=None` means the class's `default_sets`, as far as the
+    data has them."""
+
     default_sets: tuple[str, ...] = ('all', 'image', 'text', 'answer')
     required: tuple[str, ...] = ()
 
-    def __init__(self, token_sets: Sequence[str]|None=None):
+    def __init__(self, token_sets: Sequence[str] | None = None):
         self.token_sets = tuple(token_sets or self.default_sets)
-        if token_sets: self.required = self.token_sets
+        if token_sets:
+            self.required = self.token_sets
         self.moments: dict[str, Moments] = {}
 
-    def attach(self, decoder: Decoder): return nullcontext()
-    def prepare(self, tokens: TokenSets): "Called before the forward pass of a batch."
-    def update(self, states: States): raise TypeError(f'{type(self).__name__} must define update')
-    def records(self) -> list[Record]: raise TypeError(f'{type(self).__name__} must define records')
+    def attach(self, decoder: Decoder):
+        return nullcontext()
+
+    def prepare(self, tokens: TokenSets):
+        "Called before the forward pass of a batch."
+
+    def update(self, states: States):
+        raise TypeError(f'{type(self).__name__} must define update')
+
+    def records(self) -> list[Record]:
+        raise TypeError(f'{type(self).__name__} must define records')
 
     def check_sets(self, have: Iterable[str]):
-        """ValueError if a set that was asked for is unknown, or needs labels that the batch, which has the sets
-        `have`, lacks."""
+        """ValueError if a set that was asked for is unknown, or needs labels that the batch, which
+        has the sets `have`, lacks."""
         name, have = type(self).__name__, sorted(have)
         if need := [k for k in self.required if k in LABEL_SETS and k not in have]:
-            raise ValueError(f'{name}: token set {need[0]!r} needs labels, and the batch has none; add labels or '
-                             f'choose from {have}')
+            raise ValueError(
+                f'{name}: token set {need[0]!r} needs labels, and the batch has none; add labels '
+                'or '
+                f'choose from {have}'
+            )
         if unknown := [k for k in self.token_sets if k not in (*have, *LABEL_SETS, *IMAGE_SETS)]:
             raise ValueError(f'{name}: unknown token set {unknown[0]!r}; choose from {have}')
 
@@ -356,54 +485,85 @@ class StreamMetric:
         "Add token values `[tokens, ...]` to the moments of every token set."
         for k in self.token_sets:
             if k in states.sets:
-                self.moments.setdefault(k, Moments()).add(values[states.sets[k]], states.sample[states.sets[k]])
+                self.moments.setdefault(k, Moments()).add(
+                    values[states.sets[k]], states.sample[states.sets[k]]
+                )
 
-    def found(self, k: str) -> bool: return k in self.moments and self.moments[k].samples > 0
+    def found(self, k: str) -> bool:
+        return k in self.moments and self.moments[k].samples > 0
 
     def check_found(self):
         "ValueError if a set that was asked for never had a token."
         if empty := [k for k in self.required if not self.found(k)]:
-            raise ValueError(f'{type(self).__name__}: no token of set {empty[0]!r} in the whole stream (text-only '
-                             'data, or image positions not '
-                             'marked by image_ids, image_mask or the image token)')
+            raise ValueError(
+                f'{type(self).__name__}: no token of set {empty[0]!r} in the whole stream '
+                '(text-only '
+                'data, or image positions not '
+                'marked by image_ids, image_mask or the image token)'
+            )
 
 # %% ../../nbs/analysis/00_streams.ipynb #df580db5
-def rows(metric: str, token_set: str, stat: tuple[Tensor, Tensor, int], layers: Sequence[int],
-         span: int=1) -> list[Record]:
-    "Records of one value per layer from a `(value, standard error, n)` triple of tensors `[layers]`."
+def rows(
+    metric: str,
+    token_set: str,
+    stat: tuple[Tensor, Tensor, int],
+    layers: Sequence[int],
+    span: int = 1,
+) -> list[Record]:
+    """Records of one value per layer from a `(value, standard error, n)` triple of tensors
+    `[layers]`."""
     value, se, n = stat
-    return [Record(metric, token_set, l, v, s, n, span) for l, v, s in zip(layers, value.tolist(), se.tolist())]
+    return [
+        Record(metric, token_set, l, v, s, n, span)
+        for l, v, s in zip(layers, value.tolist(), se.tolist())
+    ]
+
 
 class StateNorm(StreamMetric):
-    "Root mean square of the state that enters each layer (span 0): shows norm growth, which cosine metrics cannot see."
+    """Root mean square of the state that enters each layer (span 0): shows norm growth, which
+    cosine metrics cannot see."""
+
     def update(self, states: States):
         self.layers = (*states.layers, max(states.layers) + 1)
-        self.add(states, (states.gram.diagonal(dim1=1, dim2=2)/states.hidden[0].shape[1]).sqrt())
+        self.add(states, (states.gram.diagonal(dim1=1, dim2=2) / states.hidden[0].shape[1]).sqrt())
 
     def records(self) -> list[Record]:
-        return [r for k, m in self.moments.items() if m.samples
-                for r in rows('state_norm', k, m.pooled(), self.layers, 0)]
+        return [
+            r
+            for k, m in self.moments.items()
+            if m.samples
+            for r in rows('state_norm', k, m.pooled(), self.layers, 0)
+        ]
 
 # %% ../../nbs/analysis/00_streams.ipynb #4e65adc3
 @dataclass
 class StreamResult:
     "Tidy `frame` of all records, samples and tokens seen, `snapshots` {samples: frame}."
+
     frame: pd.DataFrame
     n_samples: int
     n_tokens: int
     snapshots: dict[int, pd.DataFrame] = field(default_factory=dict)
 
+
 @torch.no_grad()
-def stream(model: nn.Module, batches: Iterable[Mapping], metrics: Sequence[StreamMetric], skip: Sequence[int]=(),
-           snapshots: Sequence[int]=()) -> StreamResult:
+def stream(
+    model: nn.Module,
+    batches: Iterable[Mapping],
+    metrics: Sequence[StreamMetric],
+    skip: Sequence[int] = (),
+    snapshots: Sequence[int] = (),
+) -> StreamResult:
     """One forward pass per batch feeding every metric in `metrics`.
 
-    `skip`: layers to leave out; layer numbers in the records stay original. Raises ValueError for batches without
-    any valid token, token sets that do not exist, post-norm or non-finite states."""
+    `skip`: layers to leave out; layer numbers in the records stay original. Raises ValueError
+    for batches without any valid token, token sets that do not exist, post-norm or non-finite
+    states."""
     d, todo, kept = find_decoder(model), sorted(snapshots), {}
     n_samples = n_tokens = 0
     with evaluating(model), ExitStack() as stack:
-        for m in metrics: stack.enter_context(m.attach(d))
+        for m in metrics:
+            stack.enter_context(m.attach(d))
         for batch in batches:
             batch = {k: v.to(d.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             tokens = batch_tokens(batch, d)
@@ -412,27 +572,38 @@ def stream(model: nn.Module, batches: Iterable[Mapping], metrics: Sequence[Strea
                 m.prepare(tokens)
             hidden, out = residual_states(model, batch, skip, d)
             states = make_states(hidden, tokens, d, [i for i in range(len(d)) if i not in skip])
-            if not n_samples: check_head(hidden[-1], out, d)
+            if not n_samples:
+                check_head(hidden[-1], out, d)
             del hidden, out
-            for m in metrics: m.update(states)
+            for m in metrics:
+                m.update(states)
             n_samples += int(states.sample.max()) + 1
             n_tokens += len(states.sample)
-            while todo and n_samples >= todo[0]: kept[todo.pop(0)] = tidy(r for m in metrics for r in m.records())
-    if not n_samples: raise ValueError('the stream held no batch')
-    for m in metrics: m.check_found()
+            while todo and n_samples >= todo[0]:
+                kept[todo.pop(0)] = tidy(r for m in metrics for r in m.records())
+    if not n_samples:
+        raise ValueError('the stream held no batch')
+    for m in metrics:
+        m.check_found()
     return StreamResult(tidy(r for m in metrics for r in m.records()), n_samples, n_tokens, kept)
 
 # %% ../../nbs/analysis/00_streams.ipynb #36ef03ad
 def check_head(last: Tensor, out, decoder: Decoder):
-    """ValueError if norm and head applied to the captured states `[batch, tokens, hidden]` do not give the model's
-    own last logits."""
+    """ValueError if norm and head applied to the captured states `[batch, tokens, hidden]` do not
+    give the model's own last logits."""
     theirs = getattr(out, 'logits', None)
-    if theirs is None or decoder.head is None: return
+    if theirs is None or decoder.head is None:
+        return
     ours, theirs = decoder.logits(decoder.norm(last[:, -1])).float(), theirs[:, -1].float()
-    finite = ours.isfinite().all(-1) & theirs.isfinite().all(-1)       # a padded last position may hold anything
+    finite = ours.isfinite().all(-1) & theirs.isfinite().all(
+        -1
+    )  # a padded last position may hold anything
     off = (ours - theirs).abs().amax(-1)[finite]
     scale = theirs.abs().amax(-1)[finite] + 1
     if len(off) and (off / scale).max() > 5e-2:
-        raise ValueError(f'final norm and head do not reproduce the logits of {type(decoder.model).__name__} (off by '
-                         f'{off.max():.3g}): '
-                         'the logit lens and every loss would be wrong for this model')
+        raise ValueError(
+            f'final norm and head do not reproduce the logits of {type(decoder.model).__name__} '
+            '(off by '
+            f'{off.max():.3g}): '
+            'the logit lens and every loss would be wrong for this model'
+        )

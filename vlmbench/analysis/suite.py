@@ -12,9 +12,16 @@ from .streams import StateNorm, StreamMetric
 from .trajectory import LogitLens, Trajectory
 
 # %% ../../nbs/analysis/35_suite.ipynb #1cccc61f
-def streaming_metrics(labels: bool=True, image: bool=True) -> list[StreamMetric]:
-    """Every streaming metric of the suite; `labels=False` and `image=False` leave out those that need labels or
-    image tokens."""
+def streaming_metrics(labels: bool = True, image: bool = True) -> list[StreamMetric]:
+    """Every streaming metric of the suite; `labels=False` and `image=False` leave out those that
+    need labels or image tokens."""
     lens = LogitLens() if labels else LogitLens(['text_predicting'])
-    return [StateNorm(), BlockInfluence(), AngularDistance(), CKA(), Trajectory(), lens,
-            *([ImageAttention()] if image else [])]
+    return [
+        StateNorm(),
+        BlockInfluence(),
+        AngularDistance(),
+        CKA(),
+        Trajectory(),
+        lens,
+        *([ImageAttention()] if image else []),
+    ]

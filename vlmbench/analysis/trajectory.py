@@ -22,24 +22,30 @@ from ..models.depth import PUBLISHED_SPLITS
 # %% ../../nbs/analysis/20_trajectory.ipynb #d734a181
 LENS = ('kl_final_to_layer', 'kl_layer_to_final', 'cross_entropy', 'top1_agreement')
 
-@torch.no_grad()
-def lens_values(states: States, mask: Tensor, chunk: int|None=None) -> dict[str, Tensor]:
-    """Lens values `[positions, L+1]` for the tokens of `mask` `[tokens]`, in nats; `probability` is that of the true
-    next token in model precision.
 
-    `chunk`: logits of one layer held at a time (default 262,144 on a CPU, 64 times that elsewhere; at least 8 positions). A
-    later call with a subset of an earlier mask reuses its values."""
+@torch.no_grad()
+def lens_values(states: States, mask: Tensor, chunk: int | None = None) -> dict[str, Tensor]:
+    """Lens values `[positions, L+1]` for the tokens of `mask` `[tokens]`, in nats; `probability` is
+    that of the true next token in model precision.
+
+    `chunk`: logits of one layer held at a time (default 262,144 on a CPU, 64 times that elsewhere;
+    at least 8 positions). A later call with a subset of an earlier mask reuses its values."""
     if 'lens' in states.cache and not (mask & ~states.cache['lens'][0]).any():
         old, values = states.cache['lens']
         return {k: v[mask[old]] for k, v in values.items()}
     at, d = mask.nonzero()[:, 0], states.decoder
     if len(at) and (states.targets[at] < 0).any():
-        raise ValueError('the lens needs a target at every position; choose a *_predicting token set')
+        raise ValueError(
+            'the lens needs a target at every position; choose a *_predicting token set'
+        )
     chunk = chunk or (2**18 if at.device.type == 'cpu' else 2**24)
-    parts = [_lens_chunk([h[i] for h in states.hidden], states.targets[i], d)
-             for i in at.split(max(8, chunk // d.config.vocab_size))]
+    parts = [
+        _lens_chunk([h[i] for h in states.hidden], states.targets[i], d)
+        for i in at.split(max(8, chunk // d.config.vocab_size))
+    ]
     values = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
-    if parts: states.cache['lens'] = (mask, values)
+    if parts:
+        states.cache['lens'] = (mask, values)
     return values
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #1451a987
@@ -52,55 +58,64 @@ def _lens_chunk(hidden, target, d):
     out = {k: [] for k in (*LENS, 'probability')}
     for raw in logits:
         x = raw.float()
-        p, top = x.softmax(-1), x.amax(-1)                               # the only exponential per logit
+        p, top = x.softmax(-1), x.amax(-1)  # the only exponential per logit
         lse, true = top - p.amax(-1).log(), x.gather(1, target[:, None])[:, 0]
         out['kl_final_to_layer'].append(self_final - dot(p_final, x) + lse)
         out['kl_layer_to_final'].append(dot(p, x - final) - lse)
         out['cross_entropy'].append(lse - true)
         out['top1_agreement'].append((x.gather(1, best)[:, 0] >= top).float())
-        out['probability'].append(raw.softmax(-1).gather(1, target[:, None])[:, 0] if low else (true - lse).exp())
+        out['probability'].append(
+            raw.softmax(-1).gather(1, target[:, None])[:, 0] if low else (true - lse).exp()
+        )
     return {k: torch.stack(v, 1) for k, v in out.items()}
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #7f1dbf99
 class LogitLens(StreamMetric):
-    """Logit lens (nostalgebraist 2020): `kl_final_to_layer`, `kl_layer_to_final`, `cross_entropy` in nats,
-    `top1_agreement`.
+    """Logit lens (nostalgebraist 2020): `kl_final_to_layer`, `kl_layer_to_final`, `cross_entropy`
+    in nats, `top1_agreement`.
 
-    `max_positions`: positions per batch and set, evenly spaced if there are more (None = all); `n` says how many
-    were read."""
+    `max_positions`: positions per batch and set, evenly spaced if there are more (None = all); `n`
+    says how many were read."""
+
     default_sets = ('answer_predicting',)
     required = default_sets
 
-    def __init__(self, token_sets: Sequence[str]|None=None, max_positions: int|None=None):
+    def __init__(self, token_sets: Sequence[str] | None = None, max_positions: int | None = None):
         super().__init__(token_sets)
         self.max_positions = max_positions
 
     def update(self, states: States):
         self.layers = (*states.layers, max(states.layers) + 1)
         for k in self.token_sets:
-            if k not in states.sets or not states.sets[k].any(): continue
+            if k not in states.sets or not states.sets[k].any():
+                continue
             mask = thin(states.sets[k] & (states.targets >= 0), self.max_positions)
             values = lens_values(states, mask)
-            self.moments.setdefault(k, Moments()).add(torch.stack([values[n] for n in LENS], 2), states.sample[mask])
+            self.moments.setdefault(k, Moments()).add(
+                torch.stack([values[n] for n in LENS], 2), states.sample[mask]
+            )
 
     def records(self) -> list[Record]:
         out = []
         for k in filter(self.found, self.token_sets):
             value, se, n = self.moments[k].pooled()
-            for i, name in enumerate(LENS): out += rows(name, k, (value[:, i], se[:, i], n), self.layers, 0)
+            for i, name in enumerate(LENS):
+                out += rows(name, k, (value[:, i], se[:, i], n), self.layers, 0)
         return out
 
-def thin(mask: Tensor, most: int|None) -> Tensor:
+
+def thin(mask: Tensor, most: int | None) -> Tensor:
     "At most `most` evenly spaced true entries of a mask."
     at = mask.nonzero()[:, 0]
-    if most is None or len(at) <= most: return mask
+    if most is None or len(at) <= most:
+        return mask
     keep = at[torch.linspace(0, len(at) - 1, most, device=at.device).round().long()]
     return torch.zeros_like(mask).index_fill_(0, keep, True)
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #82a60c25
 def zero_trajectory(probability: Tensor, sample: Tensor) -> Tensor:
-    """Zero's divergence per sample and layer `[samples, L]` from true-token probabilities `[positions, L]` of all
-    layer outputs."""
+    """Zero's divergence per sample and layer `[samples, L]` from true-token probabilities
+    `[positions, L]` of all layer outputs."""
     ids, inv = sample.unique(return_inverse=True)
     total = probability.new_zeros(len(ids), probability.shape[1]).index_add_(0, inv, probability)
     q = (probability / total[inv]).float().clamp(min=1e-6).double()
@@ -108,20 +123,22 @@ def zero_trajectory(probability: Tensor, sample: Tensor) -> Tensor:
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #ede4924c
 class Trajectory(StreamMetric):
-    """Prediction trajectories per sample: `trajectory_zero` and `trajectory_vocabulary` (mean `KL(p_l || p_L)`), layer
-    l = output of layer l.
+    """Prediction trajectories per sample: `trajectory_zero` and `trajectory_vocabulary` (mean
+    `KL(p_l || p_L)`), layer l = output of layer l.
 
     `curves[name]` holds up to `keep` samples x layers, a uniform reservoir drawn with `seed`."""
+
     default_sets = ('text_predicting',)
 
-    def __init__(self, token_set: str='text_predicting', keep: int=1024, seed: int=0):
+    def __init__(self, token_set: str = 'text_predicting', keep: int = 1024, seed: int = 0):
         super().__init__([token_set])
         self.keep, self.rng, self.count = keep, np.random.default_rng(seed), 0
-        self.store: Tensor|None = None                                    # [keep, layers, 2], allocated once
+        self.store: Tensor | None = None  # [keep, layers, 2], allocated once
 
     def update(self, states: States):
         self.layers, mask = states.layers, states.sets[self.token_sets[0]]
-        if not mask.any(): return
+        if not mask.any():
+            return
         values, sample = lens_values(states, mask), states.sample[mask]
         ids = sample.unique()
         both = [zero_trajectory(values['probability'][:, 1:], sample)]
@@ -129,19 +146,25 @@ class Trajectory(StreamMetric):
         kl = values['kl_layer_to_final'][:, 1:].double()
         both.append(torch.zeros_like(both[0]).index_add_(0, inv, kl) / torch.bincount(inv)[:, None])
         curves = torch.stack(both, 2)
-        self.moments.setdefault(self.token_sets[0], Moments()).add(curves, torch.arange(len(ids), device=curves.device))
-        if self.store is None: self.store = torch.empty(self.keep, *curves.shape[1:], dtype=curves.dtype)
-        for c in curves.cpu(): self._reservoir(c)
+        self.moments.setdefault(self.token_sets[0], Moments()).add(
+            curves, torch.arange(len(ids), device=curves.device)
+        )
+        if self.store is None:
+            self.store = torch.empty(self.keep, *curves.shape[1:], dtype=curves.dtype)
+        for c in curves.cpu():
+            self._reservoir(c)
 
     def _reservoir(self, curve):
         at = self.count if self.count < self.keep else int(self.rng.integers(self.count + 1))
-        if at < self.keep: self.store[at] = curve
+        if at < self.keep:
+            self.store[at] = curve
         self.count += 1
 
     @property
     def curves(self) -> dict[str, np.ndarray]:
-        if not self.count: raise ValueError('no curves yet: run the metric through stream first')
-        both = self.store[:min(self.count, self.keep)].numpy()
+        if not self.count:
+            raise ValueError('no curves yet: run the metric through stream first')
+        both = self.store[: min(self.count, self.keep)].numpy()
         return dict(zero=both[..., 0], vocabulary=both[..., 1])
 
     def records(self) -> list[Record]:
@@ -155,53 +178,84 @@ class Trajectory(StreamMetric):
 # %% ../../nbs/analysis/20_trajectory.ipynb #7d919d7c
 @dataclass(frozen=True)
 class Transition:
-    "Suggested first layer of the late phase, with the median and inter-quartile range per layer it was read from."
+    """Suggested first layer of the late phase, with the median and inter-quartile range per layer
+    it was read from."""
+
     layer: int
     median: tuple[float, ...]
     iqr: tuple[float, ...]
 
-def transition_point(curves: np.ndarray, slack: float=0.) -> Transition:
-    """First layer from which the median over samples falls strictly and the inter-quartile range does not grow; curves
-    `[samples, layers]`.
 
-    `slack`: a rise of up to this share of the current value is still tolerated. Raises ValueError for fewer than 4
-    samples."""
+def transition_point(curves: np.ndarray, slack: float = 0.0) -> Transition:
+    """First layer from which the median over samples falls strictly and the inter-quartile range
+    does not grow; curves `[samples, layers]`.
+
+    `slack`: a rise of up to this share of the current value is still tolerated. Raises ValueError
+    for fewer than 4 samples."""
     c = np.asarray(curves, dtype=float)
     if c.ndim != 2 or len(c) < 4:
         raise ValueError(f'curves must be [samples, layers] with at least 4 samples, got {c.shape}')
-    low, median, high = np.quantile(c, [.25, .5, .75], axis=0)
+    low, median, high = np.quantile(c, [0.25, 0.5, 0.75], axis=0)
     iqr, layer = high - low, c.shape[1] - 1
-    while layer and median[layer] < median[layer-1] * (1 + slack) and iqr[layer] <= iqr[layer-1] * (1 + slack):
+    while (
+        layer
+        and median[layer] < median[layer - 1] * (1 + slack)
+        and iqr[layer] <= iqr[layer - 1] * (1 + slack)
+    ):
         layer -= 1
     return Transition(layer, tuple(median), tuple(iqr))
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #438a27fa
-def plot_trajectory(curves: np.ndarray, picked: int|None=None, suggest: bool=True, color: str='#E57439',
-                    top: float=12.5, ax=None):
-    """Trajectory bundle of curves `[samples, layers]`, with the suggested transition (solid) and a hand-picked layer
-    (dashed)."""
+def plot_trajectory(
+    curves: np.ndarray,
+    picked: int | None = None,
+    suggest: bool = True,
+    color: str = '#E57439',
+    top: float = 12.5,
+    ax=None,
+):
+    """Trajectory bundle of curves `[samples, layers]`, with the suggested transition (solid) and a
+    hand-picked layer (dashed)."""
     ax = ax or plt.subplots(figsize=(5, 5))[1]
-    ax.plot(np.asarray(curves).T, color=color, alpha=.1, lw=1)
+    ax.plot(np.asarray(curves).T, color=color, alpha=0.1, lw=1)
     if suggest and len(curves) >= 4:
-        ax.axvline(transition_point(curves).layer, color='k', lw=1,
-                   label=f'suggested: {transition_point(curves).layer}')
-    if picked is not None: ax.axvline(picked, color='k', lw=1, ls='--', label=f'picked: {picked}')
+        ax.axvline(
+            transition_point(curves).layer,
+            color='k',
+            lw=1,
+            label=f'suggested: {transition_point(curves).layer}',
+        )
+    if picked is not None:
+        ax.axvline(picked, color='k', lw=1, ls='--', label=f'picked: {picked}')
     ax.set(xlabel='layers', ylabel='kl distance', ylim=(0, top), xlim=(0, np.shape(curves)[1] - 1))
-    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8)
     return ax
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #6a6b9ca2
-def plot_lens(frame: pd.DataFrame, metrics: Sequence[str]=LENS, token_set: str='answer_predicting', ax=None):
+def plot_lens(
+    frame: pd.DataFrame,
+    metrics: Sequence[str] = LENS,
+    token_set: str = 'answer_predicting',
+    ax=None,
+):
     "Lens metrics over states (0 = embeddings), with a band of one standard error."
-    lines = {m: frame[(frame.metric == m) & (frame.token_set == token_set) & (frame.span == 0)].sort_values('layer')
-             for m in metrics}
+    lines = {
+        m: frame[
+            (frame.metric == m) & (frame.token_set == token_set) & (frame.span == 0)
+        ].sort_values('layer')
+        for m in metrics
+    }
     if missing := [m for m, r in lines.items() if r.empty]:
-        raise ValueError(f'the frame has no {missing[0]!r} for token set {token_set!r}: run LogitLens([{token_set!r}]) '
-                         'through stream')
+        raise ValueError(
+            f'the frame has no {missing[0]!r} for token set {token_set!r}: run '
+            f'LogitLens([{token_set!r}]) '
+            'through stream'
+        )
     ax = ax or plt.subplots(figsize=(6, 4))[1]
     for m, r in lines.items():
         ax.plot(r.layer, r.value, label=m)
-        ax.fill_between(r.layer, r.value - r.standard_error, r.value + r.standard_error, alpha=.2)
+        ax.fill_between(r.layer, r.value - r.standard_error, r.value + r.standard_error, alpha=0.2)
     ax.set_xlabel('state')
     ax.legend(fontsize=8)
     return ax

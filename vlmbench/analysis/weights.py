@@ -22,75 +22,131 @@ from ..models.depth import find_decoder
 # %% ../../nbs/analysis/12_weights.ipynb #3ba5e88c
 _LAYER = re.compile(r'^(?:(.*?)\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$')
 
+
 class _Folder(Mapping):
     "Tensors of all safetensors files in a folder, loaded on access."
+
     def __init__(self, folder):
         self.files = {}
         for f in sorted(Path(folder).glob('*.safetensors')):
-            with safe_open(f, 'pt') as s: self.files |= dict.fromkeys(s.keys(), f)
-        if not self.files: raise ValueError(f'{folder}: no safetensors file')
+            with safe_open(f, 'pt') as s:
+                self.files |= dict.fromkeys(s.keys(), f)
+        if not self.files:
+            raise ValueError(f'{folder}: no safetensors file')
+
     def __getitem__(self, k):
-        with safe_open(self.files[k], 'pt') as s: return s.get_tensor(k)
-    def __iter__(self): return iter(self.files)
-    def __len__(self): return len(self.files)
+        with safe_open(self.files[k], 'pt') as s:
+            return s.get_tensor(k)
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
+
 
 class _View(Mapping):
     "A renamed subset of another mapping."
-    def __init__(self, source, names): self.source, self.names = source, names
-    def __getitem__(self, k): return self.source[self.names[k]]
-    def __iter__(self): return iter(self.names)
-    def __len__(self): return len(self.names)
+
+    def __init__(self, source, names):
+        self.source, self.names = source, names
+
+    def __getitem__(self, k):
+        return self.source[self.names[k]]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
 
 # %% ../../nbs/analysis/12_weights.ipynb #6df4f2ef
-def layer_weights(source: nn.Module|Mapping[str, Tensor]|str|Path, prefix: str|None=None,
-                  like: Mapping[int, Mapping[str, Tensor]]|None=None) -> dict[int, Mapping[str, Tensor]]:
-    """Tensors of every decoder layer, `{layer: {name inside the layer: tensor}}`, from a model, a state dict or a
-    folder of safetensors.
+def layer_weights(
+    source: nn.Module | Mapping[str, Tensor] | str | Path,
+    prefix: str | None = None,
+    like: Mapping[int, Mapping[str, Tensor]] | None = None,
+) -> dict[int, Mapping[str, Tensor]]:
+    """Tensors of every decoder layer, `{layer: {name inside the layer: tensor}}`, from a model, a
+    state dict or a folder of safetensors.
 
-    `prefix`: what stands before `layers.N` in the names. Where several modules have layers (a VLM's tower), `like`, the
-    layers of such a decoder, picks those of its depth and names; a folder's config.json does so too. Raises ValueError
-    if the layers are not found, or not unique."""
+    `prefix`: what stands before `layers.N` in the names. Where several modules have layers (a VLM's
+    tower), `like`, the layers of such a decoder, picks those of its depth and names; a folder's
+    config.json does so too. Raises ValueError if the layers are not found, or not unique."""
     if isinstance(source, nn.Module):
         return {i: dict(layer.state_dict()) for i, layer in enumerate(find_decoder(source).layers)}
     folder = source if isinstance(source, (str, Path)) else None
     source = source if folder is None else _Folder(folder)
     found: dict[str, dict[int, dict[str, str]]] = {}
     for k in source:
-        if m := _LAYER.match(k): found.setdefault(m[1] or '', {}).setdefault(int(m[2]), {})[m[3]] = k
+        if m := _LAYER.match(k):
+            found.setdefault(m[1] or '', {}).setdefault(int(m[2]), {})[m[3]] = k
     if prefix is None:
-        if not found: raise ValueError(f'no names like layers.N.* among {list(source)[:3]}')
-        prefix = next(iter(found)) if len(found) == 1 else _decoder_prefix(source, found, like or _described(folder))
-    if prefix not in found: raise ValueError(f'prefix {prefix!r} has no layers; the names have {sorted(found)}')
+        if not found:
+            raise ValueError(f'no names like layers.N.* among {list(source)[:3]}')
+        prefix = (
+            next(iter(found))
+            if len(found) == 1
+            else _decoder_prefix(source, found, like or _described(folder))
+        )
+    if prefix not in found:
+        raise ValueError(f'prefix {prefix!r} has no layers; the names have {sorted(found)}')
     return {i: _View(source, found[prefix][i]) for i in sorted(found[prefix])}
 
+
 def _described(folder):
-    "Layers of the decoder that a folder's config.json describes, without values; None where there is none."
-    if folder is None or not (Path(folder)/'config.json').exists(): return None
-    import vlmbench.models.vlm                                                       # makes our own model type known
+    """Layers of the decoder that a folder's config.json describes, without values; None where there
+    is none."""
+    if folder is None or not (Path(folder) / 'config.json').exists():
+        return None
+    import vlmbench.models.vlm  # makes our own model type known
+
     config = AutoConfig.from_pretrained(folder)
     kinds = AutoModelForImageTextToText, AutoModelForCausalLM
-    if (auto := next((a for a in kinds if type(config) in a._model_mapping), None)) is None: return None
-    with torch.device('meta'): return layer_weights(auto.from_config(config))
+    if (auto := next((a for a in kinds if type(config) in a._model_mapping), None)) is None:
+        return None
+    with torch.device('meta'):
+        return layer_weights(auto.from_config(config))
+
 
 def _decoder_prefix(source, found, like):
-    "The one prefix in `found` whose layers have the depth, names and shapes of `like`, whose adapters do not count."
+    """The one prefix in `found` whose layers have the depth, names and shapes of `like`, whose
+    adapters do not count."""
     fits = []
     if like is not None:
-        plain = lambda layer: {k.replace('.base_layer.', '.'): v for k, v in layer.items() if 'lora_' not in k}
+        plain = lambda layer: {
+            k.replace('.base_layer.', '.'): v for k, v in layer.items() if 'lora_' not in k
+        }
         want = {l: plain(layer) for l, layer in like.items()}
         fits = [p for p, layers in found.items() if layers.keys() == want.keys()]
         same = [p for p in fits if all(found[p][l].keys() == want[l].keys() for l in want)]
-        fits = same if same or len(fits) != 1 else fits                     # other names: `check_same_base` names them
-        if len(fits) > 1: fits = [p for p in fits if all(source[n].shape == want[l][k].shape
-                                                         for l in want for k, n in found[p][l].items())]
-    if len(fits) == 1: return fits[0]
-    reason = '' if like is None else f', and {len(fits) or "none"} of them fit the {len(like)} layers of the decoder'
+        fits = same if same or len(fits) != 1 else fits  # other names: `check_same_base` names them
+        if len(fits) > 1:
+            fits = [
+                p
+                for p in fits
+                if all(
+                    source[n].shape == want[l][k].shape
+                    for l in want
+                    for k, n in found[p][l].items()
+                )
+            ]
+    if len(fits) == 1:
+        return fits[0]
+    reason = (
+        ''
+        if like is None
+        else f', and {len(fits) or "none"} of them fit the {len(like)} layers of the decoder'
+    )
     raise ValueError(f'several modules have layers: {sorted(found)}{reason}; give prefix=')
 
 # %% ../../nbs/analysis/12_weights.ipynb #78da2134
-def check_same_base(tuned: Mapping[int, Mapping[str, Tensor]], base: Mapping[int, Mapping[str, Tensor]],
-                    related: bool=True):
-    "ValueError unless both have the same layers, names and shapes, and (`related`) matrices that point the same way."
+def check_same_base(
+    tuned: Mapping[int, Mapping[str, Tensor]],
+    base: Mapping[int, Mapping[str, Tensor]],
+    related: bool = True,
+):
+    """ValueError unless both have the same layers, names and shapes, and (`related`) matrices that
+    point the same way."""
     if len(tuned) != len(base):
         raise ValueError(f'checkpoints of different bases: {len(tuned)} layers against {len(base)}')
     cosines = []
@@ -103,22 +159,29 @@ def check_same_base(tuned: Mapping[int, Mapping[str, Tensor]], base: Mapping[int
         for k in tuned[l]:
             a, b = tuned[l][k], base[l][k]
             if a.shape != b.shape:
-                raise ValueError(f'checkpoints of different bases: layers.{l}.{k} is {tuple(a.shape)} against '
-                                 f'{tuple(b.shape)}')
+                raise ValueError(
+                    f'checkpoints of different bases: layers.{l}.{k} is {tuple(a.shape)} against '
+                    f'{tuple(b.shape)}'
+                )
             if related and a.ndim > 1:
-                cosines.append(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item())
-    if cosines and (middle := float(torch.tensor(cosines).median())) < .5:
-        raise ValueError(f'checkpoints of different bases: the median cosine between matching matrices is '
-                         f'{middle:.2f}; '
-                         'pass related=False to compare them all the same')
+                cosines.append(
+                    torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
+                )
+    if cosines and (middle := float(torch.tensor(cosines).median())) < 0.5:
+        raise ValueError(
+            f'checkpoints of different bases: the median cosine between matching matrices is '
+            f'{middle:.2f}; '
+            'pass related=False to compare them all the same'
+        )
 
 # %% ../../nbs/analysis/12_weights.ipynb #11ca753e
-def parameter_change(tuned, base, prefix: str|None=None, related: bool=True) -> pd.DataFrame:
-    """Change of every layer's matrices between two checkpoints (models, state dicts or folders), as tidy records of
-    token set `weights`.
+def parameter_change(tuned, base, prefix: str | None = None, related: bool = True) -> pd.DataFrame:
+    """Change of every layer's matrices between two checkpoints (models, state dicts or folders), as
+    tidy records of token set `weights`.
 
-    Metrics: `parameter_change`, `parameter_ratio_sum_tuned`, `parameter_ratio_sum_base`, `parameter_l2_sum`,
-    `angular_parameter`; n = matrices per layer. Raises ValueError for checkpoints of different bases."""
+    Metrics: `parameter_change`, `parameter_ratio_sum_tuned`, `parameter_ratio_sum_base`,
+    `parameter_l2_sum`, `angular_parameter`; n = matrices per layer. Raises ValueError for
+    checkpoints of different bases."""
     new = layer_weights(tuned, prefix)
     old = layer_weights(base, prefix, new)
     check_same_base(new, old, related)
@@ -126,16 +189,22 @@ def parameter_change(tuned, base, prefix: str|None=None, related: bool=True) -> 
     for l in new:
         parts = [_change(new[l][k], old[l][k]) for k in new[l] if old[l][k].ndim > 1]
         diff, a, b, angle = (torch.tensor(p, dtype=torch.float64) for p in zip(*parts))
-        values = dict(parameter_change=(diff.square().sum() / b.square().sum()).sqrt(),
-                      parameter_ratio_sum_tuned=(diff / (a + 1e-8)).sum(),
-                      parameter_ratio_sum_base=(diff / (b + 1e-8)).sum(), parameter_l2_sum=diff.sum(),
-                      angular_parameter=angle.sum())
-        out += [Record(k, 'weights', l, v.item(), float('nan'), len(parts)) for k, v in values.items()]
+        values = dict(
+            parameter_change=(diff.square().sum() / b.square().sum()).sqrt(),
+            parameter_ratio_sum_tuned=(diff / (a + 1e-8)).sum(),
+            parameter_ratio_sum_base=(diff / (b + 1e-8)).sum(),
+            parameter_l2_sum=diff.sum(),
+            angular_parameter=angle.sum(),
+        )
+        out += [
+            Record(k, 'weights', l, v.item(), float('nan'), len(parts)) for k, v in values.items()
+        ]
     return tidy(out)
 
+
 def _change(a, b):
-    """Norm of the difference, both norms, and the angle in half turns, by the half-angle form that is exact for
-    equal matrices."""
+    """Norm of the difference, both norms, and the angle in half turns, by the half-angle form that
+    is exact for equal matrices."""
     a, b = a.detach().double(), b.detach().double()
     na, nb = a.norm(), b.norm()
     u, v = a / na.clamp(min=1e-300), b / nb.clamp(min=1e-300)
@@ -146,45 +215,76 @@ def _change(a, b):
 def lora_norm(a: Tensor, b: Tensor, scaling: float) -> float:
     "`||scaling B A||_F` from A `[r, in]` and B `[out, r]` without forming the product."
     a, b = a.detach().double(), b.detach().double()
-    return scaling * math.sqrt(max(((b.T @ b) * (a @ a.T).T).sum().item(), 0.))
+    return scaling * math.sqrt(max(((b.T @ b) * (a @ a.T).T).sum().item(), 0.0))
+
 
 def _lora_pairs(source, scaling):
-    "`{layer: {module: (A, B, scaling)}}` of a PEFT model (active adapter) or of a mapping of tensors."
+    """`{layer: {module: (A, B, scaling)}}` of a PEFT model (active adapter) or of a mapping of
+    tensors."""
     if isinstance(source, nn.Module):
         pairs = {}
         for i, layer in enumerate(find_decoder(source).layers):
             for n, m in layer.named_modules():
                 for key in getattr(m, 'active_adapters', ()) if hasattr(m, 'lora_A') else ():
                     if key in m.lora_A:
-                        pairs.setdefault(i, {})[n] = (m.lora_A[key].weight, m.lora_B[key].weight, m.scaling[key])
+                        pairs.setdefault(i, {})[n] = (
+                            m.lora_A[key].weight,
+                            m.lora_B[key].weight,
+                            m.scaling[key],
+                        )
         return pairs
-    if scaling is None: raise ValueError('lora_update from tensors needs scaling = alpha / r')
+    if scaling is None:
+        raise ValueError('lora_update from tensors needs scaling = alpha / r')
     pairs = {}
     for k in source:
         if m := re.search(r'(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)\.lora_A(?:\.weight)?$', k):
-            pairs.setdefault(int(m[1]), {})[m[2]] = (source[k], source[k.replace('lora_A', 'lora_B')], scaling)
+            pairs.setdefault(int(m[1]), {})[m[2]] = (
+                source[k],
+                source[k.replace('lora_A', 'lora_B')],
+                scaling,
+            )
     return pairs
 
 # %% ../../nbs/analysis/12_weights.ipynb #ba02d58c
-def lora_update(source: nn.Module|Mapping[str, Tensor], scaling: float|None=None, base=None, depth: int|None=None,
-                prefix: str|None=None) -> pd.DataFrame:
-    """Norm of the LoRA update of every layer, as tidy records of token set `weights`; n = adapted modules.
+def lora_update(
+    source: nn.Module | Mapping[str, Tensor],
+    scaling: float | None = None,
+    base=None,
+    depth: int | None = None,
+    prefix: str | None = None,
+) -> pd.DataFrame:
+    """Norm of the LoRA update of every layer, as tidy records of token set `weights`; n = adapted
+    modules.
 
-    source: a PEFT model, or tensors `...layers.N.<module>.lora_A[.weight]` with `scaling`. Metrics: `lora_update`
-    (Frobenius over modules), `lora_update_sum` (sum of module norms) and, with `base` (model, state dict or folder),
-    `lora_update_relative` to the norm of the layer's matrices. Layers without adapters are 0; `depth` gives their
-    number when neither a model nor `base` does."""
-    pairs, like = _lora_pairs(source, scaling), layer_weights(source) if isinstance(source, nn.Module) else None
+    source: a PEFT model, or tensors `...layers.N.<module>.lora_A[.weight]` with `scaling`.
+    Metrics: `lora_update` (Frobenius over modules), `lora_update_sum` (sum of module norms) and,
+    with `base` (model, state dict or folder), `lora_update_relative` to the norm of the layer's
+    matrices. Layers without adapters are 0; `depth` gives their number when neither a model nor
+    `base` does."""
+    pairs, like = (
+        _lora_pairs(source, scaling),
+        layer_weights(source) if isinstance(source, nn.Module) else None,
+    )
     old = layer_weights(base, prefix, like) if base is not None else None
-    if not pairs: raise ValueError('no LoRA factors found in any decoder layer')
-    depth = len(old) if old else len(find_decoder(source)) if isinstance(source, nn.Module) else depth or max(pairs) + 1
-    if max(pairs) >= depth: raise ValueError(f'adapters on layer {max(pairs)}, the decoder has layers 0..{depth-1}')
+    if not pairs:
+        raise ValueError('no LoRA factors found in any decoder layer')
+    depth = (
+        len(old)
+        if old
+        else len(find_decoder(source))
+        if isinstance(source, nn.Module)
+        else depth or max(pairs) + 1
+    )
+    if max(pairs) >= depth:
+        raise ValueError(f'adapters on layer {max(pairs)}, the decoder has layers 0..{depth - 1}')
     out = []
     for l in range(depth):
         norms = [lora_norm(*p) for p in pairs.get(l, {}).values()]
         values = dict(lora_update=math.sqrt(sum(v * v for v in norms)), lora_update_sum=sum(norms))
         if old:
-            size = math.sqrt(sum(w.double().square().sum().item() for w in old[l].values() if w.ndim > 1))
+            size = math.sqrt(
+                sum(w.double().square().sum().item() for w in old[l].values() if w.ndim > 1)
+            )
             values['lora_update_relative'] = values['lora_update'] / size
         out += [Record(k, 'weights', l, v, float('nan'), len(norms)) for k, v in values.items()]
     return tidy(out)

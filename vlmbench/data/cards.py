@@ -18,30 +18,77 @@ import yaml
 from huggingface_hub import metadata_load
 from .image import ImageError, load_image
 from .quarantine import BadRecord
-from .record import ImageRef, _image_ref, parse_turns, sample_from_llava, sample_from_vora
+from vlmbench.data.record import (
+    ImageRef,
+    _image_ref,
+    parse_turns,
+    sample_from_llava,
+    sample_from_vora,
+)
 from .region import parse_regions
 from .rows import RawRow, iter_rows
 
 # %% ../../nbs/data/70_cards.ipynb #b6a1840b
-LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'gpl-3.0', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-3.0', 'cc-by-sa-4.0',
-            'cc-by-nc-4.0', 'cc-by-nc-sa-4.0', 'cc-by-nd-4.0', 'odc-by', 'other', 'unknown')
-TASKS = ('visual-question-answering', 'image-to-text', 'image-text-to-text', 'text-generation', 'question-answering',
-         'multiple-choice', 'object-detection', 'feature-extraction')
-SIZES = {'n<1K': 1e3, '1K<n<10K': 1e4, '10K<n<100K': 1e5, '100K<n<1M': 1e6, '1M<n<10M': 1e7, '10M<n<100M': 1e8,
-         '100M<n<1B': 1e9, '1B<n<10B': 1e10, 'unknown': float('inf')}
-ROLES = ('pre-training', 'instruction tuning', 'evaluation', 'text training', 'text evaluation', 'image source',
-         'embedded')
+LICENSES = (
+    'apache-2.0',
+    'mit',
+    'bsd-3-clause',
+    'gpl-3.0',
+    'cc0-1.0',
+    'cc-by-4.0',
+    'cc-by-sa-3.0',
+    'cc-by-sa-4.0',
+    'cc-by-nc-4.0',
+    'cc-by-nc-sa-4.0',
+    'cc-by-nd-4.0',
+    'odc-by',
+    'other',
+    'unknown',
+)
+TASKS = (
+    'visual-question-answering',
+    'image-to-text',
+    'image-text-to-text',
+    'text-generation',
+    'question-answering',
+    'multiple-choice',
+    'object-detection',
+    'feature-extraction',
+)
+SIZES = {
+    'n<1K': 1e3,
+    '1K<n<10K': 1e4,
+    '10K<n<100K': 1e5,
+    '100K<n<1M': 1e6,
+    '1M<n<10M': 1e7,
+    '10M<n<100M': 1e8,
+    '100M<n<1B': 1e9,
+    '1B<n<10B': 1e10,
+    'unknown': float('inf'),
+}
+ROLES = (
+    'pre-training',
+    'instruction tuning',
+    'evaluation',
+    'text training',
+    'text evaluation',
+    'image source',
+    'embedded',
+)
 SOURCES = 'homepage', 'hub', 'paper', 'code'
 METHODS = 'vip_llava', 'eve', 'vora', 'zero', 'visual_region', 'llava'
 CARD_FORMATS = 'json', 'jsonl', 'parquet', 'tsv'
 CARD_READERS = 'llava', 'vora', 'region'
 
+
 class CardError(ValueError):
     "A data card that cannot be used; the message lists every problem."
+
 
 @dataclass(frozen=True)
 class Card:
     "A data card: its `name` (file name without suffix), its front matter and where it was read."
+
     name: str
     front: dict
     path: Path
@@ -52,112 +99,203 @@ class Card:
         return self.front['files']
 
 # %% ../../nbs/data/70_cards.ipynb #822ba868
-def _plain(*types): return lambda v: None if type(v) in types else f'is {type(v).__name__}'
+def _plain(*types):
+    return lambda v: None if type(v) in types else f'is {type(v).__name__}'
+
 
 def _parsed(parse):
     def problem(v):
-        try: parse(v)
-        except BadRecord as e: return f'is no valid value ({e})'
+        try:
+            parse(v)
+        except BadRecord as e:
+            return f'is no valid value ({e})'
+
     return problem
+
 
 def _each(problem):
     def check(v):
-        if not isinstance(v, list): return f'is {type(v).__name__}'
+        if not isinstance(v, list):
+            return f'is {type(v).__name__}'
         return next((f'item {i} {why}' for i, x in enumerate(v) if (why := problem(x))), None)
+
     return check
 
-_image_type = _plain(str, bytes, dict)
-FIELD_TYPES = dict(str=_plain(str), int=_plain(int), number=_plain(int, float), bool=_plain(bool), list=_plain(list),
-                   dict=_plain(dict), any=lambda v: None, strings=_each(_plain(str)), image=_image_type,
-                   images=_each(_image_type), turns=_parsed(parse_turns),
-                   regions=_parsed(lambda v: parse_regions({'regions': v})),
-                   boxes=_parsed(lambda v: parse_regions({'bboxes': v})))
 
-def field_problem(row: dict, name: str, spec: str) -> tuple[str, str]|None:
+_image_type = _plain(str, bytes, dict)
+FIELD_TYPES = dict(
+    str=_plain(str),
+    int=_plain(int),
+    number=_plain(int, float),
+    bool=_plain(bool),
+    list=_plain(list),
+    dict=_plain(dict),
+    any=lambda v: None,
+    strings=_each(_plain(str)),
+    image=_image_type,
+    images=_each(_image_type),
+    turns=_parsed(parse_turns),
+    regions=_parsed(lambda v: parse_regions({'regions': v})),
+    boxes=_parsed(lambda v: parse_regions({'bboxes': v})),
+)
+
+
+def field_problem(row: dict, name: str, spec: str) -> tuple[str, str] | None:
     "('field missing' | 'field type', detail) if `row[name]` does not satisfy `spec`, else None."
     optional, names = spec.endswith('?'), spec.rstrip('?').split('|')
     if name not in row or row[name] is None and optional:
-        return None if optional else ('field missing', f'the row has no {name!r}; it has {sorted(map(str, row))[:12]}')
+        return (
+            None
+            if optional
+            else ('field missing', f'the row has no {name!r}; it has {sorted(map(str, row))[:12]}')
+        )
     problems = [FIELD_TYPES[n](row[name]) for n in names]
-    if None in problems: return None
+    if None in problems:
+        return None
     return 'field type', f'{name!r} {problems[-1]}, expected {spec}'
 
 # %% ../../nbs/data/70_cards.ipynb #dfa3d2c5
-def _is_count(value): return value == 'unknown' or type(value) is int and value >= 0
+def _is_count(value):
+    return value == 'unknown' or type(value) is int and value >= 0
+
 
 def front_problems(front: dict) -> list[str]:
     "Everything that is wrong with a front matter, in words; an empty list for a valid one."
     bad = []
+
     def need(ok, text):
-        if not ok: bad.append(text)
+        if not ok:
+            bad.append(text)
+
     def listed(key, allowed):
         value = front.get(key)
-        if not isinstance(value, list) or not value: bad.append(f'{key}: expected a list with content, got {value!r}')
-        else: bad.extend(f'{key}: {v!r} is unknown; use one of {list(allowed)}' for v in value if v not in allowed)
-    need(front.get('license') in LICENSES, f"license: {front.get('license')!r} is unknown; use one of {LICENSES}")
-    if front.get('license') == 'other': need(front.get('license_name'), "license_name: name it, as license is 'other'")
-    need(isinstance(front.get('pretty_name'), str) and front.get('pretty_name'), 'pretty_name: missing')
+        if not isinstance(value, list) or not value:
+            bad.append(f'{key}: expected a list with content, got {value!r}')
+        else:
+            bad.extend(
+                f'{key}: {v!r} is unknown; use one of {list(allowed)}'
+                for v in value
+                if v not in allowed
+            )
+
+    need(
+        front.get('license') in LICENSES,
+        f'license: {front.get("license")!r} is unknown; use one of {LICENSES}',
+    )
+    if front.get('license') == 'other':
+        need(front.get('license_name'), "license_name: name it, as license is 'other'")
+    need(
+        isinstance(front.get('pretty_name'), str) and front.get('pretty_name'),
+        'pretty_name: missing',
+    )
     listed('task_categories', TASKS)
     listed('language', ('en', 'zh', 'multilingual'))
     listed('size_categories', SIZES)
     listed('used_by', METHODS)
-    need(front.get('role') in ROLES, f"role: {front.get('role')!r} is unknown; use one of {ROLES}")
+    need(front.get('role') in ROLES, f'role: {front.get("role")!r} is unknown; use one of {ROLES}')
     source = front.get('source') if isinstance(front.get('source'), dict) else {}
-    need(source and set(source) <= set(SOURCES), f'source: give one or more of {SOURCES} and nothing else')
+    need(
+        source and set(source) <= set(SOURCES),
+        f'source: give one or more of {SOURCES} and nothing else',
+    )
     size = front.get('size') if isinstance(front.get('size'), dict) else {}
     for key in ('rows', 'images'):
-        need(_is_count(size.get(key)), f'size.{key}: expected a number or unknown, got {size.get(key)!r}')
+        need(
+            _is_count(size.get(key)),
+            f'size.{key}: expected a number or unknown, got {size.get(key)!r}',
+        )
     if type(rows := size.get('rows')) is int and isinstance(front.get('size_categories'), list):
-        fits = any(SIZES[c] / 10 * (c != 'n<1K') <= rows < SIZES[c] for c in front['size_categories'] if c in SIZES)
+        fits = any(
+            SIZES[c] / 10 * (c != 'n<1K') <= rows < SIZES[c]
+            for c in front['size_categories']
+            if c in SIZES
+        )
         need(fits, f'size_categories: {rows:,} rows are outside {front["size_categories"]}')
-    need(isinstance(front.get('known_faults'), list), "known_faults: expected a list ([] or ['unknown'] are fine)")
+    need(
+        isinstance(front.get('known_faults'), list),
+        "known_faults: expected a list ([] or ['unknown'] are fine)",
+    )
     files = front.get('files')
-    need(isinstance(files, list) and all(isinstance(f, dict) for f in files), 'files: expected a list of file entries')
+    need(
+        isinstance(files, list) and all(isinstance(f, dict) for f in files),
+        'files: expected a list of file entries',
+    )
     for f in files if isinstance(files, list) else []:
-        if isinstance(f, dict): bad.extend(f"files: {f.get('path')}: {why}" for why in _file_problems(f))
+        if isinstance(f, dict):
+            bad.extend(f'files: {f.get("path")}: {why}' for why in _file_problems(f))
     return bad
 
 # %% ../../nbs/data/70_cards.ipynb #82c7b062
 def _file_problems(f: dict) -> Iterator[str]:
-    known = {'path', 'format', 'rows', 'sha256', 'bytes', 'images', 'reader', 'unique', 'fields', 'note'}
-    if set(f) - known: yield f'unknown keys {sorted(set(f) - known)}'
+    known = {
+        'path',
+        'format',
+        'rows',
+        'sha256',
+        'bytes',
+        'images',
+        'reader',
+        'unique',
+        'fields',
+        'note',
+    }
+    if set(f) - known:
+        yield f'unknown keys {sorted(set(f) - known)}'
     path = f.get('path')
     if not isinstance(path, str) or os.path.isabs(path) or '..' in Path(path).parts:
         yield 'path must be relative to the folder'
-    if f.get('format') not in CARD_FORMATS: yield f"format {f.get('format')!r} is unknown; use one of {CARD_FORMATS}"
-    if not _is_count(f.get('rows')): yield f"rows: expected a number or unknown, got {f.get('rows')!r}"
+    if f.get('format') not in CARD_FORMATS:
+        yield f'format {f.get("format")!r} is unknown; use one of {CARD_FORMATS}'
+    if not _is_count(f.get('rows')):
+        yield f'rows: expected a number or unknown, got {f.get("rows")!r}'
     if f.get('sha256', 'unknown') != 'unknown' and len(str(f['sha256'])) != 64:
         yield 'sha256: expected 64 hexadecimal digits'
     if f.get('reader') not in (None, *CARD_READERS):
-        yield f"reader {f['reader']!r} is unknown; use one of {CARD_READERS}"
-    if not isinstance(f.get('fields'), dict): yield 'fields: expected the row schema, a mapping of names to types'
+        yield f'reader {f["reader"]!r} is unknown; use one of {CARD_READERS}'
+    if not isinstance(f.get('fields'), dict):
+        yield 'fields: expected the row schema, a mapping of names to types'
     else:
         for name, spec in f['fields'].items():
             unknown = set(str(spec).rstrip('?').split('|')) - set(FIELD_TYPES)
-            if unknown: yield f'field {name}: type {sorted(unknown)} is unknown; use {sorted(FIELD_TYPES)}'
+            if unknown:
+                yield f'field {name}: type {sorted(unknown)} is unknown; use {sorted(FIELD_TYPES)}'
         if f.get('unique') is not None and f['unique'] not in f['fields']:
-            yield f"unique: {f['unique']!r} is not a field"
+            yield f'unique: {f["unique"]!r} is not a field'
+
 
 def cards_dir() -> Path:
-    "The folder of the project's cards: beside the package in a checkout, inside it in an installed copy."
-    package = Path(__file__).resolve().parents[1] if '__file__' in globals() else Path.cwd().parents[1]/'vlmbench'
-    for folder in (package.parent/'data_cards', package/'_data_cards', Path('data_cards')):
-        if folder.is_dir(): return folder
-    raise CardError('no data_cards folder was found beside the package; give the path of a card file')
+    """The folder of the project's cards: beside the package in a checkout, inside it in an
+    installed copy."""
+    package = (
+        Path(__file__).resolve().parents[1]
+        if '__file__' in globals()
+        else Path.cwd().parents[1] / 'vlmbench'
+    )
+    for folder in (package.parent / 'data_cards', package / '_data_cards', Path('data_cards')):
+        if folder.is_dir():
+            return folder
+    raise CardError(
+        'no data_cards folder was found beside the package; give the path of a card file'
+    )
 
-def load_card(card: str|Path) -> Card:
-    "The card at a path, or of a name in `cards_dir()`. Raises `CardError` listing every problem of its front matter."
+
+def load_card(card: str | Path) -> Card:
+    """The card at a path, or of a name in `cards_dir()`. Raises `CardError` listing every problem
+    of its front matter."""
     path = Path(card)
     if path.suffix != '.md' and not path.is_file():
-        path = cards_dir()/f'{card}.md'
+        path = cards_dir() / f'{card}.md'
         if not path.is_file():
             known = sorted(p.stem for p in path.parent.glob('*.md'))
             raise CardError(f'no card named {str(card)!r} in {path.parent}; known: {known}')
-    try: front = metadata_load(path)
-    except FileNotFoundError: raise CardError(f'{path}: no such file') from None
+    try:
+        front = metadata_load(path)
+    except FileNotFoundError:
+        raise CardError(f'{path}: no such file') from None
     except (yaml.YAMLError, ValueError, UnicodeDecodeError) as e:
         raise CardError(f'{path}: the front matter is no YAML mapping: {e}') from None
-    if not isinstance(front, dict): raise CardError(f'{path}: no front matter between two lines of three dashes')
+    if not isinstance(front, dict):
+        raise CardError(f'{path}: no front matter between two lines of three dashes')
     if bad := front_problems(front):
         raise CardError(f'{path} has {len(bad)} problems:\n' + '\n'.join(f'  {b}' for b in bad))
     return Card(path.stem, front, path)
@@ -165,8 +303,10 @@ def load_card(card: str|Path) -> Card:
 # %% ../../nbs/data/70_cards.ipynb #205a7daf
 @dataclass(frozen=True)
 class Report:
-    """What `check` found. `table`: one row a listed problem (file, row, id, check, detail); `summary`: one row a file
-    (rows, expected, pictures opened, number of problems). `status`: 0 clean, 1 problems, 2 nothing could be checked."""
+    """What `check` found. `table`: one row a listed problem (file, row, id, check, detail);
+    `summary`: one row a file (rows, expected, pictures opened, number of problems). `status`: 0
+    clean, 1 problems, 2 nothing could be checked."""
+
     card: str
     folder: str
     table: pd.DataFrame
@@ -174,76 +314,126 @@ class Report:
     status: int
 
     def __str__(self) -> str:
-        verdict = {0: 'matches its card', 1: 'differs from its card', 2: 'could not be checked'}[self.status]
+        verdict = {0: 'matches its card', 1: 'differs from its card', 2: 'could not be checked'}[
+            self.status
+        ]
         lines = [f'{self.card} in {self.folder}: {verdict}']
-        if len(self.summary): lines.append(self.summary.to_string(index=False))
+        if len(self.summary):
+            lines.append(self.summary.to_string(index=False))
         for p in self.table.to_dict('records'):
-            row = '' if pd.isna(p['row']) else f" row {int(p['row'])}" + (f" (id {p['id']})" if p['id'] else '')
-            lines.append(f"{p['file']}{row}: {p['check']}: {p['detail']}")
+            row = (
+                ''
+                if pd.isna(p['row'])
+                else f' row {int(p["row"])}' + (f' (id {p["id"]})' if p['id'] else '')
+            )
+            lines.append(f'{p["file"]}{row}: {p["check"]}: {p["detail"]}')
         hidden = int(self.summary['problems'].sum()) - len(self.table) if len(self.summary) else 0
-        return '\n'.join(lines + ([f'... and {hidden:,} more problems of these kinds'] if hidden > 0 else []))
+        return '\n'.join(
+            lines + ([f'... and {hidden:,} more problems of these kinds'] if hidden > 0 else [])
+        )
+
 
 class _Problems:
     "Counts every problem and lists the first `limit` of each file and kind."
-    def __init__(self, limit): self.limit, self.rows, self.counts = limit, [], Counter()
+
+    def __init__(self, limit):
+        self.limit, self.rows, self.counts = limit, [], Counter()
+
     def add(self, file, check, detail, row=None, id=None):
         self.counts[file, check] += 1
         if self.counts[file, check] <= self.limit:
             self.rows.append(dict(file=file, row=row, id=id, check=check, detail=str(detail)))
-    def of(self, file): return sum(n for (f, _), n in self.counts.items() if f == file)
+
+    def of(self, file):
+        return sum(n for (f, _), n in self.counts.items() if f == file)
+
 
 def _tsv(path):
-    csv.field_size_limit(2**31 - 1)                                   # pictures are base64 text in a cell
+    csv.field_size_limit(2**31 - 1)  # pictures are base64 text in a cell
     with open(path, newline='', encoding='utf-8', errors='surrogateescape') as f:
         try:
-            for number, row in enumerate(csv.DictReader(f, delimiter='\t')): yield RawRow(number, row)
-        except csv.Error as e: yield RawRow(0, error=f'unreadable table: {e}', fatal=True)
+            for number, row in enumerate(csv.DictReader(f, delimiter='\t')):
+                yield RawRow(number, row)
+        except csv.Error as e:
+            yield RawRow(0, error=f'unreadable table: {e}', fatal=True)
 
 # %% ../../nbs/data/70_cards.ipynb #87f8a7d9
-def _check_image(ref: ImageRef) -> str|None:
-    try: load_image(ref, note=lambda what: None)
-    except ImageError as e: return str(e)
+def _check_image(ref: ImageRef) -> str | None:
+    try:
+        load_image(ref, note=lambda what: None)
+    except ImageError as e:
+        return str(e)
+
 
 def _check_row(row, entry, roots, parse) -> Iterator[tuple[str, str]]:
-    if not isinstance(row, dict): yield 'field type', f'the row is {type(row).__name__}, not an object'; return
-    problems = [p for name, spec in entry['fields'].items() if (p := field_problem(row, name, spec))]
+    if not isinstance(row, dict):
+        yield 'field type', f'the row is {type(row).__name__}, not an object'
+        return
+    problems = [
+        p for name, spec in entry['fields'].items() if (p := field_problem(row, name, spec))
+    ]
     yield from problems
     if parse and not problems:
-        try: parse(row, roots)
-        except (BadRecord, RecursionError) as e: yield 'record', str(e)
+        try:
+            parse(row, roots)
+        except (BadRecord, RecursionError) as e:
+            yield 'record', str(e)
 
-def _row_images(row, entry, roots) -> Iterator[ImageRef|BadRecord]:
+
+def _row_images(row, entry, roots) -> Iterator[ImageRef | BadRecord]:
     for name, spec in entry['fields'].items():
         if spec.rstrip('?') in ('image', 'images') and isinstance(row, dict) and row.get(name):
             for value in row[name] if isinstance(row[name], list) else [row[name]]:
-                try: yield _image_ref(value, roots)
-                except BadRecord as e: yield e
+                try:
+                    yield _image_ref(value, roots)
+                except BadRecord as e:
+                    yield e
 
-_PARSE = dict(llava=sample_from_llava, vora=sample_from_vora,
-              region=lambda row, root: sample_from_llava(row, root, missing_mark='prepend', need_turns=False))
+
+_PARSE = dict(
+    llava=sample_from_llava,
+    vora=sample_from_vora,
+    region=lambda row, root: sample_from_llava(row, root, missing_mark='prepend', need_turns=False),
+)
+
 
 def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> dict:
-    roots, parse = str(folder/entry.get('images', '.')), _PARSE.get(entry.get('reader'))
+    roots, parse = str(folder / entry.get('images', '.')), _PARSE.get(entry.get('reader'))
     n, opened, ids, kept, read_all, with_images = 0, 0, set(), [], True, 0
+
     def look(number, id, refs):
         for ref in refs:
             why = str(ref) if isinstance(ref, BadRecord) else _check_image(ref)
-            if why: found.add(file, 'image', why, number, id)
+            if why:
+                found.add(file, 'image', why, number, id)
         return len(refs)
+
     for raw in _tsv(path) if entry['format'] == 'tsv' else iter_rows(path, entry['format']):
-        if limit is not None and n >= limit: read_all = False; break
-        if raw.error: found.add(file, 'unreadable', raw.error, raw.number); n += not raw.fatal; continue
+        if limit is not None and n >= limit:
+            read_all = False
+            break
+        if raw.error:
+            found.add(file, 'unreadable', raw.error, raw.number)
+            n += not raw.fatal
+            continue
         row, n = raw.value, n + 1
         id = str(row.get(entry.get('unique') or 'id', '')) if isinstance(row, dict) else ''
-        for check, detail in _check_row(row, entry, roots, parse): found.add(file, check, detail, raw.number, id)
+        for check, detail in _check_row(row, entry, roots, parse):
+            found.add(file, check, detail, raw.number, id)
         if entry.get('unique') and id:
-            if id in ids: found.add(file, 'duplicate id', f"{entry['unique']} {id!r} appears again", raw.number, id)
+            if id in ids:
+                found.add(
+                    file, 'duplicate id', f'{entry["unique"]} {id!r} appears again', raw.number, id
+                )
             ids.add(id)
         if refs := list(_row_images(row, entry, roots)):
             with_images += 1
-            if full: opened += look(raw.number, id, refs)
-            elif len(kept) < sample: kept.append((raw.number, id, refs))
-            elif (k := rng.randrange(with_images)) < sample: kept[k] = (raw.number, id, refs)
+            if full:
+                opened += look(raw.number, id, refs)
+            elif len(kept) < sample:
+                kept.append((raw.number, id, refs))
+            elif (k := rng.randrange(with_images)) < sample:
+                kept[k] = (raw.number, id, refs)
     opened += sum(look(*k) for k in sorted(kept, key=lambda k: k[0]))
     return dict(rows=n, opened=opened, read_all=read_all)
 
@@ -251,55 +441,110 @@ def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> d
 def _sha256(path) -> str:
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20): digest.update(chunk)
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
-def check(card: str|Path|Card, folder: str|Path, full: bool = False, sample: int = 200, limit: int|None = None,
-          seed: int = 0, max_listed: int = 20) -> Report:
+
+def check(
+    card: str | Path | Card,
+    folder: str | Path,
+    full: bool = False,
+    sample: int = 200,
+    limit: int | None = None,
+    seed: int = 0,
+    max_listed: int = 20,
+) -> Report:
     """Hold the copy in `folder` against its card.
 
-    `full`: open every picture, not those of `sample` rows a file (chosen with `seed`); `limit`: read only so many rows
-    a file, the count is then not judged; `max_listed`: problems listed per file and kind. Raises `CardError` for a bad
-    card."""
+    `full`: open every picture, not those of `sample` rows a file (chosen with `seed`); `limit`:
+    read only so many rows a file, the count is then not judged; `max_listed`: problems listed per
+    file and kind. Raises `CardError` for a bad card."""
     card, folder = card if isinstance(card, Card) else load_card(card), Path(folder)
     found, rng, summary = _Problems(max_listed), random.Random(seed), []
     columns = ['file', 'row', 'id', 'check', 'detail']
     if not folder.is_dir() or not card.files:
-        what = 'the card names no files (not released, or pictures only)' if folder.is_dir() else 'this is no folder'
-        table = pd.DataFrame([dict(file=str(folder), row=None, id=None, check='missing', detail=what)], columns=columns)
+        what = (
+            'the card names no files (not released, or pictures only)'
+            if folder.is_dir()
+            else 'this is no folder'
+        )
+        table = pd.DataFrame(
+            [dict(file=str(folder), row=None, id=None, check='missing', detail=what)],
+            columns=columns,
+        )
         return Report(card.name, str(folder), table, pd.DataFrame(), 2)
     for entry in card.files:
         name, expected, n, opened, read_all = entry['path'], entry['rows'], 0, 0, True
-        paths = sorted(folder.glob(name)) if any(c in name for c in '*?[') else [folder/name]
+        paths = sorted(folder.glob(name)) if any(c in name for c in '*?[') else [folder / name]
         paths = [p for p in paths if p.is_file()]
-        if not paths: found.add(name, 'missing file', f'nothing matches {name} in {folder}')
+        if not paths:
+            found.add(name, 'missing file', f'nothing matches {name} in {folder}')
         for path in paths:
             file = str(path.relative_to(folder))
-            if entry.get('sha256', 'unknown') != 'unknown' and (got := _sha256(path)) != entry['sha256']:
-                found.add(name, 'hash', f"sha256 of {file} is {got[:12]}..., the card says {entry['sha256'][:12]}...")
+            if (
+                entry.get('sha256', 'unknown') != 'unknown'
+                and (got := _sha256(path)) != entry['sha256']
+            ):
+                found.add(
+                    name,
+                    'hash',
+                    f'sha256 of {file} is {got[:12]}..., the card says {entry["sha256"][:12]}...',
+                )
             one = _check_file(path, entry, name, folder, found, full, sample, rng, limit)
-            n, opened, read_all = n + one['rows'], opened + one['opened'], read_all and one['read_all']
+            n, opened, read_all = (
+                n + one['rows'],
+                opened + one['opened'],
+                read_all and one['read_all'],
+            )
         if paths and read_all and expected != 'unknown' and n != expected:
             found.add(name, 'row count', f'{n:,} rows, the card says {expected:,}')
         expected = expected if read_all else f'{expected} (not judged)'
-        summary.append(dict(file=name, rows=n, expected=expected, pictures_opened=opened, problems=found.of(name)))
+        summary.append(
+            dict(
+                file=name,
+                rows=n,
+                expected=expected,
+                pictures_opened=opened,
+                problems=found.of(name),
+            )
+        )
     table = pd.DataFrame(found.rows, columns=columns)
     return Report(card.name, str(folder), table, pd.DataFrame(summary), int(bool(len(table))))
 
-def check_command(card: str|Path, folder: str|Path, full: bool = False, sample: int = 200, limit: int|None = None,
-                  seed: int = 0) -> int:
-    """`vlmbench data check CARD FOLDER`: print the report; returns the exit status (0 clean, 1 problems, 2 nothing to
-    check)."""
-    try: report = check(card, folder, full, sample, limit, seed)
-    except CardError as e: print(e); return 2
+
+def check_command(
+    card: str | Path,
+    folder: str | Path,
+    full: bool = False,
+    sample: int = 200,
+    limit: int | None = None,
+    seed: int = 0,
+) -> int:
+    """`vlmbench data check CARD FOLDER`: print the report; returns the exit status (0 clean, 1
+    problems, 2 nothing to check)."""
+    try:
+        report = check(card, folder, full, sample, limit, seed)
+    except CardError as e:
+        print(e)
+        return 2
     print(report)
     return report.status
 
 # %% ../../nbs/data/70_cards.ipynb #9382df2f
-def list_cards(folder: str|Path|None = None) -> pd.DataFrame:
-    """A tidy table of all cards: name, pretty name, role, licence, rows, who uses them. Raises `CardError` at the first
-    bad card."""
+def list_cards(folder: str | Path | None = None) -> pd.DataFrame:
+    """A tidy table of all cards: name, pretty name, role, licence, rows, who uses them. Raises
+    `CardError` at the first bad card."""
     cards = [load_card(p) for p in sorted(Path(folder or cards_dir()).glob('*.md'))]
     keys = 'pretty_name', 'role', 'license'
-    return pd.DataFrame([dict(name=c.name, **{k: c.front[k] for k in keys}, rows=c.front['size']['rows'],
-                              used_by=', '.join(c.front['used_by'])) for c in cards])
+    return pd.DataFrame(
+        [
+            dict(
+                name=c.name,
+                **{k: c.front[k] for k in keys},
+                rows=c.front['size']['rows'],
+                used_by=', '.join(c.front['used_by']),
+            )
+            for c in cards
+        ]
+    )

@@ -12,11 +12,13 @@ from .template import IGNORE, Encoded
 
 # %% ../../nbs/data/48_collate.ipynb #4ee2484a
 def truncate(doc: Encoded, max_tokens: int, how: str = 'cut') -> Encoded:
-    """`doc` cut to at most `max_tokens`; a cut inside a run of image tokens moves to the start of the run. `how`: 'cut';
-    'close', which ends in the document's own last token, a target; 'turns', which drops whole later turns and closes a
-    first one that is too long."""
-    if how not in ('cut', 'close', 'turns'): raise ValueError(f"how={how!r}: expected 'cut', 'close' or 'turns'")
-    if doc.n_tokens <= max_tokens: return doc
+    """`doc` cut to at most `max_tokens`; a cut inside a run of image tokens moves to the start of
+    the run. `how`: 'cut'; 'close', which ends in the document's own last token, a target; 'turns',
+    which drops whole later turns and closes a first one that is too long."""
+    if how not in ('cut', 'close', 'turns'):
+        raise ValueError(f"how={how!r}: expected 'cut', 'close' or 'turns'")
+    if doc.n_tokens <= max_tokens:
+        return doc
     if how == 'turns':
         target = doc.labels != IGNORE
         ends = (target & ~torch.cat([target[1:], target.new_zeros(1)])).nonzero()[:, 0] + 1
@@ -24,27 +26,46 @@ def truncate(doc: Encoded, max_tokens: int, how: str = 'cut') -> Encoded:
         return truncate(doc, fit[-1]) if fit else truncate(doc, max_tokens, 'close')
     if how == 'close':
         short = truncate(doc, max_tokens - 1)
-        closed = (torch.cat([getattr(short, k), getattr(doc, k)[-1:]]) for k in ('input_ids', 'labels', 'image_ids'))
+        closed = (
+            torch.cat([getattr(short, k), getattr(doc, k)[-1:]])
+            for k in ('input_ids', 'labels', 'image_ids')
+        )
         return Encoded(*closed, short.images, doc.id)
     cut = max_tokens
     if cut and doc.image_ids[cut] >= 0:
-        while cut and doc.image_ids[cut - 1] >= 0: cut -= 1
+        while cut and doc.image_ids[cut - 1] >= 0:
+            cut -= 1
     ids = doc.image_ids[:cut]
-    return Encoded(doc.input_ids[:cut], doc.labels[:cut], ids, doc.images[:int(ids.max()) + 1 if cut else 0], doc.id)
+    return Encoded(
+        doc.input_ids[:cut],
+        doc.labels[:cut],
+        ids,
+        doc.images[: int(ids.max()) + 1 if cut else 0],
+        doc.id,
+    )
 
 # %% ../../nbs/data/48_collate.ipynb #0e65b532
 def _pixels(docs: Iterable[Encoded]) -> dict:
-    """`pixel_values` [images, channels, height, width] and `image_sizes` [images, 2] of all documents, and the
-    `teacher_values` [images, channels, side, side] that they carry; or nothing"""
+    """`pixel_values` [images, channels, height, width] and `image_sizes` [images, 2] of all
+    documents, and the `teacher_values` [images, channels, side, side] that they carry; or
+    nothing"""
     images = [i for d in docs for i in d.images]
-    if not images: return {}
+    if not images:
+        return {}
     shape = [max(i['pixel_values'].shape[k] for i in images) for k in range(3)]
     pixels = images[0]['pixel_values'].new_zeros(len(images), *shape)
     for out, i in zip(pixels, images):
         c, h, w = i['pixel_values'].shape
         out[:c, :h, :w] = i['pixel_values']
-    taught = dict(teacher_values=torch.stack([i['teacher_values'] for i in images])) if 'teacher_values' in images[0] else {}
-    return dict(pixel_values=pixels, image_sizes=torch.tensor([tuple(i['size']) for i in images]), **taught)
+    taught = (
+        dict(teacher_values=torch.stack([i['teacher_values'] for i in images]))
+        if 'teacher_values' in images[0]
+        else {}
+    )
+    return dict(
+        pixel_values=pixels, image_sizes=torch.tensor([tuple(i['size']) for i in images]), **taught
+    )
+
 
 def _collate(rows: list[list[Encoded]], length: int, pad_id: int, left: bool = False) -> dict:
     "Rows of documents as tensors `[rows, length]`"
@@ -54,46 +75,64 @@ def _collate(rows: list[list[Encoded]], length: int, pad_id: int, left: bool = F
     if any(d.images for d in docs):
         for d in docs:
             if (n := int(d.image_ids.max()) + 1) != len(d.images):
-                raise ValueError(f'document {d.id!r} has tokens of {n} images but {len(d.images)} pictures')
+                raise ValueError(
+                    f'document {d.id!r} has tokens of {n} images but {len(d.images)} pictures'
+                )
     for r, row in enumerate(rows):
         at = length - sum(d.n_tokens for d in row) if left else 0
         for k, d in enumerate(row):
             here = slice(at, at + d.n_tokens)
             batch['input_ids'][r, here], batch['labels'][r, here] = d.input_ids, d.labels
-            batch['labels'][r, at] = IGNORE                    # nothing of its own document predicts the first token
-            batch['position_ids'][r, here], batch['document_ids'][r, here] = torch.arange(d.n_tokens), k
+            batch['labels'][r, at] = IGNORE  # nothing of its own document predicts the first token
+            batch['position_ids'][r, here], batch['document_ids'][r, here] = (
+                torch.arange(d.n_tokens),
+                k,
+            )
             batch['image_ids'][r, here] = torch.where(d.image_ids < 0, -1, d.image_ids + n_images)
             n_images += int(d.image_ids.max()) + 1
             at += d.n_tokens
     n_targets = int((batch['labels'] != IGNORE).sum())
     return batch | _pixels(docs) | dict(sample_ids=[d.id for d in docs], n_targets=n_targets)
 
-def _round_up(n: int, multiple: int) -> int: return -(-n // multiple) * multiple
 
-def collate_packed(rows: list[list[Encoded]],   # documents of each row
-                   pad_id: int,                 # fills the end of a row
-                   length: int | None = None,   # row length; default: the fullest row
-                   multiple: int = 1,           # the default length is rounded up to it
-                  ) -> dict:
-    """A packed batch: `input_ids`, `labels`, `position_ids`, `document_ids`, `image_ids` [rows, length], `pixel_values`
-    [images, channels, height, width] and `image_sizes` [images, 2] where there are images, `sample_ids`, `n_targets`"""
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def collate_packed(
+    rows: list[list[Encoded]],  # documents of each row
+    pad_id: int,  # fills the end of a row
+    length: int | None = None,  # row length; default: the fullest row
+    multiple: int = 1,  # the default length is rounded up to it
+) -> dict:
+    """A packed batch: `input_ids`, `labels`, `position_ids`, `document_ids`, `image_ids` [rows,
+    length], `pixel_values` [images, channels, height, width] and `image_sizes` [images, 2] where
+    there are images, `sample_ids`, `n_targets`"""
     used = max((sum(d.n_tokens for d in row) for row in rows), default=0)
-    if not used: raise ValueError('there are no documents to collate')
-    if length is not None and used > length: raise ValueError(f'a row holds {used} tokens, more than length={length}')
+    if not used:
+        raise ValueError('there are no documents to collate')
+    if length is not None and used > length:
+        raise ValueError(f'a row holds {used} tokens, more than length={length}')
     return _collate(rows, length or _round_up(used, multiple), pad_id)
 
 # %% ../../nbs/data/48_collate.ipynb #d174ae15
-def collate_padded(docs: list[Encoded],       # one per row
-                   pad_id: int,               # fills the rest of a row
-                   side: str = 'right',       # where the padding goes: 'right' or 'left' (generation)
-                   length: int | None = None, # row length; default: the longest document
-                   multiple: int = 1,         # the default length is rounded up to it
-                  ) -> dict:
-    "A padded batch: as `collate_packed` plus `attention_mask` [rows, length] (1 = token, 0 = padding)"
-    if side not in ('right', 'left'): raise ValueError(f"side={side!r}: expected 'right' or 'left'")
-    if not docs: raise ValueError('there are no documents to collate')
+def collate_padded(
+    docs: list[Encoded],  # one per row
+    pad_id: int,  # fills the rest of a row
+    side: str = 'right',  # where the padding goes: 'right' or 'left' (generation)
+    length: int | None = None,  # row length; default: the longest document
+    multiple: int = 1,  # the default length is rounded up to it
+) -> dict:
+    """A padded batch: as `collate_packed` plus `attention_mask` [rows, length] (1 = token, 0 =
+    padding)"""
+    if side not in ('right', 'left'):
+        raise ValueError(f"side={side!r}: expected 'right' or 'left'")
+    if not docs:
+        raise ValueError('there are no documents to collate')
     longest = max(d.n_tokens for d in docs)
     if length is not None and longest > length:
         raise ValueError(f'a document has {longest} tokens, more than length={length}')
-    batch = _collate([[d] for d in docs], length or _round_up(longest, multiple), pad_id, side == 'left')
+    batch = _collate(
+        [[d] for d in docs], length or _round_up(longest, multiple), pad_id, side == 'left'
+    )
     return batch | dict(attention_mask=(batch['document_ids'] >= 0).long())

@@ -22,126 +22,223 @@ from PIL import Image, ImageFile
 class ImageError(ValueError):
     "A picture that cannot be used; the message is `category: detail`."
 
+
 class ImageWarning(UserWarning):
     "A picture that could only be read with a fallback."
 
-def resolve_path(path: str|Path, root: str|Path|tuple|None = None) -> Path:
-    """The real path of `path` below `root`; several roots: the first resolves relative paths, any may hold the file.
+
+def resolve_path(path: str | Path, root: str | Path | tuple | None = None) -> Path:
+    """The real path of `path` below `root`; several roots: the first resolves relative paths, any
+    may hold the file.
 
     Raises `ImageError` for a path that leaves every root, also through a symbolic link."""
-    if '\0' in str(path): raise ImageError(f'bad path: {str(path)[:60]!r} holds a null character')
-    if root is None: return Path(path)
+    if '\0' in str(path):
+        raise ImageError(f'bad path: {str(path)[:60]!r} holds a null character')
+    if root is None:
+        return Path(path)
     roots = (root,) if isinstance(root, (str, Path)) else tuple(root)
     full = os.path.realpath(os.path.join(roots[0], path))
     for folder in roots:
         folder = os.path.realpath(folder)
-        if full == folder or full.startswith(folder.rstrip(os.sep) + os.sep): return Path(full)
-    raise ImageError(f'outside the root: {path} leads to {full}, not below {", ".join(map(str, roots))}; '
-                     'name its folder in roots= if you trust it')
+        if full == folder or full.startswith(folder.rstrip(os.sep) + os.sep):
+            return Path(full)
+    raise ImageError(
+        f'outside the root: {path} leads to {full}, not below {", ".join(map(str, roots))}; '
+        'name its folder in roots= if you trust it'
+    )
 
 # %% ../../nbs/data/20_image.ipynb #37329abb
-FORMATS = 'JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'DIB', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'ICO', 'TGA', 'PCX'
-MAX_PIXELS = 89_478_485                # Pillow's own warning level: a quarter of a GiB of RGB
+FORMATS = (
+    'JPEG',
+    'MPO',
+    'PNG',
+    'WEBP',
+    'GIF',
+    'BMP',
+    'DIB',
+    'TIFF',
+    'PPM',
+    'JPEG2000',
+    'AVIF',
+    'ICO',
+    'TGA',
+    'PCX',
+)
+MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a GiB of RGB
+
 
 @lru_cache(maxsize=1)
 def _formats():
     Image.init()
     return tuple(f for f in FORMATS if f in Image.OPEN)
 
-_MAGIC = ((b'\x89PNG', 'PNG'), (b'\xff\xd8\xff', 'JPEG'), (b'GIF8', 'GIF'), (b'RIFF', 'WEBP'), (b'II*\0', 'TIFF'),
-          (b'MM\0*', 'TIFF'), (b'BM', 'BMP'))
+
+_MAGIC = (
+    (b'\x89PNG', 'PNG'),
+    (b'\xff\xd8\xff', 'JPEG'),
+    (b'GIF8', 'GIF'),
+    (b'RIFF', 'WEBP'),
+    (b'II*\0', 'TIFF'),
+    (b'MM\0*', 'TIFF'),
+    (b'BM', 'BMP'),
+)
+
 
 def _what_is(head: bytes) -> str:
     text = head.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
-    for mark, name in ((b'version https://git-lfs', 'a Git LFS pointer: fetch the file with git lfs pull'),
-                       (b'<!doctype html', 'an HTML page, probably a failed download'), (b'%pdf', 'a PDF'),
-                       (b'<html', 'an HTML page, probably a failed download'), (b'%!ps', 'PostScript'),
-                       (b'pk\3\4', 'a zip archive'), (b'\x1f\x8b', 'a gzip file')):
-        if text.startswith(mark): return name
-    if b'<svg' in text: return 'an SVG drawing: render it to PNG first'
-    return 'only zeros' if not head.strip(b'\0') else f'no image format known here (first bytes {head[:8].hex(" ")})'
+    for mark, name in (
+        (b'version https://git-lfs', 'a Git LFS pointer: fetch the file with git lfs pull'),
+        (b'<!doctype html', 'an HTML page, probably a failed download'),
+        (b'%pdf', 'a PDF'),
+        (b'<html', 'an HTML page, probably a failed download'),
+        (b'%!ps', 'PostScript'),
+        (b'pk\3\4', 'a zip archive'),
+        (b'\x1f\x8b', 'a gzip file'),
+    ):
+        if text.startswith(mark):
+            return name
+    if b'<svg' in text:
+        return 'an SVG drawing: render it to PNG first'
+    return (
+        'only zeros'
+        if not head.strip(b'\0')
+        else f'no image format known here (first bytes {head[:8].hex(" ")})'
+    )
 
 # %% ../../nbs/data/20_image.ipynb #88c888b4
-def to_rgb(img: Image.Image, background: tuple[int, int, int]|None = None) -> Image.Image:
-    """8-bit RGB from any Pillow mode. 16-bit grey keeps its upper byte; transparency is dropped, or laid over
-    `background`.
+def to_rgb(img: Image.Image, background: tuple[int, int, int] | None = None) -> Image.Image:
+    """8-bit RGB from any Pillow mode. 16-bit grey keeps its upper byte; transparency is dropped, or
+    laid over `background`.
 
-    Raises `ImageError` for 32-bit float or integer pixels beyond 16 bits: their range is unknown."""
-    if img.mode == 'RGB': return img
+    Raises `ImageError` for 32-bit float or integer pixels beyond 16 bits: their range is
+    unknown."""
+    if img.mode == 'RGB':
+        return img
     if img.mode.startswith('I') or img.mode == 'F':
         values = np.asarray(img)
         if img.mode == 'F' or values.min() < 0 or values.max() > 65535:
-            raise ImageError(f'pixel range: mode {img.mode} holds {values.min():g} to {values.max():g}; rescale it')
+            raise ImageError(
+                f'pixel range: mode {img.mode} holds {values.min():g} to {values.max():g}; rescale '
+                'it'
+            )
         return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert('RGB')
     transparent = 'A' in img.getbands() or 'transparency' in img.info
-    if not transparent: return img.convert('RGB')
+    if not transparent:
+        return img.convert('RGB')
     img = img.convert('RGBA')
-    if background is None: return img.convert('RGB')
-    return Image.alpha_composite(Image.new('RGBA', img.size, (*background, 255)), img).convert('RGB')
+    if background is None:
+        return img.convert('RGB')
+    return Image.alpha_composite(Image.new('RGBA', img.size, (*background, 255)), img).convert(
+        'RGB'
+    )
 
 # %% ../../nbs/data/20_image.ipynb #74fc1375
 _T = Image.Transpose
-_TURN = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
-         7: _T.TRANSVERSE, 8: _T.ROTATE_90}
+_TURN = {
+    2: _T.FLIP_LEFT_RIGHT,
+    3: _T.ROTATE_180,
+    4: _T.FLIP_TOP_BOTTOM,
+    5: _T.TRANSPOSE,
+    6: _T.ROTATE_270,
+    7: _T.TRANSVERSE,
+    8: _T.ROTATE_90,
+}
 
-def _warn(what): warnings.warn(f'{what} (said once, there may be more)', ImageWarning, stacklevel=3)
+
+def _warn(what):
+    warnings.warn(f'{what} (said once, there may be more)', ImageWarning, stacklevel=3)
+
 
 def _orientation(img, note):
-    try: exif = img.getexif()
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, OverflowError, struct.error): exif = {}
-    if not exif and len(img.info.get('exif', b'')) > 20: note('unreadable EXIF, orientation ignored')
+    try:
+        exif = img.getexif()
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        struct.error,
+    ):
+        exif = {}
+    if not exif and len(img.info.get('exif', b'')) > 20:
+        note('unreadable EXIF, orientation ignored')
     return exif.get(0x0112, 1)
 
 # %% ../../nbs/data/20_image.ipynb #97441085
-def load_image(ref, root=None, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int]|None = None,
-               exif: bool = True, note: Callable[[str], None]|None = None) -> Image.Image:
+def load_image(
+    ref,
+    root=None,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] | None = None,
+    exif: bool = True,
+    note: Callable[[str], None] | None = None,
+) -> Image.Image:
     """The picture of `ref` as an RGB `PIL.Image`, fully decoded and upright.
 
-    `ref`: an `ImageRef`, a path (below `root`, where given), encoded bytes, or a `PIL.Image` (converted only).
-    `max_pixels`: width times height above it is refused. `background`: see `to_rgb`. `exif=False` keeps the stored
-    orientation. `note` is told about each fallback (first frame of an animation); by default it is a warning. Raises
-    `ImageError`."""
+    `ref`: an `ImageRef`, a path (below `root`, where given), encoded bytes, or a `PIL.Image`
+    (converted only). `max_pixels`: width times height above it is refused. `background`: see
+    `to_rgb`. `exif=False` keeps the stored orientation. `note` is told about each fallback (first
+    frame of an animation); by default it is a warning. Raises `ImageError`."""
     note = note or _warn
-    if isinstance(ref, Image.Image): return to_rgb(ref, background)
+    if isinstance(ref, Image.Image):
+        return to_rgb(ref, background)
     path, data = getattr(ref, 'path', ref), getattr(ref, 'data', None)
     root = getattr(ref, 'root', None) if root is None else root
-    if isinstance(ref, (bytes, bytearray)): path, data = '', bytes(ref)
+    if isinstance(ref, (bytes, bytearray)):
+        path, data = '', bytes(ref)
     name = str(path) or 'embedded picture'
-    if data is not None: return _decode(io.BytesIO(data), name, len(data), max_pixels, background, exif, note)
+    if data is not None:
+        return _decode(io.BytesIO(data), name, len(data), max_pixels, background, exif, note)
     full = resolve_path(path, root)
     try:
         status = os.stat(full)
-        if stat.S_ISDIR(status.st_mode): raise ImageError(f'not a file: {full} is a folder')
-        if not stat.S_ISREG(status.st_mode): raise ImageError(f'not a file: {full} is a device, pipe or socket')
-        with open(full, 'rb') as file: return _decode(file, name, status.st_size, max_pixels, background, exif, note)
-    except FileNotFoundError: raise ImageError(f'missing: {full}') from None
-    except OSError as e: raise ImageError(f'unreadable: {str(full)[:200]}: {e.strerror or e}') from None
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(f'not a file: {full} is a folder')
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f'not a file: {full} is a device, pipe or socket')
+        with open(full, 'rb') as file:
+            return _decode(file, name, status.st_size, max_pixels, background, exif, note)
+    except FileNotFoundError:
+        raise ImageError(f'missing: {full}') from None
+    except OSError as e:
+        raise ImageError(f'unreadable: {str(full)[:200]}: {e.strerror or e}') from None
 
 # %% ../../nbs/data/20_image.ipynb #aea3fe0c
 def _decode(file, name, n_bytes, max_pixels, background, exif, note):
-    if not n_bytes: raise ImageError(f'empty: {name} has zero bytes')
-    if ImageFile.LOAD_TRUNCATED_IMAGES: note('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut pictures pass as grey')
+    if not n_bytes:
+        raise ImageError(f'empty: {name} has zero bytes')
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        note('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut pictures pass as grey')
     head = file.read(512)
     file.seek(0)
     try:
         img = Image.open(file, formats=_formats())
         w, h = img.size
         if w * h > max_pixels:
-            raise ImageError(f'too large: {name} has {w} x {h} = {w * h:,} pixels, max_pixels={max_pixels:,}')
-        if w < 1 or h < 1: raise ImageError(f'empty: {name} has {w} x {h} pixels')
+            raise ImageError(
+                f'too large: {name} has {w} x {h} = {w * h:,} pixels, max_pixels={max_pixels:,}'
+            )
+        if w < 1 or h < 1:
+            raise ImageError(f'empty: {name} has {w} x {h} pixels')
         if getattr(img, 'n_frames', 1) > 1 and img.format != 'MPO':
             note('animated or multi-page picture, first frame used')
         img.load()
         turn = _TURN.get(_orientation(img, note)) if exif else None
         img = to_rgb(img, background)
-    except ImageError: raise
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError:
         if kind := next((kind for magic, kind in _MAGIC if head.startswith(magic)), None):
-            raise ImageError(f'damaged: {name} ({n_bytes:,} bytes) starts as {kind} but its header is broken') from None
+            raise ImageError(
+                f'damaged: {name} ({n_bytes:,} bytes) starts as {kind} but its header is broken'
+            ) from None
         raise ImageError(f'not an image: {name} is {_what_is(head)}') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ImageError(f'too large: {name}: {e}') from None
-    except Exception as e:                                        # decoders raise nearly anything on damaged bytes
+    except Exception as e:  # decoders raise nearly anything on damaged bytes
         cut = isinstance(e, EOFError) or 'truncated' in str(e) or 'end of' in str(e)
         what = 'truncated' if cut else 'damaged'
         raise ImageError(f'{what}: {name} ({n_bytes:,} bytes): {type(e).__name__}: {e}') from e
@@ -149,42 +246,54 @@ def _decode(file, name, n_bytes, max_pixels, background, exif, note):
 
 # %% ../../nbs/data/20_image.ipynb #c8c5bd96
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (.5, .5, .5)
+HALF = (0.5, 0.5, 0.5)
 RESAMPLE = {'nearest': 0, 'lanczos': 1, 'bilinear': 2, 'bicubic': 3, 'box': 4, 'hamming': 5}
+
 
 @lru_cache(maxsize=32)
 def _table(mean, std):
     scaled = (np.arange(256, dtype=np.uint8).astype(np.float64) * (1 / 255)).astype(np.float32)
     return (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
+
 def to_tensor(img: Image.Image, mean=CLIP_MEAN, std=CLIP_STD) -> torch.Tensor:
-    "float32 `[3, H, W]`: `(pixel / 255 - mean) / std` per channel, the same bits as transformers' PIL processors."
+    """float32 `[3, H, W]`: `(pixel / 255 - mean) / std` per channel, the same bits as transformers'
+    PIL processors."""
     pixels = np.asarray(to_rgb(img))
     table = _table(tuple(mean), tuple(std))
     return torch.from_numpy(np.stack([table[c][pixels[:, :, c]] for c in range(3)]))
 
 # %% ../../nbs/data/20_image.ipynb #4bca9d74
 def _size_limit(w, h, what):
-    if w * h > 2 * MAX_PIXELS: raise ImageError(f'too elongated: {what} would take {w} x {h} pixels')
+    if w * h > 2 * MAX_PIXELS:
+        raise ImageError(f'too elongated: {what} would take {w} x {h} pixels')
 
-def squash(img: Image.Image, size: int|tuple[int, int], resample: str = 'bicubic') -> Image.Image:
+
+def squash(img: Image.Image, size: int | tuple[int, int], resample: str = 'bicubic') -> Image.Image:
     "Resize to `size` (a side, or (height, width)) whatever the aspect ratio."
     h, w = (size, size) if isinstance(size, int) else size
     return img.resize((w, h), RESAMPLE[resample])
+
 
 def mean_color(mean) -> tuple[int, ...]:
     "The padding colour of LLaVA: `int(255 * mean)` per channel, (122, 116, 104) for CLIP."
     return tuple(int(255 * m) for m in mean)
 
-def pad_to_square(img: Image.Image, color: tuple[int, int, int] = mean_color(CLIP_MEAN)) -> Image.Image:
-    "Centre the picture on a square canvas of its longer side; the odd pixel goes to the right or bottom."
+
+def pad_to_square(
+    img: Image.Image, color: tuple[int, int, int] = mean_color(CLIP_MEAN)
+) -> Image.Image:
+    """Centre the picture on a square canvas of its longer side; the odd pixel goes to the right or
+    bottom."""
     w, h = img.size
-    if w == h: return img
+    if w == h:
+        return img
     side = max(w, h)
     _size_limit(side, side, f'padding {w} x {h} to a square')
     canvas = Image.new('RGB', (side, side), tuple(color))
     canvas.paste(img, ((side - w) // 2, (side - h) // 2))
     return canvas
+
 
 def crop(img: Image.Image, size: int, resample: str = 'bicubic') -> Image.Image:
     "Resize the shorter side to `size`, then cut the central square."
@@ -198,57 +307,92 @@ def crop(img: Image.Image, size: int, resample: str = 'bicubic') -> Image.Image:
 # %% ../../nbs/data/20_image.ipynb #e5483afb
 NEXT_GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
+
 def best_grid(h: int, w: int, grid) -> tuple[int, int]:
     "The (height, width) of `grid` that keeps most pixels of an h x w picture, then wastes least."
+
     def rank(canvas):
         scale = min(canvas[1] / w, canvas[0] / h)
         kept = min(int(w * scale) * int(h * scale), w * h)
         return kept, kept - canvas[0] * canvas[1]
+
     return max(grid, key=rank)
 
-def tiles(img: Image.Image, size: int = 336, grid=NEXT_GRID, resample: str = 'bicubic') -> list[Image.Image]:
-    """The whole picture squashed to `size`, then the tiles of its best canvas, row by row; canvases are multiples of
-    `size`."""
+
+def tiles(
+    img: Image.Image, size: int = 336, grid=NEXT_GRID, resample: str = 'bicubic'
+) -> list[Image.Image]:
+    """The whole picture squashed to `size`, then the tiles of its best canvas, row by row; canvases
+    are multiples of `size`."""
     w, h = img.size
     H, W = best_grid(h, w, grid)
-    if H % size or W % size: raise ValueError(f'grid {H} x {W} is no multiple of the tile size {size}')
-    new = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+    if H % size or W % size:
+        raise ValueError(f'grid {H} x {W} is no multiple of the tile size {size}')
+    new = (
+        (W, min(math.ceil(h * (W / w)), H))
+        if W / w < H / h
+        else (min(math.ceil(w * (H / h)), W), H)
+    )
     canvas = Image.new('RGB', (W, H))
     canvas.paste(img.resize(new, RESAMPLE[resample]), ((W - new[0]) // 2, (H - new[1]) // 2))
-    cut = [canvas.crop((x, y, x + size, y + size)) for y in range(0, H, size) for x in range(0, W, size)]
+    cut = [
+        canvas.crop((x, y, x + size, y + size))
+        for y in range(0, H, size)
+        for x in range(0, W, size)
+    ]
     return [squash(img, size, resample), *cut]
 
 # %% ../../nbs/data/20_image.ipynb #4fbbe3d6
 def any_aspect_size(h: int, w: int, long_side: int, multiple: int) -> tuple[int, int]:
-    """(height, width) with the long side at `long_side` and the short one rounded up to `multiple` (EVE card: 672 and
-    28)."""
-    if long_side % multiple: raise ValueError(f'long_side={long_side} is no multiple of {multiple}')
+    """(height, width) with the long side at `long_side` and the short one rounded up to `multiple`
+    (EVE card: 672 and 28)."""
+    if long_side % multiple:
+        raise ValueError(f'long_side={long_side} is no multiple of {multiple}')
     cells = long_side // multiple
     short = max(1, -(-cells * min(h, w) // max(h, w))) * multiple
     return (short, long_side) if w > h else (long_side, short)
 
-def any_aspect(img: Image.Image, long_side: int, multiple: int = 28, resample: str = 'bicubic') -> Image.Image:
+
+def any_aspect(
+    img: Image.Image, long_side: int, multiple: int = 28, resample: str = 'bicubic'
+) -> Image.Image:
     "Resize to `any_aspect_size`; small pictures are enlarged."
     h, w = any_aspect_size(img.height, img.width, long_side, multiple)
     return img.resize((w, h), RESAMPLE[resample])
 
-def equal_area_size(h: int, w: int, side: int, multiple: int) -> tuple[int, int]:
-    "(height, width) of a square of `side` px in the picture's own ratio, each rounded up to `multiple` (EVEv2: 800 and 32)."
-    if side % multiple: raise ValueError(f'side={side} is no multiple of {multiple}')
-    return tuple(math.ceil(side * math.sqrt(a / b) / multiple - 1e-9) * multiple for a, b in ((h, w), (w, h)))
 
-def equal_area(img: Image.Image, side: int, multiple: int = 32, resample: str = 'bicubic') -> Image.Image:
+def equal_area_size(h: int, w: int, side: int, multiple: int) -> tuple[int, int]:
+    """(height, width) of a square of `side` px in the picture's own ratio, each rounded up to
+    `multiple` (EVEv2: 800 and 32)."""
+    if side % multiple:
+        raise ValueError(f'side={side} is no multiple of {multiple}')
+    return tuple(
+        math.ceil(side * math.sqrt(a / b) / multiple - 1e-9) * multiple for a, b in ((h, w), (w, h))
+    )
+
+
+def equal_area(
+    img: Image.Image, side: int, multiple: int = 32, resample: str = 'bicubic'
+) -> Image.Image:
     "Resize to `equal_area_size`. Raises `ImageError` for slivers."
     h, w = equal_area_size(img.height, img.width, side, multiple)
     _size_limit(w, h, f'resizing {img.width} x {img.height} to the area of {side} x {side}')
     return img.resize((w, h), RESAMPLE[resample])
 
-def native_size(h: int, w: int, multiple: int = 14, min_pixels: int = 56 * 56,
-                max_pixels: int = 14 * 14 * 50 * 80) -> tuple[int, int]:
-    """(height, width) near the own size, multiples of `multiple`, within the pixel budget. Raises `ImageError` for
-    slivers."""
-    if min(h, w) < multiple: raise ImageError(f'too small: {w} x {h} has a side below {multiple} pixels')
-    if max(h, w) / min(h, w) > 200: raise ImageError(f'too elongated: {w} x {h} has an aspect ratio over 200')
+
+def native_size(
+    h: int,
+    w: int,
+    multiple: int = 14,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 14 * 14 * 50 * 80,
+) -> tuple[int, int]:
+    """(height, width) near the own size, multiples of `multiple`, within the pixel budget. Raises
+    `ImageError` for slivers."""
+    if min(h, w) < multiple:
+        raise ImageError(f'too small: {w} x {h} has a side below {multiple} pixels')
+    if max(h, w) / min(h, w) > 200:
+        raise ImageError(f'too elongated: {w} x {h} has an aspect ratio over 200')
     new = [round(side / multiple) * multiple for side in (h, w)]
     if new[0] * new[1] > max_pixels:
         shrink = math.sqrt(h * w / max_pixels)
@@ -256,11 +400,18 @@ def native_size(h: int, w: int, multiple: int = 14, min_pixels: int = 56 * 56,
     elif new[0] * new[1] < min_pixels:
         grow = math.sqrt(min_pixels / (h * w))
         new = [math.ceil(side * grow / multiple) * multiple for side in (h, w)]
-    if min(new) < multiple: raise ImageError(f'too elongated: {w} x {h} does not fit into {max_pixels:,} pixels')
+    if min(new) < multiple:
+        raise ImageError(f'too elongated: {w} x {h} does not fit into {max_pixels:,} pixels')
     return tuple(new)
 
-def native(img: Image.Image, multiple: int = 14, min_pixels: int = 56 * 56, max_pixels: int = 14 * 14 * 50 * 80,
-           resample: str = 'bicubic') -> Image.Image:
+
+def native(
+    img: Image.Image,
+    multiple: int = 14,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 14 * 14 * 50 * 80,
+    resample: str = 'bicubic',
+) -> Image.Image:
     "Resize to `native_size`."
     h, w = native_size(img.height, img.width, multiple, min_pixels, max_pixels)
     return img.resize((w, h), RESAMPLE[resample])
@@ -268,51 +419,66 @@ def native(img: Image.Image, multiple: int = 14, min_pixels: int = 56 * 56, max_
 # %% ../../nbs/data/20_image.ipynb #7ec40452
 MODES = 'squash', 'pad', 'crop', 'tiles', 'any_aspect', 'area', 'native'
 
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Picture to tensors. `mode`: squash, pad, crop, tiles, any_aspect, area or native.
 
-    `size`: side of the square (of a tile; the long side for any_aspect; of the square with the picture's area for area;
-    unused by native), or (height, width) for squash. `multiple`: side lengths are multiples of it in any_aspect, area and
-    native (0: `patch`). `background`: colour for
-    pad (None: the mean colour)."""
+    `size`: side of the square (of a tile; the long side for any_aspect; of the square with the
+    picture's area for area; unused by native), or (height, width) for squash. `multiple`: side
+    lengths are multiples of it in any_aspect, area and native (0: `patch`). `background`: colour
+    for pad (None: the mean colour)."""
+
     mode: str = 'squash'
-    size: int|tuple[int, int] = 224
+    size: int | tuple[int, int] = 224
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     patch: int = 14
     resample: str = 'bicubic'
-    background: tuple[int, int, int]|None = None
+    background: tuple[int, int, int] | None = None
     grid: tuple[tuple[int, int], ...] = NEXT_GRID
     multiple: int = 0
     min_pixels: int = 56 * 56
     max_pixels: int = 14 * 14 * 50 * 80
 
     def __post_init__(self):
-        if self.mode not in MODES: raise ValueError(f'mode={self.mode!r} is unknown; use one of {MODES}')
+        if self.mode not in MODES:
+            raise ValueError(f'mode={self.mode!r} is unknown; use one of {MODES}')
         if self.resample not in RESAMPLE:
-            raise ValueError(f'resample={self.resample!r} is unknown; use one of {sorted(RESAMPLE)}')
-        for f in fields(self):                             # lists (from JSON) become tuples: equal settings are equal
-            if isinstance(v := getattr(self, f.name), list): object.__setattr__(self, f.name, _tuples(v))
+            raise ValueError(
+                f'resample={self.resample!r} is unknown; use one of {sorted(RESAMPLE)}'
+            )
+        for f in fields(self):  # lists (from JSON) become tuples: equal settings are equal
+            if isinstance(v := getattr(self, f.name), list):
+                object.__setattr__(self, f.name, _tuples(v))
         if self.mode != 'squash' and not isinstance(self.size, int):
             raise ValueError(f'size={self.size} must be one number for mode={self.mode!r}')
-        if len(self.mean) != 3 or len(self.std) != 3: raise ValueError('mean and std take three channel values')
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError('mean and std take three channel values')
 
     def __call__(self, img: Image.Image) -> list[dict]:
-        """One dict a picture for the front end (several for tiles, the whole one first). Raises `ImageError` for
-        slivers."""
-        return [dict(pixel_values=to_tensor(i, self.mean, self.std), size=(i.height, i.width))
-                for i in self.resize(to_rgb(img))]
+        """One dict a picture for the front end (several for tiles, the whole one first). Raises
+        `ImageError` for slivers."""
+        return [
+            dict(pixel_values=to_tensor(i, self.mean, self.std), size=(i.height, i.width))
+            for i in self.resize(to_rgb(img))
+        ]
 
     def resize(self, img: Image.Image) -> list[Image.Image]:
         "The pictures before normalisation: what the model sees, for looking at."
         multiple = self.multiple or self.patch
-        if self.mode == 'tiles': return tiles(img, self.size, self.grid, self.resample)
-        if self.mode == 'crop': return [crop(img, self.size, self.resample)]
-        if self.mode == 'any_aspect': return [any_aspect(img, self.size, multiple, self.resample)]
-        if self.mode == 'area': return [equal_area(img, self.size, multiple, self.resample)]
-        if self.mode == 'native': return [native(img, multiple, self.min_pixels, self.max_pixels, self.resample)]
-        if self.mode == 'pad': img = pad_to_square(img, self.background or mean_color(self.mean))
+        if self.mode == 'tiles':
+            return tiles(img, self.size, self.grid, self.resample)
+        if self.mode == 'crop':
+            return [crop(img, self.size, self.resample)]
+        if self.mode == 'any_aspect':
+            return [any_aspect(img, self.size, multiple, self.resample)]
+        if self.mode == 'area':
+            return [equal_area(img, self.size, multiple, self.resample)]
+        if self.mode == 'native':
+            return [native(img, multiple, self.min_pixels, self.max_pixels, self.resample)]
+        if self.mode == 'pad':
+            img = pad_to_square(img, self.background or mean_color(self.mean))
         return [squash(img, self.size, self.resample)]
 
     def to_dict(self) -> dict:
@@ -327,46 +493,81 @@ class ImageTransform:
         return cls(**{k: _tuples(v) for k, v in settings.items()})
 
     @classmethod
-    def from_image_processor(cls, config: dict, mode: str|None = None, patch: int = 14) -> 'ImageTransform':
+    def from_image_processor(
+        cls, config: dict, mode: str | None = None, patch: int = 14
+    ) -> 'ImageTransform':
         "See `from_image_processor`."
         return from_image_processor(config, mode, patch)
 
-def _tuples(value): return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 # %% ../../nbs/data/20_image.ipynb #cf3d3a1b
-def from_image_processor(config: dict, mode: str|None = None, patch: int = 14) -> ImageTransform:
-    """`ImageTransform` for a Hugging Face image processor's config dict (CLIP, SigLIP, LLaVA, LLaVA-NeXT style).
+def from_image_processor(config: dict, mode: str | None = None, patch: int = 14) -> ImageTransform:
+    """`ImageTransform` for a Hugging Face image processor's config dict (CLIP, SigLIP, LLaVA,
+    LLaVA-NeXT style).
 
-    `mode` overrides the policy and keeps size and normalisation: LLaVA-1.5 is CLIP's config with `mode='pad'`. Raises
-    ValueError naming a setting that cannot be reproduced."""
+    `mode` overrides the policy and keeps size and normalisation: LLaVA-1.5 is CLIP's config with
+    `mode='pad'`. Raises ValueError naming a setting that cannot be reproduced."""
+
     def side(value, key):
-        if value is None or isinstance(value, int): return value
-        if 'shortest_edge' in value: return value['shortest_edge']
+        if value is None or isinstance(value, int):
+            return value
+        if 'shortest_edge' in value:
+            return value['shortest_edge']
         if set(value) >= {'height', 'width'}:
-            return value['height'] if value['height'] == value['width'] else (value['height'], value['width'])
-        raise ValueError(f'{key}={value} is not supported; expected a number, shortest_edge, or height and width')
+            return (
+                value['height']
+                if value['height'] == value['width']
+                else (value['height'], value['width'])
+            )
+        raise ValueError(
+            f'{key}={value} is not supported; expected a number, shortest_edge, or height and width'
+        )
+
     if abs(config.get('rescale_factor', 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"rescale_factor={config['rescale_factor']} is not 1/255")
+        raise ValueError(f'rescale_factor={config["rescale_factor"]} is not 1/255')
     for key in ('do_resize', 'do_rescale'):
         if config.get(key, True) is not True:
-            raise ValueError(f'{key}=false is not supported: every policy here resizes and rescales')
+            raise ValueError(
+                f'{key}=false is not supported: every policy here resizes and rescales'
+            )
     by_number = {v: k for k, v in RESAMPLE.items()}
     if config.get('resample', 3) not in by_number:
-        raise ValueError(f"resample={config['resample']} is unknown; known are {by_number}")
+        raise ValueError(f'resample={config["resample"]} is unknown; known are {by_number}')
     kind = config.get('image_processor_type', config.get('feature_extractor_type', ''))
     size, cut = config.get('size', 224), side(config.get('crop_size'), 'crop_size')
     short = 'shortest_edge' in size if isinstance(size, dict) else not kind.startswith('Siglip')
     size, crops = side(size, 'size'), config.get('do_center_crop', False) and cut is not None
     if mode is None:
-        if config.get('image_grid_pinpoints'): mode = 'tiles'
-        elif config.get('do_pad'): mode = 'pad'
-        elif short and crops: mode = 'crop'
-        elif not short: mode = 'squash'
+        if config.get('image_grid_pinpoints'):
+            mode = 'tiles'
+        elif config.get('do_pad'):
+            mode = 'pad'
+        elif short and crops:
+            mode = 'crop'
+        elif not short:
+            mode = 'squash'
         else:
-            raise ValueError('shortest_edge without do_center_crop keeps the aspect ratio; choose mode= explicitly')
-    if crops and cut != size: raise ValueError(f'crop_size={cut} differs from size={size}: not supported')
+            raise ValueError(
+                'shortest_edge without do_center_crop keeps the aspect ratio; choose mode= '
+                'explicitly'
+            )
+    if crops and cut != size:
+        raise ValueError(f'crop_size={cut} differs from size={size}: not supported')
     normalise = config.get('do_normalize', True)
-    extra = dict(grid=_tuples(config['image_grid_pinpoints'])) if config.get('image_grid_pinpoints') else {}
-    return ImageTransform(mode, size, tuple(config.get('image_mean', CLIP_MEAN)) if normalise else (0., 0., 0.),
-                          tuple(config.get('image_std', CLIP_STD)) if normalise else (1., 1., 1.), patch,
-                          by_number[config.get('resample', 3)], **extra)
+    extra = (
+        dict(grid=_tuples(config['image_grid_pinpoints']))
+        if config.get('image_grid_pinpoints')
+        else {}
+    )
+    return ImageTransform(
+        mode,
+        size,
+        tuple(config.get('image_mean', CLIP_MEAN)) if normalise else (0.0, 0.0, 0.0),
+        tuple(config.get('image_std', CLIP_STD)) if normalise else (1.0, 1.0, 1.0),
+        patch,
+        by_number[config.get('resample', 3)],
+        **extra,
+    )

@@ -14,156 +14,230 @@ import numpy as np
 import torch
 
 # %% ../../nbs/data/40_mixture.ipynb #bd94baf1
-def interleave_evenly(lengths: Sequence[int], # items per source
-                     ) -> np.ndarray:         # source number of each item of the stream, `[sum(lengths)]`
-    "Spread every source evenly over the stream; item k of source j comes at k / lengths[j], ties to the first source"
+def interleave_evenly(
+    lengths: Sequence[int],  # items per source
+) -> np.ndarray:  # source number of each item of the stream, `[sum(lengths)]`
+    """Spread every source evenly over the stream; item k of source j comes at k / lengths[j], ties
+    to the first source"""
     lengths = np.asarray(lengths, dtype=np.int64)
-    if (lengths < 0).any(): raise ValueError(f'lengths={lengths.tolist()}: expected numbers of items, 0 or more')
+    if (lengths < 0).any():
+        raise ValueError(f'lengths={lengths.tolist()}: expected numbers of items, 0 or more')
     source = np.repeat(np.arange(len(lengths)), lengths)
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     return source[np.lexsort((source, within / np.maximum(lengths, 1)[source]))]
 
 # %% ../../nbs/data/40_mixture.ipynb #9e476d99
-def mixture_draws(sizes: Sequence[int],                       # items per source
-                  weights: Sequence[float] | None = None,     # relative shares; default: the sizes
-                  temperature: float = 1.,                    # flattens the shares
-                  caps: Sequence[int | None] | None = None,   # largest number of draws per source, None = no limit
-                  total: int | None = None,                   # draws per epoch; default: all items, up to the caps
-                 ) -> list[int]:                              # draws per source and epoch
-    "Draws per source, rounded to `total` by largest remainder; what a cap frees goes to the other sources"
+def mixture_draws(
+    sizes: Sequence[int],  # items per source
+    weights: Sequence[float] | None = None,  # relative shares; default: the sizes
+    temperature: float = 1.0,  # flattens the shares
+    caps: Sequence[int | None] | None = None,  # largest number of draws per source, None = no limit
+    total: int | None = None,  # draws per epoch; default: all items, up to the caps
+) -> list[int]:  # draws per source and epoch
+    """Draws per source, rounded to `total` by largest remainder; what a cap frees goes to the other
+    sources"""
     sizes = np.asarray(sizes, dtype=np.int64)
-    if temperature <= 0: raise ValueError(f'temperature={temperature}: expected a positive number (1 keeps the shares)')
+    if temperature <= 0:
+        raise ValueError(
+            f'temperature={temperature}: expected a positive number (1 keeps the shares)'
+        )
     for name, given in (('weights', weights), ('caps', caps)):
         if given is not None and len(given) != len(sizes):
             raise ValueError(f'{len(given)} {name} for {len(sizes)} sources')
     share = np.asarray(sizes if weights is None else weights, dtype=float)
     if (share < 0).any() or not share.sum():
-        raise ValueError(f'weights {share.tolist()}: expected numbers >= 0, at least one of them positive')
+        raise ValueError(
+            f'weights {share.tolist()}: expected numbers >= 0, at least one of them positive'
+        )
     if (bad := np.flatnonzero((share > 0) & (sizes == 0))).size:
-        raise ValueError(f'source {bad[0]} is empty but has weight {share[bad[0]]:g}; give it weight 0')
+        raise ValueError(
+            f'source {bad[0]} is empty but has weight {share[bad[0]]:g}; give it weight 0'
+        )
     share = np.where(share > 0, np.maximum(share, 1e-300) ** (1 / temperature), 0)
     limit = np.array([np.inf if c is None else c for c in (caps or [None] * len(sizes))])
     total = int(np.minimum(sizes, limit)[share > 0].sum()) if total is None else total
     draws, open_ = np.zeros(len(sizes)), share > 0
-    while open_.any():                                         # fill to the caps first, share out the rest
+    while open_.any():  # fill to the caps first, share out the rest
         want = (total - draws[~open_].sum()) * np.where(open_, share, 0) / share[open_].sum()
         over = open_ & (want >= limit)
         draws = np.where(open_, np.minimum(want, limit), draws)
-        if not over.any(): break
+        if not over.any():
+            break
         open_ &= ~over
     whole = np.floor(draws + 1e-9).astype(int)
     rest = np.minimum(total, int(round(draws.sum()))) - whole.sum()
-    for j in np.argsort(-(draws - whole), kind='stable')[:max(rest, 0)]: whole[j] += 1
+    for j in np.argsort(-(draws - whole), kind='stable')[: max(rest, 0)]:
+        whole[j] += 1
     return whole.tolist()
 
 # %% ../../nbs/data/40_mixture.ipynb #0bc2faf7
 def _even_chunks(group: list[int], lengths: Sequence[int], n: int) -> list[int]:
     "A group, longest first, cut into `n` chunks of like total length, chunk after chunk"
-    if n == 1: return group
-    if len(group) % n: return [i for k in range(n) for i in group[k::n]]
-    chunks, load = [[] for _ in range(n)], [0.] * n
+    if n == 1:
+        return group
+    if len(group) % n:
+        return [i for k in range(n) for i in group[k::n]]
+    chunks, load = [[] for _ in range(n)], [0.0] * n
     for i in group:
         k = load.index(min(load))
         chunks[k].append(i)
         load[k] = load[k] + lengths[i] if len(chunks[k]) < len(group) // n else float('inf')
     return [i for c in chunks for i in c]
 
-def length_groups(lengths: Sequence[int],                    # tokens (or words) per sample
-                  group: int,                                # samples of one global batch: rows x accumulation x ranks
-                  generator: torch.Generator,
-                  has_image: Sequence[bool] | None = None,   # keep samples with and without images apart
-                  chunks: int = 1,                           # ranks, for LLaVA's layout
-                 ) -> list[int]:                             # a permutation of `range(len(lengths))`
+
+def length_groups(
+    lengths: Sequence[int],  # tokens (or words) per sample
+    group: int,  # samples of one global batch: rows x accumulation x ranks
+    generator: torch.Generator,
+    has_image: Sequence[bool] | None = None,  # keep samples with and without images apart
+    chunks: int = 1,  # ranks, for LLaVA's layout
+) -> list[int]:  # a permutation of `range(len(lengths))`
     "Sample numbers in groups of like length; within a group longest first"
-    if group < 1: raise ValueError(f'group={group}: expected the number of samples of one global batch')
+    if group < 1:
+        raise ValueError(f'group={group}: expected the number of samples of one global batch')
+
     def groups(members):
         perm = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-        cut = [perm[i:i + group] for i in range(0, len(perm), group)]
+        cut = [perm[i : i + group] for i in range(0, len(perm), group)]
         cut = [sorted(c, key=lambda i: lengths[i], reverse=True) for c in cut]
         order = [i for c in cut for i in _even_chunks(c, lengths, chunks)]
-        return [order[i:i + group] for i in range(0, len(order), group)]
+        return [order[i : i + group] for i in range(0, len(order), group)]
+
     n = len(lengths)
-    if has_image is None or all(has_image) or not any(has_image): return [i for g in groups(range(n)) for i in g]
-    if len(has_image) != n: raise ValueError(f'{len(has_image)} image flags for {n} lengths')
+    if has_image is None or all(has_image) or not any(has_image):
+        return [i for g in groups(range(n)) for i in g]
+    if len(has_image) != n:
+        raise ValueError(f'{len(has_image)} image flags for {n} lengths')
     pictures = groups([i for i in range(n) if has_image[i]])
     text = groups([i for i in range(n) if not has_image[i]])
     rest, full = sorted(pictures[-1] + text[-1]), pictures[:-1] + text[:-1]
-    return [i for k in torch.randperm(len(full), generator=generator).tolist() for i in full[k]] + rest
+    return [
+        i for k in torch.randperm(len(full), generator=generator).tolist() for i in full[k]
+    ] + rest
 
 # %% ../../nbs/data/40_mixture.ipynb #e36cdd39
-def _rng(*key: int) -> np.random.Generator: return np.random.default_rng([k & 0xffffffffffffffff for k in key])
+def _rng(*key: int) -> np.random.Generator:
+    return np.random.default_rng([k & 0xFFFFFFFFFFFFFFFF for k in key])
+
 
 @dataclass(frozen=True)
 class Shuffled:
     "All `n` samples once per epoch, shuffled anew in every epoch, or in place (`shuffle=False`)"
+
     n: int
     shuffle: bool = True
-    def __len__(self): return self.n
+
+    def __len__(self):
+        return self.n
+
     def __call__(self, seed: int, epoch: int) -> np.ndarray:
         return _rng(seed, epoch).permutation(self.n) if self.shuffle else np.arange(self.n)
 
+
 @dataclass(frozen=True)
 class EvenlyMixed:
-    """Sources one behind the other in the sample list (`sizes`), evenly spaced in the stream, `draws` of each an epoch.
-    Within a source the order is shuffled. A source goes on where the last epoch left it and is shuffled anew when it is
-    through, so no sample is drawn twice before all of its source were drawn."""
+    """Sources one behind the other in the sample list (`sizes`), evenly spaced in the stream,
+    `draws` of each an epoch. Within a source the order is shuffled. A source goes on where the last
+    epoch left it and is shuffled anew when it is through, so no sample is drawn twice before all of
+    its source were drawn."""
+
     sizes: tuple[int, ...]
     draws: tuple[int, ...]
     shuffle: bool = True
+
     def __post_init__(self):
-        if len(self.sizes) != len(self.draws): raise ValueError(f'{len(self.sizes)} sizes but {len(self.draws)} draws')
+        if len(self.sizes) != len(self.draws):
+            raise ValueError(f'{len(self.sizes)} sizes but {len(self.draws)} draws')
         if any(d and not s for s, d in zip(self.sizes, self.draws)):
-            raise ValueError(f'draws {self.draws} from sizes {self.sizes}: a source without items cannot be drawn from')
-    def __len__(self): return sum(self.draws)
+            raise ValueError(
+                f'draws {self.draws} from sizes {self.sizes}: a source without items cannot be '
+                'drawn from'
+            )
+
+    def __len__(self):
+        return sum(self.draws)
+
     def __call__(self, seed: int, epoch: int) -> np.ndarray:
         stream = interleave_evenly(self.draws)
         res, start = np.empty(len(stream), dtype=np.int64), 0
         for j, (size, n) in enumerate(zip(self.sizes, self.draws)):
             if n:
-                at = epoch * n + np.arange(n)                  # position in the source's own endless stream
-                one = lambda p: _rng(seed, j, p).permutation(size) if self.shuffle else np.arange(size)
-                res[stream == j] = start + np.concatenate([one(p)[at[at // size == p] % size]
-                                                           for p in range(at[0] // size, at[-1] // size + 1)])
+                at = epoch * n + np.arange(n)  # position in the source's own endless stream
+                one = lambda p: (
+                    _rng(seed, j, p).permutation(size) if self.shuffle else np.arange(size)
+                )
+                res[stream == j] = start + np.concatenate(
+                    [
+                        one(p)[at[at // size == p] % size]
+                        for p in range(at[0] // size, at[-1] // size + 1)
+                    ]
+                )
             start += size
         return res
+
 
 @dataclass(frozen=True)
 class LengthGrouped:
     "`length_groups` laid out anew in every epoch"
+
     lengths: tuple[int, ...]
     group: int
     has_image: tuple[bool, ...] | None = None
-    def __len__(self): return len(self.lengths)
+
+    def __len__(self):
+        return len(self.lengths)
+
     def __call__(self, seed: int, epoch: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(int(_rng(seed, epoch).integers(2**63)))
-        return np.array(length_groups(self.lengths, self.group, generator, self.has_image), dtype=np.int64)
+        return np.array(
+            length_groups(self.lengths, self.group, generator, self.has_image), dtype=np.int64
+        )
+
 
 @dataclass(frozen=True)
 class Grouped:
-    "The draws of `order`, those of an epoch laid out by `length_groups`; `lengths`, `has_image`: of every sample"
+    """The draws of `order`, those of an epoch laid out by `length_groups`; `lengths`, `has_image`:
+    of every sample"""
+
     order: EvenlyMixed | Shuffled
     lengths: tuple[int, ...]
     group: int
     has_image: tuple[bool, ...] | None = None
-    def __len__(self): return len(self.order)
+
+    def __len__(self):
+        return len(self.order)
+
     def __call__(self, seed: int, epoch: int) -> np.ndarray:
-        drawn, generator = self.order(seed, epoch), torch.Generator().manual_seed(int(_rng(seed, epoch, 1).integers(2**63)))
+        drawn, generator = (
+            self.order(seed, epoch),
+            torch.Generator().manual_seed(int(_rng(seed, epoch, 1).integers(2**63))),
+        )
         flags = None if self.has_image is None else [self.has_image[i] for i in drawn]
         return drawn[length_groups([self.lengths[i] for i in drawn], self.group, generator, flags)]
 
 # %% ../../nbs/data/40_mixture.ipynb #90c32b21
 class StatefulSampler:
     "The stream of sample numbers of one rank"
+
     version = 1
-    def __init__(self, order,                    # a number of samples, or an order
-                 seed: int = 0,
-                 shuffle: bool = True,           # for a number of samples
-                 epochs: int | None = None,      # None: endless
-                 rank: int = 0, world: int = 1,
-                 tail: str = 'uneven'):          # finite: ranks 'uneven' by one draw, 'drop' or 'repeat' the remainder
-        self.order = Shuffled(int(order), shuffle) if isinstance(order, (int, np.integer)) else order
-        if not len(self.order): raise ValueError('there are no samples to draw from')
-        if not 0 <= rank < world: raise ValueError(f'rank={rank} world={world}: expected 0 <= rank < world')
+
+    def __init__(
+        self,
+        order,  # a number of samples, or an order
+        seed: int = 0,
+        shuffle: bool = True,  # for a number of samples
+        epochs: int | None = None,  # None: endless
+        rank: int = 0,
+        world: int = 1,
+        tail: str = 'uneven',
+    ):  # finite: ranks 'uneven' by one draw, 'drop' or 'repeat' the remainder
+        self.order = (
+            Shuffled(int(order), shuffle) if isinstance(order, (int, np.integer)) else order
+        )
+        if not len(self.order):
+            raise ValueError('there are no samples to draw from')
+        if not 0 <= rank < world:
+            raise ValueError(f'rank={rank} world={world}: expected 0 <= rank < world')
         if tail not in ('uneven', 'drop', 'repeat'):
             raise ValueError(f"tail={tail!r}: expected 'uneven', 'drop' or 'repeat'")
         self.seed, self.epochs, self.rank, self.world, self.tail = seed, epochs, rank, world, tail
@@ -171,10 +245,13 @@ class StatefulSampler:
 
     def __len__(self) -> int:
         "Draws of this rank, of a finite stream"
-        if self.epochs is None: raise TypeError('an endless sampler has no length; give epochs=')
+        if self.epochs is None:
+            raise TypeError('an endless sampler has no length; give epochs=')
         total = self.epochs * len(self.order)
-        if self.tail == 'drop': return total // self.world
-        if self.tail == 'repeat': return -(-total // self.world)
+        if self.tail == 'drop':
+            return total // self.world
+        if self.tail == 'repeat':
+            return -(-total // self.world)
         return (total - self.rank + self.world - 1) // self.world
 
     def draw(self, k: int) -> int:
@@ -182,14 +259,17 @@ class StatefulSampler:
         return k * self.world + self.rank
 
     def at(self, k: int) -> int:
-        "Sample number of this rank's draw `k`, for any `k`; `IndexError` past the end of a finite stream"
-        if k < 0 or (self.epochs is not None and k >= len(self)): raise IndexError(f'draw {k} is outside the stream')
+        """Sample number of this rank's draw `k`, for any `k`; `IndexError` past the end of a finite
+        stream"""
+        if k < 0 or (self.epochs is not None and k >= len(self)):
+            raise IndexError(f'draw {k} is outside the stream')
         p = self.draw(k) if self.epochs is None else self.draw(k) % (self.epochs * len(self.order))
         epoch, i = divmod(p, len(self.order))
         return int(self._epoch(epoch)[i])
 
     def substitute(self, k: int, attempt: int) -> int:
-        "Sample number in place of a bad draw `k`: from the same epoch, so with its mix; fixed by seed and attempt"
+        """Sample number in place of a bad draw `k`: from the same epoch, so with its mix; fixed by
+        seed and attempt"""
         p, n = self.draw(k), len(self.order)
         return int(self._epoch(p // n)[_rng(self.seed, p, attempt).integers(n)])
 
@@ -197,7 +277,9 @@ class StatefulSampler:
         "The order of an epoch; neighbouring epochs are kept"
         if (found := self._epochs.get(epoch)) is None:
             found = self.order(self.seed, epoch)
-            self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {epoch: found}
+            self._epochs = {e: o for e, o in self._epochs.items() if abs(e - epoch) <= 1} | {
+                epoch: found
+            }
         return found
 
     def __iter__(self) -> Iterator[int]:
@@ -213,57 +295,102 @@ class StatefulSampler:
 
     def _identity(self) -> dict:
         mark = hashlib.sha256(repr(self.order).encode()).hexdigest()[:16]
-        return dict(version=self.version, seed=self.seed, length=len(self.order), order=mark, world=self.world,
-                    rank=self.rank, epochs=self.epochs, tail=self.tail)
+        return dict(
+            version=self.version,
+            seed=self.seed,
+            length=len(self.order),
+            order=mark,
+            world=self.world,
+            rank=self.rank,
+            epochs=self.epochs,
+            tail=self.tail,
+        )
 
     def state_dict(self) -> dict:
         "Position and identity: a few numbers, whatever the size of the data"
         return dict(self._identity(), position=self.position)
 
     def load_state_dict(self, state: dict):
-        "Go to the position of `state`; `ValueError` names what differs if it belongs to another stream"
+        """Go to the position of `state`; `ValueError` names what differs if it belongs to another
+        stream"""
         mine = self._identity()
-        for name in ('epochs', 'tail'): mine.pop(name)         # may change: they end the stream, they do not reorder it
-        if wrong := [f'{k} is {v!r}, the state has {state.get(k)!r}' for k, v in mine.items() if state.get(k) != v]:
-            hint = '; see reshard_state for another number of ranks' if state.get('world') != self.world else ''
-            raise ValueError(f'the sampler state belongs to another stream: {", ".join(wrong)}{hint}')
+        for name in ('epochs', 'tail'):
+            mine.pop(name)  # may change: they end the stream, they do not reorder it
+        if wrong := [
+            f'{k} is {v!r}, the state has {state.get(k)!r}'
+            for k, v in mine.items()
+            if state.get(k) != v
+        ]:
+            hint = (
+                '; see reshard_state for another number of ranks'
+                if state.get('world') != self.world
+                else ''
+            )
+            raise ValueError(
+                f'the sampler state belongs to another stream: {", ".join(wrong)}{hint}'
+            )
         self.position = int(state['position'])
 
 # %% ../../nbs/data/40_mixture.ipynb #dd2841ae
-def reshard_state(states: Sequence[dict], # sampler states of all ranks
-                  world: int,             # new number of ranks
-                 ) -> list[dict]:         # their states
-    "Sampler states for another number of ranks; needs equal positions that the new ranks can share evenly"
+def reshard_state(
+    states: Sequence[dict],  # sampler states of all ranks
+    world: int,  # new number of ranks
+) -> list[dict]:  # their states
+    """Sampler states for another number of ranks; needs equal positions that the new ranks can
+    share evenly"""
     if len({s['position'] for s in states}) > 1 or len(states) != states[0]['world']:
-        raise ValueError(f'positions {[s["position"] for s in states]} of {states[0]["world"]} ranks: resharding needs '
-                         'the states of all ranks, at one position; resume with the old number of ranks')
+        raise ValueError(
+            f'positions {[s["position"] for s in states]} of {states[0]["world"]} ranks: '
+            'resharding needs '
+            'the states of all ranks, at one position; resume with the old number of ranks'
+        )
     drawn = states[0]['position'] * states[0]['world']
     if drawn % world:
-        raise ValueError(f'{drawn} samples drawn so far cannot be shared by {world} ranks; choose a divisor')
+        raise ValueError(
+            f'{drawn} samples drawn so far cannot be shared by {world} ranks; choose a divisor'
+        )
     return [dict(states[0], world=world, rank=r, position=drawn // world) for r in range(world)]
 
 # %% ../../nbs/data/40_mixture.ipynb #20bc46a3
 class Mixture(Sequence):
-    "Named sources as one sequence, source after source; `order` spaces them evenly. Settings: see `mixture_draws`"
-    def __init__(self, sources: dict[str, Sequence], weights: dict[str, float] | None = None, temperature: float = 1.,
-                 caps: dict[str, int] | None = None, total: int | None = None, shuffle: bool = True):
+    """Named sources as one sequence, source after source; `order` spaces them evenly. Settings: see
+    `mixture_draws`"""
+
+    def __init__(
+        self,
+        sources: dict[str, Sequence],
+        weights: dict[str, float] | None = None,
+        temperature: float = 1.0,
+        caps: dict[str, int] | None = None,
+        total: int | None = None,
+        shuffle: bool = True,
+    ):
         for what, given in (('weights', weights), ('caps', caps)):
             if given and (extra := given.keys() - sources.keys()):
-                raise ValueError(f'{what} names {sorted(extra)}, but the sources are {sorted(sources)}')
+                raise ValueError(
+                    f'{what} names {sorted(extra)}, but the sources are {sorted(sources)}'
+                )
         if weights is not None and (missing := sources.keys() - weights.keys()):
             raise ValueError(f'weights lacks {sorted(missing)}; give 0 to leave a source out')
         self.sources = dict(sources)
         sizes = [len(s) for s in sources.values()]
         self._ends = np.cumsum(sizes)
-        draws = mixture_draws(sizes, weights and [weights[k] for k in sources], temperature,
-                              caps and [caps.get(k) for k in sources], total)
+        draws = mixture_draws(
+            sizes,
+            weights and [weights[k] for k in sources],
+            temperature,
+            caps and [caps.get(k) for k in sources],
+            total,
+        )
         self.order = EvenlyMixed(tuple(sizes), tuple(draws), shuffle)
 
-    def __len__(self) -> int: return int(self._ends[-1]) if len(self._ends) else 0
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def locate(self, i: int) -> tuple[str, int]:
         "Source name and number within the source of sample `i`"
-        if not 0 <= i < len(self): raise IndexError(f'sample {i} of {len(self)}')
+        if not 0 <= i < len(self):
+            raise IndexError(f'sample {i} of {len(self)}')
         j = int(np.searchsorted(self._ends, i, side='right'))
         return list(self.sources)[j], i - int(self._ends[j - 1] if j else 0)
 

@@ -17,38 +17,63 @@ from shapely import Polygon, unary_union
 from .region import Region
 
 # %% ../../nbs/data/30_overlay.ipynb #6a63f36b
-MARKERS = {   # kind -> preposition and noun, as written in the question
-    'rectangle': ('within', 'rectangle'), 'ellipse': ('within', 'ellipse'), 'triangle': ('with', 'triangle'),
+MARKERS = {  # kind -> preposition and noun, as written in the question
+    'rectangle': ('within', 'rectangle'),
+    'ellipse': ('within', 'ellipse'),
+    'triangle': ('with', 'triangle'),
     'point': ('at', 'point'),
-    'scribble': ('with', 'scribble'), 'mask contour': ('with', 'mask contour'), 'mask': ('with', 'mask'),
-    'arrow': ('pointed to by', 'arrow')}
-PALETTE = dict(red=(255, 0, 0), lime=(0, 255, 0), blue=(0, 0, 255), yellow=(255, 255, 0), fuchsia=(255, 0, 255),
-               aqua=(0, 255, 255),
-               orange=(255, 165, 0), purple=(128, 0, 128), gold=(255, 215, 0))
-ANCHOR = 336                                         # side in px at which thicknesses are stated
+    'scribble': ('with', 'scribble'),
+    'mask contour': ('with', 'mask contour'),
+    'mask': ('with', 'mask'),
+    'arrow': ('pointed to by', 'arrow'),
+}
+PALETTE = dict(
+    red=(255, 0, 0),
+    lime=(0, 255, 0),
+    blue=(0, 0, 255),
+    yellow=(255, 255, 0),
+    fuchsia=(255, 0, 255),
+    aqua=(0, 255, 255),
+    orange=(255, 165, 0),
+    purple=(128, 0, 128),
+    gold=(255, 215, 0),
+)
+ANCHOR = 336  # side in px at which thicknesses are stated
 STYLES = ('', 'constant')
 _ALL, _NO_POINT = tuple(MARKERS), tuple(k for k in MARKERS if k != 'point')
-DATASET_KINDS = {   # dataset (id prefix) -> kinds and style
-    'refcocog': (_ALL, ''), 'vcr': (_NO_POINT, ''), 'vg_rel': (('rectangle', 'ellipse'), ''),
-    'flickr30k': (('rectangle', 'ellipse', 'arrow'), ''), 'v7w': (('rectangle',), 'constant'),
-    'pointQA_twice': (('rectangle',), 'constant'), 'vcr_qa': (('point',), 'constant'),
-    'vcr_qar': (('point',), 'constant')}
+DATASET_KINDS = {  # dataset (id prefix) -> kinds and style
+    'refcocog': (_ALL, ''),
+    'vcr': (_NO_POINT, ''),
+    'vg_rel': (('rectangle', 'ellipse'), ''),
+    'flickr30k': (('rectangle', 'ellipse', 'arrow'), ''),
+    'v7w': (('rectangle',), 'constant'),
+    'pointQA_twice': (('rectangle',), 'constant'),
+    'vcr_qa': (('point',), 'constant'),
+    'vcr_qar': (('point',), 'constant'),
+}
+
 
 def check_kind(kind: str) -> str:
     "`kind` itself; `ValueError` lists the kinds there are."
-    if kind not in MARKERS: raise ValueError(f'marker kind {kind!r} is unknown; kinds are {", ".join(MARKERS)}')
+    if kind not in MARKERS:
+        raise ValueError(f'marker kind {kind!r} is unknown; kinds are {", ".join(MARKERS)}')
     return kind
+
 
 def color_rgb(color: str | Sequence[int]) -> tuple[int, int, int]:
     "RGB of a palette name or of three numbers 0-255. Raises `ValueError`."
     if isinstance(color, str):
         if color not in PALETTE:
-            raise ValueError(f'marker colour {color!r} is unknown; colours are {", ".join(PALETTE)}, or three numbers')
+            raise ValueError(
+                f'marker colour {color!r} is unknown; colours are {", ".join(PALETTE)}, or three '
+                'numbers'
+            )
         return PALETTE[color]
     color = tuple(color)
     if len(color) != 3 or any(not isinstance(v, int) or not 0 <= v <= 255 for v in color):
         raise ValueError(f'marker colour {color!r} is not three integers 0-255')
     return color
+
 
 def region_text(kind: str, color: str | None = None, the: bool = True) -> str:
     "How the text refers to a marked region: 'within the red rectangle', 'pointed to by the arrow'."
@@ -58,9 +83,10 @@ def region_text(kind: str, color: str | None = None, the: bool = True) -> str:
 # %% ../../nbs/data/30_overlay.ipynb #64331f57
 @dataclass(frozen=True)
 class Marker:
-    """Geometry of one marker in px of the picture. `width`: stroke; half the stroke for a mask contour; unused for
-    point and mask. `samples`: points on a scribble's curve; 0: its points are the stroke itself. `filled`: whether an
-    arrow's head is filled."""
+    """Geometry of one marker in px of the picture. `width`: stroke; half the stroke for a mask
+    contour; unused for point and mask. `samples`: points on a scribble's curve; 0: its points are
+    the stroke itself. `filled`: whether an arrow's head is filled."""
+
     kind: str
     points: tuple[tuple[float, float], ...] = ()
     width: int = 1
@@ -69,66 +95,109 @@ class Marker:
     filled: bool = False
     samples: int = 0
 
+
 def unit(size: tuple[int, int], anchor: int = ANCHOR) -> float:
     "Thickness unit of a picture of `(width, height)`."
     return max(size) / anchor
+
 
 def bezier(control: Sequence[tuple[float, float]], n: int) -> list[tuple[float, float]]:
     "`n` points of the cubic curve with four control points, ends included."
     out = []
     for i in range(n):
         t = i / max(n - 1, 1)
-        w = ((1 - t)**3, 3 * (1 - t)**2 * t, 3 * (1 - t) * t**2, t**3)
-        out.append((sum(a * p[0] for a, p in zip(w, control)), sum(a * p[1] for a, p in zip(w, control))))
+        w = ((1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3)
+        out.append(
+            (sum(a * p[0] for a, p in zip(w, control)), sum(a * p[1] for a, p in zip(w, control)))
+        )
     return out
 
 # %% ../../nbs/data/30_overlay.ipynb #0cd45c07
-def _polygons(region: Region): return [list(zip(p[::2], p[1::2])) for p in region.polygons]
+def _polygons(region: Region):
+    return [list(zip(p[::2], p[1::2])) for p in region.polygons]
 
-def _box_polygon(box): l, t, r, b = box; return [(l, t), (l, b), (r, b), (r, t)]
+
+def _box_polygon(box):
+    l, t, r, b = box
+    return [(l, t), (l, b), (r, b), (r, t)]
+
 
 def _point_in(rng, area, tries=50):
-    "A random point inside a shapely area: at most `tries` draws in its bounds, then any point of the bounds."
+    """A random point inside a shapely area: at most `tries` draws in its bounds, then any point of
+    the bounds."""
     from shapely import Point
+
     l, t, r, b = area.bounds
     for _ in range(tries):
         x, y = rng.uniform(l, r), rng.uniform(t, b)
-        if area.contains(Point(x, y)): return x, y
+        if area.contains(Point(x, y)):
+            return x, y
     return rng.uniform(l, r), rng.uniform(t, b)
+
 
 def _widest_angle(a, b, c):
     def angle(p, q, r):
         u, v = (q[0] - p[0], q[1] - p[1]), (r[0] - p[0], r[1] - p[1])
         n = math.hypot(*u) * math.hypot(*v)
-        return math.degrees(math.acos(max(-1, min(1, (u[0] * v[0] + u[1] * v[1]) / n)))) if n else 180.
+        return (
+            math.degrees(math.acos(max(-1, min(1, (u[0] * v[0] + u[1] * v[1]) / n))))
+            if n
+            else 180.0
+        )
+
     return max(angle(a, b, c), angle(b, c, a), angle(c, a, b))
 
-_WIDTHS = {'rectangle': (2, 8), 'ellipse': (2, 8), 'triangle': (2, 8), 'scribble': (2, 12), 'mask contour': (1, 2),
-           'mask': (0, 2), 'arrow': (1, 6)}
+
+_WIDTHS = {
+    'rectangle': (2, 8),
+    'ellipse': (2, 8),
+    'triangle': (2, 8),
+    'scribble': (2, 12),
+    'mask contour': (1, 2),
+    'mask': (0, 2),
+    'arrow': (1, 6),
+}
+
 
 def sample_alpha(rng: random.Random, kind: str) -> int:
     "Opacity of a marker, 0-255: 48 to 128 for masks, 96 to 255 for the rest."
     return rng.randint(48, 128) if check_kind(kind) == 'mask' else rng.randint(96, 255)
 
+
 def check_region(region: Region, size: tuple[int, int], kind: str = 'rectangle'):
-    "Raises `ValueError` for a region outside the picture, an empty polygon, or a point without a mask."
+    """Raises `ValueError` for a region outside the picture, an empty polygon, or a point without a
+    mask."""
     l, t, r, b = region.bounds
     if r <= 0 or b <= 0 or l >= size[0] or t >= size[1]:
-        raise ValueError(f'region {tuple(region.bounds)} lies outside the picture of {size[0]}x{size[1]} px')
+        raise ValueError(
+            f'region {tuple(region.bounds)} lies outside the picture of {size[0]}x{size[1]} px'
+        )
     if check_kind(kind) == 'point' and not region.polygons:
-        raise ValueError('a point marker needs a segmentation (polygons), this region has only a box; choose another '
-                         'kind')
+        raise ValueError(
+            'a point marker needs a segmentation (polygons), this region has only a box; choose '
+            'another '
+            'kind'
+        )
     for p in region.polygons:
         if not Polygon(list(zip(p[::2], p[1::2]))).area > 0:
             raise ValueError(f'a polygon of the region is empty (no area): {p[:8]}')
 
-def sample_marker(rng: random.Random, kind: str, region: Region, size: tuple[int, int], width: float | None = None,
-                  style: str = '', anchor: int = ANCHOR) -> Marker:
+
+def sample_marker(
+    rng: random.Random,
+    kind: str,
+    region: Region,
+    size: tuple[int, int],
+    width: float | None = None,
+    style: str = '',
+    anchor: int = ANCHOR,
+) -> Marker:
     """A `Marker` of `kind` around `region` in a picture of `size` (width, height) px.
 
-    `width`: stroke in units instead of a drawn one. `style`: '' draws sizes at random, 'constant' fixes them
-    (rectangle, point). Raises `ValueError` as `check_region`."""
-    if style not in STYLES: raise ValueError(f'style {style!r} is unknown; styles are {STYLES}')
+    `width`: stroke in units instead of a drawn one. `style`: '' draws sizes at random, 'constant'
+    fixes them (rectangle, point). Raises `ValueError` as `check_region`."""
+    if style not in STYLES:
+        raise ValueError(f'style {style!r} is unknown; styles are {STYLES}')
     check_region(region, size, kind)
     r, polygons = unit(size, anchor), _polygons(region)
     box = region.box if region.box is not None else region.bounds
@@ -137,11 +206,16 @@ def sample_marker(rng: random.Random, kind: str, region: Region, size: tuple[int
     union = unary_union(shapes) if shapes else Polygon(_box_polygon(box))
     one = picked if picked is not None else Polygon(_box_polygon(box))
     constant = style == 'constant'
-    if kind == 'point': return _sample_point(rng, one, r, constant)
-    if kind == 'rectangle' and constant: w = max(int(3 * r), 1)
-    else: w = max(rng.randint(*(int(k * r) for k in _WIDTHS[kind])), 1)
-    if width is not None: w = max(int(width * r), 1)
-    if kind == 'rectangle': return Marker(kind, (tuple(box[:2]), tuple(box[2:])), w)
+    if kind == 'point':
+        return _sample_point(rng, one, r, constant)
+    if kind == 'rectangle' and constant:
+        w = max(int(3 * r), 1)
+    else:
+        w = max(rng.randint(*(int(k * r) for k in _WIDTHS[kind])), 1)
+    if width is not None:
+        w = max(int(width * r), 1)
+    if kind == 'rectangle':
+        return Marker(kind, (tuple(box[:2]), tuple(box[2:])), w)
     if kind == 'ellipse':
         l, t, rr, b = union.bounds if shapes else box
         s, cx, cy = rng.uniform(1, 1.5), (l + rr) / 2, (t + b) / 2
@@ -150,46 +224,63 @@ def sample_marker(rng: random.Random, kind: str, region: Region, size: tuple[int
     if kind == 'triangle':
         for _ in range(200):
             points = tuple(_point_in(rng, union) for _ in range(3))
-            if _widest_angle(*points) <= 150: break
+            if _widest_angle(*points) <= 150:
+                break
         return Marker(kind, points, w)
     if kind == 'scribble':
-        return Marker(kind, tuple(_point_in(rng, one) for _ in range(4)), w, samples=max(int(1000 * r), 2))
-    if kind == 'arrow': return _sample_arrow(rng, box, r, w)
+        return Marker(
+            kind, tuple(_point_in(rng, one) for _ in range(4)), w, samples=max(int(1000 * r), 2)
+        )
+    if kind == 'arrow':
+        return _sample_arrow(rng, box, r, w)
     return Marker(kind, width=w, polygons=tuple(map(tuple, polygons or [_box_polygon(box)])))
+
 
 def _sample_point(rng, area, r, constant):
     from shapely import Point
+
     radius = max(int(8 * r), 1) if constant else max(rng.randint(int(5 * r), int(20 * r)), 1)
-    even = rng.random() < .5
-    aspect = 1. if even or constant else rng.uniform(.5, 2)
+    even = rng.random() < 0.5
+    aspect = 1.0 if even or constant else rng.uniform(0.5, 2)
     l, t, rr, b = area.bounds
     for _ in range(11):
-        x, y = rng.gauss((l + rr) / 2, math.sqrt((rr - l) / 8)), rng.gauss((t + b) / 2, math.sqrt((b - t) / 8))
-        if area.contains(Point(x, y)): break
+        x, y = (
+            rng.gauss((l + rr) / 2, math.sqrt((rr - l) / 8)),
+            rng.gauss((t + b) / 2, math.sqrt((b - t) / 8)),
+        )
+        if area.contains(Point(x, y)):
+            break
     rx, ry = radius * aspect, radius / aspect
     return Marker('point', ((x - rx, y - ry), (x + rx, y + ry)))
 
+
 def _sample_arrow(rng, box, r, w):
     l, t, rr, b = box
-    length = rng.uniform(.8 * min(rr - l, b - t), max(int(50 * r), 1))
+    length = rng.uniform(0.8 * min(rr - l, b - t), max(int(50 * r), 1))
     angle = rng.uniform(0, 2 * math.pi)
-    tip = (l + rr) / 2 + rng.uniform(-.25, .25) * (rr - l), (t + b) / 2 + rng.uniform(-.25, .25) * (b - t)
-    h = max(rng.uniform(.2, .5) * length, int(6 * r))
+    tip = (
+        (l + rr) / 2 + rng.uniform(-0.25, 0.25) * (rr - l),
+        (t + b) / 2 + rng.uniform(-0.25, 0.25) * (b - t),
+    )
+    h = max(rng.uniform(0.2, 0.5) * length, int(6 * r))
     tail = tip[0] + (length - h) * math.cos(angle), tip[1] + (length - h) * math.sin(angle)
     shaft = [tip, tail]
-    if rng.random() < .5:
+    if rng.random() < 0.5:
         dx, dy = (rng.uniform(-5, 5) * int(r) for _ in range(2))
         shaft.insert(1, ((tip[0] + tail[0]) / 2 + dx, (tip[1] + tail[1]) / 2 + dy))
     wing = lambda a: (tip[0] + h * math.cos(a), tip[1] + h * math.sin(a))
     head = wing(angle + math.pi / 3), tip, wing(angle - math.pi / 3)
-    return Marker('arrow', tuple(shaft), w, head=head, filled=rng.random() < .5)
+    return Marker('arrow', tuple(shaft), w, head=head, filled=rng.random() < 0.5)
 
 # %% ../../nbs/data/30_overlay.ipynb #c5f31c1e
 def _together(values, width):
-    "The shifts -width to width, as (lowest, highest, pixels of `values`) of those that move all by whole pixels."
-    found = {}                                       # Pillow cuts fractions towards 0: not alike on both sides of it
-    for d in range(-width, width + 1): found.setdefault(tuple(int(v + d) - d for v in values), []).append(d)
+    """The shifts -width to width, as (lowest, highest, pixels of `values`) of those that move all
+    by whole pixels."""
+    found = {}  # Pillow cuts fractions towards 0: not alike on both sides of it
+    for d in range(-width, width + 1):
+        found.setdefault(tuple(int(v + d) - d for v in values), []).append(d)
     return [(ds[0], ds[-1], pixels) for pixels, ds in found.items()]
+
 
 def _or_next(mask, n, axis):
     "Every place of `mask` joined with the `n` after it; the axis shortens by `n`."
@@ -199,9 +290,11 @@ def _or_next(mask, n, axis):
         mask, done = mask[:-step] | mask[step:], done + step
     return np.moveaxis(mask, 0, axis)
 
+
 def _widened(polygon, width, size):
-    """A polygon's outline at all whole shifts of up to `width` px in both directions: the same pixels as (2 width + 1)^2
-    outlines, which take minutes in a very large picture, from one that is widened."""
+    """A polygon's outline at all whole shifts of up to `width` px in both directions: the same
+    pixels as (2 width + 1)^2 outlines, which take minutes in a very large picture, from one that is
+    widened."""
     out = np.zeros(size[::-1], bool)
     for lx, hx, xs in _together([x for x, _ in polygon], width):
         for ly, hy, ys in _together([y for _, y in polygon], width):
@@ -211,44 +304,64 @@ def _widened(polygon, width, size):
     return Image.fromarray(out)
 
 # %% ../../nbs/data/30_overlay.ipynb #b8c01bda
-def canvas(marker: Marker, size: tuple[int, int], color: str | Sequence[int], alpha: int) -> Image.Image:
+def canvas(
+    marker: Marker, size: tuple[int, int], color: str | Sequence[int], alpha: int
+) -> Image.Image:
     "The marker alone on a transparent RGBA layer of `size`."
-    if not 0 <= alpha <= 255: raise ValueError(f'alpha={alpha} must be 0 to 255')
+    if not 0 <= alpha <= 255:
+        raise ValueError(f'alpha={alpha} must be 0 to 255')
     layer = Image.new('RGBA', size, (0, 0, 0, 0))
     d, ink, m = ImageDraw.Draw(layer), (*color_rgb(color), int(alpha)), marker
     points = [tuple(p) for p in m.points]
     flat = [v for p in points for v in p]
-    if m.kind == 'rectangle': d.rectangle(flat, outline=ink, width=m.width)
-    elif m.kind == 'ellipse': d.ellipse(flat, outline=ink, width=m.width)
-    elif m.kind == 'point': d.ellipse(flat, outline=ink, fill=ink)
-    elif m.kind == 'triangle': d.line([*points, points[0]], fill=ink, width=m.width, joint='curve')
-    elif m.kind == 'scribble' and not m.samples: d.line(points, fill=ink, width=m.width, joint='curve')
+    if m.kind == 'rectangle':
+        d.rectangle(flat, outline=ink, width=m.width)
+    elif m.kind == 'ellipse':
+        d.ellipse(flat, outline=ink, width=m.width)
+    elif m.kind == 'point':
+        d.ellipse(flat, outline=ink, fill=ink)
+    elif m.kind == 'triangle':
+        d.line([*points, points[0]], fill=ink, width=m.width, joint='curve')
+    elif m.kind == 'scribble' and not m.samples:
+        d.line(points, fill=ink, width=m.width, joint='curve')
     elif m.kind == 'scribble':
         curve = bezier(points, m.samples)
-        for a, b in zip(curve, curve[1:]): d.line([a, b], fill=ink, width=m.width)
+        for a, b in zip(curve, curve[1:]):
+            d.line([a, b], fill=ink, width=m.width)
     elif m.kind == 'mask':
-        for p in m.polygons: d.polygon([tuple(q) for q in p], outline=None, fill=ink)
+        for p in m.polygons:
+            d.polygon([tuple(q) for q in p], outline=None, fill=ink)
     elif m.kind == 'mask contour':
         steps = range(-m.width, m.width + 1)
         for p in m.polygons:
-            if len(steps)**2 * sum(map(math.dist, p, (*p[1:], p[0]))) > 2 * size[0] * size[1]:
+            if len(steps) ** 2 * sum(map(math.dist, p, (*p[1:], p[0]))) > 2 * size[0] * size[1]:
                 layer.paste(ink, mask=_widened(p, m.width, size))
                 continue
             for dx in steps:
-                for dy in steps: d.polygon([(x + dx, y + dy) for x, y in p], outline=ink)
+                for dy in steps:
+                    d.polygon([(x + dx, y + dy) for x, y in p], outline=ink)
     elif m.kind == 'arrow':
         d.line(points, fill=ink, width=m.width)
         head = [tuple(p) for p in m.head]
-        if m.filled: d.polygon(head, fill=ink)
-        else: d.line(head, fill=ink, width=m.width)
-    else: check_kind(m.kind)
+        if m.filled:
+            d.polygon(head, fill=ink)
+        else:
+            d.line(head, fill=ink, width=m.width)
+    else:
+        check_kind(m.kind)
     return layer
 
-def draw_marker(image: Image.Image, marker: Marker, color: str | Sequence[int], alpha: int = 128) -> Image.Image:
+
+def draw_marker(
+    image: Image.Image, marker: Marker, color: str | Sequence[int], alpha: int = 128
+) -> Image.Image:
     "A new RGB picture with `marker` blended onto `image`."
     layer, out = canvas(marker, image.size, color, alpha), image.convert('RGB')
     if box := layer.getbbox():
-        out.paste(Image.alpha_composite(out.crop(box).convert('RGBA'), layer.crop(box)).convert('RGB'), box[:2])
+        out.paste(
+            Image.alpha_composite(out.crop(box).convert('RGBA'), layer.crop(box)).convert('RGB'),
+            box[:2],
+        )
     return out
 
 # %% ../../nbs/data/30_overlay.ipynb #87143125
@@ -256,20 +369,31 @@ def random_rgb(rng: random.Random) -> tuple[int, int, int]:
     "A colour without a name."
     return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
 
-def one_color(rng: random.Random, named: bool | None = None) -> tuple[str | None, tuple[int, int, int]]:
-    "(name or None, RGB): unnamed with probability one half; `named=True` forces a name (the coin is still tossed)."
-    if rng.random() < .5 and not named: return None, random_rgb(rng)
+
+def one_color(
+    rng: random.Random, named: bool | None = None
+) -> tuple[str | None, tuple[int, int, int]]:
+    """(name or None, RGB): unnamed with probability one half; `named=True` forces a name (the coin
+    is still tossed)."""
+    if rng.random() < 0.5 and not named:
+        return None, random_rgb(rng)
     name = rng.choice(list(PALETTE))
     return name, PALETTE[name]
 
-def joint_markers(rng: random.Random, kinds: Sequence[str],
-                  n: int) -> list[tuple[str, str | None, tuple[int, int, int]]]:
-    "`n` triples (kind, colour name or None, RGB) in which no (colour name, kind) pair of a repeated kind occurs twice."
+
+def joint_markers(
+    rng: random.Random, kinds: Sequence[str], n: int
+) -> list[tuple[str, str | None, tuple[int, int, int]]]:
+    """`n` triples (kind, colour name or None, RGB) in which no (colour name, kind) pair of a
+    repeated kind occurs twice."""
     drawn, used, out = rng.choices(list(kinds), k=n), {}, []
     for kind in drawn:
         free = [c for c in PALETTE if c not in used.get(kind, ())]
-        if drawn.count(kind) > 1: name = rng.choice(free) if free else None
-        else: name = rng.choice(free) if rng.choice((True, False)) else None
-        if name: used.setdefault(kind, set()).add(name)
+        if drawn.count(kind) > 1:
+            name = rng.choice(free) if free else None
+        else:
+            name = rng.choice(free) if rng.choice((True, False)) else None
+        if name:
+            used.setdefault(kind, set()).add(name)
         out.append((kind, name, PALETTE[name] if name else random_rgb(rng)))
     return out

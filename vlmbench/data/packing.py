@@ -17,33 +17,53 @@ from .mixture import StatefulSampler
 from .template import Encoded
 
 # %% ../../nbs/data/50_packing.ipynb #2ddaceb1
-def best_fit(lengths: Sequence[int], # candidates, longest first
-             room: int,              # tokens left
-            ) -> list[int]:          # indices of the chosen candidates
-    "The subset of `lengths` with the largest sum that is at most `room`; of several, the one with the longest members"
+def best_fit(
+    lengths: Sequence[int],  # candidates, longest first
+    room: int,  # tokens left
+) -> list[int]:  # indices of the chosen candidates
+    """The subset of `lengths` with the largest sum that is at most `room`; of several, the one with
+    the longest members"""
     mask, reach = (1 << room + 1) - 1, [1]
-    for n in reversed(lengths): reach.append(reach[-1] | reach[-1] << n & mask)
+    for n in reversed(lengths):
+        reach.append(reach[-1] | reach[-1] << n & mask)
     left, chosen = reach[-1].bit_length() - 1, []
     for i, n in enumerate(lengths):
-        if n <= left and reach[-2 - i] >> left - n & 1: chosen.append(i); left -= n
+        if n <= left and reach[-2 - i] >> left - n & 1:
+            chosen.append(i)
+            left -= n
     return chosen
 
 # %% ../../nbs/data/50_packing.ipynb #86e3f747
 class Packer:
-    """Streaming best-fit packing of (key, length) pairs into rows of at most `max_tokens`. A row is built when `buffer`
-    documents wait that could fill one; `pop` returns `rows_per_batch` rows, each a list of keys in order of arrival."""
+    """Streaming best-fit packing of (key, length) pairs into rows of at most `max_tokens`. A row is
+    built when `buffer` documents wait that could fill one; `pop` returns `rows_per_batch` rows,
+    each a list of keys in order of arrival."""
+
     version = 1
+
     def __init__(self, max_tokens: int, rows_per_batch: int = 1, buffer: int = 64):
-        for name, value in (('max_tokens', max_tokens), ('rows_per_batch', rows_per_batch), ('buffer', buffer)):
-            if value < 1: raise ValueError(f'{name}={value}: expected a positive number')
+        for name, value in (
+            ('max_tokens', max_tokens),
+            ('rows_per_batch', rows_per_batch),
+            ('buffer', buffer),
+        ):
+            if value < 1:
+                raise ValueError(f'{name}={value}: expected a positive number')
         self.max_tokens, self.rows_per_batch, self.buffer = max_tokens, rows_per_batch, buffer
-        self.waiting, self.rows, self.n_waiting_tokens = [], [], 0   # waiting: (key, length) in order of arrival
+        self.waiting, self.rows, self.n_waiting_tokens = (
+            [],
+            [],
+            0,
+        )  # waiting: (key, length) in order of arrival
 
     def push(self, key: Hashable, length: int):
         "Add a document; `ValueError` if it cannot fit in any row"
         if not 0 < length <= self.max_tokens:
-            raise ValueError(f'document {key!r} has {length} tokens, a row holds 1 to max_tokens={self.max_tokens}; '
-                             'truncate or skip it')
+            raise ValueError(
+                f'document {key!r} has {length} tokens, a row holds 1 to '
+                f'max_tokens={self.max_tokens}; '
+                'truncate or skip it'
+            )
         self.waiting.append((key, int(length)))
         self.n_waiting_tokens += int(length)
 
@@ -51,7 +71,9 @@ class Packer:
         "Take the oldest document and its best fit out of the buffer"
         lengths = [n for _, n in self.waiting]
         room = self.max_tokens - lengths[0]
-        rest = sorted((i for i, n in enumerate(lengths) if i and n <= room), key=lambda i: -lengths[i])
+        rest = sorted(
+            (i for i, n in enumerate(lengths) if i and n <= room), key=lambda i: -lengths[i]
+        )
         taken = {0} | {rest[j] for j in best_fit([lengths[i] for i in rest], room)}
         row = [self.waiting[i] for i in sorted(taken)]
         self.waiting = [w for i, w in enumerate(self.waiting) if i not in taken]
@@ -59,25 +81,40 @@ class Packer:
         return row
 
     def pop(self, flush: bool = False) -> list[list] | None:
-        "A batch of rows of keys, or None if more documents are needed; `flush`: none will come, so it may be short"
-        while len(self.rows) < self.rows_per_batch and self.waiting and (
-                flush or (len(self.waiting) >= self.buffer and self.n_waiting_tokens >= self.max_tokens)):
+        """A batch of rows of keys, or None if more documents are needed; `flush`: none will come,
+        so it may be short"""
+        while (
+            len(self.rows) < self.rows_per_batch
+            and self.waiting
+            and (
+                flush
+                or (len(self.waiting) >= self.buffer and self.n_waiting_tokens >= self.max_tokens)
+            )
+        ):
             self.rows.append(self._row())
-        if not self.rows or (len(self.rows) < self.rows_per_batch and not flush): return None
+        if not self.rows or (len(self.rows) < self.rows_per_batch and not flush):
+            return None
         rows, self.rows = self.rows, []
         return [[key for key, _ in row] for row in rows]
 
     def state_dict(self) -> dict:
         "Waiting documents and finished rows that no batch has taken yet, as keys and lengths"
-        return dict(version=self.version, max_tokens=self.max_tokens, rows_per_batch=self.rows_per_batch,
-                    buffer=self.buffer, waiting=[list(w) for w in self.waiting],
-                    rows=[[list(w) for w in row] for row in self.rows])
+        return dict(
+            version=self.version,
+            max_tokens=self.max_tokens,
+            rows_per_batch=self.rows_per_batch,
+            buffer=self.buffer,
+            waiting=[list(w) for w in self.waiting],
+            rows=[[list(w) for w in row] for row in self.rows],
+        )
 
     def load_state_dict(self, state: dict):
         "Continue from `state`; `ValueError` names the setting that differs"
         for name in ('version', 'max_tokens', 'rows_per_batch', 'buffer'):
             if state.get(name) != getattr(self, name):
-                raise ValueError(f'the state has {name}={state.get(name)!r}, this packer {getattr(self, name)!r}')
+                raise ValueError(
+                    f'the state has {name}={state.get(name)!r}, this packer {getattr(self, name)!r}'
+                )
         self.waiting = [tuple(w) for w in state['waiting']]
         self.rows = [[tuple(w) for w in row] for row in state['rows']]
         self.n_waiting_tokens = sum(n for _, n in self.waiting)
@@ -85,61 +122,114 @@ class Packer:
 # %% ../../nbs/data/50_packing.ipynb #63fdf452
 _all_ = ['collate_packed', 'collate_padded', 'truncate']  # of data.collate
 
-def pack(docs: Iterable[Encoded],    # any stream of documents
-         max_tokens: int,            # row length
-         buffer: int = 64,           # documents that may wait for a better fit
-        ) -> Iterator[list[Encoded]]: # rows
-    "Best-fit rows of a stream of documents; a document longer than `max_tokens` raises `ValueError`"
+
+def pack(
+    docs: Iterable[Encoded],  # any stream of documents
+    max_tokens: int,  # row length
+    buffer: int = 64,  # documents that may wait for a better fit
+) -> Iterator[list[Encoded]]:  # rows
+    """Best-fit rows of a stream of documents; a document longer than `max_tokens` raises
+    `ValueError`"""
     packer, held = Packer(max_tokens, buffer=buffer), {}
     for key, doc in enumerate(docs):
         held[key] = doc
         packer.push(key, doc.n_tokens)
-        while rows := packer.pop(): yield [held.pop(k) for k in rows[0]]
-    while rows := packer.pop(flush=True): yield [held.pop(k) for k in rows[0]]
+        while rows := packer.pop():
+            yield [held.pop(k) for k in rows[0]]
+    while rows := packer.pop(flush=True):
+        yield [held.pop(k) for k in rows[0]]
 
 # %% ../../nbs/data/50_packing.ipynb #4309bd87
 class BatchLoader:
-    """Batches of `samples` in the order of `sampler`. Iterating goes on where the loader stands; behind the end of a
-    finite stream it begins again. A sample is bad if it raises one of `errors` or has no target; other exceptions pass.
-    `wait_seconds`: time spent waiting for batches. `counts`: batches, documents, tokens, area, images, targets, bad,
-    truncated; `fill`: share of the area that held tokens."""
-    version = 2                                         # of the state
-    def __init__(self, samples: Sequence,            # anything indexable by sample number
-                 encode_fn: Callable,                # sample -> `Encoded`; with `rng_seed` (sample, rng) -> `Encoded`
-                 sampler: StatefulSampler,           # which sample each draw takes
-                 max_tokens: int,                    # row length; longest document
-                 batch_rows: int = 1,                # rows of a batch; padded: at most
-                 *, pad_id: int = 0,
-                 packing: bool = True,               # several documents a row, or one (padded)
-                 buffer: int = 64,                   # documents that may wait for a better fit
-                 batch_tokens: int | None = None,    # padded: largest rows x longest document
-                 fixed_length: bool = False,         # rows of `max_tokens`, or as long as needed
-                 multiple: int = 8,                  # ... rounded up to this
-                 side: str = 'right',                # padded: side of the padding
-                 too_long: str = 'error',            # 'error', 'truncate', 'turns' (see `truncate`) or 'skip' (as `on_bad`)
-                 on_bad: str = 'replace',            # 'replace', 'skip' or 'error'
-                 require_targets: bool = True,       # a sample without targets is bad
-                 errors: tuple = (ValueError, OSError), # what a bad sample raises
-                 quarantine=None,                    # a `Quarantine`: counts draws, lists bad rows once
-                 rng_seed: int | None = None,        # seed of the generators handed to `encode_fn`, one per draw
-                 prefetch: int = 0,                  # batches made ahead in a thread, 0 = none
-                 workers: int = 1):                  # threads that encode ahead, with `prefetch`
-        for name, value, known in (('too_long', too_long, ('error', 'truncate', 'turns', 'skip')),
-                                   ('on_bad', on_bad, ('replace', 'skip', 'error')), ('side', side, ('right', 'left'))):
-            if value not in known: raise ValueError(f'{name}={value!r}: expected one of {", ".join(known)}')
+    """Batches of `samples` in the order of `sampler`. Iterating goes on where the loader stands;
+    behind the end of a finite stream it begins again. A sample is bad if it raises one of `errors`
+    or has no target; other exceptions pass. `wait_seconds`: time spent waiting for batches.
+    `counts`: batches, documents, tokens, area, images, targets, bad, truncated; `fill`: share of
+    the area that held tokens."""
+
+    version = 2  # of the state
+
+    def __init__(
+        self,
+        samples: Sequence,  # anything indexable by sample number
+        encode_fn: Callable,  # sample -> `Encoded`; with `rng_seed` (sample, rng) -> `Encoded`
+        sampler: StatefulSampler,  # which sample each draw takes
+        max_tokens: int,  # row length; longest document
+        batch_rows: int = 1,  # rows of a batch; padded: at most
+        *,
+        pad_id: int = 0,
+        packing: bool = True,  # several documents a row, or one (padded)
+        buffer: int = 64,  # documents that may wait for a better fit
+        batch_tokens: int | None = None,  # padded: largest rows x longest document
+        fixed_length: bool = False,  # rows of `max_tokens`, or as long as needed
+        multiple: int = 8,  # ... rounded up to this
+        side: str = 'right',  # padded: side of the padding
+        # 'error', 'truncate', 'turns' (see `truncate`) or 'skip' (as `on_bad`)
+        too_long: str = 'error',
+        on_bad: str = 'replace',  # 'replace', 'skip' or 'error'
+        require_targets: bool = True,  # a sample without targets is bad
+        errors: tuple = (ValueError, OSError),  # what a bad sample raises
+        quarantine=None,  # a `Quarantine`: counts draws, lists bad rows once
+        rng_seed: int | None = None,  # seed of the generators handed to `encode_fn`, one per draw
+        prefetch: int = 0,  # batches made ahead in a thread, 0 = none
+        workers: int = 1,
+    ):  # threads that encode ahead, with `prefetch`
+        for name, value, known in (
+            ('too_long', too_long, ('error', 'truncate', 'turns', 'skip')),
+            ('on_bad', on_bad, ('replace', 'skip', 'error')),
+            ('side', side, ('right', 'left')),
+        ):
+            if value not in known:
+                raise ValueError(f'{name}={value!r}: expected one of {", ".join(known)}')
         if batch_tokens is not None and (packing or batch_tokens < max_tokens):
-            raise ValueError(f'batch_tokens={batch_tokens} is for padded batches (packing=False) and at least '
-                             f'max_tokens={max_tokens}; a packed batch has batch_rows x max_tokens')
+            raise ValueError(
+                f'batch_tokens={batch_tokens} is for padded batches (packing=False) and at least '
+                f'max_tokens={max_tokens}; a packed batch has batch_rows x max_tokens'
+            )
         if batch_rows < 1 or workers < 1 or prefetch < 0:
-            raise ValueError(f'batch_rows={batch_rows}, workers={workers}: at least 1; prefetch={prefetch}: at least 0')
-        self.samples, self.encode_fn, self.sampler, self.max_tokens = samples, encode_fn, sampler, max_tokens
-        self.batch_rows, self.batch_tokens, self.buffer, self.packing = batch_rows, batch_tokens, buffer, packing
-        self.pad_id, self.fixed_length, self.multiple, self.side = pad_id, fixed_length, multiple, side
-        self.too_long, self.on_bad, self.require_targets, self.rng_seed = too_long, on_bad, require_targets, rng_seed
-        self.errors, self.quarantine, self.prefetch, self.workers = errors, quarantine, prefetch, workers
-        self.wait_seconds, self.counts = 0., Counter()
-        self._at, self._start, self._turn, self._ended = (sampler.position, []), sampler.position, 0, False
-        if quarantine is not None and not quarantine.n_seen: quarantine.seen(len(samples))  # unless its readers did
+            raise ValueError(
+                f'batch_rows={batch_rows}, workers={workers}: at least 1; prefetch={prefetch}: at '
+                'least 0'
+            )
+        self.samples, self.encode_fn, self.sampler, self.max_tokens = (
+            samples,
+            encode_fn,
+            sampler,
+            max_tokens,
+        )
+        self.batch_rows, self.batch_tokens, self.buffer, self.packing = (
+            batch_rows,
+            batch_tokens,
+            buffer,
+            packing,
+        )
+        self.pad_id, self.fixed_length, self.multiple, self.side = (
+            pad_id,
+            fixed_length,
+            multiple,
+            side,
+        )
+        self.too_long, self.on_bad, self.require_targets, self.rng_seed = (
+            too_long,
+            on_bad,
+            require_targets,
+            rng_seed,
+        )
+        self.errors, self.quarantine, self.prefetch, self.workers = (
+            errors,
+            quarantine,
+            prefetch,
+            workers,
+        )
+        self.wait_seconds, self.counts = 0.0, Counter()
+        self._at, self._start, self._turn, self._ended = (
+            (sampler.position, []),
+            sampler.position,
+            0,
+            False,
+        )
+        if quarantine is not None and not quarantine.n_seen:
+            quarantine.seen(len(samples))  # unless its readers did
 
     @property
     def fill(self) -> float:
@@ -159,153 +249,252 @@ class BatchLoader:
                 doc.id = doc.id or str(getattr(sample, 'id', ''))
                 if doc.n_tokens > self.max_tokens and self.too_long in ('truncate', 'turns'):
                     events.append(('truncated', i, doc.id, f'{doc.n_tokens} tokens'))
-                    doc = truncate(doc, self.max_tokens, 'turns' if self.too_long == 'turns' else 'cut')
+                    doc = truncate(
+                        doc, self.max_tokens, 'turns' if self.too_long == 'turns' else 'cut'
+                    )
                 reason = ''
-                if self.require_targets and not doc.n_targets: reason = 'no targets: no token carries the loss'
+                if self.require_targets and not doc.n_targets:
+                    reason = 'no targets: no token carries the loss'
                 if doc.n_tokens > self.max_tokens:
                     reason = f'too long: {doc.n_tokens} tokens, max_tokens={self.max_tokens}'
-            except self.errors as e: reason = f'{e}' if ': ' in f'{e}' else f'{type(e).__name__}: {e}'
+            except self.errors as e:
+                reason = f'{e}' if ': ' in f'{e}' else f'{type(e).__name__}: {e}'
             name = str(getattr(sample, 'id', ''))
-            if not reason: return doc, events
-            if self.on_bad == 'error' or (self.too_long == 'error' and reason.startswith('too long')):
-                raise ValueError(f'sample {i} (id {name!r}) is {reason}. Raise max_tokens or repair the sample; '
-                                 "or set too_long='truncate', 'turns' or 'skip', on_bad='replace' or 'skip'")
+            if not reason:
+                return doc, events
+            if self.on_bad == 'error' or (
+                self.too_long == 'error' and reason.startswith('too long')
+            ):
+                raise ValueError(
+                    f'sample {i} (id {name!r}) is {reason}. Raise max_tokens or repair the sample; '
+                    "or set too_long='truncate', 'turns' or 'skip', on_bad='replace' or 'skip'"
+                )
             events.append(('bad', i, name, reason))
-            if self.on_bad == 'skip': return None, events
-        raise ValueError(f'100 samples in a row are bad at draw {k}; the last: sample {i} (id {name!r}): {reason}')
+            if self.on_bad == 'skip':
+                return None, events
+        raise ValueError(
+            f'100 samples in a row are bad at draw {k}; the last: sample {i} (id {name!r}): '
+            f'{reason}'
+        )
 
     def _documents(self, keys: Iterable[int]) -> Iterator[tuple[int, Encoded | None, list]]:
         "Documents of draws in order, encoded by `workers` threads where batches are made ahead"
+
         def numbered():
             for k in keys:
-                try: yield k, self.sampler.at(k)
-                except IndexError: return
+                try:
+                    yield k, self.sampler.at(k)
+                except IndexError:
+                    return
+
         if not self.prefetch or self.workers == 1:
-            for k, i in numbered(): yield k, *self._document(k, i)
+            for k, i in numbered():
+                yield k, *self._document(k, i)
             return
         pool, ahead = ThreadPoolExecutor(self.workers), deque()
         try:
             for k, i in numbered():
                 ahead.append((k, pool.submit(self._document, k, i)))
-                if len(ahead) > 2 * self.workers: k, doc = ahead.popleft(); yield k, *doc.result()
-            for k, doc in ahead: yield k, *doc.result()
-        finally: pool.shutdown(wait=True, cancel_futures=True)
+                if len(ahead) > 2 * self.workers:
+                    k, doc = ahead.popleft()
+                    yield k, *doc.result()
+            for k, doc in ahead:
+                yield k, *doc.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _batches(self, position: int, waiting: list) -> Iterator[tuple[dict, tuple, list]]:
-        "(batch, state behind it, events) from a state on: next draw and [draw, tokens] of the waiting documents"
-        packer, held, events, after = Packer(self.max_tokens, self.batch_rows, self.buffer), {}, [], position
+        """(batch, state behind it, events) from a state on: next draw and [draw, tokens] of the
+        waiting documents"""
+        packer, held, events, after = (
+            Packer(self.max_tokens, self.batch_rows, self.buffer),
+            {},
+            [],
+            position,
+        )
         for k, doc, _ in self._documents([k for k, _ in waiting]):
             held[k] = doc
             packer.push(k, doc.n_tokens)
         if packer.waiting != (want := [tuple(w) for w in waiting]):
             k, n = next(w for w, new in zip(want, packer.waiting) if w != new)
-            raise ValueError(f'draw {k} had {n} tokens when the state was saved and {held[k].n_tokens} now: samples or '
-                             'encode_fn changed, or encode_fn is random (take its randomness from rng_seed)')
+            raise ValueError(
+                f'draw {k} had {n} tokens when the state was saved and {held[k].n_tokens} now: '
+                'samples or '
+                'encode_fn changed, or encode_fn is random (take its randomness from rng_seed)'
+            )
         stream, ended = self._documents(iter(range(position, 1 << 62))), False
         pop = packer.pop if self.packing else lambda flush=False: self._padded(packer, flush)
         while True:
             while (rows := pop(flush=ended)) is None and not ended:
                 k, doc, new = next(stream, (None, None, None))
-                if k is None: ended = True; continue
+                if k is None:
+                    ended = True
+                    continue
                 after, events = k + 1, events + new
-                if doc is not None: held[k] = doc; packer.push(k, doc.n_tokens)
-            if rows is None: yield None, (after, []), events; return
+                if doc is not None:
+                    held[k] = doc
+                    packer.push(k, doc.n_tokens)
+            if rows is None:
+                yield None, (after, []), events
+                return
             docs = [[held.pop(k) for k in row] for row in rows]
             used = max(sum(d.n_tokens for d in row) for row in docs)
-            length = self.max_tokens if self.fixed_length else min(_round_up(used, self.multiple), self.max_tokens)
-            batch = (collate_packed(docs, self.pad_id, length) if self.packing else
-                     collate_padded([d for d, in docs], self.pad_id, self.side, length))
+            length = (
+                self.max_tokens
+                if self.fixed_length
+                else min(_round_up(used, self.multiple), self.max_tokens)
+            )
+            batch = (
+                collate_packed(docs, self.pad_id, length)
+                if self.packing
+                else collate_padded([d for (d,) in docs], self.pad_id, self.side, length)
+            )
             yield batch, (after, [list(w) for w in packer.waiting]), events
             events = []
 
     def _padded(self, packer: Packer, flush: bool) -> list[list[int]] | None:
-        "The oldest waiting documents that make a padded batch, or None if another one may still fit"
+        """The oldest waiting documents that make a padded batch, or None if another one may still
+        fit"""
         n, longest, full = 0, 0, False
         for _, length in packer.waiting:
             longest = max(longest, min(_round_up(length, self.multiple), self.max_tokens))
-            full = n == self.batch_rows or bool(self.batch_tokens and n and (n + 1) * longest > self.batch_tokens)
-            if full: break
+            full = n == self.batch_rows or bool(
+                self.batch_tokens and n and (n + 1) * longest > self.batch_tokens
+            )
+            if full:
+                break
             n += 1
-        if not n or not (full or flush or n == self.batch_rows): return None
+        if not n or not (full or flush or n == self.batch_rows):
+            return None
         keys, packer.waiting = packer.waiting[:n], packer.waiting[n:]
         return [[k] for k, _ in keys]
 
     def __iter__(self) -> Iterator[dict]:
         "Go on from the current state; behind the end of a finite stream, from its start"
-        if self._ended: self._at, self._ended = (self._start, []), False
+        if self._ended:
+            self._at, self._ended = (self._start, []), False
         self._turn += 1
         turn, source = self._turn, self._batches(*self._at)
-        if self.prefetch: source = _in_background(source, self.prefetch)
+        if self.prefetch:
+            source = _in_background(source, self.prefetch)
         try:
             while True:
                 start = time.perf_counter()
                 item = next(source)
                 self.wait_seconds += time.perf_counter() - start
-                if turn != self._turn: raise RuntimeError('another iteration over this loader has begun; one at a time')
+                if turn != self._turn:
+                    raise RuntimeError(
+                        'another iteration over this loader has begun; one at a time'
+                    )
                 batch, self._at, events = item
                 self._count(batch, events)
-                if batch is None: self._ended = True; return
+                if batch is None:
+                    self._ended = True
+                    return
                 yield batch
-        finally: source.close()
+        finally:
+            source.close()
 
     def _count(self, batch: dict, events: list):
         "Book a batch at the moment it is taken"
         bad, n = [e for e in events if e[0] == 'bad'], len(batch['sample_ids']) if batch else 0
         self.counts.update(e[0] for e in events)
-        if batch: self.counts.update(
-            batches=1, documents=n, area=batch['input_ids'].numel(), tokens=int((batch['document_ids'] >= 0).sum()),
-            targets=batch['n_targets'], images=len(batch.get('pixel_values', ())))
-        if self.quarantine is None: return
-        if n_cut := len(events) - len(bad): self.quarantine.note('truncated to max_tokens', n_cut)
+        if batch:
+            self.counts.update(
+                batches=1,
+                documents=n,
+                area=batch['input_ids'].numel(),
+                tokens=int((batch['document_ids'] >= 0).sum()),
+                targets=batch['n_targets'],
+                images=len(batch.get('pixel_values', ())),
+            )
+        if self.quarantine is None:
+            return
+        if n_cut := len(events) - len(bad):
+            self.quarantine.note('truncated to max_tokens', n_cut)
         self.quarantine.drawn(n + len(bad), [(i, name, reason) for _, i, name, reason in bad])
 
     def _settings(self) -> dict:
-        names = ('max_tokens', 'batch_rows', 'batch_tokens', 'packing', 'buffer', 'too_long', 'on_bad', 'rng_seed',
-                 'require_targets')
-        return dict(version=self.version, n_samples=len(self.samples), **{n: getattr(self, n) for n in names})
+        names = (
+            'max_tokens',
+            'batch_rows',
+            'batch_tokens',
+            'packing',
+            'buffer',
+            'too_long',
+            'on_bad',
+            'rng_seed',
+            'require_targets',
+        )
+        return dict(
+            version=self.version,
+            n_samples=len(self.samples),
+            **{n: getattr(self, n) for n in names},
+        )
 
     def state_dict(self) -> dict:
         "The state behind the last batch taken: a few hundred numbers, JSON serialisable"
         position, waiting = self._at
-        return dict(settings=self._settings(), sampler=dict(self.sampler.state_dict(), position=position),
-                    waiting=[list(w) for w in waiting], counts=dict(self.counts), ended=self._ended,
-                    quarantine=None if self.quarantine is None else self.quarantine.state_dict())
+        return dict(
+            settings=self._settings(),
+            sampler=dict(self.sampler.state_dict(), position=position),
+            waiting=[list(w) for w in waiting],
+            counts=dict(self.counts),
+            ended=self._ended,
+            quarantine=None if self.quarantine is None else self.quarantine.state_dict(),
+        )
 
     def load_state_dict(self, state: dict):
         "Go to `state`; `ValueError` names the setting that differs"
         old = state['settings']
         new = self._settings()
-        if wrong := [f'{k} is {v!r}, the state has {old.get(k)!r}' for k, v in new.items() if old.get(k) != v]:
+        if wrong := [
+            f'{k} is {v!r}, the state has {old.get(k)!r}' for k, v in new.items() if old.get(k) != v
+        ]:
             raise ValueError(f'the loader state belongs to other batches: {", ".join(wrong)}')
         self.sampler.load_state_dict(state['sampler'])
-        self._turn += 1                                        # a running iteration must not go on
-        self._at, self._ended = (self.sampler.position, [list(w) for w in state['waiting']]), state['ended']
+        self._turn += 1  # a running iteration must not go on
+        self._at, self._ended = (
+            (self.sampler.position, [list(w) for w in state['waiting']]),
+            state['ended'],
+        )
         self.counts = Counter(state['counts'])
-        if self.quarantine is not None and state['quarantine']: self.quarantine.load_state_dict(state['quarantine'])
+        if self.quarantine is not None and state['quarantine']:
+            self.quarantine.load_state_dict(state['quarantine'])
 
 # %% ../../nbs/data/50_packing.ipynb #471fbc07
 def _in_background(source: Iterator, depth: int) -> Iterator:
     "Run an iterator in a thread, at most `depth` items ahead"
     ready, stop, end = queue.Queue(depth), threading.Event(), object()
+
     def put(*item):
         while not stop.is_set():
-            try: return ready.put(item, timeout=.05)
-            except queue.Full: continue
+            try:
+                return ready.put(item, timeout=0.05)
+            except queue.Full:
+                continue
+
     def run():
         try:
             for item in source:
                 put(item, None)
-                if stop.is_set(): break
+                if stop.is_set():
+                    break
             put(end, None)
-        except BaseException as e: put(end, e)
-        finally: source.close()
+        except BaseException as e:
+            put(end, e)
+        finally:
+            source.close()
+
     thread = threading.Thread(target=run, daemon=True, name='vlmbench-batches')
     thread.start()
     try:
         while True:
             item, error = ready.get()
-            if error is not None: raise error
-            if item is end: return
+            if error is not None:
+                raise error
+            if item is end:
+                return
             yield item
     finally:
         stop.set()

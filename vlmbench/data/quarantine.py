@@ -17,27 +17,40 @@ from scipy.special import bdtrc
 class BadRecord(ValueError):
     "A row that cannot become a sample; the message is `category: detail`."
 
+
 class TooManyBadRecords(RuntimeError):
     "More rows were quarantined than the cap allows."
 
-ALPHA = 1e-3                # largest probability of stopping a run whose data is within the cap
-_FEWEST = 100               # rows or draws below which only `close` judges
+
+ALPHA = 1e-3  # largest probability of stopping a run whose data is within the cap
+_FEWEST = 100  # rows or draws below which only `close` judges
+
 
 def _category(reason: str) -> str:
     "What stands before the first colon, behind a place such as `file.json row 7: `."
     return re.sub(r'^.* row \d+( \(id .*?\))?: ', '', reason).partition(': ')[0]
 
+
 class Quarantine:
     """Counts, lists and caps the rows that were left out.
 
-    Readers count every row once (`seen`, `add`); a loader counts draws (`drawn`), and a row drawn again is not a
-    further bad row. `cap`: largest allowed share of bad rows, and of draws that met one; `max_count`: largest allowed
-    number of bad rows (None: no limit); `path`: where `close` writes the JSON list; `max_listed`: entries kept in full (counts stay exact); `allow_truncated`: go on with
-    what a damaged file delivered (its lost tail cannot be counted, so the default is to stop once the file's good rows
-    are through)."""
-    def __init__(self, cap: float = .01, max_count: int|None = None, path: str|Path|None = None,
-                 max_listed: int = 10_000, allow_truncated: bool = False):
-        if not 0 <= cap <= 1: raise ValueError(f'cap={cap} must be a share between 0 and 1')
+    Readers count every row once (`seen`, `add`); a loader counts draws (`drawn`), and a row drawn
+    again is not a further bad row. `cap`: largest allowed share of bad rows, and of draws that met
+    one; `max_count`: largest allowed number of bad rows (None: no limit); `path`: where `close`
+    writes the JSON list; `max_listed`: entries kept in full (counts stay exact); `allow_truncated`:
+    go on with what a damaged file delivered (its lost tail cannot be counted, so the default is to
+    stop once the file's good rows are through)."""
+
+    def __init__(
+        self,
+        cap: float = 0.01,
+        max_count: int | None = None,
+        path: str | Path | None = None,
+        max_listed: int = 10_000,
+        allow_truncated: bool = False,
+    ):
+        if not 0 <= cap <= 1:
+            raise ValueError(f'cap={cap} must be a share between 0 and 1')
         self.cap, self.max_count, self.path = cap, max_count, path
         self.max_listed, self.allow_truncated = max_listed, allow_truncated
         self.n_seen, self.n_bad, self.n_drawn, self.n_bad_drawn = 0, 0, 0, 0
@@ -48,108 +61,166 @@ class Quarantine:
         "Count `n` rows that were looked at, good or bad."
         self.n_seen += n
 
-    def add(self, source: str, row: int|None, id: str|None, reason: str):
-        "List one bad row. It must be counted by `seen` as well. Raises `TooManyBadRecords` past `max_count`."
+    def add(self, source: str, row: int | None, id: str | None, reason: str):
+        """List one bad row. It must be counted by `seen` as well. Raises `TooManyBadRecords` past
+        `max_count`."""
         self.n_bad += 1
         self.reasons[_category(reason)] += 1
         if len(self.records) < self.max_listed:
             self.records.append(dict(source=str(source), row=row, id=id, reason=reason))
-        if self._too_many() and not self._held: raise TooManyBadRecords(self.verdict())
+        if self._too_many() and not self._held:
+            raise TooManyBadRecords(self.verdict())
 
-    def drawn(self, n: int, bad: list[tuple[int, str|None, str]] = (), source: str = 'batch loader'):
-        """Count `n` draws, those of bad rows among them: `bad` holds (row, id, reason), a row's first one is listed.
-        Raises `TooManyBadRecords` (see `judge`)."""
+    def drawn(
+        self, n: int, bad: list[tuple[int, str | None, str]] = (), source: str = 'batch loader'
+    ):
+        """Count `n` draws, those of bad rows among them: `bad` holds (row, id, reason), a row's
+        first one is listed. Raises `TooManyBadRecords` (see `judge`)."""
         self.n_drawn += n
         self.n_bad_drawn += len(bad)
         for row, id, reason in bad:
-            if row in self._bad_rows: continue
+            if row in self._bad_rows:
+                continue
             self._bad_rows.add(row)
             self.add(source, row, id, reason)
-        if bad: self.judge()
+        if bad:
+            self.judge()
 
-    def note(self, what: str, n: int = 1, row: tuple[str, int]|None = None):
-        """Count a fallback that kept the row (a dropped leading turn, the first frame of an animation); a `row` (file,
-        number) that is read again counts once."""
-        if row is None: self._notes[what] += n
-        else: self._noted.setdefault((what, row[0]), set()).add(row[1])
+    def note(self, what: str, n: int = 1, row: tuple[str, int] | None = None):
+        """Count a fallback that kept the row (a dropped leading turn, the first frame of an
+        animation); a `row` (file, number) that is read again counts once."""
+        if row is None:
+            self._notes[what] += n
+        else:
+            self._noted.setdefault((what, row[0]), set()).add(row[1])
 
     @property
     def notes(self) -> Counter:
         "Number of fallbacks of each kind."
         total = Counter(self._notes)
-        for (what, _), rows in list(self._noted.items()): total[what] += len(rows)
+        for (what, _), rows in list(self._noted.items()):
+            total[what] += len(rows)
         return total
 
     def summary(self) -> dict[str, int]:
         "Number of bad rows per reason category, most frequent first."
         return dict(self.reasons.most_common())
 
-    def _too_many(self): return self.max_count is not None and self.n_bad > self.max_count
+    def _too_many(self):
+        return self.max_count is not None and self.n_bad > self.max_count
 
-    def verdict(self, fewest: int = _FEWEST) -> str|None:
+    def verdict(self, fewest: int = _FEWEST) -> str | None:
         "Why the rows are too bad, or None; shares are judged from `fewest` rows or draws on."
         n, k, seen = self.n_drawn, self.n_bad_drawn, max(self.n_seen, self.n_bad)
-        read = self.n_bad - len(self._bad_rows)                          # left out before anything was drawn
+        read = self.n_bad - len(self._bad_rows)  # left out before anything was drawn
         rows = seen >= fewest and read > self.cap * seen
-        draws = n >= fewest and k > self.cap * n and (
-            self.n_bad > self.cap * seen or bdtrc(k - 1, n, self.cap) < ALPHA / (k * (k + 1)))
-        if not (rows or draws or self._too_many()): return None
+        draws = (
+            n >= fewest
+            and k > self.cap * n
+            and (self.n_bad > self.cap * seen or bdtrc(k - 1, n, self.cap) < ALPHA / (k * (k + 1)))
+        )
+        if not (rows or draws or self._too_many()):
+            return None
         name = 'max_count' if self._too_many() else 'cap'
         limit = f'max_count={self.max_count}' if self._too_many() else f'cap={self.cap:.2%}'
-        first = '\n'.join(f"  {r['source']} row {r['row']} (id {r['id']}): {r['reason']}" for r in self.records[:5])
-        return (f'{self.n_bad:,} of {seen:,} rows are bad' + f', met by {k:,} of {n:,} draws' * bool(n) + f': more than '
-                f'{limit} allows. By reason: {self.summary()}. First ones:\n{first}\nRepair the data, or accept the loss '
-                f"with a larger {name}: Quarantine({name}=...)" + ', bad_rows of a run.' * (name == 'cap'))
+        first = '\n'.join(
+            f'  {r["source"]} row {r["row"]} (id {r["id"]}): {r["reason"]}'
+            for r in self.records[:5]
+        )
+        return (
+            f'{self.n_bad:,} of {seen:,} rows are bad'
+            + f', met by {k:,} of {n:,} draws' * bool(n)
+            + f': more than '
+            f'{limit} allows. By reason: {self.summary()}. First ones:\n{first}\nRepair the data, '
+            'or accept the loss '
+            f'with a larger {name}: Quarantine({name}=...)'
+            + ', bad_rows of a run.'
+            * (name == 'cap')
+        )
 
     def judge(self):
-        "Raise `TooManyBadRecords` with the verdict, if there is one; inside `held` nothing is raised."
-        if not self._held and (reason := self.verdict()): raise TooManyBadRecords(reason)
+        """Raise `TooManyBadRecords` with the verdict, if there is one; inside `held` nothing is
+        raised."""
+        if not self._held and (reason := self.verdict()):
+            raise TooManyBadRecords(reason)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         "Count without raising: the caller asks `verdict(...)` where it can stop without a loss."
         self._held = True
-        try: yield
-        finally: self._held = False
+        try:
+            yield
+        finally:
+            self._held = False
 
     def to_dict(self) -> dict:
         "Counts, notes and listed records, as `write` stores them."
-        return dict(seen=self.n_seen, drawn=self.n_drawn, bad_draws=self.n_bad_drawn, quarantined=self.n_bad,
-                    by_reason=self.summary(), notes=dict(self.notes.most_common()), listed=len(self.records),
-                    records=self.records)
+        return dict(
+            seen=self.n_seen,
+            drawn=self.n_drawn,
+            bad_draws=self.n_bad_drawn,
+            quarantined=self.n_bad,
+            by_reason=self.summary(),
+            notes=dict(self.notes.most_common()),
+            listed=len(self.records),
+            records=self.records,
+        )
 
-    def write(self, path: str|Path):
+    def write(self, path: str | Path):
         "Store `to_dict` as JSON at `path`, atomically."
-        with _atomic(path) as f: json.dump(self.to_dict(), f, indent=1, ensure_ascii=False)
+        with _atomic(path) as f:
+            json.dump(self.to_dict(), f, indent=1, ensure_ascii=False)
 
     def state_dict(self) -> dict:
         "What `load_state_dict` needs to go on counting after a resume."
-        return self.to_dict() | dict(notes=dict(self._notes), bad_rows=sorted(self._bad_rows),
-                                     noted=[[*key, sorted(rows)] for key, rows in list(self._noted.items())])
+        return self.to_dict() | dict(
+            notes=dict(self._notes),
+            bad_rows=sorted(self._bad_rows),
+            noted=[[*key, sorted(rows)] for key, rows in list(self._noted.items())],
+        )
 
     def load_state_dict(self, state: dict):
         "Take over the counts and records of `state`."
-        self.n_seen, self.n_bad, self.records = state['seen'], state['quarantined'], list(state['records'])
-        self.n_drawn, self.n_bad_drawn, self._bad_rows = state['drawn'], state['bad_draws'], set(state['bad_rows'])
+        self.n_seen, self.n_bad, self.records = (
+            state['seen'],
+            state['quarantined'],
+            list(state['records']),
+        )
+        self.n_drawn, self.n_bad_drawn, self._bad_rows = (
+            state['drawn'],
+            state['bad_draws'],
+            set(state['bad_rows']),
+        )
         self.reasons, self._notes = Counter(state['by_reason']), Counter(state['notes'])
         self._noted = {(what, file): set(rows) for what, file, rows in state['noted']}
 
     def close(self, place: str = ''):
-        "Write the list (if `path` is set), then judge, whatever the number of rows; `place` ends the message."
-        if self.path is not None: self.write(self.path)
-        if reason := self.verdict(0): raise TooManyBadRecords('\n'.join([reason, place]).strip())
+        """Write the list (if `path` is set), then judge, whatever the number of rows; `place` ends
+        the message."""
+        if self.path is not None:
+            self.write(self.path)
+        if reason := self.verdict(0):
+            raise TooManyBadRecords('\n'.join([reason, place]).strip())
 
 # %% ../../nbs/data/06_quarantine.ipynb #58b7bdd4
 class _atomic:
     "Open a text file that appears under its name only when the block ends without an error."
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temp = self.path.parent/f'.{self.path.name}.{uuid.uuid4().hex}.tmp'
-        self.file = open(self.temp, 'x', encoding='utf-8')               # as readable as the umask says
+        self.temp = self.path.parent / f'.{self.path.name}.{uuid.uuid4().hex}.tmp'
+        self.file = open(self.temp, 'x', encoding='utf-8')  # as readable as the umask says
         return self.file
+
     def __exit__(self, kind, *_):
-        if kind is None: self.file.flush(); os.fsync(self.file.fileno())
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
         self.file.close()
-        if kind is None: os.replace(self.temp, self.path)
-        else: os.unlink(self.temp)
+        if kind is None:
+            os.replace(self.temp, self.path)
+        else:
+            os.unlink(self.temp)

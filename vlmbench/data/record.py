@@ -22,41 +22,50 @@ from .rows import RowIndex, iter_rows
 IMAGE_TOKEN = '<image>'
 ROLES = 'system', 'user', 'assistant'
 
+
 @dataclass(frozen=True)
 class Turn:
-    "One message: `role` is 'system', 'user' or 'assistant'; `text` holds a literal '<image>' per image slot."
+    """One message: `role` is 'system', 'user' or 'assistant'; `text` holds a literal '<image>' per
+    image slot."""
+
     role: str
     text: str
 
     def __post_init__(self):
-        if self.role not in ROLES: raise ValueError(f'role={self.role!r} is unknown; use one of {ROLES}')
+        if self.role not in ROLES:
+            raise ValueError(f'role={self.role!r} is unknown; use one of {ROLES}')
 
 # %% ../../nbs/data/00_record.ipynb #21f872ec
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture not read yet: a `path` relative to `root`, or encoded `data` (parquet rows carry bytes).
+    """A picture not read yet: a `path` relative to `root`, or encoded `data` (parquet rows carry
+    bytes).
 
-    `root` is a folder, or several (the first one resolves relative paths); None allows any path, so only a caller may
-    choose it."""
+    `root` is a folder, or several (the first one resolves relative paths); None allows any path, so
+    only a caller may choose it."""
+
     path: str
-    root: str|tuple[str, ...]|None = None
-    data: bytes|None = field(default=None, repr=False)
+    root: str | tuple[str, ...] | None = None
+    data: bytes | None = field(default=None, repr=False)
 
     def load(self, **kwargs) -> Image.Image:
-        """Decode to an RGB `PIL.Image` through `vlmbench.data.image.load_image`; raises `ImageError` with the exact
-        reason."""
+        """Decode to an RGB `PIL.Image` through `vlmbench.data.image.load_image`; raises
+        `ImageError` with the exact reason."""
         from vlmbench.data.image import load_image
+
         return load_image(self, **kwargs)
+
 
 @dataclass
 class Sample:
     """What every reader yields and every consumer takes.
 
-    `meta` keeps the row's other keys (`question_type`, `answers`, ...). `where` ('file.json:17') is for error messages
-    and takes no part in equality."""
+    `meta` keeps the row's other keys (`question_type`, `answers`, ...). `where` ('file.json:17') is
+    for error messages and takes no part in equality."""
+
     id: str
     turns: list[Turn]
-    images: list[ImageRef|Image.Image] = field(default_factory=list)
+    images: list[ImageRef | Image.Image] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     source: str = ''
     meta: dict[str, Any] = field(default_factory=dict)
@@ -64,92 +73,151 @@ class Sample:
 
     @property
     def n_slots(self) -> int:
-        "Number of `<image>` marks in the turns; equal to `len(images)` in every sample a reader yields."
+        """Number of `<image>` marks in the turns; equal to `len(images)` in every sample a reader
+        yields."""
         return sum(t.text.count(IMAGE_TOKEN) for t in self.turns)
 
 # %% ../../nbs/data/00_record.ipynb #89b69aab
 def _strings_only(value, what='row'):
     "Refuse text that cannot be encoded, at any depth."
-    if isinstance(value, str): _text(value, what)
+    if isinstance(value, str):
+        _text(value, what)
     elif isinstance(value, dict):
-        for k, v in value.items(): _text(k, f'a key of {what}'); _strings_only(v, f'{k!r}')
+        for k, v in value.items():
+            _text(k, f'a key of {what}')
+            _strings_only(v, f'{k!r}')
     elif isinstance(value, list):
-        for v in value: _strings_only(v, what)
+        for v in value:
+            _strings_only(v, what)
 
 # %% ../../nbs/data/00_record.ipynb #16558932
-_ROLE_OF = dict(human='user', user='user', gpt='assistant', assistant='assistant', model='assistant', system='system')
+_ROLE_OF = dict(
+    human='user',
+    user='user',
+    gpt='assistant',
+    assistant='assistant',
+    model='assistant',
+    system='system',
+)
+
 
 def parse_turns(conversation, first_turn: str = 'drop') -> tuple[list[Turn], int]:
-    """Turns of a `[{'from', 'value'}]` or `[{'role', 'content'}]` list, and how many leading ones were dropped.
+    """Turns of a `[{'from', 'value'}]` or `[{'role', 'content'}]` list, and how many leading ones
+    were dropped.
 
-    An optional system turn comes first; then user and assistant alternate. A conversation that opens with an assistant
-    turn (ShareGPT has many) loses that turn as in LLaVA (`first_turn='drop'`) or is refused (`'error'`). Raises
-    `BadRecord`."""
+    An optional system turn comes first; then user and assistant alternate. A conversation that
+    opens with an assistant turn (ShareGPT has many) loses that turn as in LLaVA
+    (`first_turn='drop'`) or is refused (`'error'`). Raises `BadRecord`."""
     if first_turn not in ('drop', 'error'):
         raise ValueError(f"first_turn={first_turn!r} is unknown; use 'drop' or 'error'")
     if not isinstance(conversation, list):
         raise BadRecord(f'wrong type: conversations is {type(conversation).__name__}, not a list')
     turns, dropped = [], 0
     for i, turn in enumerate(conversation):
-        if not isinstance(turn, dict): raise BadRecord(f'wrong type: turn {i} is {type(turn).__name__}, not an object')
+        if not isinstance(turn, dict):
+            raise BadRecord(f'wrong type: turn {i} is {type(turn).__name__}, not an object')
         role, text = turn.get('from', turn.get('role')), turn.get('value', turn.get('content'))
         if not isinstance(role, str) or role not in _ROLE_OF:
-            raise BadRecord(f'unknown role: turn {i} is from {str(role)[:40]!r}, known are {sorted(_ROLE_OF)}')
+            raise BadRecord(
+                f'unknown role: turn {i} is from {str(role)[:40]!r}, known are {sorted(_ROLE_OF)}'
+            )
         role, text = _ROLE_OF[role], _text(text, f'the text of turn {i}')
         last = turns[-1].role if turns else 'start'
         if role == 'system' and last != 'start':
             raise BadRecord(f'turn order: turn {i} is a system turn after the start')
         if role == 'assistant' and last in ('start', 'system'):
-            if first_turn == 'error': raise BadRecord(f'turn order: turn {i} answers before any question')
+            if first_turn == 'error':
+                raise BadRecord(f'turn order: turn {i} answers before any question')
             dropped += 1
             continue
-        if role == last: raise BadRecord(f'turn order: turns {i - 1} and {i} are both from the {role}')
+        if role == last:
+            raise BadRecord(f'turn order: turns {i - 1} and {i} are both from the {role}')
         turns.append(Turn(role, text))
-    if not any(t.role == 'user' for t in turns): raise BadRecord('no turns: the conversation asks nothing')
+    if not any(t.role == 'user' for t in turns):
+        raise BadRecord('no turns: the conversation asks nothing')
     return turns, dropped
 
 # %% ../../nbs/data/00_record.ipynb #0e408a5f
 def _image_ref(value, root, allow_absolute=False) -> ImageRef:
-    if isinstance(value, dict): value = value.get('bytes') or value.get('path')     # a Hugging Face image column
-    if isinstance(value, (bytes, bytearray)): return ImageRef('', None, bytes(value))
+    if isinstance(value, dict):
+        value = value.get('bytes') or value.get('path')  # a Hugging Face image column
+    if isinstance(value, (bytes, bytearray)):
+        return ImageRef('', None, bytes(value))
     path = _text(value, 'an image path')
-    if not path.strip() or '\0' in path: raise BadRecord(f'bad image path: {path[:40]!r}')
+    if not path.strip() or '\0' in path:
+        raise BadRecord(f'bad image path: {path[:40]!r}')
     if path.startswith(('http://', 'https://', 'data:')):
         raise BadRecord(f'bad image path: {path[:40]!r} is no file; download it first')
     if os.path.isabs(path):
         for i, folder in enumerate((root,) if isinstance(root, (str, Path)) else root or ()):
             inside = os.path.relpath(os.path.normpath(path), os.path.abspath(folder))
-            if inside.split(os.sep)[0] != '..': return ImageRef(path if i else inside, _root(root))
-        if allow_absolute: return ImageRef(path, None)
-        raise BadRecord(f'outside the root: {path!r} is not below {root}; name its folder in roots= (allow_absolute=True trusts any)')
+            if inside.split(os.sep)[0] != '..':
+                return ImageRef(path if i else inside, _root(root))
+        if allow_absolute:
+            return ImageRef(path, None)
+        raise BadRecord(
+            f'outside the root: {path!r} is not below {root}; name its folder in roots= '
+            '(allow_absolute=True trusts any)'
+        )
     depth = 0
     for part in PurePosixPath(path).parts:
         depth += -1 if part == '..' else 1
-        if depth < 0: raise BadRecord(f'outside the root: {path!r} climbs above {root}')
+        if depth < 0:
+            raise BadRecord(f'outside the root: {path!r} climbs above {root}')
     return ImageRef(path, _root(root))
 
-def allowed_roots(root, roots: str|Path|Iterable[str|Path] = ()):
-    """`root` and the further folders `roots` that pictures may lie in (by an absolute path, or behind a link out of
-    `root`); relative paths start at `root`. Raises `FileNotFoundError` for one that is no folder."""
+
+def allowed_roots(root, roots: str | Path | Iterable[str | Path] = ()):
+    """`root` and the further folders `roots` that pictures may lie in (by an absolute path, or
+    behind a link out of `root`); relative paths start at `root`. Raises `FileNotFoundError` for one
+    that is no folder."""
     roots = [roots] if isinstance(roots, (str, Path)) else list(roots)
     if wrong := [str(r) for r in roots if not os.path.isdir(r)]:
-        raise FileNotFoundError(f'roots: {wrong} are no folders; name folders that pictures may lie in')
-    return tuple(map(str, [*([root] if isinstance(root, (str, Path)) else root), *roots])) if roots else root
+        raise FileNotFoundError(
+            f'roots: {wrong} are no folders; name folders that pictures may lie in'
+        )
+    return (
+        tuple(map(str, [*([root] if isinstance(root, (str, Path)) else root), *roots]))
+        if roots
+        else root
+    )
 
-def _root(root): return root if root is None else str(root) if isinstance(root, (str, Path)) else tuple(map(str, root))
+
+def _root(root):
+    return (
+        root
+        if root is None
+        else str(root)
+        if isinstance(root, (str, Path))
+        else tuple(map(str, root))
+    )
 
 # %% ../../nbs/data/00_record.ipynb #d2787ae1
 _LLAVA_KEYS = {'id', 'image', 'full_path', 'conversations', 'messages', 'regions', 'source'}
 
-def sample_from_llava(row: dict, image_root=None, allow_absolute: bool = False, first_turn: str = 'drop',
-                      missing_mark: str = 'error', need_turns: bool = True, source: str = '', where: str = '',
-                      note: Callable[[str], None]|None = None) -> Sample:
+
+def sample_from_llava(
+    row: dict,
+    image_root=None,
+    allow_absolute: bool = False,
+    first_turn: str = 'drop',
+    missing_mark: str = 'error',
+    need_turns: bool = True,
+    source: str = '',
+    where: str = '',
+    note: Callable[[str], None] | None = None,
+) -> Sample:
     """One LLaVA row as a `Sample`. Raises `BadRecord` with the reason.
 
-    `need_turns=False` accepts region rows without `conversations` (ViP-LLaVA builds them from the markers it draws)."""
-    if not isinstance(row, dict): raise BadRecord(f'wrong type: the row is {type(row).__name__}, not an object')
+    `need_turns=False` accepts region rows without `conversations` (ViP-LLaVA builds them from the
+    markers it draws)."""
+    if not isinstance(row, dict):
+        raise BadRecord(f'wrong type: the row is {type(row).__name__}, not an object')
     if isinstance(row.get('frames'), list) and not {'image', 'full_path'} & row.keys():
-        raise BadRecord("format: the row has 'frames' in place of 'image': read it with sample_from_vora (format='vora')")
+        raise BadRecord(
+            "format: the row has 'frames' in place of 'image': read it with sample_from_vora "
+            "(format='vora')"
+        )
     if missing_mark not in ('error', 'prepend'):
         raise ValueError(f"missing_mark={missing_mark!r} is unknown; use 'error' or 'prepend'")
     id = _id(row.get('id'), where)
@@ -159,41 +227,62 @@ def sample_from_llava(row: dict, image_root=None, allow_absolute: bool = False, 
     regions = parse_regions(row)
     conversation = row.get('conversations', row.get('messages'))
     if conversation is None and (need_turns or not regions):
-        hint = " (region rows: read them with format='region', train on them with the option regions=overlay)" if regions else ''
+        hint = (
+            " (region rows: read them with format='region', train on them with the option "
+            'regions=overlay)'
+            if regions
+            else ''
+        )
         raise BadRecord(f"no turns: the row has no 'conversations'{hint}")
     turns, dropped = parse_turns(conversation, first_turn) if conversation is not None else ([], 0)
-    if dropped and note: note('dropped leading assistant turn')
+    if dropped and note:
+        note('dropped leading assistant turn')
     slots = sum(t.text.count(IMAGE_TOKEN) for t in turns)
     if turns and images and not slots and missing_mark == 'prepend':
         first = next(i for i, t in enumerate(turns) if t.role == 'user')
         turns[first] = Turn('user', IMAGE_TOKEN * len(images) + '\n' + turns[first].text)
         slots = len(images)
-        if note: note('prepended missing <image>')
+        if note:
+            note('prepended missing <image>')
     if turns and slots != len(images):
-        raise BadRecord(f'image count: {slots} {IMAGE_TOKEN} in the text but {len(images)} images'
-                                                       + (" (missing_mark='prepend' adds one)" if not slots else ''))
+        raise BadRecord(
+            f'image count: {slots} {IMAGE_TOKEN} in the text but {len(images)} images'
+            + (" (missing_mark='prepend' adds one)" if not slots else '')
+        )
     meta = {k: v for k, v in row.items() if k not in _LLAVA_KEYS}
     _strings_only(meta)
     source = source if row.get('source') is None else _text(row['source'], 'source')
     return Sample(id, turns, images, regions, source, meta, where)
 
+
 def _id(value, where):
-    if value is None: return where
+    if value is None:
+        return where
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadRecord(f'wrong type: id is {type(value).__name__}')
     return _text(str(value), 'id')
 
 # %% ../../nbs/data/00_record.ipynb #f811bfda
-def sample_from_vora(row: dict, root=None, allow_absolute: bool = False, first_turn: str = 'drop', source: str = '',
-                     where: str = '', note: Callable[[str], None]|None = None) -> Sample:
-    "One VoRA row (`id`, `frames`, `conversations`) as a `Sample`. Raises `BadRecord` with the reason."
-    if not isinstance(row, dict): raise BadRecord(f'wrong type: the row is {type(row).__name__}, not an object')
+def sample_from_vora(
+    row: dict,
+    root=None,
+    allow_absolute: bool = False,
+    first_turn: str = 'drop',
+    source: str = '',
+    where: str = '',
+    note: Callable[[str], None] | None = None,
+) -> Sample:
+    """One VoRA row (`id`, `frames`, `conversations`) as a `Sample`. Raises `BadRecord` with the
+    reason."""
+    if not isinstance(row, dict):
+        raise BadRecord(f'wrong type: the row is {type(row).__name__}, not an object')
     frames = row.get('frames')
     if not isinstance(frames, (list, type(None))):
         raise BadRecord(f'wrong type: frames is {type(frames).__name__}, not a list')
     conversation = row.get('conversations')
     if isinstance(conversation, str):
-        try: conversation = json.loads(conversation)
+        try:
+            conversation = json.loads(conversation)
         except (ValueError, RecursionError):
             raise BadRecord('wrong type: conversations is text that is no JSON') from None
     frames = frames or []
@@ -201,23 +290,40 @@ def sample_from_vora(row: dict, root=None, allow_absolute: bool = False, first_t
     first = next(i for i, t in enumerate(turns) if t.role == 'user')
     prompt, text = _frames_prompt(len(frames)), turns[first].text
     if frames:
-        if '<video>' in text: text = text.replace('<video>', prompt, 1)
-        elif IMAGE_TOKEN not in text: text = prompt + text
+        if '<video>' in text:
+            text = text.replace('<video>', prompt, 1)
+        elif IMAGE_TOKEN not in text:
+            text = prompt + text
         turns[first] = Turn('user', text)
     row = {k: v for k, v in row.items() if k not in ('frames', 'conversations')}
     turns = [{'role': t.role, 'content': t.text} for t in turns]
-    if dropped and note: note('dropped leading assistant turn')
-    return sample_from_llava({**row, 'image': frames or None, 'conversations': turns}, root, allow_absolute, first_turn,
-                             source=source, where=where)
+    if dropped and note:
+        note('dropped leading assistant turn')
+    return sample_from_llava(
+        {**row, 'image': frames or None, 'conversations': turns},
+        root,
+        allow_absolute,
+        first_turn,
+        source=source,
+        where=where,
+    )
+
 
 def sample_from_row(row: dict, image_root=None, allow_absolute: bool = False, **kwargs) -> Sample:
-    """A row with `frames`, or a conversation kept as JSON text (parquet), as `sample_from_vora` reads it, any other as
-    `sample_from_llava` does; `kwargs` go to it."""
+    """A row with `frames`, or a conversation kept as JSON text (parquet), as `sample_from_vora`
+    reads it, any other as `sample_from_llava` does; `kwargs` go to it."""
     vora = isinstance(row, dict) and ('frames' in row or isinstance(row.get('conversations'), str))
-    return (sample_from_vora if vora else sample_from_llava)(row, image_root, allow_absolute, **kwargs)
+    return (sample_from_vora if vora else sample_from_llava)(
+        row, image_root, allow_absolute, **kwargs
+    )
+
 
 def _frames_prompt(n):
-    return IMAGE_TOKEN * n if n < 2 else ''.join(f'{i}s: {IMAGE_TOKEN}; ' for i in range(1, n + 1)) + '\n'
+    return (
+        IMAGE_TOKEN * n
+        if n < 2
+        else ''.join(f'{i}s: {IMAGE_TOKEN}; ' for i in range(1, n + 1)) + '\n'
+    )
 
 # %% ../../nbs/data/00_record.ipynb #7b217ee1
 def _read(path, parse, quarantine, format=None) -> Iterator[Sample]:
@@ -225,150 +331,259 @@ def _read(path, parse, quarantine, format=None) -> Iterator[Sample]:
     note = quarantine.note if quarantine is not None else None
     for raw in iter_rows(path, format):
         where, id = f'{path.name}:{raw.number}', None
-        if quarantine is not None: quarantine.seen()
+        if quarantine is not None:
+            quarantine.seen()
         try:
-            if raw.error: raise BadRecord(raw.error)
+            if raw.error:
+                raise BadRecord(raw.error)
             id = str(raw.value.get('id'))[:200] if isinstance(raw.value, dict) else None
             sample = parse(raw.value, source=path.stem, where=where, note=note)
         except (BadRecord, RecursionError) as e:
             e = e if isinstance(e, BadRecord) else 'nested too deeply: the row'
-            if quarantine is None: raise BadRecord(f'{path} row {raw.number} (id {id}): {e}') from None
-            quarantine.add(str(path), raw.number, id and id.encode('utf-8', 'replace').decode(), str(e))
+            if quarantine is None:
+                raise BadRecord(f'{path} row {raw.number} (id {id}): {e}') from None
+            quarantine.add(
+                str(path), raw.number, id and id.encode('utf-8', 'replace').decode(), str(e)
+            )
             if raw.fatal and not quarantine.allow_truncated:
-                raise BadRecord(f'{path} row {raw.number}: {e}. The rows before it were delivered, the rest is lost; '
-                                'fetch the file again, or accept it: Quarantine(allow_truncated=True)') from None
-        else: yield sample
-    if quarantine is not None: quarantine.judge()
+                raise BadRecord(
+                    f'{path} row {raw.number}: {e}. The rows before it were delivered, the rest is '
+                    'lost; '
+                    'fetch the file again, or accept it: Quarantine(allow_truncated=True)'
+                ) from None
+        else:
+            yield sample
+    if quarantine is not None:
+        quarantine.judge()
 
-def read_llava(path: str|Path, image_root=None, quarantine: Quarantine|None = None, allow_absolute: bool = False,
-               first_turn: str = 'drop', missing_mark: str = 'error', format: str|None = None,
-               roots: Iterable[str|Path] = ()) -> Iterator[Sample]:
+
+def read_llava(
+    path: str | Path,
+    image_root=None,
+    quarantine: Quarantine | None = None,
+    allow_absolute: bool = False,
+    first_turn: str = 'drop',
+    missing_mark: str = 'error',
+    format: str | None = None,
+    roots: Iterable[str | Path] = (),
+) -> Iterator[Sample]:
     """Samples of a LLaVA JSON list or JSON Lines file, in file order, in constant memory.
 
-    `image_root` defaults to the file's folder; `roots`: further folders pictures may lie in (`allowed_roots`).
-    `allow_absolute` trusts any absolute path; `first_turn` ('drop' or
-    'error') is for conversations that open with an answer; `missing_mark` ('error' or 'prepend') for images without
-    `<image>`. Raises `BadRecord` at the first bad row without a `quarantine`, and after the last good row of a damaged
-    file; OSError for a file that cannot be opened."""
+    `image_root` defaults to the file's folder; `roots`: further folders pictures may lie in
+    (`allowed_roots`). `allow_absolute` trusts any absolute path; `first_turn` ('drop' or 'error')
+    is for conversations that open with an answer; `missing_mark` ('error' or 'prepend') for images
+    without `<image>`. Raises `BadRecord` at the first bad row without a `quarantine`, and after the
+    last good row of a damaged file; OSError for a file that cannot be opened."""
     root = allowed_roots(Path(path).parent if image_root is None else image_root, roots)
-    def parse(row, **kw): return sample_from_llava(row, root, allow_absolute, first_turn, missing_mark, **kw)
+
+    def parse(row, **kw):
+        return sample_from_llava(row, root, allow_absolute, first_turn, missing_mark, **kw)
+
     return _read(path, parse, quarantine, format)
 
-def read_vora(path: str|Path, root=None, quarantine: Quarantine|None = None, allow_absolute: bool = False,
-              first_turn: str = 'drop', format: str|None = None, roots: Iterable[str|Path] = ()) -> Iterator[Sample]:
-    """Samples of a VoRA JSON Lines or parquet file; `root` defaults to the file's folder. Arguments and errors as in
-    `read_llava`."""
+
+def read_vora(
+    path: str | Path,
+    root=None,
+    quarantine: Quarantine | None = None,
+    allow_absolute: bool = False,
+    first_turn: str = 'drop',
+    format: str | None = None,
+    roots: Iterable[str | Path] = (),
+) -> Iterator[Sample]:
+    """Samples of a VoRA JSON Lines or parquet file; `root` defaults to the file's folder. Arguments
+    and errors as in `read_llava`."""
     root = allowed_roots(Path(path).parent if root is None else root, roots)
-    def parse(row, **kw): return sample_from_vora(row, root, allow_absolute, first_turn, **kw)
+
+    def parse(row, **kw):
+        return sample_from_vora(row, root, allow_absolute, first_turn, **kw)
+
     return _read(path, parse, quarantine, format)
 
 # %% ../../nbs/data/00_record.ipynb #e0f69e4f
-def read_regions(path: str|Path, image_root=None, quarantine: Quarantine|None = None, allow_absolute: bool = False,
-                 missing_mark: str = 'error', format: str|None = None,
-                 roots: Iterable[str|Path] = ()) -> Iterator[Sample]:
-    """Samples of region rows; `turns` is empty where the row has no conversation. Arguments and errors as in
-    `read_llava`."""
+def read_regions(
+    path: str | Path,
+    image_root=None,
+    quarantine: Quarantine | None = None,
+    allow_absolute: bool = False,
+    missing_mark: str = 'error',
+    format: str | None = None,
+    roots: Iterable[str | Path] = (),
+) -> Iterator[Sample]:
+    """Samples of region rows; `turns` is empty where the row has no conversation. Arguments and
+    errors as in `read_llava`."""
     root = allowed_roots(Path(path).parent if image_root is None else image_root, roots)
+
     def parse(row, **kw):
-        sample = sample_from_llava(row, root, allow_absolute, missing_mark=missing_mark, need_turns=False, **kw)
+        sample = sample_from_llava(
+            row, root, allow_absolute, missing_mark=missing_mark, need_turns=False, **kw
+        )
         if not sample.regions and sample.images:
             raise BadRecord("no regions: the row has none of 'regions', 'bboxes', 'bbox'")
         return sample
+
     return _read(path, parse, quarantine, format)
 
-def read_index(path: str|Path, rows_dir: str|Path, image_root=None, quarantine: Quarantine|None = None,
-               roots: Iterable[str|Path] = (), **kwargs) -> Iterator[Sample]:
-    """Samples of a JSON list of ids whose rows are the files `rows_dir/{id}.json`; other arguments as in
-    `sample_from_llava`."""
+
+def read_index(
+    path: str | Path,
+    rows_dir: str | Path,
+    image_root=None,
+    quarantine: Quarantine | None = None,
+    roots: Iterable[str | Path] = (),
+    **kwargs,
+) -> Iterator[Sample]:
+    """Samples of a JSON list of ids whose rows are the files `rows_dir/{id}.json`; other arguments
+    as in `sample_from_llava`."""
     root = allowed_roots(Path(rows_dir) if image_root is None else image_root, roots)
+
     def parse(id, **kw):
-        if not isinstance(id, str): raise BadRecord(f'wrong type: the id is {type(id).__name__}, not text')
+        if not isinstance(id, str):
+            raise BadRecord(f'wrong type: the id is {type(id).__name__}, not text')
         name = _image_ref(f'{id}.json', rows_dir).path
-        try: row = json.loads((Path(rows_dir)/name).read_text(encoding='utf-8'))
+        try:
+            row = json.loads((Path(rows_dir) / name).read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError) as e:
             raise BadRecord(f'unreadable row file: {name}: {e}') from None
         return sample_from_llava(row, root, **kwargs, **kw)
+
     return _read(path, parse, quarantine)
+
 
 READERS = {'llava': read_llava, 'vora': read_vora, 'region': read_regions}
 
-def read_records(path: str|Path, image_root=None, quarantine: Quarantine|None = None, format: str|None = None,
-                 **kwargs) -> Iterator[Sample]:
-    """The reader named by `format` ('llava', 'vora', 'region'); None looks at the first row (`frames` or parquet: VoRA,
-    else LLaVA)."""
+
+def read_records(
+    path: str | Path,
+    image_root=None,
+    quarantine: Quarantine | None = None,
+    format: str | None = None,
+    **kwargs,
+) -> Iterator[Sample]:
+    """The reader named by `format` ('llava', 'vora', 'region'); None looks at the first row
+    (`frames` or parquet: VoRA, else LLaVA)."""
     if format is None:
         first = next(iter_rows(path), None)
-        format = 'vora' if first is not None and isinstance(first.value, dict) and 'frames' in first.value else 'llava'
-    if format not in READERS: raise ValueError(f'format={format!r} is unknown; use one of {sorted(READERS)} or None')
+        format = (
+            'vora'
+            if first is not None and isinstance(first.value, dict) and 'frames' in first.value
+            else 'llava'
+        )
+    if format not in READERS:
+        raise ValueError(f'format={format!r} is unknown; use one of {sorted(READERS)} or None')
     return READERS[format](path, image_root, quarantine, **kwargs)
 
 # %% ../../nbs/data/00_record.ipynb #dd37c024
 class Records(Sequence):
-    """The rows of a JSON list, JSON Lines or parquet file as indexable samples, at most 24 bytes of memory a row.
+    """The rows of a JSON list, JSON Lines or parquet file as indexable samples, at most 24 bytes of
+    memory a row.
 
-    `parse` turns a row into a `Sample` (default `sample_from_llava` with `kwargs`). Rows that are no JSON are listed in
-    `quarantine` when the file is scanned; without one, or where the file is damaged and the quarantine does not allow
-    it, `BadRecord` is raised at once. Fallbacks that keep a row (a dropped leading answer) are noted there, once a row.
-    `roots`: further folders pictures may lie in (`allowed_roots`)."""
-    def __init__(self, path: str|Path, image_root=None, quarantine: Quarantine|None = None,
-                 parse: Callable = sample_from_llava, roots: Iterable[str|Path] = (), **kwargs):
+    `parse` turns a row into a `Sample` (default `sample_from_llava` with `kwargs`). Rows that are
+    no JSON are listed in `quarantine` when the file is scanned; without one, or where the file is
+    damaged and the quarantine does not allow it, `BadRecord` is raised at once. Fallbacks that keep
+    a row (a dropped leading answer) are noted there, once a row. `roots`: further folders pictures
+    may lie in (`allowed_roots`)."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root=None,
+        quarantine: Quarantine | None = None,
+        parse: Callable = sample_from_llava,
+        roots: Iterable[str | Path] = (),
+        **kwargs,
+    ):
         self.index, self.parse, self.kwargs = RowIndex(path), parse, kwargs
         self.root = allowed_roots(Path(path).parent if image_root is None else image_root, roots)
         known = inspect.signature(parse).parameters.values()
-        self.quarantine = quarantine if any(p.name == 'note' or p.kind == p.VAR_KEYWORD for p in known) else None
-        if quarantine is not None: quarantine.seen(len(self.index) + len(self.index.errors))
+        self.quarantine = (
+            quarantine if any(p.name == 'note' or p.kind == p.VAR_KEYWORD for p in known) else None
+        )
+        if quarantine is not None:
+            quarantine.seen(len(self.index) + len(self.index.errors))
         for raw in self.index.errors:
             if quarantine is None or raw.fatal and not quarantine.allow_truncated:
                 raise BadRecord(f'{path} row {raw.number}: {raw.error}')
             quarantine.add(str(path), raw.number, None, raw.error)
 
-    def __len__(self): return len(self.index)
+    def __len__(self):
+        return len(self.index)
 
     def __getitem__(self, i) -> Sample:
-        if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
         path, row = self.index.path, self.index.numbers[i]
         q, more = self.quarantine, self.kwargs
-        if q is not None: more = more | dict(note=lambda what: q.note(what, row=(str(path), row)))
-        try: return self.parse(self.index[i], self.root, source=path.stem, where=f'{path.name}:{row}', **more)
-        except (BadRecord, RecursionError) as e: raise BadRecord(f'{path} row {row}: {e}') from None
+        if q is not None:
+            more = more | dict(note=lambda what: q.note(what, row=(str(path), row)))
+        try:
+            return self.parse(
+                self.index[i], self.root, source=path.stem, where=f'{path.name}:{row}', **more
+            )
+        except (BadRecord, RecursionError) as e:
+            raise BadRecord(f'{path} row {row}: {e}') from None
 
 # %% ../../nbs/data/00_record.ipynb #40ece418
 def to_llava_row(sample: Sample) -> dict:
-    """The LLaVA row of a sample. Raises ValueError for an image that has no path (save it first) or a `meta` key that
-    is a row key."""
+    """The LLaVA row of a sample. Raises ValueError for an image that has no path (save it first) or
+    a `meta` key that is a row key."""
     if clash := _LLAVA_KEYS & set(sample.meta):
         raise ValueError(f'sample {sample.id}: meta may not hold the row keys {sorted(clash)}')
     if any(not isinstance(i, ImageRef) or i.data is not None for i in sample.images):
-        raise ValueError(f'sample {sample.id}: an image in memory has no path; save it and use ImageRef(path, root)')
+        raise ValueError(
+            f'sample {sample.id}: an image in memory has no path; save it and use ImageRef(path, '
+            'root)'
+        )
     row = dict(id=sample.id)
     if sample.images:
         paths = [i.path for i in sample.images]
-        row['full_path' if any(map(os.path.isabs, paths)) else 'image'] = paths[0] if len(paths) == 1 else paths
+        row['full_path' if any(map(os.path.isabs, paths)) else 'image'] = (
+            paths[0] if len(paths) == 1 else paths
+        )
     speaker = {'user': 'human', 'assistant': 'gpt', 'system': 'system'}
-    if sample.turns: row['conversations'] = [{'from': speaker[t.role], 'value': t.text} for t in sample.turns]
-    if sample.regions: row['regions'] = [dict(box=r.box, polygons=r.polygons, label=r.label) for r in sample.regions]
-    if sample.source: row['source'] = sample.source
+    if sample.turns:
+        row['conversations'] = [{'from': speaker[t.role], 'value': t.text} for t in sample.turns]
+    if sample.regions:
+        row['regions'] = [
+            dict(box=r.box, polygons=r.polygons, label=r.label) for r in sample.regions
+        ]
+    if sample.source:
+        row['source'] = sample.source
     return {**row, **sample.meta}
 
-def write_llava(samples: Iterable[Sample], path: str|Path) -> int:
-    """Write samples (or ready rows) to a `.json` list or `.jsonl` file, one row a line, atomically; returns the number
-    of rows."""
+
+def write_llava(samples: Iterable[Sample], path: str | Path) -> int:
+    """Write samples (or ready rows) to a `.json` list or `.jsonl` file, one row a line, atomically;
+    returns the number of rows."""
     suffix, n = Path(path).suffix.lower(), 0
-    if suffix not in ('.json', '.jsonl'): raise ValueError(f'{path}: use .json or .jsonl')
+    if suffix not in ('.json', '.jsonl'):
+        raise ValueError(f'{path}: use .json or .jsonl')
     is_list = suffix == '.json'
     with _atomic(path) as f:
-        if is_list: f.write('[')
+        if is_list:
+            f.write('[')
         for sample in samples:
             row = to_llava_row(sample) if isinstance(sample, Sample) else sample
-            f.write((',\n' if n else '\n') * is_list + json.dumps(row, ensure_ascii=False) + '\n' * (not is_list))
+            f.write(
+                (',\n' if n else '\n') * is_list
+                + json.dumps(row, ensure_ascii=False)
+                + '\n' * (not is_list)
+            )
             n += 1
-        if is_list: f.write('\n]\n')
+        if is_list:
+            f.write('\n]\n')
     return n
 
 # %% ../../nbs/data/00_record.ipynb #eeb418ca
 def image_first(sample: Sample) -> Sample:
-    "The sample with a single-image turn's `<image>` moved to its front, followed by a line break (LLaVA-1.5 training)."
+    """The sample with a single-image turn's `<image>` moved to its front, followed by a line break
+    (LLaVA-1.5 training)."""
+
     def move(turn):
-        if turn.text.count(IMAGE_TOKEN) != 1: return turn
-        return Turn(turn.role, f'{IMAGE_TOKEN}\n{turn.text.replace(IMAGE_TOKEN, "").strip()}'.strip())
+        if turn.text.count(IMAGE_TOKEN) != 1:
+            return turn
+        return Turn(
+            turn.role, f'{IMAGE_TOKEN}\n{turn.text.replace(IMAGE_TOKEN, "").strip()}'.strip()
+        )
+
     return replace(sample, turns=[move(t) for t in sample.turns])

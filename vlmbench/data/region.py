@@ -12,25 +12,34 @@ from .quarantine import BadRecord
 # %% ../../nbs/data/07_region.ipynb #c4d53f0d
 @dataclass(frozen=True)
 class Region:
-    """A marked part of an image, in its pixels: `box` (left, top, right, bottom) and/or flat `polygons` (x0, y0, x1,
-    y1, ...)."""
-    box: tuple[float, float, float, float]|None
+    """A marked part of an image, in its pixels: `box` (left, top, right, bottom) and/or flat
+    `polygons` (x0, y0, x1, y1, ...)."""
+
+    box: tuple[float, float, float, float] | None
     polygons: tuple[tuple[float, ...], ...] = ()
-    label: str|None = None
+    label: str | None = None
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
         "The box, or the bounds of all polygons."
-        if self.box is not None: return self.box
-        xs, ys = [x for p in self.polygons for x in p[::2]], [y for p in self.polygons for y in p[1::2]]
+        if self.box is not None:
+            return self.box
+        xs, ys = (
+            [x for p in self.polygons for x in p[::2]],
+            [y for p in self.polygons for y in p[1::2]],
+        )
         return min(xs), min(ys), max(xs), max(ys)
 
 # %% ../../nbs/data/07_region.ipynb #a3af6af6
 def _text(value, what: str) -> str:
-    if not isinstance(value, str): raise BadRecord(f'wrong type: {what} is {type(value).__name__}, expected text')
-    try: value.encode('utf-8')
-    except UnicodeEncodeError: raise BadRecord(f'broken text: {what} is not valid UTF-8') from None
+    if not isinstance(value, str):
+        raise BadRecord(f'wrong type: {what} is {type(value).__name__}, expected text')
+    try:
+        value.encode('utf-8')
+    except UnicodeEncodeError:
+        raise BadRecord(f'broken text: {what} is not valid UTF-8') from None
     return value
+
 
 def _numbers(value, what: str) -> tuple[float, ...]:
     if not isinstance(value, (list, tuple)) or any(type(v) not in (int, float) for v in value):
@@ -45,40 +54,63 @@ def parse_region(box=None, polygons=None, label=None, what='region') -> Region:
     if box is not None:
         box = _numbers(box, f'the box of {what}')
         if len(box) != 4:
-            raise BadRecord(f'bad region: the box of {what} has {len(box)} numbers, expected left, top, right, bottom')
+            raise BadRecord(
+                f'bad region: the box of {what} has {len(box)} numbers, expected left, top, right, '
+                'bottom'
+            )
         if not (box[2] > box[0] and box[3] > box[1]):
             raise BadRecord(f'bad region: the box of {what} has no area: {list(box)}')
     if not isinstance(polygons or (), (list, tuple)):
         raise BadRecord(f'bad region: the polygons of {what} are not a list')
     flat = []
     for polygon in polygons or ():
-        if isinstance(polygon, list) and polygon and all(isinstance(p, list) and len(p) == 2 for p in polygon):
+        if (
+            isinstance(polygon, list)
+            and polygon
+            and all(isinstance(p, list) and len(p) == 2 for p in polygon)
+        ):
             polygon = [v for point in polygon for v in point]
         polygon = _numbers(polygon, f'a polygon of {what}')
         if len(polygon) % 2 or len(polygon) < 6:
-            raise BadRecord(f'bad region: polygon of {what} has {len(polygon)} numbers, expected at least 3 x, y pairs')
+            raise BadRecord(
+                f'bad region: polygon of {what} has {len(polygon)} numbers, expected at least 3 x, '
+                'y pairs'
+            )
         flat.append(polygon)
-    if box is None and not flat: raise BadRecord(f'bad region: {what} has neither a box nor a polygon')
+    if box is None and not flat:
+        raise BadRecord(f'bad region: {what} has neither a box nor a polygon')
     return Region(box, tuple(flat), None if label is None else _text(label, f'the label of {what}'))
 
+
 def parse_regions(row: dict) -> list[Region]:
-    """All regions of a row: `regions`, or ViP-LLaVA's `bboxes` + `segmentations`, or `bbox` (one box, or boxes per
-    phrase)."""
+    """All regions of a row: `regions`, or ViP-LLaVA's `bboxes` + `segmentations`, or `bbox` (one
+    box, or boxes per phrase)."""
+
     def items(key):
-        if not isinstance(row.get(key) or [], list): raise BadRecord(f'bad region: {key!r} is not a list')
+        if not isinstance(row.get(key) or [], list):
+            raise BadRecord(f'bad region: {key!r} is not a list')
         return row.get(key) or []
+
     if 'regions' in row:
         for i, r in enumerate(items('regions')):
             if not isinstance(r, dict) or set(r) - {'box', 'polygons', 'label'}:
-                raise BadRecord(f"bad region: region {i} is not an object of 'box', 'polygons', 'label'")
+                raise BadRecord(
+                    f"bad region: region {i} is not an object of 'box', 'polygons', 'label'"
+                )
         return [parse_region(**r, what=f'region {i}') for i, r in enumerate(items('regions'))]
     if 'bboxes' in row:
         boxes, polygons = items('bboxes'), items('segmentations')
         if polygons and len(polygons) != len(boxes):
             raise BadRecord(f'bad region: {len(boxes)} bboxes but {len(polygons)} segmentations')
         polygons = polygons or [None] * len(boxes)
-        return [parse_region(b, p, what=f'bbox {i}') for i, (b, p) in enumerate(zip(boxes, polygons))]
+        return [
+            parse_region(b, p, what=f'bbox {i}') for i, (b, p) in enumerate(zip(boxes, polygons))
+        ]
     boxes = items('bbox')
-    if boxes and not isinstance(boxes[0], list): return [parse_region(boxes, what='bbox')]
-    return [parse_region(b, label=f'<bbox{i}>', what=f'bbox {i}')
-            for i, group in enumerate(boxes) for b in (group if group and isinstance(group[0], list) else [group])]
+    if boxes and not isinstance(boxes[0], list):
+        return [parse_region(boxes, what='bbox')]
+    return [
+        parse_region(b, label=f'<bbox{i}>', what=f'bbox {i}')
+        for i, group in enumerate(boxes)
+        for b in (group if group and isinstance(group[0], list) else [group])
+    ]

@@ -14,17 +14,31 @@ from functools import lru_cache, partial
 import numpy as np
 from PIL import Image
 from .image import ImageError, resolve_path
-from .overlay import (ANCHOR, DATASET_KINDS, MARKERS, PALETTE, check_kind, check_region, color_rgb,
-                                   draw_marker,
-                                   joint_markers, one_color, random_rgb, region_text, sample_alpha, sample_marker)
+from vlmbench.data.overlay import (
+    ANCHOR,
+    DATASET_KINDS,
+    MARKERS,
+    PALETTE,
+    check_kind,
+    check_region,
+    color_rgb,
+    draw_marker,
+    joint_markers,
+    one_color,
+    random_rgb,
+    region_text,
+    sample_alpha,
+    sample_marker,
+)
 from .record import BadRecord, Region, Sample, Turn, sample_from_llava
 from .region import parse_regions
 
 # %% ../../nbs/data/32_region_rows.ipynb #92c8d009
 @dataclass(frozen=True)
 class Mark:
-    """One region to be marked: `kind`, `rgb`, the colour's `name` (None: unnamed), the region, style and forced alpha.
-    `words`: how the text refers to the region, instead of by its marker."""
+    """One region to be marked: `kind`, `rgb`, the colour's `name` (None: unnamed), the region,
+    style and forced alpha. `words`: how the text refers to the region, instead of by its marker."""
+
     kind: str
     rgb: tuple[int, int, int]
     name: str | None
@@ -34,31 +48,52 @@ class Mark:
     words: Callable[[Region], str] | None = None
 
     def text(self, the: bool = True) -> str:
-        return region_text(self.kind, self.name, the) if self.words is None else self.words(self.region)
+        return (
+            region_text(self.kind, self.name, the)
+            if self.words is None
+            else self.words(self.region)
+        )
+
 
 def possible_kinds(kinds: Sequence[str], regions: Sequence[Region]) -> list[str]:
-    """Those of `kinds` that can mark all `regions`: a point lies inside a mask, so it needs polygons. Raises
-    `ValueError`."""
+    """Those of `kinds` that can mark all `regions`: a point lies inside a mask, so it needs
+    polygons. Raises `ValueError`."""
     found = [k for k in map(check_kind, kinds) if k != 'point' or all(r.polygons for r in regions)]
-    if found: return found
-    raise ValueError('a point marker needs a segmentation (polygons), and a region has only a box: choose another kind')
+    if found:
+        return found
+    raise ValueError(
+        'a point marker needs a segmentation (polygons), and a region has only a box: choose '
+        'another kind'
+    )
+
 
 _LETTERS = "\nAnswer with the option's letter from the given choices directly."
 _WORD = '\nAnswer the question using a single word or phrase.'
 
+
 def _regions(row, polygons=True):
     boxes, segments = row['bboxes'], row.get('segmentations') if polygons else None
-    return [Region(tuple(b), tuple(map(tuple, (segments[i] if segments else None) or ()))) for i, b in enumerate(boxes)]
+    return [
+        Region(tuple(b), tuple(map(tuple, (segments[i] if segments else None) or ())))
+        for i, b in enumerate(boxes)
+    ]
 
-def _turns(*pairs): return [Turn(role, text) for q, a in pairs for role, text in (('user', q), ('assistant', a))]
 
-def _image(text): return text if '<image>' in text else f'<image>\n{text}'
+def _turns(*pairs):
+    return [Turn(role, text) for q, a in pairs for role, text in (('user', q), ('assistant', a))]
+
+
+def _image(text):
+    return text if '<image>' in text else f'<image>\n{text}'
+
 
 def _conversation(row, change, place=True):
     "The row's own conversation with `change` applied to every text; `place`: the picture opens it."
     from vlmbench.data.record import parse_turns
+
     turns = [Turn(t.role, change(t.text)) for t in parse_turns(row['conversations'])[0]]
-    if not place: return turns
+    if not place:
+        return turns
     first = next(i for i, t in enumerate(turns) if t.role == 'user')
     turns[first] = Turn('user', '<image>\n' + turns[first].text.replace('<image>', '').strip())
     return turns
@@ -68,64 +103,108 @@ def _refcocog(row, rng, kinds, mark, reference):
     kind = rng.choice(kinds if reference else possible_kinds(kinds, _regions(row)[:1]))
     name, rgb = one_color(rng)
     mark = mark(kind, rgb, name, _regions(row)[0])
-    if 'conversations' in row: return [mark], _conversation(row, lambda t: t.replace('<bbox>', mark.text()))
-    if rng.random() < .25: q = rng.choice(('Describe the marked region.', 'Describe the pointed region.'))
-    else: q = f'Describe the object {"" if reference else mark.text()}.'
+    if 'conversations' in row:
+        return [mark], _conversation(row, lambda t: t.replace('<bbox>', mark.text()))
+    if rng.random() < 0.25:
+        q = rng.choice(('Describe the marked region.', 'Describe the pointed region.'))
+    else:
+        q = f'Describe the object {"" if reference else mark.text()}.'
     q += ' Please provide a short phrase.'
     return [mark], _turns((q if reference else _image(q), row['answer']))
 
+
 def _vg_rel(row, rng, kinds, mark, reference):
     regions = _regions(row, False)
-    if len(regions) < 2: raise BadRecord(f'vg_rel: {len(regions)} boxes, expected a subject and an object')
-    if 'conversations' not in row and not reference: regions = regions[:2]      # the question names no further box
+    if len(regions) < 2:
+        raise BadRecord(f'vg_rel: {len(regions)} boxes, expected a subject and an object')
+    if 'conversations' not in row and not reference:
+        regions = regions[:2]  # the question names no further box
     drawn = [rng.choice(kinds) for _ in regions]
-    pair = drawn[:2] if reference else drawn                  # published: whatever there is, two kinds are compared
+    pair = drawn[:2] if reference else drawn  # published: whatever there is, two kinds are compared
     same, marks, taken, color = len(set(pair)) < len(pair), [], set(), None
     for kind, region in zip(drawn, regions):
-        if same or color is None or not reference: color = one_color(rng, same)
-        while same and color[0] in taken and len(taken) < len(PALETTE): color = one_color(rng, True)
+        if same or color is None or not reference:
+            color = one_color(rng, same)
+        while same and color[0] in taken and len(taken) < len(PALETTE):
+            color = one_color(rng, True)
         taken.add(color[0])
         marks.append(mark(kind, color[1], color[0], region))
     if 'conversations' in row:
-        said = [m.text(rng.random() < .5) for m in marks]
+        said = [m.text(rng.random() < 0.5) for m in marks]
+
         def change(t):
-            for i, s in enumerate(said): t = t.replace(f'<bbox{i}>', s)
+            for i, s in enumerate(said):
+                t = t.replace(f'<bbox{i}>', s)
             return t
+
         return marks, _conversation(row, change, not reference)
-    q = (f'Please describe the relationship between the subject {marks[0].text()} and the object {marks[1].text()}. '
-         'Provide a short triplet (subject, relationship, object) to represent this. Here, the subject and object are noun '
-         'phrases, and the relationship can be '
-         'verbs or prepositions.')
+    q = (
+        f'Please describe the relationship between the subject {marks[0].text()} and the object '
+        f'{marks[1].text()}. '
+        'Provide a short triplet (subject, relationship, object) to represent this. Here, the '
+        'subject and object are noun '
+        'phrases, and the relationship can be '
+        'verbs or prepositions.'
+    )
     return marks, _turns((q if reference else _image(q), row['answer']))
+
 
 def _v7w(row, rng, kinds, mark, reference):
     regions = _regions(row, False)
-    if len(regions) != 4: raise BadRecord(f'v7w: {len(regions)} boxes, expected four options')
-    if row['answer'] not in row['bboxes']: raise BadRecord('v7w: the answer is none of the four boxes')
-    marks = [mark(k, rgb, name, r) for (k, name, rgb), r in zip(joint_markers(rng, kinds, 4), regions)]
-    options = '\n'.join(f'{c}. The object {m.text(rng.random() < .5)}' for c, m in zip('ABCD', marks))
-    return marks, _turns((f'<image>\n{row["question"]}\n{options}{_LETTERS}',
-                          'ABCD'[row['bboxes'].index(row['answer'])]))
+    if len(regions) != 4:
+        raise BadRecord(f'v7w: {len(regions)} boxes, expected four options')
+    if row['answer'] not in row['bboxes']:
+        raise BadRecord('v7w: the answer is none of the four boxes')
+    marks = [
+        mark(k, rgb, name, r) for (k, name, rgb), r in zip(joint_markers(rng, kinds, 4), regions)
+    ]
+    options = '\n'.join(
+        f'{c}. The object {m.text(rng.random() < 0.5)}' for c, m in zip('ABCD', marks)
+    )
+    return marks, _turns(
+        (
+            f'<image>\n{row["question"]}\n{options}{_LETTERS}',
+            'ABCD'[row['bboxes'].index(row['answer'])],
+        )
+    )
+
 
 def _pointqa(row, rng, kinds, mark, reference, question='general_question'):
     mark = mark(kinds[0], PALETTE['red'], None, _regions(row, False)[0])
-    return [mark], _turns((f'<image>\n{row[question]} The exemplary object is {mark.text()}.{_WORD}', row['answer']))
+    return [mark], _turns(
+        (f'<image>\n{row[question]} The exemplary object is {mark.text()}.{_WORD}', row['answer'])
+    )
 
 # %% ../../nbs/data/32_region_rows.ipynb #3e090778
 _FLICKR = 'Please describe the image with the object referred to by the visual prompts; '
-_FLICKR_ASK = ((_FLICKR + 'please do not mention the actual visual prompt.',
-                _FLICKR + 'please mention only the semantic category, not the actual visual prompt.'),
-               (_FLICKR + 'make sure to mention both the actual visual prompt and the semantic category.',
-                _FLICKR + 'make sure to mention both the actual visual prompt, such as a red box, and the semantic '
-                'category, such as a dog.'))
+_FLICKR_ASK = (
+    (
+        _FLICKR + 'please do not mention the actual visual prompt.',
+        _FLICKR + 'please mention only the semantic category, not the actual visual prompt.',
+    ),
+    (
+        _FLICKR + 'make sure to mention both the actual visual prompt and the semantic category.',
+        _FLICKR
+        + 'make sure to mention both the actual visual prompt, such as a red box, and the semantic '
+        'category, such as a dog.',
+    ),
+)
+
 
 def _listed(items):
     return ', and '.join([', '.join(items[:-1]), items[-1]] if items[1:] else items)
 
+
 def _caption(text, reference=False):
-    if not reference: text = re.sub(r'\s+([,.;:!?])', r'\1', re.sub(r'\s+', ' ', text))
+    if not reference:
+        text = re.sub(r'\s+([,.;:!?])', r'\1', re.sub(r'\s+', ' ', text))
     text = text.strip()
-    return re.sub(r'\s*,\s*', ', ', text[:1].upper() + text[1:] + ('' if text.endswith(('.', '!', '?')) else '.'))
+    return re.sub(
+        r'\s*,\s*',
+        ', ',
+        text[:1].upper() + text[1:] + ('' if text.endswith(('.', '!', '?')) else '.'),
+    )
+
 
 def _flickr(row, rng, kinds, mark, reference):
     both = rng.choice((0, 1))
@@ -134,118 +213,238 @@ def _flickr(row, rng, kinds, mark, reference):
     marks, said = [], []
     for (kind, name, rgb), boxes in zip(joint_markers(rng, kinds, len(groups)), groups):
         marks += [mark(kind, rgb, name, Region(tuple(b))) for b in boxes]
-        said.append((' '.join(([name] if name else []) + [MARKERS[kind][1]]), '' if name is None and reference
-                     else region_text(kind, name)))
-    if rng.random() < .5: ask += rng.choice((' The visual prompts in the image are: ',
-                                             ' The visual prompts are: ')) + _listed([s for s, _ in said]) + '.'
+        said.append(
+            (
+                ' '.join(([name] if name else []) + [MARKERS[kind][1]]),
+                '' if name is None and reference else region_text(kind, name),
+            )
+        )
+    if rng.random() < 0.5:
+        ask += (
+            rng.choice((' The visual prompts in the image are: ', ' The visual prompts are: '))
+            + _listed([s for s, _ in said])
+            + '.'
+        )
+
     def place(m):
         if int(m[1]) >= len(said):
-            raise BadRecord(f'flickr30k: the caption refers to <bbox{m[1]}>, but there are boxes for {len(said)} '
-                            'phrases')
+            raise BadRecord(
+                f'flickr30k: the caption refers to <bbox{m[1]}>, but there are boxes for '
+                f'{len(said)} '
+                'phrases'
+            )
         return f' {text}' if both and (text := said[int(m[1])][1]) else ''
+
     caption = re.sub((' ' if reference else r'\s*') + r'<bbox(\d+)>', place, row['grounding'])
     return marks, _turns((f'<image>\n{ask}', _caption(caption, reference)))
 
 # %% ../../nbs/data/32_region_rows.ipynb #a5ac0be9
-_LEAD = ('Looking at the source image, please answer this question:',
-         'Based on the source image, answer the following:',
-         'With the source image in mind, please respond to:', 'Judging from the source image, please answer:',
-         'Having looked at the source image, answer this:', 'Taking into account the source image, please answer:',
-         'After observing the source image, could you please answer the following:',
-         'From what the source image shows, please answer:',
-         'Using the source image as a reference, please respond to:',
-         'Considering the source image, what is your answer to this:')
-_OFFER = ('Available choices are as follows:', 'These are the choices:', 'Choose one of these options:',
-          'The options are:',
-          'Here are the possible answers:', 'Please pick one from the given possibilities:',
-          'Select one of the following:',
-          'You have the following selections:', 'Your choices are listed here:',
-          'You can select from these alternatives:')
-_WHY = ('Why?', 'Why is that?', 'For what reason?', 'What speaks for it?', 'What is your reason?',
-        'Why do you believe that to be true?', 'On what basis?', 'How do you know?', 'What makes you sure?',
-        'How can you tell?', 'What shows it?', 'What did you conclude it from?', 'What is it based on?',
-        'What points to it?', 'Which details tell you so?', 'What supports your answer?', 'How did you find out?',
-        "What's the foundation of your assertion?", "What's the source of your reasoning?", 'How do you justify it?',
-        'Why this answer?', 'What convinced you?', 'Can you give a reason?', 'Can you justify this?',
-        'Could you explain why?', 'Please explain why.', 'Please give your reason.', 'Please justify your answer.',
-        'State your reason.', 'Explain your answer.', 'What in the picture tells you so?', 'Where do you see that?', 'What backs this up?',
-        'What argues for this?', 'How would you argue for it?', 'What is your argument?', 'What gave it away?',
-        "What's the evidence that supports your view?", 'What brought you to this answer?')
-_MOST = ('The correct', 'The right', 'The proper', 'The most suitable', 'The final', 'The most likely', 'The one true',
-         'The matching', 'The fitting', 'The preferred')
-_SINCE = ('My choice', 'The right one', 'This one', 'This one fits', 'That is it', 'It holds', 'I am sure',
-          'I choose it', 'I prefer it', 'It must be so')
+_LEAD = (
+    'Looking at the source image, please answer this question:',
+    'Based on the source image, answer the following:',
+    'With the source image in mind, please respond to:',
+    'Judging from the source image, please answer:',
+    'Having looked at the source image, answer this:',
+    'Taking into account the source image, please answer:',
+    'After observing the source image, could you please answer the following:',
+    'From what the source image shows, please answer:',
+    'Using the source image as a reference, please respond to:',
+    'Considering the source image, what is your answer to this:',
+)
+_OFFER = (
+    'Available choices are as follows:',
+    'These are the choices:',
+    'Choose one of these options:',
+    'The options are:',
+    'Here are the possible answers:',
+    'Please pick one from the given possibilities:',
+    'Select one of the following:',
+    'You have the following selections:',
+    'Your choices are listed here:',
+    'You can select from these alternatives:',
+)
+_WHY = (
+    'Why?',
+    'Why is that?',
+    'For what reason?',
+    'What speaks for it?',
+    'What is your reason?',
+    'Why do you believe that to be true?',
+    'On what basis?',
+    'How do you know?',
+    'What makes you sure?',
+    'How can you tell?',
+    'What shows it?',
+    'What did you conclude it from?',
+    'What is it based on?',
+    'What points to it?',
+    'Which details tell you so?',
+    'What supports your answer?',
+    'How did you find out?',
+    "What's the foundation of your assertion?",
+    "What's the source of your reasoning?",
+    'How do you justify it?',
+    'Why this answer?',
+    'What convinced you?',
+    'Can you give a reason?',
+    'Can you justify this?',
+    'Could you explain why?',
+    'Please explain why.',
+    'Please give your reason.',
+    'Please justify your answer.',
+    'State your reason.',
+    'Explain your answer.',
+    'What in the picture tells you so?',
+    'Where do you see that?',
+    'What backs this up?',
+    'What argues for this?',
+    'How would you argue for it?',
+    'What is your argument?',
+    'What gave it away?',
+    "What's the evidence that supports your view?",
+    'What brought you to this answer?',
+)
+_MOST = (
+    'The correct',
+    'The right',
+    'The proper',
+    'The most suitable',
+    'The final',
+    'The most likely',
+    'The one true',
+    'The matching',
+    'The fitting',
+    'The preferred',
+)
+_SINCE = (
+    'My choice',
+    'The right one',
+    'This one',
+    'This one fits',
+    'That is it',
+    'It holds',
+    'I am sure',
+    'I choose it',
+    'I prefer it',
+    'It must be so',
+)
 _PUNCT = (':', '.', ',', ';', ' -', ' =', ' :', '...')
 
-def _lower(s): return s[:1].lower() + s[1:]
+
+def _lower(s):
+    return s[:1].lower() + s[1:]
+
 
 def _vcr_text(tokens, mention):
     out = ''
     for i, t in enumerate(tokens):
         if isinstance(t, (list, tuple)):
-            t = ' and '.join(('The ' if i == 0 and j == 0 else 'the ') + mention(k) for j, k in enumerate(t))
+            t = ' and '.join(
+                ('The ' if i == 0 and j == 0 else 'the ') + mention(k) for j, k in enumerate(t)
+            )
         out += t if not out or t in ('.', ',', '?', '!', ':', ';') else f' {t}'
     return out
+
 
 def _vcr_answer(rng, letter, content, reference=False):
     "One of 14 slots: seven forms, each twice."
     draw = lambda words: [rng.choice(words) for _ in range(2)]
     x, low = f'({letter})', _lower(content)
     most, points, mosts, since = (draw(words) for words in (_MOST, _PUNCT, _MOST, _SINCE))
-    forms = ([x, x], [f'{m} answer is {x}' for m in most], [f'{x}{p} {low}' for p in points],
-             [f'{m} answer is {x} - {low}' for m in mosts], [f'{x} - {s} because {low}' for s in since],
-             [f'Answer {x}: {low}'] * 2, [f'Opt for {x} if {low}'] * 2)
+    forms = (
+        [x, x],
+        [f'{m} answer is {x}' for m in most],
+        [f'{x}{p} {low}' for p in points],
+        [f'{m} answer is {x} - {low}' for m in mosts],
+        [f'{x} - {s} because {low}' for s in since],
+        [f'Answer {x}: {low}'] * 2,
+        [f'Opt for {x} if {low}'] * 2,
+    )
     said = rng.choice([f for form in forms for f in form])
     return said.replace('\u2014', '-') if reference else said
+
 
 def _vcr_marks(row, meta, parts, rng, kinds, mark, reference):
     "Marks of the instances that `parts`, the token lists to be shown, mention."
     used = list(set([k for part in parts for t in part if isinstance(t, (list, tuple)) for k in t]))
-    if not reference: used.sort()                            # published: in whatever order a set of numbers is iterated
+    if not reference:
+        used.sort()  # published: in whatever order a set of numbers is iterated
     regions = {}
     for k in used:
         if not 0 <= k < len(meta['boxes']):
-            raise BadRecord(f'vcr: instance {k} is mentioned, but there are {len(meta["boxes"])} boxes')
+            raise BadRecord(
+                f'vcr: instance {k} is mentioned, but there are {len(meta["boxes"])} boxes'
+            )
         polygons = [tuple(v for xy in p for v in xy) for p in meta['segms'][k] if len(p) >= 4][::-1]
         regions[k] = Region(tuple(meta['boxes'][k][:4]), tuple(polygons))
     drawn, out = joint_markers(rng, kinds, len(used)), {}
     for k, (kind, name, rgb) in zip(used, drawn):
         if kind == 'point' and not reference and not regions[k].polygons:
-            warnings.warn('vcr: instances without a mask get a rectangle, a point needs one', stacklevel=2)
+            warnings.warn(
+                'vcr: instances without a mask get a rectangle, a point needs one', stacklevel=2
+            )
             kind = 'rectangle'
         out[k] = mark(kind, rgb, name, regions[k])
     return out
 
+
 def _vcr(row, rng, kinds, mark, reference, meta=None, test=''):
-    if meta is None: raise BadRecord(f'vcr: the row needs its side file {row.get("meta_dir")!r} (boxes and segms)')
-    choice1, choice2 = (rng.random() < .5, rng.random() < .5) if not test else (True, True)
+    if meta is None:
+        raise BadRecord(
+            f'vcr: the row needs its side file {row.get("meta_dir")!r} (boxes and segms)'
+        )
+    choice1, choice2 = (rng.random() < 0.5, rng.random() < 0.5) if not test else (True, True)
     a, r = row['answer_label'], row['rationale_label']
     shown = lambda options, right, all_: options if all_ else [options[right]]
     answers = shown(row['answer_choices'], a, choice1 and test != 'vcr_qar')
     rationales = shown(row['rationale_choices'], r, choice2) if test != 'vcr_qa' else []
-    marks = _vcr_marks(row, meta, [row['question'], *answers, *rationales], rng, kinds, mark, reference)
+    marks = _vcr_marks(
+        row, meta, [row['question'], *answers, *rationales], rng, kinds, mark, reference
+    )
+
     def mention(k):
         noun = row['class_names'][k]
-        if rng.random() < .5 and not test: noun = rng.choice(('object', 'instance'))
-        return f'{noun} {marks[k].text(rng.random() < .5)}'
+        if rng.random() < 0.5 and not test:
+            noun = rng.choice(('object', 'instance'))
+        return f'{noun} {marks[k].text(rng.random() < 0.5)}'
+
     text = lambda tokens: _vcr_text(tokens, mention)
     q, answers, rationales = text(row['question']), [*map(text, answers)], [*map(text, rationales)]
     out = list(marks.values())
     lettered = lambda o: '\n'.join(f'{c}. {t}' for c, t in zip('ABCD', o)) + _LETTERS
-    if test == 'vcr_qa': return out, _turns((f'<image>\n{q}\n{lettered(answers)}', 'ABCD'[a]))
+    if test == 'vcr_qa':
+        return out, _turns((f'<image>\n{q}\n{lettered(answers)}', 'ABCD'[a]))
     if test == 'vcr_qar':
-        return out, _turns(('<image>\nI give you a question and its answer, I need you to provide a rationale explaining why '
-                            f'the answer is right. "{q}" The answer is "{answers[0]}".What is the rationale for this '
-                            f'decision?\n{lettered(rationales)}', 'ABCD'[r]))
+        return out, _turns(
+            (
+                '<image>\nI give you a question and its answer, I need you to provide a rationale '
+                'explaining why '
+                f'the answer is right. "{q}" The answer is "{answers[0]}".What is the rationale '
+                'for this '
+                f'decision?\n{lettered(rationales)}',
+                'ABCD'[r],
+            )
+        )
+
     def round_(ask, options, right, multiple):
-        if not multiple: return ask, options[0]
+        if not multiple:
+            return ask, options[0]
         ask += f' {rng.choice(_OFFER)} ' + ' '.join(f'({c}) {o}' for c, o in zip('ABCD', options))
         return ask, _vcr_answer(rng, 'ABCD'[right], options[right], reference)
+
     first = round_(f'<image>\n{rng.choice(_LEAD)} {q}', answers, a, choice1)
     return out, _turns(first, round_(rng.choice(_WHY), rationales, r, choice2))
 
 # %% ../../nbs/data/32_region_rows.ipynb #9ac653d4
-_BUILDERS = dict(refcocog=_refcocog, vg_rel=_vg_rel, flickr30k=_flickr, v7w=_v7w, pointQA_twice=_pointqa, vcr=_vcr)
+_BUILDERS = dict(
+    refcocog=_refcocog,
+    vg_rel=_vg_rel,
+    flickr30k=_flickr,
+    v7w=_v7w,
+    pointQA_twice=_pointqa,
+    vcr=_vcr,
+)
+
 
 def dataset_of(id: str) -> str | None:
     "The region data set of a row id ('refcocog-00012' -> 'refcocog'), None for other rows."
@@ -253,109 +452,183 @@ def dataset_of(id: str) -> str | None:
     return head if head in _BUILDERS else None
 
 # %% ../../nbs/data/32_region_rows.ipynb #1254a999
-def build_row(row: Mapping, rng: random.Random, meta: Mapping | None = None, style: str = '', alpha: int | None = None,
-              reference: bool = False, kinds: Sequence[str] | None = None, words: Callable[[Region], str] | None = None,
-              **options) -> tuple[list[Mark], list[Turn]]:
+def build_row(
+    row: Mapping,
+    rng: random.Random,
+    meta: Mapping | None = None,
+    style: str = '',
+    alpha: int | None = None,
+    reference: bool = False,
+    kinds: Sequence[str] | None = None,
+    words: Callable[[Region], str] | None = None,
+    **options,
+) -> tuple[list[Mark], list[Turn]]:
     """Marks and turns of one row of the six data sets; `row` is not changed.
 
-    `meta`: VCR's side file. `style`: '' or a test switch 'vcr_qa', 'vcr_qar'. `alpha`: forced opacity. `reference`:
-    with the published faults. `kinds`: only these of the data set's kinds. `words`: see `Mark`. Raises `BadRecord`
-    naming the row."""
+    `meta`: VCR's side file. `style`: '' or a test switch 'vcr_qa', 'vcr_qar'. `alpha`: forced
+    opacity. `reference`: with the published faults. `kinds`: only these of the data set's kinds.
+    `words`: see `Mark`. Raises `BadRecord` naming the row."""
     name, at = dataset_of(row.get('id')), f'row {row.get("id")!r}'
-    if name is None: raise BadRecord(f'{at}: the id begins with none of {", ".join(_BUILDERS)}')
+    if name is None:
+        raise BadRecord(f'{at}: the id begins with none of {", ".join(_BUILDERS)}')
     allowed, look = DATASET_KINDS[style or name]
-    if kinds is not None: allowed = tuple(k for k in allowed if k in set(map(check_kind, kinds)))
+    if kinds is not None:
+        allowed = tuple(k for k in allowed if k in set(map(check_kind, kinds)))
     if not allowed:
-        raise BadRecord(f'{at}: {name} is marked by {DATASET_KINDS[style or name][0]}, none of {tuple(kinds)}')
-    if name == 'vcr': options |= dict(meta=meta, test=style)
-    try: return _BUILDERS[name](row, rng, allowed, partial(Mark, style=look, alpha=alpha, words=words), reference,
-                                **options)
-    except IndexError as e: raise BadRecord(f'{at}: {name}: a label or number points outside its list ({e})') from None
-    except (KeyError, TypeError) as e: raise BadRecord(f'{at}: {name} rows need the field {e}') from None
-    except ValueError as e: raise BadRecord(f'{e}' if at in f'{e}' else f'{at}: {e}') from None
+        raise BadRecord(
+            f'{at}: {name} is marked by {DATASET_KINDS[style or name][0]}, none of {tuple(kinds)}'
+        )
+    if name == 'vcr':
+        options |= dict(meta=meta, test=style)
+    try:
+        return _BUILDERS[name](
+            row,
+            rng,
+            allowed,
+            partial(Mark, style=look, alpha=alpha, words=words),
+            reference,
+            **options,
+        )
+    except IndexError as e:
+        raise BadRecord(f'{at}: {name}: a label or number points outside its list ({e})') from None
+    except (KeyError, TypeError) as e:
+        raise BadRecord(f'{at}: {name} rows need the field {e}') from None
+    except ValueError as e:
+        raise BadRecord(f'{e}' if at in f'{e}' else f'{at}: {e}') from None
 
 # %% ../../nbs/data/32_region_rows.ipynb #4095b27e
-_REFERENCE = re.compile(r'<(?:region|bbox)(\d*)>')             # <bbox> is what ViP-LLaVA's own data guide writes
+_REFERENCE = re.compile(
+    r'<(?:region|bbox)(\d*)>'
+)  # <bbox> is what ViP-LLaVA's own data guide writes
 
-def build_regions(sample: Sample, rng: random.Random, kinds: Sequence[str] = tuple(MARKERS), color: str | None = None,
-                  style: str = '', alpha: int | None = None, words: Callable[[Region], str] | None = None,
-                  ) -> tuple[list[Mark], list[Turn]]:
-    """Marks and turns of a sample with explicit regions. `color`: a palette name for every marker instead of drawn
-    ones. `words`: see `Mark`. A row with a region of which only the box is known is never marked by points.
 
-    Raises `BadRecord` naming the row: a region the text never refers to, a reference without region, no possible
-    kind."""
+def build_regions(
+    sample: Sample,
+    rng: random.Random,
+    kinds: Sequence[str] = tuple(MARKERS),
+    color: str | None = None,
+    style: str = '',
+    alpha: int | None = None,
+    words: Callable[[Region], str] | None = None,
+) -> tuple[list[Mark], list[Turn]]:
+    """Marks and turns of a sample with explicit regions. `color`: a palette name for every marker
+    instead of drawn ones. `words`: see `Mark`. A row with a region of which only the box is known
+    is never marked by points.
+
+    Raises `BadRecord` naming the row: a region the text never refers to, a reference without
+    region, no possible kind."""
     at = f'{sample.where or sample.id}'
-    for k in kinds: check_kind(k)
+    for k in kinds:
+        check_kind(k)
     asked = {int(m or 0) for t in sample.turns for m in _REFERENCE.findall(t.text)}
     if extra := sorted(asked - set(range(len(sample.regions)))):
-        raise BadRecord(f'{at}: the text refers to <region{extra[0]}>, but the row has {len(sample.regions)} regions')
+        raise BadRecord(
+            f'{at}: the text refers to <region{extra[0]}>, but the row has {len(sample.regions)} '
+            'regions'
+        )
     if unsaid := sorted(set(range(len(sample.regions))) - asked):
-        raise BadRecord(f'{at}: region {unsaid[0]} is never referred to; write <region{unsaid[0]}> in the text')
+        raise BadRecord(
+            f'{at}: region {unsaid[0]} is never referred to; write <region{unsaid[0]}> in the text'
+        )
     marks = []
-    try: drawn = joint_markers(rng, possible_kinds(kinds, sample.regions), len(sample.regions))
-    except ValueError as e: raise BadRecord(f'{at}: {e}') from None
+    try:
+        drawn = joint_markers(rng, possible_kinds(kinds, sample.regions), len(sample.regions))
+    except ValueError as e:
+        raise BadRecord(f'{at}: {e}') from None
     for (kind, name, rgb), region in zip(drawn, sample.regions):
-        if color is not None: name, rgb = color, color_rgb(color)
+        if color is not None:
+            name, rgb = color, color_rgb(color)
         marks.append(Mark(kind, rgb, name, region, style, alpha, words))
     said = [m.text() for m in marks]
-    return marks, [Turn(t.role, _REFERENCE.sub(lambda m: said[int(m[1] or 0)], t.text)) for t in sample.turns]
+    return marks, [
+        Turn(t.role, _REFERENCE.sub(lambda m: said[int(m[1] or 0)], t.text)) for t in sample.turns
+    ]
 
-def draw_marks(image: Image.Image, marks: Sequence[Mark], rng: random.Random, width: float | None = None,
-               anchor: int = ANCHOR) -> Image.Image:
+
+def draw_marks(
+    image: Image.Image,
+    marks: Sequence[Mark],
+    rng: random.Random,
+    width: float | None = None,
+    anchor: int = ANCHOR,
+) -> Image.Image:
     "A new picture with every mark sampled and blended in order."
     for m in marks:
         alpha = sample_alpha(rng, m.kind) if m.alpha is None else m.alpha
-        image = draw_marker(image, sample_marker(rng, m.kind, m.region, image.size, width, m.style, anchor), m.rgb,
-                            alpha)
+        image = draw_marker(
+            image,
+            sample_marker(rng, m.kind, m.region, image.size, width, m.style, anchor),
+            m.rgb,
+            alpha,
+        )
     return image
 
+
 def box_text(region: Region, size: tuple[int, int]) -> str:
-    """A region in words instead of a marker: `at [ 1 2 , 3 4 , 5 6 , 7 8 ]` is left, top, right and bottom in
-    hundredths of a picture of `size` (width, height) px. Digits stand apart, so that every tokenizer gives each a
-    token. Raises `ValueError`."""
+    """A region in words instead of a marker: `at [ 1 2 , 3 4 , 5 6 , 7 8 ]` is left, top, right and
+    bottom in hundredths of a picture of `size` (width, height) px. Digits stand apart, so that
+    every tokenizer gives each a token. Raises `ValueError`."""
     check_region(region, size)
     part = [min(max(int(100 * v / size[i % 2]), 0), 99) for i, v in enumerate(region.bounds)]
     return f'at [ {" , ".join(" ".join(f"{v:02d}") for v in part)} ]'
 
 # %% ../../nbs/data/32_region_rows.ipynb #757fde5a
 def sample_from_region_row(row: dict, image_root=None, **kw) -> Sample:
-    """A LLaVA row as `sample_from_llava`, or a row of the six data sets: then the sample has no turns yet and carries
-    the row itself, for `DrawRegions`. Raises `BadRecord`."""
-    if not isinstance(row, dict): return sample_from_llava(row, image_root, **kw)
+    """A LLaVA row as `sample_from_llava`, or a row of the six data sets: then the sample has no
+    turns yet and carries the row itself, for `DrawRegions`. Raises `BadRecord`."""
+    if not isinstance(row, dict):
+        return sample_from_llava(row, image_root, **kw)
     if dataset_of(row.get('id')) is None:
-        marked = any(k in row for k in ('regions', 'bboxes', 'bbox'))              # the guide's rows have no <image>
-        return sample_from_llava(row, image_root, **({'missing_mark': 'prepend'} if marked else {}) | kw)
+        marked = any(
+            k in row for k in ('regions', 'bboxes', 'bbox')
+        )  # the guide's rows have no <image>
+        return sample_from_llava(
+            row, image_root, **({'missing_mark': 'prepend'} if marked else {}) | kw
+        )
     plain = {k: row[k] for k in ('id', 'image', 'full_path', 'source') if k in row}
-    sample = sample_from_llava({**plain, 'conversations': [{'from': 'human', 'value': '<image>'}]}, image_root, **kw)
+    sample = sample_from_llava(
+        {**plain, 'conversations': [{'from': 'human', 'value': '<image>'}]}, image_root, **kw
+    )
     return replace(sample, turns=[], regions=parse_regions(row), meta=dict(region_row=row))
+
 
 @lru_cache(maxsize=256)
 def _side_file(path: str) -> dict:
-    with open(path, encoding='utf8') as f: return json.load(f)
+    with open(path, encoding='utf8') as f:
+        return json.load(f)
+
 
 def vcr_side_file(row: Mapping, root) -> dict:
-    "Boxes and polygons of a VCR row, from its `meta_dir` below the picture folder `root`. Raises `BadRecord`."
+    """Boxes and polygons of a VCR row, from its `meta_dir` below the picture folder `root`. Raises
+    `BadRecord`."""
     where = row.get('meta_dir')
-    if not isinstance(where, str): raise BadRecord(f'row {row.get("id")!r}: vcr rows need the field \'meta_dir\'')
-    try: return _side_file(str(resolve_path(re.sub(r'^(\./)?dataset/', '', where), root)))
-    except (OSError, ValueError) as e: raise BadRecord(f'row {row.get("id")!r}: side file {where}: {e}') from None
+    if not isinstance(where, str):
+        raise BadRecord(f"row {row.get('id')!r}: vcr rows need the field 'meta_dir'")
+    try:
+        return _side_file(str(resolve_path(re.sub(r'^(\./)?dataset/', '', where), root)))
+    except (OSError, ValueError) as e:
+        raise BadRecord(f'row {row.get("id")!r}: side file {where}: {e}') from None
 
 # %% ../../nbs/data/32_region_rows.ipynb #9501a948
 HOW = ('overlay', 'text', 'none')
 
-def _seed(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
+
+def _seed(*parts) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
+
 
 @dataclass(frozen=True)
 class DrawRegions:
-    """sample -> sample with its regions drawn and named; samples without regions pass unchanged, the given one is never
-    modified. Bad rows raise `BadRecord` naming row and reason.
+    """sample -> sample with its regions drawn and named; samples without regions pass unchanged,
+    the given one is never modified. Bad rows raise `BadRecord` naming row and reason.
 
-    `how`: 'overlay' draws; 'text' leaves the picture and writes `box_text`; 'none' leaves the region out of both.
-    `kinds`, `color`, `alpha`, `style`: what is drawn (`color`, `style`: rows with explicit regions). `anchor`: side in
-    px at which thicknesses are stated; None: 336, less for smaller pictures (down to 112), whose strokes would vanish.
-    `reference`: with the published faults. Markers depend on `rng` (a numpy generator, one a draw) and the sample's id,
-    without it on `seed`, `epoch` and the id."""
+    `how`: 'overlay' draws; 'text' leaves the picture and writes `box_text`; 'none' leaves the
+    region out of both. `kinds`, `color`, `alpha`, `style`: what is drawn (`color`, `style`: rows
+    with explicit regions). `anchor`: side in px at which thicknesses are stated; None: 336, less
+    for smaller pictures (down to 112), whose strokes would vanish. `reference`: with the published
+    faults. Markers depend on `rng` (a numpy generator, one a draw) and the sample's id, without it
+    on `seed`, `epoch` and the id."""
+
     kinds: tuple[str, ...] = tuple(MARKERS)
     color: str | None = None
     alpha: int | None = None
@@ -367,32 +640,48 @@ class DrawRegions:
     reference: bool = False
 
     def __post_init__(self):
-        if self.how not in HOW: raise ValueError(f'how={self.how!r}: regions are shown by one of {HOW}')
+        if self.how not in HOW:
+            raise ValueError(f'how={self.how!r}: regions are shown by one of {HOW}')
 
-    def build(self, sample: Sample, rng: random.Random, size: tuple[int, int] | None = None) -> tuple[list[Mark],
-                                                                                                      list[Turn]]:
-        "Marks and turns of a sample with regions; `size` (width, height) px is needed for `how='text'`."
-        words = dict(overlay=None, text=partial(box_text, size=size), none=lambda region: '')[self.how]
+    def build(
+        self, sample: Sample, rng: random.Random, size: tuple[int, int] | None = None
+    ) -> tuple[list[Mark], list[Turn]]:
+        """Marks and turns of a sample with regions; `size` (width, height) px is needed for
+        `how='text'`."""
+        words = dict(overlay=None, text=partial(box_text, size=size), none=lambda region: '')[
+            self.how
+        ]
         if (row := sample.meta.get('region_row')) is None:
-            marks, turns = build_regions(sample, rng, self.kinds, self.color, self.style, self.alpha, words)
+            marks, turns = build_regions(
+                sample, rng, self.kinds, self.color, self.style, self.alpha, words
+            )
         else:
-            meta = vcr_side_file(row, sample.images[0].root) if dataset_of(row['id']) == 'vcr' else None
+            meta = (
+                vcr_side_file(row, sample.images[0].root)
+                if dataset_of(row['id']) == 'vcr'
+                else None
+            )
             kinds = None if self.kinds == tuple(MARKERS) else self.kinds
-            marks, turns = build_row(row, rng, meta, alpha=self.alpha, reference=self.reference, kinds=kinds,
-                                     words=words)
-        if self.how == 'none': turns = [Turn(t.role, re.sub(r' {2,}', ' ', t.text)) for t in turns]
+            marks, turns = build_row(
+                row, rng, meta, alpha=self.alpha, reference=self.reference, kinds=kinds, words=words
+            )
+        if self.how == 'none':
+            turns = [Turn(t.role, re.sub(r' {2,}', ' ', t.text)) for t in turns]
         return marks, turns
 
-    parse = staticmethod(sample_from_region_row)              # how rows are read that this transform can draw
+    parse = staticmethod(sample_from_region_row)  # how rows are read that this transform can draw
 
     def turns(self, sample: Sample) -> list[Turn]:
-        "The conversation of a sample as some draw has it, without opening the picture: for lengths."
-        if not sample.regions and 'region_row' not in sample.meta: return sample.turns
+        """The conversation of a sample as some draw has it, without opening the picture: for
+        lengths."""
+        if not sample.regions and 'region_row' not in sample.meta:
+            return sample.turns
         return replace(self, how='overlay').build(sample, random.Random(0))[1]
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
         if not sample.regions and 'region_row' not in sample.meta:
-            if not sample.images or not any(map(_REFERENCE.search, (t.text for t in sample.turns))): return sample
+            if not sample.images or not any(map(_REFERENCE.search, (t.text for t in sample.turns))):
+                return sample
             at = sample.where or sample.id
             raise BadRecord(f'bad region: {at}: the text refers to a region, but the row has none')
         drawn = (self.seed, self.epoch) if rng is None else (int(rng.integers(2**63)),)
@@ -403,13 +692,24 @@ class DrawRegions:
             image = sample.images[0]
             image = (image if isinstance(image, Image.Image) else image.load()).convert('RGB')
             marks, turns = self.build(sample, own, image.size)
-            if self.how == 'overlay': image = draw_marks(image, marks, own, anchor=self.anchor_of(image.size))
-            slots = sum(t.text.count('<image>') for t in turns)                # faulty rows train on the text alone
-            return replace(sample, images=[image][:slots], turns=turns, regions=[],
-                           meta={k: v for k, v in sample.meta.items() if k != "region_row"})
-        except ImageError: raise
+            if self.how == 'overlay':
+                image = draw_marks(image, marks, own, anchor=self.anchor_of(image.size))
+            slots = sum(
+                t.text.count('<image>') for t in turns
+            )  # faulty rows train on the text alone
+            return replace(
+                sample,
+                images=[image][:slots],
+                turns=turns,
+                regions=[],
+                meta={k: v for k, v in sample.meta.items() if k != 'region_row'},
+            )
+        except ImageError:
+            raise
         except ValueError as e:
-            raise BadRecord(f'bad region: {e}' if f'{e}'.startswith(at) else f'bad region: {at}: {e}') from None
+            raise BadRecord(
+                f'bad region: {e}' if f'{e}'.startswith(at) else f'bad region: {at}: {e}'
+            ) from None
 
     def anchor_of(self, size: tuple[int, int]) -> int:
         "The anchor for a picture of `size`."

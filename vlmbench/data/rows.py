@@ -18,92 +18,138 @@ from typing import Any
 # %% ../../nbs/data/05_rows.ipynb #98d77479
 @dataclass(frozen=True)
 class RawRow:
-    "Row `number` (from 0) of a file: its parsed `value`, or an `error`; `fatal` means that later rows are unreachable."
+    """Row `number` (from 0) of a file: its parsed `value`, or an `error`; `fatal` means that later
+    rows are unreachable."""
+
     number: int
     value: Any = None
-    error: str|None = None
+    error: str | None = None
     fatal: bool = False
 
 # %% ../../nbs/data/05_rows.ipynb #dacec0c8
-WINDOW = 1 << 20                # characters read at a time
-MAX_ROW = 1 << 28               # a longer row is an error, not a reason to fill the memory
+WINDOW = 1 << 20  # characters read at a time
+MAX_ROW = 1 << 28  # a longer row is an error, not a reason to fill the memory
 _SPACE = ' \t\n\r'
 
+
 class _Window:
-    "The unread part of a text file: `text[pos:]`, refilled from `file` on demand; `base` is the offset of `text[0]`."
+    """The unread part of a text file: `text[pos:]`, refilled from `file` on demand; `base` is the
+    offset of `text[0]`."""
+
     def __init__(self, file, encoding):
-        self.file, self.decode = file, codecs.getincrementaldecoder(encoding)('surrogateescape').decode
+        self.file, self.decode = (
+            file,
+            codecs.getincrementaldecoder(encoding)('surrogateescape').decode,
+        )
         self.text, self.pos, self.base, self.ended = '', 0, 0, False
 
     def more(self) -> bool:
-        "Drop what was read and append the next piece (as long as what is waiting); False at the end of the file."
-        if self.ended: return False
+        """Drop what was read and append the next piece (as long as what is waiting); False at the
+        end of the file."""
+        if self.ended:
+            return False
         chunk = self.file.read(max(WINDOW, len(self.text) - self.pos))
         self.ended = not chunk
-        self.base, self.text, self.pos = self.base + self.pos, self.text[self.pos:] + self.decode(chunk, not chunk), 0
+        self.base, self.text, self.pos = (
+            self.base + self.pos,
+            self.text[self.pos :] + self.decode(chunk, not chunk),
+            0,
+        )
         return True
 
     def peek(self) -> str:
         "The next character that is not white space, or '' at the end."
         while True:
             while self.pos < len(self.text):
-                if self.text[self.pos] not in _SPACE: return self.text[self.pos]
+                if self.text[self.pos] not in _SPACE:
+                    return self.text[self.pos]
                 self.pos += 1
-            if not self.more(): return ''
+            if not self.more():
+                return ''
 
 # %% ../../nbs/data/05_rows.ipynb #99093d57
 _LITERALS = 'true', 'false', 'null', 'NaN', 'Infinity', '-Infinity'
 
-class _Broken(ValueError): "The text cannot be read past this point."
+
+class _Broken(ValueError):
+    "The text cannot be read past this point."
+
 
 def _unfinished(e: json.JSONDecodeError) -> bool:
-    "Could more text make it valid? Yes where the text ends inside a string, an escape, a literal or a number."
-    rest = e.doc[e.pos:e.pos + 12]
-    return (e.msg.startswith('Unterminated string') or any(s.startswith(rest) for s in _LITERALS)
-            or len(rest) < 12 and ('escape' in e.msg or not rest.strip('.eE+-')))
+    """Could more text make it valid? Yes where the text ends inside a string, an escape, a literal
+    or a number."""
+    rest = e.doc[e.pos : e.pos + 12]
+    return (
+        e.msg.startswith('Unterminated string')
+        or any(s.startswith(rest) for s in _LITERALS)
+        or len(rest) < 12
+        and ('escape' in e.msg or not rest.strip('.eE+-'))
+    )
+
 
 def _next_value(w: _Window, decoder: json.JSONDecoder):
     "Parse the JSON value at the window's position; `_Broken` says why there is none."
     while True:
-        try: value, end = decoder.raw_decode(w.text, w.pos)
+        try:
+            value, end = decoder.raw_decode(w.text, w.pos)
         except json.JSONDecodeError as e:
-            if not _unfinished(e): raise _Broken(f'syntax error: {e.msg} at character {w.base + e.pos:,}') from None
-            if len(w.text) - w.pos > MAX_ROW: raise _Broken(f'too long: a row of over {MAX_ROW:,} characters') from None
-            if not w.more(): raise _Broken('truncated: the file ends inside this row') from None
-        except RecursionError: raise _Broken('syntax error: nested too deeply') from None
-        except ValueError as e: raise _Broken(f'syntax error: {e}') from None
+            if not _unfinished(e):
+                raise _Broken(f'syntax error: {e.msg} at character {w.base + e.pos:,}') from None
+            if len(w.text) - w.pos > MAX_ROW:
+                raise _Broken(f'too long: a row of over {MAX_ROW:,} characters') from None
+            if not w.more():
+                raise _Broken('truncated: the file ends inside this row') from None
+        except RecursionError:
+            raise _Broken('syntax error: nested too deeply') from None
+        except ValueError as e:
+            raise _Broken(f'syntax error: {e}') from None
         else:
-            if not w.text[end:end + 4].strip('.eE+-') and end + 4 > len(w.text) and w.more(): continue    # a cut number
+            if not w.text[end : end + 4].strip('.eE+-') and end + 4 > len(w.text) and w.more():
+                continue  # a cut number
             w.pos = end
             return value
 
 # %% ../../nbs/data/05_rows.ipynb #5cc98d3d
 def _json_list(file, encoding='utf-8') -> Iterator[tuple[int, int, RawRow]]:
-    "`(start, end, row)` for every item of the JSON list in binary `file`; offsets count decoded characters."
+    """`(start, end, row)` for every item of the JSON list in binary `file`; offsets count decoded
+    characters."""
     w, decoder, number = _Window(file, encoding), json.JSONDecoder(), 0
-    def broken(reason): return w.base + w.pos, w.base + w.pos, RawRow(number, error=reason, fatal=True)
+
+    def broken(reason):
+        return w.base + w.pos, w.base + w.pos, RawRow(number, error=reason, fatal=True)
+
     w.peek()
-    for mark in ('\ufeff', '\xef\xbb\xbf'): w.pos += len(mark) * w.text.startswith(mark, w.pos)
+    for mark in ('\ufeff', '\xef\xbb\xbf'):
+        w.pos += len(mark) * w.text.startswith(mark, w.pos)
     if w.peek() != '[':
-        yield broken('syntax error: the file is no list' if w.peek() else 'empty: the file holds no list')
+        yield broken(
+            'syntax error: the file is no list' if w.peek() else 'empty: the file holds no list'
+        )
         return
     w.pos += 1
     closed = w.peek() == ']'
     w.pos += closed
     while not closed:
         try:
-            if not w.peek(): raise _Broken('truncated: the file ends before the list is closed')
+            if not w.peek():
+                raise _Broken('truncated: the file ends before the list is closed')
             start = w.base + w.pos
             value = _next_value(w, decoder)
             yield start, w.base + w.pos, RawRow(number, value)
             number += 1
             if (c := w.peek()) not in (',', ']'):
-                raise _Broken('truncated: the file ends before the list is closed' if not c else
-                              f'syntax error: {c!r} where a comma or the end of the list belongs')
-        except _Broken as e: yield broken(str(e)); return
+                raise _Broken(
+                    'truncated: the file ends before the list is closed'
+                    if not c
+                    else f'syntax error: {c!r} where a comma or the end of the list belongs'
+                )
+        except _Broken as e:
+            yield broken(str(e))
+            return
         w.pos += 1
         closed = c == ']'
-    if c := w.peek(): yield broken(f'syntax error: {c!r} after the end of the list')
+    if c := w.peek():
+        yield broken(f'syntax error: {c!r} after the end of the list')
 
 # %% ../../nbs/data/05_rows.ipynb #0d2079c1
 def _json_lines(file) -> Iterator[tuple[int, int, RawRow]]:
@@ -113,23 +159,35 @@ def _json_lines(file) -> Iterator[tuple[int, int, RawRow]]:
         end = start + len(line)
         if line.lstrip(b'\xef\xbb\xbf' if not start else b'').strip():
             value, error, cut = None, None, False
-            try: value = json.loads(line.decode('utf-8-sig' if not start else 'utf-8', 'surrogateescape'))
-            except RecursionError: error = 'syntax error: nested too deeply'
-            except ValueError as e: error, cut = f'syntax error: {e}', not line.endswith(b'\n')
-            if cut: error = (f'too long: a row of over {MAX_ROW:,} bytes' if len(line) == MAX_ROW
-                             else 'truncated: the file ends inside this row')
+            try:
+                value = json.loads(
+                    line.decode('utf-8-sig' if not start else 'utf-8', 'surrogateescape')
+                )
+            except RecursionError:
+                error = 'syntax error: nested too deeply'
+            except ValueError as e:
+                error, cut = f'syntax error: {e}', not line.endswith(b'\n')
+            if cut:
+                error = (
+                    f'too long: a row of over {MAX_ROW:,} bytes'
+                    if len(line) == MAX_ROW
+                    else 'truncated: the file ends inside this row'
+                )
             yield start, end, RawRow(number, value, error, fatal=cut)
-            if cut: return
+            if cut:
+                return
             number += 1
         start = end
 
 # %% ../../nbs/data/05_rows.ipynb #8d305a55
-PARQUET_ROWS = 64               # rows decoded at a time
+PARQUET_ROWS = 64  # rows decoded at a time
+
 
 def _parquet(path, row_groups=None, first=0) -> Iterator[tuple[int, int, RawRow]]:
-    """`(n, n, row)` for every row of a parquet file (of its `row_groups`) from the `first` on; a column that is null in a
-    row is left out of it."""
+    """`(n, n, row)` for every row of a parquet file (of its `row_groups`) from the `first` on; a
+    column that is null in a row is left out of it."""
     import pyarrow as pa, pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -137,9 +195,15 @@ def _parquet(path, row_groups=None, first=0) -> Iterator[tuple[int, int, RawRow]
                 skip = min(max(first - number, 0), len(batch))
                 number += skip
                 for value in batch.slice(skip).to_pylist():
-                    yield number, number, RawRow(number, {k: v for k, v in value.items() if v is not None})
+                    yield (
+                        number,
+                        number,
+                        RawRow(number, {k: v for k, v in value.items() if v is not None}),
+                    )
                     number += 1
-    except (pa.ArrowException, OSError, ValueError) as e: yield number, number, _unreadable(number, e)
+    except (pa.ArrowException, OSError, ValueError) as e:
+        yield number, number, _unreadable(number, e)
+
 
 def _unreadable(number, e):
     return RawRow(number, error=f'unreadable parquet: {" ".join(str(e).split())[:200]}', fatal=True)
@@ -147,66 +211,95 @@ def _unreadable(number, e):
 # %% ../../nbs/data/05_rows.ipynb #9e2252d8
 FORMATS = 'json', 'jsonl', 'parquet'
 
-def file_format(path: str|Path) -> str:
-    """'json', 'jsonl' or 'parquet' for the file at `path`. Raises ValueError for another suffix, OSError where it
-    cannot be read."""
+
+def file_format(path: str | Path) -> str:
+    """'json', 'jsonl' or 'parquet' for the file at `path`. Raises ValueError for another suffix,
+    OSError where it cannot be read."""
     suffix = Path(path).suffix.lower()
-    if suffix in ('.jsonl', '.ndjson'): return 'jsonl'
-    if suffix in ('.parquet', '.pq'): return 'parquet'
+    if suffix in ('.jsonl', '.ndjson'):
+        return 'jsonl'
+    if suffix in ('.parquet', '.pq'):
+        return 'parquet'
     if suffix != '.json':
-        raise ValueError(f'{path}: unknown suffix {suffix!r}; use .json, .jsonl or .parquet, or name the format')
+        raise ValueError(
+            f'{path}: unknown suffix {suffix!r}; use .json, .jsonl or .parquet, or name the format'
+        )
     with open(path, 'rb') as f:
         head = f.read(64).lstrip(b'\xef\xbb\xbf').lstrip()
-        while not head and (more := f.read(WINDOW)): head = more.lstrip()
+        while not head and (more := f.read(WINDOW)):
+            head = more.lstrip()
     return 'json' if not head or head[:1] == b'[' else 'jsonl'
 
 # %% ../../nbs/data/05_rows.ipynb #564b5083
 def _spans(path, format=None, encoding='utf-8'):
     format = format or file_format(path)
-    if format not in FORMATS: raise ValueError(f'format={format!r} is unknown; use one of {FORMATS}')
-    if format == 'parquet': yield from _parquet(path); return
-    with open(path, 'rb') as f: yield from _json_list(f, encoding) if format == 'json' else _json_lines(f)
+    if format not in FORMATS:
+        raise ValueError(f'format={format!r} is unknown; use one of {FORMATS}')
+    if format == 'parquet':
+        yield from _parquet(path)
+        return
+    with open(path, 'rb') as f:
+        yield from _json_list(f, encoding) if format == 'json' else _json_lines(f)
 
-def iter_rows(path: str|Path, format: str|None = None) -> Iterator[RawRow]:
-    """Every row of `path` in file order, in constant memory. `format`: 'json' (a list), 'jsonl', 'parquet' or None
-    (from the name).
 
-    A damaged file yields all rows before the damage and then one `RawRow` with `fatal` set; a missing file raises
-    OSError."""
-    for *_, row in _spans(path, format): yield row
+def iter_rows(path: str | Path, format: str | None = None) -> Iterator[RawRow]:
+    """Every row of `path` in file order, in constant memory. `format`: 'json' (a list), 'jsonl',
+    'parquet' or None (from the name).
+
+    A damaged file yields all rows before the damage and then one `RawRow` with `fatal` set; a
+    missing file raises OSError."""
+    for *_, row in _spans(path, format):
+        yield row
 
 # %% ../../nbs/data/05_rows.ipynb #69cd6d11
 class RowIndex(Sequence):
-    """Indexable rows of a JSON list, JSON Lines or parquet file: `index[i]` reads and parses row `i` alone; of parquet,
-    from the start of its row group, `PARQUET_ROWS` rows at a time.
+    """Indexable rows of a JSON list, JSON Lines or parquet file: `index[i]` reads and parses row
+    `i` alone; of parquet, from the start of its row group, `PARQUET_ROWS` rows at a time.
 
-    `errors` lists the rows that could not be read (`RawRow` without value); they take no place in the index, and
-    `numbers[i]` is the row number in the file. Raises OSError where the file cannot be read."""
-    def __init__(self, path: str|Path, format: str|None = None):
+    `errors` lists the rows that could not be read (`RawRow` without value); they take no place in
+    the index, and `numbers[i]` is the row number in the file. Raises OSError where the file cannot
+    be read."""
+
+    def __init__(self, path: str | Path, format: str | None = None):
         self.path, self.format = Path(path), format or file_format(path)
         self.starts, self.ends, self.numbers, self.errors = array('Q'), array('Q'), array('Q'), []
-        if self.format == 'parquet':                                   # starts: the first row of every row group
+        if self.format == 'parquet':  # starts: the first row of every row group
             import pyarrow as pa, pyarrow.parquet as pq
+
             try:
-                with pq.ParquetFile(self.path) as file: meta = file.metadata
+                with pq.ParquetFile(self.path) as file:
+                    meta = file.metadata
             except (pa.ArrowException, OSError, ValueError) as e:
-                if not self.path.exists(): raise
+                if not self.path.exists():
+                    raise
                 self.errors.append(_unreadable(0, e))
                 return
             groups = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
-            self.starts, self.numbers = array('Q', accumulate([0, *groups[:-1]])), range(sum(groups))
+            self.starts, self.numbers = (
+                array('Q', accumulate([0, *groups[:-1]])),
+                range(sum(groups)),
+            )
             return
         for start, end, row in _spans(path, self.format, 'latin-1'):
-            if row.error: self.errors.append(row)
-            else: self.starts.append(start); self.ends.append(end); self.numbers.append(row.number)
+            if row.error:
+                self.errors.append(row)
+            else:
+                self.starts.append(start)
+                self.ends.append(end)
+                self.numbers.append(row.number)
 
-    def __len__(self): return len(self.numbers)
+    def __len__(self):
+        return len(self.numbers)
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
         i = range(len(self))[i]
-        if self.format == 'parquet': return self._parquet_row(i)
-        with open(self.path, 'rb', buffering=0) as f:                  # no state to share between threads or workers
+        if self.format == 'parquet':
+            return self._parquet_row(i)
+        with open(
+            self.path, 'rb', buffering=0
+        ) as f:  # no state to share between threads or workers
             f.seek(self.starts[i])
             data = f.read(self.ends[i] - self.starts[i])
         return json.loads(data.decode('utf-8-sig' if not i else 'utf-8', 'surrogateescape'))
@@ -215,5 +308,6 @@ class RowIndex(Sequence):
         group = bisect_right(self.starts, i) - 1
         skip = i - self.starts[group]
         for _, _, row in _parquet(self.path, row_groups=[group], first=skip):
-            if row.error: raise ValueError(row.error)
+            if row.error:
+                raise ValueError(row.error)
             return row.value

@@ -15,11 +15,28 @@ __all__ = ['COLORS', 'SHAPES', 'DIGITS', 'SIZES', 'PLACES', 'NUMBERS', 'QUESTION
            'text_conversation', 'world_words', 'world_tokenizer']
 
 # %% ../../nbs/data/55_scene.ipynb #4fc989e7
-COLORS = dict(red=(214, 48, 49), green=(39, 174, 96), blue=(52, 116, 235), yellow=(241, 204, 32), purple=(155, 70, 200), orange=(240, 130, 30))
+COLORS = dict(
+    red=(214, 48, 49),
+    green=(39, 174, 96),
+    blue=(52, 116, 235),
+    yellow=(241, 204, 32),
+    purple=(155, 70, 200),
+    orange=(240, 130, 30),
+)
 SHAPES = ('circle', 'square', 'triangle', 'cross', 'ring')
 DIGITS = tuple('0123456789')
 SIZES = ('small', 'large')
-PLACES = ('top-left', 'top', 'top-right', 'left', 'center', 'right', 'bottom-left', 'bottom', 'bottom-right')
+PLACES = (
+    'top-left',
+    'top',
+    'top-right',
+    'left',
+    'center',
+    'right',
+    'bottom-left',
+    'bottom',
+    'bottom-right',
+)
 NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 QUESTION_TYPES = ('color', 'size', 'where', 'shape', 'digit', 'count', 'exist', 'spatial')
 
@@ -27,51 +44,74 @@ QUESTION_TYPES = ('color', 'size', 'where', 'shape', 'digit', 'count', 'exist', 
 @dataclass(frozen=True)
 class WorldConfig:
     "What the embedded world looks like; `WorldConfig.at(level)` gives the named difficulty levels."
-    min_objects: int = 1         # objects in a scene, at least
-    max_objects: int = 3         # objects in a scene, at most (9 places on the grid)
-    image_size: int = 64         # side of a square picture, px
-    odd_share: float = .25       # share of pictures that are not square
-    digit_share: float = .4      # chance that an object is a handwritten digit
-    aspect: float = 1.125        # long side over short side of those
-    jitter: float = .03          # largest shift of an object off its cell's centre, in cells
-    noise: float = .02           # standard deviation of the pixel noise, in [0, 1] units
-    seed: int = 0                # seed of every draw
+
+    min_objects: int = 1  # objects in a scene, at least
+    max_objects: int = 3  # objects in a scene, at most (9 places on the grid)
+    image_size: int = 64  # side of a square picture, px
+    odd_share: float = 0.25  # share of pictures that are not square
+    digit_share: float = 0.4  # chance that an object is a handwritten digit
+    aspect: float = 1.125  # long side over short side of those
+    jitter: float = 0.03  # largest shift of an object off its cell's centre, in cells
+    noise: float = 0.02  # standard deviation of the pixel noise, in [0, 1] units
+    seed: int = 0  # seed of every draw
 
     def __post_init__(self):
         if not 1 <= self.min_objects <= self.max_objects <= 9:
-            raise ValueError(f'WorldConfig: objects must satisfy 1 <= min_objects <= max_objects <= 9, got '
-                             f'{self.min_objects}..{self.max_objects}; the grid has nine places')
-        if self.image_size < 32: raise ValueError(f'WorldConfig.image_size={self.image_size}: digits are unreadable below 32 px')
-        if not 1 <= self.aspect <= 4: raise ValueError(f'WorldConfig.aspect={self.aspect}: use a number in [1, 4]')
+            raise ValueError(
+                f'WorldConfig: objects must satisfy 1 <= min_objects <= max_objects <= 9, got '
+                f'{self.min_objects}..{self.max_objects}; the grid has nine places'
+            )
+        if self.image_size < 32:
+            raise ValueError(
+                f'WorldConfig.image_size={self.image_size}: digits are unreadable below 32 px'
+            )
+        if not 1 <= self.aspect <= 4:
+            raise ValueError(f'WorldConfig.aspect={self.aspect}: use a number in [1, 4]')
         for name in ('odd_share', 'digit_share', 'jitter', 'noise'):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f'WorldConfig.{name}={getattr(self, name)}: use a number in [0, 1]')
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f'WorldConfig.{name}={getattr(self, name)}: use a number in [0, 1]'
+                )
 
     @classmethod
-    def at(cls, level: str,  # 'easy', 'default' or 'hard'
-           **changes) -> 'WorldConfig':
+    def at(
+        cls,
+        level: str,  # 'easy', 'default' or 'hard'
+        **changes,
+    ) -> 'WorldConfig':
         "The settings of a named difficulty level, with `changes` on top."
-        levels = dict(easy=dict(max_objects=2, jitter=0., odd_share=0., noise=0.), default={},
-                      hard=dict(min_objects=3, max_objects=6, jitter=.12, noise=.06, odd_share=.5, aspect=1.5))
-        if level not in levels: raise ValueError(f'difficulty {level!r} is unknown; use one of {sorted(levels)}')
+        levels = dict(
+            easy=dict(max_objects=2, jitter=0.0, odd_share=0.0, noise=0.0),
+            default={},
+            hard=dict(
+                min_objects=3, max_objects=6, jitter=0.12, noise=0.06, odd_share=0.5, aspect=1.5
+            ),
+        )
+        if level not in levels:
+            raise ValueError(f'difficulty {level!r} is unknown; use one of {sorted(levels)}')
         return cls(**{**levels[level], **changes})
 
 # %% ../../nbs/data/55_scene.ipynb #220e7879
 @dataclass(frozen=True)
 class Thing:
     "One object of a scene; `place` counts the grid row by row, shifts are in cells."
+
     name: str
     color: str
     size: str
     place: int
-    shift: tuple = (0., 0.)
-    glyph: int = -1              # for digits: which handwritten sample of the split to draw
+    shift: tuple = (0.0, 0.0)
+    glyph: int = -1  # for digits: which handwritten sample of the split to draw
 
     @property
-    def is_digit(self) -> bool: return self.name in DIGITS
+    def is_digit(self) -> bool:
+        return self.name in DIGITS
+
 
 @dataclass(frozen=True)
 class Scene:
     "Objects, picture size `(width, height)` in px and the seed of the pixel noise."
+
     things: tuple
     size: tuple = (64, 64)
     split: str = 'train'
@@ -80,9 +120,11 @@ class Scene:
 # %% ../../nbs/data/55_scene.ipynb #4dfe9de6
 SPLITS = ('train', 'val', 'test')
 
+
 def signature(scene: Scene) -> str:
     "The content of a scene, independent of the order of its objects."
     return ';'.join(sorted(f'{t.name},{t.color},{t.size},{t.place}' for t in scene.things))
+
 
 def split_of(scene: Scene) -> str:
     "The split a scene belongs to: 70% train, 10% val, 20% test, by hash of its content."
@@ -90,37 +132,60 @@ def split_of(scene: Scene) -> str:
     return 'train' if bucket < 7 else 'val' if bucket < 8 else 'test'
 
 # %% ../../nbs/data/55_scene.ipynb #a434f16e
-def make_scene(config: WorldConfig, # difficulty and seed
-               split: str,          # 'train', 'val' or 'test'
-               index: int,          # number of the scene within the split
-               n: int|None = None,  # exact number of objects; None draws it
-               ) -> Scene:
+def make_scene(
+    config: WorldConfig,  # difficulty and seed
+    split: str,  # 'train', 'val' or 'test'
+    index: int,  # number of the scene within the split
+    n: int | None = None,  # exact number of objects; None draws it
+) -> Scene:
     "Scene number `index` of a split: the same arguments always give the same scene."
-    if split not in SPLITS: raise ValueError(f'split {split!r} is unknown; use one of {SPLITS}')
+    if split not in SPLITS:
+        raise ValueError(f'split {split!r} is unknown; use one of {SPLITS}')
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     while True:
         k = n or int(rng.integers(config.min_objects, config.max_objects + 1))
         places, names = rng.permutation(9)[:k], []
         while len(names) < k:
-            pool = [x for x in (DIGITS if rng.random() < config.digit_share else SHAPES) if x not in names]
-            if pool: names.append(str(rng.choice(pool)))
-        things = tuple(Thing(name, str(rng.choice(list(COLORS))), str(rng.choice(SIZES)), int(place),
-                             tuple(float(x) for x in rng.uniform(-config.jitter, config.jitter, 2)), int(rng.integers(2**31)))
-                       for name, place in zip(names, places))
+            pool = [
+                x
+                for x in (DIGITS if rng.random() < config.digit_share else SHAPES)
+                if x not in names
+            ]
+            if pool:
+                names.append(str(rng.choice(pool)))
+        things = tuple(
+            Thing(
+                name,
+                str(rng.choice(list(COLORS))),
+                str(rng.choice(SIZES)),
+                int(place),
+                tuple(float(x) for x in rng.uniform(-config.jitter, config.jitter, 2)),
+                int(rng.integers(2**31)),
+            )
+            for name, place in zip(names, places)
+        )
         s, b = config.image_size, round(config.image_size * config.aspect)
         size = ((b, s), (s, b))[rng.integers(4) % 2] if rng.random() < config.odd_share else (s, s)
         scene = Scene(things, size, split, int(rng.integers(2**31)))
-        if split_of(scene) == split: return scene
+        if split_of(scene) == split:
+            return scene
 
 # %% ../../nbs/data/55_scene.ipynb #79b69eb3
 def facts(thing: Thing) -> list[str]:
     "Four key-first facts about an object."
     place = PLACES[thing.place]
-    return [f'{thing.name} {thing.color} .', f'{thing.name} {thing.size} .', f'{thing.name} {place} .', f'{place} {thing.name} .']
+    return [
+        f'{thing.name} {thing.color} .',
+        f'{thing.name} {thing.size} .',
+        f'{thing.name} {place} .',
+        f'{place} {thing.name} .',
+    ]
+
 
 def count_fact(scene: Scene) -> str:
     "How many objects there are, as a fact."
     return f'objects {NUMBERS[len(scene.things)]} .'
+
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     "Every fact of a scene: the number of objects first, then the facts in random order."
@@ -131,56 +196,80 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 @dataclass(frozen=True)
 class Question:
     "A question about a scene: its type (one of `QUESTION_TYPES`), text and one-word answer."
+
     type: str
     text: str
     answer: str
 
+
 RELATIONS = dict(left='left of', right='right of', above='above', below='below')
+
 
 def holds(relation: str, a: Thing, b: Thing) -> bool:
     "Whether `a` stands in the relation to `b` on the grid."
     (ay, ax), (by, bx) = divmod(a.place, 3), divmod(b.place, 3)
     return dict(left=ax < bx, right=ax > bx, above=ay < by, below=ay > by)[relation]
 
+
 def ask_attributes(t: Thing) -> list[Question]:
     "What can be asked about one object."
-    return [Question('color', f'what color is the {t.name} ?', t.color), Question('size', f'what size is the {t.name} ?', t.size),
-            Question('where', f'where is the {t.name} ?', PLACES[t.place]),
-            Question('digit' if t.is_digit else 'shape', f'what is at {PLACES[t.place]} ?', t.name)]
+    return [
+        Question('color', f'what color is the {t.name} ?', t.color),
+        Question('size', f'what size is the {t.name} ?', t.size),
+        Question('where', f'where is the {t.name} ?', PLACES[t.place]),
+        Question('digit' if t.is_digit else 'shape', f'what is at {PLACES[t.place]} ?', t.name),
+    ]
 
 # %% ../../nbs/data/55_scene.ipynb #6a1d4ec2
 def ask_exist(scene: Scene, rng: np.random.Generator) -> Question:
     "A yes/no question about presence, balanced."
     present = [t.name for t in scene.things]
-    yes = rng.random() < .5
+    yes = rng.random() < 0.5
     name = rng.choice(present if yes else [x for x in SHAPES + DIGITS if x not in present])
     return Question('exist', f'is there a {name} ?', 'yes' if yes else 'no')
 
-def ask_spatial(scene: Scene, rng: np.random.Generator) -> Question|None:
-    "A yes/no question about the relation of two objects, balanced; None for a single object."
-    if len(scene.things) < 2: return None
-    a, b = (scene.things[i] for i in rng.permutation(len(scene.things))[:2])
-    yes = rng.random() < .5
-    fit = [r for r in RELATIONS if holds(r, a, b) == yes]   # two objects never share a place: both answers always exist
-    return Question('spatial', f'is the {a.name} {RELATIONS[fit[rng.integers(len(fit))]]} the {b.name} ?', 'yes' if yes else 'no')
 
-def questions(scene: Scene, rng: np.random.Generator,
-              n: int|None = None,  # at most this many, drawn at random; None keeps all
-              ) -> list[Question]:
+def ask_spatial(scene: Scene, rng: np.random.Generator) -> Question | None:
+    "A yes/no question about the relation of two objects, balanced; None for a single object."
+    if len(scene.things) < 2:
+        return None
+    a, b = (scene.things[i] for i in rng.permutation(len(scene.things))[:2])
+    yes = rng.random() < 0.5
+    fit = [
+        r for r in RELATIONS if holds(r, a, b) == yes
+    ]  # two objects never share a place: both answers always exist
+    return Question(
+        'spatial',
+        f'is the {a.name} {RELATIONS[fit[rng.integers(len(fit))]]} the {b.name} ?',
+        'yes' if yes else 'no',
+    )
+
+
+def questions(
+    scene: Scene,
+    rng: np.random.Generator,
+    n: int | None = None,  # at most this many, drawn at random; None keeps all
+) -> list[Question]:
     "Questions about a scene in random order, no text twice."
     asked = [q for t in scene.things for q in ask_attributes(t)]
     asked.append(Question('count', 'how many objects are there ?', NUMBERS[len(scene.things)]))
-    asked += [ask_exist(scene, rng), ask_spatial(scene, rng)]         # one each: dropping repeats of a second would bias the answers
+    asked += [
+        ask_exist(scene, rng),
+        ask_spatial(scene, rng),
+    ]  # one each: dropping repeats of a second would bias the answers
     unique = list({q.text: q for q in asked if q}.values())
     return [unique[i] for i in rng.permutation(len(unique))[:n]]
 
 # %% ../../nbs/data/55_scene.ipynb #3308cb3d
 DESCRIBE = 'describe the objects .'
 
-def text_conversation(scene: Scene, rng: np.random.Generator,
-                      n_questions: int = 6,     # questions after the description
-                      repeat: float = .5,       # chance of a request to repeat the description first
-                      ) -> tuple[list[tuple[str, str]], list[str]]:
+
+def text_conversation(
+    scene: Scene,
+    rng: np.random.Generator,
+    n_questions: int = 6,  # questions after the description
+    repeat: float = 0.5,  # chance of a request to repeat the description first
+) -> tuple[list[tuple[str, str]], list[str]]:
     "`[(user text, answer), ...]` and the type of each turn ('describe' or a question type)."
     turns = [('describe', DESCRIBE, describe(scene, rng))] if rng.random() < repeat else []
     turns += [(q.type, q.text, q.answer) for q in questions(scene, rng, n_questions)]
@@ -189,24 +278,59 @@ def text_conversation(scene: Scene, rng: np.random.Generator,
     return pairs, [kind for kind, _, _ in turns]
 
 # %% ../../nbs/data/55_scene.ipynb #aef29bd0
-SPECIALS = ('<pad>', '<bos>', '<eos>', '<unk>', '<image>', '<|system|>', '<|user|>', '<|assistant|>', '<|end|>')
-WORDS = tuple('''. , : ? ( ) [ ] there is are a an the at of in on and or not what which where how many object objects color size shape digit place picture
-image scene left right above below yes no describe answer it this that region marked within with by pointed to rectangle ellipse point scribble mask contour
-arrow lime fuchsia aqua gold white black box frame second seconds video'''.split())
+SPECIALS = (
+    '<pad>',
+    '<bos>',
+    '<eos>',
+    '<unk>',
+    '<image>',
+    '<|system|>',
+    '<|user|>',
+    '<|assistant|>',
+    '<|end|>',
+)
+WORDS = tuple(
+    """. , : ? ( ) [ ] there is are a an the at of in on and or not what which where how many
+    object objects color size shape digit place picture
+image scene left right above below yes no describe answer it this that region marked within with by
+pointed to rectangle ellipse point scribble mask contour
+arrow lime fuchsia aqua gold white black box frame second seconds video""".split()
+)
+
 
 def world_words() -> list[str]:
     "The vocabulary in id order: special tokens, then words, each once."
-    return list(dict.fromkeys(SPECIALS + WORDS + NUMBERS + tuple(COLORS) + SHAPES + DIGITS + SIZES + PLACES))
+    return list(
+        dict.fromkeys(SPECIALS + WORDS + NUMBERS + tuple(COLORS) + SHAPES + DIGITS + SIZES + PLACES)
+    )
+
 
 def world_tokenizer():
-    "Word-level `PreTrainedTokenizerFast` of the embedded world: lower-cases, splits on spaces and punctuation, chat template 'world'."
+    """Word-level `PreTrainedTokenizerFast` of the embedded world: lower-cases, splits on spaces and
+    punctuation, chat template 'world'."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from vlmbench.data.template import get_template
-    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(world_words())}, unk_token='<unk>'))
+
+    tok = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(world_words())}, unk_token='<unk>')
+    )
     tok.normalizer = normalizers.Lowercase()
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r'[.,:?()\[\]]'), 'isolated')])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<bos>', eos_token='<|end|>', unk_token='<unk>',
-                                   extra_special_tokens={'image_token': '<image>', 'system_token': '<|system|>', 'user_token': '<|user|>',
-                                                         'assistant_token': '<|assistant|>'},
-                                   chat_template=get_template('world').jinja(), model_max_length=1024)
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r'[.,:?()\[\]]'), 'isolated')]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token='<pad>',
+        bos_token='<bos>',
+        eos_token='<|end|>',
+        unk_token='<unk>',
+        extra_special_tokens={
+            'image_token': '<image>',
+            'system_token': '<|system|>',
+            'user_token': '<|user|>',
+            'assistant_token': '<|assistant|>',
+        },
+        chat_template=get_template('world').jinja(),
+        model_max_length=1024,
+    )

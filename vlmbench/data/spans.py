@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from .record import Turn
 
 # %% ../../nbs/data/08_spans.ipynb #ed87d843
-IMAGE = '<image>'            # marks an image slot in a turn's text, whatever the tokenizer's image token is called
+# marks an image slot in a turn's text, whatever the tokenizer's image token is called
+IMAGE = '<image>'
 BOS, EOS = '{bos}', '{eos}'  # stand for the tokenizer's own begin and end tokens inside a template
+
 
 @dataclass(frozen=True)
 class Span:
-    "A piece of a rendered conversation: its text, whether the loss is taken on it, whether it is one control token"
+    """A piece of a rendered conversation: its text, whether the loss is taken on it, whether it is
+    one control token"""
+
     text: str
     target: bool = False
     special: bool = False
@@ -24,48 +28,72 @@ class Span:
 # %% ../../nbs/data/08_spans.ipynb #c5ecd0b2
 CONTENT = Span('{content}')
 
+
 def pieces(*items: 'Span|tuple|str', target: bool = False) -> tuple[Span, ...]:
-    "Spans of one role: a `str` is template text, a one-tuple `(token,)` a control token, a `Span` stays what it is"
+    """Spans of one role: a `str` is template text, a one-tuple `(token,)` a control token, a `Span`
+    stays what it is"""
+
     def one(i):
-        if isinstance(i, tuple): return Span(i[0], target, True)
-        return Span(i, target) if isinstance(i, str) else Span(i.text, i.target or target, i.special)
+        if isinstance(i, tuple):
+            return Span(i[0], target, True)
+        return (
+            Span(i, target) if isinstance(i, str) else Span(i.text, i.target or target, i.special)
+        )
+
     return tuple(map(one, items))
 
 # %% ../../nbs/data/08_spans.ipynb #e9fb4536
 def check_turns(turns: Sequence[Turn], add_generation_prompt: bool = False):
-    "Raise `ValueError` unless `turns` = [system], user, assistant, user, ... without `<image>` in an answer"
-    if not turns: raise ValueError('the conversation has no turns')
+    """Raise `ValueError` unless `turns` = [system], user, assistant, user, ... without `<image>` in
+    an answer"""
+    if not turns:
+        raise ValueError('the conversation has no turns')
     start = int(turns[0].role == 'system')
-    if len(turns) == start: raise ValueError('the conversation holds a system turn only; add a user turn')
+    if len(turns) == start:
+        raise ValueError('the conversation holds a system turn only; add a user turn')
     for i, turn in enumerate(turns):
         want = 'system' if i < start else ('user', 'assistant')[(i - start) % 2]
         if turn.role != want:
-            raise ValueError(f'turn {i} has role {turn.role!r} where {want!r} belongs: the roles are an optional first '
-                             "'system', then 'user' and 'assistant' in turn")
-        if not isinstance(turn.text, str): raise ValueError(f'turn {i} ({turn.role}) has no text: {turn.text!r}')
+            raise ValueError(
+                f'turn {i} has role {turn.role!r} where {want!r} belongs: the roles are an '
+                'optional first '
+                "'system', then 'user' and 'assistant' in turn"
+            )
+        if not isinstance(turn.text, str):
+            raise ValueError(f'turn {i} ({turn.role}) has no text: {turn.text!r}')
         if turn.role == 'assistant' and IMAGE in turn.text:
-            raise ValueError(f'turn {i}: {IMAGE} stands in an assistant turn; a model cannot write an image, '
-                             'so move the slot to the user turn')
+            raise ValueError(
+                f'turn {i}: {IMAGE} stands in an assistant turn; a model cannot write an image, '
+                'so move the slot to the user turn'
+            )
     if add_generation_prompt and turns[-1].role != 'user':
         raise ValueError('a generation prompt needs a conversation that ends with a user turn')
 
 # %% ../../nbs/data/08_spans.ipynb #c9b0a98c
 TARGETS = ('answers', 'special', 'all')
 
+
 @dataclass(frozen=True)
 class ChatTemplate:
     "How turns become one string"
+
     name: str
-    system: tuple[Span, ...]     # spans around `CONTENT`
-    user: tuple[Span, ...]       # spans around `CONTENT`
-    opening: tuple[Span, ...]    # how an assistant turn starts: the generation prompt
-    answer: tuple[Span, ...]     # the rest of an assistant turn
-    bos: str = ''                # a literal token, `BOS` = the tokenizer's own (nothing where it has none), or ''
-    default_system: str = ''     # where the conversation has no system turn; an *empty* system turn switches it off
-    joiner: str = ''             # text between turns
-    image_sep: str = '\n'        # between an image item and a text item of a message whose content is a list
-    system_inside: bool = False  # the system message stands in the first user turn, before its text (Llama-2)
-    captions: bool = False       # the user turn is reduced to its image slots (LLaVA's alignment stage)
+    system: tuple[Span, ...]  # spans around `CONTENT`
+    user: tuple[Span, ...]  # spans around `CONTENT`
+    opening: tuple[Span, ...]  # how an assistant turn starts: the generation prompt
+    answer: tuple[Span, ...]  # the rest of an assistant turn
+    bos: str = ''  # a literal token, `BOS` = the tokenizer's own (nothing where it has none), or ''
+    default_system: str = (
+        ''  # where the conversation has no system turn; an *empty* system turn switches it off
+    )
+    joiner: str = ''  # text between turns
+    image_sep: str = (
+        '\n'  # between an image item and a text item of a message whose content is a list
+    )
+    system_inside: bool = (
+        False  # the system message stands in the first user turn, before its text (Llama-2)
+    )
+    captions: bool = False  # the user turn is reduced to its image slots (LLaVA's alignment stage)
 
     @property
     def stop(self) -> str:
@@ -76,43 +104,73 @@ class ChatTemplate:
         "`check_turns`, plus what this template cannot express"
         check_turns(turns, add_generation_prompt)
         if self.captions and (turns[0].role == 'system' or len(turns) > 2):
-            raise ValueError(f'template {self.name!r} holds one user turn (its image slots) and one caption, not the '
-                             f'roles {", ".join(t.role for t in turns)}; use a chat template for conversations')
+            raise ValueError(
+                f'template {self.name!r} holds one user turn (its image slots) and one caption, '
+                'not the '
+                f'roles {", ".join(t.role for t in turns)}; use a chat template for conversations'
+            )
 
-    def spans(self, turns: Sequence[Turn],         # [system], user, assistant, ...
-              add_generation_prompt: bool = False, # end with an open assistant turn
-              bos: str = '<s>', eos: str = '</s>', # the tokenizer's own begin and end tokens
-              targets: str = 'answers',            # which tokens carry the loss: one of `TARGETS`
-             ) -> list[Span]:                      # in order; their texts joined are the rendered string
+    def spans(
+        self,
+        turns: Sequence[Turn],  # [system], user, assistant, ...
+        add_generation_prompt: bool = False,  # end with an open assistant turn
+        bos: str = '<s>',
+        eos: str = '</s>',  # the tokenizer's own begin and end tokens
+        targets: str = 'answers',  # which tokens carry the loss: one of `TARGETS`
+    ) -> list[Span]:  # in order; their texts joined are the rendered string
         "The conversation as spans; `ValueError` names the turn if the roles do not fit"
         self.check(turns, add_generation_prompt)
-        if targets not in TARGETS: raise ValueError(f'targets={targets!r}: expected one of {", ".join(TARGETS)}')
+        if targets not in TARGETS:
+            raise ValueError(f'targets={targets!r}: expected one of {", ".join(TARGETS)}')
         own = {BOS: bos, EOS: eos}
-        system = [] if turns[0].role == 'system' or not self.default_system else [Turn('system', self.default_system)]
+        system = (
+            []
+            if turns[0].role == 'system' or not self.default_system
+            else [Turn('system', self.default_system)]
+        )
         blocks, inside = [], []
         for t in (*system, *turns):
             text = IMAGE * t.text.count(IMAGE) if self.captions and t.role == 'user' else t.text
-            if t.role == 'system' and not text: continue
-            role = dict(system=self.system, user=self.user, assistant=self.opening + self.answer)[t.role]
+            if t.role == 'system' and not text:
+                continue
+            role = dict(system=self.system, user=self.user, assistant=self.opening + self.answer)[
+                t.role
+            ]
             block = [Span(text, p.target) if p.text == CONTENT.text else p for p in role]
-            if t.role == 'system' and self.system_inside: inside = block; continue
-            if t.role == 'user': at = role.index(CONTENT); block[at:at] = inside; inside = []
+            if t.role == 'system' and self.system_inside:
+                inside = block
+                continue
+            if t.role == 'user':
+                at = role.index(CONTENT)
+                block[at:at] = inside
+                inside = []
             blocks.append(block)
-        if add_generation_prompt: blocks.append([Span(p.text, False, p.special) for p in self.opening])
+        if add_generation_prompt:
+            blocks.append([Span(p.text, False, p.special) for p in self.opening])
         res = [Span(own.get(self.bos, self.bos), special=True)]
-        for i, block in enumerate(blocks): res += [Span(self.joiner)] * bool(i) + block
+        for i, block in enumerate(blocks):
+            res += [Span(self.joiner)] * bool(i) + block
+
         def final(i, s):
             target = s.target or targets == 'all' or (targets == 'special' and s.special and i > 0)
             return Span(own.get(s.text, s.text) if s.special else s.text, target, s.special)
+
         return [s for s in map(final, range(len(res)), res) if s.text]
 
-    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False,
-               bos: str = '<s>', eos: str = '</s>') -> str:
-        "The conversation as one string, begin token included: tokenise it with `add_special_tokens=False`"
+    def render(
+        self,
+        turns: Sequence[Turn],
+        add_generation_prompt: bool = False,
+        bos: str = '<s>',
+        eos: str = '</s>',
+    ) -> str:
+        """The conversation as one string, begin token included: tokenise it with
+        `add_special_tokens=False`"""
         return ''.join(s.text for s in self.spans(turns, add_generation_prompt, bos, eos))
 
     def jinja(self, mark_targets: bool = False) -> str:
-        "transformers' chat template for the same string; `mark_targets` encloses targets in `{% generation %}` blocks"
+        """transformers' chat template for the same string; `mark_targets` encloses targets in `{%
+        generation %}` blocks"""
         return _jinja(self, mark_targets)
 
 # %% ../../nbs/data/08_spans.ipynb #8bf93363
@@ -120,39 +178,94 @@ def _quote(text: str) -> str:
     "A Jinja string literal"
     return "'" + text.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n') + "'"
 
+
 def _jinja(t: ChatTemplate, mark_targets: bool) -> str:
     "The Jinja source of a template"
     own = {BOS: 'bos_token', EOS: 'eos_token'}
+
     def emit(spans, text='text'):
         out, open_ = '', False
         for s in spans:
             if mark_targets and s.target != open_:
-                out, open_ = out + ('{% endgeneration %}' if open_ else '{% generation %}'), s.target
-            out += '{{ ' + (text if s.text == CONTENT.text else own.get(s.text, _quote(s.text))) + ' }}'
+                out, open_ = (
+                    out + ('{% endgeneration %}' if open_ else '{% generation %}'),
+                    s.target,
+                )
+            out += (
+                '{{ '
+                + (text if s.text == CONTENT.text else own.get(s.text, _quote(s.text)))
+                + ' }}'
+            )
         return out + '{% endgeneration %}' * open_
-    def fail(message): return '{{ raise_exception(' + _quote(message) + ') }}'
+
+    def fail(message):
+        return '{{ raise_exception(' + _quote(message) + ') }}'
+
     image, block = _quote(IMAGE), lambda test, body: '{% if ' + test + ' %}' + body + '{% endif %}'
     join = '{{ ns.joiner }}{% set ns.joiner = ' + _quote(t.joiner) + ' %}' if t.joiner else ''
-    slots = '{% set text = ' + image + ' * (text.split(' + image + ')|length - 1) %}' if t.captions else ''
-    sep = block("not loop.last and loop.nextitem['type'] == 'text'", '{{ ' + _quote(t.image_sep) + ' }}')
-    flat = ('{% macro flat(content) %}{% if content is string %}{{ content }}{% else %}{% for item in content %}'
-            "{% if item['type'] == 'image' %}{{ " + image + ' }}' + sep + "{% else %}{{ item['text'] }}{% endif %}"
-            '{% endfor %}{% endif %}{% endmacro %}')
-    single = block("messages|length > 2 or messages[0]['role'] == 'system'",
-                   fail(f'template {t.name} holds one user turn and one caption')) if t.captions else ''
+    slots = (
+        '{% set text = ' + image + ' * (text.split(' + image + ')|length - 1) %}'
+        if t.captions
+        else ''
+    )
+    sep = block(
+        "not loop.last and loop.nextitem['type'] == 'text'", '{{ ' + _quote(t.image_sep) + ' }}'
+    )
+    flat = (
+        '{% macro flat(content) %}{% if content is string %}{{ content }}{% else %}{% for item in '
+        'content %}'
+        "{% if item['type'] == 'image' %}{{ "
+        + image
+        + ' }}'
+        + sep
+        + "{% else %}{{ item['text'] }}{% endif %}"
+        '{% endfor %}{% endif %}{% endmacro %}'
+    )
+    single = (
+        block(
+            "messages|length > 2 or messages[0]['role'] == 'system'",
+            fail(f'template {t.name} holds one user turn and one caption'),
+        )
+        if t.captions
+        else ''
+    )
     bos = '{{ ' + own.get(t.bos, _quote(t.bos)) + ' }}' if t.bos else ''
     keep = lambda text: '{% set ns.system = ' + text + ' %}'
-    default = block("messages[0]['role'] != 'system'", keep(_quote(t.default_system)) if t.system_inside else
-                    join + emit(t.system, _quote(t.default_system))) if t.default_system else ''
+    default = (
+        block(
+            "messages[0]['role'] != 'system'",
+            keep(_quote(t.default_system))
+            if t.system_inside
+            else join + emit(t.system, _quote(t.default_system)),
+        )
+        if t.default_system
+        else ''
+    )
     at = t.user.index(CONTENT) if t.system_inside else 0
     inside = block('ns.system', emit(t.system, 'ns.system') + keep("''")) if t.system_inside else ''
     order = fail("roles are an optional first 'system', then 'user' and 'assistant' in turn")
-    return (flat + "{% set ns = namespace(joiner='', next='user', system='') %}" + single + bos + default +
-            "{% for message in messages %}{% set text = flat(message['content']) %}{% set role = message['role'] %}"
-            "{% if role == 'system' and loop.first %}" + block('text', keep('text') if t.system_inside else join + emit(t.system)) +
-            '{% elif role != ns.next %}' + order +
-            "{% elif role == 'user' %}{% set ns.next = 'assistant' %}" + join + slots + emit(t.user[:at]) + inside +
-            emit(t.user[at:]) +
-            "{% else %}{% set ns.next = 'user' %}" + block(image + ' in text', fail(f'{IMAGE} in an assistant turn')) +
-            join + emit(t.opening + t.answer) + '{% endif %}{% endfor %}' +
-            block('add_generation_prompt', join + emit([Span(s.text) for s in t.opening])))
+    return (
+        flat
+        + "{% set ns = namespace(joiner='', next='user', system='') %}"
+        + single
+        + bos
+        + default
+        + "{% for message in messages %}{% set text = flat(message['content']) %}{% set role = "
+        "message['role'] %}"
+        "{% if role == 'system' and loop.first %}"
+        + block('text', keep('text') if t.system_inside else join + emit(t.system))
+        + '{% elif role != ns.next %}'
+        + order
+        + "{% elif role == 'user' %}{% set ns.next = 'assistant' %}"
+        + join
+        + slots
+        + emit(t.user[:at])
+        + inside
+        + emit(t.user[at:])
+        + "{% else %}{% set ns.next = 'user' %}"
+        + block(image + ' in text', fail(f'{IMAGE} in an assistant turn'))
+        + join
+        + emit(t.opening + t.answer)
+        + '{% endif %}{% endfor %}'
+        + block('add_generation_prompt', join + emit([Span(s.text) for s in t.opening]))
+    )

@@ -19,58 +19,142 @@ from .spans import BOS, CONTENT, EOS, IMAGE, ChatTemplate, Span, pieces
 
 # %% ../../nbs/data/10_template.ipynb #618a635d
 def _assistant_system(person: str) -> str:
-    return (f'A chat between a curious {person} and an artificial intelligence assistant. The assistant gives helpful, '
-            f"detailed, and polite answers to the {person}'s questions.")
+    return (
+        f'A chat between a curious {person} and an artificial intelligence assistant. The '
+        'assistant gives helpful, '
+        f"detailed, and polite answers to the {person}'s questions."
+    )
 
-_ABLE = ('able to understand the visual content that the user provides, and assist the user with a variety of tasks using '
-         'natural language.')
+
+_ABLE = (
+    'able to understand the visual content that the user provides, and assist the user with a '
+    'variety of tasks using '
+    'natural language.'
+)
 _LLAVA_SYSTEM = f'You are a helpful language and vision assistant. You are {_ABLE}'
-_MMTAG = (f'A chat between a curious user and an artificial intelligence assistant. The assistant is {_ABLE}The visual '
-          'content will be provided with the following format: <Image>visual content</Image>.')
+_MMTAG = (
+    'A chat between a curious user and an artificial intelligence assistant. The assistant is '
+    f'{_ABLE}The visual '
+    'content will be provided with the following format: <Image>visual content</Image>.'
+)
+
 
 def _vicuna(name: str, system: str) -> ChatTemplate:
-    return ChatTemplate(name, pieces(CONTENT, ' '), pieces('USER: ', CONTENT, ' '), pieces('ASSISTANT:'),
-                        pieces(' ', CONTENT, (EOS,), target=True), bos=BOS, default_system=system)
+    return ChatTemplate(
+        name,
+        pieces(CONTENT, ' '),
+        pieces('USER: ', CONTENT, ' '),
+        pieces('ASSISTANT:'),
+        pieces(' ', CONTENT, (EOS,), target=True),
+        bos=BOS,
+        default_system=system,
+    )
+
 
 def _llama(name: str, newline: str, **kw) -> ChatTemplate:
     head = lambda role: (('<|start_header_id|>',), role, ('<|end_header_id|>',))
     turn = lambda role: pieces(*head(role), newline, CONTENT, ('<|eot_id|>',))
     learnt = newline == '\n'
-    return ChatTemplate(name, turn('system'), turn('user'), pieces(*head('assistant'), Span(newline, learnt)),
-                        pieces(CONTENT, ('<|eot_id|>',), target=True), bos='<|begin_of_text|>', **kw)
+    return ChatTemplate(
+        name,
+        turn('system'),
+        turn('user'),
+        pieces(*head('assistant'), Span(newline, learnt)),
+        pieces(CONTENT, ('<|eot_id|>',), target=True),
+        bos='<|begin_of_text|>',
+        **kw,
+    )
+
 
 def _chatml(name: str, close: str, **kw) -> ChatTemplate:
     turn = lambda role: pieces(('<|im_start|>',), f'{role}\n', CONTENT, ('<|im_end|>',), close)
-    return ChatTemplate(name, turn('system'), turn('user'), pieces(('<|im_start|>',), 'assistant\n'),
-                        pieces(CONTENT, ('<|im_end|>',), close, target=True), image_sep='', **kw)
+    return ChatTemplate(
+        name,
+        turn('system'),
+        turn('user'),
+        pieces(('<|im_start|>',), 'assistant\n'),
+        pieces(CONTENT, ('<|im_end|>',), close, target=True),
+        image_sep='',
+        **kw,
+    )
 
-def _phi(role: str) -> tuple[Span, ...]: return pieces((f'<|{role}|>',), '\n', CONTENT, ('<|end|>',), '\n')
+
+def _phi(role: str) -> tuple[Span, ...]:
+    return pieces((f'<|{role}|>',), '\n', CONTENT, ('<|end|>',), '\n')
 
 # %% ../../nbs/data/10_template.ipynb #e500ddfd
 _all_ = ['Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']  # of data.spans
 
-TEMPLATES = {t.name: t for t in (
-    _vicuna('vicuna_v1', _assistant_system('user')), _vicuna('llava_v1', _assistant_system('human')),
-    _vicuna('v1_mmtag', _MMTAG),
-    ChatTemplate('llava_v0', pieces(CONTENT, '###'), pieces('Human: ', CONTENT, '###'), pieces('Assistant:'),
-                 pieces(' ', CONTENT, '###', target=True), bos=BOS, default_system=_assistant_system('human')),
-    ChatTemplate('llava_llama_2', pieces('<<SYS>>\n', CONTENT, '\n<</SYS>>\n\n'),
-                 pieces((BOS,), '[INST] ', CONTENT, ' [/INST]'), (), pieces(' ', CONTENT, ' ', (EOS,), target=True),
-                 default_system=_LLAVA_SYSTEM, system_inside=True),
-    _chatml('mpt', '', default_system='A conversation between a user and an LLM-based AI assistant. The assistant gives '
-            'helpful and honest answers.'),
-    ChatTemplate('llava_plain', (), pieces(CONTENT), (), pieces(CONTENT, '\n', target=True), bos=BOS, captions=True),
-    _llama('llama_3', '\n\n', default_system=_LLAVA_SYSTEM), _llama('zero_llama3', '\n'),
-    ChatTemplate('phi_3', _phi('system'), _phi('user'), pieces(('<|assistant|>',), '\n'),
-                 pieces(CONTENT, ('<|end|>',), target=True) + pieces('\n'), bos=BOS, default_system=_LLAVA_SYSTEM),
-    _chatml('chatml', '', joiner='\n', default_system='You are a helpful assistant.'), _chatml('zero_qwen', '\n'),
-    ChatTemplate('world', pieces(('<|system|>',), ' ', CONTENT, ' ', ('<|end|>',)), pieces(('<|user|>',), ' ', CONTENT),
-                 pieces(('<|assistant|>',)), pieces(' ', CONTENT, ' ', ('<|end|>',), target=True),
-                 joiner=' ', image_sep=' '))}
+TEMPLATES = {
+    t.name: t
+    for t in (
+        _vicuna('vicuna_v1', _assistant_system('user')),
+        _vicuna('llava_v1', _assistant_system('human')),
+        _vicuna('v1_mmtag', _MMTAG),
+        ChatTemplate(
+            'llava_v0',
+            pieces(CONTENT, '###'),
+            pieces('Human: ', CONTENT, '###'),
+            pieces('Assistant:'),
+            pieces(' ', CONTENT, '###', target=True),
+            bos=BOS,
+            default_system=_assistant_system('human'),
+        ),
+        ChatTemplate(
+            'llava_llama_2',
+            pieces('<<SYS>>\n', CONTENT, '\n<</SYS>>\n\n'),
+            pieces((BOS,), '[INST] ', CONTENT, ' [/INST]'),
+            (),
+            pieces(' ', CONTENT, ' ', (EOS,), target=True),
+            default_system=_LLAVA_SYSTEM,
+            system_inside=True,
+        ),
+        _chatml(
+            'mpt',
+            '',
+            default_system='A conversation between a user and an LLM-based AI assistant. The '
+            'assistant gives '
+            'helpful and honest answers.',
+        ),
+        ChatTemplate(
+            'llava_plain',
+            (),
+            pieces(CONTENT),
+            (),
+            pieces(CONTENT, '\n', target=True),
+            bos=BOS,
+            captions=True,
+        ),
+        _llama('llama_3', '\n\n', default_system=_LLAVA_SYSTEM),
+        _llama('zero_llama3', '\n'),
+        ChatTemplate(
+            'phi_3',
+            _phi('system'),
+            _phi('user'),
+            pieces(('<|assistant|>',), '\n'),
+            pieces(CONTENT, ('<|end|>',), target=True) + pieces('\n'),
+            bos=BOS,
+            default_system=_LLAVA_SYSTEM,
+        ),
+        _chatml('chatml', '', joiner='\n', default_system='You are a helpful assistant.'),
+        _chatml('zero_qwen', '\n'),
+        ChatTemplate(
+            'world',
+            pieces(('<|system|>',), ' ', CONTENT, ' ', ('<|end|>',)),
+            pieces(('<|user|>',), ' ', CONTENT),
+            pieces(('<|assistant|>',)),
+            pieces(' ', CONTENT, ' ', ('<|end|>',), target=True),
+            joiner=' ',
+            image_sep=' ',
+        ),
+    )
+}
+
 
 def get_template(name: str) -> ChatTemplate:
     "The template of exactly this name; `KeyError` lists the names there are"
-    if name not in TEMPLATES: raise KeyError(f'no template {name!r}; there are {", ".join(TEMPLATES)}')
+    if name not in TEMPLATES:
+        raise KeyError(f'no template {name!r}; there are {", ".join(TEMPLATES)}')
     return TEMPLATES[name]
 
 # %% ../../nbs/data/10_template.ipynb #7bb90ccb
@@ -78,32 +162,46 @@ def to_messages(turns: Sequence[Turn]) -> list[dict]:
     "Turns as transformers' messages"
     return [dict(role=t.role, content=t.text) for t in turns]
 
+
 def from_messages(messages: Sequence[dict], image_sep: str = '\n') -> list[Turn]:
-    "Messages with string or list contents as turns; an image item becomes `<image>`, plus `image_sep` before text"
+    """Messages with string or list contents as turns; an image item becomes `<image>`, plus
+    `image_sep` before text"""
+
     def text(content):
-        if isinstance(content, str): return content
+        if isinstance(content, str):
+            return content
         kinds = [c['type'] for c in content] + ['']
         if bad := set(kinds) - {'image', 'text', ''}:
             raise ValueError(f'content items of type {sorted(bad)}: expected image and text')
-        return ''.join(c['text'] if c['type'] == 'text' else IMAGE + image_sep * (kinds[i + 1] == 'text')
-                       for i, c in enumerate(content))
+        return ''.join(
+            c['text'] if c['type'] == 'text' else IMAGE + image_sep * (kinds[i + 1] == 'text')
+            for i, c in enumerate(content)
+        )
+
     return [Turn(m['role'], text(m['content'])) for m in messages]
 
+
 def images_first(turns: Sequence[Turn]) -> list[Turn]:
-    "LLaVA's placement: the image slots of a turn go to its front, each on its own line; other turns stay as they are"
+    """LLaVA's placement: the image slots of a turn go to its front, each on its own line; other
+    turns stay as they are"""
+
     def move(t):
         n = t.text.count(IMAGE)
         return Turn(t.role, f'{IMAGE}\n' * n + t.text.replace(IMAGE, '').strip()) if n else t
+
     return [move(t) for t in turns]
 
 # %% ../../nbs/data/10_template.ipynb #aa750b96
 IGNORE = -100  # label of a token that is not a target
 
+
 @dataclass
 class Encoded:
-    """One tokenised conversation. `input_ids`, `labels` (`IGNORE` = no target, not shifted) and `image_ids` (-1 = text,
-    k = a token of the k-th image) are LongTensors `[tokens]`. `images`: one dict per image with `pixel_values`
-    `[channels, height, width]` and `size` (valid height, width in pixels)."""
+    """One tokenised conversation. `input_ids`, `labels` (`IGNORE` = no target, not shifted) and
+    `image_ids` (-1 = text, k = a token of the k-th image) are LongTensors `[tokens]`. `images`: one
+    dict per image with `pixel_values` `[channels, height, width]` and `size` (valid height, width
+    in pixels)."""
+
     input_ids: torch.Tensor
     labels: torch.Tensor
     image_ids: torch.Tensor
@@ -111,7 +209,8 @@ class Encoded:
     id: str = ''
 
     @property
-    def n_tokens(self) -> int: return len(self.input_ids)
+    def n_tokens(self) -> int:
+        return len(self.input_ids)
 
     @property
     def n_targets(self) -> int:
@@ -120,26 +219,38 @@ class Encoded:
 
 # %% ../../nbs/data/10_template.ipynb #82309686
 _OPEN, _CLOSE = '\ufdd0', '\ufdd1'  # noncharacters: never part of exchanged text
-_copies = WeakKeyDictionary()       # tokenizer -> {(vocabulary size, names): (copy, ids)}
+_copies = WeakKeyDictionary()  # tokenizer -> {(vocabulary size, names): (copy, ids)}
+
 
 def _protected(tokenizer, names: frozenset[str]) -> tuple[Tokenizer, dict[str, int]]:
-    "A copy of a fast tokenizer whose control tokens (and the added tokens in `names`) are renamed, and their ids"
+    """A copy of a fast tokenizer whose control tokens (and the added tokens in `names`) are
+    renamed, and their ids"""
     backend = tokenizer.backend_tokenizer
     known, key = _copies.setdefault(tokenizer, {}), (backend.get_vocab_size(), names)
-    if key in known: return known[key]
+    if key in known:
+        return known[key]
     spec = json.loads(backend.to_str())
-    ids = {t['content']: t['id'] for t in spec['added_tokens'] if t['special'] or t['content'] in names}
+    ids = {
+        t['content']: t['id'] for t in spec['added_tokens'] if t['special'] or t['content'] in names
+    }
     new = {c: f'{_OPEN}{i}{_CLOSE}' for c, i in ids.items()}
-    for t in spec['added_tokens']: t['content'] = new.get(t['content'], t['content'])
+    for t in spec['added_tokens']:
+        t['content'] = new.get(t['content'], t['content'])
     model = spec['model']
-    if isinstance(model['vocab'], dict): model['vocab'] = {new.get(k, k): i for k, i in model['vocab'].items()}
-    else: model['vocab'] = [[new.get(k, k), score] for k, score in model['vocab']]
-    if 'merges' in model: model['merges'] = [m for m in model['merges'] if not {''.join(m), *m} & new.keys()]
-    if model.get('unk_token') in new: model['unk_token'] = new[model['unk_token']]
+    if isinstance(model['vocab'], dict):
+        model['vocab'] = {new.get(k, k): i for k, i in model['vocab'].items()}
+    else:
+        model['vocab'] = [[new.get(k, k), score] for k, score in model['vocab']]
+    if 'merges' in model:
+        model['merges'] = [m for m in model['merges'] if not {''.join(m), *m} & new.keys()]
+    if model.get('unk_token') in new:
+        model['unk_token'] = new[model['unk_token']]
     spec.update(post_processor=None, truncation=None, padding=None)
     copy = Tokenizer.from_str(json.dumps(spec))
     if wrong := [c for c, i in ids.items() if copy.token_to_id(new[c]) != i]:
-        raise ValueError(f'control tokens {wrong} cannot be told apart from text in {type(tokenizer).__name__}')
+        raise ValueError(
+            f'control tokens {wrong} cannot be told apart from text in {type(tokenizer).__name__}'
+        )
     known[key] = copy, ids
     return known[key]
 
@@ -158,56 +269,95 @@ def _tokenise(spans: list[Span], tokenizer) -> tuple[np.ndarray, np.ndarray, np.
     heads = np.zeros(len(text), dtype=np.int64)
     heads[(np.cumsum(size) - size)[special]] = 1
     at = np.flatnonzero(count(heads) > 0)
-    if len(at) != special.sum() or (np.array(enc.ids)[at] != [ids[s.text] for s in spans if s.special]).any():
-        raise ValueError(f'{type(tokenizer).__name__} does not keep control tokens apart in {text[:80]!r}')
+    if (
+        len(at) != special.sum()
+        or (np.array(enc.ids)[at] != [ids[s.text] for s in spans if s.special]).any()
+    ):
+        raise ValueError(
+            f'{type(tokenizer).__name__} does not keep control tokens apart in {text[:80]!r}'
+        )
     flags[at] = target[special]
     return np.array(enc.ids), flags, at
 
 # %% ../../nbs/data/10_template.ipynb #71a173ba
 def _tokenise_spans(spans: list[Span], tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "As `_tokenise`, span by span, for tokenizers without offsets"
-    warnings.warn(f'{type(tokenizer).__name__} gives no character offsets: spans are tokenised one by one, so ids may '
-                  'differ from those of the whole string; use a fast tokenizer for exact agreement', stacklevel=4)
+    warnings.warn(
+        f'{type(tokenizer).__name__} gives no character offsets: spans are tokenised one by one, '
+        'so ids may '
+        'differ from those of the whole string; use a fast tokenizer for exact agreement',
+        stacklevel=4,
+    )
     ids, flags, at, control = [], [], [], set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     for s in spans:
-        if s.special: new = [tokenizer.convert_tokens_to_ids(s.text)]; at.append(len(ids))
-        else: new = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(s.text, split_special_tokens=True))
+        if s.special:
+            new = [tokenizer.convert_tokens_to_ids(s.text)]
+            at.append(len(ids))
+        else:
+            new = tokenizer.convert_tokens_to_ids(
+                tokenizer.tokenize(s.text, split_special_tokens=True)
+            )
         if not s.special and control & set(new):
-            raise ValueError(f'{type(tokenizer).__name__} reads a control token in the text {s.text[:80]!r}')
+            raise ValueError(
+                f'{type(tokenizer).__name__} reads a control token in the text {s.text[:80]!r}'
+            )
         ids += new
         flags += [s.target] * len(new)
     return np.array(ids), np.array(flags), np.array(at, dtype=np.int64)
 
 # %% ../../nbs/data/10_template.ipynb #249e0d7e
-def encode(turns: Sequence[Turn],                    # [system], user, assistant, ...
-           tokenizer,                                # a transformers tokenizer that knows the template's control tokens
-           template: ChatTemplate | str,             # the template or its name
-           image_token_counts: Sequence = (),        # tokens of each `<image>` slot, in order; a list if it holds tiles
-           image_token: str = IMAGE,                 # the tokenizer's token that stands for image features
-           targets: str = 'answers',                 # which tokens carry the loss: one of `TARGETS`
-           add_generation_prompt: bool = False,      # end with an open assistant turn
-           id: str = '',                             # carried along for messages
-          ) -> Encoded:                              # without pixels; `n_targets == 0` is the caller's to judge
-    "Tokenise a conversation once and label it by spans; no token is added that the template does not name"
+def encode(
+    turns: Sequence[Turn],  # [system], user, assistant, ...
+    tokenizer,  # a transformers tokenizer that knows the template's control tokens
+    template: ChatTemplate | str,  # the template or its name
+    # tokens of each `<image>` slot, in order; a list if it holds tiles
+    image_token_counts: Sequence = (),
+    image_token: str = IMAGE,  # the tokenizer's token that stands for image features
+    targets: str = 'answers',  # which tokens carry the loss: one of `TARGETS`
+    add_generation_prompt: bool = False,  # end with an open assistant turn
+    id: str = '',  # carried along for messages
+) -> Encoded:  # without pixels; `n_targets == 0` is the caller's to judge
+    """Tokenise a conversation once and label it by spans; no token is added that the template does
+    not name"""
     template = get_template(template) if isinstance(template, str) else template
-    spans = template.spans(turns, add_generation_prompt, tokenizer.bos_token or '', tokenizer.eos_token or EOS, targets)
-    tiles = [[int(n) for n in c] if isinstance(c, (list, tuple)) else [int(c)] for c in image_token_counts]
+    spans = template.spans(
+        turns, add_generation_prompt, tokenizer.bos_token or '', tokenizer.eos_token or EOS, targets
+    )
+    tiles = [
+        [int(n) for n in c] if isinstance(c, (list, tuple)) else [int(c)]
+        for c in image_token_counts
+    ]
     slots = sum(s.text.count(IMAGE) for s in spans if not s.special)
-    if slots != len(tiles): raise ValueError(f'{slots} {IMAGE} slots in the text but {len(tiles)} images')
+    if slots != len(tiles):
+        raise ValueError(f'{slots} {IMAGE} slots in the text but {len(tiles)} images')
     if any(not t or min(t) < 1 for t in tiles):
         raise ValueError(f'image_token_counts={tiles}: every image takes at least one token')
-    parts = []                                       # (span, is it an image slot)
+    parts = []  # (span, is it an image slot)
     for s in spans:
-        if s.special: parts.append((s, False)); continue
+        if s.special:
+            parts.append((s, False))
+            continue
         if _OPEN in s.text or _CLOSE in s.text:
-            raise ValueError('the text holds the noncharacter U+FDD0 or U+FDD1, which is reserved; remove it')
+            raise ValueError(
+                'the text holds the noncharacter U+FDD0 or U+FDD1, which is reserved; remove it'
+            )
         for i, text in enumerate(s.text.split(IMAGE)):
-            parts += [(Span(image_token, special=True), True)] * bool(i) + [(Span(text, s.target), False)] * bool(text)
-    missing = {s.text for s, _ in parts if s.special} - {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+            parts += [(Span(image_token, special=True), True)] * bool(i) + [
+                (Span(text, s.target), False)
+            ] * bool(text)
+    missing = {s.text for s, _ in parts if s.special} - {
+        *tokenizer.get_added_vocab(),
+        *tokenizer.all_special_tokens,
+    }
     if missing:
-        raise ValueError(f'template {template.name!r} needs the control tokens {sorted(missing)}, which this '
-                         f'{type(tokenizer).__name__} does not have; choose its own template or add_special_tokens')
-    ids, flags, at = (_tokenise if tokenizer.is_fast else _tokenise_spans)([s for s, _ in parts], tokenizer)
+        raise ValueError(
+            f'template {template.name!r} needs the control tokens {sorted(missing)}, which this '
+            f'{type(tokenizer).__name__} does not have; choose its own template or '
+            'add_special_tokens'
+        )
+    ids, flags, at = (_tokenise if tokenizer.is_fast else _tokenise_spans)(
+        [s for s, _ in parts], tokenizer
+    )
     at = at[[slot for s, slot in parts if s.special]]
     repeat, image = np.ones(len(ids), dtype=np.int64), np.full(len(ids), -1)
     repeat[at], image[at], flags[at] = [sum(t) for t in tiles], 0, False
@@ -220,14 +370,21 @@ def target_texts(encoded: Encoded, tokenizer) -> list[str]:
     "The decoded text of every run of targets, in order"
     runs, prev = [], False
     for t in encoded.labels.tolist():
-        if t != IGNORE: runs += [] if prev else [[]]; runs[-1].append(t)
+        if t != IGNORE:
+            runs += [] if prev else [[]]
+            runs[-1].append(t)
         prev = t != IGNORE
     return [tokenizer.decode(r) for r in runs]
 
 # %% ../../nbs/data/10_template.ipynb #c61b1759
-def prompt_is_prefix(tokenizer, template: ChatTemplate | str, answers: Sequence[str] = ('It is', 'a', '1')) -> bool:
-    "Do the ids of a generation prompt start the ids of the same conversation with each of `answers`?"
+def prompt_is_prefix(
+    tokenizer, template: ChatTemplate | str, answers: Sequence[str] = ('It is', 'a', '1')
+) -> bool:
+    """Do the ids of a generation prompt start the ids of the same conversation with each of
+    `answers`?"""
     question = Turn('user', 'What?')
     prompt = encode([question], tokenizer, template, add_generation_prompt=True).input_ids
-    full = [encode([question, Turn('assistant', a)], tokenizer, template).input_ids for a in answers]
-    return all(torch.equal(f[:len(prompt)], prompt) for f in full)
+    full = [
+        encode([question, Turn('assistant', a)], tokenizer, template).input_ids for a in answers
+    ]
+    return all(torch.equal(f[: len(prompt)], prompt) for f in full)

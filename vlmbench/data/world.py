@@ -14,8 +14,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from .record import ImageRef, Region, Sample, Turn, read_llava, to_llava_row
-from .scene import (COLORS, DESCRIBE, DIGITS, PLACES, SHAPES, SPLITS, Scene, Thing, WorldConfig, describe, make_scene, questions,
-                                 text_conversation)
+from vlmbench.data.scene import (
+    COLORS,
+    DESCRIBE,
+    DIGITS,
+    PLACES,
+    SHAPES,
+    SPLITS,
+    Scene,
+    Thing,
+    WorldConfig,
+    describe,
+    make_scene,
+    questions,
+    text_conversation,
+)
 
 # %% auto #0
 __all__ = ['KINDS', 'digit_pool', 'shape_distance', 'geometry', 'coverage', 'render', 'region', 'scene_samples', 'WorldSize',
@@ -24,54 +37,68 @@ __all__ = ['KINDS', 'digit_pool', 'shape_distance', 'geometry', 'coverage', 'ren
 # %% ../../nbs/data/60_world.ipynb #69cd42dd
 @functools.lru_cache(maxsize=None)
 def digit_pool(split: str) -> dict[str, np.ndarray]:
-    "Handwritten samples of each digit for a split: `{'0': [n, 8, 8] in [0, 1], ...}`; 80% train, 5% val, 15% test."
+    """Handwritten samples of each digit for a split: `{'0': [n, 8, 8] in [0, 1], ...}`; 80% train,
+    5% val, 15% test."""
     from sklearn.datasets import load_digits
+
     data, rng, pools = load_digits(), np.random.default_rng(20), {}
     for d in range(10):
-        own = data.images[data.target == d] / 16.
+        own = data.images[data.target == d] / 16.0
         own = own[rng.permutation(len(own))]
-        a, b = int(.8 * len(own)), int(.85 * len(own))
+        a, b = int(0.8 * len(own)), int(0.85 * len(own))
         pools[str(d)] = dict(train=own[:a], val=own[a:b], test=own[b:])[split].astype(np.float32)
     return pools
 
 # %% ../../nbs/data/60_world.ipynb #3b1afd43
 def shape_distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    "Signed distance of the points (x, y), in radii from the centre, to the edge of a shape; negative inside."
+    """Signed distance of the points (x, y), in radii from the centre, to the edge of a shape;
+    negative inside."""
     r = np.hypot(x, y)
-    if name == 'circle': return r - .95
-    if name == 'ring': return np.abs(r - .68) - .27
-    if name == 'square': return np.maximum(abs(x), abs(y)) - .82
-    if name == 'cross': return np.minimum(np.maximum(abs(x) - .32, abs(y) - .95), np.maximum(abs(y) - .32, abs(x) - .95))
-    if name == 'triangle': return np.maximum(y - .75, .894 * abs(x) - .447 * (y + 1.))
+    if name == 'circle':
+        return r - 0.95
+    if name == 'ring':
+        return np.abs(r - 0.68) - 0.27
+    if name == 'square':
+        return np.maximum(abs(x), abs(y)) - 0.82
+    if name == 'cross':
+        return np.minimum(
+            np.maximum(abs(x) - 0.32, abs(y) - 0.95), np.maximum(abs(y) - 0.32, abs(x) - 0.95)
+        )
+    if name == 'triangle':
+        return np.maximum(y - 0.75, 0.894 * abs(x) - 0.447 * (y + 1.0))
     raise ValueError(f'shape {name!r} is unknown; the world has {SHAPES}')
 
 # %% ../../nbs/data/60_world.ipynb #91e8a781
 def geometry(thing: Thing, size: tuple[int, int]) -> tuple[float, float, float]:
     "Centre x, y and radius of an object in px, for a picture of `(width, height)`."
     (row, col), (w, h) = divmod(thing.place, 3), size
-    small = .39 if thing.is_digit else .29                                   # an 8 x 8 digit needs 16 px
-    radius = min(w, h) / 3 * (.46 if thing.size == 'large' else small)
-    return (col + .5 + thing.shift[0]) * w / 3, (row + .5 + thing.shift[1]) * h / 3, radius
+    small = 0.39 if thing.is_digit else 0.29  # an 8 x 8 digit needs 16 px
+    radius = min(w, h) / 3 * (0.46 if thing.size == 'large' else small)
+    return (col + 0.5 + thing.shift[0]) * w / 3, (row + 0.5 + thing.shift[1]) * h / 3, radius
+
 
 def coverage(thing: Thing, size: tuple[int, int], split: str) -> np.ndarray:
     "Alpha of an object over the picture, `[height, width]` in [0, 1]."
     (cx, cy, r), (w, h) = geometry(thing, size), size
-    ys, xs = np.mgrid[:h, :w].astype(np.float32) + .5
+    ys, xs = np.mgrid[:h, :w].astype(np.float32) + 0.5
     if not thing.is_digit:
-        return np.clip(.5 - shape_distance(thing.name, (xs - cx) / r, (ys - cy) / r) * r, 0, 1)
+        return np.clip(0.5 - shape_distance(thing.name, (xs - cx) / r, (ys - cy) / r) * r, 0, 1)
     pool, side = digit_pool(split)[thing.name], max(8, round(2.1 * r))
-    glyph = Image.fromarray(pool[thing.glyph % len(pool)]).resize((side, side), Image.Resampling.BICUBIC)
+    glyph = Image.fromarray(pool[thing.glyph % len(pool)]).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     out, ink = np.zeros((h, w), np.float32), np.clip(np.asarray(glyph) * 1.2, 0, 1)
     x0, y0 = int(round(cx - side / 2)), int(round(cy - side / 2))
     xa, ya, xb, yb = max(x0, 0), max(y0, 0), min(x0 + side, w), min(y0 + side, h)
-    out[ya:yb, xa:xb] = ink[ya - y0:yb - y0, xa - x0:xb - x0]
+    out[ya:yb, xa:xb] = ink[ya - y0 : yb - y0, xa - x0 : xb - x0]
     return out
 
 # %% ../../nbs/data/60_world.ipynb #d1ecd060
 def render(scene: Scene, config: WorldConfig = WorldConfig()) -> Image.Image:
     "The picture of a scene: coloured objects on a dark, slightly varying ground with pixel noise."
     rng, (w, h) = np.random.default_rng(scene.noise_seed), scene.size
-    picture = np.empty((h, w, 3), np.float32); picture[:] = rng.uniform(10, 45)
+    picture = np.empty((h, w, 3), np.float32)
+    picture[:] = rng.uniform(10, 45)
     for t in scene.things:
         a = coverage(t, scene.size, scene.split)[..., None]
         picture = picture * (1 - a) + a * np.asarray(COLORS[t.color], np.float32)
@@ -82,7 +109,8 @@ def render(scene: Scene, config: WorldConfig = WorldConfig()) -> Image.Image:
 def region(thing: Thing, scene: Scene) -> Region:
     "Box (left, top, right, bottom) and convex polygon of an object, in px, labelled with its name."
     from shapely.geometry import MultiPoint
-    ys, xs = np.nonzero(coverage(thing, scene.size, scene.split) > .4)
+
+    ys, xs = np.nonzero(coverage(thing, scene.size, scene.split) > 0.4)
     box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
     corners = np.concatenate([np.stack([xs + dx, ys + dy], 1) for dx in (0, 1) for dy in (0, 1)])
     hull = MultiPoint(corners).convex_hull.exterior.coords[:-1]
@@ -91,54 +119,129 @@ def region(thing: Thing, scene: Scene) -> Region:
 # %% ../../nbs/data/60_world.ipynb #d550ef8b
 KINDS = ('caption', 'vqa', 'text', 'region', 'probe')
 
+
 def _rng(config: WorldConfig, kind: str, split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, 7, KINDS.index(kind), SPLITS.index(split), index])
 
-def _turns(pairs) -> list[Turn]: return [Turn(role, text) for q, a in pairs for role, text in (('user', q), ('assistant', a))]
 
-def scene_samples(kind: str, split: str, index: int, config: WorldConfig, one_question: bool = False) -> tuple[Scene|None, list[Sample]]:
-    """The scene and the rows made from it. `one_question` gives one row a question (for evaluation) instead of one conversation a scene;
-    the picture is attached later, by `write_world`."""
-    if kind not in KINDS: raise ValueError(f'kind {kind!r} is unknown; the world has {KINDS}')
-    offset = 10_000_000 * KINDS.index(kind)                                  # every kind sees its own scenes
-    scene, rng = make_scene(config, split, offset + index, 1 if kind == 'probe' else None), _rng(config, kind, split, index)
-    sid, meta = f'{kind}-{split}-{index:06d}', dict(scene=[[t.name, t.color, t.size, PLACES[t.place]] for t in scene.things])
+def _turns(pairs) -> list[Turn]:
+    return [Turn(role, text) for q, a in pairs for role, text in (('user', q), ('assistant', a))]
+
+
+def scene_samples(
+    kind: str, split: str, index: int, config: WorldConfig, one_question: bool = False
+) -> tuple[Scene | None, list[Sample]]:
+    """The scene and the rows made from it. `one_question` gives one row a question (for evaluation)
+    instead of one conversation a scene; the picture is attached later, by `write_world`."""
+    if kind not in KINDS:
+        raise ValueError(f'kind {kind!r} is unknown; the world has {KINDS}')
+    offset = 10_000_000 * KINDS.index(kind)  # every kind sees its own scenes
+    scene, rng = (
+        make_scene(config, split, offset + index, 1 if kind == 'probe' else None),
+        _rng(config, kind, split, index),
+    )
+    sid, meta = (
+        f'{kind}-{split}-{index:06d}',
+        dict(scene=[[t.name, t.color, t.size, PLACES[t.place]] for t in scene.things]),
+    )
     if kind == 'caption':
-        return scene, [Sample(sid, _turns([('<image>\n' + DESCRIBE, describe(scene, rng))]), [], [], 'world', meta)]
+        return scene, [
+            Sample(
+                sid, _turns([('<image>\n' + DESCRIBE, describe(scene, rng))]), [], [], 'world', meta
+            )
+        ]
     if kind == 'probe':
         t = scene.things[0]
         meta.update(color=t.color, size=t.size, name=t.name, place=PLACES[t.place])
-        return scene, [Sample(sid, _turns([('<image>\n' + DESCRIBE, describe(scene, rng))]), [], [], 'world', meta)]
+        return scene, [
+            Sample(
+                sid, _turns([('<image>\n' + DESCRIBE, describe(scene, rng))]), [], [], 'world', meta
+            )
+        ]
     if kind == 'text':
         said = describe(scene, rng)
         asked = questions(scene, rng, 4 if one_question else 6)
         if not one_question:
             pairs, kinds = text_conversation(scene, rng)
-            return None, [Sample(sid, _turns(pairs), [], [], 'world', {**meta, 'question_types': kinds})]
-        return None, [Sample(f'{sid}-{k}', _turns([(f'{said} {q.text}', q.answer)]), [], [], 'world',
-                             dict(question_type=q.type, answers=[q.answer], cluster=sid)) for k, q in enumerate(asked)]
+            return None, [
+                Sample(sid, _turns(pairs), [], [], 'world', {**meta, 'question_types': kinds})
+            ]
+        return None, [
+            Sample(
+                f'{sid}-{k}',
+                _turns([(f'{said} {q.text}', q.answer)]),
+                [],
+                [],
+                'world',
+                dict(question_type=q.type, answers=[q.answer], cluster=sid),
+            )
+            for k, q in enumerate(asked)
+        ]
     if kind == 'region':
         t = scene.things[rng.integers(len(scene.things))]
         name = ('digit' if t.is_digit else 'shape', 'what is the object <region> ?', t.name)
-        asks = [name, ('color', 'what color is the object <region> ?', t.color), ('size', 'what size is the object <region> ?', t.size)]
+        asks = [
+            name,
+            ('color', 'what color is the object <region> ?', t.color),
+            ('size', 'what size is the object <region> ?', t.size),
+        ]
         asks = [asks[i] for i in rng.permutation(3)]
         regions = [region(t, scene)]
         if not one_question:
-            pairs = [(q, a) for _, q, a in asks]; pairs[0] = ('<image>\n' + pairs[0][0], pairs[0][1])
-            return scene, [Sample(sid, _turns(pairs), [], regions, 'world', {**meta, 'question_types': [k for k, _, _ in asks]})]
-        return scene, [Sample(f'{sid}-{i}', _turns([('<image>\n' + q, a)]), [], regions, 'world',
-                              dict(question_type=k, answers=[a], cluster=sid)) for i, (k, q, a) in enumerate(asks[:1])]
+            pairs = [(q, a) for _, q, a in asks]
+            pairs[0] = ('<image>\n' + pairs[0][0], pairs[0][1])
+            return scene, [
+                Sample(
+                    sid,
+                    _turns(pairs),
+                    [],
+                    regions,
+                    'world',
+                    {**meta, 'question_types': [k for k, _, _ in asks]},
+                )
+            ]
+        return scene, [
+            Sample(
+                f'{sid}-{i}',
+                _turns([('<image>\n' + q, a)]),
+                [],
+                regions,
+                'world',
+                dict(question_type=k, answers=[a], cluster=sid),
+            )
+            for i, (k, q, a) in enumerate(asks[:1])
+        ]
     asked = questions(scene, rng, 3 if one_question else 8)
     if not one_question:
-        pairs = [(q.text, q.answer) for q in asked]; pairs[0] = ('<image>\n' + pairs[0][0], pairs[0][1])
-        return scene, [Sample(sid, _turns(pairs), [], [], 'world', {**meta, 'question_types': [q.type for q in asked]})]
-    return scene, [Sample(f'{sid}-{k}', _turns([('<image>\n' + q.text, q.answer)]), [], [], 'world',
-                          dict(question_type=q.type, answers=[q.answer], cluster=sid)) for k, q in enumerate(asked)]
+        pairs = [(q.text, q.answer) for q in asked]
+        pairs[0] = ('<image>\n' + pairs[0][0], pairs[0][1])
+        return scene, [
+            Sample(
+                sid,
+                _turns(pairs),
+                [],
+                [],
+                'world',
+                {**meta, 'question_types': [q.type for q in asked]},
+            )
+        ]
+    return scene, [
+        Sample(
+            f'{sid}-{k}',
+            _turns([('<image>\n' + q.text, q.answer)]),
+            [],
+            [],
+            'world',
+            dict(question_type=q.type, answers=[q.answer], cluster=sid),
+        )
+        for k, q in enumerate(asked)
+    ]
 
 # %% ../../nbs/data/60_world.ipynb #6599da7d
 @dataclass(frozen=True)
 class WorldSize:
     "Scenes of each file; evaluation files hold several one-question rows a scene."
+
     caption_train: int = 4000
     vqa_train: int = 8000
     vqa_val: int = 100
@@ -151,30 +254,41 @@ class WorldSize:
     probe_test: int = 400
 
 # %% ../../nbs/data/60_world.ipynb #71c6903b
-def write_world(folder: str|os.PathLike,                  # created; must be new, or hold the same world
-                config: WorldConfig = WorldConfig(),      # difficulty and seed
-                sizes: WorldSize = WorldSize(),           # scenes of each file; 0 leaves a file out
-                ) -> Path:
-    "Write the world as `folder/<kind>_<split>.json` with `folder/images/`; returns the folder. Raises `FileExistsError` for another world in the same place."
+def write_world(
+    folder: str | os.PathLike,  # created; must be new, or hold the same world
+    config: WorldConfig = WorldConfig(),  # difficulty and seed
+    sizes: WorldSize = WorldSize(),  # scenes of each file; 0 leaves a file out
+) -> Path:
+    """Write the world as `folder/<kind>_<split>.json` with `folder/images/`; returns the folder.
+    Raises `FileExistsError` for another world in the same place."""
     folder, want = Path(folder), dict(config=asdict(config), sizes=asdict(sizes), format=1)
     mark = folder / 'world.json'
     if mark.exists():
         have = json.loads(mark.read_text())
-        if {k: have.get(k) for k in want} == want: return folder
-        raise FileExistsError(f'{mark} holds a world with other settings; choose another folder or delete this one')
+        if {k: have.get(k) for k in want} == want:
+            return folder
+        raise FileExistsError(
+            f'{mark} holds a world with other settings; choose another folder or delete this one'
+        )
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f'{folder} is not empty and holds no finished world; choose another folder')
+        raise FileExistsError(
+            f'{folder} is not empty and holds no finished world; choose another folder'
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     work, rows = folder.parent / f'.world-{uuid.uuid4().hex}', {}
-    work.mkdir()                                                             # as readable as the umask says
+    work.mkdir()  # as readable as the umask says
     try:
         for name, n in asdict(sizes).items():
-            if n: rows[name] = _write_split(work, name, n, config)
+            if n:
+                rows[name] = _write_split(work, name, n, config)
         (work / 'world.json').write_text(json.dumps({**want, 'rows': rows}, indent=1))
-        if folder.exists(): folder.rmdir()
+        if folder.exists():
+            folder.rmdir()
         work.rename(folder)
-    finally: shutil.rmtree(work, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return folder
+
 
 def _write_split(folder: Path, name: str, n: int, config: WorldConfig) -> int:
     "Write one JSON file and its pictures; returns the number of rows."
@@ -185,15 +299,20 @@ def _write_split(folder: Path, name: str, n: int, config: WorldConfig) -> int:
             path = f'images/{name}/{i:06d}.png'
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             render(scene, config).save(folder / path, compress_level=1)
-            for s in samples: s.images.append(ImageRef(path, str(folder)))
+            for s in samples:
+                s.images.append(ImageRef(path, str(folder)))
         rows += [to_llava_row(s) for s in samples]
-    with open(folder / f'{name}.json', 'w', encoding='utf8') as f: json.dump(rows, f)
+    with open(folder / f'{name}.json', 'w', encoding='utf8') as f:
+        json.dump(rows, f)
     return len(rows)
 
 # %% ../../nbs/data/60_world.ipynb #8df5ad68
-def load_world(folder: str|os.PathLike, name: str,  # a file of the world, such as 'vqa_train'
-               ) -> list[Sample]:
-    "The samples of one file of a world, through the ordinary LLaVA reader. Raises `FileNotFoundError` naming the files there are."
+def load_world(
+    folder: str | os.PathLike,
+    name: str,  # a file of the world, such as 'vqa_train'
+) -> list[Sample]:
+    """The samples of one file of a world, through the ordinary LLaVA reader. Raises
+    `FileNotFoundError` naming the files there are."""
     path = Path(folder) / f'{name}.json'
     if not path.exists():
         there = sorted(p.stem for p in Path(folder).glob('*_*.json'))
@@ -201,10 +320,16 @@ def load_world(folder: str|os.PathLike, name: str,  # a file of the world, such 
     return list(read_llava(path, image_root=folder))
 
 # %% ../../nbs/data/60_world.ipynb #a1062f2b
-def asset_path(name: str = '',  # 'llm' or 'vit'; '' is the folder of all assets
-               ) -> Path:
+def asset_path(
+    name: str = '',  # 'llm' or 'vit'; '' is the folder of all assets
+) -> Path:
     "Folder of a shipped base model. Raises `FileNotFoundError` if the installation lacks it."
     import vlmbench
+
     path = Path(vlmbench.__file__).parent / 'assets' / name
-    if not path.is_dir(): raise FileNotFoundError(f'{path} does not exist: the package was built without its base models; run `vlmbench run base`')
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f'{path} does not exist: the package was built without its base models; run `vlmbench '
+            'run base`'
+        )
     return path

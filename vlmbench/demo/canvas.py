@@ -15,19 +15,36 @@ from PIL import Image
 import vlmbench
 from ..data.image import ImageError, load_image
 from ..data.overlay import ANCHOR, MARKERS, PALETTE
-from .chat import MAX_NUMBERS, Chat, ChatError, ChatModel, VisualPrompt, example_questions, unknown_words
+from vlmbench.demo.chat import (
+    MAX_NUMBERS,
+    Chat,
+    ChatError,
+    ChatModel,
+    VisualPrompt,
+    example_questions,
+    unknown_words,
+)
 
 # %% ../../nbs/demo/20_canvas.ipynb #d392d9bd
 MAX_MARKS = 24
 
+
 def canvas_js() -> str:
     "The source of the drawing surface."
-    return (Path(vlmbench.__file__).parent/'assets'/'canvas.js').read_text(encoding='utf8')
+    return (Path(vlmbench.__file__).parent / 'assets' / 'canvas.js').read_text(encoding='utf8')
+
 
 def canvas_settings(height: int = 440) -> dict:
-    "What `mountCanvas` needs to know: kinds with their words, palette, unit of thickness, height in px."
-    return dict(kinds={k: list(v) for k, v in MARKERS.items()}, palette={k: list(v) for k, v in PALETTE.items()},
-                anchor=ANCHOR, height=height, hint='Now ask. A click on a marker below puts it into the question.')
+    """What `mountCanvas` needs to know: kinds with their words, palette, unit of thickness, height
+    in px."""
+    return dict(
+        kinds={k: list(v) for k, v in MARKERS.items()},
+        palette={k: list(v) for k, v in PALETTE.items()},
+        anchor=ANCHOR,
+        height=height,
+        hint='Now ask. A click on a marker below puts it into the question.',
+    )
+
 
 def data_url(image: Image.Image, longest: int = 1600) -> str:
     "`image` as a PNG data URL for display, no side above `longest` px."
@@ -38,35 +55,56 @@ def data_url(image: Image.Image, longest: int = 1600) -> str:
     shown.save(out, 'PNG', compress_level=3)
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
 
+
 def prompts_from_marks(marks: Sequence[Mapping] | str) -> list[VisualPrompt]:
-    "Markers from what the canvas sent (a list, or its JSON text). Raises `ChatError` for anything else."
+    """Markers from what the canvas sent (a list, or its JSON text). Raises `ChatError` for anything
+    else."""
     if isinstance(marks, str):
-        try: marks = json.loads(marks or '[]')
-        except json.JSONDecodeError as e: raise ChatError(f'the markers are not JSON: {e}') from None
+        try:
+            marks = json.loads(marks or '[]')
+        except json.JSONDecodeError as e:
+            raise ChatError(f'the markers are not JSON: {e}') from None
     if not isinstance(marks, (list, tuple)) or not all(isinstance(m, Mapping) for m in marks):
         raise ChatError('the markers are not a list of objects')
-    if len(marks) > MAX_MARKS: raise ChatError(f'{len(marks)} markers; at most {MAX_MARKS}')
+    if len(marks) > MAX_MARKS:
+        raise ChatError(f'{len(marks)} markers; at most {MAX_MARKS}')
     out = []
     for i, m in enumerate(marks):
-        if not set(m) <= {'kind', 'numbers', 'color', 'alpha'} or not isinstance(m.get('kind'), str):
-            raise ChatError(f"marker {i + 1} is not an object of 'kind', 'numbers', 'color', 'alpha'")
-        if not isinstance(m.get('numbers'), (list, tuple)) or not isinstance(m.get('color', 'red'), str):
-            raise ChatError(f"marker {i + 1}: 'numbers' must be a list and 'color' a name of the palette")
-        try: out.append(VisualPrompt(**{**m, 'numbers': tuple(m['numbers'])}))
-        except (ValueError, TypeError) as e: raise ChatError(f'marker {i + 1}: {e}') from None
+        if not set(m) <= {'kind', 'numbers', 'color', 'alpha'} or not isinstance(
+            m.get('kind'), str
+        ):
+            raise ChatError(
+                f"marker {i + 1} is not an object of 'kind', 'numbers', 'color', 'alpha'"
+            )
+        if not isinstance(m.get('numbers'), (list, tuple)) or not isinstance(
+            m.get('color', 'red'), str
+        ):
+            raise ChatError(
+                f"marker {i + 1}: 'numbers' must be a list and 'color' a name of the palette"
+            )
+        try:
+            out.append(VisualPrompt(**{**m, 'numbers': tuple(m['numbers'])}))
+        except (ValueError, TypeError) as e:
+            raise ChatError(f'marker {i + 1}: {e}') from None
     if (n := sum(len(p.numbers) for p in out)) > MAX_NUMBERS:
-        raise ChatError(f'the markers have {n} numbers together, at most {MAX_NUMBERS}: draw fewer or simpler ones')
+        raise ChatError(
+            f'the markers have {n} numbers together, at most {MAX_NUMBERS}: draw fewer or simpler '
+            'ones'
+        )
     return out
 
 # %% ../../nbs/demo/20_canvas.ipynb #49ccdc24
-_GLUE = '''
+_GLUE = """
 export default { render({ model, el }) {
   const canvas = mountCanvas(el, model.get('settings'), {
     marks: m => { model.set('marks', m); model.save_changes(); },
     insert: text => model.send({ insert: text }),
     open: async file => {
       const limit = model.get('settings').max_bytes;
-      if (file.size > limit) return canvas.message(`${file.name} is larger than ${Math.floor(limit / 1e6)} MB`, true);
+      if (file.size > limit) {
+        const most = Math.floor(limit / 1e6);
+        return canvas.message(`${file.name} is larger than ${most} MB`, true);
+      }
       model.send({ open: file.name }, undefined, [await file.arrayBuffer()]);
     } });
   const show = () => canvas.setImage(model.get('image'), ...model.get('size'));
@@ -75,21 +113,33 @@ export default { render({ model, el }) {
   model.on('change:note', () => canvas.message(model.get('note'), true));
   show(); canvas.setMarks(model.get('marks'));
 } };
-'''
+"""
+
 
 @lru_cache(maxsize=1)
 def _widget_class():
-    try: import anywidget, traitlets
-    except ImportError as e: raise ImportError(f"the canvas needs anywidget ({e}): pip install 'vlmbench[serve]'") from None
+    try:
+        import anywidget, traitlets
+    except ImportError as e:
+        raise ImportError(
+            f"the canvas needs anywidget ({e}): pip install 'vlmbench[serve]'"
+        ) from None
 
     class MarkerCanvas(anywidget.AnyWidget):
-        "A picture to draw markers on; `marks` holds them as JSON-like objects, `prompts` as `VisualPrompt`s."
+        """A picture to draw markers on; `marks` holds them as JSON-like objects, `prompts` as
+        `VisualPrompt`s."""
+
         _esm = canvas_js() + _GLUE
-        settings, image, size = traitlets.Dict().tag(sync=True), traitlets.Unicode().tag(sync=True), traitlets.List().tag(sync=True)
+        settings, image, size = (
+            traitlets.Dict().tag(sync=True),
+            traitlets.Unicode().tag(sync=True),
+            traitlets.List().tag(sync=True),
+        )
         marks, note = traitlets.List().tag(sync=True), traitlets.Unicode().tag(sync=True)
 
         @property
-        def prompts(self) -> list[VisualPrompt]: return prompts_from_marks(self.marks)
+        def prompts(self) -> list[VisualPrompt]:
+            return prompts_from_marks(self.marks)
 
         def show(self, image: Image.Image | None):
             "Show another picture, without markers."
@@ -100,51 +150,115 @@ def _widget_class():
 
     return MarkerCanvas
 
-def marker_canvas(image: Image.Image | str | Path | None = None, height: int = 440, max_upload_mb: float = 10.):
-    """A widget to draw markers on `image`: read `.prompts` afterwards. Raises `ImportError` naming the extra where
-    anywidget is missing, `ImageError` for a bad picture."""
+
+def marker_canvas(
+    image: Image.Image | str | Path | None = None, height: int = 440, max_upload_mb: float = 10.0
+):
+    """A widget to draw markers on `image`: read `.prompts` afterwards. Raises `ImportError` naming
+    the extra where anywidget is missing, `ImageError` for a bad picture."""
     made = _widget_class()
     picture = None if image is None else load_image(image)
-    return made(settings=canvas_settings(height) | dict(max_bytes=int(max_upload_mb * 1e6))).show(picture)
+    return made(settings=canvas_settings(height) | dict(max_bytes=int(max_upload_mb * 1e6))).show(
+        picture
+    )
 
 # %% ../../nbs/demo/20_canvas.ipynb #e4fc2fd3
-_CHAT_CSS = '''<style>.vpt { font: 14px/1.45 system-ui, sans-serif; max-height: 330px; overflow-y: auto; display: flex; flex-direction: column; gap: 6px; }
-.vpt p { margin: 0; padding: 7px 12px; border-radius: 14px; max-width: 88%; white-space: pre-wrap; overflow-wrap: anywhere; }
-.vpt .q { align-self: flex-end; background: #0f766e; color: #fff; } .vpt .a { align-self: flex-start; background: var(--jp-layout-color2, #eee); color: var(--jp-ui-font-color1, #111); }
-.vpt .e { align-self: stretch; max-width: none; background: #fee2e2; color: #991b1b; } .vpt .n { color: var(--jp-ui-font-color2, #777); padding: 0; }</style>'''
+_CHAT_CSS = """<style>.vpt { font: 14px/1.45 system-ui, sans-serif; max-height: 330px;
+overflow-y: auto; display: flex; flex-direction: column; gap: 6px; }
+.vpt p { margin: 0; padding: 7px 12px; border-radius: 14px; max-width: 88%; white-space: pre-wrap;
+overflow-wrap: anywhere; }
+.vpt .q { align-self: flex-end; background: #0f766e; color: #fff; }
+.vpt .a { align-self: flex-start; background: var(--jp-layout-color2, #eee);
+color: var(--jp-ui-font-color1, #111); }
+.vpt .e { align-self: stretch; max-width: none; background: #fee2e2; color: #991b1b; }
+.vpt .n { color: var(--jp-ui-font-color2, #777); padding: 0; }</style>"""
+
 
 def _bubbles(chat: Chat, tail: Sequence[tuple[str, str]] = ()) -> str:
     said = [b for e in chat.history for b in (('q', e.asked), ('a', e.answer))] + list(tail)
     said = said or [('n', 'Draw a marker, then ask about it.')]
-    return _CHAT_CSS + '<div class="vpt">' + ''.join(f'<p class="{k}">{html.escape(t) or "&nbsp;"}</p>' for k, t in said) + '</div>'
+    return (
+        _CHAT_CSS
+        + '<div class="vpt">'
+        + ''.join(f'<p class="{k}">{html.escape(t) or "&nbsp;"}</p>' for k, t in said)
+        + '</div>'
+    )
+
 
 class PointAndAsk:
-    "The widgets of `point_at_things`, wired: `chat` is the session, `canvas` the drawing surface, `view` the whole."
-    def __init__(self, model: ChatModel, image=None, height: int = 440, max_new_tokens: int = 128,
-                 max_upload_mb: float = 10., max_pixels: int = 25_000_000):
-        try: import ipywidgets as W
-        except ImportError as e: raise ImportError(f"point_at_things needs ipywidgets ({e}): pip install 'vlmbench[serve]'") from None
-        self.chat, self.max_new_tokens, self.max_bytes = Chat(model, image, max_pixels=max_pixels), max_new_tokens, int(max_upload_mb * 1e6)
+    """The widgets of `point_at_things`, wired: `chat` is the session, `canvas` the drawing surface,
+    `view` the whole."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        image=None,
+        height: int = 440,
+        max_new_tokens: int = 128,
+        max_upload_mb: float = 10.0,
+        max_pixels: int = 25_000_000,
+    ):
+        try:
+            import ipywidgets as W
+        except ImportError as e:
+            raise ImportError(
+                f"point_at_things needs ipywidgets ({e}): pip install 'vlmbench[serve]'"
+            ) from None
+        self.chat, self.max_new_tokens, self.max_bytes = (
+            Chat(model, image, max_pixels=max_pixels),
+            max_new_tokens,
+            int(max_upload_mb * 1e6),
+        )
         self.canvas = marker_canvas(self.chat.image, height, max_upload_mb)
         self.canvas.on_msg(self._message)
         wide = W.Layout(width='100%')
-        self.answer, self.seen = W.HTML(_bubbles(self.chat), layout=wide), W.Image(format='png', layout=W.Layout(max_height='170px', max_width='100%', object_fit='contain'))
+        self.answer, self.seen = (
+            W.HTML(_bubbles(self.chat), layout=wide),
+            W.Image(
+                format='png',
+                layout=W.Layout(max_height='170px', max_width='100%', object_fit='contain'),
+            ),
+        )
         self.caption = W.HTML('', layout=wide)
         examples = example_questions(model)
         self.question = W.Text(placeholder=examples[0], layout=wide, continuous_update=True)
-        self.try_one = W.Dropdown(options=[('Example questions', '')] + [(q, q) for q in examples], value='', layout=wide)
-        self.try_one.observe(lambda c: c['new'] and setattr(self.question, 'value', c['new']), 'value')
-        self.go, self.stop, self.new = (W.Button(description=d, button_style=s) for d, s in (('Ask', 'success'), ('Stop', ''), ('New chat', '')))
+        self.try_one = W.Dropdown(
+            options=[('Example questions', '')] + [(q, q) for q in examples], value='', layout=wide
+        )
+        self.try_one.observe(
+            lambda c: c['new'] and setattr(self.question, 'value', c['new']), 'value'
+        )
+        self.go, self.stop, self.new = (
+            W.Button(description=d, button_style=s)
+            for d, s in (('Ask', 'success'), ('Stop', ''), ('New chat', ''))
+        )
         self.stop.disabled, self._halt, self._worker = True, threading.Event(), None
         self.go.on_click(lambda _: self.ask(self.question.value or examples[0]))
-        self.question.on_msg(lambda _, content, buffers: content.get('event') == 'submit' and self.ask(self.question.value))
+        self.question.on_msg(
+            lambda _, content, buffers: (
+                content.get('event') == 'submit' and self.ask(self.question.value)
+            )
+        )
         self.stop.on_click(lambda _: self._halt.set())
         self.new.on_click(lambda _: self._fresh())
-        right = W.VBox([self.answer, self.question, self.try_one, W.HBox([self.go, self.stop, self.new]), self.caption, self.seen],
-                       layout=W.Layout(width='44%', padding='0 0 0 16px'))
-        self.view = W.HBox([W.Box([self.canvas], layout=W.Layout(width='56%', display='block')), right], layout=wide)
+        right = W.VBox(
+            [
+                self.answer,
+                self.question,
+                self.try_one,
+                W.HBox([self.go, self.stop, self.new]),
+                self.caption,
+                self.seen,
+            ],
+            layout=W.Layout(width='44%', padding='0 0 0 16px'),
+        )
+        self.view = W.HBox(
+            [W.Box([self.canvas], layout=W.Layout(width='56%', display='block')), right],
+            layout=wide,
+        )
 
-    def _repr_mimebundle_(self, **kwargs): return self.view._repr_mimebundle_(**kwargs)
+    def _repr_mimebundle_(self, **kwargs):
+        return self.view._repr_mimebundle_(**kwargs)
 
     def _fresh(self):
         self.chat.reset()
@@ -152,36 +266,54 @@ class PointAndAsk:
 
     def _message(self, _, content, buffers):
         "From the page: a marker's name for the question, or a dropped file."
-        if 'insert' in content: self.question.value = f"{self.question.value.rstrip()} {content['insert']} ".lstrip()
-        elif 'open' in content: self.open(bytes(buffers[0]))
+        if 'insert' in content:
+            self.question.value = f'{self.question.value.rstrip()} {content["insert"]} '.lstrip()
+        elif 'open' in content:
+            self.open(bytes(buffers[0]))
 
     def open(self, data: bytes) -> None:
-        "Another picture from encoded bytes; a refused one is told below the canvas and changes nothing."
+        """Another picture from encoded bytes; a refused one is told below the canvas and changes
+        nothing."""
         try:
-            if len(data) > self.max_bytes: raise ImageError(f'too large: {len(data):,} bytes, the limit is {self.max_bytes:,}')
+            if len(data) > self.max_bytes:
+                raise ImageError(f'too large: {len(data):,} bytes, the limit is {self.max_bytes:,}')
             self.chat.open(data)
-        except ImageError as e: self.canvas.note = f'refused: {e}'; return
+        except ImageError as e:
+            self.canvas.note = f'refused: {e}'
+            return
         self.canvas.show(self.chat.image)
         self._fresh()
 
     def ask(self, question: str) -> None:
-        "Ask about the markers on the canvas; the answer streams into the cell while this returns at once."
-        if self._worker is not None and self._worker.is_alive(): return
-        try: pieces = self.chat.mark(*self.canvas.prompts).ask(question, max_new_tokens=self.max_new_tokens)
-        except ValueError as e: self.answer.value = _bubbles(self.chat, [('q', question)] * bool(question) + [('e', str(e))]); return
+        """Ask about the markers on the canvas; the answer streams into the cell while this returns
+        at once."""
+        if self._worker is not None and self._worker.is_alive():
+            return
+        try:
+            pieces = self.chat.mark(*self.canvas.prompts).ask(
+                question, max_new_tokens=self.max_new_tokens
+            )
+        except ValueError as e:
+            self.answer.value = _bubbles(
+                self.chat, [('q', question)] * bool(question) + [('e', str(e))]
+            )
+            return
         self._halt.clear()
         self.go.disabled, self.stop.disabled = True, False
         if self.chat.marked is not None:
             out = io.BytesIO()
             self.chat.marked.save(out, 'PNG')
             self.seen.value = out.getvalue()
-            self.caption.value = 'Exactly what the model saw, {} × {} px:'.format(*self.chat.marked.size)
+            self.caption.value = 'Exactly what the model saw, {} × {} px:'.format(
+                *self.chat.marked.size
+            )
         self._worker = threading.Thread(target=self._stream, args=(question, pieces), daemon=True)
         self._worker.start()
 
     def wait(self) -> 'PointAndAsk':
         "Until the answer under way is complete."
-        if self._worker is not None: self._worker.join()
+        if self._worker is not None:
+            self._worker.join()
         return self
 
     def _stream(self, question, pieces):
@@ -190,14 +322,29 @@ class PointAndAsk:
             for piece in pieces:
                 text += piece
                 self.answer.value = _bubbles(self.chat, [('q', question), ('a', text + ' ▍')])
-                if self._halt.is_set(): pieces.close(); bad = [('q', question), ('a', text), ('n', 'stopped: not part of the conversation')]
+                if self._halt.is_set():
+                    pieces.close()
+                    bad = [
+                        ('q', question),
+                        ('a', text),
+                        ('n', 'stopped: not part of the conversation'),
+                    ]
             if not bad and (odd := unknown_words(self.chat.model, self.chat.history[-1].asked)):
                 bad = [('n', f'the model does not know: {", ".join(odd)}')]
-        except (ValueError, RuntimeError) as e: bad = [('q', question), ('e', str(e))]
+        except (ValueError, RuntimeError) as e:
+            bad = [('q', question), ('e', str(e))]
         finally:
-            self.answer.value, self.go.disabled, self.stop.disabled = _bubbles(self.chat, bad), False, True
+            self.answer.value, self.go.disabled, self.stop.disabled = (
+                _bubbles(self.chat, bad),
+                False,
+                True,
+            )
+
 
 def point_at_things(model: ChatModel | str | Path, image=None, **settings) -> PointAndAsk:
-    """Canvas, question box and streaming answer for a notebook cell. `model`: a `ChatModel`, or the folder of one; `image`:
-    a picture or its path. Raises `ImportError` naming the extra where anywidget or ipywidgets is missing."""
-    return PointAndAsk(model if isinstance(model, ChatModel) else ChatModel.load(model), image, **settings)
+    """Canvas, question box and streaming answer for a notebook cell. `model`: a `ChatModel`, or the
+    folder of one; `image`: a picture or its path. Raises `ImportError` naming the extra where
+    anywidget or ipywidgets is missing."""
+    return PointAndAsk(
+        model if isinstance(model, ChatModel) else ChatModel.load(model), image, **settings
+    )

@@ -15,12 +15,27 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from transformers import (LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList,
-                          TextIteratorStreamer)
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 # %% ../../nbs/demo/00_chat.ipynb #021c9eef
 from ..data.image import MAX_PIXELS, load_image
-from ..data.overlay import MARKERS, PALETTE, Marker, check_kind, check_region, color_rgb, draw_marker, region_text, unit
+from vlmbench.data.overlay import (
+    MARKERS,
+    PALETTE,
+    Marker,
+    check_kind,
+    check_region,
+    color_rgb,
+    draw_marker,
+    region_text,
+    unit,
+)
 from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
@@ -31,21 +46,29 @@ from ..models.vlm import model_name
 
 # %% ../../nbs/demo/00_chat.ipynb #22b8249b
 _BOX = 'left,top,right,bottom'
-FORMS = {   # kind -> what its numbers mean, by how many there are; 0 stands for a path of three or more x,y pairs
-    'rectangle': {4: _BOX}, 'ellipse': {4: _BOX},
-    'triangle': {4: _BOX, 6: 'x,y of three corners'}, 'point': {2: 'x,y', 4: f'{_BOX} (its centre)'},
+# kind -> what its numbers mean, by how many there are; 0 stands for a path of three or more x,y
+# pairs
+FORMS = {
+    'rectangle': {4: _BOX},
+    'ellipse': {4: _BOX},
+    'triangle': {4: _BOX, 6: 'x,y of three corners'},
+    'point': {2: 'x,y', 4: f'{_BOX} (its centre)'},
     'scribble': {4: f'{_BOX} (a curve through it)', 0: 'x,y,... of the stroke'},
-    'mask contour': {4: _BOX, 0: 'x,y,... of the outline'}, 'mask': {4: _BOX, 0: 'x,y,... of the outline'},
-    'arrow': {4: 'x,y of the tail, x,y of the tip', 2: 'x,y of the tip'}}
+    'mask contour': {4: _BOX, 0: 'x,y,... of the outline'},
+    'mask': {4: _BOX, 0: 'x,y,... of the outline'},
+    'arrow': {4: 'x,y of the tail, x,y of the tip', 2: 'x,y of the tip'},
+}
 _STROKE = dict(rectangle=3, ellipse=3, triangle=3, scribble=4, arrow=3) | {'mask contour': 1}
 MAX_NUMBERS = 4000
 
 # %% ../../nbs/demo/00_chat.ipynb #d04fb535
 @dataclass(frozen=True)
 class VisualPrompt:
-    """A marker that a person placed: `kind`, `numbers` (see `FORMS`, px of the picture), `color` (palette name, or RGB:
-    then the text names no colour), `alpha` 0-255, `width` of the stroke in units of the picture's long side / 336
-    (None: the usual one of its kind). Raises `ValueError` for an unknown kind or colour, or numbers that do not fit."""
+    """A marker that a person placed: `kind`, `numbers` (see `FORMS`, px of the picture), `color`
+    (palette name, or RGB: then the text names no colour), `alpha` 0-255, `width` of the stroke in
+    units of the picture's long side / 336 (None: the usual one of its kind). Raises `ValueError`
+    for an unknown kind or colour, or numbers that do not fit."""
+
     kind: str
     numbers: tuple[float, ...]
     color: str | tuple[int, int, int] = 'red'
@@ -55,13 +78,19 @@ class VisualPrompt:
     def __post_init__(self):
         check_kind(self.kind)
         numbers = tuple(self.numbers)
-        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
+        if not all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+            for v in numbers
+        ):
             raise ValueError(f'{self.kind}: {str(self.numbers)[:80]} are not all numbers')
         object.__setattr__(self, 'numbers', tuple(float(v) for v in numbers))
-        if not isinstance(self.color, str): object.__setattr__(self, 'color', color_rgb(self.color))
+        if not isinstance(self.color, str):
+            object.__setattr__(self, 'color', color_rgb(self.color))
         color_rgb(self.color)
         if type(self.alpha) is not int or not 0 <= self.alpha <= 255:
-            raise ValueError(f'{self.kind}: alpha={self.alpha!r} must be a whole number from 0 to 255')
+            raise ValueError(
+                f'{self.kind}: alpha={self.alpha!r} must be a whole number from 0 to 255'
+            )
         if self.width is not None and not 0 < self.width <= 50:
             raise ValueError(f'{self.kind}: width={self.width!r} must be above 0 and at most 50')
         _check_form(self.kind, self.numbers)
@@ -70,247 +99,429 @@ class VisualPrompt:
         "How a question refers to it: 'within the red rectangle'."
         return region_text(self.kind, self.color if isinstance(self.color, str) else None)
 
+
 def _check_form(kind, numbers):
     n, forms = len(numbers), FORMS[kind]
-    if n > MAX_NUMBERS: raise ValueError(f'{kind}: {n} numbers, at most {MAX_NUMBERS}')
+    if n > MAX_NUMBERS:
+        raise ValueError(f'{kind}: {n} numbers, at most {MAX_NUMBERS}')
     if n not in forms and not (0 in forms and n >= 6 and n % 2 == 0):
-        raise ValueError(f'{kind}: {n} numbers; give {" or ".join(f"{kind}:{f}" for f in forms.values())}')
+        raise ValueError(
+            f'{kind}: {n} numbers; give {" or ".join(f"{kind}:{f}" for f in forms.values())}'
+        )
     if n == 6 and kind == 'triangle':
         (a, b), (c, d), (e, f) = zip(numbers[::2], numbers[1::2])
-        if (c - a) * (f - b) == (e - a) * (d - b): raise ValueError('triangle: its corners lie on one line')
+        if (c - a) * (f - b) == (e - a) * (d - b):
+            raise ValueError('triangle: its corners lie on one line')
     if n == 4 and kind == 'arrow':
-        if numbers[:2] == numbers[2:]: raise ValueError('arrow: tail and tip are the same place')
-    elif n == 4: _checked(list(numbers), what=kind)
+        if numbers[:2] == numbers[2:]:
+            raise ValueError('arrow: tail and tip are the same place')
+    elif n == 4:
+        _checked(list(numbers), what=kind)
 
 # %% ../../nbs/demo/00_chat.ipynb #a32fc822
-def _box_curve(l, t, r, b): return (l, (t + b) / 2), (l + (r - l) / 3, t - (b - t) / 2), (r - (r - l) / 3, b + (b - t) / 2), (r, (t + b) / 2)
+def _box_curve(l, t, r, b):
+    return (
+        (l, (t + b) / 2),
+        (l + (r - l) / 3, t - (b - t) / 2),
+        (r - (r - l) / 3, b + (b - t) / 2),
+        (r, (t + b) / 2),
+    )
+
 
 def _arrow(tail, tip, width, u):
     length = math.dist(tail, tip)
-    angle, h = math.atan2(tail[1] - tip[1], tail[0] - tip[0]), min(max(.25 * length, 8 * u), length)
+    angle, h = (
+        math.atan2(tail[1] - tip[1], tail[0] - tip[0]),
+        min(max(0.25 * length, 8 * u), length),
+    )
     wing = lambda a: (tip[0] + h * math.cos(a), tip[1] + h * math.sin(a))
-    return Marker('arrow', (tip, tail), width, head=(wing(angle + math.pi / 3), tip, wing(angle - math.pi / 3)), filled=True)
+    return Marker(
+        'arrow',
+        (tip, tail),
+        width,
+        head=(wing(angle + math.pi / 3), tip, wing(angle - math.pi / 3)),
+        filled=True,
+    )
+
 
 def to_marker(prompt: VisualPrompt, size: tuple[int, int]) -> Marker:
-    "The overlay marker of `prompt` in a picture of `size` (width, height) px. Raises `ValueError` if it lies outside."
+    """The overlay marker of `prompt` in a picture of `size` (width, height) px. Raises `ValueError`
+    if it lies outside."""
     kind, v, u = prompt.kind, prompt.numbers, unit(size)
     w = max(int((prompt.width or _STROKE.get(kind, 0)) * u), 1)
     points = tuple(zip(v[::2], v[1::2]))
     xs, ys = v[::2], v[1::2]
     if any(not -n <= x <= 2 * n for values, n in ((xs, size[0]), (ys, size[1])) for x in values):
-        raise ValueError(f'it reaches further outside the picture of {size[0]}x{size[1]} px than the picture is large')
-    if kind == 'point' or len(points) == 1: extent = (xs[0] - .5, ys[0] - .5, xs[-1] + .5, ys[-1] + .5)
-    else: extent = (min(xs), min(ys), max(max(xs), min(xs) + 1e-6), max(max(ys), min(ys) + 1e-6))
+        raise ValueError(
+            f'it reaches further outside the picture of {size[0]}x{size[1]} px than the picture is '
+            'large'
+        )
+    if kind == 'point' or len(points) == 1:
+        extent = (xs[0] - 0.5, ys[0] - 0.5, xs[-1] + 0.5, ys[-1] + 0.5)
+    else:
+        extent = (min(xs), min(ys), max(max(xs), min(xs) + 1e-6), max(max(ys), min(ys) + 1e-6))
     check_region(Region(extent, ()), size)
-    if kind in ('rectangle', 'ellipse'): return Marker(kind, points, w)
+    if kind in ('rectangle', 'ellipse'):
+        return Marker(kind, points, w)
     if kind == 'point':
         x, y, radius = (xs[0] + xs[-1]) / 2, (ys[0] + ys[-1]) / 2, max((prompt.width or 8) * u, 1.5)
         return Marker(kind, ((x - radius, y - radius), (x + radius, y + radius)))
     if kind == 'triangle':
-        return Marker(kind, points if len(points) == 3 else (((v[0] + v[2]) / 2, v[1]), (v[0], v[3]), (v[2], v[3])), w)
+        return Marker(
+            kind,
+            points if len(points) == 3 else (((v[0] + v[2]) / 2, v[1]), (v[0], v[3]), (v[2], v[3])),
+            w,
+        )
     if kind == 'scribble':
-        return Marker(kind, _box_curve(*v), w, samples=max(int(1000 * u), 2)) if len(v) == 4 else Marker(kind, points, w)
+        return (
+            Marker(kind, _box_curve(*v), w, samples=max(int(1000 * u), 2))
+            if len(v) == 4
+            else Marker(kind, points, w)
+        )
     if kind == 'arrow':
-        if len(v) == 4: return _arrow(points[0], points[1], w, u)
-        reach = .15 * max(size)                      # only the tip is given: the tail lies where the picture has room
-        tail = xs[0] + (reach if xs[0] < size[0] / 2 else -reach), ys[0] + (reach if ys[0] < size[1] / 2 else -reach)
+        if len(v) == 4:
+            return _arrow(points[0], points[1], w, u)
+        reach = 0.15 * max(size)  # only the tip is given: the tail lies where the picture has room
+        tail = (
+            xs[0] + (reach if xs[0] < size[0] / 2 else -reach),
+            ys[0] + (reach if ys[0] < size[1] / 2 else -reach),
+        )
         return _arrow(tail, points[0], w, u)
-    if len(v) == 4: points = (v[0], v[1]), (v[0], v[3]), (v[2], v[3]), (v[2], v[1])
-    if kind == 'mask contour': points = tuple((math.floor(x), math.floor(y)) for x, y in points)    # the pixels Pillow takes
+    if len(v) == 4:
+        points = (v[0], v[1]), (v[0], v[3]), (v[2], v[3]), (v[2], v[1])
+    if kind == 'mask contour':
+        points = tuple((math.floor(x), math.floor(y)) for x, y in points)  # the pixels Pillow takes
     flat = tuple(c for p in points for c in p)
     check_region(Region(None, (flat,)), size, kind)
     return Marker(kind, width=w, polygons=(points,))
 
+
 def draw_prompts(image: Image.Image, prompts: Sequence[VisualPrompt]) -> Image.Image:
     "A new RGB picture with every marker blended in order. Raises `ValueError` naming the marker."
     for i, p in enumerate(prompts):
-        try: image = draw_marker(image, to_marker(p, image.size), p.color, p.alpha)
-        except ValueError as e: raise ValueError(f'marker {i + 1} ({p.kind}): {e}') from None
+        try:
+            image = draw_marker(image, to_marker(p, image.size), p.color, p.alpha)
+        except ValueError as e:
+            raise ValueError(f'marker {i + 1} ({p.kind}): {e}') from None
     return image.convert('RGB')
 
 # %% ../../nbs/demo/00_chat.ipynb #04558d10
-def parse_region(text: str, color: str | tuple[int, int, int] = 'red', alpha: int = 128,
-                 width: float | None = None) -> VisualPrompt:
-    """The marker written `kind:numbers`, such as `rectangle:100,200,200,300`; `FORMS` lists the meaning of the numbers.
-    'mask contour' may be written `mask-contour` or `mask_contour`. Raises `ValueError`."""
+def parse_region(
+    text: str,
+    color: str | tuple[int, int, int] = 'red',
+    alpha: int = 128,
+    width: float | None = None,
+) -> VisualPrompt:
+    """The marker written `kind:numbers`, such as `rectangle:100,200,200,300`; `FORMS` lists the
+    meaning of the numbers. 'mask contour' may be written `mask-contour` or `mask_contour`. Raises
+    `ValueError`."""
     kind, colon, numbers = text.partition(':')
-    if not colon: raise ValueError(f'region {text!r} is not of the form kind:numbers, such as rectangle:100,200,200,300')
-    try: values = tuple(float(v) for v in numbers.replace(';', ',').split(','))
-    except ValueError: raise ValueError(f'region {text!r}: {numbers!r} are not numbers with commas between') from None
-    return VisualPrompt(kind.strip().lower().replace('-', ' ').replace('_', ' '), values, color, alpha, width)
+    if not colon:
+        raise ValueError(
+            f'region {text!r} is not of the form kind:numbers, such as rectangle:100,200,200,300'
+        )
+    try:
+        values = tuple(float(v) for v in numbers.replace(';', ',').split(','))
+    except ValueError:
+        raise ValueError(
+            f'region {text!r}: {numbers!r} are not numbers with commas between'
+        ) from None
+    return VisualPrompt(
+        kind.strip().lower().replace('-', ' ').replace('_', ' '), values, color, alpha, width
+    )
+
 
 def parse_color(text: str) -> str | tuple[int, int, int]:
     "A palette name, or `r,g,b` as three numbers. Raises `ValueError`."
-    if ',' not in text: color_rgb(text); return text
-    try: return color_rgb([int(v) for v in text.split(',')])
-    except ValueError: raise ValueError(f'colour {text!r} is neither three numbers 0-255 nor one of {", ".join(PALETTE)}') from None
+    if ',' not in text:
+        color_rgb(text)
+        return text
+    try:
+        return color_rgb([int(v) for v in text.split(',')])
+    except ValueError:
+        raise ValueError(
+            f'colour {text!r} is neither three numbers 0-255 nor one of {", ".join(PALETTE)}'
+        ) from None
 
 # %% ../../nbs/demo/00_chat.ipynb #f9f71ad5
 class ChatError(ValueError):
     "A request that cannot be answered; the message says why and what to do."
 
+
 DEVICES = 'auto', 'cuda', 'cpu', 'mps'
 
+
 def pick_device(device: str = 'auto') -> str:
-    "'cuda' (also 'cuda:1'), 'cpu' or 'mps'; 'auto' takes the first there is. Raises `ChatError` for one that is absent."
+    """'cuda' (also 'cuda:1'), 'cpu' or 'mps'; 'auto' takes the first there is. Raises `ChatError`
+    for one that is absent."""
     mps = torch.backends.mps.is_available()
-    if device == 'auto': return 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
     kind, _, number = device.partition(':')
     if kind not in DEVICES or kind != 'cuda' and number or number and not number.isdigit():
         raise ChatError(f'device {device!r} is unknown; use one of {", ".join(DEVICES)}, or cuda:1')
     if kind == 'cuda' and int(number or 0) >= torch.cuda.device_count():
-        raise ChatError(f'device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu')
-    if kind == 'mps' and not mps: raise ChatError("device 'mps': PyTorch finds no Apple GPU here; use cpu")
+        raise ChatError(
+            f'device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu'
+        )
+    if kind == 'mps' and not mps:
+        raise ChatError("device 'mps': PyTorch finds no Apple GPU here; use cpu")
     return device
 
-def quantization(load_4bit: bool, load_8bit: bool, device: str = 'auto', skip: Sequence[str] = ('lm_head',)):
-    """The `quantization_config` for 4-bit or 8-bit weights, None for neither; modules in `skip` keep their precision.
 
-    Raises `ChatError` for both at once, without CUDA (unless `device` is 'cpu': slow, but it works), without bitsandbytes."""
-    if not (load_4bit or load_8bit): return None
+def quantization(
+    load_4bit: bool, load_8bit: bool, device: str = 'auto', skip: Sequence[str] = ('lm_head',)
+):
+    """The `quantization_config` for 4-bit or 8-bit weights, None for neither; modules in `skip`
+    keep their precision.
+
+    Raises `ChatError` for both at once, without CUDA (unless `device` is 'cpu': slow, but it
+    works), without bitsandbytes."""
+    if not (load_4bit or load_8bit):
+        return None
     flag = '--load-4bit' if load_4bit else '--load-8bit'
-    if load_4bit and load_8bit: raise ChatError('--load-4bit and --load-8bit exclude each other')
+    if load_4bit and load_8bit:
+        raise ChatError('--load-4bit and --load-8bit exclude each other')
     if device.partition(':')[0] != 'cpu' and not torch.cuda.is_available():
-        raise ChatError(f'{flag} needs a CUDA device, and PyTorch finds none: leave it out, or add --device cpu (slow)')
-    try: import bitsandbytes
-    except ImportError as e: raise ChatError(f"{flag} needs bitsandbytes ({e}): pip install 'vlmbench[quant]'") from None
-    half = torch.bfloat16 if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else torch.float16
+        raise ChatError(
+            f'{flag} needs a CUDA device, and PyTorch finds none: leave it out, or add --device '
+            'cpu (slow)'
+        )
+    try:
+        import bitsandbytes
+    except ImportError as e:
+        raise ChatError(f"{flag} needs bitsandbytes ({e}): pip install 'vlmbench[quant]'") from None
+    half = (
+        torch.bfloat16
+        if not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+        else torch.float16
+    )
     return quantization_config('4bit' if load_4bit else '8bit', half, skip)
 
 # %% ../../nbs/demo/00_chat.ipynb #8770d14f
 class _Streamer(TextIteratorStreamer):
     "Text of new tokens as words complete; tokens that end an answer are not text."
+
     def __init__(self, tokenizer, stops):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stops, self.ended, self.written = set(stops), False, ''
 
     def put(self, value):
-        if not self.next_tokens_are_prompt and (self.ended or self.stops & set(value.flatten().tolist())):
+        if not self.next_tokens_are_prompt and (
+            self.ended or self.stops & set(value.flatten().tolist())
+        ):
             self.ended = True
             return
         super().put(value)
+
 
 def _until(streamer, stop):
     "The pieces up to `stop`, which may stand across several of them."
     held = ''
     for piece in streamer:
         said, streamer.written, _ = (held + piece).partition(stop)
-        if streamer.written: yield said; return
+        if streamer.written:
+            yield said
+            return
         n = next((n for n in range(len(stop) - 1, 0, -1) if said.endswith(stop[:n])), 0)
-        held, said = said[len(said) - n:], said[:len(said) - n]
+        held, said = said[len(said) - n :], said[: len(said) - n]
         yield said
     yield held
 
+
 class _Halt(StoppingCriteria):
-    def __init__(self, event): self.event = event
+    def __init__(self, event):
+        self.event = event
+
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
+        return torch.full(
+            (len(input_ids),), self.event.is_set(), device=input_ids.device, dtype=torch.bool
+        )
+
 
 class _Sample(LogitsProcessor):
-    "Gumbel noise from a generator of its own: the arg-max is then a draw from softmax(scores / temperature)."
-    def __init__(self, temperature, seed): self.temperature, self.rng = temperature, torch.Generator().manual_seed(seed)
+    """Gumbel noise from a generator of its own: the arg-max is then a draw from softmax(scores /
+    temperature)."""
+
+    def __init__(self, temperature, seed):
+        self.temperature, self.rng = temperature, torch.Generator().manual_seed(seed)
+
     def __call__(self, input_ids, scores):
         u = torch.rand(scores.shape, generator=self.rng).clamp_(1e-20, 1 - 1e-7)
         return scores.float() / self.temperature - torch.log(-torch.log(u)).to(scores.device)
 
 # %% ../../nbs/demo/00_chat.ipynb #9a5ac633
-_FULL = 'lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_projector'        # not in 4 or 8 bits
+_FULL = (
+    'lm_head',
+    'model.vision',
+    'model.vision_tower',
+    'model.multi_modal_projector',
+)  # not in 4 or 8 bits
+
 
 class ChatModel:
-    "A loaded model with its processor; answers one question at a time, from whatever thread it is asked."
+    """A loaded model with its processor; answers one question at a time, from whatever thread it is
+    asked."""
+
     def __init__(self, model, processor, name: str = 'model'):
-        self.model, self.processor, self.name, self._lock = model.eval(), processor, name, threading.Lock()
+        self.model, self.processor, self.name, self._lock = (
+            model.eval(),
+            processor,
+            name,
+            threading.Lock(),
+        )
         self.stops, self.written = _stop_ids(model, processor), written_stop(processor)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = 'auto', load_4bit: bool = False, load_8bit: bool = False,
-             device_map: str | dict | None = None, name: str | None = None, template: str = '') -> 'ChatModel':
-        """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how to spread it over GPUs
-        ('auto', 'balanced', or module -> device); several CUDA devices with `device='auto'` mean 'auto',
-        where weights load in parts. Raises `ChatError`."""
+    def load(
+        cls,
+        folder: str | Path,
+        device: str = 'auto',
+        load_4bit: bool = False,
+        load_8bit: bool = False,
+        device_map: str | dict | None = None,
+        name: str | None = None,
+        template: str = '',
+    ) -> 'ChatModel':
+        """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how
+        to spread it over GPUs ('auto', 'balanced', or module -> device); several CUDA devices with
+        `device='auto'` mean 'auto', where weights load in parts. Raises `ChatError`."""
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1
-            if device_map is None and several and takes_settings(folder): device_map = 'auto'
-            if device_map is None and bits is not None: device_map = {'': place}
-            both = load_vlm(folder, place, template, quantization_config=bits, device_map=device_map)
-        except LoadError as e: raise ChatError(str(e)) from e
+            if device_map is None and several and takes_settings(folder):
+                device_map = 'auto'
+            if device_map is None and bits is not None:
+                device_map = {'': place}
+            both = load_vlm(
+                folder, place, template, quantization_config=bits, device_map=device_map
+            )
+        except LoadError as e:
+            raise ChatError(str(e)) from e
         return cls(*both, name or model_name(folder))
 
     @property
-    def device(self) -> torch.device: return self.model.get_input_embeddings().weight.device
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
 
 # %% ../../nbs/demo/00_chat.ipynb #e0fdab25
 def _room(model, n: int, wanted: int) -> int:
     text = getattr(model.config, 'text_config', model.config)
     limit = getattr(text, 'max_position_embeddings', None)
-    if limit is None: return wanted
-    if n >= limit: raise ChatError(f'the conversation takes {n} tokens, the model reads at most {limit}: start a new one')
+    if limit is None:
+        return wanted
+    if n >= limit:
+        raise ChatError(
+            f'the conversation takes {n} tokens, the model reads at most {limit}: start a new one'
+        )
     return min(wanted, limit - n)
 
+
 @patch
-def stream(self: ChatModel, turns: Sequence[Turn], images: Sequence[Image.Image] = (), max_new_tokens: int = 256,
-           temperature: float = 0., seed: int = 0) -> Iterator[str]:
-    """Pieces of the answer to `turns`, as they are generated; the generator returns 'stop', or 'length' if the answer was
-    cut. `temperature` 0 is greedy. Raises `ChatError` for a conversation that is too long."""
+def stream(
+    self: ChatModel,
+    turns: Sequence[Turn],
+    images: Sequence[Image.Image] = (),
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Pieces of the answer to `turns`, as they are generated; the generator returns 'stop', or
+    'length' if the answer was cut. `temperature` 0 is greedy. Raises `ChatError` for a conversation
+    that is too long."""
     streamer, halt, failed = _Streamer(self.processor.tokenizer, self.stops), threading.Event(), []
     extra = LogitsProcessorList([_Sample(temperature, seed)] if temperature else [])
+
     def work():
         try:
             with self._lock, torch.inference_mode():
-                if halt.is_set(): return
+                if halt.is_set():
+                    return
                 inputs = prompt_inputs(self.processor, [Sample('chat', list(turns), list(images))])
-                inputs = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
-                self.model.generate(**inputs, max_new_tokens=_room(self.model, inputs['input_ids'].shape[1], max_new_tokens),
-                                    do_sample=False, num_beams=1, eos_token_id=self.stops, streamer=streamer,
-                                    pad_token_id=self.processor.tokenizer.pad_token_id, logits_processor=extra,
-                                    stopping_criteria=StoppingCriteriaList([_Halt(halt)]))
-        except Exception as e: failed.append(e)                      # raised again by the reader below
-        finally: streamer.end()
+                inputs = {
+                    k: v.to(self.device) if torch.is_tensor(v) else v for k, v in inputs.items()
+                }
+                self.model.generate(
+                    **inputs,
+                    max_new_tokens=_room(self.model, inputs['input_ids'].shape[1], max_new_tokens),
+                    do_sample=False,
+                    num_beams=1,
+                    eos_token_id=self.stops,
+                    streamer=streamer,
+                    pad_token_id=self.processor.tokenizer.pad_token_id,
+                    logits_processor=extra,
+                    stopping_criteria=StoppingCriteriaList([_Halt(halt)]),
+                )
+        except Exception as e:
+            failed.append(e)  # raised again by the reader below
+        finally:
+            streamer.end()
+
     worker = threading.Thread(target=work, daemon=True, name=f'answer-{self.name}')
     worker.start()
     started = False
     try:
         for piece in _until(streamer, self.written) if self.written else streamer:
-            if not started: piece = piece.lstrip()
-            if piece: started = True; yield piece
+            if not started:
+                piece = piece.lstrip()
+            if piece:
+                started = True
+                yield piece
     finally:
         halt.set()
         worker.join()
-    if failed and isinstance(failed[0], RuntimeError): raise ChatError(f'{self.name} failed: {failed[0]}') from failed[0]
-    if failed: raise failed[0]
+    if failed and isinstance(failed[0], RuntimeError):
+        raise ChatError(f'{self.name} failed: {failed[0]}') from failed[0]
+    if failed:
+        raise failed[0]
     return 'stop' if streamer.ended or streamer.written else 'length'
 
 # %% ../../nbs/demo/00_chat.ipynb #fa9ca75a
 @patch
 def encoder_view(self: ChatModel, image: Image.Image) -> list[Image.Image]:
-    "What the vision encoder gets of `image`: resized, padded or cut into tiles, with the normalisation undone."
+    """What the vision encoder gets of `image`: resized, padded or cut into tiles, with the
+    normalisation undone."""
     if hasattr(self.processor, 'transform'):
         t, parts = self.processor.transform, self.processor.load(image)
-        pixels = [p['pixel_values'][:, :p['size'][0], :p['size'][1]] for p in parts]
+        pixels = [p['pixel_values'][:, : p['size'][0], : p['size'][1]] for p in parts]
         mean, std = t.mean, t.std
     else:
         inner = self.processor.image_processor
         pixels = inner(image, return_tensors='pt')['pixel_values'].flatten(0, -4)
         mean, std = inner.image_mean, inner.image_std
-    undo = lambda p: p.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return [Image.fromarray((undo(p).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()) for p in pixels]
+    undo = lambda p: (
+        p.float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    )
+    return [
+        Image.fromarray((undo(p).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+        for p in pixels
+    ]
 
 # %% ../../nbs/demo/00_chat.ipynb #7fa98f45
 @dataclass(frozen=True)
 class Exchange:
-    "One question and its answer: as typed, as the model read it, the answer, the marked picture, and 'stop' or 'length'."
+    """One question and its answer: as typed, as the model read it, the answer, the marked picture,
+    and 'stop' or 'length'."""
+
     question: str
     asked: str
     answer: str
     image: Image.Image | None = field(repr=False, default=None)
     finish: str = 'stop'
 
+
 class Chat:
-    """A conversation with `model` about `image` (None: text only). `prompts`: the markers; `system`: a system message;
-    `history`: the exchanges so far."""
-    def __init__(self, model: ChatModel, image: Image.Image | str | Path | bytes | None = None,
-                 prompts: Sequence[VisualPrompt] = (), system: str | None = None, max_pixels: int = MAX_PIXELS):
+    """A conversation with `model` about `image` (None: text only). `prompts`: the markers;
+    `system`: a system message; `history`: the exchanges so far."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        image: Image.Image | str | Path | bytes | None = None,
+        prompts: Sequence[VisualPrompt] = (),
+        system: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ):
         self.model, self.system, self.max_pixels = model, system, max_pixels
         self.history: list[Exchange] = []
         self.prompts: tuple[VisualPrompt, ...] = ()
@@ -325,11 +536,13 @@ class Chat:
         return self
 
     def mark(self, *prompts: VisualPrompt | str, marked: Image.Image | None = None) -> 'Chat':
-        """These markers (or texts for `parse_region`), instead of the present ones. `marked`: the picture with them, where
-        another chat has drawn it. Raises `ValueError`."""
+        """These markers (or texts for `parse_region`), instead of the present ones. `marked`: the
+        picture with them, where another chat has drawn it. Raises `ValueError`."""
         prompts = tuple(parse_region(p) if isinstance(p, str) else p for p in prompts)
-        if prompts and self.image is None: raise ChatError('there is no picture to mark: open one first')
-        if prompts != self.prompts: self._marked = marked or (draw_prompts(self.image, prompts) if prompts else self.image)
+        if prompts and self.image is None:
+            raise ChatError('there is no picture to mark: open one first')
+        if prompts != self.prompts:
+            self._marked = marked or (draw_prompts(self.image, prompts) if prompts else self.image)
         self.prompts = prompts
         return self
 
@@ -345,62 +558,106 @@ class Chat:
 
 # %% ../../nbs/demo/00_chat.ipynb #fc9e84f4
 def refer(question: str, prompts: Sequence[VisualPrompt]) -> str:
-    """`question`, stripped, with `<region>`, `<region1>`, ... replaced by the markers' names. Raises `ChatError` for one that
-    is not there, for `<image>`, and for an empty question."""
+    """`question`, stripped, with `<region>`, `<region1>`, ... replaced by the markers' names.
+    Raises `ChatError` for one that is not there, for `<image>`, and for an empty question."""
     question = question.strip()
-    if not question: raise ChatError('the question is empty: type one')
-    if '<image>' in question: raise ChatError('leave <image> out of the question: the picture is placed for you')
+    if not question:
+        raise ChatError('the question is empty: type one')
+    if '<image>' in question:
+        raise ChatError('leave <image> out of the question: the picture is placed for you')
+
     def name(m):
         i = int(m[1] or 0)
         if i >= len(prompts):
             there = f'there are {len(prompts)} markers' if prompts else 'nothing is marked yet'
-            raise ChatError(f'the question refers to {m[0]}, but {there}: draw one, or leave {m[0]} out')
+            raise ChatError(
+                f'the question refers to {m[0]}, but {there}: draw one, or leave {m[0]} out'
+            )
         return prompts[i].text()
+
     return re.sub(r'<region(\d*)>', name, question)
+
 
 @patch
 def ask(self: Chat, question: str, **settings) -> Iterator[str]:
-    """Pieces of the answer, as they come (`settings`: see `ChatModel.stream`). The exchange joins the history when the
-    answer is complete; a question that fails or is broken off leaves the history as it was. Raises `ChatError`."""
+    """Pieces of the answer, as they come (`settings`: see `ChatModel.stream`). The exchange joins
+    the history when the answer is complete; a question that fails or is broken off leaves the
+    history as it was. Raises `ChatError`."""
     asked, image = refer(question, self.prompts), self._marked
-    texts = [t for e in self.history for t in (('user', e.asked), ('assistant', e.answer))] + [('user', asked)]
-    if image is not None: texts[0] = ('user', '<image>\n' + texts[0][1])
+    texts = [t for e in self.history for t in (('user', e.asked), ('assistant', e.answer))] + [
+        ('user', asked)
+    ]
+    if image is not None:
+        texts[0] = ('user', '<image>\n' + texts[0][1])
     turns = [Turn('system', self.system)] * bool(self.system) + [Turn(*t) for t in texts]
+
     def answer():
         pieces, source = [], self.model.stream(turns, [] if image is None else [image], **settings)
         try:
-            while True: pieces.append(next(source)); yield pieces[-1]
-        except StopIteration as e: finish = e.value
-        finally: source.close()
+            while True:
+                pieces.append(next(source))
+                yield pieces[-1]
+        except StopIteration as e:
+            finish = e.value
+        finally:
+            source.close()
         self.history.append(Exchange(question, asked, ''.join(pieces).strip(), image, finish))
+
     return answer()
 
 # %% ../../nbs/demo/00_chat.ipynb #e9b8cba9
-EXAMPLES = dict(world=('what color is the object <region> ?', 'what is the object <region> ?', 'what size is the object <region> ?',
-                       'how many objects are there ?'))
-_GENERAL = ('What is the object <region>?', 'Describe the object <region> in detail.', 'What is happening in this picture?')
+EXAMPLES = dict(
+    world=(
+        'what color is the object <region> ?',
+        'what is the object <region> ?',
+        'what size is the object <region> ?',
+        'how many objects are there ?',
+    )
+)
+_GENERAL = (
+    'What is the object <region>?',
+    'Describe the object <region> in detail.',
+    'What is happening in this picture?',
+)
+
 
 def example_questions(model: ChatModel) -> tuple[str, ...]:
     "Questions to begin with."
     template = getattr(model.processor, 'template', None)
-    return EXAMPLES.get(template if isinstance(template, str) else getattr(template, 'name', None), _GENERAL)
+    return EXAMPLES.get(
+        template if isinstance(template, str) else getattr(template, 'name', None), _GENERAL
+    )
+
 
 def unknown_words(model: ChatModel, text: str) -> list[str]:
     "Words of `text` that the tokenizer maps to its unknown token, in order."
     tok = model.processor.tokenizer
-    if tok.unk_token_id is None: return []
-    return [w for w in dict.fromkeys(text.split()) if tok.unk_token_id in tok(w, add_special_tokens=False)['input_ids']]
+    if tok.unk_token_id is None:
+        return []
+    return [
+        w
+        for w in dict.fromkeys(text.split())
+        if tok.unk_token_id in tok(w, add_special_tokens=False)['input_ids']
+    ]
+
 
 def check_save(path: str | Path, source: str | Path | None = None) -> Path:
-    "`path`, if a marked picture may be saved there: a PNG, and not `source`, the file it came from. Raises `ChatError`."
+    """`path`, if a marked picture may be saved there: a PNG, and not `source`, the file it came
+    from. Raises `ChatError`."""
     path = Path(path)
-    if path.suffix.lower() != '.png': raise ChatError(f'{path}: the marked picture is saved as PNG; end the name in .png')
+    if path.suffix.lower() != '.png':
+        raise ChatError(f'{path}: the marked picture is saved as PNG; end the name in .png')
     if source is not None and path.resolve() == Path(source).resolve():
-        raise ChatError(f'{path} is the picture itself, which markers would be drawn over: save under another name')
+        raise ChatError(
+            f'{path} is the picture itself, which markers would be drawn over: save under another '
+            'name'
+        )
     return path
 
+
 def save_picture(image: Image.Image, path: str | Path, source: str | Path | None = None) -> Path:
-    "Write `image` as PNG (lossless: what is in the file is what the model saw); returns the path. Raises as `check_save`."
+    """Write `image` as PNG (lossless: what is in the file is what the model saw); returns the path.
+    Raises as `check_save`."""
     path = check_save(path, source)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, 'PNG')

@@ -20,41 +20,52 @@ from .chat import Chat, ChatError, ChatModel, example_questions, refer, unknown_
 # %% ../../nbs/demo/10_serve.ipynb #6480b4f1
 @dataclass(frozen=True)
 class Limits:
-    """What a visitor may ask for: `queue` questions waiting, an upload of `max_upload_mb`, a picture of `max_pixels`, an
-    answer of `max_new_tokens`, a question of `max_question` characters, a long side of `max_aspect` short ones. Raises
-    `ChatError` for limits that are no limits."""
+    """What a visitor may ask for: `queue` questions waiting, an upload of `max_upload_mb`, a
+    picture of `max_pixels`, an answer of `max_new_tokens`, a question of `max_question` characters,
+    a long side of `max_aspect` short ones. Raises `ChatError` for limits that are no limits."""
+
     queue: int = 20
-    max_upload_mb: float = 10.
+    max_upload_mb: float = 10.0
     max_pixels: int = 25_000_000
     max_new_tokens: int = 256
     max_question: int = 2000
-    max_aspect: float = 20.
+    max_aspect: float = 20.0
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value > 0: raise ChatError(f'{name}={value} must be above 0')
+            if not value > 0:
+                raise ChatError(f'{name}={value} must be above 0')
 
     @property
     def full(self) -> str:
         "What a visitor reads when the queue is full."
-        return (f'Sorry, all {self.queue} places in the queue are taken. Your question is still in the box: '
-                'please press Ask again in a moment.')
+        return (
+            f'Sorry, all {self.queue} places in the queue are taken. Your question is still in the '
+            'box: '
+            'please press Ask again in a moment.'
+        )
 
 # %% ../../nbs/demo/10_serve.ipynb #96d9e191
 def together(streams: Mapping[str, Iterator[str]]) -> Iterator[tuple[str, str | Exception | None]]:
-    "`(name, piece)` of several streams as they come; `(name, None)` ends one, an exception in place of a piece says why."
+    """`(name, piece)` of several streams as they come; `(name, None)` ends one, an exception in
+    place of a piece says why."""
     inbox, halt = queue.Queue(), threading.Event()
+
     def drain(name, stream):
         try:
             for piece in stream:
-                if halt.is_set(): break
+                if halt.is_set():
+                    break
                 inbox.put((name, piece))
-        except Exception as e: inbox.put((name, e))               # handed to the reader
+        except Exception as e:
+            inbox.put((name, e))  # handed to the reader
         finally:
             stream.close()
             inbox.put((name, None))
+
     workers = [threading.Thread(target=drain, args=item, daemon=True) for item in streams.items()]
-    for w in workers: w.start()
+    for w in workers:
+        w.start()
     left = len(workers)
     try:
         while left:
@@ -63,85 +74,163 @@ def together(streams: Mapping[str, Iterator[str]]) -> Iterator[tuple[str, str | 
             yield name, piece
     finally:
         halt.set()
-        for w in workers: w.join()
+        for w in workers:
+            w.join()
 
 # %% ../../nbs/demo/10_serve.ipynb #8902960c
 SIDES = 'left', 'right'
 
+
 class Visit:
-    "One browser tab: a picture and a conversation for each side (a model's name, or None for an empty side)."
-    def __init__(self, models: Mapping[str, ChatModel], limits: Limits, image: Image.Image | None = None):
+    """One browser tab: a picture and a conversation for each side (a model's name, or None for an
+    empty side)."""
+
+    def __init__(
+        self, models: Mapping[str, ChatModel], limits: Limits, image: Image.Image | None = None
+    ):
         self.models, self.limits, self.image, self.halt = models, limits, image, threading.Event()
         names = list(models)
         self.chats: dict[str, Chat | None] = {}
-        for side, name in zip(SIDES, [names[0], names[1] if len(names) > 1 else None]): self.choose(side, name)
+        for side, name in zip(SIDES, [names[0], names[1] if len(names) > 1 else None]):
+            self.choose(side, name)
 
     def choose(self, side: str, name: str | None) -> None:
-        "Another model on one side: its conversation starts anew. Raises `ChatError` for a name that is not served."
-        if name is not None and name not in self.models: raise ChatError(f'no model {name!r}; served are {", ".join(self.models)}')
+        """Another model on one side: its conversation starts anew. Raises `ChatError` for a name
+        that is not served."""
+        if name is not None and name not in self.models:
+            raise ChatError(f'no model {name!r}; served are {", ".join(self.models)}')
         old = self.chats.get(side)
-        if old is not None and name == old.model.name: return
+        if old is not None and name == old.model.name:
+            return
         self.chats[side] = None if name is None else Chat(self.models[name], self.image)
 
     def open(self, data: bytes | Image.Image) -> Image.Image:
-        "Decode an upload safely and begin anew with it. Raises `ImageError`; then nothing has changed."
+        """Decode an upload safely and begin anew with it. Raises `ImageError`; then nothing has
+        changed."""
         if isinstance(data, bytes) and len(data) > self.limits.max_upload_mb * 1e6:
-            raise ImageError(f'too large: {len(data) / 1e6:.1f} MB, the limit is {self.limits.max_upload_mb:g} MB')
-        image = load_image(ImageRef('the upload', data=data) if isinstance(data, bytes) else data, max_pixels=self.limits.max_pixels)
+            raise ImageError(
+                f'too large: {len(data) / 1e6:.1f} MB, the limit is {self.limits.max_upload_mb:g} '
+                'MB'
+            )
+        image = load_image(
+            ImageRef('the upload', data=data) if isinstance(data, bytes) else data,
+            max_pixels=self.limits.max_pixels,
+        )
         if max(image.size) > self.limits.max_aspect * min(image.size):
-            raise ImageError(f'too elongated: {image.width} x {image.height} pixels, the long side may be {self.limits.max_aspect:g} times '
-                             'the short one: cut out the part you ask about')
+            raise ImageError(
+                f'too elongated: {image.width} x {image.height} pixels, the long side may be '
+                f'{self.limits.max_aspect:g} times '
+                'the short one: cut out the part you ask about'
+            )
         self.image = image
         for chat in self.chats.values():
-            if chat is not None: chat.open(self.image)
+            if chat is not None:
+                chat.open(self.image)
         return self.image
 
     def reset(self) -> None:
         "Forget the conversations; picture and models stay."
         for chat in self.chats.values():
-            if chat is not None: chat.reset()
+            if chat is not None:
+                chat.reset()
 
     def messages(self, side: str, tail: Sequence[dict] = ()) -> list[dict]:
         "The conversation of one side as chat messages, `tail` appended."
         chat = self.chats.get(side)
-        said = [] if chat is None else [dict(role=r, content=t) for e in chat.history for r, t in (('user', e.asked), ('assistant', e.answer or '(no words)'))]
+        said = (
+            []
+            if chat is None
+            else [
+                dict(role=r, content=t)
+                for e in chat.history
+                for r, t in (('user', e.asked), ('assistant', e.answer or '(no words)'))
+            ]
+        )
         return said + list(tail)
 
-    def ask(self, question: str, marks: str, max_new_tokens: int, temperature: float = 0.) -> Iterator[dict[str, list[dict]]]:
-        """The messages of every side, again and again while the answers stream in. Raises `ChatError` before anything is
-        asked; a model that fails while answering says so on its side."""
+    def ask(
+        self, question: str, marks: str, max_new_tokens: int, temperature: float = 0.0
+    ) -> Iterator[dict[str, list[dict]]]:
+        """The messages of every side, again and again while the answers stream in. Raises
+        `ChatError` before anything is asked; a model that fails while answering says so on its
+        side."""
         if len(question) > self.limits.max_question:
-            raise ChatError(f'the question has {len(question):,} characters, the limit is {self.limits.max_question:,}')
-        prompts, active = prompts_from_marks(marks), {s: c for s, c in self.chats.items() if c is not None}
-        settings = dict(max_new_tokens=min(int(max_new_tokens), self.limits.max_new_tokens), temperature=float(temperature))
-        marked = next((c.mark(*prompts).marked for c in active.values()), None)              # drawn once for both sides
-        streams = {s: c.mark(*prompts, marked=marked).ask(question, **settings) for s, c in active.items()}
-        text, over, last = dict.fromkeys(active, ''), {}, 0.
+            raise ChatError(
+                f'the question has {len(question):,} characters, the limit is '
+                f'{self.limits.max_question:,}'
+            )
+        prompts, active = (
+            prompts_from_marks(marks),
+            {s: c for s, c in self.chats.items() if c is not None},
+        )
+        settings = dict(
+            max_new_tokens=min(int(max_new_tokens), self.limits.max_new_tokens),
+            temperature=float(temperature),
+        )
+        marked = next(
+            (c.mark(*prompts).marked for c in active.values()), None
+        )  # drawn once for both sides
+        streams = {
+            s: c.mark(*prompts, marked=marked).ask(question, **settings) for s, c in active.items()
+        }
+        text, over, last = dict.fromkeys(active, ''), {}, 0.0
         asked = dict.fromkeys(active, refer(question.strip(), prompts))
-        show = lambda: {s: self.messages(s, over.get(s) if s in over else
-                                         [dict(role='user', content=asked[s]), dict(role='assistant', content=text[s] + ' ▍')]) for s in active}
+        show = lambda: {
+            s: self.messages(
+                s,
+                over.get(s)
+                if s in over
+                else [
+                    dict(role='user', content=asked[s]),
+                    dict(role='assistant', content=text[s] + ' ▍'),
+                ],
+            )
+            for s in active
+        }
         self.halt.clear()
         source = together(streams)
         yield show()
         for side, piece in source:
-            if isinstance(piece, Exception): over[side] = _failed(asked[side], text[side], f'This model could not answer: {piece}')
-            elif piece is None: over.setdefault(side, self._notes(side))
-            else: text[side] += piece
+            if isinstance(piece, Exception):
+                over[side] = _failed(
+                    asked[side], text[side], f'This model could not answer: {piece}'
+                )
+            elif piece is None:
+                over.setdefault(side, self._notes(side))
+            else:
+                text[side] += piece
             if self.halt.is_set():
                 source.close()
-                over |= {s: _failed(asked[s], text[s], 'Stopped. This turn is not part of the conversation.') for s in active if s not in over}
+                over |= {
+                    s: _failed(
+                        asked[s], text[s], 'Stopped. This turn is not part of the conversation.'
+                    )
+                    for s in active
+                    if s not in over
+                }
                 break
-            if time.monotonic() - last > .04 or piece is None: last = time.monotonic(); yield show()
+            if time.monotonic() - last > 0.04 or piece is None:
+                last = time.monotonic()
+                yield show()
         yield show()
 
     def _notes(self, side: str) -> list[dict]:
         last, notes = self.chats[side].history[-1], []
-        if last.finish == 'length': notes.append('The answer was cut at the longest length allowed.')
-        if odd := unknown_words(self.chats[side].model, last.asked): notes.append(f'Words this model does not know: {", ".join(odd)}.')
-        return [dict(role='assistant', content=' '.join(notes), metadata=dict(title='note'))] if notes else []
+        if last.finish == 'length':
+            notes.append('The answer was cut at the longest length allowed.')
+        if odd := unknown_words(self.chats[side].model, last.asked):
+            notes.append(f'Words this model does not know: {", ".join(odd)}.')
+        return (
+            [dict(role='assistant', content=' '.join(notes), metadata=dict(title='note'))]
+            if notes
+            else []
+        )
+
 
 def _failed(asked, text, why):
-    said = [dict(role='user', content=asked)] + ([dict(role='assistant', content=text)] if text else [])
+    said = [dict(role='user', content=asked)] + (
+        [dict(role='assistant', content=text)] if text else []
+    )
     return [*said, dict(role='assistant', content=why, metadata=dict(title='note'))]
 
 # %% ../../nbs/demo/10_serve.ipynb #b837463e
@@ -151,8 +240,12 @@ const canvas = mountCanvas(element, props.settings, {
   marks: m => { props.value = JSON.stringify(m); },
   insert: text => trigger('insert', { text }),
   open: file => {
-    if (file.size > props.settings.max_bytes) return canvas.message(`${file.name} is larger than ${props.settings.max_bytes / 1e6} MB: make it smaller first`, true);
-    let input = document.getElementById('open-picture');          // gradio puts the button's file input before the button
+    if (file.size > props.settings.max_bytes) {
+      const most = props.settings.max_bytes / 1e6;
+      return canvas.message(`${file.name} is larger than ${most} MB: make it smaller first`, true);
+    }
+    // gradio puts the button's file input before the button
+    let input = document.getElementById('open-picture');
     while (input && input.type !== 'file') input = input.previousElementSibling;
     const carrier = new DataTransfer(); carrier.items.add(file); input.files = carrier.files;
     input.dispatchEvent(new Event('change', { bubbles: true }));
@@ -166,39 +259,55 @@ show();
 
 _CSS = """
 .gradio-container { max-width: 1560px !important; }
-#head h1 { font-size: 26px; margin: 0; } #head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
-#head ol { display: flex; gap: 8px; list-style: none; padding: 0; margin: 10px 0 0; flex-wrap: wrap; }
-#head li { background: var(--background-fill-secondary); border-radius: 999px; padding: 4px 14px; font-size: 14px; margin: 0; }
+#head h1 { font-size: 26px; margin: 0; }
+#head p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
+#head ol { display: flex; gap: 8px; list-style: none; padding: 0; margin: 10px 0 0;
+flex-wrap: wrap; }
+#head li { background: var(--background-fill-secondary); border-radius: 999px; padding: 4px 14px;
+font-size: 14px; margin: 0; }
 #head li b { color: #0f766e; margin-right: 4px; }
-.seen .caption-label { position: static !important; background: none !important; border: 0 !important; padding: 2px 4px !important; max-width: none !important;
+.seen .caption-label { position: static !important; background: none !important;
+border: 0 !important; padding: 2px 4px !important; max-width: none !important;
   font-size: 12px; color: var(--body-text-color-subdued); overflow: visible; white-space: normal; }
-.seen .gallery-item, .seen .thumbnail-lg { height: auto !important; } .seen.small img { image-rendering: pixelated; }
+.seen .gallery-item, .seen .thumbnail-lg { height: auto !important; }
+.seen.small img { image-rendering: pixelated; }
 .seen .thumbnail-lg img { height: 150px !important; object-fit: contain; }
 .label p { margin: 6px 0 0 2px; font-size: 13px; color: var(--body-text-color-subdued); }
 #question textarea { font-size: 16px; } #ask { background: #0f766e; }
-#tries { gap: 6px; flex-wrap: wrap; } #tries > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
-#tries button { font-weight: 400; border-radius: 999px; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
-#examples .grid-container { grid-template-columns: repeat(auto-fill, 76px) !important; grid-auto-rows: 76px; } #examples { min-height: 0 !important; }
+#tries { gap: 6px; flex-wrap: wrap; }
+#tries > * { flex: 0 0 auto !important; width: auto !important; min-width: 0 !important; }
+#tries button { font-weight: 400; border-radius: 999px;
+background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+#examples .grid-container { grid-template-columns: repeat(auto-fill, 76px) !important;
+grid-auto-rows: 76px; } #examples { min-height: 0 !important; }
 #examples .thumbnail-lg { height: 76px; width: 76px; }
 footer { display: none !important; }
 """
 
+
 def _gradio():
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
-    try: import gradio
-    except ImportError as e: raise ImportError(f"the demo needs gradio ({e}): pip install 'vlmbench[serve]'") from None
+    try:
+        import gradio
+    except ImportError as e:
+        raise ImportError(f"the demo needs gradio ({e}): pip install 'vlmbench[serve]'") from None
     return gradio
+
 
 def world_picture(index: int = 7) -> Image.Image:
     "A scene of the embedded world, for visitors without a picture."
     from vlmbench.data.world import WorldConfig, render, scene_samples
+
     config = WorldConfig()
     return render(scene_samples('region', 'test', index, config)[0], config)
 
 # %% ../../nbs/demo/10_serve.ipynb #ab50f910
-def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), images: Sequence[Image.Image] = ()):
-    """The demo as a `gradio.Blocks`, its queue bounded; `launch` it with the settings of `launch_settings`. `images`: offered
-    as examples, the first one opens with the page. Raises `ImportError` naming the extra where gradio is missing."""
+def build_page(
+    models: Mapping[str, ChatModel], limits: Limits = Limits(), images: Sequence[Image.Image] = ()
+):
+    """The demo as a `gradio.Blocks`, its queue bounded; `launch` it with the settings of
+    `launch_settings`. `images`: offered as examples, the first one opens with the page. Raises
+    `ImportError` naming the extra where gradio is missing."""
     gr = _gradio()
     images, names = list(images) or [world_picture()], list(models)
     wide, none = len(models) > 1, '(none)'
@@ -209,16 +318,29 @@ def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), image
     def seen(visit):
         "For each side the marked picture, then what the encoder made of it."
         out = []
-        for side in SIDES[:1 + wide]:
+        for side in SIDES[: 1 + wide]:
             chat = visit.chats[side]
-            if chat is None or chat.marked is None: out.append(gr.Gallery(value=[], visible=False)); continue
+            if chat is None or chat.marked is None:
+                out.append(gr.Gallery(value=[], visible=False))
+                continue
             views = chat.model.encoder_view(chat.marked)
-            labels = [f'marked, {chat.marked.width} × {chat.marked.height} px'] + [f'in its encoder, {v.width} × {v.height} px' for v in views]
-            small = 'seen small' if max(max(i.size) for i in (chat.marked, *views)) <= 512 else 'seen'
-            out.append(gr.Gallery(value=list(zip([chat.marked, *views], labels)), visible=True, elem_classes=small.split()))
+            labels = [f'marked, {chat.marked.width} × {chat.marked.height} px'] + [
+                f'in its encoder, {v.width} × {v.height} px' for v in views
+            ]
+            small = (
+                'seen small' if max(max(i.size) for i in (chat.marked, *views)) <= 512 else 'seen'
+            )
+            out.append(
+                gr.Gallery(
+                    value=list(zip([chat.marked, *views], labels)),
+                    visible=True,
+                    elem_classes=small.split(),
+                )
+            )
         return out
 
-    def refuse(error): return gr.Error(str(error), title='Refused', duration=12, print_exception=False)
+    def refuse(error):
+        return gr.Error(str(error), title='Refused', duration=12, print_exception=False)
 
     def start():
         visit = Visit(models, limits, images[0])
@@ -226,101 +348,239 @@ def build_page(models: Mapping[str, ChatModel], limits: Limits = Limits(), image
 
     def open_picture(data, visit):
         visit = visit or Visit(models, limits)
-        try: image = visit.open(data)
-        except ImageError as e: return [visit, gr.HTML(note=[time.time(), f'This picture was refused. {e}'])] + [gr.skip()] * 2 * (1 + wide)
-        return [visit, picture(image)] + [[]] * (1 + wide) + [gr.Gallery(value=[], visible=False)] * (1 + wide)
+        try:
+            image = visit.open(data)
+        except ImageError as e:
+            return [visit, gr.HTML(note=[time.time(), f'This picture was refused. {e}'])] + [
+                gr.skip()
+            ] * 2 * (1 + wide)
+        return (
+            [visit, picture(image)]
+            + [[]] * (1 + wide)
+            + [gr.Gallery(value=[], visible=False)] * (1 + wide)
+        )
 
-    def open_example(visit, choice: gr.SelectData): return open_picture(images[choice.index], visit)
+    def open_example(visit, choice: gr.SelectData):
+        return open_picture(images[choice.index], visit)
 
     def choose(side):
         def chosen(name, visit):
             visit = visit or Visit(models, limits)
-            try: visit.choose(side, None if name == none else name)
-            except ChatError as e: raise refuse(e) from None
+            try:
+                visit.choose(side, None if name == none else name)
+            except ChatError as e:
+                raise refuse(e) from None
             return visit, visit.messages(side)
+
         return chosen
 
     def ask(question, marks, tokens, temperature, visit):
         visit = visit or Visit(models, limits)
         try:
             for state in visit.ask(question, marks, tokens, temperature):
-                yield ['', gr.Button(interactive=False), gr.Button(interactive=True), visit] + [state.get(s, []) for s in SIDES[:1 + wide]] + [gr.skip()] * (1 + wide)
-        except ValueError as e:                  # told where the answer would stand; the question stays in the box
-            told = [visit.messages(s, [dict(role='assistant', content=f'Refused: {e}', metadata=dict(title='note'))]) for s in SIDES[:1 + wide]]
-            yield [gr.skip(), gr.Button(interactive=True), gr.Button(interactive=False), visit] + told + [gr.skip()] * (1 + wide)
+                yield (
+                    ['', gr.Button(interactive=False), gr.Button(interactive=True), visit]
+                    + [state.get(s, []) for s in SIDES[: 1 + wide]]
+                    + [gr.skip()] * (1 + wide)
+                )
+        except ValueError as e:  # told where the answer would stand; the question stays in the box
+            told = [
+                visit.messages(
+                    s,
+                    [dict(role='assistant', content=f'Refused: {e}', metadata=dict(title='note'))],
+                )
+                for s in SIDES[: 1 + wide]
+            ]
+            yield (
+                [gr.skip(), gr.Button(interactive=True), gr.Button(interactive=False), visit]
+                + told
+                + [gr.skip()] * (1 + wide)
+            )
             return
-        yield ['', gr.Button(interactive=True), gr.Button(interactive=False), visit] + [gr.skip()] * (1 + wide) + seen(visit)
+        yield (
+            ['', gr.Button(interactive=True), gr.Button(interactive=False), visit]
+            + [gr.skip()] * (1 + wide)
+            + seen(visit)
+        )
 
     def stop(visit):
-        if visit: visit.halt.set()
+        if visit:
+            visit.halt.set()
 
     def fresh(visit):
-        if visit: visit.reset()
-        return [[] for _ in SIDES[:1 + wide]]
+        if visit:
+            visit.reset()
+        return [[] for _ in SIDES[: 1 + wide]]
 
-    with gr.Blocks(title='Point at things', analytics_enabled=False, delete_cache=(600, 1800), fill_width=True) as page:
+    with gr.Blocks(
+        title='Point at things', analytics_enabled=False, delete_cache=(600, 1800), fill_width=True
+    ) as page:
         visit = gr.State(None, time_to_live=3600)
-        gr.HTML('<div><h1>Point at things</h1><p>Ask a vision-language model about a place in a picture.</p><ol><li><b>1</b>Open a picture</li>'
-                '<li><b>2</b>Choose a marker and draw it</li><li><b>3</b>Ask about it</li></ol></div>', elem_id='head')
+        gr.HTML(
+            '<div><h1>Point at things</h1><p>Ask a vision-language model about a place in a '
+            'picture.</p><ol><li><b>1</b>Open a picture</li>'
+            '<li><b>2</b>Choose a marker and draw it</li><li><b>3</b>Ask about it</li></ol></div>',
+            elem_id='head',
+        )
         with gr.Row():
             with gr.Column(scale=5, min_width=400):
-                canvas = gr.HTML(value='[]', html_template='<div></div>', js_on_load=canvas_js() + _GLUE, apply_default_css=False, elem_id='canvas',
-                                 settings=canvas_settings() | dict(max_bytes=int(limits.max_upload_mb * 1e6)), picture='', wide=0, high=0, note=[0, ''])
-                upload = gr.UploadButton(f'Open a picture (up to {limits.max_upload_mb:g} MB)', type='binary', file_types=['image'], elem_id='open-picture')
-                gr.Markdown('or begin with one of these', elem_classes=['label'], visible=len(images) > 1)
-                examples = gr.Gallery(value=images, label='Or begin with one of these', show_label=False, columns=6, height=98, allow_preview=False, format='png',
-                                      visible=len(images) > 1, interactive=False, elem_id='examples', buttons=[])
+                canvas = gr.HTML(
+                    value='[]',
+                    html_template='<div></div>',
+                    js_on_load=canvas_js() + _GLUE,
+                    apply_default_css=False,
+                    elem_id='canvas',
+                    settings=canvas_settings() | dict(max_bytes=int(limits.max_upload_mb * 1e6)),
+                    picture='',
+                    wide=0,
+                    high=0,
+                    note=[0, ''],
+                )
+                upload = gr.UploadButton(
+                    f'Open a picture (up to {limits.max_upload_mb:g} MB)',
+                    type='binary',
+                    file_types=['image'],
+                    elem_id='open-picture',
+                )
+                gr.Markdown(
+                    'or begin with one of these', elem_classes=['label'], visible=len(images) > 1
+                )
+                examples = gr.Gallery(
+                    value=images,
+                    label='Or begin with one of these',
+                    show_label=False,
+                    columns=6,
+                    height=98,
+                    allow_preview=False,
+                    format='png',
+                    visible=len(images) > 1,
+                    interactive=False,
+                    elem_id='examples',
+                    buttons=[],
+                )
             with gr.Column(scale=7, min_width=420):
                 chosen, chats, views = [], [], []
                 with gr.Row():
-                    for k, side in enumerate(SIDES[:1 + wide]):
+                    for k, side in enumerate(SIDES[: 1 + wide]):
                         with gr.Column(min_width=260):
-                            chosen.append(gr.Dropdown(names + [none] * (k > 0), value=names[min(k, len(names) - 1)], label='model', show_label=False, container=False,
-                                                      interactive=wide, elem_id=f'model-{side}'))
-                            chats.append(gr.Chatbot(value=[], label=f'conversation {side}', show_label=False, height=330, render_markdown=False, elem_id=f'chat-{side}',
-                                                    placeholder='Draw a marker on the picture, then ask about it.', feedback_options=None, buttons=[]))
+                            chosen.append(
+                                gr.Dropdown(
+                                    names + [none] * (k > 0),
+                                    value=names[min(k, len(names) - 1)],
+                                    label='model',
+                                    show_label=False,
+                                    container=False,
+                                    interactive=wide,
+                                    elem_id=f'model-{side}',
+                                )
+                            )
+                            chats.append(
+                                gr.Chatbot(
+                                    value=[],
+                                    label=f'conversation {side}',
+                                    show_label=False,
+                                    height=330,
+                                    render_markdown=False,
+                                    elem_id=f'chat-{side}',
+                                    placeholder='Draw a marker on the picture, then ask about it.',
+                                    feedback_options=None,
+                                    buttons=[],
+                                )
+                            )
                 with gr.Row(equal_height=True):
-                    question = gr.Textbox(placeholder='Ask away. <region> names your marker.', show_label=False, container=False, lines=1, max_lines=4, scale=6,
-                                          max_length=limits.max_question, elem_id='question', autofocus=True)
+                    question = gr.Textbox(
+                        placeholder='Ask away. <region> names your marker.',
+                        show_label=False,
+                        container=False,
+                        lines=1,
+                        max_lines=4,
+                        scale=6,
+                        max_length=limits.max_question,
+                        elem_id='question',
+                        autofocus=True,
+                    )
                     go = gr.Button('Ask', variant='primary', scale=1, min_width=80, elem_id='ask')
-                    halt = gr.Button('Stop', interactive=False, scale=1, min_width=70, elem_id='stop')
+                    halt = gr.Button(
+                        'Stop', interactive=False, scale=1, min_width=70, elem_id='stop'
+                    )
                     new = gr.Button('New chat', scale=1, min_width=120, elem_id='new')
                 with gr.Row(elem_id='tries'):
                     for q in example_questions(models[names[0]]):
-                        gr.Button(q, size='sm', min_width=120).click(lambda q=q: q, None, question, queue=False, api_visibility='private')
+                        gr.Button(q, size='sm', min_width=120).click(
+                            lambda q=q: q, None, question, queue=False, api_visibility='private'
+                        )
                 with gr.Row():
-                    for side in SIDES[:1 + wide]:
+                    for side in SIDES[: 1 + wide]:
                         with gr.Column(min_width=260):
                             gr.Markdown('The exact picture this model saw', elem_classes=['label'])
-                            views.append(gr.Gallery(value=[], show_label=False, columns=2, height=205, object_fit='contain', format='png', buttons=['fullscreen', 'download'],
-                                                    visible=False, interactive=False, elem_id=f'seen-{side}', elem_classes=['seen']))
+                            views.append(
+                                gr.Gallery(
+                                    value=[],
+                                    show_label=False,
+                                    columns=2,
+                                    height=205,
+                                    object_fit='contain',
+                                    format='png',
+                                    buttons=['fullscreen', 'download'],
+                                    visible=False,
+                                    interactive=False,
+                                    elem_id=f'seen-{side}',
+                                    elem_classes=['seen'],
+                                )
+                            )
                 with gr.Accordion('Answer settings', open=False):
-                    tokens = gr.Slider(1, limits.max_new_tokens, min(128, limits.max_new_tokens), step=1, label='longest answer, in tokens')
-                    temperature = gr.Slider(0., 2., 0., step=.1, label='temperature (0: always the likeliest word)')
+                    tokens = gr.Slider(
+                        1,
+                        limits.max_new_tokens,
+                        min(128, limits.max_new_tokens),
+                        step=1,
+                        label='longest answer, in tokens',
+                    )
+                    temperature = gr.Slider(
+                        0.0, 2.0, 0.0, step=0.1, label='temperature (0: always the likeliest word)'
+                    )
 
         direct = dict(queue=False, show_progress='hidden')
         page.load(start, None, [visit, canvas], api_visibility='private', **direct)
         opened = [visit, canvas, *chats, *views]
         upload.upload(open_picture, [upload, visit], opened, api_name='open_picture', **direct)
         examples.select(open_example, [visit], opened, api_visibility='private', **direct)
-        for side, box, chat in zip(SIDES, chosen, chats): box.change(choose(side), [box, visit], [visit, chat], api_visibility='private', **direct)
-        def insert(question, event: gr.EventData): return f'{question.rstrip()} {event.text} '.lstrip()
+        for side, box, chat in zip(SIDES, chosen, chats):
+            box.change(
+                choose(side), [box, visit], [visit, chat], api_visibility='private', **direct
+            )
+
+        def insert(question, event: gr.EventData):
+            return f'{question.rstrip()} {event.text} '.lstrip()
+
         canvas.insert(insert, question, question, api_visibility='private', **direct)
-        gr.on([go.click, question.submit], ask, [question, canvas, tokens, temperature, visit], [question, go, halt, visit, *chats, *views],
-              api_name='ask', concurrency_limit=1, concurrency_id='answers', show_progress='hidden')
+        gr.on(
+            [go.click, question.submit],
+            ask,
+            [question, canvas, tokens, temperature, visit],
+            [question, go, halt, visit, *chats, *views],
+            api_name='ask',
+            concurrency_limit=1,
+            concurrency_id='answers',
+            show_progress='hidden',
+        )
         halt.click(stop, visit, None, api_visibility='private', **direct)
-        for chat in chats: chat.clear(fresh, visit, chats, api_visibility='private', **direct)
+        for chat in chats:
+            chat.clear(fresh, visit, chats, api_visibility='private', **direct)
         new.click(fresh, visit, chats, api_visibility='private', **direct)
     page.queue(max_size=limits.queue, default_concurrency_limit=1)
     _polite(page, limits)
     return page
 
+
 def _polite(page, limits):
     "A full queue answers in words a visitor understands."
     push = page._queue.push
+
     async def push_or_refuse(body, request, username):
         done, answer, kind = await push(body, request, username)
         return done, limits.full if kind == 'queue_full' else answer, kind
+
     page._queue.push = push_or_refuse
 
 # %% ../../nbs/demo/10_serve.ipynb #f5a8c078
@@ -328,42 +588,90 @@ def launch_settings(limits: Limits, host: str = '127.0.0.1', port: int = 7860) -
     "Keywords for `launch`: local unless `host` says otherwise, nothing shared, uploads bounded."
     gr = _gradio()
     font = ['system-ui', 'sans-serif']
-    theme = gr.themes.Default(primary_hue='teal', neutral_hue='zinc', font=font, font_mono=['ui-monospace', 'monospace'])
-    return dict(server_name=host, server_port=port or None, share=False, allowed_paths=[], max_file_size=int(limits.max_upload_mb * 1e6),
-                enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, strict_cors=True, footer_links=[], state_session_capacity=200,
-                show_error=True, quiet=True, inbrowser=False, inline=False, theme=theme, css=_CSS)
+    theme = gr.themes.Default(
+        primary_hue='teal', neutral_hue='zinc', font=font, font_mono=['ui-monospace', 'monospace']
+    )
+    return dict(
+        server_name=host,
+        server_port=port or None,
+        share=False,
+        allowed_paths=[],
+        max_file_size=int(limits.max_upload_mb * 1e6),
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        strict_cors=True,
+        footer_links=[],
+        state_session_capacity=200,
+        show_error=True,
+        quiet=True,
+        inbrowser=False,
+        inline=False,
+        theme=theme,
+        css=_CSS,
+    )
+
 
 def launch(page, limits: Limits, host: str = '127.0.0.1', port: int = 7860) -> str:
-    "Start `page` in the background; returns its address. Raises `ChatError` where the port cannot be bound."
+    """Start `page` in the background; returns its address. Raises `ChatError` where the port cannot
+    be bound."""
     from gradio import networking
-    check = networking.url_ok     # gives a busy machine a few seconds, then wants a public link: be patient instead
+
+    check = (
+        networking.url_ok
+    )  # gives a busy machine a few seconds, then wants a public link: be patient instead
     networking.url_ok = lambda url: any(check(url) for _ in range(10))
-    try: return page.launch(prevent_thread_lock=True, **launch_settings(limits, host, port))[1]
-    except (OSError, OverflowError) as e: raise ChatError(f'{host}:{port} cannot be bound: {e}; choose another with --port') from None
-    finally: networking.url_ok = check
+    try:
+        return page.launch(prevent_thread_lock=True, **launch_settings(limits, host, port))[1]
+    except (OSError, OverflowError) as e:
+        raise ChatError(f'{host}:{port} cannot be bound: {e}; choose another with --port') from None
+    finally:
+        networking.url_ok = check
+
 
 def load_models(folders: Sequence[str | Path], **settings) -> dict[str, ChatModel]:
     "Models by name, a number added where two folders have the same. Raises `ChatError`."
     out = {}
     for folder in folders:
         model = ChatModel.load(folder, **settings)
-        while model.name in out: model.name += "'"
+        while model.name in out:
+            model.name += "'"
         out[model.name] = model
     return out
 
-def serve_command(folders: Sequence[str | Path], images: Sequence[str | Path] = (), host: str = '127.0.0.1', port: int = 7860, limits: Limits = Limits(),
-                  device: str = 'auto', load_4bit: bool = False, load_8bit: bool = False, device_map: str | None = None, wait: bool = True):
-    """What `vlmbench serve` does; returns the running page when `wait` is false. Raises `ChatError`, `ImageError`, or
-    `ImportError` naming the extra."""
+
+def serve_command(
+    folders: Sequence[str | Path],
+    images: Sequence[str | Path] = (),
+    host: str = '127.0.0.1',
+    port: int = 7860,
+    limits: Limits = Limits(),
+    device: str = 'auto',
+    load_4bit: bool = False,
+    load_8bit: bool = False,
+    device_map: str | None = None,
+    wait: bool = True,
+):
+    """What `vlmbench serve` does; returns the running page when `wait` is false. Raises
+    `ChatError`, `ImageError`, or `ImportError` naming the extra."""
     _gradio()
     uploads = tempfile.mkdtemp(prefix='vlmbench-serve-')
     atexit.register(shutil.rmtree, uploads, ignore_errors=True)
     os.environ['GRADIO_TEMP_DIR'] = uploads
     pictures = [load_image(p, max_pixels=limits.max_pixels) for p in images]
-    models = load_models(folders, device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map)
+    models = load_models(
+        folders, device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map
+    )
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)
     print(f'{", ".join(models)} at {url}', flush=True)
-    if host not in ('127.0.0.1', 'localhost', '::1'): print(f'warning: bound to {host}: whoever reaches this machine can use the models, there is no password', flush=True)
-    if wait: page.block_thread()
+    if host not in ('127.0.0.1', 'localhost', '::1'):
+        print(
+            f'warning: bound to {host}: whoever reaches this machine can use the models, there is '
+            'no password',
+            flush=True,
+        )
+    if wait:
+        page.block_thread()
     return page

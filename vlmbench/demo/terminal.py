@@ -14,73 +14,110 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 from ..data.image import MAX_PIXELS, ImageError
 from ..data.overlay import PALETTE
-from .chat import Chat, ChatError, ChatModel, VisualPrompt, example_questions, parse_color, parse_region
+from vlmbench.demo.chat import (
+    Chat,
+    ChatError,
+    ChatModel,
+    VisualPrompt,
+    example_questions,
+    parse_color,
+    parse_region,
+)
 from .chat import check_save, refer, save_picture, unknown_words
 
 # %% ../../nbs/demo/05_terminal.ipynb #c94ee87e
-def prompts_from_options(regions: Sequence[str], colors: Sequence[str] = (), alpha: int = 128,
-                         width: float | None = None) -> list[VisualPrompt]:
-    "Markers of `--region` and `--color`. Raises `ValueError`, also when the numbers of both differ."
+def prompts_from_options(
+    regions: Sequence[str], colors: Sequence[str] = (), alpha: int = 128, width: float | None = None
+) -> list[VisualPrompt]:
+    """Markers of `--region` and `--color`. Raises `ValueError`, also when the numbers of both
+    differ."""
     chosen = [parse_color(c) for c in colors]
-    if chosen and not regions: raise ValueError('a colour, but no region: add --region, or leave --color out')
+    if chosen and not regions:
+        raise ValueError('a colour, but no region: add --region, or leave --color out')
     if len(chosen) > 1 and len(chosen) != len(regions):
-        raise ValueError(f'{len(chosen)} colours for {len(regions)} regions: give one for all, or one for each')
-    if len(chosen) == 1: chosen *= len(regions)
+        raise ValueError(
+            f'{len(chosen)} colours for {len(regions)} regions: give one for all, or one for each'
+        )
+    if len(chosen) == 1:
+        chosen *= len(regions)
     chosen = chosen or [list(PALETTE)[i % len(PALETTE)] for i in range(len(regions))]
     return [parse_region(r, c, alpha, width) for r, c in zip(regions, chosen)]
 
 # %% ../../nbs/demo/05_terminal.ipynb #2d15da4a
 _WEB = 'http://', 'https://'
 
-def open_picture(image: str | Path | None, max_mb: float = 50.) -> str | Path | bytes | None:
-    """`image` as it is, or the bytes behind a web address, at most `max_mb` MB of them. Raises `ImageError` (what the bytes
-    are is checked where they are decoded)."""
-    if not str(image).startswith(_WEB): return image
+
+def open_picture(image: str | Path | None, max_mb: float = 50.0) -> str | Path | bytes | None:
+    """`image` as it is, or the bytes behind a web address, at most `max_mb` MB of them. Raises
+    `ImageError` (what the bytes are is checked where they are decoded)."""
+    if not str(image).startswith(_WEB):
+        return image
     try:
         with urlopen(Request(str(image), headers={'User-Agent': 'vlmbench'}), timeout=30) as page:
             data = page.read(int(max_mb * 1e6) + 1)
     except (OSError, ValueError, HTTPException) as e:
         raise ImageError(f'unreachable: {image}: {e}; save the picture and give its file') from None
-    if len(data) > max_mb * 1e6: raise ImageError(f'too large: {image} has more than {max_mb:g} MB: save a smaller copy')
+    if len(data) > max_mb * 1e6:
+        raise ImageError(f'too large: {image} has more than {max_mb:g} MB: save a smaller copy')
     return data
+
 
 def free_name(image: str | Path, folder: str | Path = '.') -> Path:
     "`<picture>-marked.png` in `folder`, with a number where that name is taken."
     path = urlsplit(str(image)).path if str(image).startswith(_WEB) else image
     stem, n = f'{Path(path).stem or "picture"}-marked', 2
-    path = Path(folder)/f'{stem}.png'
-    while path.exists(): path, n = Path(folder)/f'{stem}-{n}.png', n + 1
+    path = Path(folder) / f'{stem}.png'
+    while path.exists():
+        path, n = Path(folder) / f'{stem}-{n}.png', n + 1
     return path
 
 # %% ../../nbs/demo/05_terminal.ipynb #efb93033
-HELP = '''/image FILE      another picture; the conversation starts anew
+HELP = """/image FILE      another picture; the conversation starts anew
 /region KIND:NUMBERS [COLOUR]    one more marker, such as /region arrow:20,20,90,60 blue
 /clear           remove the markers
 /new             forget the conversation, keep picture and markers
 /save FILE.png   write the picture as the model sees it
 /help, /quit     this list; leave (also Ctrl-D)
-<region> in a question stands for the first marker's name, <region1> for the second.'''
+<region> in a question stands for the first marker's name, <region1> for the second."""
+
 
 def _command(chat: Chat, line: str, say: Callable, alpha: int, width: float | None):
     "Carry out one line that begins with a slash; returns False to leave."
     word, _, rest = line[1:].strip().partition(' ')
     rest = rest.strip()
-    if word in ('quit', 'exit', 'q'): return False
-    if word in ('image', 'region') and not rest: raise ChatError(f'/{word} needs more; /help shows what')
-    if word == 'image': chat.open(open_picture(rest)); say(f'picture: {rest}, {chat.image.width} x {chat.image.height} px')
+    if word in ('quit', 'exit', 'q'):
+        return False
+    if word in ('image', 'region') and not rest:
+        raise ChatError(f'/{word} needs more; /help shows what')
+    if word == 'image':
+        chat.open(open_picture(rest))
+        say(f'picture: {rest}, {chat.image.width} x {chat.image.height} px')
     elif word == 'region':
         spec, _, color = rest.partition(' ')
-        new = prompts_from_options([spec], [color.strip()] if color else [list(PALETTE)[len(chat.prompts) % len(PALETTE)]], alpha, width)
+        new = prompts_from_options(
+            [spec],
+            [color.strip()] if color else [list(PALETTE)[len(chat.prompts) % len(PALETTE)]],
+            alpha,
+            width,
+        )
         chat.mark(*chat.prompts, *new)
         say(f'marker {len(chat.prompts)}: {new[0].text()}')
-    elif word == 'clear': chat.mark(); say('no markers')
-    elif word == 'new': chat.reset(); say('a new conversation')
+    elif word == 'clear':
+        chat.mark()
+        say('no markers')
+    elif word == 'new':
+        chat.reset()
+        say('a new conversation')
     elif word == 'save':
-        if chat.marked is None: raise ChatError('there is no picture to save')
+        if chat.marked is None:
+            raise ChatError('there is no picture to save')
         say(f'saved {save_picture(chat.marked, rest or "marked.png", chat.source)}')
-    elif word == 'help': say(HELP)
-    else: raise ChatError(f'/{word} is no command; /help lists them')
+    elif word == 'help':
+        say(HELP)
+    else:
+        raise ChatError(f'/{word} is no command; /help lists them')
     return True
+
 
 def answer(chat: Chat, question: str, out=None, **settings) -> str:
     "Ask and print the answer as it streams; returns it."
@@ -89,59 +126,113 @@ def answer(chat: Chat, question: str, out=None, **settings) -> str:
     if odd := unknown_words(chat.model, refer(question, chat.prompts)):
         print(f'(the model does not know the words: {", ".join(odd)})', file=out)
     print(f'{chat.model.name}> ', end='', file=out, flush=True)
-    for piece in pieces: print(piece, end='', file=out, flush=True)
-    print('' if chat.history[-1].finish == 'stop' else ' [cut at --max-new-tokens]', file=out, flush=True)
+    for piece in pieces:
+        print(piece, end='', file=out, flush=True)
+    print(
+        '' if chat.history[-1].finish == 'stop' else ' [cut at --max-new-tokens]',
+        file=out,
+        flush=True,
+    )
     return chat.history[-1].answer
 
-def converse(chat: Chat, lines: Iterable[str], out=None, alpha: int = 128, width: float | None = None, **settings) -> int:
-    """Answer line by line until the lines end or one says `/quit`; returns how many questions were answered. A refused
-    line is told on `out` and changes nothing. `settings`: see `ChatModel.stream`."""
+
+def converse(
+    chat: Chat,
+    lines: Iterable[str],
+    out=None,
+    alpha: int = 128,
+    width: float | None = None,
+    **settings,
+) -> int:
+    """Answer line by line until the lines end or one says `/quit`; returns how many questions were
+    answered. A refused line is told on `out` and changes nothing. `settings`: see
+    `ChatModel.stream`."""
     out = out or sys.stdout
     say = lambda text: print(text, file=out, flush=True)
     answered = 0
     for line in lines:
         line = line.strip()
-        if not line: continue
+        if not line:
+            continue
         try:
             if line.startswith('/'):
-                if not _command(chat, line, say, alpha, width): break
-            else: answer(chat, line, out, **settings); answered += 1
-        except (ChatError, ImageError, ValueError, OSError) as e: say(f'refused: {e}')
+                if not _command(chat, line, say, alpha, width):
+                    break
+            else:
+                answer(chat, line, out, **settings)
+                answered += 1
+        except (ChatError, ImageError, ValueError, OSError) as e:
+            say(f'refused: {e}')
     return answered
 
 # %% ../../nbs/demo/05_terminal.ipynb #375b1388
 def _typed():
     "Lines from a terminal with a prompt, or from a pipe."
-    if not sys.stdin.isatty(): yield from sys.stdin; return
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
     while True:
-        try: yield input('you> ')
-        except EOFError: print(); return
+        try:
+            yield input('you> ')
+        except EOFError:
+            print()
+            return
 
-def chat_command(model: str | Path, image: str | Path | None = None, regions: Sequence[str] = (), colors: Sequence[str] = (),
-                 questions: Sequence[str] = (), alpha: int = 128, width: float | None = None, save: str | Path | None = None,
-                 system: str | None = None, max_new_tokens: int = 256, temperature: float = 0., seed: int = 0,
-                 device: str = 'auto', load_4bit: bool = False, load_8bit: bool = False, device_map: str | None = None,
-                 max_pixels: int = MAX_PIXELS, template: str = '') -> Chat:
-    """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers, questions and the name to
-    save under are checked before the model loads.
+
+def chat_command(
+    model: str | Path,
+    image: str | Path | None = None,
+    regions: Sequence[str] = (),
+    colors: Sequence[str] = (),
+    questions: Sequence[str] = (),
+    alpha: int = 128,
+    width: float | None = None,
+    save: str | Path | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = 'auto',
+    load_4bit: bool = False,
+    load_8bit: bool = False,
+    device_map: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    template: str = '',
+) -> Chat:
+    """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers,
+    questions and the name to save under are checked before the model loads.
 
     Raises `ChatError`, `ImageError` or `ValueError`."""
     prompts = prompts_from_options(regions, colors, alpha, width)
-    if image is None and (prompts or save): raise ChatError('--region and --save need a picture: add --image FILE')
-    if save: check_save(save, image)
-    chat = Chat(None, open_picture(image), prompts, system, max_pixels)      # bad pictures and markers end here,
-    for q in questions: refer(q, prompts)                                    # and bad questions
-    loaded = chat.model = ChatModel.load(model, device, load_4bit, load_8bit, device_map, template=template)
+    if image is None and (prompts or save):
+        raise ChatError('--region and --save need a picture: add --image FILE')
+    if save:
+        check_save(save, image)
+    chat = Chat(
+        None, open_picture(image), prompts, system, max_pixels
+    )  # bad pictures and markers end here,
+    for q in questions:
+        refer(q, prompts)  # and bad questions
+    loaded = chat.model = ChatModel.load(
+        model, device, load_4bit, load_8bit, device_map, template=template
+    )
     if image is not None and (prompts or save):
         print(f'marked picture: {save_picture(chat.marked, save or free_name(image), chat.source)}')
-    for i, p in enumerate(prompts): print(f'marker {i + 1}: <region{i or ""}> = {p.text()}')
+    for i, p in enumerate(prompts):
+        print(f'marker {i + 1}: <region{i or ""}> = {p.text()}')
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if questions:
         for q in questions:
             print(f'you> {q}')
             answer(chat, q, **settings)
         return chat
-    if sys.stdin.isatty(): print(f'{loaded.name} on {loaded.device}. Ask away; /help lists commands. Try: {example_questions(loaded)[0]}')
-    try: converse(chat, _typed(), None, alpha, width, **settings)
-    except KeyboardInterrupt: print()
+    if sys.stdin.isatty():
+        print(
+            f'{loaded.name} on {loaded.device}. Ask away; /help lists commands. Try: '
+            f'{example_questions(loaded)[0]}'
+        )
+    try:
+        converse(chat, _typed(), None, alpha, width, **settings)
+    except KeyboardInterrupt:
+        print()
     return chat

@@ -15,66 +15,110 @@ from torch import nn
 
 from PIL import Image
 
-from ..data.image import RESAMPLE, ImageTransform, any_aspect_size, mean_color, to_rgb, to_tensor
+from vlmbench.data.image import (
+    RESAMPLE,
+    ImageTransform,
+    any_aspect_size,
+    mean_color,
+    to_rgb,
+    to_tensor,
+)
 from ..models.patch import GridLayout
 from ..models.vision import num_prefix_tokens, patch_grid, tower_config
 
 # %% ../../nbs/distill/00_align.ipynb #165c2e3d
 def tap_layers(depth: int, interval: int = 4) -> list[int]:
-    "Hidden-state indices read by the aligner, deepest first. Raises `ValueError` when there are fewer than two."
+    """Hidden-state indices read by the aligner, deepest first. Raises `ValueError` when there are
+    fewer than two."""
     if interval < 1:
-        raise ValueError(f'interval={interval}: the aligner needs a positive interval between tapped layers')
+        raise ValueError(
+            f'interval={interval}: the aligner needs a positive interval between tapped layers'
+        )
     taps = list(range(depth, -1, -interval))
     if len(taps) < 2:
-        raise ValueError(f'interval={interval} taps only hidden state {depth} of a language model of {depth} layers: '
-                         f'choose at most {depth}')
+        raise ValueError(
+            f'interval={interval} taps only hidden state {depth} of a language model of {depth} '
+            'layers: '
+            f'choose at most {depth}'
+        )
     return taps
 
 # %% ../../nbs/distill/00_align.ipynb #de8ae92b
 def grid_ratio(canvas: int, stride: int, teacher: Any) -> int:
-    """Student windows per teacher patch and side, for a student canvas of `canvas` px with one window every `stride`
-    px. `teacher`: the tower's config.
+    """Student windows per teacher patch and side, for a student canvas of `canvas` px with one
+    window every `stride` px. `teacher`: the tower's config.
 
     Raises `ValueError` when the grids do not match."""
     if canvas % stride:
-        raise ValueError(f'canvas of {canvas} px is no multiple of the stride of {stride} px (patch_stride x '
-                         f'conv_stride)')
+        raise ValueError(
+            f'canvas of {canvas} px is no multiple of the stride of {stride} px (patch_stride x '
+            f'conv_stride)'
+        )
     rows, cols = patch_grid(teacher, *[tower_config(teacher).image_size] * 2)
     if rows != cols or canvas // stride % rows:
-        raise ValueError(f'teacher grid not matching: {canvas} px at a stride of {stride} px give {canvas // stride} x '
-                         f'{canvas // stride} windows, no '
-                         f'integer multiple of the {rows} x {cols} patches of {tower_config(teacher).model_type}; '
-                         f'change the canvas or the strides')
+        raise ValueError(
+            f'teacher grid not matching: {canvas} px at a stride of {stride} px give '
+            f'{canvas // stride} x '
+            f'{canvas // stride} windows, no '
+            f'integer multiple of the {rows} x {cols} patches of '
+            f'{tower_config(teacher).model_type}; '
+            f'change the canvas or the strides'
+        )
     return canvas // stride // rows
 
 # %% ../../nbs/distill/00_align.ipynb #6f04fffe
 class PatchAligner(nn.Module):
-    """Loss term `1 - mean cosine` between fused hidden states and frozen teacher patches, one value per image.
+    """Loss term `1 - mean cosine` between fused hidden states and frozen teacher patches, one value
+    per image.
 
-    `hidden_size`, `depth`: width and layers of the language model. `teacher`: a loaded vision tower, kept frozen.
-    `image_token_id`: token of image features. `stride`: px between student windows (`patch_stride * conv_stride`).
-    `ratio`: student windows per teacher patch and side (`grid_ratio`). `student`, `view`: the `ImageTransform`s (mean
-    and std) of the model and of the teacher. `select_layer`: hidden state of the teacher. `interval`, `heads`: of the
-    tapped layers and of the attention across them. `scale`: 'width' (as released) or 'head'."""
+    `hidden_size`, `depth`: width and layers of the language model. `teacher`: a loaded vision
+    tower, kept frozen. `image_token_id`: token of image features. `stride`: px between student
+    windows (`patch_stride * conv_stride`). `ratio`: student windows per teacher patch and side
+    (`grid_ratio`). `student`, `view`: the `ImageTransform`s (mean and std) of the model and of the
+    teacher. `select_layer`: hidden state of the teacher. `interval`, `heads`: of the tapped layers
+    and of the attention across them. `scale`: 'width' (as released) or 'head'."""
+
     forward_kwargs, batch_keys = dict(output_hidden_states=True), ('teacher_values',)
 
-    def __init__(self, hidden_size: int, depth: int, teacher: nn.Module, image_token_id: int, stride: int,
-                 ratio: int = 1,
-                 student: ImageTransform | None = None, view: ImageTransform | None = None, select_layer: int = -2,
-                 interval: int = 4,
-                 heads: int = 8, eps: float = 1e-5, scale: str = 'width'):
+    def __init__(
+        self,
+        hidden_size: int,
+        depth: int,
+        teacher: nn.Module,
+        image_token_id: int,
+        stride: int,
+        ratio: int = 1,
+        student: ImageTransform | None = None,
+        view: ImageTransform | None = None,
+        select_layer: int = -2,
+        interval: int = 4,
+        heads: int = 8,
+        eps: float = 1e-5,
+        scale: str = 'width',
+    ):
         super().__init__()
         width, self.taps = teacher.config.hidden_size, tap_layers(depth, interval)
-        if width % heads: raise ValueError(f'teacher width {width} cannot be split into heads={heads}')
-        if scale not in ('width', 'head'): raise ValueError(f"scale must be 'width' or 'head', got {scale!r}")
+        if width % heads:
+            raise ValueError(f'teacher width {width} cannot be split into heads={heads}')
+        if scale not in ('width', 'head'):
+            raise ValueError(f"scale must be 'width' or 'head', got {scale!r}")
         layers = teacher.config.num_hidden_layers
         if not -layers - 1 <= select_layer <= layers:
-            raise ValueError(f'select_layer={select_layer}: the teacher has hidden states 0..{layers}')
-        self.image_token_id, self.stride, self.ratio, self.select_layer = image_token_id, stride, ratio, select_layer
-        self.heads, self.scale = heads, (width if scale == 'width' else width // heads) ** -.5
+            raise ValueError(
+                f'select_layer={select_layer}: the teacher has hidden states 0..{layers}'
+            )
+        self.image_token_id, self.stride, self.ratio, self.select_layer = (
+            image_token_id,
+            stride,
+            ratio,
+            select_layer,
+        )
+        self.heads, self.scale = heads, (width if scale == 'width' else width // heads) ** -0.5
         self.student, self.view = student or ImageTransform(), view or ImageTransform()
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size, eps=eps) for _ in self.taps)
-        self.projections = nn.ModuleList(nn.Linear(hidden_size, width, bias=False) for _ in self.taps)
+        self.projections = nn.ModuleList(
+            nn.Linear(hidden_size, width, bias=False) for _ in self.taps
+        )
         self.input_layer, self.output_layer = nn.Linear(hidden_size, width), nn.Linear(width, width)
         self.teacher = teacher.requires_grad_(False).eval()
         self.prefix = num_prefix_tokens(teacher.config)
@@ -90,23 +134,28 @@ class PatchAligner(nn.Module):
         return len(batch['pixel_values']) if batch.get('pixel_values') is not None else 0
 
     def layout(self, batch: Mapping[str, Any]) -> GridLayout:
-        """Student windows of the batch's images. Raises `ValueError` when an image is no multiple of `stride * ratio`
-        or too large for the teacher."""
+        """Student windows of the batch's images. Raises `ValueError` when an image is no multiple
+        of `stride * ratio` or too large for the teacher."""
         pixels, step = batch['pixel_values'], self.stride * self.ratio
         sizes = batch.get('image_sizes')
         sizes = [list(pixels.shape[-2:])] * len(pixels) if sizes is None else sizes.tolist()
         if bad := [s for s in sizes if s[0] % step or s[1] % step or max(s) > self.side * step]:
-            raise ValueError(f'teacher grid not matching: an image of {bad[0][0]}x{bad[0][1]} px (h x w) is no '
-                             f'multiple of {step} px (stride '
-                             f'{self.stride} x ratio {self.ratio}) or exceeds the {self.side} x {self.side} patches of '
-                             f'the teacher')
+            raise ValueError(
+                f'teacher grid not matching: an image of {bad[0][0]}x{bad[0][1]} px (h x w) is no '
+                f'multiple of {step} px (stride '
+                f'{self.stride} x ratio {self.ratio}) or exceeds the {self.side} x {self.side} '
+                'patches of '
+                f'the teacher'
+            )
         return GridLayout([(h // self.stride, w // self.stride) for h, w in sizes], pixels.device)
 
     def forward(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         "Sum over the batch's images of 1 - mean cosine; 0 with a graph when there are none."
         if not self.count(batch):
-            return outputs.hidden_states[-1].sum() * 0. + sum(p.sum() for p in self.parameters()
-                                                              if p.requires_grad) * 0.
+            return (
+                outputs.hidden_states[-1].sum() * 0.0
+                + sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+            )
         return self.losses(outputs.hidden_states, batch).sum()
 
 # %% ../../nbs/distill/00_align.ipynb #68e652c7
@@ -114,68 +163,115 @@ def _student(self, hidden_states, batch):
     "`[patches of all images, teacher width]`: the fused hidden states, image by image, row by row."
     lay, slots = self.layout(batch), batch['input_ids'] == self.image_token_id
     if (have := int(slots.sum())) != (want := int(lay.tokens.sum())):
-        raise ValueError(f'{have} image tokens in input_ids, but the grids of the {len(lay.counts)} images make '
-                         f'{want}: does the front end use '
-                         f'the same strides ({self.stride} px)?')
+        raise ValueError(
+            f'{have} image tokens in input_ids, but the grids of the {len(lay.counts)} images make '
+            f'{want}: does the front end use '
+            f'the same strides ({self.stride} px)?'
+        )
     where, pool = slots.flatten().nonzero()[:, 0][lay.position], self._pooling(lay)
     read = lambda i: pool(hidden_states[i].flatten(0, 1)[where])
     last = read(self.taps[0])
-    u = [p(n(last if k == 0 else read(i))) for k, (i, n, p) in enumerate(zip(self.taps, self.norms, self.projections))]
-    query, keys = u[0].unflatten(-1, (self.heads, -1)), torch.stack(u[1:], 1).unflatten(-1, (self.heads, -1))
-    weights = ((query[:, None] * keys).sum(-1) * self.scale).softmax(1)                 # [patches, taps - 1, heads]
+    u = [
+        p(n(last if k == 0 else read(i)))
+        for k, (i, n, p) in enumerate(zip(self.taps, self.norms, self.projections))
+    ]
+    query, keys = (
+        u[0].unflatten(-1, (self.heads, -1)),
+        torch.stack(u[1:], 1).unflatten(-1, (self.heads, -1)),
+    )
+    weights = ((query[:, None] * keys).sum(-1) * self.scale).softmax(
+        1
+    )  # [patches, taps - 1, heads]
     return self.input_layer(last) + self.output_layer((weights[..., None] * keys).sum(1).flatten(1))
+
 
 def _pooling(self, lay):
     "Average of `ratio x ratio` windows, on `[windows, width]`."
     r = self.ratio
-    if r == 1: return lambda x: x
-    coarse = GridLayout(torch.stack([lay.rows // r, lay.columns // r], 1).tolist(), lay.image.device)
-    first = lay.starts[coarse.image] + coarse.row * r * lay.columns[coarse.image] + coarse.column * r
-    a, b = torch.arange(r, device=first.device).repeat_interleave(r), torch.arange(r, device=first.device).repeat(r)
+    if r == 1:
+        return lambda x: x
+    coarse = GridLayout(
+        torch.stack([lay.rows // r, lay.columns // r], 1).tolist(), lay.image.device
+    )
+    first = (
+        lay.starts[coarse.image] + coarse.row * r * lay.columns[coarse.image] + coarse.column * r
+    )
+    a, b = (
+        torch.arange(r, device=first.device).repeat_interleave(r),
+        torch.arange(r, device=first.device).repeat(r),
+    )
     index = first[:, None] + a * lay.columns[coarse.image][:, None] + b
     return lambda x: x[index].mean(1)
+
 
 PatchAligner.student_features, PatchAligner._pooling = _student, _pooling
 
 # %% ../../nbs/distill/00_align.ipynb #6b5c47c5
 def _view(self, batch):
     "`[images, 3, side, side]`: what the teacher sees of the batch's images."
-    if batch.get('teacher_values') is not None: return batch['teacher_values']
-    pixels, patch, lay = batch['pixel_values'].float(), tower_config(self.teacher.config).patch_size, self.layout(batch)
+    if batch.get('teacher_values') is not None:
+        return batch['teacher_values']
+    pixels, patch, lay = (
+        batch['pixel_values'].float(),
+        tower_config(self.teacher.config).patch_size,
+        self.layout(batch),
+    )
     column = lambda v: torch.tensor(v, device=pixels.device)[:, None, None]
-    fill = (column(mean_color(self.view.mean)) / 255 - column(self.view.mean)) / column(self.view.std)
+    fill = (column(mean_color(self.view.mean)) / 255 - column(self.view.mean)) / column(
+        self.view.std
+    )
     out = fill.expand(len(pixels), 3, self.side * patch, self.side * patch).clone()
     for x, canvas, rows, cols in zip(pixels, out, lay.rows.tolist(), lay.columns.tolist()):
-        h, w, top, left = (n * patch for n in (rows // self.ratio, cols // self.ratio, *self._offset(rows, cols)))
-        x = x[:, :rows * self.stride, :cols * self.stride] * column(self.student.std) + column(self.student.mean)
+        h, w, top, left = (
+            n * patch for n in (rows // self.ratio, cols // self.ratio, *self._offset(rows, cols))
+        )
+        x = x[:, : rows * self.stride, : cols * self.stride] * column(self.student.std) + column(
+            self.student.mean
+        )
         if (h, w) != x.shape[1:]:
-            x = nn.functional.interpolate(x[None], (h, w), mode='bicubic', antialias=True)[0].clamp(0, 1)
-        canvas[:, top:top + h, left:left + w] = (x - column(self.view.mean)) / column(self.view.std)
+            x = nn.functional.interpolate(x[None], (h, w), mode='bicubic', antialias=True)[0].clamp(
+                0, 1
+            )
+        canvas[:, top : top + h, left : left + w] = (x - column(self.view.mean)) / column(
+            self.view.std
+        )
     return out
 
-def _offset(self, rows, cols): return (self.side - rows // self.ratio) // 2, (self.side - cols // self.ratio) // 2
+
+def _offset(self, rows, cols):
+    return (self.side - rows // self.ratio) // 2, (self.side - cols // self.ratio) // 2
+
 
 @torch.no_grad()
 def _teacher(self, batch):
-    """`[patches of all images, teacher width]`: frozen features of the patches under each picture, in the order of the
-    student's."""
+    """`[patches of all images, teacher width]`: frozen features of the patches under each picture,
+    in the order of the student's."""
     lay, dtype = self.layout(batch), next(self.teacher.parameters()).dtype
-    states = self.teacher(self.teacher_view(batch).to(dtype),
-                          output_hidden_states=True).hidden_states[self.select_layer]
+    states = self.teacher(
+        self.teacher_view(batch).to(dtype), output_hidden_states=True
+    ).hidden_states[self.select_layer]
     r, device = self.ratio, states.device
     coarse = GridLayout(torch.stack([lay.rows // r, lay.columns // r], 1).tolist(), device)
-    off = torch.tensor([self._offset(h, w) for h, w in zip(lay.rows.tolist(), lay.columns.tolist())],
-                       device=device)[coarse.image]
-    return states[coarse.image, self.prefix + (coarse.row + off[:, 0]) * self.side + coarse.column + off[:, 1]]
+    off = torch.tensor(
+        [self._offset(h, w) for h, w in zip(lay.rows.tolist(), lay.columns.tolist())], device=device
+    )[coarse.image]
+    return states[
+        coarse.image, self.prefix + (coarse.row + off[:, 0]) * self.side + coarse.column + off[:, 1]
+    ]
+
 
 def _losses(self, hidden_states, batch):
     "`[images]`: 1 - mean cosine of each image."
-    student, teacher, lay = self.student_features(hidden_states,
-                                                  batch), self.teacher_features(batch), self.layout(batch)
+    student, teacher, lay = (
+        self.student_features(hidden_states, batch),
+        self.teacher_features(batch),
+        self.layout(batch),
+    )
     cos = nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
-    n = lay.counts // self.ratio ** 2
+    n = lay.counts // self.ratio**2
     image = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
     return 1 - cos.new_zeros(len(n)).index_add(0, image, cos / n[image])
+
 
 PatchAligner.teacher_view, PatchAligner._offset = _view, _offset
 PatchAligner.teacher_features, PatchAligner.losses = _teacher, _losses
@@ -185,8 +281,10 @@ PatchAligner.teacher_features, PatchAligner.losses = _teacher, _losses
 class TeacherView:
     """A picture as the teacher sees it, from the picture itself: `[3, side * patch, side * patch]`.
 
-    `size`, `step`: long side of the student's picture and its px for each teacher patch. `side`, `patch`: the teacher's
-    patches on a side, and px of one. `view`: mean, std and filter of the teacher."""
+    `size`, `step`: long side of the student's picture and its px for each teacher patch. `side`,
+    `patch`: the teacher's patches on a side, and px of one. `view`: mean, std and filter of the
+    teacher."""
+
     size: int
     step: int
     side: int
@@ -194,15 +292,25 @@ class TeacherView:
     view: ImageTransform
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        rows, cols = (n // self.step for n in any_aspect_size(image.height, image.width, self.size, self.step))
+        rows, cols = (
+            n // self.step for n in any_aspect_size(image.height, image.width, self.size, self.step)
+        )
         out = Image.new('RGB', (self.side * self.patch,) * 2, mean_color(self.view.mean))
-        small = to_rgb(image).resize((cols * self.patch, rows * self.patch), RESAMPLE[self.view.resample])
-        out.paste(small, ((self.side - cols) // 2 * self.patch, (self.side - rows) // 2 * self.patch))
+        small = to_rgb(image).resize(
+            (cols * self.patch, rows * self.patch), RESAMPLE[self.view.resample]
+        )
+        out.paste(
+            small, ((self.side - cols) // 2 * self.patch, (self.side - rows) // 2 * self.patch)
+        )
         return to_tensor(out, self.view.mean, self.view.std)
+
 
 def _own_view(self):
     "The `TeacherView` of this aligner, or None where the student's own pixels are the teacher's."
     patch, step = tower_config(self.teacher.config).patch_size, self.stride * self.ratio
-    return None if patch == step else TeacherView(self.student.size, step, self.side, patch, self.view)
+    return (
+        None if patch == step else TeacherView(self.student.size, step, self.side, patch, self.view)
+    )
+
 
 PatchAligner.own_view = _own_view

@@ -18,72 +18,112 @@ from ..models.vora_patches import POSITIONS, VoRARMSNorm, position_table
 
 # %% ../../nbs/distill/10_blockwise.ipynb #d61c20bf
 @torch.no_grad()
-def teacher_states(teacher: PreTrainedModel, pixels: torch.Tensor,
-                   positions: str = 'interpolate') -> tuple[torch.Tensor, ...]:
-    """`pixels` `[n, 3, H, W]` -> embedding and every block's output, each `[n, patches, width]`. Raises ValueError when
-    the tower cannot see that size."""
-    if positions not in POSITIONS: raise ValueError(f'positions must be one of {POSITIONS}, got {positions!r}')
+def teacher_states(
+    teacher: PreTrainedModel, pixels: torch.Tensor, positions: str = 'interpolate'
+) -> tuple[torch.Tensor, ...]:
+    """`pixels` `[n, 3, H, W]` -> embedding and every block's output, each `[n, patches, width]`.
+    Raises ValueError when the tower cannot see that size."""
+    if positions not in POSITIONS:
+        raise ValueError(f'positions must be one of {POSITIONS}, got {positions!r}')
     grid, config = patch_grid(teacher.config, *pixels.shape[-2:]), teacher.config
     pixels = pixels.to(next(teacher.parameters()).dtype)
     if config.model_type == 'aimv2_vision_model' and not config.is_native:
         e = teacher.embeddings
         table = e.position_embedding.weight[None]
         if positions == 'reference' and grid[0] * grid[1] > table.shape[1]:
-            raise ValueError(f'the teacher has {table.shape[1]} positions and the image {grid[0]}x{grid[1]} patches: '
-                             f"distil at {config.image_size} pixels, or use positions='interpolate'")
-        x = e.rms_norm(e.patch_embed(pixels).flatten(2).transpose(1, 2)) + position_table(table, grid, positions)
+            raise ValueError(
+                f'the teacher has {table.shape[1]} positions and the image {grid[0]}x{grid[1]} '
+                'patches: '
+                f"distil at {config.image_size} pixels, or use positions='interpolate'"
+            )
+        x = e.rms_norm(e.patch_embed(pixels).flatten(2).transpose(1, 2)) + position_table(
+            table, grid, positions
+        )
         out = [x]
-        for block in teacher.encoder.layers: out.append(block(out[-1], None))
+        for block in teacher.encoder.layers:
+            out.append(block(out[-1], None))
         return tuple(out)
     own = tuple(pixels.shape[-2:]) == (config.image_size,) * 2
-    states = teacher(pixels, output_hidden_states=True, **({} if own
-                                                           else dict(interpolate_pos_encoding=True))).hidden_states
+    states = teacher(
+        pixels, output_hidden_states=True, **({} if own else dict(interpolate_pos_encoding=True))
+    ).hidden_states
     prefix = states[0].shape[1] - grid[0] * grid[1]
     if prefix < 0 or len(states) != config.num_hidden_layers + 1:
-        raise ValueError(f'{type(teacher).__name__} gives {len(states)} states of {states[0].shape[1]} tokens for '
-                         f'{grid[0]}x{grid[1]} patches and '
-                         f'{config.num_hidden_layers} blocks: it cannot be a block-wise teacher')
+        raise ValueError(
+            f'{type(teacher).__name__} gives {len(states)} states of {states[0].shape[1]} tokens '
+            'for '
+            f'{grid[0]}x{grid[1]} patches and '
+            f'{config.num_hidden_layers} blocks: it cannot be a block-wise teacher'
+        )
     return tuple(s[:, prefix:] for s in states)
 
 # %% ../../nbs/distill/10_blockwise.ipynb #790badfc
 PAIRINGS, MODES = ('aligned', 'reference'), ('block_wise', 'last_block')
 
-def pairs_of(blocks: int, kind: str, mode: str = 'block_wise', pairing: str = 'aligned') -> list[tuple[int, int]]:
-    """(student state, teacher state) of each head; state 0 is the embedding, state i the output of block i - 1. `kind`:
-    the teacher's model type."""
-    if mode not in MODES: raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
-    if pairing not in PAIRINGS: raise ValueError(f'pairing must be one of {PAIRINGS}, got {pairing!r}')
-    if pairing == 'aligned': out = [(i + 1, i + 1) for i in range(blocks)]
-    else: out = [(i, i + 1 if kind.startswith('aimv2') else i) for i in range(blocks)]
+
+def pairs_of(
+    blocks: int, kind: str, mode: str = 'block_wise', pairing: str = 'aligned'
+) -> list[tuple[int, int]]:
+    """(student state, teacher state) of each head; state 0 is the embedding, state i the output of
+    block i - 1. `kind`: the teacher's model type."""
+    if mode not in MODES:
+        raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
+    if pairing not in PAIRINGS:
+        raise ValueError(f'pairing must be one of {PAIRINGS}, got {pairing!r}')
+    if pairing == 'aligned':
+        out = [(i + 1, i + 1) for i in range(blocks)]
+    else:
+        out = [(i, i + 1 if kind.startswith('aimv2') else i) for i in range(blocks)]
     return out if mode == 'block_wise' else out[-1:]
 
 # %% ../../nbs/distill/10_blockwise.ipynb #eae7105a
 class BlockwiseDistillation(nn.Module):
-    """`LossTerm`: mean over heads of the cosine distance between teacher and student, summed over image tokens.
+    """`LossTerm`: mean over heads of the cosine distance between teacher and student, summed over
+    image tokens.
 
-    `teacher`: a vision tower (AIMv2, CLIP, SigLIP); it is frozen and kept in evaluation mode. `hidden_size`, `depth`:
-    width and number of blocks of the language model. `mode`: 'block_wise' or 'last_block'. `pairing`: 'aligned' or
-    'reference'. `positions`: see `teacher_states`. `norm_eps`: of the heads. Raises ValueError when the teacher is
-    deeper than the language model. Needs `image_ids` `[batch, tokens]` in the batch, and images in reading order."""
+    `teacher`: a vision tower (AIMv2, CLIP, SigLIP); it is frozen and kept in evaluation mode.
+    `hidden_size`, `depth`: width and number of blocks of the language model. `mode`: 'block_wise'
+    or 'last_block'. `pairing`: 'aligned' or 'reference'. `positions`: see `teacher_states`.
+    `norm_eps`: of the heads. Raises ValueError when the teacher is deeper than the language model.
+    Needs `image_ids` `[batch, tokens]` in the batch, and images in reading order."""
+
     forward_kwargs = dict(output_hidden_states=True)
 
-    def __init__(self, teacher: PreTrainedModel, hidden_size: int, depth: int, mode: str = 'block_wise',
-                 pairing: str = 'aligned',
-                 positions: str = 'interpolate', norm_eps: float = 1e-5, seed: int = 0):
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        hidden_size: int,
+        depth: int,
+        mode: str = 'block_wise',
+        pairing: str = 'aligned',
+        positions: str = 'interpolate',
+        norm_eps: float = 1e-5,
+        seed: int = 0,
+    ):
         super().__init__()
         c = teacher.config
-        self.pairs, self.positions = pairs_of(c.num_hidden_layers, c.model_type, mode, pairing), positions
+        self.pairs, self.positions = (
+            pairs_of(c.num_hidden_layers, c.model_type, mode, pairing),
+            positions,
+        )
         if (deepest := max(s for s, _ in self.pairs)) > depth - (pairing == 'aligned'):
-            raise ValueError(f'the teacher has {c.num_hidden_layers} blocks, so the distillation needs state {deepest} '
-                             f'of a language model with {depth} blocks '
-                             f'(the last one is behind its final norm): choose a shallower teacher or a deeper '
-                             f'language model')
+            raise ValueError(
+                f'the teacher has {c.num_hidden_layers} blocks, so the distillation needs state '
+                f'{deepest} '
+                f'of a language model with {depth} blocks '
+                f'(the last one is behind its final norm): choose a shallower teacher or a deeper '
+                f'language model'
+            )
         self.teacher = teacher.requires_grad_(False).eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.heads = nn.ModuleList(nn.Sequential(VoRARMSNorm(hidden_size, norm_eps),
-                                                     nn.Linear(hidden_size, c.hidden_size, bias=False))
-                                       for _ in self.pairs)
+            self.heads = nn.ModuleList(
+                nn.Sequential(
+                    VoRARMSNorm(hidden_size, norm_eps),
+                    nn.Linear(hidden_size, c.hidden_size, bias=False),
+                )
+                for _ in self.pairs
+            )
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -94,35 +134,57 @@ class BlockwiseDistillation(nn.Module):
         return int((batch['image_ids'] >= 0).sum()) if 'pixel_values' in batch else 0
 
     def targets(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
-        "The teacher's state for each head at every image token of the batch, `[image tokens, width]`, images in order."
+        """The teacher's state for each head at every image token of the batch, `[image tokens,
+        width]`, images in order."""
         per = []
         for pixels, index in _by_size(batch['pixel_values'], batch.get('image_sizes')):
             states = teacher_states(self.teacher, pixels, self.positions)
-            per += [(i, [states[t][k] for _, t in self.pairs]) for k,
-                    i in enumerate(range(len(pixels)) if index is None else index)]
+            per += [
+                (i, [states[t][k] for _, t in self.pairs])
+                for k, i in enumerate(range(len(pixels)) if index is None else index)
+            ]
         per = [x for _, x in sorted(per, key=lambda p: p[0])]
         return [torch.cat(x) for x in zip(*per)]
 
-    def losses(self, hidden_states: Sequence[torch.Tensor], batch: Mapping[str, Any]) -> torch.Tensor:
-        "Per head, the *sum* over image tokens of the cosine distance: `[heads]`, zeros without images."
-        if not self.count(batch): return hidden_states[0].new_zeros(len(self.pairs))
+    def losses(
+        self, hidden_states: Sequence[torch.Tensor], batch: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Per head, the *sum* over image tokens of the cosine distance: `[heads]`, zeros without
+        images."""
+        if not self.count(batch):
+            return hidden_states[0].new_zeros(len(self.pairs))
         at, targets = batch['image_ids'] >= 0, self.targets(batch)
         if (n := int(at.sum())) != len(targets[0]):
-            raise ValueError(f'{n} image tokens in the batch, but the teacher sees {len(targets[0])} patches: the '
-                             f'front end must have its grid')
-        return torch.stack([(1 - nn.functional.cosine_similarity(t.float(), head(hidden_states[s][at]).float(),
-                                                                 dim=-1)).sum()
-                            for (s, _), t, head in zip(self.pairs, targets, self.heads)])
+            raise ValueError(
+                f'{n} image tokens in the batch, but the teacher sees {len(targets[0])} patches: '
+                'the '
+                f'front end must have its grid'
+            )
+        return torch.stack(
+            [
+                (
+                    1
+                    - nn.functional.cosine_similarity(
+                        t.float(), head(hidden_states[s][at]).float(), dim=-1
+                    )
+                ).sum()
+                for (s, _), t, head in zip(self.pairs, targets, self.heads)
+            ]
+        )
 
     def forward(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         return self.losses(outputs.hidden_states, batch).mean()
 
 # %% ../../nbs/distill/10_blockwise.ipynb #23638dfb
 def check_grid(front_end: Mapping[str, Any], teacher: PreTrainedModel, image_size: int) -> None:
-    """Raise ValueError unless a `vora` front end and `teacher` cut an image of `image_size` pixels into the same
-    patches."""
+    """Raise ValueError unless a `vora` front end and `teacher` cut an image of `image_size` pixels
+    into the same patches."""
     mine, theirs = front_end['patch_size'], teacher.config.patch_size
     if mine != theirs:
-        raise ValueError(f"the teacher's patches are {theirs} pixels wide and front_end.patch_size is {mine}: token "
-                         f"and patch would not be the same place")
-    if teacher.config.model_type != 'aimv2_vision_model': num_prefix_tokens(teacher.config)
+        raise ValueError(
+            f"the teacher's patches are {theirs} pixels wide and front_end.patch_size is {mine}: "
+            'token '
+            f'and patch would not be the same place'
+        )
+    if teacher.config.model_type != 'aimv2_vision_model':
+        num_prefix_tokens(teacher.config)

@@ -19,45 +19,75 @@ from .scorers import Scorer, normalise, row_answers
 # %% ../../nbs/evaluate/12_captions.ipynb #b310fe63
 CAPTION_METRICS = ('meteor', 'cider')
 
+
 def check_caption_metrics(metrics: Sequence[str] = CAPTION_METRICS) -> None:
     "Raises ValueError for an unknown metric, RuntimeError naming what is not installed."
     if unknown := [m for m in metrics if m not in CAPTION_METRICS]:
-        raise ValueError(f'caption metric {unknown[0]!r} is unknown: use {" and ".join(CAPTION_METRICS)}')
-    if not metrics: return
-    try: import pycocoevalcap.cider.cider, pycocoevalcap.meteor.meteor  # noqa: F401
+        raise ValueError(
+            f'caption metric {unknown[0]!r} is unknown: use {" and ".join(CAPTION_METRICS)}'
+        )
+    if not metrics:
+        return
+    try:
+        import pycocoevalcap.cider.cider, pycocoevalcap.meteor.meteor  # noqa: F401
     except ImportError as e:
-        raise RuntimeError(f"caption metrics need the extra 'eval' (pip install 'vlmbench[eval]'): {e}") from None
+        raise RuntimeError(
+            f"caption metrics need the extra 'eval' (pip install 'vlmbench[eval]'): {e}"
+        ) from None
     if shutil.which('java') is None:
-        raise RuntimeError('caption metrics need Java (METEOR and the Penn Treebank tokenizer are Java programs): '
-                           'put java on the PATH, or pass metrics=() for the word F1 alone')
+        raise RuntimeError(
+            'caption metrics need Java (METEOR and the Penn Treebank tokenizer are Java programs): '
+            'put java on the PATH, or pass metrics=() for the word F1 alone'
+        )
 
-def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]],
-                   metrics: Sequence[str] = CAPTION_METRICS) -> dict[str, float]:
-    """Corpus METEOR and CIDEr (not times 100) of one caption per item against its references. CIDEr weighs words by
-    their rarity among the items' references, so it is 0 for a single item."""
+
+def caption_scores(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str] = CAPTION_METRICS,
+) -> dict[str, float]:
+    """Corpus METEOR and CIDEr (not times 100) of one caption per item against its references. CIDEr
+    weighs words by their rarity among the items' references, so it is 0 for a single item."""
     check_caption_metrics(metrics)
-    if len(predictions) != len(references): raise ValueError(f'{len(predictions)} captions, {len(references)} references')
-    if not predictions or not metrics: return {}
+    if len(predictions) != len(references):
+        raise ValueError(f'{len(predictions)} captions, {len(references)} references')
+    if not predictions or not metrics:
+        return {}
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    def clean(text): return ' '.join(text.replace('|||', ' ').split()) or '.'      # METEOR's separator; no empty lines
-    def rows(texts): return {i: [dict(caption=clean(t)) for t in ts] for i, ts in enumerate(texts)}
-    try: truth, said = (PTBTokenizer().tokenize(rows(t)) for t in (references, [[p] for p in predictions]))
-    except OSError as e: raise RuntimeError(f'the Penn Treebank tokenizer (Java) does not run: {e}') from e
+
+    def clean(text):
+        return (
+            ' '.join(text.replace('|||', ' ').split()) or '.'
+        )  # METEOR's separator; no empty lines
+
+    def rows(texts):
+        return {i: [dict(caption=clean(t)) for t in ts] for i, ts in enumerate(texts)}
+
+    try:
+        truth, said = (
+            PTBTokenizer().tokenize(rows(t)) for t in (references, [[p] for p in predictions])
+        )
+    except OSError as e:
+        raise RuntimeError(f'the Penn Treebank tokenizer (Java) does not run: {e}') from e
     made = dict(meteor=_meteor, cider=lambda *texts: Cider().compute_score(*texts)[0])
     return {m: float(made[m](truth, said)) for m in metrics}
+
 
 def _meteor(truth, said) -> float:
     "Corpus METEOR; the Java program is ended whatever happens."
     from pycocoevalcap.meteor.meteor import Meteor
+
     scorer = Meteor()
-    try: return scorer.compute_score(truth, said)[0]
+    try:
+        return scorer.compute_score(truth, said)[0]
     except (ValueError, OSError) as e:
         scorer.meteor_p.kill()
         why = scorer.meteor_p.stderr.read().decode('utf8', 'replace').strip()[-300:]
         raise RuntimeError(f'METEOR (Java) gave no score: {why or e}') from e
     finally:
-        if scorer.lock.locked(): scorer.lock.release()          # its destructor waits for the lock
+        if scorer.lock.locked():
+            scorer.lock.release()  # its destructor waits for the lock
         scorer.meteor_p.kill()
         scorer.meteor_p.wait()
 
@@ -66,16 +96,24 @@ def word_f1(a: str, b: str) -> float:
     "Harmonic mean of word precision and recall after normalisation."
     x, y = Counter(normalise(a).split()), Counter(normalise(b).split())
     common = sum((x & y).values())
-    return 2 * common / (x.total() + y.total()) if common else 0.
+    return 2 * common / (x.total() + y.total()) if common else 0.0
+
 
 @dataclass(frozen=True)
 class Caption(Scorer):
     "Free captions: per item the best `word_f1`; `summary`: corpus `metrics`."
+
     metrics: tuple[str, ...] = CAPTION_METRICS
     name: ClassVar[str] = 'caption'
     binary: ClassVar[bool] = False
 
-    def parse(self, prediction, row=None): return ' '.join(str(prediction).split())
-    def score(self, prediction, row): return max(word_f1(str(prediction), a) for a in row_answers(row))
-    def summary(self, frame): return caption_scores(frame['parsed'].tolist(), [list(a) for a in frame['answers']],
-                                                    self.metrics)
+    def parse(self, prediction, row=None):
+        return ' '.join(str(prediction).split())
+
+    def score(self, prediction, row):
+        return max(word_f1(str(prediction), a) for a in row_answers(row))
+
+    def summary(self, frame):
+        return caption_scores(
+            frame['parsed'].tolist(), [list(a) for a in frame['answers']], self.metrics
+        )

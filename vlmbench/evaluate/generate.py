@@ -28,8 +28,8 @@ from .tasks import Item, Task
 # %% ../../nbs/evaluate/20_generate.ipynb #2fb9a131
 @torch.no_grad()
 def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits from names, shapes and values of all tensors of the state; equal for equal weights in the same
-    precision."""
+    """16 hex digits from names, shapes and values of all tensors of the state; equal for equal
+    weights in the same precision."""
     h = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
         flat = t.detach().reshape(-1)
@@ -40,41 +40,55 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 # %% ../../nbs/evaluate/20_generate.ipynb #edbaec45
 class GenerationLog:
-    """Append-only JSON Lines file of answers. `key` must equal the stored header's key, or ValueError says what
-    differs; `overwrite=True` starts afresh. `rows`: id -> stored answer; `dropped`: unreadable lines found."""
+    """Append-only JSON Lines file of answers. `key` must equal the stored header's key, or
+    ValueError says what differs; `overwrite=True` starts afresh. `rows`: id -> stored answer;
+    `dropped`: unreadable lines found."""
+
     def __init__(self, path: str | Path, key: Mapping[str, Any], overwrite: bool = False):
         self.path, self.key, self.rows, self.dropped = Path(path), dict(key), {}, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite: self.path.unlink(missing_ok=True)
-        if not self.path.exists() or not self.path.stat().st_size: self._write([dict(header=self.key)])
-        else: self._read()
+        if overwrite:
+            self.path.unlink(missing_ok=True)
+        if not self.path.exists() or not self.path.stat().st_size:
+            self._write([dict(header=self.key)])
+        else:
+            self._read()
 
     def _read(self):
         lines = self.path.read_bytes().split(b'\n')
         complete, rest = lines[:-1], lines[-1]
         entries = [self._parse(x) for x in complete]
         if not entries or entries[0] is None or 'header' not in entries[0]:
-            raise ValueError(f'{self.path} is no log of generations (its first line has no header); delete it or use '
-                             f'overwrite=True')
+            raise ValueError(
+                f'{self.path} is no log of generations (its first line has no header); delete it '
+                'or use '
+                f'overwrite=True'
+            )
         old = entries[0]['header']
         if diff := [k for k in {**old, **self.key} if old.get(k) != self.key.get(k)]:
             what = ', '.join(f'{k} was {old.get(k)!r}, is {self.key.get(k)!r}' for k in diff)
-            raise ValueError(f'{self.path} holds answers of something else: {what}; use another folder, or '
-                             f'overwrite=True '
-                             'to discard them')
+            raise ValueError(
+                f'{self.path} holds answers of something else: {what}; use another folder, or '
+                f'overwrite=True '
+                'to discard them'
+            )
         self.rows = {e['id']: e for e in entries[1:] if e is not None}
         self.dropped = sum(e is None for e in entries) + bool(rest)
-        if rest: os.truncate(self.path, self.path.stat().st_size - len(rest))
+        if rest:
+            os.truncate(self.path, self.path.stat().st_size - len(rest))
 
     @staticmethod
     def _parse(line: bytes) -> dict | None:
-        try: return json.loads(line)
-        except ValueError: return None
+        try:
+            return json.loads(line)
+        except ValueError:
+            return None
 
     def _write(self, entries):
         with open(self.path, 'ab') as f:
             f.write(b''.join(json.dumps(e, ensure_ascii=False).encode() + b'\n' for e in entries))
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
 
     def add(self, rows: Sequence[Mapping[str, Any]]):
         "Append answers (each with an `id`) durably."
@@ -83,13 +97,18 @@ class GenerationLog:
 
 # %% ../../nbs/evaluate/20_generate.ipynb #307ad6e2
 def mean_colour(processor) -> tuple[int, int, int]:
-    "The colour (0-255) that the processor's normalisation maps to zero; mid-grey where the processor names no mean."
-    for part in (processor, *(getattr(processor, n, None) for n in ('transform', 'image_transform',
-                                                                    'image_processor'))):
+    """The colour (0-255) that the processor's normalisation maps to zero; mid-grey where the
+    processor names no mean."""
+    for part in (
+        processor,
+        *(getattr(processor, n, None) for n in ('transform', 'image_transform', 'image_processor')),
+    ):
         for name in ('mean', 'image_mean'):
             mean = getattr(part, name, None)
-            if mean is not None: return tuple(int(round(255 * float(m))) for m in mean)
+            if mean is not None:
+                return tuple(int(round(255 * float(m))) for m in mean)
     return 127, 127, 127
+
 
 def blinded(image, colour: tuple[int, int, int]) -> Image.Image:
     "A picture of the same size in one colour."
@@ -99,14 +118,18 @@ def blinded(image, colour: tuple[int, int, int]) -> Image.Image:
 # %% ../../nbs/evaluate/20_generate.ipynb #be8a7d1a
 def plan_batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
     "Batches of similar length and equal numbers of pictures, longest first."
-    if batch_size < 1: raise ValueError(f'batch_size={batch_size} must be at least 1')
+    if batch_size < 1:
+        raise ValueError(f'batch_size={batch_size} must be at least 1')
     order = sorted(items, key=lambda i: (-len(i.images), -sum(len(t.text) for t in i.turns), i.id))
     batches: list[list[Item]] = []
     for i in order:
         last = batches[-1] if batches else None
-        if last and len(last) < batch_size and len(last[0].images) == len(i.images): last.append(i)
-        else: batches.append([i])
+        if last and len(last) < batch_size and len(last[0].images) == len(i.images):
+            last.append(i)
+        else:
+            batches.append([i])
     return batches
+
 
 def _ahead(make: Callable, jobs: Iterable) -> Iterator:
     "make(job) for every job, one ahead in a thread."
@@ -114,70 +137,107 @@ def _ahead(make: Callable, jobs: Iterable) -> Iterator:
         waiting = None
         for job in jobs:
             future = pool.submit(make, job)
-            if waiting is not None: yield waiting.result()
+            if waiting is not None:
+                yield waiting.result()
             waiting = future
-        if waiting is not None: yield waiting.result()
+        if waiting is not None:
+            yield waiting.result()
 
 # %% ../../nbs/evaluate/20_generate.ipynb #749219b1
-def _native(processor) -> bool: return hasattr(processor, 'encode') and getattr(processor, 'template', None) is not None
+def _native(processor) -> bool:
+    return hasattr(processor, 'encode') and getattr(processor, 'template', None) is not None
+
 
 def render_prompt(processor, sample: Sample) -> str:
     "The sample as one string that ends where the answer begins, image markers unexpanded."
+
     def content(text):
-        if hasattr(processor, 'encode'): return text
-        return [dict(type='image')] * text.count('<image>') + [dict(type='text',
-                                                                    text=text.replace('<image>', '').strip())]
+        if hasattr(processor, 'encode'):
+            return text
+        return [dict(type='image')] * text.count('<image>') + [
+            dict(type='text', text=text.replace('<image>', '').strip())
+        ]
+
     messages = [dict(role=t.role, content=content(t.text)) for t in sample.turns]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
+
 def prompt_inputs(processor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """What `generate` takes for samples that end with a question: left-padded `input_ids` and `attention_mask` [batch,
-    tokens], pixels."""
+    """What `generate` takes for samples that end with a question: left-padded `input_ids` and
+    `attention_mask` [batch, tokens], pixels."""
     if _native(processor):
         from vlmbench.models.processor import stack_images
+
         rows = [processor.encode(s, add_generation_prompt=True) for s in samples]
-        batch = processor.tokenizer.pad(dict(input_ids=[r.input_ids.tolist() for r in rows]), padding_side='left',
-                                        return_tensors='pt')
+        batch = processor.tokenizer.pad(
+            dict(input_ids=[r.input_ids.tolist() for r in rows]),
+            padding_side='left',
+            return_tensors='pt',
+        )
         return {**batch, **stack_images([i for r in rows for i in r.images])}
     images = [s.images for s in samples] if samples[0].images else None
-    return dict(processor(text=[render_prompt(processor, s) for s in samples], images=images, return_tensors='pt',
-                          padding=True,
-                          padding_side='left', add_special_tokens=False))
+    return dict(
+        processor(
+            text=[render_prompt(processor, s) for s in samples],
+            images=images,
+            return_tensors='pt',
+            padding=True,
+            padding_side='left',
+            add_special_tokens=False,
+        )
+    )
+
 
 def check_prompt(processor, sample: Sample, answer: str) -> None:
-    """Raise ValueError unless the evaluation prompt of `sample` is, token for token, what training shows before
-    `answer`. Only processors that encode training samples can be checked."""
-    if not _native(processor): return
-    trained = processor.encode(replace(sample, turns=[*sample.turns, Turn('assistant', answer)])).input_ids.tolist()
+    """Raise ValueError unless the evaluation prompt of `sample` is, token for token, what training
+    shows before `answer`. Only processors that encode training samples can be checked."""
+    if not _native(processor):
+        return
+    trained = processor.encode(
+        replace(sample, turns=[*sample.turns, Turn('assistant', answer)])
+    ).input_ids.tolist()
     asked = processor.encode(sample, add_generation_prompt=True).input_ids.tolist()
-    if trained[:len(asked)] != asked:
+    if trained[: len(asked)] != asked:
         tok = processor.tokenizer
-        raise ValueError(f'item {sample.id!r}: the prompt differs from the training prompt.\n  evaluation: '
-                         f'{tok.decode(asked)[-200:]!r}\n'
-                         f'  training:   {tok.decode(trained)[-200:]!r}\nA chat template must open an answer as it '
-                         f'trains it.')
+        raise ValueError(
+            f'item {sample.id!r}: the prompt differs from the training prompt.\n  evaluation: '
+            f'{tok.decode(asked)[-200:]!r}\n'
+            f'  training:   {tok.decode(trained)[-200:]!r}\nA chat template must open an answer as '
+            'it '
+            f'trains it.'
+        )
 
 # %% ../../nbs/evaluate/20_generate.ipynb #41d0ebc2
 def pick_examples(frame, n: int = 24) -> list[str]:
-    """Ids of up to `n` items with pictures: one right and one wrong answer of each question type in turn, in a fixed
-    order."""
+    """Ids of up to `n` items with pictures: one right and one wrong answer of each question type in
+    turn, in a fixed order."""
     shown = frame[frame['image'].notna()]
-    shown = shown.assign(right=shown['score'] >= .5,
-                         order=shown['id'].map(lambda i: hashlib.sha256(str(i).encode()).hexdigest()))
-    piles = [g.sort_values('order')['id'].tolist() for _, g in shown.groupby(['question_type', 'right'])]
+    shown = shown.assign(
+        right=shown['score'] >= 0.5,
+        order=shown['id'].map(lambda i: hashlib.sha256(str(i).encode()).hexdigest()),
+    )
+    piles = [
+        g.sort_values('order')['id'].tolist() for _, g in shown.groupby(['question_type', 'right'])
+    ]
     return [p[k] for k in range(max(map(len, piles), default=0)) for p in piles if k < len(p)][:n]
 
-def save_examples(results: Results, task: Task, folder: str | Path, n: int = 24, transform=None,
-                  size: int = 256) -> None:
+
+def save_examples(
+    results: Results, task: Task, folder: str | Path, n: int = 24, transform=None, size: int = 256
+) -> None:
     """Write small PNG copies of `pick_examples` pictures to `<result>.examples/` and list them in
     `results.header['examples']`."""
-    stem, items, listed = result_stem(results.task, results.condition), {i.id: i for i in task.items}, []
+    stem, items, listed = (
+        result_stem(results.task, results.condition),
+        {i.id: i for i in task.items},
+        [],
+    )
     for k, i in enumerate(pick_examples(results.frame, n)):
         s = items[i].sample()
         s.images = [x.load() if isinstance(x, ImageRef) else x for x in s.images]
         picture = (s if transform is None else transform(s)).images[0].convert('RGB')
         picture.thumbnail((size, size))
-        path = Path(folder)/f'{stem}.examples'/f'{k:02d}.png'
+        path = Path(folder) / f'{stem}.examples' / f'{k:02d}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         listed.append(dict(id=i, file=f'{path.parent.name}/{path.name}'))
@@ -185,14 +245,25 @@ def save_examples(results: Results, task: Task, folder: str | Path, n: int = 24,
 
 # %% ../../nbs/evaluate/20_generate.ipynb #866fce12
 class ItemNoise(LogitsProcessor):
-    "Logits [batch, vocabulary] / temperature plus Gumbel noise; row k draws from a generator seeded by `seed`, `ids[k]`."
+    """Logits [batch, vocabulary] / temperature plus Gumbel noise; row k draws from a generator
+    seeded by `seed`, `ids[k]`."""
+
     def __init__(self, temperature: float, seed: int, ids: Sequence[str]):
-        if not temperature > 0: raise ValueError(f'temperature={temperature} must be above 0')
-        def key(i): return int.from_bytes(hashlib.sha256(f'{seed}/{i}'.encode()).digest()[:7], 'big')
-        self.temperature, self.rngs = temperature, [torch.Generator().manual_seed(key(i)) for i in ids]
+        if not temperature > 0:
+            raise ValueError(f'temperature={temperature} must be above 0')
+
+        def key(i):
+            return int.from_bytes(hashlib.sha256(f'{seed}/{i}'.encode()).digest()[:7], 'big')
+
+        self.temperature, self.rngs = (
+            temperature,
+            [torch.Generator().manual_seed(key(i)) for i in ids],
+        )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        u = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.rngs])
+        u = torch.stack(
+            [torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.rngs]
+        )
         noise = -torch.log(-torch.log(u.clamp(1e-300, 1 - 1e-16)))
         return scores / self.temperature + noise.to(scores)
 
@@ -202,17 +273,29 @@ def _evaluating(model):
     was = model.training
     model.eval()
     try:
-        with torch.inference_mode(): yield
-    finally: model.train(was)
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was)
+
 
 def _template_stop(processor) -> str | None:
     template = getattr(processor, 'template', None)
-    return getattr(TEMPLATES.get(template, template) if isinstance(template, str) else template, 'stop', None)
+    return getattr(
+        TEMPLATES.get(template, template) if isinstance(template, str) else template, 'stop', None
+    )
+
 
 def written_stop(processor) -> str | None:
-    "What ends an answer of the chat template as text, not as a token (`###` of `llava_v0`); None for other templates."
+    """What ends an answer of the chat template as text, not as a token (`###` of `llava_v0`); None
+    for other templates."""
     stop = _template_stop(processor)
-    return stop if stop and stop.strip() and stop != EOS and stop not in processor.tokenizer.get_vocab() else None
+    return (
+        stop
+        if stop and stop.strip() and stop != EOS and stop not in processor.tokenizer.get_vocab()
+        else None
+    )
+
 
 def _stop_ids(model, processor) -> list[int]:
     "Tokens that end an answer: the model's, the tokenizer's, the chat template's."
@@ -220,130 +303,234 @@ def _stop_ids(model, processor) -> list[int]:
     eos = getattr(model.generation_config, 'eos_token_id', None)
     ids = set(eos if isinstance(eos, (list, tuple)) else [eos]) | {tok.eos_token_id}
     stop = _template_stop(processor)
-    if isinstance(stop, str) and stop in tok.get_vocab(): ids.add(tok.convert_tokens_to_ids(stop))
+    if isinstance(stop, str) and stop in tok.get_vocab():
+        ids.add(tok.convert_tokens_to_ids(stop))
     ids.discard(None)
     if not ids:
-        raise ValueError('no end-of-answer token is known: set model.generation_config.eos_token_id or '
-                         'tokenizer.eos_token')
+        raise ValueError(
+            'no end-of-answer token is known: set model.generation_config.eos_token_id or '
+            'tokenizer.eos_token'
+        )
     return sorted(ids)
+
 
 class _Written(StoppingCriteria):
     "Ends a row when `text` stands in the last tokens behind its prompt of `start` tokens."
-    def __init__(self, tokenizer, text, start): self.tokenizer, self.text, self.start = tokenizer, text, start
+
+    def __init__(self, tokenizer, text, start):
+        self.tokenizer, self.text, self.start = tokenizer, text, start
+
     def __call__(self, input_ids, scores, **kwargs):
-        tails = self.tokenizer.batch_decode(input_ids[:, self.start:][:, -16:], skip_special_tokens=True)
+        tails = self.tokenizer.batch_decode(
+            input_ids[:, self.start :][:, -16:], skip_special_tokens=True
+        )
         return torch.tensor([self.text in t for t in tails], device=input_ids.device)
 
-def _answers(new: torch.Tensor, stops: list[int], tokenizer, written: str | None = None) -> list[dict[str, Any]]:
-    "Per row of generated ids [batch, new]: text up to the first stop (a token or `written`), its tokens, why it ended."
+
+def _answers(
+    new: torch.Tensor, stops: list[int], tokenizer, written: str | None = None
+) -> list[dict[str, Any]]:
+    """Per row of generated ids [batch, new]: text up to the first stop (a token or `written`), its
+    tokens, why it ended."""
     out = []
     for row in new.tolist():
         end = next((k for k, t in enumerate(row) if t in stops), None)
         text = tokenizer.decode(row[:end], skip_special_tokens=True)
         said, cut, _ = text.partition(written) if written else (text, '', '')
-        out.append(dict(prediction=said.strip(), n_tokens=len(row) if end is None else end + 1,
-                        finish='stop' if cut or end is not None else 'length'))
+        out.append(
+            dict(
+                prediction=said.strip(),
+                n_tokens=len(row) if end is None else end + 1,
+                finish='stop' if cut or end is not None else 'length',
+            )
+        )
     return out
 
 # %% ../../nbs/evaluate/20_generate.ipynb #4edb3e77
-def evaluate(model, processor, task: Task, batch_size: int = 16, max_new_tokens: int | None = None, blind: bool = False,
-             out_dir: str | Path | None = None, condition: str | None = None, transform: Callable[[Sample], Sample]
-             | None = None,
-             seed: int | None = None, image_cache: int = 1024, examples: int = 24, overwrite: bool = False,
-             temperature: float = 0., sample_seed: int = 0,
-             on_batch: Callable[[int, int], None] | None = None) -> Results:
+def evaluate(
+    model,
+    processor,
+    task: Task,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    blind: bool = False,
+    out_dir: str | Path | None = None,
+    condition: str | None = None,
+    transform: Callable[[Sample], Sample] | None = None,
+    seed: int | None = None,
+    image_cache: int = 1024,
+    examples: int = 24,
+    overwrite: bool = False,
+    temperature: float = 0.0,
+    sample_seed: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Results:
     """Answers of `model` to all of `task`, greedy, scored.
 
-    `blind` replaces pictures by the mean colour (`condition` defaults to 'image' or 'blind'). `out_dir`: where the log
-    of generations and the results are written; an interrupted call resumes there. `transform` is applied to each sample
-    just before it is encoded (drawing markers, say) and is named in the header. `seed` is the training run's, recorded
-    only. `temperature` above 0 samples instead (`ItemNoise` with `sample_seed`), under the condition
-    't<temperature>s<sample_seed>'. `image_cache`: decoded pictures kept; `examples`: pictures copied beside the results
-    for the report. `on_batch(done, total)` is called after each batch; raise from it to stop early.
+    `blind` replaces pictures by the mean colour (`condition` defaults to 'image' or 'blind').
+    `out_dir`: where the log of generations and the results are written; an interrupted call resumes
+    there. `transform` is applied to each sample just before it is encoded (drawing markers, say)
+    and is named in the header. `seed` is the training run's, recorded only. `temperature` above 0
+    samples instead (`ItemNoise` with `sample_seed`), under the condition
+    't<temperature>s<sample_seed>'. `image_cache`: decoded pictures kept; `examples`: pictures
+    copied beside the results for the report. `on_batch(done, total)` is called after each batch;
+    raise from it to stop early.
 
-    Raises ValueError for a blind run without pictures, a log of other weights, or a prompt that differs from the
-    training prompt."""
+    Raises ValueError for a blind run without pictures, a log of other weights, or a prompt that
+    differs from the training prompt."""
     if blind and not task.has_images:
-        raise ValueError(f'task {task.name} has no pictures: a blind run would repeat the ordinary one')
-    if temperature < 0: raise ValueError(f'temperature={temperature} must not be negative')
+        raise ValueError(
+            f'task {task.name} has no pictures: a blind run would repeat the ordinary one'
+        )
+    if temperature < 0:
+        raise ValueError(f'temperature={temperature} must not be negative')
     sampled = dict(temperature=temperature, sample_seed=sample_seed) if temperature else {}
     plain = f't{temperature:g}s{sample_seed}' if temperature else 'image'
     condition = condition or (plain if not blind else f'blind-{plain}' if temperature else 'blind')
     limit = max_new_tokens or task.max_new_tokens
     how = None if transform is None else getattr(transform, '__name__', type(transform).__name__)
     dtype = str(next(model.parameters()).dtype).removeprefix('torch.')
-    key = dict(task=task.name, prompt_hash=task.prompt_hash, condition=condition, blind=blind, model=fingerprint(model),
-               dtype=dtype,
-               max_new_tokens=limit, transform=how, **sampled)
+    key = dict(
+        task=task.name,
+        prompt_hash=task.prompt_hash,
+        condition=condition,
+        blind=blind,
+        model=fingerprint(model),
+        dtype=dtype,
+        max_new_tokens=limit,
+        transform=how,
+        **sampled,
+    )
     log_name = f'{result_stem(task.name, condition)}.generations.jsonl'
-    store = None if out_dir is None else GenerationLog(Path(out_dir)/log_name, key, overwrite)
+    store = None if out_dir is None else GenerationLog(Path(out_dir) / log_name, key, overwrite)
     done = {} if store is None else dict(store.rows)
     resumed = sum(i.id in done for i in task.items)
     todo = [i for i in task.items if i.id not in done]
-    colour, device, stops = mean_colour(processor), next(model.parameters()).device, _stop_ids(model, processor)
+    colour, device, stops = (
+        mean_colour(processor),
+        next(model.parameters()).device,
+        _stop_ids(model, processor),
+    )
     pad, written = processor.tokenizer.pad_token_id, written_stop(processor)
 
     @lru_cache(maxsize=image_cache)
-    def decode(ref): return ref.load()
+    def decode(ref):
+        return ref.load()
 
     def show(i: Item) -> Sample:
         s = i.sample()
-        try: s.images = [decode(x) if isinstance(x, ImageRef) else x for x in s.images]
-        except (OSError, ValueError) as e: raise ValueError(f'task {task.name}, item {i.id!r}: {e}') from e
-        if transform is not None: s = transform(s)
-        if blind: s.images = [blinded(x, colour) for x in s.images]
+        try:
+            s.images = [decode(x) if isinstance(x, ImageRef) else x for x in s.images]
+        except (OSError, ValueError) as e:
+            raise ValueError(f'task {task.name}, item {i.id!r}: {e}') from e
+        if transform is not None:
+            s = transform(s)
+        if blind:
+            s.images = [blinded(x, colour) for x in s.images]
         return s
 
     def prepare(batch: list[Item]):
         samples = [show(i) for i in batch]
-        return batch, [render_prompt(processor, s) for s in samples], prompt_inputs(processor, samples)
+        return (
+            batch,
+            [render_prompt(processor, s) for s in samples],
+            prompt_inputs(processor, samples),
+        )
 
     began, n_tokens, n_new = time.perf_counter(), 0, 0
-    if todo: check_prompt(processor, show(todo[0]), todo[0].answers[0])
+    if todo:
+        check_prompt(processor, show(todo[0]), todo[0].answers[0])
     with _evaluating(model):
         for batch, texts, inputs in _ahead(prepare, plan_batches(todo, batch_size)):
             inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
             start = inputs['input_ids'].shape[1]
-            ends = dict(stopping_criteria=[_Written(processor.tokenizer, written, start)]) if written else {}
-            noise = dict(logits_processor=[ItemNoise(temperature, sample_seed, [i.id for i in batch])]) if sampled else {}
-            out = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=stops,
-                                 pad_token_id=stops[0] if pad is None else pad, **noise, **ends)
+            ends = (
+                dict(stopping_criteria=[_Written(processor.tokenizer, written, start)])
+                if written
+                else {}
+            )
+            noise = (
+                dict(logits_processor=[ItemNoise(temperature, sample_seed, [i.id for i in batch])])
+                if sampled
+                else {}
+            )
+            out = model.generate(
+                **inputs,
+                max_new_tokens=limit,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=stops,
+                pad_token_id=stops[0] if pad is None else pad,
+                **noise,
+                **ends,
+            )
             said = _answers(out[:, start:], stops, processor.tokenizer, written)
             rows = [dict(id=i.id, prompt=t, **a) for i, t, a in zip(batch, texts, said)]
-            if store is not None: store.add(rows)
+            if store is not None:
+                store.add(rows)
             done |= {r['id']: r for r in rows}
             n_tokens, n_new = n_tokens + sum(a['n_tokens'] for a in said), n_new + len(batch)
-            if on_batch is not None: on_batch(len(done), len(task.items))
+            if on_batch is not None:
+                on_batch(len(done), len(task.items))
     seconds = time.perf_counter() - began
-    header = dict(model=key['model'], dtype=dtype, max_new_tokens=limit, transform=how, seed=seed,
-                  batch_size=batch_size, resumed=resumed,
-                  blind_colour=list(colour) if blind else None, seconds=round(seconds, 3), generated=n_new,
-                  tokens_per_s=round(n_tokens / seconds, 1), items_per_s=round(n_new / seconds, 2),
-                  prompt_checked=_native(processor), **sampled)
+    header = dict(
+        model=key['model'],
+        dtype=dtype,
+        max_new_tokens=limit,
+        transform=how,
+        seed=seed,
+        batch_size=batch_size,
+        resumed=resumed,
+        blind_colour=list(colour) if blind else None,
+        seconds=round(seconds, 3),
+        generated=n_new,
+        tokens_per_s=round(n_tokens / seconds, 1),
+        items_per_s=round(n_new / seconds, 2),
+        prompt_checked=_native(processor),
+        **sampled,
+    )
     results = score_predictions(task, {i.id: done[i.id] for i in task.items}, condition, header)
     results.header['cut_short'] = int((results.frame['finish'] == 'length').sum())
     if out_dir is not None:
-        if examples and condition == 'image': save_examples(results, task, out_dir, examples, transform)
+        if examples and condition == 'image':
+            save_examples(results, task, out_dir, examples, transform)
         results.save(out_dir)
     return results
 
 # %% ../../nbs/evaluate/20_generate.ipynb #96c26478
 def rescore(task: Task, folder: str | Path, condition: str = 'image', save: bool = True) -> Results:
-    """Results of `task` from the log in `folder`; the prompts must be the ones that were answered (ValueError
-    otherwise). The model and speed facts of an earlier result are kept."""
-    path = Path(folder)/f'{result_stem(task.name, condition)}.generations.jsonl'
+    """Results of `task` from the log in `folder`; the prompts must be the ones that were answered
+    (ValueError otherwise). The model and speed facts of an earlier result are kept."""
+    path = Path(folder) / f'{result_stem(task.name, condition)}.generations.jsonl'
     if not path.exists():
-        raise FileNotFoundError(f'{path} is missing: nothing was generated for {task.name} under {condition!r}')
-    with open(path, encoding='utf8') as f: key = json.loads(f.readline())['header']
+        raise FileNotFoundError(
+            f'{path} is missing: nothing was generated for {task.name} under {condition!r}'
+        )
+    with open(path, encoding='utf8') as f:
+        key = json.loads(f.readline())['header']
     if key['prompt_hash'] != task.prompt_hash:
-        raise ValueError(f'{path} answers other prompts ({key["prompt_hash"][:10]}) than task {task.name} asks '
-                         f'({task.prompt_hash[:10]})')
+        raise ValueError(
+            f'{path} answers other prompts ({key["prompt_hash"][:10]}) than task {task.name} asks '
+            f'({task.prompt_hash[:10]})'
+        )
     old = path.with_name(f'{result_stem(task.name, condition)}.json')
     facts = json.loads(old.read_text(encoding='utf8')) if old.exists() else {}
-    names = ('dtype', 'seed', 'batch_size', 'seconds', 'tokens_per_s', 'items_per_s', 'cut_short', 'examples')
+    names = (
+        'dtype',
+        'seed',
+        'batch_size',
+        'seconds',
+        'tokens_per_s',
+        'items_per_s',
+        'cut_short',
+        'examples',
+    )
     kept = {k: facts[k] for k in names if k in facts}
     stored = GenerationLog(path, key).rows
     header = dict(model=key['model'], max_new_tokens=key['max_new_tokens'], **kept)
-    out = score_predictions(task, {i.id: stored[i.id] for i in task.items if i.id in stored}, condition, header)
-    if save: out.save(folder)
+    out = score_predictions(
+        task, {i.id: stored[i.id] for i in task.items if i.id in stored}, condition, header
+    )
+    if save:
+        out.save(folder)
     return out

@@ -15,40 +15,74 @@ from torch import nn
 from ..models.depth import causal_lm
 
 # %% ../../nbs/evaluate/46_harness.ipynb #dd87c7cf
-def harness_model(model: nn.Module, processor: Any, batch_size: int = 8, max_length: int | None = None) -> Any:
-    """lm-eval's `HFLM` of the text-only model that shares every tensor with `model` (a VLM, a surrogate or a causal
-    language model; it goes into evaluation mode).
+def harness_model(
+    model: nn.Module, processor: Any, batch_size: int = 8, max_length: int | None = None
+) -> Any:
+    """lm-eval's `HFLM` of the text-only model that shares every tensor with `model` (a VLM, a
+    surrogate or a causal language model; it goes into evaluation mode).
 
-    processor: a processor or a tokenizer. max_length: tokens of the longest input, default the model's own. Raises
-    ImportError naming the extra, and ValueError for a VLM whose decoder transformers has no causal class for."""
-    try: from lm_eval.models.huggingface import HFLM
-    except ImportError as e: raise ImportError(f"the harness needs lm-eval ({e}): pip install 'vlmbench[eval]'") from None
-    return HFLM(pretrained=causal_lm(model.eval()), tokenizer=getattr(processor, 'tokenizer', processor),
-                batch_size=batch_size, max_length=max_length)
+    processor: a processor or a tokenizer. max_length: tokens of the longest input, default the
+    model's own. Raises ImportError naming the extra, and ValueError for a VLM whose decoder
+    transformers has no causal class for."""
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as e:
+        raise ImportError(
+            f"the harness needs lm-eval ({e}): pip install 'vlmbench[eval]'"
+        ) from None
+    return HFLM(
+        pretrained=causal_lm(model.eval()),
+        tokenizer=getattr(processor, 'tokenizer', processor),
+        batch_size=batch_size,
+        max_length=max_length,
+    )
 
 # %% ../../nbs/evaluate/46_harness.ipynb #77c91b43
 COLUMNS = ['task', 'metric', 'filter', 'value', 'standard_error', 'n']
 
-def run_harness(model: nn.Module, processor: Any, tasks: Sequence[str|Mapping], limit: int | None = None,
-                batch_size: int = 8, max_length: int | None = None, **kw: Any) -> pd.DataFrame:
-    """Scores of `model` on lm-eval tasks (names, or task configurations as dicts), one row per task, metric and answer
-    filter with the columns `COLUMNS`; n = questions asked.
 
-    limit: first questions of each task. `kw`: further arguments of `lm_eval.simple_evaluate`, such as `num_fewshot`.
-    Raises what `harness_model` raises, and ValueError for no task."""
-    if isinstance(tasks, str): raise ValueError(f'tasks must be a list of tasks, got {tasks!r}: write [{tasks!r}]')
-    if not tasks: raise ValueError('tasks is empty: name at least one, such as hellaswag')
-    lm, unseeded = harness_model(model, processor, batch_size, max_length), ('random', 'numpy_random', 'torch_random')
+def run_harness(
+    model: nn.Module,
+    processor: Any,
+    tasks: Sequence[str | Mapping],
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    **kw: Any,
+) -> pd.DataFrame:
+    """Scores of `model` on lm-eval tasks (names, or task configurations as dicts), one row per
+    task, metric and answer filter with the columns `COLUMNS`; n = questions asked.
+
+    limit: first questions of each task. `kw`: further arguments of `lm_eval.simple_evaluate`, such
+    as `num_fewshot`. Raises what `harness_model` raises, and ValueError for no task."""
+    if isinstance(tasks, str):
+        raise ValueError(f'tasks must be a list of tasks, got {tasks!r}: write [{tasks!r}]')
+    if not tasks:
+        raise ValueError('tasks is empty: name at least one, such as hellaswag')
+    lm, unseeded = (
+        harness_model(model, processor, batch_size, max_length),
+        ('random', 'numpy_random', 'torch_random'),
+    )
     from lm_eval import simple_evaluate
-    got = simple_evaluate(model=lm, tasks=list(tasks), limit=limit,
-                          **{f'{k}_seed': None for k in unseeded} | kw)
+
+    got = simple_evaluate(
+        model=lm, tasks=list(tasks), limit=limit, **{f'{k}_seed': None for k in unseeded} | kw
+    )
     return pd.DataFrame(_rows(got['results'], got.get('n-samples', {})), columns=COLUMNS)
+
 
 def _rows(results, asked):
     for task, scores in results.items():
         for key, value in scores.items():
             metric, comma, how = key.partition(',')
-            if not comma or metric.endswith('_stderr'): continue
+            if not comma or metric.endswith('_stderr'):
+                continue
             error = scores.get(f'{metric}_stderr,{how}')
-            yield dict(task=task, metric=metric, filter=how, value=value, n=asked.get(task, {}).get('effective'),
-                       standard_error=error if isinstance(error, float) else float('nan'))
+            yield dict(
+                task=task,
+                metric=metric,
+                filter=how,
+                value=value,
+                n=asked.get(task, {}).get('effective'),
+                standard_error=error if isinstance(error, float) else float('nan'),
+            )

@@ -4,7 +4,8 @@
 
 # %% ../../nbs/evaluate/44_judge.ipynb #32bfe817
 from __future__ import annotations
-import hashlib, http.client, json, math, os, random, re, time, urllib.error, urllib.request, warnings
+import hashlib, http.client, json, math, os, random, re, time
+import urllib.error, urllib.request, warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -25,13 +26,19 @@ from .scorers import normalise
 class JudgeError(RuntimeError):
     "The judge cannot be reached, refuses, or answers nothing usable within the allowed attempts."
 
+
 class _Again(Exception):
     "This attempt failed in a way that a later one may not; `wait`: seconds the server asked for."
-    def __init__(self, why: str, wait: float | None = None): super().__init__(why); self.wait = wait
+
+    def __init__(self, why: str, wait: float | None = None):
+        super().__init__(why)
+        self.wait = wait
+
 
 @dataclass(frozen=True)
 class Reply:
     "What the endpoint said: its `text`, the `model` it names, the HTTP `attempts` that took."
+
     text: str
     model: str = ''
     attempts: int = 1
@@ -39,22 +46,31 @@ class Reply:
 # %% ../../nbs/evaluate/44_judge.ipynb #50139909
 _LOCAL = ('localhost', '127.0.0.1', '::1')
 
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args): return None           # the key must not travel to another address
+    def redirect_request(self, *args):
+        return None  # the key must not travel to another address
+
 
 def _asked_wait(headers) -> float | None:
     "Seconds of a Retry-After header; None where it has none (or a date)."
-    try: seconds = float(headers.get('Retry-After', ''))
-    except (TypeError, ValueError): return None
+    try:
+        seconds = float(headers.get('Retry-After', ''))
+    except (TypeError, ValueError):
+        return None
     return seconds if 0 <= seconds < math.inf else None
 
+
 def _read(response, deadline: float, limit: int) -> bytes:
-    "The body, at most `limit` bytes, before `deadline`; a server that trickles is as late as one that is silent."
+    """The body, at most `limit` bytes, before `deadline`; a server that trickles is as late as one
+    that is silent."""
     body = b''
     while chunk := response.read1(65536):
         body += chunk
-        if len(body) > limit: raise _Again(f'a reply of over {limit:,} bytes')
-        if time.monotonic() > deadline: raise _Again('the reply took too long')
+        if len(body) > limit:
+            raise _Again(f'a reply of over {limit:,} bytes')
+        if time.monotonic() > deadline:
+            raise _Again('the reply took too long')
     return body
 
 # %% ../../nbs/evaluate/44_judge.ipynb #fe216bd0
@@ -62,18 +78,20 @@ def _read(response, deadline: float, limit: int) -> bytes:
 class Endpoint:
     """An OpenAI-compatible chat endpoint.
 
-    `url`: the base address ('https://host/v1'). `key_env`: *name* of the environment variable with the key ('': none is
-    sent). `timeout`: seconds for one attempt, whole reply included. `retries`: further attempts after a failed one, the
-    first after `backoff` seconds, then twice as long each time up to `max_wait`. `limit_field`: what the server calls
-    the largest number of new tokens (newer hosted models: 'max_completion_tokens'). Raises ValueError for an address
-    that would carry a key in the clear or hold one."""
+    `url`: the base address ('https://host/v1'). `key_env`: *name* of the environment variable with
+    the key ('': none is sent). `timeout`: seconds for one attempt, whole reply included. `retries`:
+    further attempts after a failed one, the first after `backoff` seconds, then twice as long each
+    time up to `max_wait`. `limit_field`: what the server calls the largest number of new tokens
+    (newer hosted models: 'max_completion_tokens'). Raises ValueError for an address that would
+    carry a key in the clear or hold one."""
+
     url: str
     model: str
     key_env: str = ''
-    timeout: float = 60.
+    timeout: float = 60.0
     retries: int = 5
-    backoff: float = 1.
-    max_wait: float = 30.
+    backoff: float = 1.0
+    max_wait: float = 30.0
     max_bytes: int = 1_000_000
     limit_field: str = 'max_tokens'
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False, compare=False)
@@ -81,20 +99,30 @@ class Endpoint:
     def __post_init__(self):
         parts = urlsplit(self.url)
         if parts.scheme not in ('http', 'https') or not parts.hostname:
-            raise ValueError(f'judge url: {self.shown!r} is no http(s) address; give the base, such as '
-                             f'http://127.0.0.1:8000/v1')
+            raise ValueError(
+                f'judge url: {self.shown!r} is no http(s) address; give the base, such as '
+                f'http://127.0.0.1:8000/v1'
+            )
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(f'judge url: {self.shown} carries a user, a password or a query; '
-                             f'name the variable with the key in key_env instead')
+            raise ValueError(
+                f'judge url: {self.shown} carries a user, a password or a query; '
+                f'name the variable with the key in key_env instead'
+            )
         if self.key_env and not re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]*', self.key_env):
             raise ValueError('judge key_env is the name of an environment variable, not a key')
         if self.key_env and parts.scheme == 'http' and parts.hostname not in _LOCAL:
-            raise ValueError(f'judge url: {self.shown} would carry the key of {self.key_env} unencrypted; use https')
-        if not self.model: raise ValueError('judge model is empty: name the model that the endpoint serves')
+            raise ValueError(
+                f'judge url: {self.shown} would carry the key of {self.key_env} unencrypted; use '
+                'https'
+            )
+        if not self.model:
+            raise ValueError('judge model is empty: name the model that the endpoint serves')
         for name in ('timeout', 'max_bytes'):
-            if not getattr(self, name) > 0: raise ValueError(f'judge {name}={getattr(self, name)} must be above 0')
+            if not getattr(self, name) > 0:
+                raise ValueError(f'judge {name}={getattr(self, name)} must be above 0')
         for name in ('retries', 'backoff', 'max_wait'):
-            if getattr(self, name) < 0: raise ValueError(f'judge {name}={getattr(self, name)} must not be negative')
+            if getattr(self, name) < 0:
+                raise ValueError(f'judge {name}={getattr(self, name)} must not be negative')
 
     @property
     def shown(self) -> str:
@@ -109,25 +137,43 @@ class Endpoint:
         return f'{self.model} at {urlsplit(self.url).hostname}'
 
     def _key(self) -> str:
-        if not self.key_env: return ''
-        if key := os.environ.get(self.key_env, '').strip(): return key
-        raise JudgeError(f'judge {self.spec}: the environment variable {self.key_env} is not set; put the key there')
+        if not self.key_env:
+            return ''
+        if key := os.environ.get(self.key_env, '').strip():
+            return key
+        raise JudgeError(
+            f'judge {self.spec}: the environment variable {self.key_env} is not set; put the key '
+            'there'
+        )
 
     def _once(self, body: bytes, key: str) -> Reply:
         "One attempt; `_Again` if another may help, `JudgeError` if not."
         deadline = time.monotonic() + self.timeout
-        headers = {'Content-Type': 'application/json', **({'Authorization': f'Bearer {key}'} if key else {})}
-        request = urllib.request.Request(f'{self.url.rstrip("/")}/chat/completions', body, headers, method='POST')
+        headers = {
+            'Content-Type': 'application/json',
+            **({'Authorization': f'Bearer {key}'} if key else {}),
+        }
+        request = urllib.request.Request(
+            f'{self.url.rstrip("/")}/chat/completions', body, headers, method='POST'
+        )
         local = urlsplit(self.url).hostname in _LOCAL
-        opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
+        opener = urllib.request.build_opener(
+            _NoRedirect, *([urllib.request.ProxyHandler({})] if local else [])
+        )
         try:
-            with opener.open(request, timeout=self.timeout) as r: raw = _read(r, deadline, self.max_bytes)
+            with opener.open(request, timeout=self.timeout) as r:
+                raw = _read(r, deadline, self.max_bytes)
         except urllib.error.HTTPError as e:
-            try: said = e.read(2000).decode('utf8', 'replace')
-            except OSError: said = ''
-            if key: said = said.replace(key, '<key>')
+            try:
+                said = e.read(2000).decode('utf8', 'replace')
+            except OSError:
+                said = ''
+            if key:
+                said = said.replace(key, '<key>')
             why = f'HTTP {e.code} {" ".join(said.split())[:300]}'
-            if 'insufficient_quota' not in said and (e.code in (408, 409, 425, 429) or e.code >= 500):
+            if 'insufficient_quota' not in said and (
+                e.code in (408, 409, 425, 429) or e.code >= 500
+            ):
                 raise _Again(why, _asked_wait(e.headers)) from None
             raise JudgeError(f'judge {self.spec}: {why}') from None
         except (OSError, ValueError, http.client.HTTPException) as e:
@@ -137,14 +183,24 @@ class Endpoint:
             text, model = reply['choices'][0]['message']['content'], reply.get('model', '')
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _Again(f'a reply that is no chat completion: {raw[:120]!r}') from None
-        if not isinstance(text, (str, type(None))): raise _Again(f'a reply without text: {raw[:120]!r}')
+        if not isinstance(text, (str, type(None))):
+            raise _Again(f'a reply without text: {raw[:120]!r}')
         return Reply(text or '', str(model or self.model))
 
-    def __call__(self, messages: Sequence[Mapping], temperature: float = 0., max_tokens: int = 16) -> Reply:
-        "The reply to chat `messages`. Raises `JudgeError` once attempts are used up or cannot help."
+    def __call__(
+        self, messages: Sequence[Mapping], temperature: float = 0.0, max_tokens: int = 16
+    ) -> Reply:
+        """The reply to chat `messages`. Raises `JudgeError` once attempts are used up or cannot
+        help."""
         key = self._key()
-        body = json.dumps({'model': self.model, 'messages': list(messages), 'temperature': temperature,
-                           self.limit_field: max_tokens}).encode()
+        body = json.dumps(
+            {
+                'model': self.model,
+                'messages': list(messages),
+                'temperature': temperature,
+                self.limit_field: max_tokens,
+            }
+        ).encode()
         jitter, why = random.Random(body), ''
         for n in range(self.retries + 1):
             try:
@@ -152,165 +208,270 @@ class Endpoint:
                 return Reply(reply.text, reply.model, n + 1)
             except _Again as e:
                 why = str(e)
-                if n == self.retries: break
-                pause = e.wait if e.wait is not None else self.backoff * 2**n * jitter.uniform(.75, 1.25)
+                if n == self.retries:
+                    break
+                pause = (
+                    e.wait
+                    if e.wait is not None
+                    else self.backoff * 2**n * jitter.uniform(0.75, 1.25)
+                )
                 self.sleep(min(pause, self.max_wait))
-        raise JudgeError(f'judge {self.spec}: {self.retries + 1} attempts failed, the last with {why}')
+        raise JudgeError(
+            f'judge {self.spec}: {self.retries + 1} attempts failed, the last with {why}'
+        )
 
 # %% ../../nbs/evaluate/44_judge.ipynb #563cf505
 HEADER = 'Question | Ground truth | Prediction | Correctness'
 PUBLISHED_PROMPT_SHA256 = 'c18bad2fdc49f892fd4a6b9ebf53c440b0044645a4059852742a34584a6d016e'
-_ROOTS, _SIGN = 'Which numbers solve the equation within the red rectangle?', 'Why is the sign at the blue arrow funny?'
-_JOKE = ('The sign announces that the sign itself is not in use. <AND> A sign can only say so by being used, so its '
-         'message contradicts the fact that one reads it.')
-EXAMPLES = ((_ROOTS, '2 <AND> -7', 'x = 5', '0.0'), (_ROOTS, '2 <AND> -7', 'x = 2', '0.5'),
-            (_ROOTS, '2 <AND> -7', 'x = -7', '0.5'), (_ROOTS, '2 <AND> -7', 'x = 2 or x = 7', '0.5'),
-            (_ROOTS, '2 <AND> -7', 'x is 2 or -7', '1.0'),
-            (_SIGN, _JOKE, 'It is funny because a sign stands at the road and says that it is not in use.', '0.4'),
-            (_SIGN, _JOKE, 'The sign says of itself that it is not in use, yet saying anything is the use of a sign, '
-             'so it defeats its own message.', '1.0'))
-PROMPT = '\n'.join((
-    'Grade how correct a prediction is, given the ground truth. Where the ground truth joins parts with <AND>, a '
-    'prediction is fully correct only if it has all of them; where it joins them with <OR>, any one of them makes it '
-    'fully correct. The grade is one of 0.0 (wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 and 1.0 (fully '
-    'correct). Fill in the last cell of the table with the grade and write nothing else.', '', HEADER,
-    '--- | --- | --- | ---', *(' | '.join(row) for row in EXAMPLES)))
+_ROOTS, _SIGN = (
+    'Which numbers solve the equation within the red rectangle?',
+    'Why is the sign at the blue arrow funny?',
+)
+_JOKE = (
+    'The sign announces that the sign itself is not in use. <AND> A sign can only say so by being '
+    'used, so its '
+    'message contradicts the fact that one reads it.'
+)
+EXAMPLES = (
+    (_ROOTS, '2 <AND> -7', 'x = 5', '0.0'),
+    (_ROOTS, '2 <AND> -7', 'x = 2', '0.5'),
+    (_ROOTS, '2 <AND> -7', 'x = -7', '0.5'),
+    (_ROOTS, '2 <AND> -7', 'x = 2 or x = 7', '0.5'),
+    (_ROOTS, '2 <AND> -7', 'x is 2 or -7', '1.0'),
+    (
+        _SIGN,
+        _JOKE,
+        'It is funny because a sign stands at the road and says that it is not in use.',
+        '0.4',
+    ),
+    (
+        _SIGN,
+        _JOKE,
+        'The sign says of itself that it is not in use, yet saying anything is the use of a sign, '
+        'so it defeats its own message.',
+        '1.0',
+    ),
+)
+PROMPT = '\n'.join(
+    (
+        'Grade how correct a prediction is, given the ground truth. Where the ground truth joins '
+        'parts with <AND>, a '
+        'prediction is fully correct only if it has all of them; where it joins them with <OR>, '
+        'any one of them makes it '
+        'fully correct. The grade is one of 0.0 (wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, '
+        '0.9 and 1.0 (fully '
+        'correct). Fill in the last cell of the table with the grade and write nothing else.',
+        '',
+        HEADER,
+        '--- | --- | --- | ---',
+        *(' | '.join(row) for row in EXAMPLES),
+    )
+)
 _HINT = '\nWrite only the missing grade, as a number from 0.0 to 1.0:'
 
+
 def open_row(question: str, truth: str, prediction: str, reference: bool = False) -> str:
-    """The table row the judge completes; `<AND>` and `<OR>` get spaces around them. Line breaks and bars in the texts
-    would break the table, so they become spaces and slashes; `reference=True` leaves them as the published script
-    does."""
-    truth = re.sub(r'\s*(<AND>|<OR>)\s*', r' \1 ', truth) if not reference else \
-        truth.replace('<AND>', ' <AND> ').replace('<OR>', ' <OR> ')
+    """The table row the judge completes; `<AND>` and `<OR>` get spaces around them. Line breaks and
+    bars in the texts would break the table, so they become spaces and slashes; `reference=True`
+    leaves them as the published script does."""
+    truth = (
+        re.sub(r'\s*(<AND>|<OR>)\s*', r' \1 ', truth)
+        if not reference
+        else truth.replace('<AND>', ' <AND> ').replace('<OR>', ' <OR> ')
+    )
     cells = [question, truth, prediction]
-    if not reference: cells = [' '.join(c.split()).replace('|', '/') for c in cells]
+    if not reference:
+        cells = [' '.join(c.split()).replace('|', '/') for c in cells]
     return ' | '.join([*cells, ''])
 
+
 def parse_grade(text: str, reference: bool = False) -> float | None:
-    """The first word of a reply as a grade in [0, 1]; None if it is none. `reference`: what stands before the first space,
-    as the published script reads it: nothing, where a reply begins with one."""
-    try: score = float(text.split(' ')[0] if reference else text.split()[0])
-    except (ValueError, IndexError): return None
+    """The first word of a reply as a grade in [0, 1]; None if it is none. `reference`: what stands
+    before the first space, as the published script reads it: nothing, where a reply begins with
+    one."""
+    try:
+        score = float(text.split(' ')[0] if reference else text.split()[0])
+    except (ValueError, IndexError):
+        return None
     return score if 0 <= score <= 1 else None
 
 # %% ../../nbs/evaluate/44_judge.ipynb #87b62283
 @dataclass(frozen=True)
 class Grade:
-    """A `score` in [0, 1], the reply it was read from (`content`), the `model` that wrote it, whether it was `parsed`,
-    and every call."""
+    """A `score` in [0, 1], the reply it was read from (`content`), the `model` that wrote it,
+    whether it was `parsed`, and every call."""
+
     score: float
     content: str
     model: str
     parsed: bool = True
     calls: tuple[dict, ...] = ()
 
+
 @dataclass(frozen=True)
 class ChatJudge:
-    """Grades by a chat model. `endpoint`: an `Endpoint`, or anything called the same way. `prompt`: instruction and
-    worked rows. `temperatures`: of the first question and of those after an unreadable grade."""
+    """Grades by a chat model. `endpoint`: an `Endpoint`, or anything called the same way. `prompt`:
+    instruction and worked rows. `temperatures`: of the first question and of those after an
+    unreadable grade."""
+
     endpoint: Callable
     prompt: str = PROMPT
     max_tokens: int = 3
-    temperatures: tuple[float, ...] = (0., 0., .5, 1., 1.5, 2.)
+    temperatures: tuple[float, ...] = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)
     reference: bool = False
 
     @property
-    def prompt_sha256(self) -> str: return hashlib.sha256(self.prompt.encode()).hexdigest()
+    def prompt_sha256(self) -> str:
+        return hashlib.sha256(self.prompt.encode()).hexdigest()
 
     @property
     def spec(self) -> str:
-        who = getattr(self.endpoint, 'spec', getattr(self.endpoint, '__name__', type(self.endpoint).__name__))
-        return f'{who}, {self.max_tokens} tokens, prompt {self.prompt_sha256[:10]}' + ', reference' * self.reference
+        who = getattr(
+            self.endpoint, 'spec', getattr(self.endpoint, '__name__', type(self.endpoint).__name__)
+        )
+        return (
+            f'{who}, {self.max_tokens} tokens, prompt {self.prompt_sha256[:10]}'
+            + ', reference' * self.reference
+        )
 
-    def __call__(self, question: str, truth: str, prediction: str, plain: str | None = None) -> Grade:
+    def __call__(
+        self, question: str, truth: str, prediction: str, plain: str | None = None
+    ) -> Grade:
         "Grade of one answer; `plain`: the benchmark's question without the split's marker words."
         calls, last = [], len(self.temperatures) - 1
         for n, temperature in enumerate(self.temperatures):
             asked = plain if self.reference and n and plain is not None else question
             row = open_row(asked, truth, prediction, self.reference)
             text = f'{self.prompt}\n{row}{_HINT if n else ""}'
-            reply = self.endpoint([dict(role='user', content=text)], temperature=temperature,
-                                  max_tokens=self.max_tokens)
-            calls.append(dict(attempt=n, retry=bool(n), temperature=temperature, max_tokens=self.max_tokens, row=row,
-                              reply=reply.text, model=reply.model, http_attempts=reply.attempts))
-            score = None if self.reference and n == last else parse_grade(reply.text, self.reference)
-            if score is not None: break
+            reply = self.endpoint(
+                [dict(role='user', content=text)],
+                temperature=temperature,
+                max_tokens=self.max_tokens,
+            )
+            calls.append(
+                dict(
+                    attempt=n,
+                    retry=bool(n),
+                    temperature=temperature,
+                    max_tokens=self.max_tokens,
+                    row=row,
+                    reply=reply.text,
+                    model=reply.model,
+                    http_attempts=reply.attempts,
+                )
+            )
+            score = (
+                None if self.reference and n == last else parse_grade(reply.text, self.reference)
+            )
+            if score is not None:
+                break
         content = reply.text.split(' ')[0].strip() if self.reference else reply.text.strip()
-        return Grade(score or 0., content, reply.model, score is not None, tuple(calls))
+        return Grade(score or 0.0, content, reply.model, score is not None, tuple(calls))
 
 # %% ../../nbs/evaluate/44_judge.ipynb #0864441b
 @dataclass(frozen=True)
 class ExactJudge:
-    """Grades without a model: 1 if the normalised prediction equals the truth or one of its `<OR>` parts, else 0. With
-    `<AND>`, every part must stand in the prediction as whole words. `contains=True` asks the same of single truths ('It
-    is red.' for 'red')."""
+    """Grades without a model: 1 if the normalised prediction equals the truth or one of its `<OR>`
+    parts, else 0. With `<AND>`, every part must stand in the prediction as whole words.
+    `contains=True` asks the same of single truths ('It is red.' for 'red')."""
+
     contains: bool = False
 
     @property
-    def spec(self) -> str: return 'exact' + '[contains]' * self.contains
+    def spec(self) -> str:
+        return 'exact' + '[contains]' * self.contains
 
-    def __call__(self, question: str, truth: str, prediction: str, plain: str | None = None) -> Grade:
+    def __call__(
+        self, question: str, truth: str, prediction: str, plain: str | None = None
+    ) -> Grade:
         "Grade of one answer; the question is not looked at."
         said = normalise(prediction)
-        def inside(part): return any(f' {normalise(part, a)} ' in f' {normalise(prediction, a)} ' for a in (0, 1))
+
+        def inside(part):
+            return any(f' {normalise(part, a)} ' in f' {normalise(prediction, a)} ' for a in (0, 1))
+
         def right(option):
             parts = [p for p in option.split('<AND>') if p.strip()]
-            return all(map(inside, parts)) if len(parts) > 1 or self.contains else normalise(option) == said
+            return (
+                all(map(inside, parts))
+                if len(parts) > 1 or self.contains
+                else normalise(option) == said
+            )
+
         score = float(any(right(o) for o in truth.split('<OR>') if o.strip()))
         return Grade(score, str(score), self.spec)
 
 # %% ../../nbs/evaluate/44_judge.ipynb #4c6010e6
 @dataclass(frozen=True)
 class Graded:
-    "One answer to be graded: `id`, `question`, `truth`, `prediction`, and the `plain` question where there is one."
+    """One answer to be graded: `id`, `question`, `truth`, `prediction`, and the `plain` question
+    where there is one."""
+
     id: str
     question: str
     truth: str
     prediction: str
     plain: str | None = None
 
+
 @dataclass
 class Grades:
-    "All grades: `frame` with item, run, score, content, model, parsed, attempts; `judge` and `prompt_sha256`."
+    """All grades: `frame` with item, run, score, content, model, parsed, attempts; `judge` and
+    `prompt_sha256`."""
+
     frame: pd.DataFrame
     judge: str
     prompt_sha256: str = ''
 
     @property
-    def runs(self) -> int: return int(self.frame['run'].max()) + 1 if len(self.frame) else 0
+    def runs(self) -> int:
+        return int(self.frame['run'].max()) + 1 if len(self.frame) else 0
 
     @property
-    def unparsed(self) -> int: return int((~self.frame['parsed'].astype(bool)).sum())
+    def unparsed(self) -> int:
+        return int((~self.frame['parsed'].astype(bool)).sum())
 
     def matrix(self, ids: Sequence[str] | None = None) -> np.ndarray:
-        "Scores [items, runs], in the order of `ids`; raises ValueError for an item without a grade."
+        """Scores [items, runs], in the order of `ids`; raises ValueError for an item without a
+        grade."""
         wide = self.frame.pivot(index='item', columns='run', values='score')
         ids = list(dict.fromkeys(self.frame['item'])) if ids is None else list(ids)
         absent = [i for i in ids if i not in wide.index]
         if absent or wide.loc[ids].isna().any().any():
             gap = absent[0] if absent else wide.loc[ids].isna().any(axis=1).idxmax()
-            raise ValueError(f'grades: item {gap!r} is not graded in every run; grade again with the same log')
+            raise ValueError(
+                f'grades: item {gap!r} is not graded in every run; grade again with the same log'
+            )
         return wide.loc[ids].to_numpy(float)
 
     def published(self) -> dict[str, dict[str, list]]:
-        "{id: {model, content, score}} with one entry a run: the layout of ViP-Bench's own grade file."
+        """{id: {model, content, score}} with one entry a run: the layout of ViP-Bench's own grade
+        file."""
         order = list(dict.fromkeys(self.frame['item']))
         groups = dict(list(self.frame.sort_values('run').groupby('item')))
         return {i: {k: groups[i][k].tolist() for k in ('model', 'content', 'score')} for i in order}
 
 # %% ../../nbs/evaluate/44_judge.ipynb #cf4ae447
-def _digest(rows) -> str: return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+def _digest(rows) -> str:
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
-def grade_answers(answers: Sequence[Graded], judge: Callable, runs: int = 1, log: str | Path | None = None,
-                  workers: int = 1, overwrite: bool = False,
-                  on_grade: Callable[[int, int], None] | None = None) -> Grades:
-    """Every answer graded `runs` times by `judge`; `log`: where grades are kept as they come. `on_grade(done, total)`
-    after each; raise from it to stop early.
 
-    Raises ValueError for two answers with one id or a log of something else, and `JudgeError` when the judge fails:
-    what was graded stays in the log, and the same call goes on from there."""
-    if runs < 1 or workers < 1: raise ValueError(f'runs={runs} and workers={workers} must be at least 1')
+def grade_answers(
+    answers: Sequence[Graded],
+    judge: Callable,
+    runs: int = 1,
+    log: str | Path | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    on_grade: Callable[[int, int], None] | None = None,
+) -> Grades:
+    """Every answer graded `runs` times by `judge`; `log`: where grades are kept as they come.
+    `on_grade(done, total)` after each; raise from it to stop early.
+
+    Raises ValueError for two answers with one id or a log of something else, and `JudgeError` when
+    the judge fails: what was graded stays in the log, and the same call goes on from there."""
+    if runs < 1 or workers < 1:
+        raise ValueError(f'runs={runs} and workers={workers} must be at least 1')
     ids = [a.id for a in answers]
     if twice := sorted({i for i in ids if ids.count(i) > 1}) if len(set(ids)) < len(ids) else []:
         raise ValueError(f'{len(twice)} ids stand for several answers, first {twice[0]!r}')
@@ -321,31 +482,58 @@ def grade_answers(answers: Sequence[Graded], judge: Callable, runs: int = 1, log
     done = {} if store is None else dict(store.rows)
     todo = [(r, a) for r in range(runs) for a in answers if f'{a.id}#{r}' not in done]
     wanted, total = {f'{i}#{r}' for r in range(runs) for i in ids}, runs * len(answers)
-    def count(): return len(wanted & done.keys())
+
+    def count():
+        return len(wanted & done.keys())
 
     def one(r: int, a: Graded) -> dict:
         g = judge(a.question, a.truth, a.prediction, a.plain)
-        return dict(id=f'{a.id}#{r}', item=a.id, run=r, score=g.score, content=g.content, model=g.model,
-                    parsed=g.parsed, attempts=len(g.calls), calls=list(g.calls))
+        return dict(
+            id=f'{a.id}#{r}',
+            item=a.id,
+            run=r,
+            score=g.score,
+            content=g.content,
+            model=g.model,
+            parsed=g.parsed,
+            attempts=len(g.calls),
+            calls=list(g.calls),
+        )
 
     def keep(row: dict):
-        if store is not None: store.add([row])
+        if store is not None:
+            store.add([row])
         done[row['id']] = row
-        if on_grade is not None: on_grade(count(), total)
+        if on_grade is not None:
+            on_grade(count(), total)
 
     try:
         if workers == 1:
-            for r, a in todo: keep(one(r, a))
-        else: _in_parallel(one, todo, workers, keep)
+            for r, a in todo:
+                keep(one(r, a))
+        else:
+            _in_parallel(one, todo, workers, keep)
     except JudgeError as e:
-        kept = f'kept in {log}; the same call goes on from there' if log else 'lost: pass a log to keep them'
+        kept = (
+            f'kept in {log}; the same call goes on from there'
+            if log
+            else 'lost: pass a log to keep them'
+        )
         raise JudgeError(f'{e} ({count()} of {total} grades {kept})') from None
     rows = [done[f'{i}#{r}'] for r in range(runs) for i in ids]
     names = ('item', 'run', 'score', 'content', 'model', 'parsed', 'attempts', 'calls')
-    out = Grades(pd.DataFrame([{k: row[k] for k in names} for row in rows], columns=names), judge.spec, prompt)
+    out = Grades(
+        pd.DataFrame([{k: row[k] for k in names} for row in rows], columns=names),
+        judge.spec,
+        prompt,
+    )
     if out.unparsed:
-        warnings.warn(f'{out.unparsed} of {total} replies of {judge.spec} hold no grade and count 0', stacklevel=2)
+        warnings.warn(
+            f'{out.unparsed} of {total} replies of {judge.spec} hold no grade and count 0',
+            stacklevel=2,
+        )
     return out
+
 
 def _in_parallel(one: Callable, todo: Sequence, workers: int, keep: Callable):
     "Jobs on `workers` threads, results kept by this one; after an error nothing new is started."
@@ -355,8 +543,11 @@ def _in_parallel(one: Callable, todo: Sequence, workers: int, keep: Callable):
             while True:
                 while len(waiting) < workers and (job := next(jobs, None)) is not None:
                     waiting.add(pool.submit(one, *job))
-                if not waiting: return
+                if not waiting:
+                    return
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for f in finished: keep(f.result())
+                for f in finished:
+                    keep(f.result())
         finally:
-            for f in waiting: f.cancel()
+            for f in waiting:
+                f.cancel()

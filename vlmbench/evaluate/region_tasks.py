@@ -18,7 +18,15 @@ __all__ = ['SETS', 'Pointer', 'MarkedImage', 'RegionSet', 'PlainMatch', 'draw_ki
            'coco_objects', 'arrow_task']
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #e7e62630
-from ..data.overlay import DATASET_KINDS, PALETTE, Marker, check_kind, draw_marker, region_text, unit
+from vlmbench.data.overlay import (
+    DATASET_KINDS,
+    PALETTE,
+    Marker,
+    check_kind,
+    draw_marker,
+    region_text,
+    unit,
+)
 from ..data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
 from ..data.region import parse_region
 from ..data.region_rows import Mark, build_row, dataset_of, draw_marks, vcr_side_file
@@ -31,46 +39,67 @@ from .tasks import Task
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #a25cd49a
 @dataclass(frozen=True)
 class Pointer:
-    """An arrow from `tail` to `tip` (x, y in px of the picture), with its colour, opacity (0-255) and stroke `width` in
-    units (`vlmbench.data.overlay.unit`)."""
+    """An arrow from `tail` to `tip` (x, y in px of the picture), with its colour, opacity (0-255)
+    and stroke `width` in units (`vlmbench.data.overlay.unit`)."""
+
     tail: tuple[float, float]
     tip: tuple[float, float]
     rgb: tuple[int, int, int] = PALETTE['red']
     alpha: int = 128
-    width: float = 3.
+    width: float = 3.0
 
     def marker(self, size: tuple[int, int]) -> Marker:
         "Its geometry in a picture of `size` (width, height) px."
         r = unit(size)
         angle = math.atan2(self.tail[1] - self.tip[1], self.tail[0] - self.tip[0])
         head = min(max(int(12 * r), 4), math.dist(self.tail, self.tip) / 2)
-        def wing(turn): return (self.tip[0] + head * math.cos(angle + turn), self.tip[1] + head * math.sin(angle + turn))
-        return Marker('arrow', (self.tip, self.tail), max(int(self.width * r), 1),
-                      head=(wing(math.pi / 5), self.tip, wing(-math.pi / 5)), filled=True)
+
+        def wing(turn):
+            return (
+                self.tip[0] + head * math.cos(angle + turn),
+                self.tip[1] + head * math.sin(angle + turn),
+            )
+
+        return Marker(
+            'arrow',
+            (self.tip, self.tail),
+            max(int(self.width * r), 1),
+            head=(wing(math.pi / 5), self.tip, wing(-math.pi / 5)),
+            filled=True,
+        )
+
 
 @dataclass(frozen=True)
 class MarkedImage(ImageRef):
-    "An `ImageRef` on which `marks` are drawn in order when it is loaded; `seed` decides their geometry."
+    """An `ImageRef` on which `marks` are drawn in order when it is loaded; `seed` decides their
+    geometry."""
+
     marks: tuple[Mark | Pointer, ...] = ()
     seed: int = 0
 
     @property
     def key(self) -> str:
         "The path and a hash of the marks."
-        return f'{self.path}#{hashlib.sha256(repr((self.marks, self.seed)).encode()).hexdigest()[:12]}'
+        return (
+            f'{self.path}#{hashlib.sha256(repr((self.marks, self.seed)).encode()).hexdigest()[:12]}'
+        )
 
     def load(self, **kwargs) -> Image.Image:
         "The picture with its marks; raises `ImageError`, or ValueError for a region outside it."
         image, rng = super().load(**kwargs).convert('RGB'), random.Random(self.seed)
         for m in self.marks:
-            if isinstance(m, Pointer): image = draw_marker(image, m.marker(image.size), m.rgb, m.alpha)
-            else: image = draw_marks(image, [m], rng)
+            if isinstance(m, Pointer):
+                image = draw_marker(image, m.marker(image.size), m.rgb, m.alpha)
+            else:
+                image = draw_marks(image, [m], rng)
         return image
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #e817a7aa
 @dataclass(frozen=True)
 class RegionSet:
-    "What sets a benchmark apart: id prefix, file, test switch, scorer, required fields, picture policy, longest answer."
+    """What sets a benchmark apart: id prefix, file, test switch, scorer, required fields, picture
+    policy, longest answer."""
+
     dataset: str
     file: str
     style: str = ''
@@ -79,170 +108,308 @@ class RegionSet:
     aspect: str = 'pad'
     max_new_tokens: int = 16
 
-_VCR = (('question', list), ('answer_choices', list), ('rationale_choices', list), ('answer_label', int),
-        ('rationale_label', int), ('class_names', list), ('meta_dir', str))
+
+_VCR = (
+    ('question', list),
+    ('answer_choices', list),
+    ('rationale_choices', list),
+    ('answer_label', int),
+    ('rationale_label', int),
+    ('class_names', list),
+    ('meta_dir', str),
+)
+
 
 @dataclass(frozen=True)
 class PlainMatch(Scorer):
     "The published rule: 1 if the lower-cased, stripped texts are equal."
+
     name: ClassVar[str] = 'plain_match'
 
-    def parse(self, prediction, row=None): return str(prediction).strip().lower()
-    def score(self, prediction, row): return float(self.parse(prediction) in map(self.parse, row_answers(row)))
+    def parse(self, prediction, row=None):
+        return str(prediction).strip().lower()
+
+    def score(self, prediction, row):
+        return float(self.parse(prediction) in map(self.parse, row_answers(row)))
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #1de18310
 SETS: dict[str, RegionSet] = {
-    'v7w': RegionSet('v7w', 'v7w-test.json', '', MultipleChoice(),
-                     (('question', str), ('bboxes', list), ('answer', list))),
-    'pointqa': RegionSet('pointQA_twice', 'pointQA_twice_test.json', '', ExactMatch(),
-                         (('bboxes', list), ('answer', (str, int)))),
+    'v7w': RegionSet(
+        'v7w',
+        'v7w-test.json',
+        '',
+        MultipleChoice(),
+        (('question', str), ('bboxes', list), ('answer', list)),
+    ),
+    'pointqa': RegionSet(
+        'pointQA_twice',
+        'pointQA_twice_test.json',
+        '',
+        ExactMatch(),
+        (('bboxes', list), ('answer', (str, int))),
+    ),
     'vcr_qa': RegionSet('vcr', 'vcr-val.json', 'vcr_qa', MultipleChoice(), _VCR, 'squash'),
     'vcr_qar': RegionSet('vcr', 'vcr-val.json', 'vcr_qar', MultipleChoice(), _VCR, 'squash'),
-    'refcocog': RegionSet('refcocog', 'refcocog-test.json', '', Caption(), (('bboxes', list), ('answer', str)),
-                          max_new_tokens=128)}
+    'refcocog': RegionSet(
+        'refcocog',
+        'refcocog-test.json',
+        '',
+        Caption(),
+        (('bboxes', list), ('answer', str)),
+        max_new_tokens=128,
+    ),
+}
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #6534be1f
 def _check_row(spec: RegionSet, row: Mapping, question: str):
     "Raises `BadRecord` unless the row has what its set needs."
-    needs = (*spec.fields, *([(question, str)] if spec.dataset == 'pointQA_twice' else []), ('image', str))
+    needs = (
+        *spec.fields,
+        *([(question, str)] if spec.dataset == 'pointQA_twice' else []),
+        ('image', str),
+    )
     for name, kind in needs:
-        if name not in row: raise BadRecord(f'no field {name!r}; it has {sorted(row)}')
+        if name not in row:
+            raise BadRecord(f'no field {name!r}; it has {sorted(row)}')
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise BadRecord(f'{name} is {type(row[name]).__name__}')
-        if row[name] in ('', []): raise BadRecord(f'{name} is empty')
+        if row[name] in ('', []):
+            raise BadRecord(f'{name} is empty')
     segments = row.get('segmentations') or [None] * len(row.get('bboxes', ()))
     if len(segments) != len(row.get('bboxes', ())):
         raise BadRecord(f'{len(row["bboxes"])} bboxes but {len(segments)} segmentations')
     for i, (box, polygons) in enumerate(zip(row.get('bboxes', ()), segments)):
         parse_region(box, polygons, what=f'bbox {i}')
     boxes = dict(v7w=4, pointQA_twice=1, refcocog=1).get(spec.dataset)
-    if boxes and len(row['bboxes']) != boxes: raise BadRecord(f'{len(row["bboxes"])} bboxes, expected {boxes}')
-    if spec.dataset == 'v7w' and row['answer'] not in row['bboxes']: raise BadRecord('the answer is none of the boxes')
-    if spec.dataset != 'vcr': return
+    if boxes and len(row['bboxes']) != boxes:
+        raise BadRecord(f'{len(row["bboxes"])} bboxes, expected {boxes}')
+    if spec.dataset == 'v7w' and row['answer'] not in row['bboxes']:
+        raise BadRecord('the answer is none of the boxes')
+    if spec.dataset != 'vcr':
+        return
     for part in ('answer', 'rationale'):
-        if len(row[f'{part}_choices']) != 4: raise BadRecord(f'{len(row[f"{part}_choices"])} {part}_choices, expected 4')
-        if not 0 <= row[f'{part}_label'] < 4: raise BadRecord(f'{part}_label={row[f"{part}_label"]} is not 0 to 3')
+        if len(row[f'{part}_choices']) != 4:
+            raise BadRecord(f'{len(row[f"{part}_choices"])} {part}_choices, expected 4')
+        if not 0 <= row[f'{part}_label'] < 4:
+            raise BadRecord(f'{part}_label={row[f"{part}_label"]} is not 0 to 3')
+
 
 def _as_kind(marks: Sequence[Mark], text: str, kind: str) -> tuple[list[Mark], str]:
-    "Marks and question with every marker of another kind. Raises `BadRecord` where a point has no mask to lie in."
+    """Marks and question with every marker of another kind. Raises `BadRecord` where a point has no
+    mask to lie in."""
     out = []
     for i, m in enumerate(marks):
         if kind == 'point' and not m.region.polygons:
-            raise BadRecord(f"kind='point' needs a segmentation to lie in, and region {i} is a box: choose another kind")
+            raise BadRecord(
+                f"kind='point' needs a segmentation to lie in, and region {i} is a box: choose "
+                'another kind'
+            )
         new = replace(m, kind=kind, style='')
-        for the in (True, False): text = text.replace(region_text(m.kind, m.name, the), region_text(new.kind, m.name, the))
+        for the in (True, False):
+            text = text.replace(
+                region_text(m.kind, m.name, the), region_text(new.kind, m.name, the)
+            )
         out.append(new)
     return out, text
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #c768aee8
-def _seed(*parts) -> int: return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
+def _seed(*parts) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'big')
 
-def _build(name: str, spec: RegionSet, row: Mapping, root, seed: int, alpha: int | None, kind: str | None,
-           reference: bool, question: str, where: str) -> Sample:
+
+def _build(
+    name: str,
+    spec: RegionSet,
+    row: Mapping,
+    root,
+    seed: int,
+    alpha: int | None,
+    kind: str | None,
+    reference: bool,
+    question: str,
+    where: str,
+) -> Sample:
     "A checked row as a sample: question turn, marked picture, answer and options in `meta`."
     _check_row(spec, row, question)
     ident = str(row.get('id', where))
     full = ident if dataset_of(ident) else f'{spec.dataset}-{ident}'
-    if dataset_of(full) != spec.dataset: raise BadRecord(f'the id belongs to {dataset_of(full)}, not to {spec.dataset}')
+    if dataset_of(full) != spec.dataset:
+        raise BadRecord(f'the id belongs to {dataset_of(full)}, not to {spec.dataset}')
     drawn = _seed(seed, ident)
     meta = vcr_side_file(row, root) if spec.dataset == 'vcr' else None
     own = DATASET_KINDS[spec.style or spec.dataset][0]
     fixed = len(own) == 1
-    if fixed and kind == own[0]: kind = None
+    if fixed and kind == own[0]:
+        kind = None
     options: dict[str, Any] = dict(question=question) if spec.dataset == 'pointQA_twice' else {}
-    if kind is not None and not fixed: options['kinds'] = (kind,)
-    marks, turns = build_row({**row, 'id': full}, random.Random(drawn), meta, spec.style, alpha, reference, **options)
+    if kind is not None and not fixed:
+        options['kinds'] = (kind,)
+    marks, turns = build_row(
+        {**row, 'id': full}, random.Random(drawn), meta, spec.style, alpha, reference, **options
+    )
     text = turns[0].text
-    if kind is not None and fixed: marks, text = _as_kind(marks, text, kind)
-    letters = dict(re.findall(r'^([A-D])\. (.+)$', text, re.M)) if isinstance(spec.scorer, MultipleChoice) else None
+    if kind is not None and fixed:
+        marks, text = _as_kind(marks, text, kind)
+    letters = (
+        dict(re.findall(r'^([A-D])\. (.+)$', text, re.M))
+        if isinstance(spec.scorer, MultipleChoice)
+        else None
+    )
     image = MarkedImage(row['image'], str(root), None, tuple(marks), drawn)
-    known = dict(answers=[str(turns[1].text)], choices=letters, cluster=row['image'],
-                 question_type=str(row.get('question_type') or 'all'))
+    known = dict(
+        answers=[str(turns[1].text)],
+        choices=letters,
+        cluster=row['image'],
+        question_type=str(row.get('question_type') or 'all'),
+    )
     return Sample(ident, [Turn('user', text)], [image], source=name, meta=known, where=where)
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #be70ef9a
-_ENSEMBLE = ('rectangle', 'ellipse', 'arrow', 'triangle', 'scribble')          # kinds that a box is enough for
+_ENSEMBLE = (
+    'rectangle',
+    'ellipse',
+    'arrow',
+    'triangle',
+    'scribble',
+)  # kinds that a box is enough for
+
 
 def draw_kinds(name: str, draws: int, kinds: Sequence[str] = ()) -> list[str | None]:
-    """The marker kind of each of `draws` askings of a set (None: its own), for the ensemble of prompts of the paper: its
-    own, then kinds that a box is enough for in turn; or `kinds` in turn. Raises `ValueError` for an unknown kind."""
+    """The marker kind of each of `draws` askings of a set (None: its own), for the ensemble of
+    prompts of the paper: its own, then kinds that a box is enough for in turn; or `kinds` in turn.
+    Raises `ValueError` for an unknown kind."""
     own = DATASET_KINDS[SETS[name].style or SETS[name].dataset][0]
     turn = [check_kind(k) for k in kinds] or [None, *(k for k in _ENSEMBLE if own != (k,))]
     return [turn[i % len(turn)] for i in range(draws)]
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #657899b6
-def region_task(name: str, path: str | Path, image_root: str | Path, seed: int = 0, alpha: int | None = 128,
-                kind: str | None = None, question: str = 'general_question', scorer: Scorer | None = None,
-                limit: int | None = None, reference: bool = False, quarantine: Quarantine | None = None) -> Task:
+def region_task(
+    name: str,
+    path: str | Path,
+    image_root: str | Path,
+    seed: int = 0,
+    alpha: int | None = 128,
+    kind: str | None = None,
+    question: str = 'general_question',
+    scorer: Scorer | None = None,
+    limit: int | None = None,
+    reference: bool = False,
+    quarantine: Quarantine | None = None,
+) -> Task:
     """A region benchmark (`SETS`) as a `Task` named `name`.
 
-    `seed`: of the markers' colours and geometry. `alpha`: their opacity (the published evaluation: 128; None: drawn).
-    `kind`: a marker kind instead of the benchmark's own. `question`: PointQA's field that holds the question. `limit`:
-    first rows only (renames the task). `reference`: with the published faults (a RefCOCOg question without picture
-    among them) and the published exact match. Raises `BadRecord` naming file and row; a `quarantine` sets such
-    rows aside instead, and opens every picture for it."""
-    if name not in SETS: raise ValueError(f'region set {name!r} is unknown: use one of {", ".join(SETS)}')
+    `seed`: of the markers' colours and geometry. `alpha`: their opacity (the published evaluation:
+    128; None: drawn). `kind`: a marker kind instead of the benchmark's own. `question`: PointQA's
+    field that holds the question. `limit`: first rows only (renames the task). `reference`: with
+    the published faults (a RefCOCOg question without picture among them) and the published exact
+    match. Raises `BadRecord` naming file and row; a `quarantine` sets such rows aside instead, and
+    opens every picture for it."""
+    if name not in SETS:
+        raise ValueError(f'region set {name!r} is unknown: use one of {", ".join(SETS)}')
     spec, path, samples = SETS[name], Path(path), []
-    scorer = scorer or (PlainMatch() if reference and not isinstance(spec.scorer, Caption) else spec.scorer)
-    if isinstance(scorer, Caption): check_caption_metrics(scorer.metrics)
-    if not path.exists(): raise FileNotFoundError(f'{path} is missing: it holds the questions of {name}')
+    scorer = scorer or (
+        PlainMatch() if reference and not isinstance(spec.scorer, Caption) else spec.scorer
+    )
+    if isinstance(scorer, Caption):
+        check_caption_metrics(scorer.metrics)
+    if not path.exists():
+        raise FileNotFoundError(f'{path} is missing: it holds the questions of {name}')
     for raw in iter_rows(path):
-        if limit and len(samples) >= limit: break
-        if quarantine is not None: quarantine.seen()
+        if limit and len(samples) >= limit:
+            break
+        if quarantine is not None:
+            quarantine.seen()
         try:
-            if raw.error: raise BadRecord(raw.error)
-            if not isinstance(raw.value, dict): raise BadRecord(f'the row is {type(raw.value).__name__}, not an object')
+            if raw.error:
+                raise BadRecord(raw.error)
+            if not isinstance(raw.value, dict):
+                raise BadRecord(f'the row is {type(raw.value).__name__}, not an object')
             where = f'{path.name}:{raw.number}'
-            sample = _build(name, spec, raw.value, image_root, seed, alpha, kind, reference, question, where)
+            sample = _build(
+                name, spec, raw.value, image_root, seed, alpha, kind, reference, question, where
+            )
             if quarantine is not None:
-                for picture in sample.images: picture.load()              # bad ones show only when they are marked
+                for picture in sample.images:
+                    picture.load()  # bad ones show only when they are marked
             samples.append(sample)
         except ValueError as e:
             ident = raw.value.get('id') if isinstance(raw.value, dict) else None
-            if quarantine is None: raise BadRecord(f'{path} row {raw.number} (id {ident!r}): {e}') from None
+            if quarantine is None:
+                raise BadRecord(f'{path} row {raw.number} (id {ident!r}): {e}') from None
             quarantine.add(str(path), raw.number, str(ident), str(e))
-    if quarantine is not None: quarantine.close()
-    if not samples: raise BadRecord(f'{path}: no usable rows')
-    if isinstance(scorer, Caption): samples = _merged(samples)
-    return Task(name + (f'.head{limit}' if limit else ''), samples, scorer, max_new_tokens=spec.max_new_tokens)
+    if quarantine is not None:
+        quarantine.close()
+    if not samples:
+        raise BadRecord(f'{path}: no usable rows')
+    if isinstance(scorer, Caption):
+        samples = _merged(samples)
+    return Task(
+        name + (f'.head{limit}' if limit else ''),
+        samples,
+        scorer,
+        max_new_tokens=spec.max_new_tokens,
+    )
+
 
 def _merged(samples: Sequence[Sample]) -> list[Sample]:
-    "Rows about the same region of a picture as one question with all their expressions as references."
+    """Rows about the same region of a picture as one question with all their expressions as
+    references."""
     groups: dict[Any, list[Sample]] = {}
-    for s in samples: groups.setdefault((s.images[0].path, s.images[0].marks[0].region.bounds), []).append(s)
+    for s in samples:
+        groups.setdefault((s.images[0].path, s.images[0].marks[0].region.bounds), []).append(s)
+
     def one(group):
         first = group[0]
-        return replace(first, meta=first.meta | dict(answers=[a for s in group for a in s.meta['answers']]))
+        return replace(
+            first, meta=first.meta | dict(answers=[a for s in group for a in s.meta['answers']])
+        )
+
     return [one(g) for g in groups.values()]
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #0ef43356
 def q_to_ar(answer: Results, rationale: Results) -> Results:
-    "Results of VCR's Q->AR from those of Q->A and QA->R over the same ids; raises ValueError where they differ."
+    """Results of VCR's Q->AR from those of Q->A and QA->R over the same ids; raises ValueError
+    where they differ."""
     a, r = answer.frame.set_index('id', drop=False), rationale.frame.set_index('id')
     if set(a.index) != set(r.index):
         odd = sorted(set(a.index) ^ set(r.index))
-        raise ValueError(f'{answer.task} and {rationale.task} answer different questions, {len(odd)} in one only, '
-                         f'first {odd[0]!r}')
+        raise ValueError(
+            f'{answer.task} and {rationale.task} answer different questions, {len(odd)} in one '
+            'only, '
+            f'first {odd[0]!r}'
+        )
     if answer.condition != rationale.condition:
         raise ValueError(f'conditions differ: {answer.condition} and {rationale.condition}')
     r = r.loc[a.index]
-    frame = a.assign(task='vcr_qtoar', score=a['score'] * r['score'], parsed=a['parsed'] + ' ' + r['parsed'],
-                     prediction=a['prediction'] + ' | ' + r['prediction'],
-                     answers=[[f'{x[0]} {y[0]}'] for x, y in zip(a['answers'], r['answers'])]).reset_index(drop=True)
+    frame = a.assign(
+        task='vcr_qtoar',
+        score=a['score'] * r['score'],
+        parsed=a['parsed'] + ' ' + r['parsed'],
+        prediction=a['prediction'] + ' | ' + r['prediction'],
+        answers=[[f'{x[0]} {y[0]}'] for x, y in zip(a['answers'], r['answers'])],
+    ).reset_index(drop=True)
     both = [str(x.header.get('prompt_hash')) for x in (answer, rationale)]
-    header = answer.header | dict(prompt_hash=hashlib.sha256('+'.join(both).encode()).hexdigest(), metrics={},
-                                  parts=[answer.task, rationale.task], scorer='both right')
+    header = answer.header | dict(
+        prompt_hash=hashlib.sha256('+'.join(both).encode()).hexdigest(),
+        metrics={},
+        parts=[answer.task, rationale.task],
+        scorer='both right',
+    )
     return Results('vcr_qtoar', answer.condition, frame, header)
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #8a0f16aa
 def vote(members: Sequence[Results], task: Task, condition: str = 'ensemble') -> Results:
-    """The majority of `members` (results of the same question ids, each under its own markers), scored on `task` (the
-    first member's). Unparsed answers vote only if all are. Raises ValueError for other ids."""
-    if len(members) < 2: raise ValueError(f'a vote takes two or more results, not {len(members)}')
+    """The majority of `members` (results of the same question ids, each under its own markers),
+    scored on `task` (the first member's). Unparsed answers vote only if all are. Raises ValueError
+    for other ids."""
+    if len(members) < 2:
+        raise ValueError(f'a vote takes two or more results, not {len(members)}')
     frames = [m.frame.set_index('id') for m in members]
     for m, f in zip(members, frames):
         if set(f.index) != {i.id for i in task.items}:
-            raise ValueError(f'{m.task} ({m.condition}) does not answer exactly the questions of {task.name}')
+            raise ValueError(
+                f'{m.task} ({m.condition}) does not answer exactly the questions of {task.name}'
+            )
     said, share = {}, []
     for i in task.items:
         parsed = [f.at[i.id, 'parsed'] for f in frames]
@@ -254,71 +421,130 @@ def vote(members: Sequence[Results], task: Task, condition: str = 'ensemble') ->
     header = {k: members[0].header[k] for k in ('model', 'dtype', 'seed') if k in members[0].header}
     out = score_predictions(task, said, condition, header)
     hashes = [str(m.header.get('prompt_hash')) for m in members]
-    out.header |= dict(members=len(members), member_prompts=hashes, agreement=sum(share) / len(share),
-                       member_scores=[m.accuracy for m in members])
+    out.header |= dict(
+        members=len(members),
+        member_prompts=hashes,
+        agreement=sum(share) / len(share),
+        member_scores=[m.accuracy for m in members],
+    )
     return out
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #08fb4106
 @lru_cache(maxsize=2)
 def _instances(path: str) -> dict:
-    with open(path, encoding='utf8') as f: return json.load(f)
+    with open(path, encoding='utf8') as f:
+        return json.load(f)
+
 
 def coco_objects(path: str | Path) -> list[tuple[str, tuple[int, int], list[tuple[str, tuple]]]]:
-    """(file name, (width, height), [(class, (left, top, right, bottom))]) of every picture of a COCO instances file,
-    crowds left out. Raises `BadRecord` naming the entry."""
-    try: data = _instances(str(path))
-    except ValueError as e: raise BadRecord(f'{path}: not JSON: {e}') from None
+    """(file name, (width, height), [(class, (left, top, right, bottom))]) of every picture of a
+    COCO instances file, crowds left out. Raises `BadRecord` naming the entry."""
+    try:
+        data = _instances(str(path))
+    except ValueError as e:
+        raise BadRecord(f'{path}: not JSON: {e}') from None
     try:
         names = {c['id']: c['name'] for c in data['categories']}
-        pictures = {i['id']: (i['file_name'], (i['width'], i['height']), []) for i in data['images']}
-    except (KeyError, TypeError) as e: raise BadRecord(f'{path}: not a COCO instances file, {e} is missing') from None
+        pictures = {
+            i['id']: (i['file_name'], (i['width'], i['height']), []) for i in data['images']
+        }
+    except (KeyError, TypeError) as e:
+        raise BadRecord(f'{path}: not a COCO instances file, {e} is missing') from None
     for n, a in enumerate(data.get('annotations', ())):
         try:
-            if a.get('iscrowd'): continue
+            if a.get('iscrowd'):
+                continue
             x, y, w, h = a['bbox']
             pictures[a['image_id']][2].append((names[a['category_id']], (x, y, x + w, y + h)))
-        except (KeyError, TypeError, ValueError) as e: raise BadRecord(f'{path} annotation {n}: {e}') from None
+        except (KeyError, TypeError, ValueError) as e:
+            raise BadRecord(f'{path} annotation {n}: {e}') from None
     return [pictures[i] for i in sorted(pictures)]
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #c691d270
 def _pair(rng: random.Random, size, objects, min_share: float, min_length: float):
-    "Two objects of different classes, large and far enough apart, neither centre inside the other's box; or None."
-    def center(b): return (b[0] + b[2]) / 2, (b[1] + b[3]) / 2
-    def inside(p, b): return b[0] <= p[0] <= b[2] and b[1] <= p[1] <= b[3]
-    def area(b): return (b[2] - b[0]) * (b[3] - b[1])
+    """Two objects of different classes, large and far enough apart, neither centre inside the
+    other's box; or None."""
+
+    def center(b):
+        return (b[0] + b[2]) / 2, (b[1] + b[3]) / 2
+
+    def inside(p, b):
+        return b[0] <= p[0] <= b[2] and b[1] <= p[1] <= b[3]
+
+    def area(b):
+        return (b[2] - b[0]) * (b[3] - b[1])
+
     once = Counter(name for name, _ in objects)
     fit = [(n, b) for n, b in objects if area(b) >= min_share * size[0] * size[1] and once[n] == 1]
-    pairs = [(a, b) for i, a in enumerate(fit) for b in fit[i + 1:]
-             if not inside(center(a[1]), b[1]) and not inside(center(b[1]), a[1])
-             and math.dist(center(a[1]), center(b[1])) >= min_length * max(size)]
-    if not pairs: return None
+    pairs = [
+        (a, b)
+        for i, a in enumerate(fit)
+        for b in fit[i + 1 :]
+        if not inside(center(a[1]), b[1])
+        and not inside(center(b[1]), a[1])
+        and math.dist(center(a[1]), center(b[1])) >= min_length * max(size)
+    ]
+    if not pairs:
+        return None
     (a, x), (b, y) = rng.choice(pairs)
     return (a, center(x)), (b, center(y))
 
-def arrow_task(pictures: Sequence[tuple], image_root: str | Path, pairs: int | None = None, seed: int = 0,
-               alpha: int = 255, min_share: float = .01, min_length: float = .15, name: str = 'arrow_direction') -> Task:
-    """The arrow-direction probe over `pictures` (as `coco_objects` returns them): one pair a picture, both directions.
 
-    `pairs`: at most so many (a random choice). `min_share`: smallest box, as a share of the picture; classes that occur
-    twice in a picture are left out. `min_length`: shortest arrow, as a share of the longer side. `summary` holds
-    `circular`: the share of pairs with both directions right. Raises ValueError when no picture has a pair."""
+def arrow_task(
+    pictures: Sequence[tuple],
+    image_root: str | Path,
+    pairs: int | None = None,
+    seed: int = 0,
+    alpha: int = 255,
+    min_share: float = 0.01,
+    min_length: float = 0.15,
+    name: str = 'arrow_direction',
+) -> Task:
+    """The arrow-direction probe over `pictures` (as `coco_objects` returns them): one pair a
+    picture, both directions.
+
+    `pairs`: at most so many (a random choice). `min_share`: smallest box, as a share of the
+    picture; classes that occur twice in a picture are left out. `min_length`: shortest arrow, as a
+    share of the longer side. `summary` holds `circular`: the share of pairs with both directions
+    right. Raises ValueError when no picture has a pair."""
     rng, samples, order = random.Random(_seed(seed, name)), [], list(pictures)
     rng.shuffle(order)
     for file, size, objects in order:
-        if pairs is not None and len(samples) >= 2 * pairs: break
+        if pairs is not None and len(samples) >= 2 * pairs:
+            break
         own = random.Random(_seed(seed, file))
         found = _pair(own, size, objects, min_share, min_length)
-        if found is None: continue
+        if found is None:
+            continue
         color = own.choice(list(PALETTE))
         options = own.sample([n for n, _ in found], 2)
         for way, ((_, tail), (right, tip)) in enumerate((found, found[::-1])):
-            text = (f'<image>\nWhich object does the {color} arrow point to?\n'
-                    + '\n'.join(f'{c}. {o}' for c, o in zip('AB', options))
-                    + "\nAnswer with the option's letter from the given choices directly.")
-            image = MarkedImage(file, str(image_root), None, (Pointer(tail, tip, PALETTE[color], alpha),))
-            samples.append(Sample(f'{file}/{way}', [Turn('user', text)], [image], source=name, meta=dict(
-                answers=['AB'[options.index(right)]], choices=options, cluster=file, group=file)))
+            text = (
+                f'<image>\nWhich object does the {color} arrow point to?\n'
+                + '\n'.join(f'{c}. {o}' for c, o in zip('AB', options))
+                + "\nAnswer with the option's letter from the given choices directly."
+            )
+            image = MarkedImage(
+                file, str(image_root), None, (Pointer(tail, tip, PALETTE[color], alpha),)
+            )
+            samples.append(
+                Sample(
+                    f'{file}/{way}',
+                    [Turn('user', text)],
+                    [image],
+                    source=name,
+                    meta=dict(
+                        answers=['AB'[options.index(right)]],
+                        choices=options,
+                        cluster=file,
+                        group=file,
+                    ),
+                )
+            )
     if not samples:
-        raise ValueError(f'{name}: none of {len(order)} pictures has two objects of different classes that are large and '
-                         f'far enough apart (min_share={min_share}, min_length={min_length})')
+        raise ValueError(
+            f'{name}: none of {len(order)} pictures has two objects of different classes that are '
+            'large and '
+            f'far enough apart (min_share={min_share}, min_length={min_length})'
+        )
     return Task(name, samples, MultipleChoice())

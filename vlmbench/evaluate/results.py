@@ -18,64 +18,107 @@ __all__ = ['COLUMNS', 'result_stem', 'Results', 'score_predictions', 'majority_b
 
 # %% ../../nbs/evaluate/15_results.ipynb #30cf647f
 from .scorers import normalise
-from .stats import (Interval, bootstrap_ci, holm, mcnemar, minimum_detectable, paired_bootstrap,
-                                     seeds_interval)
+from vlmbench.evaluate.stats import (
+    Interval,
+    bootstrap_ci,
+    holm,
+    mcnemar,
+    minimum_detectable,
+    paired_bootstrap,
+    seeds_interval,
+)
 from .tasks import Item, Task, image_key, sample_items
 from ..data.record import Sample
 
 # %% ../../nbs/evaluate/15_results.ipynb #4c44db12
-COLUMNS = ('task', 'condition', 'id', 'question_type', 'cluster', 'group', 'image', 'question', 'prompt', 'prediction',
-           'parsed',
-           'answers', 'score', 'n_tokens', 'finish', 'scorer')
+COLUMNS = (
+    'task',
+    'condition',
+    'id',
+    'question_type',
+    'cluster',
+    'group',
+    'image',
+    'question',
+    'prompt',
+    'prediction',
+    'parsed',
+    'answers',
+    'score',
+    'n_tokens',
+    'finish',
+    'scorer',
+)
+
 
 def result_stem(task: str, condition: str = 'image') -> str:
     "File name of a result without its ending."
     return task if condition == 'image' else f'{task}@{condition}'
 
+
 @dataclass
 class Results:
-    """Scored answers of one task under one condition: `frame` (`COLUMNS`) and `header` (hashes, scorer, its `metrics`,
-    model)."""
+    """Scored answers of one task under one condition: `frame` (`COLUMNS`) and `header` (hashes,
+    scorer, its `metrics`, model)."""
+
     task: str
     condition: str
     frame: pd.DataFrame
     header: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def accuracy(self) -> float: return float(self.frame['score'].mean())
+    def accuracy(self) -> float:
+        return float(self.frame['score'].mean())
 
-    def interval(self, level: float = .95, **kwargs) -> Interval:
+    def interval(self, level: float = 0.95, **kwargs) -> Interval:
         "Bootstrap interval of the mean score, resampling pictures."
         return bootstrap_ci(self.frame['score'], self.frame['cluster'].tolist(), level, **kwargs)
 
-    def by_type(self, level: float = .95) -> pd.DataFrame:
+    def by_type(self, level: float = 0.95) -> pd.DataFrame:
         "Per question type, then 'all': n, score, low, high."
-        parts = [(t, f) for t, f in self.frame.groupby('question_type', sort=True)] + [('all', self.frame)]
-        return pd.DataFrame([dict(question_type=t, n=len(f), score=i.mean, low=i.low, high=i.high) for t, f in parts
-                             for i in [bootstrap_ci(f['score'], f['cluster'].tolist(), level)]])
+        parts = [(t, f) for t, f in self.frame.groupby('question_type', sort=True)] + [
+            ('all', self.frame)
+        ]
+        return pd.DataFrame(
+            [
+                dict(question_type=t, n=len(f), score=i.mean, low=i.low, high=i.high)
+                for t, f in parts
+                for i in [bootstrap_ci(f['score'], f['cluster'].tolist(), level)]
+            ]
+        )
 
-    def summary(self, level: float = .95) -> dict[str, Any]:
-        "What the JSON file holds: the header, n, accuracy with its interval, the table by question type."
-        return dict(task=self.task, condition=self.condition, **self.header, n=len(self.frame), accuracy=self.accuracy,
-                    interval=self.interval(level).to_dict(), by_type=self.by_type(level).to_dict('records'))
+    def summary(self, level: float = 0.95) -> dict[str, Any]:
+        """What the JSON file holds: the header, n, accuracy with its interval, the table by
+        question type."""
+        return dict(
+            task=self.task,
+            condition=self.condition,
+            **self.header,
+            n=len(self.frame),
+            accuracy=self.accuracy,
+            interval=self.interval(level).to_dict(),
+            by_type=self.by_type(level).to_dict('records'),
+        )
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write `<task>.parquet` and `<task>.json` into `folder`, each renamed into place when complete; returns both
-        paths."""
+        """Write `<task>.parquet` and `<task>.json` into `folder`, each renamed into place when
+        complete; returns both paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stem, tmp = result_stem(self.task, self.condition), f'.tmp{os.getpid()}'
-        table, card = folder/f'{stem}.parquet', folder/f'{stem}.json'
+        table, card = folder / f'{stem}.parquet', folder / f'{stem}.json'
         self.frame.to_parquet(f'{table}{tmp}', index=False)
-        Path(f'{card}{tmp}').write_text(json.dumps(self.summary(), indent=1, ensure_ascii=False, default=str),
-                                        encoding='utf8')
-        for p in (table, card): os.replace(f'{p}{tmp}', p)
+        Path(f'{card}{tmp}').write_text(
+            json.dumps(self.summary(), indent=1, ensure_ascii=False, default=str), encoding='utf8'
+        )
+        for p in (table, card):
+            os.replace(f'{p}{tmp}', p)
         return table, card
 
     @classmethod
     def load(cls, folder: str | Path, task: str, condition: str = 'image') -> Results:
         "Read what `save` wrote; raises FileNotFoundError naming the missing file."
-        stem = Path(folder)/result_stem(task, condition)
+        stem = Path(folder) / result_stem(task, condition)
         for end in ('.parquet', '.json'):
             if not Path(f'{stem}{end}').exists():
                 raise FileNotFoundError(f'{stem}{end} is missing: no such result was saved')
@@ -86,129 +129,211 @@ class Results:
         return cls(task, condition, frame, {k: v for k, v in card.items() if k not in made})
 
 # %% ../../nbs/evaluate/15_results.ipynb #e8eb600c
-def score_predictions(task: Task, predictions: Mapping[str, Any], condition: str = 'image',
-                      header: Mapping | None = None) -> Results:
-    """Results of `task` from `predictions`: item id -> raw text, or -> {'prediction': ..., 'prompt', 'n_tokens',
-    'finish'}. Every item needs one; raises ValueError with the number and the first of those missing. Extra ids are
-    refused as well."""
+def score_predictions(
+    task: Task,
+    predictions: Mapping[str, Any],
+    condition: str = 'image',
+    header: Mapping | None = None,
+) -> Results:
+    """Results of `task` from `predictions`: item id -> raw text, or -> {'prediction': ...,
+    'prompt', 'n_tokens', 'finish'}. Every item needs one; raises ValueError with the number and the
+    first of those missing. Extra ids are refused as well."""
     items = {i.id: i for i in task.items}
     if missing := [i for i in items if i not in predictions]:
-        raise ValueError(f'task {task.name}: {len(missing)} of {len(items)} items have no prediction, first '
-                         f'{missing[0]!r}; '
-                         'generate the rest first')
+        raise ValueError(
+            f'task {task.name}: {len(missing)} of {len(items)} items have no prediction, first '
+            f'{missing[0]!r}; '
+            'generate the rest first'
+        )
     if extra := [p for p in predictions if p not in items]:
-        raise ValueError(f'task {task.name}: {len(extra)} predictions belong to no item, first {extra[0]!r}: another '
-                         f'version of the task?')
+        raise ValueError(
+            f'task {task.name}: {len(extra)} predictions belong to no item, first {extra[0]!r}: '
+            'another '
+            f'version of the task?'
+        )
     rows = []
     for i in task.items:
         g = predictions[i.id]
         g = g if isinstance(g, Mapping) else dict(prediction=g)
         text, row = str(g['prediction']), i.row
-        rows.append(dict(task=task.name, condition=condition, id=i.id, question_type=i.question_type, cluster=i.cluster,
-                         group=i.group,
-                         image=image_key(i.images[0]) if i.images else None, question=i.question,
-                         prompt=g.get('prompt', i.turns[-1].text),
-                         prediction=text, parsed=task.scorer.parse(text, row), answers=list(i.answers),
-                         score=task.scorer.score(text, row),
-                         n_tokens=g.get('n_tokens'), finish=g.get('finish'), scorer=task.scorer.spec))
+        rows.append(
+            dict(
+                task=task.name,
+                condition=condition,
+                id=i.id,
+                question_type=i.question_type,
+                cluster=i.cluster,
+                group=i.group,
+                image=image_key(i.images[0]) if i.images else None,
+                question=i.question,
+                prompt=g.get('prompt', i.turns[-1].text),
+                prediction=text,
+                parsed=task.scorer.parse(text, row),
+                answers=list(i.answers),
+                score=task.scorer.score(text, row),
+                n_tokens=g.get('n_tokens'),
+                finish=g.get('finish'),
+                scorer=task.scorer.spec,
+            )
+        )
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    facts = dict(task_version=task.version, prompt_hash=task.prompt_hash, content_hash=task.content_hash,
-                 scorer=task.scorer.spec,
-                 metrics=task.scorer.summary(frame))
+    facts = dict(
+        task_version=task.version,
+        prompt_hash=task.prompt_hash,
+        content_hash=task.content_hash,
+        scorer=task.scorer.spec,
+        metrics=task.scorer.summary(frame),
+    )
     return Results(task.name, condition, frame, {**(header or {}), **facts})
 
 # %% ../../nbs/evaluate/15_results.ipynb #0391f542
 def majority_baseline(task: Task, train: Task | Iterable[Sample]) -> Results:
-    """Answer every question with its type's most frequent training answer (ties: alphabetical order). A type that
-    training never asks gets the most frequent answer overall; such items are counted in `header['unseen_types']`."""
-    if isinstance(train, Task): source = train.items
-    else: source = (i for s in train for i in sample_items(s, type_key=task.type_key))
+    """Answer every question with its type's most frequent training answer (ties: alphabetical
+    order). A type that training never asks gets the most frequent answer overall; such items are
+    counted in `header['unseen_types']`."""
+    if isinstance(train, Task):
+        source = train.items
+    else:
+        source = (i for s in train for i in sample_items(s, type_key=task.type_key))
     counts: dict[str, Counter] = defaultdict(Counter)
-    for i in source: counts[i.question_type].update([normalise(Counter(i.answers).most_common(1)[0][0], True)])
-    if not counts: raise ValueError(f'majority baseline of {task.name}: the training split holds no questions')
-    def top(c: Counter) -> str: return min(c, key=lambda a: (-c[a], a))
+    for i in source:
+        counts[i.question_type].update([normalise(Counter(i.answers).most_common(1)[0][0], True)])
+    if not counts:
+        raise ValueError(f'majority baseline of {task.name}: the training split holds no questions')
+
+    def top(c: Counter) -> str:
+        return min(c, key=lambda a: (-c[a], a))
+
     best, overall = {t: top(c) for t, c in counts.items()}, top(sum(counts.values(), Counter()))
     unseen = Counter(i.question_type for i in task.items if i.question_type not in best)
     said = {i.id: best.get(i.question_type, overall) for i in task.items}
     return score_predictions(task, said, 'majority', dict(majority=best, unseen_types=dict(unseen)))
 
-def chance_baseline(task: Task, candidates: Callable[[Item], Sequence[str]], condition: str = 'chance') -> Results:
-    "Expected score of a uniform pick from `candidates(item)` (non-empty); `prediction` lists the candidates."
+
+def chance_baseline(
+    task: Task, candidates: Callable[[Item], Sequence[str]], condition: str = 'chance'
+) -> Results:
+    """Expected score of a uniform pick from `candidates(item)` (non-empty); `prediction` lists the
+    candidates."""
     rows, scores = {}, {}
     for i in task.items:
         options = [str(c) for c in candidates(i)]
-        if not options: raise ValueError(f'chance baseline of {task.name}: item {i.id!r} has no candidates')
-        rows[i.id], scores[i.id] = ' | '.join(options), float(np.mean([task.scorer.score(c, i.row) for c in options]))
+        if not options:
+            raise ValueError(f'chance baseline of {task.name}: item {i.id!r} has no candidates')
+        rows[i.id], scores[i.id] = (
+            ' | '.join(options),
+            float(np.mean([task.scorer.score(c, i.row) for c in options])),
+        )
     out = score_predictions(task, rows, condition)
     out.frame['score'], out.frame['parsed'] = out.frame['id'].map(scores), ''
-    out.header['metrics'] = {}     # expected scores: the benchmark's own summary does not apply
+    out.header['metrics'] = {}  # expected scores: the benchmark's own summary does not apply
     return out
 
 # %% ../../nbs/evaluate/15_results.ipynb #3e895fea
 def _aligned(a: Results, b: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
     if a.header.get('prompt_hash') != b.header.get('prompt_hash'):
-        raise ValueError(f'{a.task}: the two results answer different prompts (prompt_hash '
-                         f'{str(a.header.get("prompt_hash"))[:10]} and '
-                         f'{str(b.header.get("prompt_hash"))[:10]}); evaluate both on the same version of the task')
+        raise ValueError(
+            f'{a.task}: the two results answer different prompts (prompt_hash '
+            f'{str(a.header.get("prompt_hash"))[:10]} and '
+            f'{str(b.header.get("prompt_hash"))[:10]}); evaluate both on the same version of the '
+            'task'
+        )
     if a.header.get('scorer') != b.header.get('scorer'):
-        raise ValueError(f'{a.task}: scored by {a.header.get("scorer")} and {b.header.get("scorer")}; score both '
-                         f'again with one scorer')
+        raise ValueError(
+            f'{a.task}: scored by {a.header.get("scorer")} and {b.header.get("scorer")}; score '
+            'both '
+            f'again with one scorer'
+        )
     return a.frame.set_index('id'), b.frame.set_index('id').loc[a.frame['id']]
 
-def compare(a: Results, b: Results, level: float = .95) -> dict[str, Any]:
-    """Paired comparison a - b on identical prompts: `difference` (cluster bootstrap), `mcnemar` (0/1 scores only, else
-    None; it takes items as independent) and `detectable`, the smallest difference this test would find four times out
-    of five."""
+
+def compare(a: Results, b: Results, level: float = 0.95) -> dict[str, Any]:
+    """Paired comparison a - b on identical prompts: `difference` (cluster bootstrap), `mcnemar`
+    (0/1 scores only, else None; it takes items as independent) and `detectable`, the smallest
+    difference this test would find four times out of five."""
     x, y = _aligned(a, b)
     d = paired_bootstrap(x['score'], y['score'], x['cluster'].tolist(), level)
     binary = bool(x['score'].isin([0, 1]).all() and y['score'].isin([0, 1]).all())
-    return dict(difference=d, mcnemar=mcnemar(x['score'], y['score']) if binary else None,
-                detectable=minimum_detectable(d.se))
+    return dict(
+        difference=d,
+        mcnemar=mcnemar(x['score'], y['score']) if binary else None,
+        detectable=minimum_detectable(d.se),
+    )
 
-def text_retention(after: Results, before: Results, level: float = .95) -> dict[str, Any]:
-    """How much of the language model is left: accuracy on text-only questions `after` training over `before` (the same
-    model with untrained vision, or its bare language model), with both accuracies and their paired `difference`."""
+
+def text_retention(after: Results, before: Results, level: float = 0.95) -> dict[str, Any]:
+    """How much of the language model is left: accuracy on text-only questions `after` training over
+    `before` (the same model with untrained vision, or its bare language model), with both
+    accuracies and their paired `difference`."""
     d = compare(after, before, level)['difference']
-    return dict(before=before.accuracy, after=after.accuracy, difference=d,
-                retention=after.accuracy / before.accuracy if before.accuracy else float('nan'))
+    return dict(
+        before=before.accuracy,
+        after=after.accuracy,
+        difference=d,
+        retention=after.accuracy / before.accuracy if before.accuracy else float('nan'),
+    )
 
 # %% ../../nbs/evaluate/15_results.ipynb #652de7bb
 def run_facts(folder: str | Path) -> dict[str, Any]:
     "run, method, seed and the manifest of a run folder; `missing` lists what was not recorded."
     folder, missing = Path(folder), []
     manifest = {}
-    if (folder/'manifest.json').exists():
-        try: manifest = json.loads((folder/'manifest.json').read_text(encoding='utf8'))
+    if (folder / 'manifest.json').exists():
+        try:
+            manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf8'))
         except json.JSONDecodeError as e:
             missing.append(f'{folder.name}: manifest.json is damaged ({e.msg} at {e.pos})')
-    else: missing.append(f'{folder.name}: manifest.json')
+    else:
+        missing.append(f'{folder.name}: manifest.json')
     said = manifest.get('parameters') or {}
-    method = said.get('label') or said.get('recipe') or said.get('method') or manifest.get('recipe') or manifest.get('method')
-    if isinstance(method, Mapping): method = method.get('name')
+    method = (
+        said.get('label')
+        or said.get('recipe')
+        or said.get('method')
+        or manifest.get('recipe')
+        or manifest.get('method')
+    )
+    if isinstance(method, Mapping):
+        method = method.get('name')
     seed = said.get('seed', manifest.get('seed'))
     if method is None:
         missing.append(f'{folder.name}: parameter recipe')
         method = re.sub(r'[-_.]?seed[-_=]?\d+$', '', folder.name)
-    if seed is None: missing.append(f'{folder.name}: parameter seed')
-    return dict(run=str(folder), method=str(method), seed=-1 if seed is None else int(seed), manifest=manifest,
-                missing=missing)
+    if seed is None:
+        missing.append(f'{folder.name}: parameter seed')
+    return dict(
+        run=str(folder),
+        method=str(method),
+        seed=-1 if seed is None else int(seed),
+        manifest=manifest,
+        missing=missing,
+    )
+
 
 def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
-    """All result tables under the run folders as one tidy frame, with run, method and seed. A run without results is
-    listed in `attrs`."""
+    """All result tables under the run folders as one tidy frame, with run, method and seed. A run
+    without results is listed in `attrs`."""
     frames, missing = [], []
     for folder in map(Path, run_dirs):
-        if not folder.is_dir(): raise FileNotFoundError(f'{folder} is not a run folder')
+        if not folder.is_dir():
+            raise FileNotFoundError(f'{folder} is not a run folder')
         facts = run_facts(folder)
         missing += facts['missing']
-        files = sorted((folder/'results').glob('*.parquet'))
-        if not files: missing.append(f'{folder.name}: results/*.parquet')
+        files = sorted((folder / 'results').glob('*.parquet'))
+        if not files:
+            missing.append(f'{folder.name}: results/*.parquet')
         for f in files:
             frame = pd.read_parquet(f)
             card = f.with_suffix('.json')
             card = json.loads(card.read_text(encoding='utf8')) if card.exists() else {}
-            frames.append(frame.assign(run=facts['run'], method=facts['method'], seed=facts['seed'],
-                                       prompt_hash=card.get('prompt_hash', '')))
+            frames.append(
+                frame.assign(
+                    run=facts['run'],
+                    method=facts['method'],
+                    seed=facts['seed'],
+                    prompt_hash=card.get('prompt_hash', ''),
+                )
+            )
     empty = pd.DataFrame(columns=[*COLUMNS, 'run', 'method', 'seed', 'prompt_hash'])
     out = pd.concat(frames, ignore_index=True) if frames else empty
     out.attrs['not_recorded'] = missing
@@ -216,63 +341,136 @@ def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
 
 # %% ../../nbs/evaluate/15_results.ipynb #05e1664e
 def _matrix(frame: pd.DataFrame) -> tuple[np.ndarray, list[str], list[int]]:
-    """Scores [seeds, items] of one method, task and condition, the items' clusters, and the seeds; items missing in a
-    seed are an error."""
+    """Scores [seeds, items] of one method, task and condition, the items' clusters, and the seeds;
+    items missing in a seed are an error."""
     twice = frame.duplicated(['seed', 'id'])
     if twice.any():
         f = frame[twice].iloc[0]
-        raise ValueError(f"{f['method']} seed {f['seed']} has two runs of {f['task']}: pass one run folder per method "
-                         f"and seed")
+        raise ValueError(
+            f'{f["method"]} seed {f["seed"]} has two runs of {f["task"]}: pass one run folder per '
+            'method '
+            f'and seed'
+        )
     wide = frame.pivot(index='seed', columns='id', values='score')
     if wide.isna().any().any():
-        raise ValueError(f"{frame['method'].iloc[0]}: seeds answered different items of {frame['task'].iloc[0]}")
+        raise ValueError(
+            f'{frame["method"].iloc[0]}: seeds answered different items of {frame["task"].iloc[0]}'
+        )
     clusters = frame.drop_duplicates('id').set_index('id').loc[wide.columns, 'cluster']
     return wide.to_numpy(float), clusters.tolist(), wide.index.tolist()
+
 
 def _interval(frame: pd.DataFrame, level: float) -> Interval:
     scores, clusters, seeds = _matrix(frame)
     if len(seeds) > 1 and len(set(clusters)) > 1 and np.ptp(scores):
         i = seeds_interval(scores, clusters, level)
-        return replace(i, low=max(i.low, 0.), high=min(i.high, 1.))
+        return replace(i, low=max(i.low, 0.0), high=min(i.high, 1.0))
     return bootstrap_ci(scores.mean(0), clusters, level)
 
-def accuracy_table(frame: pd.DataFrame, level: float = .95) -> pd.DataFrame:
-    """Per task, method, condition and question type ('all' included): seeds, n, score, low, high and how the interval
-    was made."""
+
+def accuracy_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
+    """Per task, method, condition and question type ('all' included): seeds, n, score, low, high
+    and how the interval was made."""
     rows = []
     for (task, method, condition), f in frame.groupby(['task', 'method', 'condition'], sort=False):
         for t, part in [*f.groupby('question_type', sort=True), ('all', f)]:
             i = _interval(part, level)
-            rows.append(dict(task=task, method=method, condition=condition, question_type=t,
-                             seeds=part['seed'].nunique(),
-                             n=part['id'].nunique(), score=i.mean, low=i.low, high=i.high, interval=i.method))
-    columns = ['task', 'method', 'condition', 'question_type', 'seeds', 'n', 'score', 'low', 'high', 'interval']
+            rows.append(
+                dict(
+                    task=task,
+                    method=method,
+                    condition=condition,
+                    question_type=t,
+                    seeds=part['seed'].nunique(),
+                    n=part['id'].nunique(),
+                    score=i.mean,
+                    low=i.low,
+                    high=i.high,
+                    interval=i.method,
+                )
+            )
+    columns = [
+        'task',
+        'method',
+        'condition',
+        'question_type',
+        'seeds',
+        'n',
+        'score',
+        'low',
+        'high',
+        'interval',
+    ]
     return pd.DataFrame(rows, columns=columns)
 
-def paired_table(frame: pd.DataFrame, level: float = .95, baseline: str | None = None) -> pd.DataFrame:
-    """Every pair of methods (or every method against `baseline`) per task on the real pictures: difference, interval,
-    p, Holm's p, seeds in common, and the difference this comparison could detect (power 80%). Pairs without a common
-    seed or prompt are left out and listed in `attrs['left_out']`."""
+
+def paired_table(
+    frame: pd.DataFrame, level: float = 0.95, baseline: str | None = None
+) -> pd.DataFrame:
+    """Every pair of methods (or every method against `baseline`) per task on the real pictures:
+    difference, interval, p, Holm's p, seeds in common, and the difference this comparison could
+    detect (power 80%). Pairs without a common seed or prompt are left out and listed in
+    `attrs['left_out']`."""
     rows, left_out = [], []
     for task, f in frame[frame['condition'] == 'image'].groupby('task', sort=False):
         methods = list(dict.fromkeys(f['method']))
-        pairs = [(m, baseline) for m in methods if m != baseline] if baseline in methods else \
-                [(a, b) for k, b in enumerate(methods) for a in methods[k + 1:]]
+        pairs = (
+            [(m, baseline) for m in methods if m != baseline]
+            if baseline in methods
+            else [(a, b) for k, b in enumerate(methods) for a in methods[k + 1 :]]
+        )
         for a, b in pairs:
             fa, fb = f[f['method'] == a], f[f['method'] == b]
             common = sorted(set(fa['seed']) & set(fb['seed']))
-            if not common: left_out.append(f'{task}: {a} and {b} share no seed'); continue
+            if not common:
+                left_out.append(f'{task}: {a} and {b} share no seed')
+                continue
             fa, fb = (x[x['seed'].isin(common)] for x in (fa, fb))
             hashes = set(fa['prompt_hash']) | set(fb['prompt_hash'])
-            if len(hashes) > 1: left_out.append(f'{task}: {a} and {b} answered different prompts'); continue
+            if len(hashes) > 1:
+                left_out.append(f'{task}: {a} and {b} answered different prompts')
+                continue
             (x, clusters, _), (y, _, _) = _matrix(fa), _matrix(fb)
-            d = seeds_interval(x - y, clusters, level,
-                               null=0.) if len(common) > 1 else paired_bootstrap(x[0], y[0], clusters, level)
-            exact = mcnemar(x[0], y[0]).p if len(common) == 1 and np.isin([x, y], (0, 1)).all() else np.nan
-            rows.append(dict(task=task, a=a, b=b, seeds=len(common), n=x.shape[1], difference=d.mean, low=d.low,
-                             high=d.high, p=d.p,
-                             mcnemar_p=exact, detectable=minimum_detectable(d.se, df=d.df), interval=d.method))
-    columns = ['task', 'a', 'b', 'seeds', 'n', 'difference', 'low', 'high', 'p', 'mcnemar_p', 'detectable', 'interval']
+            d = (
+                seeds_interval(x - y, clusters, level, null=0.0)
+                if len(common) > 1
+                else paired_bootstrap(x[0], y[0], clusters, level)
+            )
+            exact = (
+                mcnemar(x[0], y[0]).p
+                if len(common) == 1 and np.isin([x, y], (0, 1)).all()
+                else np.nan
+            )
+            rows.append(
+                dict(
+                    task=task,
+                    a=a,
+                    b=b,
+                    seeds=len(common),
+                    n=x.shape[1],
+                    difference=d.mean,
+                    low=d.low,
+                    high=d.high,
+                    p=d.p,
+                    mcnemar_p=exact,
+                    detectable=minimum_detectable(d.se, df=d.df),
+                    interval=d.method,
+                )
+            )
+    columns = [
+        'task',
+        'a',
+        'b',
+        'seeds',
+        'n',
+        'difference',
+        'low',
+        'high',
+        'p',
+        'mcnemar_p',
+        'detectable',
+        'interval',
+    ]
     out = pd.DataFrame(rows, columns=columns)
     out['p_holm'] = holm(out['p'])
     out.attrs['left_out'] = left_out

@@ -19,17 +19,22 @@ __all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'normalise', 'Ex
 # %% ../../nbs/evaluate/10_scorers.ipynb #42e699f6
 @dataclass(frozen=True)
 class Scorer:
-    """Base of all scorers: `parse` a prediction, `score` it in [0, 1], `summary` of a scored table; `spec` names the
-    behaviour."""
+    """Base of all scorers: `parse` a prediction, `score` it in [0, 1], `summary` of a scored table;
+    `spec` names the behaviour."""
+
     name: ClassVar[str] = ''
     version: ClassVar[str] = '1'
-    binary: ClassVar[bool] = True   # every score is 0 or 1 (McNemar's test applies)
+    binary: ClassVar[bool] = True  # every score is 0 or 1 (McNemar's test applies)
 
     @property
     def spec(self) -> str:
-        "`name/version` plus every setting that differs from its default: what a results file records."
-        changed = ','.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self)
-                           if getattr(self, f.name) != f.default)
+        """`name/version` plus every setting that differs from its default: what a results file
+        records."""
+        changed = ','.join(
+            f'{f.name}={getattr(self, f.name)}'
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        )
         return f'{self.name}/{self.version}' + (f'[{changed}]' if changed else '')
 
     def parse(self, prediction: str, row: Mapping[str, Any]) -> str:
@@ -37,11 +42,13 @@ class Scorer:
         raise TypeError(f'{type(self).__name__} must define parse')
 
     def score(self, prediction: str, row: Mapping[str, Any]) -> float:
-        "Score of a raw `prediction` in [0, 1]; one of the row's `answers` must be matched by the parsed prediction."
+        """Score of a raw `prediction` in [0, 1]; one of the row's `answers` must be matched by the
+        parsed prediction."""
         raise TypeError(f'{type(self).__name__} must define score')
 
     def summary(self, frame: pd.DataFrame) -> dict[str, float]:
-        "What the benchmark reports beyond the mean of `score`, from a table with parsed, answers, score (and group)."
+        """What the benchmark reports beyond the mean of `score`, from a table with parsed, answers,
+        score (and group)."""
         return {}
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6a5332b3
@@ -51,16 +58,20 @@ def row_answers(row: Mapping[str, Any]) -> list[str]:
     a = [a] if isinstance(a, (str, int, float)) else list(a) if a is not None else []
     out = [str(x['answer'] if isinstance(x, Mapping) else x) for x in a]
     if not out:
-        raise ValueError(f"row {row.get('id', '?')!r} has no 'answers': a scorer needs at least one accepted answer")
+        raise ValueError(
+            f"row {row.get('id', '?')!r} has no 'answers': a scorer needs at least one accepted "
+            'answer'
+        )
     return out
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #f29aeadb
 _PUNCT = str.maketrans('', '', string.punctuation)
 _ARTICLES = {'a', 'an', 'the'}
 
+
 def normalise(text: str, articles: bool = False) -> str:
-    """Lower case, NFKC, no ASCII punctuation, single spaces; drops a/an/the unless `articles`. Never turns something
-    into nothing."""
+    """Lower case, NFKC, no ASCII punctuation, single spaces; drops a/an/the unless `articles`.
+    Never turns something into nothing."""
     words = unicodedata.normalize('NFKC', str(text)).lower().split()
     bare = ' '.join(w for w in (x.translate(_PUNCT) for x in words) if w) or ' '.join(words)
     return bare if articles else ' '.join(w for w in bare.split() if w not in _ARTICLES) or bare
@@ -68,115 +79,170 @@ def normalise(text: str, articles: bool = False) -> str:
 # %% ../../nbs/evaluate/10_scorers.ipynb #563ecff7
 @dataclass(frozen=True)
 class ExactMatch(Scorer):
-    "1 if the normalised prediction equals a normalised answer, else 0. `articles=True` keeps a/an/the (GQA)."
+    """1 if the normalised prediction equals a normalised answer, else 0. `articles=True` keeps
+    a/an/the (GQA)."""
+
     articles: bool = False
     name: ClassVar[str] = 'exact_match'
 
-    def parse(self, prediction, row): return normalise(prediction, self.articles)
+    def parse(self, prediction, row):
+        return normalise(prediction, self.articles)
+
     def score(self, prediction, row):
-        return float(self.parse(prediction, row) in {normalise(a, self.articles) for a in row_answers(row)})
+        return float(
+            self.parse(prediction, row) in {normalise(a, self.articles) for a in row_answers(row)}
+        )
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6c4bc15b
 _CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
-oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+wouldn't wouldn't've
 y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-_RESTORE = {w[:i] + w[i + 1:]: w for w in _CONTRACTIONS for i,
-            c in enumerate(w) if c == "'"} | {"somebody'd": 'somebodyd'}
-_NUMBERS = {w: str(i) for i,
-            w in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
+_RESTORE = {w[:i] + w[i + 1 :]: w for w in _CONTRACTIONS for i, c in enumerate(w) if c == "'"} | {
+    "somebody'd": 'somebodyd'
+}
+_NUMBERS = {
+    w: str(i) for i, w in enumerate('zero one two three four five six seven eight nine ten'.split())
+} | {'none': '0'}
 _VQA_PUNCT = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER, _LOOSE_PERIOD = re.compile(r'(?<=\d),+(?=\d)'), re.compile(r'\.(?!\d)')
 
+
 def vqa_normalise(text: str) -> str:
-    "Normalisation of the official VQA v2 evaluation: punctuation, number words, articles, apostrophes."
+    """Normalisation of the official VQA v2 evaluation: punctuation, number words, articles,
+    apostrophes."""
     text = ' '.join(str(text).replace('\n', ' ').replace('\t', ' ').strip().split(' '))
     out, joined = text, _COMMA_IN_NUMBER.search(text) is not None
-    for p in _VQA_PUNCT: out = out.replace(p, '' if joined or f'{p} ' in text or f' {p}' in text else ' ')
-    out = _LOOSE_PERIOD.sub('', out, count=32)     # the official call passes re.UNICODE (= 32) as the count
+    for p in _VQA_PUNCT:
+        out = out.replace(p, '' if joined or f'{p} ' in text or f' {p}' in text else ' ')
+    out = _LOOSE_PERIOD.sub(
+        '', out, count=32
+    )  # the official call passes re.UNICODE (= 32) as the count
     words = (_NUMBERS.get(w, w) for w in out.lower().split())
     return ' '.join(_RESTORE.get(w, w) for w in words if w not in _ARTICLES)
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6c0c0e74
 @dataclass(frozen=True)
 class VQASoft(Scorer):
-    """VQA soft accuracy: mean over left-out people of min(1, matches among the others / 3). Needs the human answers
-    (ten in VQA v2, TextVQA and VizWiz). `tokenize=True` adds TextVQA's word splitting (`'s` apart, commas and question
-    marks dropped)."""
+    """VQA soft accuracy: mean over left-out people of min(1, matches among the others / 3). Needs
+    the human answers (ten in VQA v2, TextVQA and VizWiz). `tokenize=True` adds TextVQA's word
+    splitting (`'s` apart, commas and question marks dropped)."""
+
     tokenize: bool = False
     name: ClassVar[str] = 'vqa_soft'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
-        if self.tokenize: prediction = prediction.lower().replace(',', '').replace('?', '').replace("'s", " 's").strip()
+        if self.tokenize:
+            prediction = (
+                prediction.lower().replace(',', '').replace('?', '').replace("'s", " 's").strip()
+            )
         return vqa_normalise(prediction)
 
     def score(self, prediction, row):
         answers = [self.parse(a) for a in row_answers(row)]
         n = len(answers)
         if n < 4:
-            raise ValueError(f"row {row.get('id', '?')!r} has {n} answer(s): VQA soft accuracy compares with the "
-                             f"answers of "
-                                   "at least four people; use scorer 'exact_match' for a single reference answer")
+            raise ValueError(
+                f'row {row.get("id", "?")!r} has {n} answer(s): VQA soft accuracy compares with '
+                'the '
+                f'answers of '
+                "at least four people; use scorer 'exact_match' for a single reference answer"
+            )
         hits = Counter(answers)[self.parse(prediction)]
-        return (hits * min(1., (hits - 1) / 3) + (n - hits) * min(1., hits / 3)) / n if hits else 0.
+        return (
+            (hits * min(1.0, (hits - 1) / 3) + (n - hits) * min(1.0, hits / 3)) / n if hits else 0.0
+        )
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #c2c1dbc2
-_NEGATION, _YES = re.compile(r"\b(no|not|nope|none|cannot)\b|n't\b", re.I), re.compile(r'\b(yes|yeah|yep)\b', re.I)
+_NEGATION, _YES = (
+    re.compile(r"\b(no|not|nope|none|cannot)\b|n't\b", re.I),
+    re.compile(r'\b(yes|yeah|yep)\b', re.I),
+)
+
 
 def parse_yes_no(text: str) -> str:
-    "'yes', 'no' or '' from the first sentence of `text`; a leading yes or no decides, then a negation, then a yes."
+    """'yes', 'no' or '' from the first sentence of `text`; a leading yes or no decides, then a
+    negation, then a yes."""
     first = re.split(r'[.!?\n]', text.strip(), maxsplit=1)[0]
     lead = re.match(r'\W*(yes|no|y|n)\b', first, re.I)
-    if lead: return 'yes' if lead[1][0] in 'yY' else 'no'
+    if lead:
+        return 'yes' if lead[1][0] in 'yY' else 'no'
     return 'no' if _NEGATION.search(first) else 'yes' if _YES.search(first) else ''
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #7ad7bc92
-def _one_answer(row) -> str: return parse_yes_no(row_answers(row)[0])
+def _one_answer(row) -> str:
+    return parse_yes_no(row_answers(row)[0])
+
 
 @dataclass(frozen=True)
 class POPE(Scorer):
-    """Yes/no questions (POPE): 1 if the parsed answer is right; `summary`: accuracy, precision, recall, f1, yes_rate,
-    unparsed. `reference=True` is the published rule: no, No or not among the words of the first sentence means no,
-    everything else yes."""
+    """Yes/no questions (POPE): 1 if the parsed answer is right; `summary`: accuracy, precision,
+    recall, f1, yes_rate, unparsed. `reference=True` is the published rule: no, No or not among the
+    words of the first sentence means no, everything else yes."""
+
     reference: bool = False
     name: ClassVar[str] = 'pope'
 
     def parse(self, prediction, row=None):
-        if not self.reference: return parse_yes_no(prediction)
+        if not self.reference:
+            return parse_yes_no(prediction)
         words = prediction.split('.')[0].replace(',', '').split(' ')
         return 'no' if {'No', 'no', 'not'} & set(words) else 'yes'
 
     def score(self, prediction, row):
         truth = _one_answer(row)
         if not truth:
-            raise ValueError(f"row {row.get('id', '?')!r}: the answer {row_answers(row)[0]!r} is neither yes nor no")
+            raise ValueError(
+                f'row {row.get("id", "?")!r}: the answer {row_answers(row)[0]!r} is neither yes '
+                'nor no'
+            )
         return float(self.parse(prediction) == truth)
 
     def summary(self, frame):
         truth, said = frame['answers'].map(lambda a: _one_answer(dict(answers=a))), frame['parsed']
         true, yes = (truth == 'yes').to_numpy(), (said == 'yes').to_numpy()
         tp, fp, fn = (true & yes).sum(), (~true & yes).sum(), (true & ~yes).sum()
-        out = dict(accuracy=(said == truth).mean(), precision=tp / max(tp + fp, 1), recall=tp / max(tp + fn, 1),
-                   f1=2 * tp / max(2 * tp + fp + fn, 1), yes_rate=yes.mean(), unparsed=(said == '').mean())
+        out = dict(
+            accuracy=(said == truth).mean(),
+            precision=tp / max(tp + fp, 1),
+            recall=tp / max(tp + fn, 1),
+            f1=2 * tp / max(2 * tp + fp + fn, 1),
+            yes_rate=yes.mean(),
+            unparsed=(said == '').mean(),
+        )
         return {k: float(v) for k, v in out.items()}
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #591b4881
-MME_COGNITION = ('commonsense_reasoning', 'numerical_calculation', 'text_translation', 'code_reasoning')
+MME_COGNITION = (
+    'commonsense_reasoning',
+    'numerical_calculation',
+    'text_translation',
+    'code_reasoning',
+)
+
 
 @dataclass(frozen=True)
 class MME(Scorer):
-    """Yes/no pairs (MME): `group` names the picture, `question_type` the category. `summary`: accuracy, accuracy_plus,
-    `score/<category>` in [0, 200], `perception` and `cognition` sums."""
+    """Yes/no pairs (MME): `group` names the picture, `question_type` the category. `summary`:
+    accuracy, accuracy_plus, `score/<category>` in [0, 200], `perception` and `cognition` sums."""
+
     name: ClassVar[str] = 'mme'
 
     def parse(self, prediction, row=None):
         text = prediction.lower().strip().replace('.', '')
-        if text in ('y', 'n', 'yes', 'no'): return {'y': 'yes', 'n': 'no'}.get(text, text)
+        if text in ('y', 'n', 'yes', 'no'):
+            return {'y': 'yes', 'n': 'no'}.get(text, text)
         return 'yes' if 'yes' in text[:4] else 'no' if len(text) > 1 and 'no' in text[:4] else ''
 
     def score(self, prediction, row):
@@ -187,150 +253,225 @@ class MME(Scorer):
             raise ValueError("MME needs a 'group' (the picture) in every row to pair questions")
         pairs = frame.groupby(['question_type', 'group'])['score'].agg(['mean', 'min', 'size'])
         bad = pairs[pairs['size'] != 2]
-        if len(bad): raise ValueError(f'MME pictures have two questions each; {len(bad)} do not, first: {bad.index[0]} '
-                                      f'has {int(bad["size"].iloc[0])}')
+        if len(bad):
+            raise ValueError(
+                f'MME pictures have two questions each; {len(bad)} do not, first: {bad.index[0]} '
+                f'has {int(bad["size"].iloc[0])}'
+            )
         cats = 100 * (pairs['mean'] + pairs['min']).groupby(level=0).mean()
         thought = cats.index.isin(MME_COGNITION)
-        return dict(accuracy=float(pairs['mean'].mean()), accuracy_plus=float(pairs['min'].mean()),
-                    perception=float(cats[~thought].sum()), cognition=float(cats[thought].sum()),
-                    **{f'score/{c}': float(v) for c, v in cats.items()})
+        return dict(
+            accuracy=float(pairs['mean'].mean()),
+            accuracy_plus=float(pairs['min'].mean()),
+            perception=float(cats[~thought].sum()),
+            cognition=float(cats[thought].sum()),
+            **{f'score/{c}': float(v) for c, v in cats.items()},
+        )
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #8eb604c3
-_ANNOUNCED = r'\b(?:answer|option|choice|choose|select|pick)(?:\s+is|\s+would\s+be)?\s*:?\s*(?:option\s+)?[(\[*"\']*'
+_ANNOUNCED = (
+    r'\b(?:answer|option|choice|choose|select|pick)(?:\s+is|\s+would\s+be)?\s*:?\s*'
+    r'(?:option\s+)?[(\[*"\']*'
+)
+
 
 def _options(choices) -> dict[str, str]:
-    return dict(choices) if isinstance(choices, Mapping) else dict(zip(string.ascii_uppercase, choices))
+    return (
+        dict(choices)
+        if isinstance(choices, Mapping)
+        else dict(zip(string.ascii_uppercase, choices))
+    )
+
 
 def parse_choice(text: str, choices: Sequence[str] | Mapping[str, str]) -> str:
-    """Option letter named by `text`, or ''. `choices`: option texts in order (lettered from A) or a letter -> text
-    mapping."""
+    """Option letter named by `text`, or ''. `choices`: option texts in order (lettered from A) or a
+    letter -> text mapping."""
     opts = _options(choices)
     text, letters = text.strip(), ''.join(opts)
-    if m := re.fullmatch(rf'[\s(\[*"\']*([{letters}])[\s)\].:,;*"\']*', text, re.I): return m[1].upper()
-    if m := re.match(rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:])(?!\w)', text): return m[1]
-    if m := re.match(rf'\(([{letters}])\)', text, re.I): return m[1].upper()
+    if m := re.fullmatch(rf'[\s(\[*"\']*([{letters}])[\s)\].:,;*"\']*', text, re.I):
+        return m[1].upper()
+    if m := re.match(rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:])(?!\w)', text):
+        return m[1]
+    if m := re.match(rf'\(([{letters}])\)', text, re.I):
+        return m[1].upper()
     said = re.findall(rf'{_ANNOUNCED}([{letters}])\b(?![\'’])', text, re.I)
     said = [s for s in said if s.isupper()] or [s.upper() for s in said if s != 'a']
-    if said: return said[-1]
-    alone = {m[1] for m in re.finditer(rf'(?<![\w\'’])([{letters}])\b(?![\'’])(?!(?<=A)\s+(?!and\b|or\b)[a-z])', text)}
-    if len(alone) == 1: return alone.pop()
+    if said:
+        return said[-1]
+    alone = {
+        m[1]
+        for m in re.finditer(
+            rf'(?<![\w\'’])([{letters}])\b(?![\'’])(?!(?<=A)\s+(?!and\b|or\b)[a-z])', text
+        )
+    }
+    if len(alone) == 1:
+        return alone.pop()
     plain = f' {normalise(text, True)} '
     for inside in (lambda o: f' {o} ' == plain, lambda o: f' {o} ' in plain):
         hits = [k for k, v in opts.items() if inside(normalise(v, True))]
-        if len(hits) == 1: return hits[0]
+        if len(hits) == 1:
+            return hits[0]
     return ''
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #e32dcef2
 def index_letters(row: Mapping[str, Any]) -> Any:
-    """A row's `answers` with integers, which are 0-based indices into its `choices` (ScienceQA), as option letters;
-    anything else, and a row without choices, is left as it is. Raises ValueError for an index outside the choices."""
+    """A row's `answers` with integers, which are 0-based indices into its `choices` (ScienceQA), as
+    option letters; anything else, and a row without choices, is left as it is. Raises ValueError
+    for an index outside the choices."""
     answers, choices = row.get('answers'), row.get('choices')
-    if choices is None: return answers
-    if isinstance(answers, (list, tuple)): return [index_letters({**row, 'answers': a}) for a in answers]
-    if not isinstance(answers, Integral) or isinstance(answers, bool): return answers
+    if choices is None:
+        return answers
+    if isinstance(answers, (list, tuple)):
+        return [index_letters({**row, 'answers': a}) for a in answers]
+    if not isinstance(answers, Integral) or isinstance(answers, bool):
+        return answers
     letters = list(_options(choices))
     if not 0 <= answers < len(letters):
-        raise ValueError(f"row {row.get('id', '?')!r}: answer {answers} is no index into {len(letters)} choices (from 0); "
-                         f"write an option's text as a string")
+        raise ValueError(
+            f'row {row.get("id", "?")!r}: answer {answers} is no index into {len(letters)} choices '
+            '(from 0); '
+            f"write an option's text as a string"
+        )
     return letters[answers]
+
 
 @dataclass(frozen=True)
 class MultipleChoice(Scorer):
-    """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter ('B', '(b)'), an
-    option text or a 0-based index (see `index_letters`; digits that are no option's text count as one). `summary`: unparsed share; with a `group` per question (MMBench's rotated copies) also circular
-    accuracy: all copies right. `reference=True` is ScienceQA's published rule: a bare letter, 'X. ' in front, or one
-    'The answer is X.'"""
+    """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter
+    ('B', '(b)'), an option text or a 0-based index (see `index_letters`; digits that are no
+    option's text count as one). `summary`: unparsed share; with a `group` per question (MMBench's
+    rotated copies) also circular accuracy: all copies right. `reference=True` is ScienceQA's
+    published rule: a bare letter, 'X. ' in front, or one 'The answer is X.'"""
+
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')
         if c is None or len(c) < 2:
-            raise ValueError(f"row {row.get('id', '?')!r}: multiple choice needs two or more 'choices'")
+            raise ValueError(
+                f"row {row.get('id', '?')!r}: multiple choice needs two or more 'choices'"
+            )
         return _options(c)
 
     def truth(self, row) -> str:
         "The right option's letter."
         opts, a = self.options(row), row_answers({**row, 'answers': index_letters(row)})[0].strip()
-        hits = ([k for k in opts if k == a.upper()]
-                or [k for k, v in opts.items() if normalise(v, True) == normalise(a, True)]
-                or [k for k in opts if k == a.upper().strip('()[].: ')])
-        if not hits and a.isdigit() and int(a) < len(opts): hits = [list(opts)[int(a)]]
-        if not hits: raise ValueError(f"row {row.get('id', '?')!r}: answer {a!r} is no option of {opts}")
+        hits = (
+            [k for k in opts if k == a.upper()]
+            or [k for k, v in opts.items() if normalise(v, True) == normalise(a, True)]
+            or [k for k in opts if k == a.upper().strip('()[].: ')]
+        )
+        if not hits and a.isdigit() and int(a) < len(opts):
+            hits = [list(opts)[int(a)]]
+        if not hits:
+            raise ValueError(f'row {row.get("id", "?")!r}: answer {a!r} is no option of {opts}')
         return hits[0]
 
     def parse(self, prediction, row):
         opts = self.options(row)
-        if not self.reference: return parse_choice(prediction, opts)
+        if not self.reference:
+            return parse_choice(prediction, opts)
         text, letters = prediction.strip(), 'ABCDE'
         said = re.findall(r'The answer is ([A-Z])\.', text)
-        if text in tuple(letters): letter = text
-        elif text[:1] in letters and text[1:3] == '. ': letter = text[0]
-        else: letter = said[0] if len(said) == 1 else ''
+        if text in tuple(letters):
+            letter = text
+        elif text[:1] in letters and text[1:3] == '. ':
+            letter = text[0]
+        else:
+            letter = said[0] if len(said) == 1 else ''
         return letter if letter in opts else ''
 
-    def score(self, prediction, row): return float(self.parse(prediction, row) == self.truth(row))
+    def score(self, prediction, row):
+        return float(self.parse(prediction, row) == self.truth(row))
 
     def summary(self, frame):
         out = dict(unparsed=float((frame['parsed'] == '').mean()))
         grouped = frame.dropna(subset=['group']) if 'group' in frame else frame[:0]
-        if len(grouped): out['circular'] = float(grouped.groupby('group')['score'].min().mean())
+        if len(grouped):
+            out['circular'] = float(grouped.groupby('group')['score'].min().mean())
         return out
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #d424e40d
 def edit_distance(a: str, b: str) -> int:
     "Levenshtein distance between two strings."
-    if len(a) < len(b): a, b = b, a
+    if len(a) < len(b):
+        a, b = b, a
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diag, row[0] = row[0], i
-        for j, y in enumerate(b, 1): diag, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diag + (x != y))
+        for j, y in enumerate(b, 1):
+            diag, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diag + (x != y))
     return row[-1]
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #280564bf
 @dataclass(frozen=True)
 class ANLS(Scorer):
-    """Average normalised Levenshtein similarity (ST-VQA, DocVQA): best over answers, 0 below `threshold`; case and
-    spacing ignored."""
-    threshold: float = .5
+    """Average normalised Levenshtein similarity (ST-VQA, DocVQA): best over answers, 0 below
+    `threshold`; case and spacing ignored."""
+
+    threshold: float = 0.5
     name: ClassVar[str] = 'anls'
     binary: ClassVar[bool] = False
 
-    def parse(self, prediction, row=None): return ' '.join(prediction.lower().split())
+    def parse(self, prediction, row=None):
+        return ' '.join(prediction.lower().split())
+
     def score(self, prediction, row):
         said = self.parse(prediction)
-        def similar(answer): return 1 - edit_distance(said, answer) / max(len(said), len(answer), 1)
+
+        def similar(answer):
+            return 1 - edit_distance(said, answer) / max(len(said), len(answer), 1)
+
         best = max(similar(self.parse(a)) for a in row_answers(row))
-        return best if best >= self.threshold else 0.
+        return best if best >= self.threshold else 0.0
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #70903b94
 def _number(text: str) -> float | None:
     m = re.fullmatch(r'([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(%?)', text.strip().lower())
     return float(m[1]) / (100 if m[2] else 1) if m else None
 
+
 @dataclass(frozen=True)
 class Relaxed(Scorer):
-    """ChartQA's relaxed accuracy: numbers within `tolerance` of the reference (% is /100), other answers equal ignoring
-    case."""
-    tolerance: float = .05
+    """ChartQA's relaxed accuracy: numbers within `tolerance` of the reference (% is /100), other
+    answers equal ignoring case."""
+
+    tolerance: float = 0.05
     name: ClassVar[str] = 'relaxed'
 
-    def parse(self, prediction, row=None): return prediction.strip().lower()
+    def parse(self, prediction, row=None):
+        return prediction.strip().lower()
+
     def score(self, prediction, row):
         said, value = self.parse(prediction), _number(prediction)
+
         def right(answer):
             ref = _number(answer)
-            numbers = value is not None and ref     # a reference of 0 allows no relative error: compared as text
-            return abs(value - ref) <= self.tolerance * abs(ref) if numbers else said == self.parse(answer)
+            numbers = (
+                value is not None and ref
+            )  # a reference of 0 allows no relative error: compared as text
+            return (
+                abs(value - ref) <= self.tolerance * abs(ref)
+                if numbers
+                else said == self.parse(answer)
+            )
+
         return float(any(right(a) for a in row_answers(row)))
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #2ebc7f00
-SCORERS = {s.name: s for s in (ExactMatch(), VQASoft(), POPE(), MME(), MultipleChoice(), ANLS(), Relaxed())}
+SCORERS = {
+    s.name: s for s in (ExactMatch(), VQASoft(), POPE(), MME(), MultipleChoice(), ANLS(), Relaxed())
+}
 SCORERS |= {'gqa': ExactMatch(articles=True), 'textvqa': VQASoft(tokenize=True)}
+
 
 def get_scorer(name: str | Scorer) -> Scorer:
     "The scorer of that exact name (a scorer passes through); raises ValueError listing the names."
-    if isinstance(name, Scorer): return name
+    if isinstance(name, Scorer):
+        return name
     if name not in SCORERS:
-        raise ValueError(f'unknown scorer {name!r}: use one of {", ".join(SCORERS)} or pass a Scorer')
+        raise ValueError(
+            f'unknown scorer {name!r}: use one of {", ".join(SCORERS)} or pass a Scorer'
+        )
     return SCORERS[name]

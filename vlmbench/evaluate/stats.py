@@ -16,48 +16,64 @@ __all__ = ['Interval', 'clustered_se', 'bootstrap_ci', 'Difference', 'paired_boo
 # %% ../../nbs/evaluate/30_stats.ipynb #e0ef05b3
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval: `mean`, `low`, `high`, standard error `se`, `n` items in `clusters`
-    clusters, `method`, degrees of freedom `df`."""
+    """A mean with its confidence interval: `mean`, `low`, `high`, standard error `se`, `n` items in
+    `clusters` clusters, `method`, degrees of freedom `df`."""
+
     mean: float
     low: float
     high: float
     se: float
     n: int
     clusters: int
-    level: float = .95
+    level: float = 0.95
     method: str = 'percentile'
     df: float = float('inf')
-    def __str__(self): return f'{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]'
-    def to_dict(self) -> dict[str, Any]: return asdict(self)
+
+    def __str__(self):
+        return f'{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]'
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 def _scores(x, name='scores') -> np.ndarray:
     x = np.asarray(x, float)
-    if x.ndim != 1 or not len(x): raise ValueError(f'{name} must be a non-empty list of numbers, got shape {x.shape}')
+    if x.ndim != 1 or not len(x):
+        raise ValueError(f'{name} must be a non-empty list of numbers, got shape {x.shape}')
     bad = int((~np.isfinite(x)).sum())
-    if bad: raise ValueError(f'{name} has {bad} non-finite value(s); drop or score those items first')
+    if bad:
+        raise ValueError(f'{name} has {bad} non-finite value(s); drop or score those items first')
     return x
+
 
 def _sums(x: np.ndarray, clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
     "(sum of scores [clusters], number of items [clusters])"
-    if clusters is None: return x, np.ones(len(x))
+    if clusters is None:
+        return x, np.ones(len(x))
     if len(clusters) != len(x):
-        raise ValueError(f'{len(x)} scores but {len(clusters)} cluster names; one cluster name per score')
+        raise ValueError(
+            f'{len(x)} scores but {len(clusters)} cluster names; one cluster name per score'
+        )
     codes = {}
     inv = np.fromiter((codes.setdefault(c, len(codes)) for c in clusters), int, len(x))
     return np.bincount(inv, x), np.bincount(inv).astype(float)
 
 # %% ../../nbs/evaluate/30_stats.ipynb #3dec8445
 def clustered_se(scores, clusters: Sequence | None = None) -> float:
-    "Standard error of the mean; with `clusters` (one name per score) robust to dependence within a cluster."
+    """Standard error of the mean; with `clusters` (one name per score) robust to dependence within
+    a cluster."""
     x = _scores(scores)
     n, mean = len(x), x.mean()
-    if n < 2: return float('nan')
+    if n < 2:
+        return float('nan')
     s, k = _sums(x, clusters)
     within = ((s - k * mean) ** 2).sum() - ((x - mean) ** 2).sum()
     return float(np.sqrt(max(x.var(ddof=1) / n + within / n**2, 0)))
 
 # %% ../../nbs/evaluate/30_stats.ipynb #e79869e5
-def _resampled_means(s: np.ndarray, k: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
+def _resampled_means(
+    s: np.ndarray, k: np.ndarray, n_boot: int, rng: np.random.Generator
+) -> np.ndarray:
     "Means of `n_boot` resamples of clusters with sums `s` and sizes `k`: [n_boot]."
     pairs, freq = np.unique(np.stack([s, k], 1), axis=0, return_counts=True)
     if len(freq) <= max(len(s) // 8, 2):
@@ -66,17 +82,21 @@ def _resampled_means(s: np.ndarray, k: np.ndarray, n_boot: int, rng: np.random.G
     out, block = np.empty(n_boot), max(1, 4_000_000 // len(s))
     for i in range(0, n_boot, block):
         pick = rng.integers(0, len(s), (min(block, n_boot - i), len(s)))
-        out[i:i + block] = s[pick].sum(1) / k[pick].sum(1)
+        out[i : i + block] = s[pick].sum(1) / k[pick].sum(1)
     return out
 
 # %% ../../nbs/evaluate/30_stats.ipynb #2eaa343c
-def _jackknife(s, k): return (s.sum() - s) / np.maximum(k.sum() - k, 1e-12)
+def _jackknife(s, k):
+    return (s.sum() - s) / np.maximum(k.sum() - k, 1e-12)
+
 
 def _limits(boot, mean, s, k, level, method) -> tuple[float, float]:
     tail = (1 - level) / 2
     q = np.array([tail, 1 - tail])
     if method == 'bca':
-        z0 = _st.norm.ppf(np.clip(((boot < mean).sum() + (boot <= mean).sum()) / (2 * len(boot)), 1e-9, 1 - 1e-9))
+        z0 = _st.norm.ppf(
+            np.clip(((boot < mean).sum() + (boot <= mean).sum()) / (2 * len(boot)), 1e-9, 1 - 1e-9)
+        )
         u = _jackknife(s, k)
         u = u.mean() - u
         a = (u**3).sum() / (6 * max((u**2).sum(), 1e-300) ** 1.5)
@@ -84,18 +104,29 @@ def _limits(boot, mean, s, k, level, method) -> tuple[float, float]:
         q = _st.norm.cdf(z0 + z / (1 - a * z))
     return tuple(float(v) for v in np.quantile(boot, q))
 
-def bootstrap_ci(scores, clusters: Sequence | None = None, level: float = .95, method: str = 'percentile',
-                 n_boot: int = 10_000, seed: int = 0) -> Interval:
-    """Bootstrap interval of the mean score (Efron & Tibshirani 1993). `clusters`: one name per score (the image),
-    resampled whole. `method`: 'percentile' or 'bca' (bias-corrected and accelerated). Scores that are all 0 or all 1
-    leave nothing to resample: the interval is then Clopper-Pearson's over the clusters, and `.method` says so."""
-    if method not in ('percentile', 'bca'): raise ValueError(f"method={method!r}: use 'percentile' or 'bca'")
+
+def bootstrap_ci(
+    scores,
+    clusters: Sequence | None = None,
+    level: float = 0.95,
+    method: str = 'percentile',
+    n_boot: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of the mean score (Efron & Tibshirani 1993). `clusters`: one name per
+    score (the image), resampled whole. `method`: 'percentile' or 'bca' (bias-corrected and
+    accelerated). Scores that are all 0 or all 1 leave nothing to resample: the interval is then
+    Clopper-Pearson's over the clusters, and `.method` says so."""
+    if method not in ('percentile', 'bca'):
+        raise ValueError(f"method={method!r}: use 'percentile' or 'bca'")
     x = _scores(scores)
     s, k = _sums(x, clusters)
     mean = float(x.mean())
-    if np.ptp(x) == 0 and mean in (0., 1.):
+    if np.ptp(x) == 0 and mean in (0.0, 1.0):
         low, high = _st.binomtest(int(mean * len(s)), len(s)).proportion_ci(level, 'exact')
-        return Interval(mean, float(low), float(high), 0., len(x), len(s), level, 'clopper-pearson')
+        return Interval(
+            mean, float(low), float(high), 0.0, len(x), len(s), level, 'clopper-pearson'
+        )
     boot = _resampled_means(s, k, n_boot, np.random.default_rng(seed))
     low, high = _limits(boot, mean, s, k, level, method)
     return Interval(mean, low, high, float(boot.std(ddof=1)), len(x), len(s), level, method)
@@ -104,57 +135,93 @@ def bootstrap_ci(scores, clusters: Sequence | None = None, level: float = .95, m
 @dataclass(frozen=True)
 class Difference(Interval):
     "Mean of a - b with interval, and `p`: two-sided p-value of no difference."
+
     p: float = float('nan')
+
     def __str__(self):
-        return f'{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}], p = {self.p:.2g}'
+        return (
+            f'{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}], p = '
+            f'{self.p:.2g}'
+        )
+
 
 def _sign_flip_p(s: np.ndarray, n_perm: int, rng) -> float:
-    "Two-sided sign-flip p-value of cluster sums; equal magnitudes are flipped together by a binomial."
+    """Two-sided sign-flip p-value of cluster sums; equal magnitudes are flipped together by a
+    binomial."""
     size, freq = np.unique(np.abs(s[s != 0]).round(12), return_counts=True)
-    if not len(size): return 1.
+    if not len(size):
+        return 1.0
     seen, hits = abs(s.sum()), 0
     for i in range(0, n_perm, block := max(1, 4_000_000 // len(size))):
-        ups = rng.binomial(freq, .5, size=(min(block, n_perm - i), len(size)))
+        ups = rng.binomial(freq, 0.5, size=(min(block, n_perm - i), len(size)))
         hits += int((np.abs((2 * ups - freq) @ size) >= seen - 1e-9).sum())
     return (hits + 1) / (n_perm + 1)
 
+
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
     a, b = _scores(a, 'a'), _scores(b, 'b')
-    if len(a) == len(b): return a, b
-    raise ValueError(f'a has {len(a)} scores and b {len(b)}: a paired comparison needs the same items in the same '
-                     f'order')
+    if len(a) == len(b):
+        return a, b
+    raise ValueError(
+        f'a has {len(a)} scores and b {len(b)}: a paired comparison needs the same items in the '
+        'same '
+        f'order'
+    )
 
-def paired_bootstrap(a, b, clusters: Sequence | None = None, level: float = .95, method: str = 'percentile',
-                     n_boot: int = 10_000, seed: int = 0) -> Difference:
-    """Difference of mean scores a - b on the same items in the same order: cluster-wise bootstrap interval, sign-flip
-    p-value. Differences that are all equal leave nothing to resample: the interval is that point and `.method` is
-    'constant'."""
+
+def paired_bootstrap(
+    a,
+    b,
+    clusters: Sequence | None = None,
+    level: float = 0.95,
+    method: str = 'percentile',
+    n_boot: int = 10_000,
+    seed: int = 0,
+) -> Difference:
+    """Difference of mean scores a - b on the same items in the same order: cluster-wise bootstrap
+    interval, sign-flip p-value. Differences that are all equal leave nothing to resample: the
+    interval is that point and `.method` is 'constant'."""
     a, b = _pair(a, b)
-    if method not in ('percentile', 'bca'): raise ValueError(f"method={method!r}: use 'percentile' or 'bca'")
+    if method not in ('percentile', 'bca'):
+        raise ValueError(f"method={method!r}: use 'percentile' or 'bca'")
     d, rng = a - b, np.random.default_rng(seed)
     s, k = _sums(d, clusters)
     mean, p = float(d.mean()), _sign_flip_p(s, n_boot, rng)
-    if np.ptp(d) == 0: return Difference(mean, mean, mean, 0., len(d), len(s), level, 'constant', p=p)
+    if np.ptp(d) == 0:
+        return Difference(mean, mean, mean, 0.0, len(d), len(s), level, 'constant', p=p)
     boot = _resampled_means(s, k, n_boot, rng)
-    return Difference(mean, *_limits(boot, mean, s, k, level, method), float(boot.std(ddof=1)), len(d), len(s), level,
-                      method, p=p)
+    return Difference(
+        mean,
+        *_limits(boot, mean, s, k, level, method),
+        float(boot.std(ddof=1)),
+        len(d),
+        len(s),
+        level,
+        method,
+        p=p,
+    )
 
 # %% ../../nbs/evaluate/30_stats.ipynb #912c6ed6
 @dataclass(frozen=True)
 class McNemar:
     "Counts of items only `a` (only `b`) got right, and the exact two-sided binomial p-value."
+
     only_a: int
     only_b: int
     n: int
     p: float
 
+
 def mcnemar(a, b) -> McNemar:
-    "McNemar's exact test (1947) on paired 0/1 scores; raises ValueError on scores that are not 0 or 1."
+    """McNemar's exact test (1947) on paired 0/1 scores; raises ValueError on scores that are not 0
+    or 1."""
     a, b = _pair(a, b)
     if not np.isin([a, b], (0, 1)).all():
         raise ValueError('McNemar needs 0/1 scores; use paired_bootstrap for soft scores')
     n_a, n_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    return McNemar(n_a, n_b, len(a), float(_st.binomtest(n_a, n_a + n_b, .5).pvalue) if n_a + n_b else 1.)
+    return McNemar(
+        n_a, n_b, len(a), float(_st.binomtest(n_a, n_a + n_b, 0.5).pvalue) if n_a + n_b else 1.0
+    )
 
 # %% ../../nbs/evaluate/30_stats.ipynb #6e220218
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -166,53 +233,88 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return out
 
 # %% ../../nbs/evaluate/30_stats.ipynb #51176184
-def seeds_interval(scores, clusters: Sequence | None = None, level: float = .95,
-                   null: float | None = None) -> Interval | Difference:
-    """Interval of the mean over training seeds *and* test items (both are samples). `scores`: [seeds, items] on the
-    same items in the same order; `clusters`: one name per item. Pass a difference of two such matrices and `null=0` for
-    a paired comparison with p-value. `.method`: 'seeds x items', or 'items only (one seed)'."""
+def seeds_interval(
+    scores, clusters: Sequence | None = None, level: float = 0.95, null: float | None = None
+) -> Interval | Difference:
+    """Interval of the mean over training seeds *and* test items (both are samples). `scores`:
+    [seeds, items] on the same items in the same order; `clusters`: one name per item. Pass a
+    difference of two such matrices and `null=0` for a paired comparison with p-value. `.method`:
+    'seeds x items', or 'items only (one seed)'."""
     x = np.atleast_2d(np.asarray(scores, float))
     if x.ndim != 2 or x.shape[1] < 2:
-        raise ValueError(f'scores must be [seeds, items] with two items or more, got shape {x.shape}')
-    for i, row in enumerate(x): _scores(row, f'scores of seed {i}')
+        raise ValueError(
+            f'scores must be [seeds, items] with two items or more, got shape {x.shape}'
+        )
+    for i, row in enumerate(x):
+        _scores(row, f'scores of seed {i}')
     n_seed, n = x.shape
     mean = float(x.mean())
     sums = [_sums(row, clusters) for row in x]
     k = sums[0][1]
     units = len(k)
-    u = np.stack([(s - k * mean) * units / n for s,
-                  _ in sums]) + mean          # equal-weight cluster units with the same mean
-    if units < 2: raise ValueError('all items are in one cluster: no interval can be made from a single picture')
+    u = (
+        np.stack([(s - k * mean) * units / n for s, _ in sums]) + mean
+    )  # equal-weight cluster units with the same mean
+    if units < 2:
+        raise ValueError(
+            'all items are in one cluster: no interval can be made from a single picture'
+        )
     ms_item = n_seed * u.mean(0).var(ddof=1)
-    if n_seed == 1: var, df, how = ms_item / units, units - 1, 'items only (one seed)'
+    if n_seed == 1:
+        var, df, how = ms_item / units, units - 1, 'items only (one seed)'
     else:
         ms_seed = units * u.mean(1).var(ddof=1)
         rest = u - u.mean(0) - u.mean(1, keepdims=True) + u.mean()
         ms_rest = (rest**2).sum() / ((n_seed - 1) * (units - 1))
-        total = max(ms_seed + ms_item - ms_rest, ms_item, ms_seed)              # a negative component counts as zero
+        total = max(
+            ms_seed + ms_item - ms_rest, ms_item, ms_seed
+        )  # a negative component counts as zero
         parts = (ms_seed**2 / (n_seed - 1) if total > ms_item else 0) + ms_item**2 / (units - 1)
-        var, df, how = total / (n_seed * units), total**2 / parts if parts else np.inf, 'seeds x items'
+        var, df, how = (
+            total / (n_seed * units),
+            total**2 / parts if parts else np.inf,
+            'seeds x items',
+        )
     se = float(np.sqrt(var))
     half = float(_st.t.ppf((1 + level) / 2, df)) * se
     base = (mean, mean - half, mean + half, se, n, units, level, how, float(df))
-    if null is None: return Interval(*base)
-    return Difference(*base, p=float(2 * _st.t.sf(abs(mean - null) / se, df)) if se else float(mean == null))
+    if null is None:
+        return Interval(*base)
+    return Difference(
+        *base, p=float(2 * _st.t.sf(abs(mean - null) / se, df)) if se else float(mean == null)
+    )
 
 # %% ../../nbs/evaluate/30_stats.ipynb #f2b2e995
-def minimum_detectable(se: float, alpha: float = .05, power: float = .8, df: float = np.inf) -> float:
-    """Smallest true difference found with probability `power`, given the standard error of the (paired) difference and
-    its degrees of freedom, which are few with few seeds."""
+def minimum_detectable(
+    se: float, alpha: float = 0.05, power: float = 0.8, df: float = np.inf
+) -> float:
+    """Smallest true difference found with probability `power`, given the standard error of the
+    (paired) difference and its degrees of freedom, which are few with few seeds."""
     return float((_st.t.ppf(1 - alpha / 2, df) + _st.t.ppf(power, df)) * se)
 
-def items_needed(difference: float, sd: float, alpha: float = .05, power: float = .8, design_effect: float = 1.) -> int:
-    """Items for a paired test to find `difference`. `sd`: standard deviation of the per-item differences (for 0/1
-    scores about the square root of the share of items on which the methods disagree); `design_effect`: variance
-    inflation by clusters."""
-    if not difference: raise ValueError('difference=0 cannot be detected with any number of items')
-    return int(np.ceil(design_effect * ((_st.norm.ppf(1 - alpha / 2) + _st.norm.ppf(power)) * sd / difference) ** 2))
+
+def items_needed(
+    difference: float,
+    sd: float,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    design_effect: float = 1.0,
+) -> int:
+    """Items for a paired test to find `difference`. `sd`: standard deviation of the per-item
+    differences (for 0/1 scores about the square root of the share of items on which the methods
+    disagree); `design_effect`: variance inflation by clusters."""
+    if not difference:
+        raise ValueError('difference=0 cannot be detected with any number of items')
+    return int(
+        np.ceil(
+            design_effect
+            * ((_st.norm.ppf(1 - alpha / 2) + _st.norm.ppf(power)) * sd / difference) ** 2
+        )
+    )
+
 
 def design_effect(scores, clusters: Sequence) -> float:
-    """Variance of the mean with clusters over its variance without: how many dependent items are worth one independent
-    item."""
+    """Variance of the mean with clusters over its variance without: how many dependent items are
+    worth one independent item."""
     plain = clustered_se(scores)
-    return (clustered_se(scores, clusters) / plain) ** 2 if plain else 1.
+    return (clustered_se(scores, clusters) / plain) ** 2 if plain else 1.0

@@ -21,9 +21,11 @@ from .scorers import MultipleChoice, Scorer, get_scorer, index_letters, row_answ
 # %% ../../nbs/evaluate/00_tasks.ipynb #82297d90
 @dataclass(frozen=True)
 class Item:
-    """One question: `turns` end with the user's question (prompt applied), `images` are lazy references or PIL images,
-    `regions` are marked parts of them. `answers`: accepted answers; `question_type`, `choices`, `group` (pairs, rotated
-    copies), `cluster` (shared picture), `question` (its bare text)."""
+    """One question: `turns` end with the user's question (prompt applied), `images` are lazy
+    references or PIL images, `regions` are marked parts of them. `answers`: accepted answers;
+    `question_type`, `choices`, `group` (pairs, rotated copies), `cluster` (shared picture),
+    `question` (its bare text)."""
+
     id: str
     turns: tuple[Turn, ...]
     images: tuple[Any, ...]
@@ -38,82 +40,134 @@ class Item:
     @property
     def row(self) -> dict[str, Any]:
         "What a scorer reads."
-        return dict(id=self.id, answers=list(self.answers), question_type=self.question_type, choices=self.choices,
-                    group=self.group)
+        return dict(
+            id=self.id,
+            answers=list(self.answers),
+            question_type=self.question_type,
+            choices=self.choices,
+            group=self.group,
+        )
 
     def sample(self) -> Sample:
         "The question as a sample without an answer: what a processor encodes."
         return Sample(self.id, list(self.turns), list(self.images), list(self.regions))
 
+
 def image_key(image) -> str:
     "Name of a picture: its `key` or path, or a hash of its pixels where it has none."
-    if isinstance(key := getattr(image, 'key', None), str): return key
+    if isinstance(key := getattr(image, 'key', None), str):
+        return key
     path = getattr(image, 'path', None) or (image if isinstance(image, (str, Path)) else None)
-    if path: return str(path)
+    if path:
+        return str(path)
     data = getattr(image, 'data', None) or f'{image.mode}{image.size}'.encode() + image.tobytes()
     return 'pixels-' + hashlib.sha256(data).hexdigest()[:16]
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #bc2e786d
 _MARKERS = re.compile(r'\s*(?:<image>\s?)+')
 
+
 def lettered(choices) -> str:
     "Options one per line: 'A. red', 'B. green'."
-    return '\n'.join(f'{k}. {v}' for k, v in MultipleChoice().options(dict(choices=choices)).items())
+    return '\n'.join(
+        f'{k}. {v}' for k, v in MultipleChoice().options(dict(choices=choices)).items()
+    )
+
 
 def apply_prompt(prompt: str, text: str, choices=None) -> str:
     "`text` inside `prompt` ('{question}', '{choices}'); leading image markers stay in front."
     lead = m[0] if (m := _MARKERS.match(text)) else ''
     out = prompt.replace('{choices}', lettered(choices) if '{choices}' in prompt else '')
-    return lead + out.replace('{question}', text[len(lead):].strip())
+    return lead + out.replace('{question}', text[len(lead) :].strip())
+
 
 def _pick(value, i: int, n: int):
     "The i-th entry of a per-question list, or the value itself for a sample with one question."
-    if n == 1 or not isinstance(value, (list, tuple)): return value
-    if len(value) != n: raise ValueError(f'{len(value)} entries for {n} questions')
+    if n == 1 or not isinstance(value, (list, tuple)):
+        return value
+    if len(value) != n:
+        raise ValueError(f'{len(value)} entries for {n} questions')
     return value[i]
 
-def sample_items(sample: Sample, prompt: str = '{question}', type_key: str = 'question_type',
-                 history: bool = False, indexed: bool = False) -> list[Item]:
-    """The questions of a sample. `meta[type_key]` (or its plural), `meta['answers']`, `'choices'` and `'group'` belong
-    to the one question or, as lists, to each in turn; without 'answers' the assistant's text is the answer.
-    `meta['cluster']` (default: the first picture) names what questions have in common. `indexed`: integers among the
-    answers are indices into the choices (`index_letters`). Raises ValueError naming the sample."""
+
+def sample_items(
+    sample: Sample,
+    prompt: str = '{question}',
+    type_key: str = 'question_type',
+    history: bool = False,
+    indexed: bool = False,
+) -> list[Item]:
+    """The questions of a sample. `meta[type_key]` (or its plural), `meta['answers']`, `'choices'`
+    and `'group'` belong to the one question or, as lists, to each in turn; without 'answers' the
+    assistant's text is the answer. `meta['cluster']` (default: the first picture) names what
+    questions have in common. `indexed`: integers among the answers are indices into the choices
+    (`index_letters`). Raises ValueError naming the sample."""
     system = tuple(t for t in sample.turns[:1] if t.role == 'system')
-    turns = sample.turns[len(system):]
+    turns = sample.turns[len(system) :]
     asked = [i for i, t in enumerate(turns) if t.role == 'user']
-    if not asked: raise ValueError(f'sample {sample.id!r} ({sample.source}) has no user turn: nothing is asked')
-    given = {**sample.meta,
-             type_key: sample.meta.get(type_key, sample.meta.get(f'{type_key}s'))}    # a list has a plural name
-    key = sample.meta.get('cluster') or (image_key(sample.images[0]) if sample.images else sample.id)
+    if not asked:
+        raise ValueError(
+            f'sample {sample.id!r} ({sample.source}) has no user turn: nothing is asked'
+        )
+    given = {
+        **sample.meta,
+        type_key: sample.meta.get(type_key, sample.meta.get(f'{type_key}s')),
+    }  # a list has a plural name
+    key = sample.meta.get('cluster') or (
+        image_key(sample.images[0]) if sample.images else sample.id
+    )
     marks, items = '<image>\n' * len(sample.images), []
     for n, i in enumerate(asked):
-        try: meta = {k: _pick(given.get(k), n, len(asked)) for k in (type_key, 'answers', 'choices', 'group')}
-        except ValueError as e: raise ValueError(f'sample {sample.id!r} ({sample.source}): {e}') from None
-        reply = turns[i + 1].text if i + 1 < len(turns) and turns[i + 1].role == 'assistant' else None
-        truth = dict(meta, id=sample.id, answers=meta['answers'] if meta['answers'] is not None else reply)
+        try:
+            meta = {
+                k: _pick(given.get(k), n, len(asked))
+                for k in (type_key, 'answers', 'choices', 'group')
+            }
+        except ValueError as e:
+            raise ValueError(f'sample {sample.id!r} ({sample.source}): {e}') from None
+        reply = (
+            turns[i + 1].text if i + 1 < len(turns) and turns[i + 1].role == 'assistant' else None
+        )
+        truth = dict(
+            meta, id=sample.id, answers=meta['answers'] if meta['answers'] is not None else reply
+        )
         answers = row_answers(truth | dict(answers=index_letters(truth)) if indexed else truth)
         text = turns[i].text
-        if n and not history: text = marks + text.replace('<image>', '').strip()
+        if n and not history:
+            text = marks + text.replace('<image>', '').strip()
         before = tuple(turns[:i]) if history else ()
         user = Turn('user', apply_prompt(prompt, text, meta['choices']))
         name = f'{sample.id}/{n}' if len(asked) > 1 else str(sample.id)
-        items.append(Item(name, (*system, *before, user), tuple(sample.images), tuple(answers),
-                          str(meta[type_key] or 'all'),
-                          meta['choices'], None if meta['group'] is None else str(meta['group']), str(key),
-                          text.replace('<image>', '').strip(), tuple(sample.regions)))
+        items.append(
+            Item(
+                name,
+                (*system, *before, user),
+                tuple(sample.images),
+                tuple(answers),
+                str(meta[type_key] or 'all'),
+                meta['choices'],
+                None if meta['group'] is None else str(meta['group']),
+                str(key),
+                text.replace('<image>', '').strip(),
+                tuple(sample.regions),
+            )
+        )
     return items
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #2e6f6b93
 def _digest(rows: Iterable[Any]) -> str:
     h = hashlib.sha256()
-    for r in rows: h.update(json.dumps(r, ensure_ascii=False, default=str).encode() + b'\n')
+    for r in rows:
+        h.update(json.dumps(r, ensure_ascii=False, default=str).encode() + b'\n')
     return h.hexdigest()
+
 
 @dataclass(frozen=True)
 class Task:
-    """Records + prompt + scorer. `prompt` holds '{question}' (and '{choices}'); `scorer` is a `Scorer` or its name;
-    `version` is raised by hand when records or prompt change meaning; `max_new_tokens` bounds an answer; `history`
-    keeps earlier turns of a dialogue."""
+    """Records + prompt + scorer. `prompt` holds '{question}' (and '{choices}'); `scorer` is a
+    `Scorer` or its name; `version` is raised by hand when records or prompt change meaning;
+    `max_new_tokens` bounds an answer; `history` keeps earlier turns of a dialogue."""
+
     name: str
     samples: Sequence[Sample]
     scorer: Scorer | str = 'exact_match'
@@ -125,10 +179,13 @@ class Task:
 
     def __post_init__(self):
         if not re.fullmatch(r'[\w.+-]+', self.name):
-            raise ValueError(f'task name {self.name!r}: use letters, digits and . _ + - (it names files)')
+            raise ValueError(
+                f'task name {self.name!r}: use letters, digits and . _ + - (it names files)'
+            )
         if '{question}' not in self.prompt:
             raise ValueError(f"task {self.name}: prompt {self.prompt!r} lacks '{{question}}'")
-        if not len(self.samples): raise ValueError(f'task {self.name} has no samples')
+        if not len(self.samples):
+            raise ValueError(f'task {self.name} has no samples')
         object.__setattr__(self, 'scorer', get_scorer(self.scorer))
         object.__setattr__(self, 'samples', tuple(self.samples))
 
@@ -140,68 +197,111 @@ class Task:
         seen: set[str] = set()
         twice = [i.id for i in items if i.id in seen or seen.add(i.id)]
         if twice:
-            raise ValueError(f'task {self.name}: {len(twice)} question ids appear twice, first {twice[0]!r}; ids pair '
-                             f'results')
+            raise ValueError(
+                f'task {self.name}: {len(twice)} question ids appear twice, first {twice[0]!r}; '
+                'ids pair '
+                f'results'
+            )
         return items
 
     @cached_property
     def prompt_hash(self) -> str:
         "Hash of all a model sees (turns and picture names; not the pixels)."
-        return _digest([i.id, [[t.role, t.text] for t in i.turns], [image_key(x) for x in i.images],
-                        [[r.box, r.polygons] for r in i.regions]] for i in self.items)
+        return _digest(
+            [
+                i.id,
+                [[t.role, t.text] for t in i.turns],
+                [image_key(x) for x in i.images],
+                [[r.box, r.polygons] for r in i.regions],
+            ]
+            for i in self.items
+        )
 
     @cached_property
     def content_hash(self) -> str:
         "Hash of the prompts, the answers, the types, the scorer and the version."
-        return _digest([[self.prompt_hash, self.name, self.version, self.scorer.spec]]
-                       + [[i.id, i.row] for i in self.items])
+        return _digest(
+            [[self.prompt_hash, self.name, self.version, self.scorer.spec]]
+            + [[i.id, i.row] for i in self.items]
+        )
 
     @property
-    def has_images(self) -> bool: return any(i.images for i in self.items)
-    def __len__(self) -> int: return len(self.items)
+    def has_images(self) -> bool:
+        return any(i.images for i in self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
     def head(self, n: int) -> Task:
-        "The first `n` samples as a task named `<name>.head<n>`, so that its results are never mistaken for the whole."
+        """The first `n` samples as a task named `<name>.head<n>`, so that its results are never
+        mistaken for the whole."""
         return replace(self, name=f'{self.name}.head{n}', samples=self.samples[:n])
+
     def __repr__(self):
         what = f'{len(self)} questions, {self.scorer.spec}, {self.content_hash[:10]}'
         return f'Task({self.name!r} v{self.version}, {what})'
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #ca642b57
-def load_task(path: str | Path, name: str | None = None, image_root: str | Path | None = None,
-              quarantine: Quarantine | None = None, roots: Iterable[str | Path] = (), **kwargs) -> Task:
-    """Task from a LLaVA-style JSON or JSONL. `name` defaults to the file's stem, `image_root` to its folder; `roots`:
-    further folders pictures may lie in (`allowed_roots`); `kwargs` go to `Task`. Raises `BadRecord` at the first unusable row unless a `quarantine` is given."""
+def load_task(
+    path: str | Path,
+    name: str | None = None,
+    image_root: str | Path | None = None,
+    quarantine: Quarantine | None = None,
+    roots: Iterable[str | Path] = (),
+    **kwargs,
+) -> Task:
+    """Task from a LLaVA-style JSON or JSONL. `name` defaults to the file's stem, `image_root` to
+    its folder; `roots`: further folders pictures may lie in (`allowed_roots`); `kwargs` go to
+    `Task`. Raises `BadRecord` at the first unusable row unless a `quarantine` is given."""
     path = Path(path)
-    return Task(name or path.stem, list(read_records(path, image_root or path.parent, quarantine, roots=roots)), **kwargs)
+    return Task(
+        name or path.stem,
+        list(read_records(path, image_root or path.parent, quarantine, roots=roots)),
+        **kwargs,
+    )
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #9d54981f
 WORLD_TASKS = ('vqa_test', 'text_test', 'region_test')
 
-def world_tasks(folder: str | Path, splits: Sequence[str] = WORLD_TASKS, limit: int | None = None,
-                **kwargs) -> dict[str, Task]:
-    """Tasks of a folder written by `write_world`, by split name; a missing file is an error. `limit`: first samples
-    only (renames)."""
+
+def world_tasks(
+    folder: str | Path, splits: Sequence[str] = WORLD_TASKS, limit: int | None = None, **kwargs
+) -> dict[str, Task]:
+    """Tasks of a folder written by `write_world`, by split name; a missing file is an error.
+    `limit`: first samples only (renames)."""
     folder, out = Path(folder), {}
     for split in splits:
-        if not (folder/f'{split}.json').exists():
-            raise FileNotFoundError(f'{folder/split}.json is missing: write it with vlmbench.data.world.write_world, '
-                                    f'or name other splits')
-        task = load_task(folder/f'{split}.json', **kwargs)
+        if not (folder / f'{split}.json').exists():
+            raise FileNotFoundError(
+                f'{folder / split}.json is missing: write it with vlmbench.data.world.write_world, '
+                f'or name other splits'
+            )
+        task = load_task(folder / f'{split}.json', **kwargs)
         out[split] = task.head(limit) if limit else task
     return out
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #4b59c55f
 _BRIEF = '{question}\nAnswer the question using a single word or phrase.'
-KINDS: dict[str, tuple[str, str]] = {   # kind: (scorer, prompt)
-    'exact': ('exact_match', '{question}'), 'gqa': ('gqa', _BRIEF), 'vqa': ('vqa_soft', _BRIEF),
+KINDS: dict[str, tuple[str, str]] = {  # kind: (scorer, prompt)
+    'exact': ('exact_match', '{question}'),
+    'gqa': ('gqa', _BRIEF),
+    'vqa': ('vqa_soft', _BRIEF),
     'textvqa': ('textvqa', _BRIEF),
-    'pope': ('pope', _BRIEF), 'mme': ('mme', '{question}'), 'anls': ('anls', _BRIEF), 'relaxed': ('relaxed', _BRIEF),
-    'choice': ('multiple_choice',
-               "{question}\n{choices}\nAnswer with the option's letter from the given choices directly.")}
+    'pope': ('pope', _BRIEF),
+    'mme': ('mme', '{question}'),
+    'anls': ('anls', _BRIEF),
+    'relaxed': ('relaxed', _BRIEF),
+    'choice': (
+        'multiple_choice',
+        "{question}\n{choices}\nAnswer with the option's letter from the given choices directly.",
+    ),
+}
+
 
 def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[dict[str, Any]]:
-    """Rows of a benchmark file: a JSON list, {'data': [...]} or {'questions': [...]}, {id: row} (GQA), JSONL, CSV/TSV
-    or parquet. `annotations` (VQA v2): a JSON with 'annotations', joined on question_id."""
+    """Rows of a benchmark file: a JSON list, {'data': [...]} or {'questions': [...]}, {id: row}
+    (GQA), JSONL, CSV/TSV or parquet. `annotations` (VQA v2): a JSON with 'annotations', joined on
+    question_id."""
     path = Path(path)
     if path.suffix in ('.tsv', '.csv'):
         csv.field_size_limit(2**31 - 1)
@@ -209,70 +309,132 @@ def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[d
             return list(csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ','))
     if path.suffix == '.parquet':
         import pyarrow.parquet as pq
+
         return pq.read_table(path).to_pylist()
     text = path.read_text(encoding='utf8')
-    if path.suffix == '.jsonl': return [json.loads(line) for line in text.splitlines() if line.strip()]
-    try: rows = json.loads(text)
+    if path.suffix == '.jsonl':
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    try:
+        rows = json.loads(text)
     except json.JSONDecodeError as e:
-        if 'Extra data' not in e.msg: raise ValueError(f'{path}: not JSON: {e}') from None
-        return [json.loads(line) for line in text.splitlines() if line.strip()]   # POPE: .json, one row a line
+        if 'Extra data' not in e.msg:
+            raise ValueError(f'{path}: not JSON: {e}') from None
+        return [
+            json.loads(line) for line in text.splitlines() if line.strip()
+        ]  # POPE: .json, one row a line
     if isinstance(rows, dict):
-        inner = next((rows[k] for k in ('data', 'questions') if isinstance(rows.get(k), list)), None)
-        if inner is not None: rows = inner
-        elif all(isinstance(v, dict) for v in rows.values()): rows = [dict(v, id=k) for k, v in rows.items()]
-        else: rows = [rows]                                     # JSON Lines with one line
-    if annotations is None: return rows
-    truth = {a['question_id']: a for a in json.loads(Path(annotations).read_text(encoding='utf8'))['annotations']}
+        inner = next(
+            (rows[k] for k in ('data', 'questions') if isinstance(rows.get(k), list)), None
+        )
+        if inner is not None:
+            rows = inner
+        elif all(isinstance(v, dict) for v in rows.values()):
+            rows = [dict(v, id=k) for k, v in rows.items()]
+        else:
+            rows = [rows]  # JSON Lines with one line
+    if annotations is None:
+        return rows
+    truth = {
+        a['question_id']: a
+        for a in json.loads(Path(annotations).read_text(encoding='utf8'))['annotations']
+    }
     absent = [r['question_id'] for r in rows if r['question_id'] not in truth]
-    if absent: raise ValueError(f'{annotations}: no annotation for {len(absent)} question(s), first {absent[0]}')
+    if absent:
+        raise ValueError(
+            f'{annotations}: no annotation for {len(absent)} question(s), first {absent[0]}'
+        )
     return [{**r, **truth[r['question_id']]} for r in rows]
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #cbac1bd2
-_KEYS = dict(id=('question_id', 'questionId', 'id', 'index', 'qid'), question=('question', 'text', 'query'),
-             answers=('answers', 'answer', 'label', 'target'), image=('image', 'image_path', 'imgname', 'image_id',
-                                                                      'imageId'),
-             question_type=('question_type', 'answer_type', 'category', 'type'), group=('group',),
-             choices=('choices', 'options'))
+_KEYS = dict(
+    id=('question_id', 'questionId', 'id', 'index', 'qid'),
+    question=('question', 'text', 'query'),
+    answers=('answers', 'answer', 'label', 'target'),
+    image=('image', 'image_path', 'imgname', 'image_id', 'imageId'),
+    question_type=('question_type', 'answer_type', 'category', 'type'),
+    group=('group',),
+    choices=('choices', 'options'),
+)
+
 
 def _image(value, root, folder_name: Callable | None):
-    "A row's picture: a path, PIL, {'bytes': ...} of a parquet file, or base64 text of a TSV (MMBench)."
-    if isinstance(value, Mapping): value = value.get('bytes') or value.get('path')
-    if isinstance(value, str) and len(value) > 1000: value = base64.b64decode(value)
-    if isinstance(value, bytes): return ImageRef('', None, value)
-    return value if hasattr(value, 'convert') else ImageRef(folder_name(value) if folder_name else str(value),
-                                                            root)
+    """A row's picture: a path, PIL, {'bytes': ...} of a parquet file, or base64 text of a TSV
+    (MMBench)."""
+    if isinstance(value, Mapping):
+        value = value.get('bytes') or value.get('path')
+    if isinstance(value, str) and len(value) > 1000:
+        value = base64.b64decode(value)
+    if isinstance(value, bytes):
+        return ImageRef('', None, value)
+    return (
+        value
+        if hasattr(value, 'convert')
+        else ImageRef(folder_name(value) if folder_name else str(value), root)
+    )
 
-def rows_task(name: str, rows: Sequence[Mapping[str, Any]], kind: str, image_root: str | Path, keys: Mapping[str, str]
-              | None = None,
-              image_name: Callable[[Any], str] | None = None, roots: Iterable[str | Path] = (), **kwargs) -> Task:
-    """Task from benchmark `rows` (dictionaries) of a `kind` in `KINDS`. `roots`: as in `load_task`. `keys` maps id, question, answers, image,
-    question_type, group, choices to column names where the usual ones do not fit; `image_name` turns a row's image id
-    into a path under `image_root`. MME rows without 'group' are paired by their picture. Raises ValueError naming row
-    and columns."""
-    if kind not in KINDS: raise ValueError(f'kind={kind!r} is unknown: use one of {", ".join(KINDS)}')
+
+def rows_task(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    kind: str,
+    image_root: str | Path,
+    keys: Mapping[str, str] | None = None,
+    image_name: Callable[[Any], str] | None = None,
+    roots: Iterable[str | Path] = (),
+    **kwargs,
+) -> Task:
+    """Task from benchmark `rows` (dictionaries) of a `kind` in `KINDS`. `roots`: as in
+    `load_task`. `keys` maps id, question, answers, image, question_type, group, choices to
+    column names where the usual ones do not fit; `image_name` turns a row's image id into a path
+    under `image_root`. MME rows without 'group' are paired by their picture. Raises ValueError
+    naming row and columns."""
+    if kind not in KINDS:
+        raise ValueError(f'kind={kind!r} is unknown: use one of {", ".join(KINDS)}')
     if unknown := set(keys or {}) - set(_KEYS):
         raise ValueError(f'keys names {sorted(unknown)}; known are {", ".join(_KEYS)}')
     scorer, prompt = KINDS[kind]
     root = allowed_roots(str(image_root), roots)
+
     def get(row, what):
         names = (keys[what],) if keys and what in keys else _KEYS[what]
         return next((row[n] for n in names if row.get(n) not in (None, '', [])), None)
+
     samples = []
     for n, row in enumerate(rows):
         v = {k: get(row, k) for k in _KEYS}
         for need in ('question', 'answers'):
             if v[need] is None:
-                raise ValueError(f'{name} row {n}: no {need}; it has {sorted(row)}; name the column in '
-                                 f'keys={{{need!r}: ...}}')
+                raise ValueError(
+                    f'{name} row {n}: no {need}; it has {sorted(row)}; name the column in '
+                    f'keys={{{need!r}: ...}}'
+                )
         letters = {c: row[c] for c in 'ABCDEFGH' if row.get(c) not in (None, '', 'nan')}
         choices = v['choices'] if v['choices'] is not None else letters or None
-        if isinstance(v['question_type'], (list, tuple)): v['question_type'] = '+'.join(map(str, v['question_type']))
+        if isinstance(v['question_type'], (list, tuple)):
+            v['question_type'] = '+'.join(map(str, v['question_type']))
         images = [] if v['image'] is None else [_image(v['image'], root, image_name)]
-        group = v['group'] if v['group'] is not None or kind != 'mme' else image_key(images[0]) if images else None
-        ident = f"{v['id'] if v['id'] is not None else n}" + f'/{n}' * (kind == 'mme')   # MME: one id for both questions
-        truth = dict(answers=v['answers'], choices=choices if kind == 'choice' else None, id=f'{name}/{n}')
+        group = (
+            v['group']
+            if v['group'] is not None or kind != 'mme'
+            else image_key(images[0])
+            if images
+            else None
+        )
+        ident = f'{v["id"] if v["id"] is not None else n}' + f'/{n}' * (
+            kind == 'mme'
+        )  # MME: one id for both questions
+        truth = dict(
+            answers=v['answers'], choices=choices if kind == 'choice' else None, id=f'{name}/{n}'
+        )
         answers = row_answers(dict(answers=index_letters(truth)))
         meta = dict(question_type=v['question_type'], answers=answers, choices=choices, group=group)
-        samples.append(Sample(ident, [Turn('user', '<image>\n' * len(images) + str(v['question']))], images,
-                              source=name, meta=meta))
+        samples.append(
+            Sample(
+                ident,
+                [Turn('user', '<image>\n' * len(images) + str(v['question']))],
+                images,
+                source=name,
+                meta=meta,
+            )
+        )
     return Task(name, samples, kwargs.pop('scorer', scorer), kwargs.pop('prompt', prompt), **kwargs)

@@ -25,13 +25,17 @@ from .scorers import Scorer, row_answers
 from .tasks import Task
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #54f177cd
-CAPABILITIES = dict(rec='recognition', ocr='OCR', know='knowledge', math='math', rel='relation', lang='language')
+CAPABILITIES = dict(
+    rec='recognition', ocr='OCR', know='knowledge', math='math', rel='relation', lang='language'
+)
 SPLITS = ('bbox', 'human')
+
 
 @dataclass(frozen=True)
 class VipItem:
-    """One question: `id` ('v1_12'), `question` of the split (names the marker), `plain` question of the metadata,
-    `answer` (may hold `<AND>`, `<OR>`), sorted `capabilities`, `image`."""
+    """One question: `id` ('v1_12'), `question` of the split (names the marker), `plain` question of
+    the metadata, `answer` (may hold `<AND>`, `<OR>`), sorted `capabilities`, `image`."""
+
     id: str
     question: str
     plain: str
@@ -40,67 +44,105 @@ class VipItem:
     image: ImageRef
 
     @property
-    def combination(self) -> str: return '|'.join(self.capabilities)
+    def combination(self) -> str:
+        return '|'.join(self.capabilities)
+
 
 def _meta_row(at: str, row: Any) -> tuple[str, str, tuple[str, ...]]:
     "Question, answer and capabilities of one metadata entry."
-    if not isinstance(row, dict): raise BadRecord(f'{at}: the entry is {type(row).__name__}, not an object')
+    if not isinstance(row, dict):
+        raise BadRecord(f'{at}: the entry is {type(row).__name__}, not an object')
     for name in ('question', 'answer'):
-        if not isinstance(row.get(name), (str, int, float)) or isinstance(row[name], bool) or row[name] == '':
+        if (
+            not isinstance(row.get(name), (str, int, float))
+            or isinstance(row[name], bool)
+            or row[name] == ''
+        ):
             raise BadRecord(f'{at}: no {name}; it has {sorted(row)}')
     names = row.get('capability')
     if not isinstance(names, list) or not names or not all(isinstance(c, str) for c in names):
-        raise BadRecord(f'{at}: capability must be a list of names; known are {", ".join(CAPABILITIES)}')
+        raise BadRecord(
+            f'{at}: capability must be a list of names; known are {", ".join(CAPABILITIES)}'
+        )
     if unknown := sorted(set(names) - set(CAPABILITIES)):
-        raise BadRecord(f'{at}: capability {unknown[0]!r} is unknown; known are {", ".join(CAPABILITIES)}')
+        raise BadRecord(
+            f'{at}: capability {unknown[0]!r} is unknown; known are {", ".join(CAPABILITIES)}'
+        )
     return str(row['question']), str(row['answer']), tuple(sorted(set(names)))
 
+
 def read_vip_meta(path: str | Path) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    "{id: (plain question, answer, capabilities)} of `vip-bench-meta-data.json`. Raises `BadRecord` naming the entry."
+    """{id: (plain question, answer, capabilities)} of `vip-bench-meta-data.json`. Raises
+    `BadRecord` naming the entry."""
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'{path} is missing: it holds the answers and capabilities')
-    try: rows = json.loads(path.read_text(encoding='utf8'))
-    except ValueError as e: raise BadRecord(f'{path}: not JSON: {e}') from None
-    if not isinstance(rows, dict) or not rows: raise BadRecord(f'{path}: expected an object of id: entry')
+    if not path.exists():
+        raise FileNotFoundError(f'{path} is missing: it holds the answers and capabilities')
+    try:
+        rows = json.loads(path.read_text(encoding='utf8'))
+    except ValueError as e:
+        raise BadRecord(f'{path}: not JSON: {e}') from None
+    if not isinstance(rows, dict) or not rows:
+        raise BadRecord(f'{path}: expected an object of id: entry')
     return {i: _meta_row(f'{path} entry {i!r}', row) for i, row in rows.items()}
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #6627800d
 def read_vip_bench(folder: str | Path, split: str = 'bbox') -> list[VipItem]:
-    """The items of one split, in file order. Raises `BadRecord` naming file and row, FileNotFoundError for a missing
-    file."""
-    if split not in SPLITS: raise ValueError(f'split={split!r} is unknown: use {" or ".join(SPLITS)}')
+    """The items of one split, in file order. Raises `BadRecord` naming file and row,
+    FileNotFoundError for a missing file."""
+    if split not in SPLITS:
+        raise ValueError(f'split={split!r} is unknown: use {" or ".join(SPLITS)}')
     folder = Path(folder)
-    meta, path = read_vip_meta(folder/'vip-bench-meta-data.json'), folder/split/'questions.jsonl'
-    if not path.exists(): raise FileNotFoundError(f'{path} is missing: it holds the questions of split {split!r}')
+    meta, path = (
+        read_vip_meta(folder / 'vip-bench-meta-data.json'),
+        folder / split / 'questions.jsonl',
+    )
+    if not path.exists():
+        raise FileNotFoundError(f'{path} is missing: it holds the questions of split {split!r}')
     items: dict[str, VipItem] = {}
     for raw in iter_rows(path):
         at, row = f'{path} row {raw.number}', raw.value
-        if raw.error: raise BadRecord(f'{at}: {raw.error}')
-        if not isinstance(row, dict): raise BadRecord(f'{at}: the row is {type(row).__name__}, not an object')
+        if raw.error:
+            raise BadRecord(f'{at}: {raw.error}')
+        if not isinstance(row, dict):
+            raise BadRecord(f'{at}: the row is {type(row).__name__}, not an object')
         for name in ('image', 'text'):
-            if not isinstance(row.get(name), str) or not row[name].strip(): raise BadRecord(f'{at}: no {name}')
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise BadRecord(f'{at}: no {name}')
         given = str(row.get('question_id', ''))
         ident = f'v1_{given}' if given.isdigit() else given
-        if ident not in meta: raise BadRecord(f'{at}: question_id {given!r} has no entry {ident!r} in the metadata')
-        if ident in items: raise BadRecord(f'{at}: question_id {given!r} appears twice')
-        image = ImageRef(row['image'], str(folder/split/'images'))
-        if not (folder/split/'images'/row['image']).is_file():
-            raise BadRecord(f'{at} ({ident}): the picture {folder/split/"images"/row["image"]} is missing')
+        if ident not in meta:
+            raise BadRecord(f'{at}: question_id {given!r} has no entry {ident!r} in the metadata')
+        if ident in items:
+            raise BadRecord(f'{at}: question_id {given!r} appears twice')
+        image = ImageRef(row['image'], str(folder / split / 'images'))
+        if not (folder / split / 'images' / row['image']).is_file():
+            raise BadRecord(
+                f'{at} ({ident}): the picture {folder / split / "images" / row["image"]} is missing'
+            )
         plain, answer, names = meta[ident]
-        items[ident] = VipItem(ident, row['text'].replace('<image>', '').strip(), plain, answer, names, image)
-    if not items: raise BadRecord(f'{path}: no questions')
+        items[ident] = VipItem(
+            ident, row['text'].replace('<image>', '').strip(), plain, answer, names, image
+        )
+    if not items:
+        raise BadRecord(f'{path}: no questions')
     if absent := [i for i in meta if i not in items]:
-        raise BadRecord(f'{path}: {len(absent)} of {len(meta)} items of the metadata are absent, first {absent[0]!r}')
+        raise BadRecord(
+            f'{path}: {len(absent)} of {len(meta)} items of the metadata are absent, first '
+            f'{absent[0]!r}'
+        )
     return list(items.values())
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #52a2ca10
 @dataclass(frozen=True)
 class VipExact(Scorer):
     "`ExactJudge` as a scorer; `summary`: accuracy per capability."
+
     contains: bool = False
     name: ClassVar[str] = 'vip_exact'
 
-    def parse(self, prediction, row): return ' '.join(str(prediction).split())
+    def parse(self, prediction, row):
+        return ' '.join(str(prediction).split())
+
     def score(self, prediction, row):
         return ExactJudge(self.contains)('', row_answers(row)[0], str(prediction)).score
 
@@ -108,47 +150,85 @@ class VipExact(Scorer):
         parts = {c: frame['question_type'].map(lambda t: c in t.split('|')) for c in CAPABILITIES}
         return {c: float(frame['score'][has].mean()) for c, has in parts.items() if has.any()}
 
-def vip_bench_task(folder: str | Path, split: str = 'bbox', max_new_tokens: int = 1024, contains: bool = False) -> Task:
+
+def vip_bench_task(
+    folder: str | Path, split: str = 'bbox', max_new_tokens: int = 1024, contains: bool = False
+) -> Task:
     "The split as a `Task` named `vip_bench_<split>`; errors as `read_vip_bench`."
+
     def sample(i):
-        return Sample(i.id, [Turn('user', f'<image>\n{i.question}')], [i.image], source='vip_bench',
-                      meta=dict(answers=[i.answer], question_type=i.combination, cluster=i.id))
-    return Task(f'vip_bench_{split}', [sample(i) for i in read_vip_bench(folder, split)], VipExact(contains),
-                max_new_tokens=max_new_tokens)
+        return Sample(
+            i.id,
+            [Turn('user', f'<image>\n{i.question}')],
+            [i.image],
+            source='vip_bench',
+            meta=dict(answers=[i.answer], question_type=i.combination, cluster=i.id),
+        )
+
+    return Task(
+        f'vip_bench_{split}',
+        [sample(i) for i in read_vip_bench(folder, split)],
+        VipExact(contains),
+        max_new_tokens=max_new_tokens,
+    )
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #d5c82300
 def to_grade(items: Sequence[VipItem], predictions: Mapping[str, str] | Results) -> list[Graded]:
-    """What the judge gets, in item order. `predictions`: id -> text, or the evaluator's `Results`. Raises ValueError
-    naming the first item without a prediction."""
+    """What the judge gets, in item order. `predictions`: id -> text, or the evaluator's `Results`.
+    Raises ValueError naming the first item without a prediction."""
     if isinstance(predictions, Results):
         predictions = dict(zip(predictions.frame['id'], predictions.frame['prediction']))
     if absent := [i.id for i in items if i.id not in predictions]:
-        raise ValueError(f'{len(absent)} of {len(items)} items have no prediction, first {absent[0]!r}')
+        raise ValueError(
+            f'{len(absent)} of {len(items)} items have no prediction, first {absent[0]!r}'
+        )
     return [Graded(i.id, i.question, i.answer, str(predictions[i.id]), i.plain) for i in items]
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #6fd0d79b
 def group_scores(items: Sequence[VipItem], grades: Grades, by: str = 'capability') -> pd.DataFrame:
-    """Table with name, n, score (mean over runs, percent), std (population, over runs) and `run0`, `run1`, ...; `by`:
-    'capability' (of the six, those that occur) or 'combination'; the last row is the total."""
+    """Table with name, n, score (mean over runs, percent), std (population, over runs) and `run0`,
+    `run1`, ...; `by`: 'capability' (of the six, those that occur) or 'combination'; the last row is
+    the total."""
     scores = 100 * grades.matrix([i.id for i in items])
-    if by == 'capability': names = [c for c in CAPABILITIES if any(c in i.capabilities for i in items)]
-    elif by == 'combination': names = list(dict.fromkeys(i.combination for i in items))
-    else: raise ValueError(f"by={by!r} is unknown: use 'capability' or 'combination'")
-    def member(i, name): return name in i.capabilities if by == 'capability' else name == i.combination
+    if by == 'capability':
+        names = [c for c in CAPABILITIES if any(c in i.capabilities for i in items)]
+    elif by == 'combination':
+        names = list(dict.fromkeys(i.combination for i in items))
+    else:
+        raise ValueError(f"by={by!r} is unknown: use 'capability' or 'combination'")
+
+    def member(i, name):
+        return name in i.capabilities if by == 'capability' else name == i.combination
+
     rows = []
     for name in [*names, 'total']:
         keep = np.array([name == 'total' or member(i, name) for i in items])
         runs = scores[keep].mean(0)
-        rows.append(dict(name=name, n=int(keep.sum()), score=runs.mean(), std=runs.std(),
-                         **{f'run{k}': v for k, v in enumerate(runs)}))
+        rows.append(
+            dict(
+                name=name,
+                n=int(keep.sum()),
+                score=runs.mean(),
+                std=runs.std(),
+                **{f'run{k}': v for k, v in enumerate(runs)},
+            )
+        )
     return pd.DataFrame(rows)
 
+
 def published_scores(table: pd.DataFrame) -> dict[str, Any]:
-    "`group_scores` as the published tables print it: name -> score, `std` of the total, `runs` of it; one decimal."
-    def one(v): return float(np.round(v, 1))
+    """`group_scores` as the published tables print it: name -> score, `std` of the total, `runs` of
+    it; one decimal."""
+
+    def one(v):
+        return float(np.round(v, 1))
+
     total = table[table['name'] == 'total'].iloc[0]
-    return {**{n: one(s) for n, s in zip(table['name'], table['score'])}, 'std': one(total['std']),
-            'runs': [one(v) for k, v in total.items() if k.startswith('run')]}
+    return {
+        **{n: one(s) for n, s in zip(table['name'], table['score'])},
+        'std': one(total['std']),
+        'runs': [one(v) for k, v in total.items() if k.startswith('run')],
+    }
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #a5cdc9b1
 def judged(results: Results, items: Sequence[VipItem], grades: Grades) -> Results:
@@ -159,8 +239,16 @@ def judged(results: Results, items: Sequence[VipItem], grades: Grades) -> Result
         raise ValueError(f'{results.task}: item {absent[0]!r} was not graded')
     frame['score'] = frame['id'].map(score).astype(float)
     frame['condition'], frame['scorer'] = 'judged', grades.judge
-    said = dict(judge=grades.judge, judge_runs=grades.runs, prompt_sha256=grades.prompt_sha256,
-                published_prompt=grades.prompt_sha256 == PUBLISHED_PROMPT_SHA256, unparsed=grades.unparsed)
-    tables = {by: published_scores(group_scores(items, grades, by)) for by in ('capability', 'combination')}
+    said = dict(
+        judge=grades.judge,
+        judge_runs=grades.runs,
+        prompt_sha256=grades.prompt_sha256,
+        published_prompt=grades.prompt_sha256 == PUBLISHED_PROMPT_SHA256,
+        unparsed=grades.unparsed,
+    )
+    tables = {
+        by: published_scores(group_scores(items, grades, by))
+        for by in ('capability', 'combination')
+    }
     header = {**results.header, 'scorer': grades.judge, 'metrics': {}, **said, **tables}
     return replace(results, condition='judged', frame=frame, header=header)

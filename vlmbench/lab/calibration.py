@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 # %% ../../nbs/lab/12_calibration.ipynb #37ed2c0f
 import vlmbench.models.vlm
@@ -22,16 +28,25 @@ from ..data.record import Sample
 from ..evaluate.generate import render_prompt
 
 # %% ../../nbs/lab/12_calibration.ipynb #387c24ee
-def load_any(folder: str | Path, device: str | torch.device = 'cpu', dtype: str = 'auto',
-             adapters: str | Path = '') -> tuple[nn.Module, Any]:
-    """`(model, processor or tokenizer)` of a local folder or Hub id, in evaluation mode. Raises FileNotFoundError for a
-    folder without a model and ValueError for a model that is neither a causal language model nor a VLM. `adapters`: a
-    folder of LoRA weights that peft wrote, put on and not merged."""
-    if Path(folder).is_dir() and not (Path(folder)/'config.json').exists():
-        raise FileNotFoundError(f'{folder} has no config.json: pass the folder that save_pretrained wrote, such as '
-                                '<run folder>/model')
-    try: config = AutoConfig.from_pretrained(folder)
-    except OSError as e: raise FileNotFoundError(f'no model at {folder!r}: {e}') from None
+def load_any(
+    folder: str | Path,
+    device: str | torch.device = 'cpu',
+    dtype: str = 'auto',
+    adapters: str | Path = '',
+) -> tuple[nn.Module, Any]:
+    """`(model, processor or tokenizer)` of a local folder or Hub id, in evaluation mode. Raises
+    FileNotFoundError for a folder without a model and ValueError for a model that is neither a
+    causal language model nor a VLM. `adapters`: a folder of LoRA weights that peft wrote, put on
+    and not merged."""
+    if Path(folder).is_dir() and not (Path(folder) / 'config.json').exists():
+        raise FileNotFoundError(
+            f'{folder} has no config.json: pass the folder that save_pretrained wrote, such as '
+            '<run folder>/model'
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except OSError as e:
+        raise FileNotFoundError(f'no model at {folder!r}: {e}') from None
     if type(config) in AutoModelForImageTextToText._model_mapping:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder)
@@ -39,72 +54,120 @@ def load_any(folder: str | Path, device: str | torch.device = 'cpu', dtype: str 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         processor = AutoTokenizer.from_pretrained(folder)
     else:
-        raise ValueError(f'{folder}: {config.model_type} is neither a causal language model nor an image-text-to-text '
-                         'model of this transformers')
+        raise ValueError(
+            f'{folder}: {config.model_type} is neither a causal language model nor an '
+            'image-text-to-text '
+            'model of this transformers'
+        )
     if adapters:
-        if not (Path(adapters)/'adapter_config.json').exists():
-            raise FileNotFoundError(f'adapters={str(adapters)!r} has no adapter_config.json: pass a folder that peft wrote')
+        if not (Path(adapters) / 'adapter_config.json').exists():
+            raise FileNotFoundError(
+                f'adapters={str(adapters)!r} has no adapter_config.json: pass a folder that peft '
+                'wrote'
+            )
         model = PeftModel.from_pretrained(model, adapters)
     return model.to(device).eval(), processor
 
 # %% ../../nbs/lab/12_calibration.ipynb #04f7c1ed
-def calibration(processor: Any, samples: Sequence[Sample], batch_size: int = 8,
-                max_tokens: int | None = None) -> list[dict]:
-    """Batches of `input_ids`, `labels` (-100 before the last answer) and masks, pictures included, for `stream` and its
-    companions. Raises ValueError naming a sample that has pictures for a text-only model, no answer, or more than
-    `max_tokens` tokens."""
-    if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-    if not len(samples): raise ValueError('there are no samples to calibrate with')
+def calibration(
+    processor: Any, samples: Sequence[Sample], batch_size: int = 8, max_tokens: int | None = None
+) -> list[dict]:
+    """Batches of `input_ids`, `labels` (-100 before the last answer) and masks, pictures included,
+    for `stream` and its companions. Raises ValueError naming a sample that has pictures for a
+    text-only model, no answer, or more than `max_tokens` tokens."""
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+    if not len(samples):
+        raise ValueError('there are no samples to calibrate with')
     if _ours(processor):
         docs = [_check_length(processor.encode(s), s, max_tokens) for s in samples]
         pad = processor.tokenizer.pad_token_id or 0
-        return [collate_padded(docs[i:i + batch_size], pad) for i in range(0, len(docs), batch_size)]
+        return [
+            collate_padded(docs[i : i + batch_size], pad) for i in range(0, len(docs), batch_size)
+        ]
     rows = [_foreign(processor, s, max_tokens) for s in samples]
     if hasattr(processor, 'image_processor'):
-        return rows                 # pictures of any number and size: one at a time
-    return [_pad(rows[i:i + batch_size], processor) for i in range(0, len(rows), batch_size)]
+        return rows  # pictures of any number and size: one at a time
+    return [_pad(rows[i : i + batch_size], processor) for i in range(0, len(rows), batch_size)]
+
 
 def _ours(processor):
     return getattr(processor, 'template', None) is not None and hasattr(processor, 'tokenizer')
 
+
 def _check_length(doc, sample, most):
     if most is not None and doc.n_tokens > most:
-        raise ValueError(f'sample {sample.id!r} has {doc.n_tokens} tokens, more than max_tokens={most}')
+        raise ValueError(
+            f'sample {sample.id!r} has {doc.n_tokens} tokens, more than max_tokens={most}'
+        )
     return doc
 
-_KINDS = ('token_type_ids', 'mm_token_type_ids')          # 0 is text: Gemma 3 masks and Qwen-VL numbers by them
+
+_KINDS = (
+    'token_type_ids',
+    'mm_token_type_ids',
+)  # 0 is text: Gemma 3 masks and Qwen-VL numbers by them
+
 
 def _foreign(processor, sample, most):
     pictures = hasattr(processor, 'image_processor')
     if sample.images and not pictures:
-        raise ValueError(f'sample {sample.id!r} has pictures, but the model reads text only: choose text data, such as '
-                         'samples=text_test')
+        raise ValueError(
+            f'sample {sample.id!r} has pictures, but the model reads text only: choose text data, '
+            'such as '
+            'samples=text_test'
+        )
     if len(sample.turns) < 2 or sample.turns[-1].role != 'assistant':
         raise ValueError(f'sample {sample.id!r} does not end with an answer')
     asked = Sample(sample.id, sample.turns[:-1], sample.images)
     tokenizer = getattr(processor, 'tokenizer', processor)
     if getattr(processor, 'chat_template', None) or getattr(tokenizer, 'chat_template', None):
-        if pictures: prompt = render_prompt(processor, asked)
-        else: prompt = processor.apply_chat_template([dict(role=t.role, content=t.text) for t in asked.turns],
-                                                     add_generation_prompt=True, tokenize=False)
-    else: prompt = '\n'.join(t.text for t in asked.turns) + '\n'
+        if pictures:
+            prompt = render_prompt(processor, asked)
+        else:
+            prompt = processor.apply_chat_template(
+                [dict(role=t.role, content=t.text) for t in asked.turns],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+    else:
+        prompt = '\n'.join(t.text for t in asked.turns) + '\n'
     if pictures:
-        images = [i.load() if hasattr(i, 'load') and hasattr(i, 'path') else i for i in sample.images] or None
-        batch = dict(processor(text=[prompt], images=[images] if images else None, return_tensors='pt',
-                               add_special_tokens=False))
-    else: batch = dict(tokenizer(prompt, return_tensors='pt', add_special_tokens=False))
-    answer = tokenizer(sample.turns[-1].text, return_tensors='pt', add_special_tokens=False)['input_ids']
+        images = [
+            i.load() if hasattr(i, 'load') and hasattr(i, 'path') else i for i in sample.images
+        ] or None
+        batch = dict(
+            processor(
+                text=[prompt],
+                images=[images] if images else None,
+                return_tensors='pt',
+                add_special_tokens=False,
+            )
+        )
+    else:
+        batch = dict(tokenizer(prompt, return_tensors='pt', add_special_tokens=False))
+    answer = tokenizer(sample.turns[-1].text, return_tensors='pt', add_special_tokens=False)[
+        'input_ids'
+    ]
     ids = torch.cat([batch['input_ids'], answer], 1)
     if most is not None and ids.shape[1] > most:
-        raise ValueError(f'sample {sample.id!r} has {ids.shape[1]} tokens, more than max_tokens={most}')
+        raise ValueError(
+            f'sample {sample.id!r} has {ids.shape[1]} tokens, more than max_tokens={most}'
+        )
     labels = torch.full_like(ids, -100)
-    labels[:, -answer.shape[1]:] = answer
+    labels[:, -answer.shape[1] :] = answer
     known = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     rest = {k: v for k, v in batch.items() if k not in known and (pictures or k not in _KINDS)}
-    return known | {k: torch.cat([v, torch.zeros_like(answer)], 1) if k in _KINDS else v for k, v in rest.items()}
+    return known | {
+        k: torch.cat([v, torch.zeros_like(answer)], 1) if k in _KINDS else v
+        for k, v in rest.items()
+    }
+
 
 def _pad(rows, tokenizer):
     width = max(r['input_ids'].shape[1] for r in rows)
     fill = dict(input_ids=tokenizer.pad_token_id or 0, attention_mask=0, labels=-100)
-    return {k: torch.cat([nn.functional.pad(r[k], (0, width - r[k].shape[1]), value=v) for r in rows])
-            for k, v in fill.items()}
+    return {
+        k: torch.cat([nn.functional.pad(r[k], (0, width - r[k].shape[1]), value=v) for r in rows])
+        for k, v in fill.items()
+    }

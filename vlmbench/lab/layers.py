@@ -21,38 +21,60 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 # %% ../../nbs/lab/15_layers.ipynb #ff0ab208
-from ..analysis.ablation import (NotLayerwise, answer_loss, drop_one, GreedyDrop, gradient_scores, greedy_drop,
-                                        revert_one)
+from vlmbench.analysis.ablation import (
+    NotLayerwise,
+    answer_loss,
+    drop_one,
+    GreedyDrop,
+    gradient_scores,
+    greedy_drop,
+    revert_one,
+)
 from ..analysis.importance import STRATEGIES, agreement, region, stability
 from ..analysis.similarity import CKA
 from ..analysis.streams import scores, stream
 from ..analysis.suite import streaming_metrics
-from ..analysis.trajectory import LENS, Trajectory, Transition, plot_lens, plot_trajectory, transition_point
+from vlmbench.analysis.trajectory import (
+    LENS,
+    Trajectory,
+    Transition,
+    plot_lens,
+    plot_trajectory,
+    transition_point,
+)
 from ..analysis.weights import lora_update, parameter_change
 from .page import esc, html_page, html_table, number, wide
 from .plots import PALETTE, _figure, save_png, style, to_svg
 from ..models.depth import depth_of, find_decoder
 
 # %% ../../nbs/lab/15_layers.ipynb #bb56a22c
-RANKINGS = {   # name: (metric, token sets in order of preference)
-    'block influence, all': ('block_influence', ('all',)), 'block influence, image': ('block_influence', ('image',)),
+RANKINGS = {  # name: (metric, token sets in order of preference)
+    'block influence, all': ('block_influence', ('all',)),
+    'block influence, image': ('block_influence', ('image',)),
     'block influence, text': ('block_influence', ('text',)),
     'block influence, answer': ('block_influence', ('answer_predicting',)),
     'block influence, balanced': ('block_influence_balanced', ('image+text',)),
     'angular distance, last': ('angular_activation', ('last',)),
     'angular distance, image': ('angular_activation', ('image',)),
     'attention to the image': ('attention_image', ('answer_predicting', 'text_after_image', 'all')),
-    'drop one': ('drop_one_delta', ('answer',)), 'Taylor': ('taylor', ('answer',)), 'Fisher': ('fisher', ('answer',)),
-    'SNIP': ('snip', ('answer',)), 'gradient norm': ('grad_norm', ('answer',)),
-    'parameter change': ('parameter_change', ('weights',)), 'LoRA update': ('lora_update', ('weights',)),
-    'put back to the base': ('revert_one_delta', ('answer',))}
+    'drop one': ('drop_one_delta', ('answer',)),
+    'Taylor': ('taylor', ('answer',)),
+    'Fisher': ('fisher', ('answer',)),
+    'SNIP': ('snip', ('answer',)),
+    'gradient norm': ('grad_norm', ('answer',)),
+    'parameter change': ('parameter_change', ('weights',)),
+    'LoRA update': ('lora_update', ('weights',)),
+    'put back to the base': ('revert_one_delta', ('answer',)),
+}
+
 
 @dataclass
 class LayerScores:
-    """Everything measured on one model: tidy `frame`, per-sample trajectory `curves`, `cka` maps per token set,
-    `rankings`, their `agreement` (top `k`), `stable` (rank agreement with the full calibration set against its size),
-    the suggested `transition` and the hand-picked layer, `base` loss on answers (None without labels), `greedy` removal
-    where it was asked for."""
+    """Everything measured on one model: tidy `frame`, per-sample trajectory `curves`, `cka` maps
+    per token set, `rankings`, their `agreement` (top `k`), `stable` (rank agreement with the full
+    calibration set against its size), the suggested `transition` and the hand-picked layer, `base`
+    loss on answers (None without labels), `greedy` removal where it was asked for."""
+
     frame: pd.DataFrame
     layers: tuple[int, ...]
     samples: int
@@ -70,15 +92,19 @@ class LayerScores:
     left_out: list[str] = field(default_factory=list)
 
     @property
-    def depth(self) -> int: return len(self.layers)
+    def depth(self) -> int:
+        return len(self.layers)
+
 
 def rankings(frame: pd.DataFrame) -> dict[str, pd.Series]:
     "The `RANKINGS` that `frame` holds, each a series over layers."
     out = {}
     for name, (metric, sets) in RANKINGS.items():
         have = set(frame[(frame.metric == metric) & (frame.span == 1)].token_set)
-        if (found := next((s for s in sets if s in have), None)) is not None: out[name] = scores(frame, metric, found)
+        if (found := next((s for s in sets if s in have), None)) is not None:
+            out[name] = scores(frame, metric, found)
     return out
+
 
 def _sizes(n: int) -> list[int]:
     "Calibration sizes to look at: halvings of n, at least 2."
@@ -88,268 +114,470 @@ def _sizes(n: int) -> list[int]:
         n //= 2
     return sorted(out)
 
-def measure(model: nn.Module, batches: Sequence[Mapping], share: int | float = .25, drop: bool = True,
-            gradients: bool = True, base: Any = None, picked: int | None = None, greedy: int = 0) -> LayerScores:
-    """All scores of `model` over `batches`: one streaming pass, then (`drop`, `gradients`) drop-one and gradient scores
-    if there are labels, and against `base` (model, state dict or folder) the parameter change and, with `drop`, the loss
-    with each layer put back. LoRA adapters that are not merged give their update norms instead. `greedy`: layers to
-    remove one after the other. `share`: size of the region for top-k overlaps. What cannot be measured is listed in
-    `left_out`. Raises ValueError for a `picked` layer that does not exist and for checkpoints of different bases."""
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Mapping],
+    share: int | float = 0.25,
+    drop: bool = True,
+    gradients: bool = True,
+    base: Any = None,
+    picked: int | None = None,
+    greedy: int = 0,
+) -> LayerScores:
+    """All scores of `model` over `batches`: one streaming pass, then (`drop`, `gradients`) drop-one
+    and gradient scores if there are labels, and against `base` (model, state dict or folder) the
+    parameter change and, with `drop`, the loss with each layer put back. LoRA adapters that are not
+    merged give their update norms instead. `greedy`: layers to remove one after the other. `share`:
+    size of the region for top-k overlaps. What cannot be measured is listed in `left_out`. Raises
+    ValueError for a `picked` layer that does not exist and for checkpoints of different bases."""
     decoder, left = find_decoder(model), []
-    depth, k = len(decoder), max(1, round(share * len(decoder)) if isinstance(share, float) else share)
+    depth, k = (
+        len(decoder),
+        max(1, round(share * len(decoder)) if isinstance(share, float) else share),
+    )
     if picked is not None and not 0 <= picked < depth:
         raise ValueError(f'picked={picked}: the decoder has layers 0..{depth - 1}')
-    if not 1 <= k <= depth: raise ValueError(f'share={share}: {k} layers cannot be chosen from {depth}')
-    image_id = getattr(model.config, 'image_token_id', getattr(model.config, 'image_token_index', None))
+    if not 1 <= k <= depth:
+        raise ValueError(f'share={share}: {k} layers cannot be chosen from {depth}')
+    image_id = getattr(
+        model.config, 'image_token_id', getattr(model.config, 'image_token_index', None)
+    )
     labels = any((b['labels'] != -100).any() for b in batches if b.get('labels') is not None)
     image = any('pixel_values' in b for b in batches) and image_id is not None
-    if not labels: left.append('drop one, gradient scores, answers: the data has no labels')
-    if not image: left.append('everything about image tokens: the data has no pictures')
+    if not labels:
+        left.append('drop one, gradient scores, answers: the data has no labels')
+    if not image:
+        left.append('everything about image tokens: the data has no pictures')
     metrics = streaming_metrics(labels, image)
     total = sum(len(b['input_ids']) for b in batches)
     result = stream(model, batches, metrics, snapshots=_sizes(total))
     frames, loss, gone = [result.frame], None, None
     adapted = any(hasattr(m, 'lora_A') for m in model.modules())
-    if adapted: frames.append(lora_update(model, base=base))
-    elif base is not None: frames.append(parameter_change(model, base))
-    if adapted and base is not None: left.append('parameter change, put back to the base: adapters are not merged')
-    if greedy and not (labels and drop): left.append('greedy removal: it needs labels and drop')
+    if adapted:
+        frames.append(lora_update(model, base=base))
+    elif base is not None:
+        frames.append(parameter_change(model, base))
+    if adapted and base is not None:
+        left.append('parameter change, put back to the base: adapters are not merged')
+    if greedy and not (labels and drop):
+        left.append('greedy removal: it needs labels and drop')
     if labels and drop:
         try:
             ablation = drop_one(model, batches)
             frames.append(ablation.frame)
             loss = ablation.base
-            if base is not None and not adapted: frames.append(revert_one(model, base, batches).frame)
-            if greedy: gone = greedy_drop(model, batches, greedy)
+            if base is not None and not adapted:
+                frames.append(revert_one(model, base, batches).frame)
+            if greedy:
+                gone = greedy_drop(model, batches, greedy)
         except NotLayerwise as e:
             left.append(f'drop one, put back to the base, greedy removal: {e}')
             loss = answer_loss(model, batches)
-    if labels and gradients: frames.append(gradient_scores(model, batches, unit='batch'))
+    if labels and gradients:
+        frames.append(gradient_scores(model, batches, unit='batch'))
     frame = pd.concat(frames, ignore_index=True)
     found = rankings(frame)
     trajectory = next(m for m in metrics if isinstance(m, Trajectory))
     similarity = next(m for m in metrics if isinstance(m, CKA))
     curves = trajectory.curves if trajectory.count else {}
     enough = curves and len(curves['vocabulary']) >= 4
-    if not enough: left.append('the transition point: fewer than 4 samples with text')
-    return LayerScores(frame, tuple(range(depth)), result.n_samples, result.n_tokens, k, curves,
-                       {s: similarity.matrix(s) for s in similarity.token_sets if similarity.found(s)}, found,
-                       agreement(found, k), _stable(result.snapshots, k),
-                       transition_point(curves['vocabulary'], .02) if enough else None, picked, loss, gone, left)
+    if not enough:
+        left.append('the transition point: fewer than 4 samples with text')
+    return LayerScores(
+        frame,
+        tuple(range(depth)),
+        result.n_samples,
+        result.n_tokens,
+        k,
+        curves,
+        {s: similarity.matrix(s) for s in similarity.token_sets if similarity.found(s)},
+        found,
+        agreement(found, k),
+        _stable(result.snapshots, k),
+        transition_point(curves['vocabulary'], 0.02) if enough else None,
+        picked,
+        loss,
+        gone,
+        left,
+    )
+
 
 def _stable(snapshots, k):
     "Agreement with the largest snapshot for every ranking that the streaming pass gives."
     out = []
     if len(snapshots) > 1:
         for name, (metric, sets) in RANKINGS.items():
-            have = set.intersection(*({*f[(f.metric == metric) & (f.span == 1)].token_set} for f in snapshots.values()))
+            have = set.intersection(
+                *({*f[(f.metric == metric) & (f.span == 1)].token_set} for f in snapshots.values())
+            )
             if (s := next((s for s in sets if s in have), None)) is not None:
                 out.append(stability(snapshots, metric, s, k).assign(ranking=name))
-    return pd.concat(out, ignore_index=True) if out else pd.DataFrame(columns=['samples', 'tau', 'overlap', 'ranking'])
+    return (
+        pd.concat(out, ignore_index=True)
+        if out
+        else pd.DataFrame(columns=['samples', 'tau', 'overlap', 'ranking'])
+    )
 
 # %% ../../nbs/lab/15_layers.ipynb #a1971ae1
-def choose(measured: LayerScores, strategy: str = 'sparse_uniform', metric: str = '', share: int | float = .25,
-           seed: int = 0) -> dict[str, Any]:
-    """The region: `where` (layers), how it was chosen, and the `variant` that hands it to a recipe. `metric`: one of
-    the measured `rankings` (wins over `strategy`), or `metric:token_set` of the frame. Raises ValueError listing what
-    there is."""
+def choose(
+    measured: LayerScores,
+    strategy: str = 'sparse_uniform',
+    metric: str = '',
+    share: int | float = 0.25,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The region: `where` (layers), how it was chosen, and the `variant` that hands it to a recipe.
+    `metric`: one of the measured `rankings` (wins over `strategy`), or `metric:token_set` of the
+    frame. Raises ValueError listing what there is."""
     if metric:
-        if metric in measured.rankings: source = measured.rankings[metric]
-        elif ':' in metric: source = scores(measured.frame, *metric.rsplit(':', 1))
-        else: raise ValueError(f'metric={metric!r} was not measured; choose from {list(measured.rankings)}, or name '
-                               'metric:token_set')
+        if metric in measured.rankings:
+            source = measured.rankings[metric]
+        elif ':' in metric:
+            source = scores(measured.frame, *metric.rsplit(':', 1))
+        else:
+            raise ValueError(
+                f'metric={metric!r} was not measured; choose from {list(measured.rankings)}, or '
+                'name '
+                'metric:token_set'
+            )
         where = region(source, share, measured.depth)
-    else: where = region(strategy, share, measured.depth, seed)
-    return dict(where=where, strategy='' if metric else strategy, metric=metric, share=share, depth=measured.depth,
-                variant=[f'where=[{",".join(map(str, where))}]'])
+    else:
+        where = region(strategy, share, measured.depth, seed)
+    return dict(
+        where=where,
+        strategy='' if metric else strategy,
+        metric=metric,
+        share=share,
+        depth=measured.depth,
+        variant=[f'where=[{",".join(map(str, where))}]'],
+    )
 
 # %% ../../nbs/lab/15_layers.ipynb #66752149
 _MAP = 'YlGnBu'
 
-def _label(metric, token_set): return f'{metric.replace("_", " ")} · {token_set.replace("_", " ")}'
 
-def heat_figure(frame: pd.DataFrame, region: Sequence[int] = (), span: int = 1, width: float = 11.2) -> Figure:
-    """Layer x (metric, token set): every row scaled to 0..1, its range printed beside it; the columns of `region` are
-    framed. `span` 0: scores of states, where column 0 is the embedding."""
+def _label(metric, token_set):
+    return f'{metric.replace("_", " ")} · {token_set.replace("_", " ")}'
+
+
+def heat_figure(
+    frame: pd.DataFrame, region: Sequence[int] = (), span: int = 1, width: float = 11.2
+) -> Figure:
+    """Layer x (metric, token set): every row scaled to 0..1, its range printed beside it; the
+    columns of `region` are framed. `span` 0: scores of states, where column 0 is the embedding."""
     t = frame[frame.span == span].pivot_table('value', ['metric', 'token_set'], 'layer', sort=False)
     t = t[t.notna().all(axis=1)]
-    if t.empty: raise ValueError(f'no score with span {span} to draw')
+    if t.empty:
+        raise ValueError(f'no score with span {span} to draw')
     low, high = t.min(axis=1), t.max(axis=1)
     z = t.sub(low, axis=0).div((high - low).where(high > low, 1), axis=0)
     with style():
-        fig, axes = _figure(width, .8 + .185 * len(t))
+        fig, axes = _figure(width, 0.8 + 0.185 * len(t))
         ax = axes[0][0]
         ax.imshow(z, aspect='auto', cmap=_MAP, vmin=0, vmax=1, interpolation='nearest')
         ax.set_yticks(range(len(t)), [_label(*i) for i in t.index], fontsize=7.5)
         ax.set_xticks(range(t.shape[1]), t.columns, fontsize=8)
         ax.set_xlabel('layer' if span else 'state (0: embedding)')
         other = ax.secondary_yaxis('right')
-        short = lambda v, top: f'{0. if abs(v) < 1e-5 * abs(top) else v:.3g}'
-        other.set_yticks(range(len(t)), [f'{short(a, b)} … {short(b, b)}' for a, b in zip(low, high)], fontsize=6.5)
-        other.spines[:].set_visible(False); other.tick_params(length=0)
-        ax.grid(False); ax.spines[:].set_visible(False)
+        short = lambda v, top: f'{0.0 if abs(v) < 1e-5 * abs(top) else v:.3g}'
+        other.set_yticks(
+            range(len(t)),
+            [f'{short(a, b)} … {short(b, b)}' for a, b in zip(low, high)],
+            fontsize=6.5,
+        )
+        other.spines[:].set_visible(False)
+        other.tick_params(length=0)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
         metrics = t.index.get_level_values(0)
         for i in range(1, len(t)):
-            if metrics[i] != metrics[i - 1]: ax.axhline(i - .5, color='white', lw=2)
-        for i in region: ax.add_patch(Rectangle((i - .5, -.5), 1, len(t), fill=False, ec=PALETTE[1], lw=1.4))
+            if metrics[i] != metrics[i - 1]:
+                ax.axhline(i - 0.5, color='white', lw=2)
+        for i in region:
+            ax.add_patch(Rectangle((i - 0.5, -0.5), 1, len(t), fill=False, ec=PALETTE[1], lw=1.4))
     return fig
 
-def bars_figure(measured: LayerScores, names: Sequence[tuple[str, str]], titles: Sequence[str],
-                region: Sequence[int] = (), width: float = 11.2) -> Figure:
-    "One panel a score `(metric, token set)`: bars over layers with one standard error, those of `region` in colour."
+
+def bars_figure(
+    measured: LayerScores,
+    names: Sequence[tuple[str, str]],
+    titles: Sequence[str],
+    region: Sequence[int] = (),
+    width: float = 11.2,
+) -> Figure:
+    """One panel a score `(metric, token set)`: bars over layers with one standard error, those of
+    `region` in colour."""
     with style():
         cols = min(len(names), 5)
         rows = -(-len(names) // cols)
-        fig, axes = _figure(width, .3 + 2.1 * rows, rows, cols)
-        for ax in axes.flat[len(names):]: ax.set_visible(False)
+        fig, axes = _figure(width, 0.3 + 2.1 * rows, rows, cols)
+        for ax in axes.flat[len(names) :]:
+            ax.set_visible(False)
         for ax, (metric, s), title in zip(axes.flat, names, titles):
             f = measured.frame
             r = f[(f.metric == metric) & (f.token_set == s) & (f.span == 1)].sort_values('layer')
-            ax.bar(r.layer, r.value, color=[PALETTE[1] if i in region else PALETTE[0] for i in r.layer], width=.72)
+            ax.bar(
+                r.layer,
+                r.value,
+                color=[PALETTE[1] if i in region else PALETTE[0] for i in r.layer],
+                width=0.72,
+            )
             if r.standard_error.notna().all():
-                ax.errorbar(r.layer, r.value, r.standard_error, fmt='none', ecolor='#25303b', elinewidth=1)
-            ax.set_title(title); ax.grid(axis='x', visible=False); ax.set_xlabel('layer')
-            ax.set_xticks(r.layer[::max(1, len(r) // 8)])
+                ax.errorbar(
+                    r.layer, r.value, r.standard_error, fmt='none', ecolor='#25303b', elinewidth=1
+                )
+            ax.set_title(title)
+            ax.grid(axis='x', visible=False)
+            ax.set_xlabel('layer')
+            ax.set_xticks(r.layer[:: max(1, len(r) // 8)])
     return fig
 
 # %% ../../nbs/lab/15_layers.ipynb #32e37f3f
 def trajectory_figure(measured: LayerScores, width: float = 11.2) -> Figure:
-    "The bundle as published and over the vocabulary, with the suggested and the picked transition, and the logit lens."
+    """The bundle as published and over the vocabulary, with the suggested and the picked
+    transition, and the logit lens."""
     has_lens = measured.frame.metric.eq(LENS[0]).any()
     with style():
         fig, axes = _figure(width, 3.4, 1, 2 + has_lens)
-        for ax, name, what in zip(axes[0], ('zero', 'vocabulary'), ('as published', 'over the vocabulary')):
+        for ax, name, what in zip(
+            axes[0], ('zero', 'vocabulary'), ('as published', 'over the vocabulary')
+        ):
             c = measured.curves[name]
-            top = float(np.quantile(c, .99)) * 1.1 or 1.
+            top = float(np.quantile(c, 0.99)) * 1.1 or 1.0
             plot_trajectory(c, measured.picked, suggest=False, top=top, ax=ax)
-            for line in ax.lines[:len(c)]: line.set(alpha=min(.5, 12 / len(c)), color=PALETTE[0])
+            for line in ax.lines[: len(c)]:
+                line.set(alpha=min(0.5, 12 / len(c)), color=PALETTE[0])
             ax.plot(np.median(c, axis=0), color='#25303b', lw=1.8, label='median')
-            if measured.transition: ax.axvline(measured.transition.layer, color=PALETTE[1], lw=1.6,
-                                               label=f'suggested: {measured.transition.layer}')
-            ax.legend(fontsize=8); ax.set_title(f'trajectory, {what}')
-            ax.set_xlabel('layer'); ax.set_ylabel('KL to the last layer, nats')
+            if measured.transition:
+                ax.axvline(
+                    measured.transition.layer,
+                    color=PALETTE[1],
+                    lw=1.6,
+                    label=f'suggested: {measured.transition.layer}',
+                )
+            ax.legend(fontsize=8)
+            ax.set_title(f'trajectory, {what}')
+            ax.set_xlabel('layer')
+            ax.set_ylabel('KL to the last layer, nats')
         if has_lens:
             sets = measured.frame[measured.frame.metric == LENS[0]].token_set
             s = 'answer_predicting' if 'answer_predicting' in set(sets) else sets.iloc[0]
             axes[0][2].set_prop_cycle(color=PALETTE)
             ax = plot_lens(measured.frame, LENS[:3], s, ax=axes[0][2])
-            ax.set_title('logit lens'); ax.set_ylabel('nats')
-            ax.legend([h for h in ax.lines], [l.get_label().replace('_', ' ') for l in ax.lines], fontsize=8)
+            ax.set_title('logit lens')
+            ax.set_ylabel('nats')
+            ax.legend(
+                [h for h in ax.lines],
+                [l.get_label().replace('_', ' ') for l in ax.lines],
+                fontsize=8,
+            )
     return fig
+
 
 def cka_figure(measured: LayerScores, width: float = 11.2) -> Figure:
     "Debiased CKA between all states, one map per token set."
     with style():
-        fig, axes = _figure(width, width / max(3, len(measured.cka)) + .3, 1, len(measured.cka))
+        fig, axes = _figure(width, width / max(3, len(measured.cka)) + 0.3, 1, len(measured.cka))
         for ax, (s, m) in zip(axes[0], measured.cka.items()):
-            im = ax.imshow(m, origin='lower', cmap='magma', vmin=min(np.nanmin(m), .999), vmax=1, interpolation='nearest')
-            ax.set(title=s, xlabel='state', ylabel='state'); ax.grid(False); ax.spines[:].set_visible(False)
-            fig.colorbar(im, ax=ax, shrink=.75).outline.set_visible(False)
+            im = ax.imshow(
+                m,
+                origin='lower',
+                cmap='magma',
+                vmin=min(np.nanmin(m), 0.999),
+                vmax=1,
+                interpolation='nearest',
+            )
+            ax.set(title=s, xlabel='state', ylabel='state')
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+            fig.colorbar(im, ax=ax, shrink=0.75).outline.set_visible(False)
     return fig
+
 
 def agreement_figure(measured: LayerScores, width: float = 11.2) -> Figure:
     "Kendall's tau between the rankings (left) and their overlap in the top k (right)."
     names = list(measured.rankings)
     tables = {c: pd.DataFrame(np.eye(len(names)), names, names) for c in ('tau', 'overlap')}
     for r in measured.agreement.itertuples():
-        for c, t in tables.items(): t.loc[r.a, r.b] = t.loc[r.b, r.a] = getattr(r, c)
+        for c, t in tables.items():
+            t.loc[r.a, r.b] = t.loc[r.b, r.a] = getattr(r, c)
     chance = f'{measured.k / measured.depth:.0%}'
-    titles = ("Kendall's tau", 'RdBu', -1), (f'overlap of the top {measured.k} (chance: {chance})', _MAP, 0)
+    titles = (
+        ("Kendall's tau", 'RdBu', -1),
+        (f'overlap of the top {measured.k} (chance: {chance})', _MAP, 0),
+    )
     with style():
-        fig, axes = _figure(width, 1.9 + .28 * len(names), 1, 2)
+        fig, axes = _figure(width, 1.9 + 0.28 * len(names), 1, 2)
         for i, (ax, t, (title, cmap, low)) in enumerate(zip(axes[0], tables.values(), titles)):
             ax.imshow(t, cmap=cmap, vmin=low, vmax=1, interpolation='nearest', aspect='auto')
             for (a, b), v in np.ndenumerate(t.to_numpy()):
-                if a == b: continue
-                ax.text(b, a, f'{v:.2f}'.replace('0.', '.') if np.isfinite(v) else '–', ha='center', va='center',
-                        fontsize=6.5, color='white' if abs(v) > .65 else '#25303b')
+                if a == b:
+                    continue
+                ax.text(
+                    b,
+                    a,
+                    f'{v:.2f}'.replace('0.', '.') if np.isfinite(v) else '–',
+                    ha='center',
+                    va='center',
+                    fontsize=6.5,
+                    color='white' if abs(v) > 0.65 else '#25303b',
+                )
             ax.set_xticks(range(len(names)), names, fontsize=7.5, rotation=40, ha='right')
             ax.set_yticks(range(len(names)), names if not i else [''] * len(names), fontsize=7.5)
-            ax.set_title(title); ax.grid(False); ax.spines[:].set_visible(False)
+            ax.set_title(title)
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
     return fig
 
+
 def stability_figure(measured: LayerScores, width: float = 11.2) -> Figure:
-    "How soon a ranking settles: agreement with the whole calibration set against the number of samples."
+    """How soon a ranking settles: agreement with the whole calibration set against the number of
+    samples."""
     with style():
         fig, axes = _figure(width, 2.9, 1, 2)
         titles = "Kendall's tau with all samples", f'overlap of the top {measured.k}'
         for ax, column, title in zip(axes[0], ('tau', 'overlap'), titles):
-            for (name, g), color in zip(measured.stable.groupby('ranking', sort=False), PALETTE * 2):
-                ax.plot(g.samples, g[column], 'o-', ms=4, color=color, alpha=.8, label=name)
-            ax.set_xscale('log', base=2); ax.set_title(title); ax.set_xlabel('samples')
-            ax.set_ylim(min(.5, *measured.stable[column].dropna()) - .03, 1.03)
+            for (name, g), color in zip(
+                measured.stable.groupby('ranking', sort=False), PALETTE * 2
+            ):
+                ax.plot(g.samples, g[column], 'o-', ms=4, color=color, alpha=0.8, label=name)
+            ax.set_xscale('log', base=2)
+            ax.set_title(title)
+            ax.set_xlabel('samples')
+            ax.set_ylim(min(0.5, *measured.stable[column].dropna()) - 0.03, 1.03)
             ticks = sorted(set(measured.stable.samples))
-            ax.set_xticks(ticks, ticks); ax.minorticks_off()
+            ax.set_xticks(ticks, ticks)
+            ax.minorticks_off()
         fig.legend(*axes[0][0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
     return fig
+
 
 def region_figure(measured: LayerScores, chosen: Mapping[str, Any], width: float = 11.2) -> Figure:
     "Which layers each strategy and each score would choose; the chosen region on top."
     share = chosen['share']
-    rows = {'chosen': chosen['where'],
-            **{s.replace('_', ' '): region(s, share, measured.depth) for s in STRATEGIES},
-            **{f'top by {n}': region(r, share, measured.depth) for n, r in measured.rankings.items()}}
+    rows = {
+        'chosen': chosen['where'],
+        **{s.replace('_', ' '): region(s, share, measured.depth) for s in STRATEGIES},
+        **{f'top by {n}': region(r, share, measured.depth) for n, r in measured.rankings.items()},
+    }
     with style():
-        fig, axes = _figure(width, .6 + .2 * len(rows))
+        fig, axes = _figure(width, 0.6 + 0.2 * len(rows))
         ax = axes[0][0]
         for y, (name, where) in enumerate(rows.items()):
-            ax.scatter(range(measured.depth), [y] * measured.depth, s=13, color='#d9dfe5', marker='s')
+            ax.scatter(
+                range(measured.depth), [y] * measured.depth, s=13, color='#d9dfe5', marker='s'
+            )
             color = PALETTE[1] if not y else PALETTE[7] if y <= len(STRATEGIES) else PALETTE[0]
             ax.scatter(where, [y] * len(where), s=48, marker='s', color=color)
-        ax.set_yticks(range(len(rows)), rows, fontsize=8); ax.invert_yaxis()
-        ax.set_xticks(range(0, measured.depth, max(1, measured.depth // 16))); ax.set_xlabel('layer')
-        ax.grid(False); ax.spines[:].set_visible(False)
+        ax.set_yticks(range(len(rows)), rows, fontsize=8)
+        ax.invert_yaxis()
+        ax.set_xticks(range(0, measured.depth, max(1, measured.depth // 16)))
+        ax.set_xlabel('layer')
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
     return fig
 
 # %% ../../nbs/lab/15_layers.ipynb #636ca9d6
 _NOTES = dict(
-    region='Layers that each strategy and each score would choose. Chosen ones are framed or coloured below.',
-    scores='One column a layer, one row a metric and token set, each row scaled from its lowest (light) to its highest '
-           'value (dark); the range stands on the right.',
-    states='Scores of the states between layers: state 0 is the embedding, state i the output of layer i - 1.',
-    loss='What the loss on answer tokens says. Drop one: loss without the layer minus loss with it, in nats (one '
-         'standard error over samples). Put back: loss with the layer of the model before tuning minus loss with its '
-         'own. Gradient scores: sums over the weights of the layer.',
-    trajectory="How far each layer's own prediction is from the last layer's, one line a sample. The suggested transition "
-               'is the first layer from which the median falls and the spread does not grow: from there on predictions '
-               'only settle.',
-    similarity='Debiased linear CKA between the states of all layers, each map on its own scale: blocks of similar layers '
-               'show as bright squares.',
-    agreement='Do the scores name the same layers? Tau 1: the same order, 0: unrelated. Read overlaps against chance.',
-    greedy='Always the layer whose removal leaves the lowest loss on answers, measured again after every removal.',
-    stability='The same rankings from fewer samples: where a line is flat at 1, more calibration data would change nothing.')
+    region='Layers that each strategy and each score would choose. Chosen ones are framed or '
+    'coloured below.',
+    scores='One column a layer, one row a metric and token set, each row scaled from its lowest '
+    '(light) to its highest '
+    'value (dark); the range stands on the right.',
+    states='Scores of the states between layers: state 0 is the embedding, state i the output of '
+    'layer i - 1.',
+    loss='What the loss on answer tokens says. Drop one: loss without the layer minus loss with '
+    'it, in nats (one '
+    'standard error over samples). Put back: loss with the layer of the model before tuning minus '
+    'loss with its '
+    'own. Gradient scores: sums over the weights of the layer.',
+    trajectory="How far each layer's own prediction is from the last layer's, one line a sample. "
+    'The suggested transition '
+    'is the first layer from which the median falls and the spread does not grow: from there on '
+    'predictions '
+    'only settle.',
+    similarity='Debiased linear CKA between the states of all layers, each map on its own scale: '
+    'blocks of similar layers '
+    'show as bright squares.',
+    agreement='Do the scores name the same layers? Tau 1: the same order, 0: unrelated. Read '
+    'overlaps against chance.',
+    greedy='Always the layer whose removal leaves the lowest loss on answers, measured again after '
+    'every removal.',
+    stability='The same rankings from fewer samples: where a line is flat at 1, more calibration '
+    'data would change nothing.',
+)
+
 
 def figures(measured: LayerScores, chosen: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
     "Name -> (heading, figure), in the order of the page; what was not measured is left out."
     where, f = chosen['where'], measured.frame
-    out = dict(region=('The region', region_figure(measured, chosen)),
-               scores=('Every score', heat_figure(f[~f.metric.str.contains('_signed|_squared|_summed|_absolute|_loss|ppl_ratio')],
-                                                  where)))
-    if f.span.eq(0).any(): out['states'] = 'States', heat_figure(f, (), 0)
-    titles = dict(drop_one_delta='drop one: Δ loss', revert_one_delta='put back: Δ loss', taylor='Taylor',
-                  fisher='Fisher', snip='SNIP', grad_norm='gradient norm')
+    out = dict(
+        region=('The region', region_figure(measured, chosen)),
+        scores=(
+            'Every score',
+            heat_figure(
+                f[~f.metric.str.contains('_signed|_squared|_summed|_absolute|_loss|ppl_ratio')],
+                where,
+            ),
+        ),
+    )
+    if f.span.eq(0).any():
+        out['states'] = 'States', heat_figure(f, (), 0)
+    titles = dict(
+        drop_one_delta='drop one: Δ loss',
+        revert_one_delta='put back: Δ loss',
+        taylor='Taylor',
+        fisher='Fisher',
+        snip='SNIP',
+        grad_norm='gradient norm',
+    )
     loss = [(m, 'answer', t) for m, t in titles.items() if f.metric.eq(m).any()]
-    if loss: out['loss'] = 'Loss and gradients', bars_figure(measured, [l[:2] for l in loss], [l[2] for l in loss], where)
-    if measured.curves: out['trajectory'] = 'Prediction trajectories', trajectory_figure(measured)
-    if measured.cka: out['similarity'] = 'Similarity of layers', cka_figure(measured)
-    if len(measured.agreement): out['agreement'] = 'Do the scores agree?', agreement_figure(measured)
-    if len(measured.stable): out['stability'] = 'How much data is enough?', stability_figure(measured)
+    if loss:
+        out['loss'] = (
+            'Loss and gradients',
+            bars_figure(measured, [l[:2] for l in loss], [l[2] for l in loss], where),
+        )
+    if measured.curves:
+        out['trajectory'] = 'Prediction trajectories', trajectory_figure(measured)
+    if measured.cka:
+        out['similarity'] = 'Similarity of layers', cka_figure(measured)
+    if len(measured.agreement):
+        out['agreement'] = 'Do the scores agree?', agreement_figure(measured)
+    if len(measured.stable):
+        out['stability'] = 'How much data is enough?', stability_figure(measured)
     return out
 
-def write_layer_report(measured: LayerScores, chosen: Mapping[str, Any], folder: str | Path, title: str, lead: str = '',
-                       drawn: Mapping[str, tuple[str, Figure]] | None = None) -> Path:
-    """Write `report.html` (self-contained), `figures/*.png`, `scores.csv`, `agreement.csv` and `region.json` into
-    `folder`; returns the page. `drawn`: the result of `figures`, when it exists already."""
+
+def write_layer_report(
+    measured: LayerScores,
+    chosen: Mapping[str, Any],
+    folder: str | Path,
+    title: str,
+    lead: str = '',
+    drawn: Mapping[str, tuple[str, Figure]] | None = None,
+) -> Path:
+    """Write `report.html` (self-contained), `figures/*.png`, `scores.csv`, `agreement.csv` and
+    `region.json` into `folder`; returns the page. `drawn`: the result of `figures`, when it exists
+    already."""
     folder, drawn = Path(folder), drawn or figures(measured, chosen)
     folder.mkdir(parents=True, exist_ok=True)
-    measured.frame.to_csv(folder/'scores.csv', index=False)
-    measured.agreement.to_csv(folder/'agreement.csv', index=False)
-    (folder/'region.json').write_text(json.dumps(chosen, indent=1), encoding='utf8')
-    for name, (_, fig) in drawn.items(): save_png(fig, folder/'figures'/f'{name}.png', dpi=110)
-    tiles = [('decoder layers', str(measured.depth)), ('samples', number(measured.samples)),
-             ('tokens', number(measured.tokens)), ('region', ', '.join(map(str, chosen['where'])))]
+    measured.frame.to_csv(folder / 'scores.csv', index=False)
+    measured.agreement.to_csv(folder / 'agreement.csv', index=False)
+    (folder / 'region.json').write_text(json.dumps(chosen, indent=1), encoding='utf8')
+    for name, (_, fig) in drawn.items():
+        save_png(fig, folder / 'figures' / f'{name}.png', dpi=110)
+    tiles = [
+        ('decoder layers', str(measured.depth)),
+        ('samples', number(measured.samples)),
+        ('tokens', number(measured.tokens)),
+        ('region', ', '.join(map(str, chosen['where']))),
+    ]
     if measured.base is not None:
-        tiles += [('loss on answers', f'{measured.base.value:.3f}'), ('answer tokens right', f'{measured.base.accuracy:.1%}')]
+        tiles += [
+            ('loss on answers', f'{measured.base.value:.3f}'),
+            ('answer tokens right', f'{measured.base.accuracy:.1%}'),
+        ]
     if measured.transition:
         by_hand = '' if measured.picked is None else f' (picked: {measured.picked})'
         tiles.append((f'suggested transition{by_hand}', f'layer {measured.transition.layer}'))
@@ -357,18 +585,36 @@ def write_layer_report(measured: LayerScores, chosen: Mapping[str, Any], folder:
     for name, (heading, fig) in drawn.items():
         content = wide(to_svg(fig, f'fig-{name}', heading))
         if name == 'region':
-            command = f"vlmbench run train recipe=visual_region 'variant={json.dumps(chosen['variant'])}'"
+            command = (
+                f"vlmbench run train recipe=visual_region 'variant={json.dumps(chosen['variant'])}'"
+            )
             content = f'<pre>{esc(command)}</pre>' + content
         sections.append((name, heading, _NOTES.get(name, ''), content))
     if (g := measured.greedy) is not None:
         steps = [('nothing', g.base.value), *zip(map(str, g.order), g.loss)]
-        sections.append(('greedy', 'Greedy removal', _NOTES['greedy'],
-                         html_table(['removed', 'loss on answers'], [[layer, f'{v:.3f}'] for layer, v in steps])))
-    top = pd.DataFrame({n: r.rank(ascending=False) for n, r in measured.rankings.items()}).astype(int)
+        sections.append(
+            (
+                'greedy',
+                'Greedy removal',
+                _NOTES['greedy'],
+                html_table(
+                    ['removed', 'loss on answers'], [[layer, f'{v:.3f}'] for layer, v in steps]
+                ),
+            )
+        )
+    top = pd.DataFrame({n: r.rank(ascending=False) for n, r in measured.rankings.items()}).astype(
+        int
+    )
     rows = [[esc(n), *(f'<b>{v}</b>' if v <= measured.k else str(v) for v in top[n])] for n in top]
-    sections.append(('ranks', 'Ranks', f'1 is the most important layer; the top {measured.k} are bold.',
-                     html_table(['score', *map(str, top.index)], rows)))
+    sections.append(
+        (
+            'ranks',
+            'Ranks',
+            f'1 is the most important layer; the top {measured.k} are bold.',
+            html_table(['score', *map(str, top.index)], rows),
+        )
+    )
     foot = 'Not measured: ' + esc('; '.join(measured.left_out)) + '.' if measured.left_out else ''
-    page = folder/'report.html'
+    page = folder / 'report.html'
     page.write_text(html_page(title, lead, tiles, sections, foot), encoding='utf8')
     return page

@@ -15,44 +15,66 @@ __all__ = ['NOT_RECORDED', 'esc', 'pretty', 'percent', 'points', 'number', 'p_va
 # %% ../../nbs/lab/05_page.ipynb #63cb8bff
 NOT_RECORDED = '<span class="none">not recorded</span>'
 
+
 def esc(x: Any) -> str:
     "Text with HTML's special characters escaped."
     return html.escape(str(x))
+
 
 def pretty(x: Any) -> str:
     "A name for reading: escaped, underscores as spaces."
     return esc(str(x).replace('_', ' '))
 
-def _missing(x: Any) -> bool: return x is None or isinstance(x, str) or not math.isfinite(x)
+
+def _missing(x: Any) -> bool:
+    return x is None or isinstance(x, str) or not math.isfinite(x)
 
 # %% ../../nbs/lab/05_page.ipynb #a5118aa3
-def percent(value: float | None, low: float | None = None, high: float | None = None, strong: bool = False) -> str:
+def percent(
+    value: float | None, low: float | None = None, high: float | None = None, strong: bool = False
+) -> str:
     "A share as percent on a bar of its length, with the interval beneath; `strong` prints it bold."
-    if _missing(value): return NOT_RECORDED
+    if _missing(value):
+        return NOT_RECORDED
     number = f'<b>{100 * value:.1f}</b>' if strong else f'{100 * value:.1f}'
     interval = '' if low is None else f'<small>{100 * low:.1f} – {100 * high:.1f}</small>'
-    return f'<span class="bar" style="--v:{100 * min(max(value, 0), 1):.1f}%">{number}</span>{interval}'
+    return (
+        '<span class="bar" '
+        f'style="--v:{100 * min(max(value, 0), 1):.1f}%">{number}</span>{interval}'
+    )
+
 
 def points(value: float, low: float, high: float, strong: bool = False) -> str:
     "A signed difference of shares in points, with its interval beneath."
-    if _missing(value): return NOT_RECORDED
+    if _missing(value):
+        return NOT_RECORDED
     a, b, c = (f'{100 * v:+.1f}'.replace('-', '−') for v in (value, low, high))
     return (f'<b>{a}</b>' if strong else a) + f'<small>[{b}, {c}]</small>'
+
 
 def number(x: Any, digits: int = 0, unit: str = '') -> str:
     "A number with thousands separators."
     return NOT_RECORDED if _missing(x) else f'{x:,.{digits}f}{unit}'
 
+
 def p_value(x: float) -> str:
     "A p-value; a dash where no test was made."
-    return '–' if _missing(x) else '&lt; 0.001' if x < .001 else f'{x:.3f}'
+    return '–' if _missing(x) else '&lt; 0.001' if x < 0.001 else f'{x:.3f}'
+
 
 def duration(x: Any) -> str:
     "Seconds as s, m:ss min or h:mm:ss."
-    if _missing(x): return NOT_RECORDED
+    if _missing(x):
+        return NOT_RECORDED
     s = int(round(x))
-    if s < 60: return f'{x:.1f} s'
-    return f'{s // 60}:{s % 60:02d} min' if s < 3600 else f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}'
+    if s < 60:
+        return f'{x:.1f} s'
+    return (
+        f'{s // 60}:{s % 60:02d} min'
+        if s < 3600
+        else f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}'
+    )
+
 
 def data_uri(path: str | Path) -> str:
     "A PNG file as a `data:` address."
@@ -60,86 +82,130 @@ def data_uri(path: str | Path) -> str:
 
 # %% ../../nbs/lab/05_page.ipynb #d719319f
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], cls: str = '') -> str:
-    "A table of cells that are already HTML; the first column is a row heading, wide tables scroll sideways."
-    def row(cells): return f'<tr><th>{cells[0]}</th>' + ''.join(f'<td>{c}</td>' for c in cells[1:]) + '</tr>'
-    return (f'<div class="scroll"><table class="{cls}"><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead>'
-            f'<tbody>{"".join(map(row, rows))}</tbody></table></div>')
+    """A table of cells that are already HTML; the first column is a row heading, wide tables scroll
+    sideways."""
+
+    def row(cells):
+        return f'<tr><th>{cells[0]}</th>' + ''.join(f'<td>{c}</td>' for c in cells[1:]) + '</tr>'
+
+    return (
+        '<div class="scroll"><table '
+        f'class="{cls}"><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead>'
+        f'<tbody>{"".join(map(row, rows))}</tbody></table></div>'
+    )
+
 
 def folded(summary: str, content: str, shown: bool = False) -> str:
     "`content` behind a line that opens it."
     return f'<details{" open" if shown else ""}><summary>{summary}</summary>{content}</details>'
 
+
 def dot(color: str | None = None) -> str:
     "The coloured dot of a method."
-    return '<i class="dot"></i>' if color is None else f'<i class="dot" style="background:{color}"></i>'
+    return (
+        '<i class="dot"></i>'
+        if color is None
+        else f'<i class="dot" style="background:{color}"></i>'
+    )
+
 
 def wide(svg: str) -> str:
     "A figure that keeps its text readable on a phone by scrolling sideways."
     return f'<div class="scroll figure">{svg}</div>'
 
 # %% ../../nbs/lab/05_page.ipynb #8a5feaea
-_CSS = '''
-:root{--bg:#fff;--ink:#1d2731;--soft:#5d6b78;--line:#dde3e9;--panel:#f5f7f9;--bar:#dbe8f7; --good:#1f8557;
+_CSS = """
+:root{--bg:#fff;--ink:#1d2731;--soft:#5d6b78;--line:#dde3e9;--panel:#f5f7f9;--bar:#dbe8f7;
+--good:#1f8557;
  --bad:#c23b54;--accent:#2f6fba;color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--bg:#11161b;--ink:#e4eaf0;--soft:#94a2af;--line:#2c3640;--panel:#1a2128;
+@media(prefers-color-scheme:dark){:root{--bg:#11161b;--ink:#e4eaf0;--soft:#94a2af;--line:#2c3640;
+--panel:#1a2128;
   --bar:#21374f;--good:#52c08d;--bad:#f07a90;--accent:#7fb2ee}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
  font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main,header>div,nav>div{max-width:1120px;margin:0 auto;padding:0 20px}header{padding:34px 0 18px}
-h1{margin:0;font-size:30px;letter-spacing:-.02em;line-height:1.2}header p{color:var(--soft);margin:6px 0 0}
+h1{margin:0;font-size:30px;letter-spacing:-.02em;line-height:1.2}
+header p{color:var(--soft);margin:6px 0 0}
 nav{position:sticky;top:0;background:var(--bg);border-bottom:1px solid var(--line);z-index:3}
 nav>div{display:flex;gap:18px;overflow-x:auto;padding-top:9px;padding-bottom:9px}
-nav a{color:var(--soft);text-decoration:none;white-space:nowrap;font-size:14px}nav a:hover{color:var(--accent)}
-section{padding:26px 0 6px;scroll-margin-top:42px}h2{font-size:21px;margin:0 0 4px;letter-spacing:-.01em}
+nav a{color:var(--soft);text-decoration:none;white-space:nowrap;font-size:14px}
+nav a:hover{color:var(--accent)}
+section{padding:26px 0 6px;scroll-margin-top:42px}
+h2{font-size:21px;margin:0 0 4px;letter-spacing:-.01em}
 h3{font-size:15px;margin:18px 0 6px}section>p{margin:2px 0 12px;max-width:92ch;color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));gap:12px;margin:18px 0 4px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));gap:12px;
+margin:18px 0 4px}
 .tile{background:var(--panel);border-radius:10px;padding:12px 15px}
 .tile b{display:block;font-size:24px;letter-spacing:-.02em;line-height:1.25}
 .tile>span{color:var(--soft);font-size:13px}.scroll{overflow-x:auto;margin:6px 0 14px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
-th,td{padding:7px 11px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}
-thead th{color:var(--soft);font-weight:500;font-size:13px}tbody th,th:first-child{text-align:left;font-weight:500}
-tbody th{position:sticky;left:0;background:var(--bg);z-index:1}details tbody th{background:var(--bg)}
-td small{display:block;color:var(--soft);font-size:11.5px}th small{color:var(--soft);font-weight:400}
-.bar{background:linear-gradient(90deg,var(--bar) var(--v),transparent 0);border-radius:3px;padding:1px 5px;
+th,td{padding:7px 11px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);
+vertical-align:top}
+thead th{color:var(--soft);font-weight:500;font-size:13px}
+tbody th,th:first-child{text-align:left;font-weight:500}
+tbody th{position:sticky;left:0;background:var(--bg);z-index:1}
+details tbody th{background:var(--bg)}
+td small{display:block;color:var(--soft);font-size:11.5px}
+th small{color:var(--soft);font-weight:400}
+.bar{background:linear-gradient(90deg,var(--bar) var(--v),transparent 0);border-radius:3px;
+padding:1px 5px;
   display:inline-block;min-width:62px}
 .freeze th,.freeze td{padding:6px 7px;font-size:13px}
 .freeze :is(th,td):nth-child(2),.freeze :is(th,td):nth-child(3){text-align:left}
-.none{color:var(--soft);font-style:italic;font-size:12.5px}.tile .none{font-size:15px;font-weight:400}
-.dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px;background:var(--line)}
-.tag{border:1px solid var(--line);border-radius:5px;padding:0 6px;font-size:12.5px;color:var(--soft)}
+.none{color:var(--soft);font-style:italic;font-size:12.5px}
+.tile .none{font-size:15px;font-weight:400}
+.dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px;
+background:var(--line)}
+.tag{border:1px solid var(--line);border-radius:5px;padding:0 6px;font-size:12.5px;
+color:var(--soft)}
 .tag.on{color:var(--accent);border-color:var(--accent)}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:0 30px}
 svg{width:100%;height:auto;display:block}.figure>svg{min-width:620px}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(185px,1fr));gap:14px;margin:10px 0}
-.card{margin:0;border:1px solid var(--line);border-radius:10px;overflow:hidden;background:var(--panel)}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(185px,1fr));gap:14px;
+margin:10px 0}
+.card{margin:0;border:1px solid var(--line);border-radius:10px;overflow:hidden;
+background:var(--panel)}
 .card img{width:100%;aspect-ratio:4/3;object-fit:contain;background:#20262c;display:block}
-.card img.small{image-rendering:pixelated}.card figcaption{padding:9px 12px 11px;font-size:13.5px}.card p{margin:0}
+.card img.small{image-rendering:pixelated}.card figcaption{padding:9px 12px 11px;font-size:13.5px}
+.card p{margin:0}
 .card .q{font-weight:600;overflow-wrap:anywhere}
-.card ul{list-style:none;margin:6px 0;padding:0;overflow-wrap:anywhere}.card .t{color:var(--soft);font-size:12.5px}
+.card ul{list-style:none;margin:6px 0;padding:0;overflow-wrap:anywhere}
+.card .t{color:var(--soft);font-size:12.5px}
 .right::after{content:" ✓";color:var(--good);font-weight:700}
 .wrong::after{content:" ✗";color:var(--bad);font-weight:700}
-details{border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:8px 13px}summary{cursor:pointer}
-pre{overflow:auto;max-height:420px;font-size:12px;background:var(--panel);padding:12px;border-radius:6px}
+details{border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:8px 13px}
+summary{cursor:pointer}
+pre{overflow:auto;max-height:420px;font-size:12px;background:var(--panel);padding:12px;
+border-radius:6px}
 .bad{color:var(--bad)}footer{color:var(--soft);font-size:13px;padding:26px 0 40px}
 .missing{border-left:3px solid var(--bad);padding:6px 14px 6px 30px;background:var(--panel);
  border-radius:0 8px 8px 0;font-size:13.5px}
-@media print{nav{display:none}details,figure,tr{break-inside:avoid}}'''
+@media print{nav{display:none}details,figure,tr{break-inside:avoid}}"""
 
 # %% ../../nbs/lab/05_page.ipynb #acd9d954
-def html_page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str, str, str]],
-              foot: str = '') -> str:
-    """The page. `title` and headings are text; `lead`, notes, contents, `foot` and the values of `tiles` (name, value)
-    are HTML."""
+def html_page(
+    title: str,
+    lead: str,
+    tiles: Sequence[tuple[str, str]],
+    sections: Sequence[tuple[str, str, str, str]],
+    foot: str = '',
+) -> str:
+    """The page. `title` and headings are text; `lead`, notes, contents, `foot` and the values of
+    `tiles` (name, value) are HTML."""
     nav = ''.join(f'<a href="#{i}">{esc(h)}</a>' for i, h, _, _ in sections)
-    body = ''.join(f'<section id="{i}"><h2>{esc(h)}</h2>{f"<p>{note}</p>" if note else ""}{content}</section>'
-                   for i, h, note, content in sections)
+    body = ''.join(
+        f'<section id="{i}"><h2>{esc(h)}</h2>{f"<p>{note}</p>" if note else ""}{content}</section>'
+        for i, h, note, content in sections
+    )
     cards = ''.join(f'<div class="tile"><b>{v}</b><span>{esc(k)}</span></div>' for k, v in tiles)
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-            f'<title>{esc(title)}</title><style>{_CSS}</style></head><body>'
-            f'<header><div><h1>{esc(title)}</h1><p>{lead}</p></div>'
-            f'</header><nav><div>{nav}</div></nav><main><div '
-            f'class="tiles">{cards}</div>{body}<footer>{foot}</footer></main>'
-            '</body></html>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" '
+        'href="data:,">'
+        f'<title>{esc(title)}</title><style>{_CSS}</style></head><body>'
+        f'<header><div><h1>{esc(title)}</h1><p>{lead}</p></div>'
+        f'</header><nav><div>{nav}</div></nav><main><div '
+        f'class="tiles">{cards}</div>{body}<footer>{foot}</footer></main>'
+        '</body></html>'
+    )

@@ -21,38 +21,70 @@ __all__ = ['PALETTE', 'METHOD_COLORS', 'BASELINE', 'VERDICT_COLORS', 'method_col
 
 # %% ../../nbs/lab/00_plots.ipynb #4e6aabae
 PALETTE = ('#3d85d8', '#e07b2e', '#2f9e6e', '#b061c9', '#d5526a', '#2aa3b3', '#a58a1f', '#7b8794')
-METHOD_COLORS = dict(llava=PALETTE[7], vip_llava=PALETTE[0], eve=PALETTE[1], vora=PALETTE[2], zero=PALETTE[3],
-                     visual_region=PALETTE[4])
+METHOD_COLORS = dict(
+    llava=PALETTE[7],
+    vip_llava=PALETTE[0],
+    eve=PALETTE[1],
+    vora=PALETTE[2],
+    zero=PALETTE[3],
+    visual_region=PALETTE[4],
+)
 BASELINE = '#8a939c'
 _INK, _GRID = '#25303b', '#d9dfe5'
-_STYLE = {'font.family': 'sans-serif', 'font.size': 10, 'axes.edgecolor': _GRID, 'axes.labelcolor': _INK,
-          'text.color': _INK,
-          'xtick.color': _INK, 'ytick.color': _INK, 'xtick.major.size': 0, 'ytick.major.size': 0, 'axes.grid': True,
-          'grid.color': _GRID,
-          'grid.linewidth': .8, 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False,
-          'axes.spines.left': False,
-          'axes.titlesize': 10.5, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'legend.frameon': False,
-          'lines.linewidth': 1.6,
-          'figure.facecolor': 'white', 'axes.facecolor': 'none', 'svg.fonttype': 'none', 'figure.dpi': 110}
+_STYLE = {
+    'font.family': 'sans-serif',
+    'font.size': 10,
+    'axes.edgecolor': _GRID,
+    'axes.labelcolor': _INK,
+    'text.color': _INK,
+    'xtick.color': _INK,
+    'ytick.color': _INK,
+    'xtick.major.size': 0,
+    'ytick.major.size': 0,
+    'axes.grid': True,
+    'grid.color': _GRID,
+    'grid.linewidth': 0.8,
+    'axes.axisbelow': True,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.spines.left': False,
+    'axes.titlesize': 10.5,
+    'axes.titleweight': 'bold',
+    'axes.titlelocation': 'left',
+    'legend.frameon': False,
+    'lines.linewidth': 1.6,
+    'figure.facecolor': 'white',
+    'axes.facecolor': 'none',
+    'svg.fonttype': 'none',
+    'figure.dpi': 110,
+}
+
 
 def method_colors(methods: Sequence[str]) -> dict[str, str]:
     "A colour per method: the known recipes have fixed ones, others take the free colours in order."
     free = [c for c in PALETTE if c not in {METHOD_COLORS.get(m) for m in methods}] or list(PALETTE)
     new = [m for m in dict.fromkeys(methods) if m not in METHOD_COLORS]
-    return {m: METHOD_COLORS[m] if m in METHOD_COLORS else free[new.index(m) % len(free)]
-            for m in dict.fromkeys(methods)}
+    return {
+        m: METHOD_COLORS[m] if m in METHOD_COLORS else free[new.index(m) % len(free)]
+        for m in dict.fromkeys(methods)
+    }
+
 
 @contextmanager
 def style():
     "matplotlib settings of all figures here, for the duration of a `with`."
-    with matplotlib.rc_context(_STYLE): yield
+    with matplotlib.rc_context(_STYLE):
+        yield
+
 
 class Chart(Figure):
     "A figure that shows itself in a notebook whatever the back end, without pyplot's global state."
+
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format='png', facecolor='white')
         return buffer.getvalue()
+
 
 def _figure(width: float, height: float, rows: int = 1, cols: int = 1):
     fig = Chart(figsize=(width, height), layout='constrained')
@@ -66,183 +98,319 @@ def save_png(fig: Figure, path: str | Path, dpi: int = 160) -> Path:
     fig.savefig(path, dpi=dpi, facecolor='white', metadata={'Software': None})
     return path
 
+
 def to_svg(fig: Figure, name: str, alt: str = '') -> str:
-    """Inline SVG that scales with the page and takes its text colour, grid colour (`--line`) and font; `name` keeps ids
-    apart."""
+    """Inline SVG that scales with the page and takes its text colour, grid colour (`--line`) and
+    font; `name` keeps ids apart."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, 'svg.hashsalt': name}):
-        fig.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
+        fig.savefig(
+            buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None}
+        )
     svg = buffer.getvalue()
-    svg = svg[svg.index('<svg'):].replace(_INK, 'currentColor').replace(_GRID, 'var(--line, #d9dfe5)')
+    svg = (
+        svg[svg.index('<svg') :]
+        .replace(_INK, 'currentColor')
+        .replace(_GRID, 'var(--line, #d9dfe5)')
+    )
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.S)
     svg = re.sub(r'font-family: [^;"]*', 'font-family: system-ui, -apple-system, sans-serif', svg)
-    svg = re.sub(r"font: ((?:\w+ )?[\d.]+px)[^;\"]*", r'font: \1 system-ui, -apple-system, sans-serif', svg)
+    svg = re.sub(
+        r'font: ((?:\w+ )?[\d.]+px)[^;\"]*', r'font: \1 system-ui, -apple-system, sans-serif', svg
+    )
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)(?=[\w-])', rf'\g<1>{name}-', svg)
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1]) * 4 / 3
     label = alt.replace('&', '&amp;').replace('"', '&quot;').replace('<', '&lt;')
-    return re.sub(r'<svg (.*?)height="[\d.]+pt"(.*?)width="[\d.]+pt"|<svg (.*?)width="[\d.]+pt"(.*?)height="[\d.]+pt"',
-                  lambda m: f'<svg role="img" aria-label="{label}" style="max-width:{width:.0f}px" '
-                  + ' '.join(g for g in m.groups() if g),
-                  svg, count=1)
+    return re.sub(
+        r'<svg (.*?)height="[\d.]+pt"(.*?)width="[\d.]+pt"'
+        r'|<svg (.*?)width="[\d.]+pt"(.*?)height="[\d.]+pt"',
+        lambda m: (
+            f'<svg role="img" aria-label="{label}" style="max-width:{width:.0f}px" '
+            + ' '.join(g for g in m.groups() if g)
+        ),
+        svg,
+        count=1,
+    )
 
 # %% ../../nbs/lab/00_plots.ipynb #44ab9047
-def _pretty(name: str) -> str: return str(name).replace('_', ' ')
+def _pretty(name: str) -> str:
+    return str(name).replace('_', ' ')
+
 
 def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float = 11.2) -> Figure:
-    """`accuracy_table` of one task: methods as dots with intervals per question type, blind and majority baselines
-    behind them."""
-    if task is not None: table = table[table['task'] == task]
-    if not len(table): raise ValueError(f'no results of task {task!r} to draw')
+    """`accuracy_table` of one task: methods as dots with intervals per question type, blind and
+    majority baselines behind them."""
+    if task is not None:
+        table = table[table['task'] == task]
+    if not len(table):
+        raise ValueError(f'no results of task {task!r} to draw')
     shown = table[table['condition'] == 'image']
     types = sorted(t for t in table['question_type'].unique() if t != 'all') + ['all']
     types = [t for t in types if not (len(types) == 2 and t == 'all')]
     methods = list(dict.fromkeys(shown['method']))
-    colors, gap, hollow = method_colors(methods), .8 / max(len(methods), 1), dict(marker='D', ms=4.2, mfc='none')
+    colors, gap, hollow = (
+        method_colors(methods),
+        0.8 / max(len(methods), 1),
+        dict(marker='D', ms=4.2, mfc='none'),
+    )
     with style():
-        fig, axes = _figure(width, 1. + .34 * len(types) + .13 * len(types) * len(methods))
+        fig, axes = _figure(width, 1.0 + 0.34 * len(types) + 0.13 * len(types) * len(methods))
         ax = axes[0][0]
         at = {t: len(types) - 1 - i for i, t in enumerate(types)}
-        if 'all' in at: ax.axhspan(-.5, .5, color=_GRID, alpha=.35, lw=0)
+        if 'all' in at:
+            ax.axhspan(-0.5, 0.5, color=_GRID, alpha=0.35, lw=0)
         maj = table[table['condition'] == 'majority'].drop_duplicates('question_type')
         for n, (_, r) in enumerate(maj[maj['question_type'].isin(at)].iterrows()):
             y = at[r['question_type']]
-            ax.plot([r['score']] * 2, [y - .42, y + .42], color=BASELINE, lw=1.6, label='majority answer' if not n
-                    else None, zorder=2)
+            ax.plot(
+                [r['score']] * 2,
+                [y - 0.42, y + 0.42],
+                color=BASELINE,
+                lw=1.6,
+                label='majority answer' if not n else None,
+                zorder=2,
+            )
         for k, m in enumerate(methods):
-            off = .4 - gap / 2 - k * gap
+            off = 0.4 - gap / 2 - k * gap
             for cond, kw in (('blind', hollow), ('image', dict(marker='o', ms=5.2))):
-                part = table[(table['method'] == m) & (table['condition'] == cond) & table['question_type'].isin(at)]
-                if not len(part): continue
-                x, y = part['score'].to_numpy(), np.array([at[t] + off for t in part['question_type']])
-                err = np.maximum([x - part['low'], part['high'] - x], 0) if cond == 'image' else None
-                ax.errorbar(x, y, xerr=err, color=colors[m], elinewidth=2, capsize=0, zorder=3, ls='none', **kw,
-                            label=_pretty(m) if cond == 'image' else None)
+                part = table[
+                    (table['method'] == m)
+                    & (table['condition'] == cond)
+                    & table['question_type'].isin(at)
+                ]
+                if not len(part):
+                    continue
+                x, y = (
+                    part['score'].to_numpy(),
+                    np.array([at[t] + off for t in part['question_type']]),
+                )
+                err = (
+                    np.maximum([x - part['low'], part['high'] - x], 0) if cond == 'image' else None
+                )
+                ax.errorbar(
+                    x,
+                    y,
+                    xerr=err,
+                    color=colors[m],
+                    elinewidth=2,
+                    capsize=0,
+                    zorder=3,
+                    ls='none',
+                    **kw,
+                    label=_pretty(m) if cond == 'image' else None,
+                )
         if (table['condition'] == 'blind').any():
             ax.plot([], [], color=BASELINE, ls='none', label='blind (no picture)', **hollow)
         ax.set_yticks(list(at.values()), [_pretty(t) for t in at])
-        ax.set_ylim(-.5, len(types) - .5); ax.set_xlim(-.02, 1.02)
+        ax.set_ylim(-0.5, len(types) - 0.5)
+        ax.set_xlim(-0.02, 1.02)
         ax.xaxis.set_major_formatter(PercentFormatter(1))
-        ax.grid(axis='y', visible=False); ax.spines['bottom'].set_visible(False)
-        fig.legend(loc='outside upper left', ncols=4, fontsize=9, handletextpad=.3, columnspacing=1.2)
+        ax.grid(axis='y', visible=False)
+        ax.spines['bottom'].set_visible(False)
+        fig.legend(
+            loc='outside upper left', ncols=4, fontsize=9, handletextpad=0.3, columnspacing=1.2
+        )
     return fig
 
 # %% ../../nbs/lab/00_plots.ipynb #ae1b0c7d
-def forest_figure(names: Sequence[str], middle: Sequence[float], low: Sequence[float], high: Sequence[float],
-                  colors: Sequence[str], notes: Sequence[str] = (), label: str = 'difference, points',
-                  width: float = 11.2, filled: Sequence[bool] | None = None) -> Figure:
-    """One line per name, from the top: a share (0 to 1) with its interval, drawn in points around zero; `notes` stand at
-    the right edge, `filled` false draws an open dot."""
+def forest_figure(
+    names: Sequence[str],
+    middle: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    colors: Sequence[str],
+    notes: Sequence[str] = (),
+    label: str = 'difference, points',
+    width: float = 11.2,
+    filled: Sequence[bool] | None = None,
+) -> Figure:
+    """One line per name, from the top: a share (0 to 1) with its interval, drawn in points around
+    zero; `notes` stand at the right edge, `filled` false draws an open dot."""
     with style():
-        fig, axes = _figure(width, .8 + .34 * len(names))
+        fig, axes = _figure(width, 0.8 + 0.34 * len(names))
         ax = axes[0][0]
-        for y, (m, lo, hi, color, full) in enumerate(reversed(list(zip(middle, low, high, colors,
-                                                                       filled or [True]*len(names))))):
+        for y, (m, lo, hi, color, full) in enumerate(
+            reversed(list(zip(middle, low, high, colors, filled or [True] * len(names))))
+        ):
             ax.plot([100 * lo, 100 * hi], [y, y], color=color, lw=2, solid_capstyle='butt')
             ax.plot(100 * m, y, 'o', ms=6.5, mec=color, mew=1.6, color=color if full else 'none')
         ax.axvline(0, color=_INK, lw=1)
         ax.set_yticks(range(len(names)), list(names)[::-1])
-        ax.set_ylim(-.6, len(names) - .4)
+        ax.set_ylim(-0.6, len(names) - 0.4)
         ax.set_xlabel(label)
-        ax.grid(axis='y', visible=False); ax.spines['bottom'].set_visible(False)
-        side = max(abs(v) for v in ax.get_xlim()); ax.set_xlim(-side, side)
+        ax.grid(axis='y', visible=False)
+        ax.spines['bottom'].set_visible(False)
+        side = max(abs(v) for v in ax.get_xlim())
+        ax.set_xlim(-side, side)
         for y, (note, color) in enumerate(reversed(list(zip(notes, colors)))):
-            ax.text(1.01, y, note, transform=ax.get_yaxis_transform(), va='center', color=color, fontsize=9)
+            ax.text(
+                1.01,
+                y,
+                note,
+                transform=ax.get_yaxis_transform(),
+                va='center',
+                color=color,
+                fontsize=9,
+            )
     return fig
 
+
 def paired_figure(paired: pd.DataFrame, task: str | None = None, width: float = 11.2) -> Figure:
-    "`paired_table` as a forest plot: difference a - b with interval; filled when Holm's p is below 0.05."
-    if task is not None: paired = paired[paired['task'] == task]
-    if not len(paired): raise ValueError(f'no paired comparison of task {task!r} to draw')
+    """`paired_table` as a forest plot: difference a - b with interval; filled when Holm's p is
+    below 0.05."""
+    if task is not None:
+        paired = paired[paired['task'] == task]
+    if not len(paired):
+        raise ValueError(f'no paired comparison of task {task!r} to draw')
     colors = method_colors([*paired['a'], *paired['b']])
-    return forest_figure([f'{_pretty(r.a)} − {_pretty(r.b)}' for r in paired.itertuples()], paired['difference'],
-                         paired['low'], paired['high'], [colors[a] for a in paired['a']],
-                         label='difference in accuracy, points (filled: p < 0.05 after Holm)', width=width,
-                         filled=(paired['p_holm'] < .05).tolist())
+    return forest_figure(
+        [f'{_pretty(r.a)} − {_pretty(r.b)}' for r in paired.itertuples()],
+        paired['difference'],
+        paired['low'],
+        paired['high'],
+        [colors[a] for a in paired['a']],
+        label='difference in accuracy, points (filled: p < 0.05 after Holm)',
+        width=width,
+        filled=(paired['p_holm'] < 0.05).tolist(),
+    )
 
 # %% ../../nbs/lab/00_plots.ipynb #78210801
 VERDICT_COLORS = {'holds': PALETTE[2], 'reversed': PALETTE[4], 'not shown': PALETTE[7]}
 
+
 def claims_figure(table: pd.DataFrame, width: float = 11.2) -> Figure:
     "`claims_table` as a forest plot, coloured by verdict. Raises `ValueError` for an empty table."
-    if not len(table): raise ValueError('no claim to draw: none of the arms was run')
+    if not len(table):
+        raise ValueError('no claim to draw: none of the arms was run')
     several = table['task'].nunique() > 1
     names = [_pretty(f'{r.claim} ({r.task})' if several else r.claim) for r in table.itertuples()]
-    return forest_figure(names, table['difference'], table['low'], table['high'],
-                         [VERDICT_COLORS[v] for v in table['verdict']], table['verdict'],
-                         'difference in accuracy, points (95% over seeds and questions)', width)
+    return forest_figure(
+        names,
+        table['difference'],
+        table['low'],
+        table['high'],
+        [VERDICT_COLORS[v] for v in table['verdict']],
+        table['verdict'],
+        'difference in accuracy, points (95% over seeds and questions)',
+        width,
+    )
 
 # %% ../../nbs/lab/00_plots.ipynb #27102d1d
 def smooth(y: Sequence[float], window: float) -> np.ndarray:
-    "Centred moving average over `window` values (fewer at the ends); NaNs are skipped, and nothing lags."
-    return pd.Series(np.asarray(y, float)).rolling(max(int(window), 1), center=True, min_periods=1).mean().to_numpy()
+    """Centred moving average over `window` values (fewer at the ends); NaNs are skipped, and
+    nothing lags."""
+    return (
+        pd.Series(np.asarray(y, float))
+        .rolling(max(int(window), 1), center=True, min_periods=1)
+        .mean()
+        .to_numpy()
+    )
 
-def loss_figure(curves: Mapping[tuple[str, int, str], pd.DataFrame], key: str = 'loss', width: float = 11.2) -> Figure:
-    """`curves`: (method, seed, stage) -> metrics table (`step`, `loss`, optionally `seen_targets`). One panel per stage
-    name."""
+
+def loss_figure(
+    curves: Mapping[tuple[str, int, str], pd.DataFrame], key: str = 'loss', width: float = 11.2
+) -> Figure:
+    """`curves`: (method, seed, stage) -> metrics table (`step`, `loss`, optionally `seen_targets`).
+    One panel per stage name."""
     curves = {k: v for k, v in curves.items() if key in v and len(v)}
-    if not curves: raise ValueError(f'no metrics with a {key!r} column to draw')
+    if not curves:
+        raise ValueError(f'no metrics with a {key!r} column to draw')
     stages = list(dict.fromkeys(k[2] for k in curves))
     colors, cols = method_colors([k[0] for k in curves]), min(len(stages), 3)
     rows, named = -(-len(stages) // cols), set()
     with style():
-        fig, axes = _figure(width, .5 + 2.5 * rows, rows, cols)
-        for ax in axes.flat[len(stages):]: ax.set_visible(False)
+        fig, axes = _figure(width, 0.5 + 2.5 * rows, rows, cols)
+        for ax in axes.flat[len(stages) :]:
+            ax.set_visible(False)
         for ax, stage in zip(axes.flat, stages):
             mine = {k: v for k, v in curves.items() if k[2] == stage}
             counted = all('seen_targets' in v for v in mine.values())
             tops = []
             for (m, _, _), f in mine.items():
-                x, y = f['seen_targets' if counted else 'step'].to_numpy(float), f[key].to_numpy(float)
+                x, y = (
+                    f['seen_targets' if counted else 'step'].to_numpy(float),
+                    f[key].to_numpy(float),
+                )
                 s = smooth(y, len(y) / 20)
-                ax.plot(x, y, color=colors[m], alpha=.22, lw=.8)
-                ax.plot(x, s, color=colors[m], label=None if m in named else _pretty(m)); named.add(m)
-                tops += [np.nanquantile(y, .98), np.nanmax(s[len(s) // 20:])]
-            ax.set_title(_pretty(stage)); ax.set_ylim(0, 1.08 * max(tops) if np.isfinite(max(tops)) else None)
-            ax.set_xlabel('target tokens' if counted else 'step'); ax.xaxis.set_major_locator(MaxNLocator(4))
-            ax.xaxis.set_major_formatter(lambda v, _: f'{v / 1e6:g}M' if v >= 1e6 else f'{v / 1e3:g}k' if v >= 1e3
-                                         else f'{v:g}')
+                ax.plot(x, y, color=colors[m], alpha=0.22, lw=0.8)
+                ax.plot(x, s, color=colors[m], label=None if m in named else _pretty(m))
+                named.add(m)
+                tops += [np.nanquantile(y, 0.98), np.nanmax(s[len(s) // 20 :])]
+            ax.set_title(_pretty(stage))
+            ax.set_ylim(0, 1.08 * max(tops) if np.isfinite(max(tops)) else None)
+            ax.set_xlabel('target tokens' if counted else 'step')
+            ax.xaxis.set_major_locator(MaxNLocator(4))
+            ax.xaxis.set_major_formatter(
+                lambda v, _: (
+                    f'{v / 1e6:g}M' if v >= 1e6 else f'{v / 1e3:g}k' if v >= 1e3 else f'{v:g}'
+                )
+            )
         axes[0][0].set_ylabel(_pretty(key))
         fig.legend(loc='outside upper left', ncols=6, fontsize=9)
     return fig
 
 # %% ../../nbs/lab/00_plots.ipynb #afede998
-def examples_figure(examples: Sequence[Mapping[str, Any]], cols: int = 4, width: float = 11.2) -> Figure:
-    """Pictures with question, answer and truth. Each example: `picture` (path or PIL), question, prediction, answers,
-    score."""
-    if not len(examples): raise ValueError('no examples to draw')
+def examples_figure(
+    examples: Sequence[Mapping[str, Any]], cols: int = 4, width: float = 11.2
+) -> Figure:
+    """Pictures with question, answer and truth. Each example: `picture` (path or PIL), question,
+    prediction, answers, score."""
+    if not len(examples):
+        raise ValueError('no examples to draw')
     from PIL import Image
+
     rows = -(-len(examples) // cols)
     with style():
-        fig, axes = _figure(width, rows * (width / cols + .55), rows, cols)
-        for ax in axes.flat: ax.axis('off')
+        fig, axes = _figure(width, rows * (width / cols + 0.55), rows, cols)
+        for ax in axes.flat:
+            ax.axis('off')
         for ax, e in zip(axes.flat, examples):
             picture = e['picture']
             if isinstance(picture, (str, Path)):
-                with Image.open(picture) as im: picture = im.convert('RGB')
-            ax.imshow(np.asarray(picture), interpolation='nearest' if min(picture.size) < 128 else None)
-            right = e['score'] >= .5
-            ax.set_title(f"{e['question']}\n{'✓' if right else '✗'} {e['prediction'] or '(nothing)'}"
-                         + ('' if right else f"  (truth: {', '.join(dict.fromkeys(e['answers']))})"),
-                         fontsize=8, fontweight='normal', color=PALETTE[2] if right else PALETTE[4], wrap=True)
+                with Image.open(picture) as im:
+                    picture = im.convert('RGB')
+            ax.imshow(
+                np.asarray(picture), interpolation='nearest' if min(picture.size) < 128 else None
+            )
+            right = e['score'] >= 0.5
+            ax.set_title(
+                f'{e["question"]}\n{"✓" if right else "✗"} {e["prediction"] or "(nothing)"}'
+                + ('' if right else f'  (truth: {", ".join(dict.fromkeys(e["answers"]))})'),
+                fontsize=8,
+                fontweight='normal',
+                color=PALETTE[2] if right else PALETTE[4],
+                wrap=True,
+            )
     return fig
 
 # %% ../../nbs/lab/00_plots.ipynb #a264fb6c
 def freeze_figure(tables: Mapping[str, pd.DataFrame], width: float = 11.2) -> Figure:
-    """`tables`: title (method, stage) -> freeze table with columns group, parameters, trainable; small multiples of
-    trained shares."""
+    """`tables`: title (method, stage) -> freeze table with columns group, parameters, trainable;
+    small multiples of trained shares."""
     tables = {k: t for k, t in tables.items() if len(t)}
-    if not tables: raise ValueError('no freeze tables to draw')
+    if not tables:
+        raise ValueError('no freeze tables to draw')
     cols = min(len(tables), 3)
     rows = -(-len(tables) // cols)
     with style():
-        fig, axes = _figure(width, rows * (.7 + .24 * max(map(len, tables.values()))), rows, cols)
-        for ax in axes.flat[len(tables):]: ax.set_visible(False)
+        fig, axes = _figure(width, rows * (0.7 + 0.24 * max(map(len, tables.values()))), rows, cols)
+        for ax in axes.flat[len(tables) :]:
+            ax.set_visible(False)
         for ax, (title, t) in zip(axes.flat, tables.items()):
             y = np.arange(len(t))[::-1]
-            ax.barh(y, t['parameters'], color=_GRID, height=.62); ax.barh(y, t['trainable'], color=PALETTE[0],
-                                                                          height=.62)
-            ax.set_yticks(y, [_pretty(g) for g in t['group']]); ax.set_title(title); ax.grid(axis='y', visible=False)
-            ax.xaxis.set_major_formatter(lambda v, _: f'{v / 1e9:g}B' if v >= 1e9 else f'{v / 1e6:g}M' if v >= 1e6
-                                         else f'{v / 1e3:g}k')
+            ax.barh(y, t['parameters'], color=_GRID, height=0.62)
+            ax.barh(y, t['trainable'], color=PALETTE[0], height=0.62)
+            ax.set_yticks(y, [_pretty(g) for g in t['group']])
+            ax.set_title(title)
+            ax.grid(axis='y', visible=False)
+            ax.xaxis.set_major_formatter(
+                lambda v, _: (
+                    f'{v / 1e9:g}B'
+                    if v >= 1e9
+                    else f'{v / 1e6:g}M'
+                    if v >= 1e6
+                    else f'{v / 1e3:g}k'
+                )
+            )
             ax.xaxis.set_major_locator(MaxNLocator(3))
     return fig

@@ -19,19 +19,41 @@ __all__ = ['SPEED_COLUMNS', 'RunRecord', 'read_run', 'accuracy_html', 'text_task
 
 # %% ../../nbs/lab/10_report.ipynb #42593606
 from ..evaluate.results import accuracy_table, load_results, paired_table, run_facts
-from .page import (NOT_RECORDED, data_uri, dot, duration, esc, folded, html_page, html_table, number,
-                               p_value,
-                               percent, points, pretty, wide)
-from .plots import (METHOD_COLORS, accuracy_figure, examples_figure, freeze_figure, loss_figure,
-                                method_colors,
-                                paired_figure, save_png, to_svg)
+from vlmbench.lab.page import (
+    NOT_RECORDED,
+    data_uri,
+    dot,
+    duration,
+    esc,
+    folded,
+    html_page,
+    html_table,
+    number,
+    p_value,
+    percent,
+    points,
+    pretty,
+    wide,
+)
+from vlmbench.lab.plots import (
+    METHOD_COLORS,
+    accuracy_figure,
+    examples_figure,
+    freeze_figure,
+    loss_figure,
+    method_colors,
+    paired_figure,
+    save_png,
+    to_svg,
+)
 from ..train.metrics import read_metrics
 
 # %% ../../nbs/lab/10_report.ipynb #8bfae1a8
 @dataclass
 class RunRecord:
-    """What a run folder holds: `method`, `seed`, `manifest`, per-stage `metrics` and `freeze` tables, result `cards`,
-    `missing`."""
+    """What a run folder holds: `method`, `seed`, `manifest`, per-stage `metrics` and `freeze`
+    tables, result `cards`, `missing`."""
+
     folder: Path
     method: str
     seed: int
@@ -42,40 +64,64 @@ class RunRecord:
     missing: list[str] = field(default_factory=list)
 
     @property
-    def label(self) -> str: return self.method + (f', seed {self.seed}' if self.seed >= 0 else '')
+    def label(self) -> str:
+        return self.method + (f', seed {self.seed}' if self.seed >= 0 else '')
+
 
 def _json(path: Path, missing: list[str], name: str) -> Any:
-    if not path.exists(): missing.append(name); return None
-    try: return json.loads(path.read_text(encoding='utf8'))
-    except ValueError as e: missing.append(f'{name} (damaged: {e})'); return None
+    if not path.exists():
+        missing.append(name)
+        return None
+    try:
+        return json.loads(path.read_text(encoding='utf8'))
+    except ValueError as e:
+        missing.append(f'{name} (damaged: {e})')
+        return None
+
 
 def read_run(folder: str | Path) -> RunRecord:
-    "Read a run folder; raises FileNotFoundError if it is no folder, lists every missing or damaged piece otherwise."
+    """Read a run folder; raises FileNotFoundError if it is no folder, lists every missing or
+    damaged piece otherwise."""
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder} is not a run folder')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder} is not a run folder')
     facts = run_facts(folder)
-    run = RunRecord(folder, facts['method'], facts['seed'], facts['manifest'], missing=list(facts['missing']))
-    recipe = _json(folder/'recipe.json', run.missing, f'{folder.name}: recipe.json')
+    run = RunRecord(
+        folder, facts['method'], facts['seed'], facts['manifest'], missing=list(facts['missing'])
+    )
+    recipe = _json(folder / 'recipe.json', run.missing, f'{folder.name}: recipe.json')
     order = [s.get('name') for s in recipe.get('stages', [])] if isinstance(recipe, Mapping) else []
-    found = sorted((p for p in (folder/'stages').glob('*') if p.is_dir()),
-                   key=lambda p: (order.index(p.name) if p.name in order else 99, p.name))
-    if not found: run.missing.append(f'{folder.name}: stages/')
+    found = sorted(
+        (p for p in (folder / 'stages').glob('*') if p.is_dir()),
+        key=lambda p: (order.index(p.name) if p.name in order else 99, p.name),
+    )
+    if not found:
+        run.missing.append(f'{folder.name}: stages/')
     for stage in found:
-        for name, table, read in (('metrics.jsonl', run.metrics, read_metrics),
-                                  ('freeze.csv', run.freeze, pd.read_csv)):
-            try: table[re.sub(r'^\d+-', '', stage.name)] = read(stage/name)
+        for name, table, read in (
+            ('metrics.jsonl', run.metrics, read_metrics),
+            ('freeze.csv', run.freeze, pd.read_csv),
+        ):
+            try:
+                table[re.sub(r'^\d+-', '', stage.name)] = read(stage / name)
             except (OSError, ValueError) as e:
-                run.missing.append(f'{folder.name}: stages/{stage.name}/{name} ({type(e).__name__})')
-    for card in sorted((folder/'results').glob('*.json')):
-        if (body := _json(card, run.missing, f'{folder.name}: {card.name}')) is not None: run.cards[card.stem] = body
-    if not run.cards: run.missing.append(f'{folder.name}: results/*.json')
+                run.missing.append(
+                    f'{folder.name}: stages/{stage.name}/{name} ({type(e).__name__})'
+                )
+    for card in sorted((folder / 'results').glob('*.json')):
+        if (body := _json(card, run.missing, f'{folder.name}: {card.name}')) is not None:
+            run.cards[card.stem] = body
+    if not run.cards:
+        run.missing.append(f'{folder.name}: results/*.json')
     return run
 
 # %% ../../nbs/lab/10_report.ipynb #aa824e60
 _SHOWN = dict(image='', before=' <small>before training</small>', blind=' <small>blind</small>')
 
+
 def accuracy_html(acc: pd.DataFrame, task: str, pictures: bool = True) -> str:
-    "One task of an `accuracy_table` as HTML: a row per method and condition, 'all' and every question type as columns."
+    """One task of an `accuracy_table` as HTML: a row per method and condition, 'all' and every
+    question type as columns."""
     mine = acc[acc['task'] == task]
     types = sorted(set(mine['question_type']) - {'all'})
     columns = ['all', *types] if len(types) > 1 else ['all']
@@ -83,14 +129,22 @@ def accuracy_html(acc: pd.DataFrame, task: str, pictures: bool = True) -> str:
     colors, seen, rows = method_colors(list(mine['method'])), set(), []
     for (method, cond), part in mine.groupby(['method', 'condition'], sort=False):
         part = part.set_index('question_type').to_dict('index')
-        if cond not in _SHOWN:                                        # a baseline is the same for every method: one row
+        if cond not in _SHOWN:  # a baseline is the same for every method: one row
             key = (cond, *(round(part[t]['score'], 9) for t in columns if t in part))
-            if key in seen: continue
+            if key in seen:
+                continue
             seen.add(key)
         name = f'{dot()}{pretty(cond)} answer'
-        if cond in _SHOWN: name = f'{dot(colors[method])}{pretty(method)}{_SHOWN[cond]}'
-        cells = [percent(c['score'], c['low'], c['high'], cond == 'image' and c['score'] >= best[t] - 1e-9)
-                 if (c := part.get(t)) else NOT_RECORDED for t in columns]
+        if cond in _SHOWN:
+            name = f'{dot(colors[method])}{pretty(method)}{_SHOWN[cond]}'
+        cells = [
+            percent(
+                c['score'], c['low'], c['high'], cond == 'image' and c['score'] >= best[t] - 1e-9
+            )
+            if (c := part.get(t))
+            else NOT_RECORDED
+            for t in columns
+        ]
         rank = list(_SHOWN).index(cond) if cond in _SHOWN else len(_SHOWN)
         rows.append((rank, [name, *cells, f'{part["all"]["seeds"]} × {part["all"]["n"]:,}']))
     for cond in ('blind', 'majority') if pictures else ():
@@ -104,102 +158,179 @@ def text_tasks(frame: pd.DataFrame) -> list[str]:
     "Tasks without any picture."
     return [t for t, f in frame.groupby('task', sort=False) if f['image'].isna().all()]
 
+
 def retention_table(acc: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
-    "Per text task and method: accuracy `before` and `after` training and their ratio (NaN where not recorded)."
+    """Per text task and method: accuracy `before` and `after` training and their ratio (NaN where
+    not recorded)."""
     whole = acc[(acc['question_type'] == 'all') & acc['task'].isin(tasks)]
     wide = whole.pivot(index=['task', 'method'], columns='condition', values='score')
     order = whole.set_index(['task', 'method']).index.drop_duplicates()
     wide = wide.reindex(columns=['before', 'image']).reindex(order)
     wide.columns = ['before', 'after']
-    return wide.assign(retention=wide['after'] / wide['before'].where(wide['before'] > 0)).reset_index()
+    return wide.assign(
+        retention=wide['after'] / wide['before'].where(wide['before'] > 0)
+    ).reset_index()
 
 # %% ../../nbs/lab/10_report.ipynb #f0e13a44
 def paired_html(paired: pd.DataFrame) -> str:
     "`paired_table` as HTML; differences with Holm's p below 0.05 in bold."
-    rows = [[f'{pretty(r.a)} − {pretty(r.b)} <small>{pretty(r.task)}</small>',
-             points(r.difference, r.low, r.high, r.p_holm < .05),
-             p_value(r.p), p_value(r.p_holm), p_value(r.mcnemar_p), f'{100 * r.detectable:.1f}', f'{r.seeds} × {r.n:,}']
-            for r in paired.itertuples()]
-    return html_table(['', 'difference, points', 'p', 'p (Holm)', 'McNemar', 'detectable', 'seeds × questions'], rows)
+    rows = [
+        [
+            f'{pretty(r.a)} − {pretty(r.b)} <small>{pretty(r.task)}</small>',
+            points(r.difference, r.low, r.high, r.p_holm < 0.05),
+            p_value(r.p),
+            p_value(r.p_holm),
+            p_value(r.mcnemar_p),
+            f'{100 * r.detectable:.1f}',
+            f'{r.seeds} × {r.n:,}',
+        ]
+        for r in paired.itertuples()
+    ]
+    return html_table(
+        ['', 'difference, points', 'p', 'p (Holm)', 'McNemar', 'detectable', 'seeds × questions'],
+        rows,
+    )
+
 
 def freeze_html(table: pd.DataFrame) -> str:
     "A freeze table as HTML with a sum."
     rows = []
     for r in table.to_dict('records'):
         lr, blocks = r.get('lr'), r.get('blocks')
-        rows.append([pretty(r['group']),
-                     f'<span class="tag{" on" if r["trainable"] else ""}">{esc(r.get("tune", "?"))}</span>',
-                     esc(blocks) if isinstance(blocks, str) else '', number(r['parameters']), number(r['trainable']),
-                     percent(r['trainable'] / max(r['parameters'], 1)), f'{lr:g}' if isinstance(lr, float)
-                     and np.isfinite(lr) else '–'])
+        rows.append(
+            [
+                pretty(r['group']),
+                f'<span class="tag{" on" if r["trainable"] else ""}">'
+                f'{esc(r.get("tune", "?"))}</span>',
+                esc(blocks) if isinstance(blocks, str) else '',
+                number(r['parameters']),
+                number(r['trainable']),
+                percent(r['trainable'] / max(r['parameters'], 1)),
+                f'{lr:g}' if isinstance(lr, float) and np.isfinite(lr) else '–',
+            ]
+        )
     total, trained = table['parameters'].sum(), table['trainable'].sum()
-    rows.append(['<b>all</b>', '', '', number(total), number(trained), percent(trained / max(total, 1)), ''])
-    return html_table(['group', 'tune', 'blocks', 'parameters', 'trained', 'share', 'lr'], rows, 'freeze')
+    rows.append(
+        ['<b>all</b>', '', '', number(total), number(trained), percent(trained / max(total, 1)), '']
+    )
+    return html_table(
+        ['group', 'tune', 'blocks', 'parameters', 'trained', 'share', 'lr'], rows, 'freeze'
+    )
 
 # %% ../../nbs/lab/10_report.ipynb #736559fa
-SPEED_COLUMNS = {   # shown name: (column of the metrics file, digits, factor, unit)
-    'tokens/s': ('tokens_per_s', 0, 1, ''), 'target tokens/s': ('targets_per_s', 0, 1, ''),
-    'images/s': ('images_per_s', 1, 1, ''), 'MFU': ('mfu', 1, 100, ' %'), 'data wait': ('data_wait', 1, 100, ' %')}
+SPEED_COLUMNS = {  # shown name: (column of the metrics file, digits, factor, unit)
+    'tokens/s': ('tokens_per_s', 0, 1, ''),
+    'target tokens/s': ('targets_per_s', 0, 1, ''),
+    'images/s': ('images_per_s', 1, 1, ''),
+    'MFU': ('mfu', 1, 100, ' %'),
+    'data wait': ('data_wait', 1, 100, ' %'),
+}
 
-def speed_row(metrics: pd.DataFrame, skip: float = .1) -> dict[str, Any]:
-    """Median speeds without the first `skip` share of steps, peak memory (MB), wall time (s), steps; NaN where not
-    recorded."""
-    late = metrics.iloc[int(len(metrics) * skip):] if len(metrics) > 5 else metrics
-    out = {k: float(late[c].median()) * f if c in late else np.nan for k, (c, _, f, _) in SPEED_COLUMNS.items()}
+
+def speed_row(metrics: pd.DataFrame, skip: float = 0.1) -> dict[str, Any]:
+    """Median speeds without the first `skip` share of steps, peak memory (MB), wall time (s),
+    steps; NaN where not recorded."""
+    late = metrics.iloc[int(len(metrics) * skip) :] if len(metrics) > 5 else metrics
+    out = {
+        k: float(late[c].median()) * f if c in late else np.nan
+        for k, (c, _, f, _) in SPEED_COLUMNS.items()
+    }
     memory = next((c for c in ('memory_mb/cuda', 'memory_mb/rss') if c in metrics), None)
-    return out | {'peak memory': float(metrics[memory].max()) if memory else np.nan, 'steps': len(metrics),
-                  'wall time': float(metrics['step_s'].sum()) if 'step_s' in metrics else np.nan,
-                  'device': {'memory_mb/cuda': 'GPU', 'memory_mb/rss': 'host'}.get(memory, '')}
+    return out | {
+        'peak memory': float(metrics[memory].max()) if memory else np.nan,
+        'steps': len(metrics),
+        'wall time': float(metrics['step_s'].sum()) if 'step_s' in metrics else np.nan,
+        'device': {'memory_mb/cuda': 'GPU', 'memory_mb/rss': 'host'}.get(memory, ''),
+    }
+
 
 def speed_html(runs: Sequence[RunRecord]) -> str:
     "Speed and memory per method and stage, averaged over seeds."
-    rows = [dict(method=r.method, stage=s, **speed_row(m)) for r in runs for s, m in r.metrics.items() if len(m)]
+    rows = [
+        dict(method=r.method, stage=s, **speed_row(m))
+        for r in runs
+        for s, m in r.metrics.items()
+        if len(m)
+    ]
     lines = []
     table = pd.DataFrame(rows, columns=None if rows else ['method', 'stage'])
     for (method, stage), f in table.groupby(['method', 'stage'], sort=False):
         mean = f.mean(numeric_only=True)
-        lines.append([f'{pretty(method)} <small>{pretty(stage)}</small>', number(len(f)), number(mean['steps']),
-                      *[number(mean[k], d, u) for k, (_, d, _, u) in SPEED_COLUMNS.items()],
-                      number(f['peak memory'].max(), 0, f' MB {f["device"].iloc[0]}'), duration(mean['wall time'])])
+        lines.append(
+            [
+                f'{pretty(method)} <small>{pretty(stage)}</small>',
+                number(len(f)),
+                number(mean['steps']),
+                *[number(mean[k], d, u) for k, (_, d, _, u) in SPEED_COLUMNS.items()],
+                number(f['peak memory'].max(), 0, f' MB {f["device"].iloc[0]}'),
+                duration(mean['wall time']),
+            ]
+        )
     for m in dict.fromkeys(r.method for r in runs):
-        if not any(r.metrics for r in runs if r.method == m): lines.append([pretty(m), *[NOT_RECORDED] * 9])
+        if not any(r.metrics for r in runs if r.method == m):
+            lines.append([pretty(m), *[NOT_RECORDED] * 9])
     return html_table(['', 'seeds', 'steps', *SPEED_COLUMNS, 'peak memory', 'wall time'], lines)
 
 # %% ../../nbs/lab/10_report.ipynb #d283340e
-def collect_examples(runs: Sequence[RunRecord], frame: pd.DataFrame, limit: int = 24) -> list[dict[str, Any]]:
-    """Stored pictures with each method's answer at its lowest seed: picture (path), question, answers, said {method:
-    (text, score)}."""
+def collect_examples(
+    runs: Sequence[RunRecord], frame: pd.DataFrame, limit: int = 24
+) -> list[dict[str, Any]]:
+    """Stored pictures with each method's answer at its lowest seed: picture (path), question,
+    answers, said {method: (text, score)}."""
     real = frame[frame['condition'] == 'image'].sort_values('seed', kind='stable')
-    cards = [(r, c) for r in runs for c in r.cards.values() if c.get('condition') == 'image' and c.get('examples')]
+    cards = [
+        (r, c)
+        for r in runs
+        for c in r.cards.values()
+        if c.get('condition') == 'image' and c.get('examples')
+    ]
     ids = {e['id'] for _, c in cards for e in c['examples']}
-    items = {k: f.drop_duplicates('method') for k, f in real[real['id'].isin(ids)].groupby(['task', 'id'])}
+    items = {
+        k: f.drop_duplicates('method')
+        for k, f in real[real['id'].isin(ids)].groupby(['task', 'id'])
+    }
     order = {m: n for n, m in enumerate(dict.fromkeys(r.method for r in runs))}
     out: dict[tuple, dict] = {}
     for r, card in cards:
-        root = (r.folder/'results').resolve()
+        root = (r.folder / 'results').resolve()
         for e in card['examples']:
-            path, key = (root/e['file']).resolve(), (card['task'], e['id'])
-            if key in out or key not in items or not path.is_relative_to(root) or not path.exists(): continue
+            path, key = (root / e['file']).resolve(), (card['task'], e['id'])
+            if key in out or key not in items or not path.is_relative_to(root) or not path.exists():
+                continue
             f = items[key].sort_values('method', key=lambda m: m.map(order))
             row = f.iloc[0]
-            out[key] = dict(task=card['task'], picture=path, question=row['question'],
-                            question_type=row['question_type'],
-                            answers=list(row['answers']), said=dict(zip(f['method'], zip(f['prediction'], f['score']))))
+            out[key] = dict(
+                task=card['task'],
+                picture=path,
+                question=row['question'],
+                question_type=row['question_type'],
+                answers=list(row['answers']),
+                said=dict(zip(f['method'], zip(f['prediction'], f['score']))),
+            )
     return list(out.values())[:limit]
+
 
 def examples_html(examples: Sequence[Mapping[str, Any]]) -> str:
     "Cards of `collect_examples`."
     colors, cards = method_colors([m for e in examples for m in e['said']]), []
     for e in examples:
-        said = ''.join(f'<li class="{"right" if s >= .5 else "wrong"}">{dot(colors[m])}{esc(t) or "(nothing)"} '
-                       f'<small>{pretty(m)}</small></li>' for m, (t, s) in e['said'].items())
-        with Image.open(e['picture']) as im: small = ' class="small"' if max(im.size) <= 128 else ''
+        said = ''.join(
+            f'<li class="{"right" if s >= 0.5 else "wrong"}">{dot(colors[m])}'
+            f'{esc(t) or "(nothing)"} <small>{pretty(m)}</small></li>'
+            for m, (t, s) in e['said'].items()
+        )
+        with Image.open(e['picture']) as im:
+            small = ' class="small"' if max(im.size) <= 128 else ''
         truth = esc(', '.join(dict.fromkeys(map(str, e['answers']))))
-        cards.append(f'<figure class="card"><img{small} src="{data_uri(e["picture"])}" '
-                     f'alt="{esc(e["question"])}"><figcaption>'
-                     f'<p class="q">{esc(e["question"])}</p><ul>{said}</ul>'
-                     f'<p class="t">truth: <b>{truth}</b> · {pretty(e["question_type"])}</p></figcaption></figure>')
+        cards.append(
+            f'<figure class="card"><img{small} src="{data_uri(e["picture"])}" '
+            f'alt="{esc(e["question"])}"><figcaption>'
+            f'<p class="q">{esc(e["question"])}</p><ul>{said}</ul>'
+            f'<p class="t">truth: <b>{truth}</b> · '
+            f'{pretty(e["question_type"])}</p></figcaption></figure>'
+        )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else f'<p>{NOT_RECORDED}</p>'
+
 
 def manifests_html(runs: Sequence[RunRecord]) -> str:
     "Every run's state in a line that opens its whole manifest."
@@ -210,127 +341,233 @@ def manifests_html(runs: Sequence[RunRecord]) -> str:
         commit = None
         if isinstance(git, Mapping):
             commit = str(git.get('commit', ''))[:12] + (' + changes' if git.get('dirty') else '')
-        facts = dict(status=m.get('status'), reason=m.get('reason'), started=m.get('started'), code=commit,
-                     took=duration(m['seconds']) if m.get('seconds') else None)
+        facts = dict(
+            status=m.get('status'),
+            reason=m.get('reason'),
+            started=m.get('started'),
+            code=commit,
+            took=duration(m['seconds']) if m.get('seconds') else None,
+        )
         line = ' · '.join(f'{k} {esc(v)}' for k, v in facts.items() if v) or NOT_RECORDED
         bad = ' class="bad"' if m.get('status') not in (None, 'completed') else ''
-        body = f'<pre>{esc(json.dumps(m, indent=1, ensure_ascii=False))}</pre>' if m else f'<p>{NOT_RECORDED}</p>'
+        body = (
+            f'<pre>{esc(json.dumps(m, indent=1, ensure_ascii=False))}</pre>'
+            if m
+            else f'<p>{NOT_RECORDED}</p>'
+        )
         out.append(folded(f'<b>{pretty(r.label)}</b> <small{bad}>{line}</small>', body))
     missing = list(dict.fromkeys(x for r in runs for x in r.missing))
     if missing:
-        out.append('<h3>Not recorded</h3><ul class="missing">' + ''.join(f'<li>{esc(x)}</li>' for x in missing)
-                   + '</ul>')
+        out.append(
+            '<h3>Not recorded</h3><ul class="missing">'
+            + ''.join(f'<li>{esc(x)}</li>' for x in missing)
+            + '</ul>'
+        )
     return ''.join(out)
 
 # %% ../../nbs/lab/10_report.ipynb #83337b96
 class _Draw:
     "Draws figures once and keeps them for the PNG files."
-    def __init__(self): self.figures = {}
+
+    def __init__(self):
+        self.figures = {}
+
     def __call__(self, name, alt, make, *args) -> str:
         self.figures[name] = make(*args)
         return wide(to_svg(self.figures[name], name, alt))
 
+
 def _paired_section(paired, methods, control, draw) -> str:
-    if len(methods) < 2: return '<p class="none">one method only: nothing to compare</p>'
+    if len(methods) < 2:
+        return '<p class="none">one method only: nothing to compare</p>'
     left = ''.join(f'<li>not compared: {esc(x)}</li>' for x in paired.attrs['left_out'])
     main = paired[paired['b'] == control] if control in methods else paired
     out = paired_html(main) if len(main) else f'<p>{NOT_RECORDED}</p>'
     for t in main['task'].unique():
-        out += f'<h3>{pretty(t)}</h3>' + draw(f'paired-{t}', f'Paired differences on {t}', paired_figure, main, t)
-    if len(main) < len(paired): out += folded('every pair of methods', paired_html(paired))
+        out += f'<h3>{pretty(t)}</h3>' + draw(
+            f'paired-{t}', f'Paired differences on {t}', paired_figure, main, t
+        )
+    if len(main) < len(paired):
+        out += folded('every pair of methods', paired_html(paired))
     return out + (f'<ul class="missing">{left}</ul>' if left else '')
+
 
 def _freeze_section(runs) -> str:
     out = ''
     for n, m in enumerate(dict.fromkeys(r.method for r in runs)):
         r = next((r for r in runs if r.method == m and r.freeze), None)
-        inner = ''.join(f'<div><h3>{pretty(s)}</h3>{freeze_html(t)}</div>' for s,
-                        t in r.freeze.items()) if r else NOT_RECORDED
+        inner = (
+            ''.join(f'<div><h3>{pretty(s)}</h3>{freeze_html(t)}</div>' for s, t in r.freeze.items())
+            if r
+            else NOT_RECORDED
+        )
         out += folded(f'<b>{pretty(m)}</b>', f'<div class="two">{inner}</div>', shown=n < 2)
     return out
 
 # %% ../../nbs/lab/10_report.ipynb #fc9eb98d
 def _tiles(runs, methods, acc, tasks) -> list[tuple[str, str]]:
     seeds = {r.seed for r in runs if r.seed >= 0}
-    tiles = [('runs', str(len(runs))), ('methods', str(len(methods))),
-             ('seeds', str(len(seeds)) if seeds else NOT_RECORDED)]
+    tiles = [
+        ('runs', str(len(runs))),
+        ('methods', str(len(methods))),
+        ('seeds', str(len(seeds)) if seeds else NOT_RECORDED),
+    ]
     bad = [r.label for r in runs if r.manifest.get('status') not in (None, 'completed')]
-    if bad: tiles.append((f'not completed: {", ".join(bad)}', f'<span class="bad">{len(bad)}</span>'))
-    if not tasks: return tiles
+    if bad:
+        tiles.append((f'not completed: {", ".join(bad)}', f'<span class="bad">{len(bad)}</span>'))
+    if not tasks:
+        return tiles
     whole = acc[(acc['task'] == tasks[0]) & (acc['question_type'] == 'all')].sort_values('score')
-    for cond, name in (('image', f'best on {tasks[0]}'), ('blind', 'blind baseline'), ('majority', 'majority answer')):
+    for cond, name in (
+        ('image', f'best on {tasks[0]}'),
+        ('blind', 'blind baseline'),
+        ('majority', 'majority answer'),
+    ):
         part = whole[whole['condition'] == cond]
-        if len(part) and cond != 'majority': name += f': {part.iloc[-1]["method"]}'
-        tiles.append((name.replace('_', ' '), f'{100 * part["score"].iloc[-1]:.1f}%' if len(part) else NOT_RECORDED))
+        if len(part) and cond != 'majority':
+            name += f': {part.iloc[-1]["method"]}'
+        tiles.append(
+            (
+                name.replace('_', ' '),
+                f'{100 * part["score"].iloc[-1]:.1f}%' if len(part) else NOT_RECORDED,
+            )
+        )
     return tiles
 
-def write_report(run_dirs: Iterable[str | Path], out: str | Path,
-                 title: str = 'How should a language model learn to see?',
-                 baseline: str | None = None, figures: bool = True, level: float = .95) -> Path:
-    """Report over `run_dirs` (one folder per method and seed) at `out` (an .html file, or a folder for `report.html`);
-    returns its path. `baseline`: the method others are compared with (default: `llava` if it is there); all pairs are
-    folded away below. `figures`: also write PNG files to `figures/` beside the page. Raises ValueError for no runs or
-    two runs of one method and seed; a run with missing pieces is reported, each hole shown as not recorded."""
+
+def write_report(
+    run_dirs: Iterable[str | Path],
+    out: str | Path,
+    title: str = 'How should a language model learn to see?',
+    baseline: str | None = None,
+    figures: bool = True,
+    level: float = 0.95,
+) -> Path:
+    """Report over `run_dirs` (one folder per method and seed) at `out` (an .html file, or a folder
+    for `report.html`); returns its path. `baseline`: the method others are compared with (default:
+    `llava` if it is there); all pairs are folded away below. `figures`: also write PNG files to
+    `figures/` beside the page. Raises ValueError for no runs or two runs of one method and seed; a
+    run with missing pieces is reported, each hole shown as not recorded."""
     runs = [read_run(r) for r in dict.fromkeys(map(Path, run_dirs))]
-    if not runs: raise ValueError('no run folders given: pass the folders that hold manifest.json')
+    if not runs:
+        raise ValueError('no run folders given: pass the folders that hold manifest.json')
     known = list(METHOD_COLORS)
     runs.sort(key=lambda r: (known.index(r.method) if r.method in known else 99, r.method, r.seed))
     methods = list(dict.fromkeys(r.method for r in runs))
-    out = Path(out) if Path(out).suffix == '.html' else Path(out)/'report.html'
+    out = Path(out) if Path(out).suffix == '.html' else Path(out) / 'report.html'
     out.parent.mkdir(parents=True, exist_ok=True)
     frame = load_results([r.folder for r in runs])
     acc, blindfold, draw, sections = accuracy_table(frame, level), text_tasks(frame), _Draw(), []
     tasks = [t for t in frame['task'].unique() if t not in blindfold]
     order = {t: n for n, t in enumerate([*tasks, *blindfold])}
-    paired = paired_table(frame.sort_values('task', key=lambda t: t.map(order), kind='stable'), level)
+    paired = paired_table(
+        frame.sort_values('task', key=lambda t: t.map(order), kind='stable'), level
+    )
 
     for t in tasks:
         mine = frame[frame['task'] == t]
         content = accuracy_html(acc, t)
         if (mine['condition'] == 'image').any():
-            content += draw(f'accuracy-{t}', f'Accuracy by question type on {t}', accuracy_figure, acc, t)
+            content += draw(
+                f'accuracy-{t}', f'Accuracy by question type on {t}', accuracy_figure, acc, t
+            )
         scorers = esc(', '.join(mine['scorer'].unique()))
-        note = (f'Percent, with {100 * level:.0f}% intervals over pictures (and seeds, where there are several); '
-                f'{mine["id"].nunique():,} questions, scored by {scorers}. Best method per column in bold.')
-        if 2 <= mine['seed'].nunique() <= 4: note += ' Few seeds say little about the spread between seeds: that widens intervals.'
+        note = (
+            f'Percent, with {100 * level:.0f}% intervals over pictures (and seeds, where there are '
+            'several); '
+            f'{mine["id"].nunique():,} questions, scored by {scorers}. Best method per column in '
+            'bold.'
+        )
+        if 2 <= mine['seed'].nunique() <= 4:
+            note += ' Few seeds say little about the spread between seeds: that widens intervals.'
         sections.append((f'task-{t}', f'Accuracy: {t.replace("_", " ")}', note, content))
-    if not tasks: sections.append(('accuracy', 'Accuracy', '', f'<p>{NOT_RECORDED}</p>'))
-    kept = [[f'{pretty(r.method)} <small>{pretty(r.task)}</small>', percent(r.before), percent(r.after),
-             percent(r.retention)]
-            for r in retention_table(acc, blindfold).itertuples()]
-    text = html_table(['', 'before', 'after', 'retention'], kept) if kept else f'<p>{NOT_RECORDED}</p>'
-    text += ''.join(folded(f'{pretty(t)} by question type', accuracy_html(acc, t, False)) for t in blindfold)
-    curves = {(r.method, r.seed, s): m for r in runs for s, m in r.metrics.items() if 'loss' in m and len(m)}
-    loss = draw('loss', 'Training loss by stage', loss_figure, curves) if curves else f'<p>{NOT_RECORDED}</p>'
+    if not tasks:
+        sections.append(('accuracy', 'Accuracy', '', f'<p>{NOT_RECORDED}</p>'))
+    kept = [
+        [
+            f'{pretty(r.method)} <small>{pretty(r.task)}</small>',
+            percent(r.before),
+            percent(r.after),
+            percent(r.retention),
+        ]
+        for r in retention_table(acc, blindfold).itertuples()
+    ]
+    text = (
+        html_table(['', 'before', 'after', 'retention'], kept) if kept else f'<p>{NOT_RECORDED}</p>'
+    )
+    text += ''.join(
+        folded(f'{pretty(t)} by question type', accuracy_html(acc, t, False)) for t in blindfold
+    )
+    curves = {
+        (r.method, r.seed, s): m
+        for r in runs
+        for s, m in r.metrics.items()
+        if 'loss' in m and len(m)
+    }
+    loss = (
+        draw('loss', 'Training loss by stage', loss_figure, curves)
+        if curves
+        else f'<p>{NOT_RECORDED}</p>'
+    )
     examples = collect_examples(runs, frame)
     sections += [
-        ('text', 'Text retention',
-         'Percent of text-only questions answered right before and after learning to see, and their ratio.', text),
-        ('paired', 'Paired comparisons',
-         'Differences on identical questions; p-values of all comparisons corrected together (Holm). '
-         '<i>Detectable</i>: the smallest true difference this comparison would find four times out of five.',
-         _paired_section(paired, methods, baseline or 'llava', draw)),
+        (
+            'text',
+            'Text retention',
+            'Percent of text-only questions answered right before and after learning to see, and '
+            'their ratio.',
+            text,
+        ),
+        (
+            'paired',
+            'Paired comparisons',
+            'Differences on identical questions; p-values of all comparisons corrected together '
+            '(Holm). '
+            '<i>Detectable</i>: the smallest true difference this comparison would find four times '
+            'out of five.',
+            _paired_section(paired, methods, baseline or 'llava', draw),
+        ),
         ('loss', 'Training loss', '', loss),
-        ('examples', 'Examples', 'Right and wrong answers of every question type in turn.', examples_html(examples)),
+        (
+            'examples',
+            'Examples',
+            'Right and wrong answers of every question type in turn.',
+            examples_html(examples),
+        ),
         ('freeze', 'What trains', 'Parameters per module group and stage.', _freeze_section(runs)),
-        ('speed', 'Speed and memory', 'Medians over each stage without its first tenth of steps, averaged over seeds.',
-         speed_html(runs)),
-        ('runs', 'Runs', '', manifests_html(runs))]
+        (
+            'speed',
+            'Speed and memory',
+            'Medians over each stage without its first tenth of steps, averaged over seeds.',
+            speed_html(runs),
+        ),
+        ('runs', 'Runs', '', manifests_html(runs)),
+    ]
 
     now = datetime.datetime.now().astimezone()
     foot = f'Written {now:%Y-%m-%d %H:%M %Z} by vlmbench from {len(runs)} run folder(s).'
-    page = html_page(title, ' · '.join(map(pretty, methods)), _tiles(runs, methods, acc, tasks), sections, foot)
+    page = html_page(
+        title, ' · '.join(map(pretty, methods)), _tiles(runs, methods, acc, tasks), sections, foot
+    )
     tmp = out.with_suffix('.html.tmp')
     tmp.write_text(page, encoding='utf8')
     tmp.replace(out)
-    if figures: _save_figures(draw.figures, runs, examples, out.parent/'figures')
+    if figures:
+        _save_figures(draw.figures, runs, examples, out.parent / 'figures')
     return out
+
 
 def _save_figures(figures: dict, runs, examples, folder: Path) -> None:
     if examples:
-        flat = [dict(e, prediction=t, score=s) for e in examples[:12] for t, s in [next(iter(e['said'].values()))]]
+        flat = [
+            dict(e, prediction=t, score=s)
+            for e in examples[:12]
+            for t, s in [next(iter(e['said'].values()))]
+        ]
         figures['examples'] = examples_figure(flat)
     first = {r.method: r for r in runs[::-1]}.values()
     tables = {f'{r.method}, {s}'.replace('_', ' '): t for r in first for s, t in r.freeze.items()}
-    if any(map(len, tables.values())): figures['freeze'] = freeze_figure(tables)
-    for name, fig in figures.items(): save_png(fig, folder/f'{name}.png')
+    if any(map(len, tables.values())):
+        figures['freeze'] = freeze_figure(tables)
+    for name, fig in figures.items():
+        save_png(fig, folder / f'{name}.png')

@@ -15,280 +15,480 @@ from dataclasses import replace
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from ..data.image import ImageTransform, mean_color, to_rgb
 from ..distill.align import PatchAligner, grid_ratio
 from .llava import recipe as control
 from .recipes import Method, base_model, model_config, tied_embeddings
 from ..models.vision import build_front_end, front_end_class, tower_config
-from ..models.vlm import VLMForConditionalGeneration, assemble, build_vlm, load_tower, tower_transform
+from vlmbench.models.vlm import (
+    VLMForConditionalGeneration,
+    assemble,
+    build_vlm,
+    load_tower,
+    tower_transform,
+)
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full
 
 # %% ../../nbs/methods/20_eve.ipynb #4f7b6c74
 _SETTINGS = dict(
-    tiny=dict(eve=(64, dict(channels=96, patch_stride=4)), eve_v2=(64, dict(channels=96, patch_stride=4)), tokens=512,
-              prealign=(2e-3, .03, 8), pretrain=(1e-3, .01, 8), finetune=(1e-3, .01, 8), finetune_hd=(1e-3, .01, 8)),
-    small=dict(eve=(224, dict(channels=768, patch_stride=8)), eve_v2=(224, dict(channels=768, patch_stride=8)),
-               tokens=2048,
-               prealign=(4e-4, .03, 8), pretrain=(4e-5, .01, 8), finetune=(2e-5, .01, 8), finetune_hd=(2e-5, .01, 8)),
-    paper=dict(eve=(672, dict(channels=1024, patch_stride=14)), eve_v2=(800, dict(channels=1024, patch_stride=16)),
-               tokens=2648, prealign=(4e-4, .03, 16), pretrain=(4e-5, .01, 16), finetune=(2e-5, .01, 4),
-               finetune_hd=(2e-5, .01, 2)))
-_PAPER = dict(prealign=dict(steps=31_250, global_rows=512), pretrain=dict(steps=64_453, global_rows=512),
-              finetune=dict(steps=5_196, global_rows=128, grouping='modality'),
-              finetune_hd=dict(steps=14_060, global_rows=128, grouping='modality',
-                               max_tokens=4096 + 2352))                             # text and the largest picture
+    tiny=dict(
+        eve=(64, dict(channels=96, patch_stride=4)),
+        eve_v2=(64, dict(channels=96, patch_stride=4)),
+        tokens=512,
+        prealign=(2e-3, 0.03, 8),
+        pretrain=(1e-3, 0.01, 8),
+        finetune=(1e-3, 0.01, 8),
+        finetune_hd=(1e-3, 0.01, 8),
+    ),
+    small=dict(
+        eve=(224, dict(channels=768, patch_stride=8)),
+        eve_v2=(224, dict(channels=768, patch_stride=8)),
+        tokens=2048,
+        prealign=(4e-4, 0.03, 8),
+        pretrain=(4e-5, 0.01, 8),
+        finetune=(2e-5, 0.01, 8),
+        finetune_hd=(2e-5, 0.01, 8),
+    ),
+    paper=dict(
+        eve=(672, dict(channels=1024, patch_stride=14)),
+        eve_v2=(800, dict(channels=1024, patch_stride=16)),
+        tokens=2648,
+        prealign=(4e-4, 0.03, 16),
+        pretrain=(4e-5, 0.01, 16),
+        finetune=(2e-5, 0.01, 4),
+        finetune_hd=(2e-5, 0.01, 2),
+    ),
+)
+_PAPER = dict(
+    prealign=dict(steps=31_250, global_rows=512),
+    pretrain=dict(steps=64_453, global_rows=512),
+    finetune=dict(steps=5_196, global_rows=128, grouping='modality'),
+    finetune_hd=dict(steps=14_060, global_rows=128, grouping='modality', max_tokens=4096 + 2352),
+)  # text and the largest picture
 PATCHES = ('eve', 'eve_v2')
 
+
 def _settings(scale: Scale) -> dict:
-    "A scale's own settings; of another one by its size, with the teacher's patch where the strides miss its grid."
-    if scale.name in _SETTINGS: return _SETTINGS[scale.name]
+    """A scale's own settings; of another one by its size, with the teacher's patch where the
+    strides miss its grid."""
+    if scale.name in _SETTINGS:
+        return _SETTINGS[scale.name]
     s = _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
     s = s | {k: (scale.image_size, s[k][1]) for k in PATCHES}
-    tower, front = tower_config(model_config(scale, 'vision')), front_end_class(dict(type='eve')).defaults | s['eve'][1]
-    try: grid_ratio(scale.image_size, _stride(front), tower)
-    except ValueError: s['eve'] = 2 * tower.image_size, s['eve'][1] | dict(patch_stride=tower.patch_size)
+    tower, front = (
+        tower_config(model_config(scale, 'vision')),
+        front_end_class(dict(type='eve')).defaults | s['eve'][1],
+    )
+    try:
+        grid_ratio(scale.image_size, _stride(front), tower)
+    except ValueError:
+        s['eve'] = 2 * tower.image_size, s['eve'][1] | dict(patch_stride=tower.patch_size)
     return s
 
-def recipe(scale: Scale, prealign: bool = True, align: bool = True, hd: bool = False, patches: str = 'eve',
-           canvas: int | None = None) -> Recipe:
-    """EVE's three stages at `scale`. `prealign=False`: no first stage, its captions go to the second. `align=False`: no
-    aligner, so no teacher. `hd`: the last stage at twice the canvas. `patches`: the front end, one of `PATCHES`.
-    `canvas`: long side of the pictures in px (None: the scale's).
+
+def recipe(
+    scale: Scale,
+    prealign: bool = True,
+    align: bool = True,
+    hd: bool = False,
+    patches: str = 'eve',
+    canvas: int | None = None,
+) -> Recipe:
+    """EVE's three stages at `scale`. `prealign=False`: no first stage, its captions go to the
+    second. `align=False`: no aligner, so no teacher. `hd`: the last stage at twice the canvas.
+    `patches`: the front end, one of `PATCHES`. `canvas`: long side of the pictures in px (None: the
+    scale's).
 
     Raises RecipeError for options that cannot run."""
     for name, value in dict(prealign=prealign, align=align, hd=hd).items():
-        if not isinstance(value, bool): raise RecipeError(f'eve: {name} must be True or False, got {value!r}')
-    if patches not in PATCHES: raise RecipeError(f'eve: patches must be one of {PATCHES}, got {patches!r}')
-    if patches == 'eve_v2' and align: raise RecipeError('eve: patches=eve_v2 has no aligner: set align=False as well')
-    if canvas is not None and (isinstance(canvas, bool) or not isinstance(canvas, int) or canvas < 1):
+        if not isinstance(value, bool):
+            raise RecipeError(f'eve: {name} must be True or False, got {value!r}')
+    if patches not in PATCHES:
+        raise RecipeError(f'eve: patches must be one of {PATCHES}, got {patches!r}')
+    if patches == 'eve_v2' and align:
+        raise RecipeError('eve: patches=eve_v2 has no aligner: set align=False as well')
+    if canvas is not None and (
+        isinstance(canvas, bool) or not isinstance(canvas, int) or canvas < 1
+    ):
         raise RecipeError(f'eve: canvas must be a whole number of px above 0, got {canvas!r}')
     s, paper = _settings(scale), scale.name == 'paper'
     (side, front), last = s[patches], 'finetune_hd' if hd else 'finetune'
     front = dict(type=patches, **front)
     plain = 'llava_plain' if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else scale.template
     shape = dict(losses=('align',) if align else ())
-    if paper: shape |= dict(packing=False, clip=None, gradient_checkpointing=True, too_long='truncate')
+    if paper:
+        shape |= dict(packing=False, clip=None, gradient_checkpointing=True, too_long='truncate')
     new = dict(vision=full(), projector=full())
     every = new | dict(embed=full(), layers=full(), norm=full())
-    if not tied_embeddings(scale): every |= dict(lm_head=full())
+    if not tied_embeddings(scale):
+        every |= dict(lm_head=full())
     captions, questions = (stage.budget_targets for stage in control(scale).stages)
     first = captions // 2 if prealign else 0
     budget = {'prealign': first, 'pretrain': captions - first, last: questions}
+
     def stage(name, trains, data, template):
         lr, warm, rows = s[name]
-        bound = dict(max_tokens=s['tokens']) | (_PAPER[name] if paper else dict(budget_targets=budget[name]))
-        return Stage(name, trains, data, lr, template=template, warmup_ratio=warm, batch_rows=rows, **bound, **shape)
-    stages = (stage('prealign', new, 'caption_train', plain),) if prealign else ()
-    stages += (stage('pretrain', every, 'caption_train', plain),
-               stage(last, every, 'vqa_train*9+text_train*1', scale.template))
-    return Recipe('eve', stages, front, 'EVE, sections 3 and 4.1' if patches == 'eve' else 'EVEv2, patch embedding',
-                  notes='encoder-free; frozen encoder as teacher in training' if align else 'encoder-free',
-                  canvas=canvas or side)
+        bound = dict(max_tokens=s['tokens']) | (
+            _PAPER[name] if paper else dict(budget_targets=budget[name])
+        )
+        return Stage(
+            name,
+            trains,
+            data,
+            lr,
+            template=template,
+            warmup_ratio=warm,
+            batch_rows=rows,
+            **bound,
+            **shape,
+        )
 
-def _canvas(recipe: Recipe, scale: Scale) -> int: return recipe.canvas or _settings(scale)[recipe.front_end['type']][0]
+    stages = (stage('prealign', new, 'caption_train', plain),) if prealign else ()
+    stages += (
+        stage('pretrain', every, 'caption_train', plain),
+        stage(last, every, 'vqa_train*9+text_train*1', scale.template),
+    )
+    return Recipe(
+        'eve',
+        stages,
+        front,
+        'EVE, sections 3 and 4.1' if patches == 'eve' else 'EVEv2, patch embedding',
+        notes='encoder-free; frozen encoder as teacher in training' if align else 'encoder-free',
+        canvas=canvas or side,
+    )
+
+
+def _canvas(recipe: Recipe, scale: Scale) -> int:
+    return recipe.canvas or _settings(scale)[recipe.front_end['type']][0]
+
 
 def picture(recipe: Recipe, scale: Scale, stage: Stage) -> tuple[int, int]:
-    "Height and width in px of the largest picture of `stage`: the square canvas, twice as wide in `finetune_hd`."
+    """Height and width in px of the largest picture of `stage`: the square canvas, twice as wide in
+    `finetune_hd`."""
     return (_canvas(recipe, scale) * (2 if stage.name == 'finetune_hd' else 1),) * 2
 
-def _stride(front: Mapping) -> int: return front['patch_stride'] * front['conv_stride']
+
+def _stride(front: Mapping) -> int:
+    return front['patch_stride'] * front['conv_stride']
 
 # %% ../../nbs/methods/20_eve.ipynb #d66c5822
-def transform_of(canvas: int, multiple: int, mean=None, std=None, mode: str = 'any_aspect') -> ImageTransform:
-    """Long side to `canvas` px, aspect ratio kept, the short side rounded up to `multiple` px; mode 'area': the area of
-    the square of `canvas` px, both sides rounded up. Raises RecipeError when it does not divide."""
+def transform_of(
+    canvas: int, multiple: int, mean=None, std=None, mode: str = 'any_aspect'
+) -> ImageTransform:
+    """Long side to `canvas` px, aspect ratio kept, the short side rounded up to `multiple` px; mode
+    'area': the area of the square of `canvas` px, both sides rounded up. Raises RecipeError when it
+    does not divide."""
     if canvas % multiple:
-        raise RecipeError(f'eve: a canvas of {canvas} px is no multiple of {multiple} px (patch_stride x conv_stride)')
+        raise RecipeError(
+            f'eve: a canvas of {canvas} px is no multiple of {multiple} px (patch_stride x '
+            'conv_stride)'
+        )
     more = {} if mean is None else dict(mean=tuple(mean), std=tuple(std))
     return ImageTransform(mode, canvas, patch=multiple, multiple=multiple, **more)
 
-def _aligned(stages) -> bool: return any(name == 'align' for s in stages for name, _ in s.losses)
+
+def _aligned(stages) -> bool:
+    return any(name == 'align' for s in stages for name, _ in s.losses)
+
 
 def _ratio(canvas: int, front: Mapping, teacher) -> int:
-    try: return grid_ratio(canvas, _stride(front), teacher)
-    except ValueError as e: raise RecipeError(f'eve: {e}') from None
+    try:
+        return grid_ratio(canvas, _stride(front), teacher)
+    except ValueError as e:
+        raise RecipeError(f'eve: {e}') from None
+
 
 def build(recipe: Recipe, scale: Scale, seed: int = 0):
     "`(model, processor)`: the scale's language model behind a new patch embedding layer."
     front = front_end_class(recipe.front_end).resolve(dict(recipe.front_end))
     canvas, step, norm = _canvas(recipe, scale), _stride(front), {}
-    if _aligned(recipe.stages): step *= _ratio(canvas, front, model_config(scale, 'vision'))
+    if _aligned(recipe.stages):
+        step *= _ratio(canvas, front, model_config(scale, 'vision'))
     if not scale.vision.startswith('openai/'):
-        t = tower_transform(base_model(scale.vision), AutoConfig.from_pretrained(base_model(scale.vision)))
+        t = tower_transform(
+            base_model(scale.vision), AutoConfig.from_pretrained(base_model(scale.vision))
+        )
         norm = dict(mean=t.mean, std=t.std)
     mode = 'any_aspect' if front['type'] == 'eve' else 'area'
-    model, processor = build_vlm(base_model(scale.llm), None, front, template=scale.template, seed=seed,
-                                 transform=transform_of(canvas, step, mode=mode, **norm),
-                                 dtype=getattr(torch, scale.dtype),
-                                 bidirectional_images=recipe.bidirectional_images)
+    model, processor = build_vlm(
+        base_model(scale.llm),
+        None,
+        front,
+        template=scale.template,
+        seed=seed,
+        transform=transform_of(canvas, step, mode=mode, **norm),
+        dtype=getattr(torch, scale.dtype),
+        bidirectional_images=recipe.bidirectional_images,
+    )
     model.loss_seed = seed
     return model, processor
 
+
 def make_aligner(model, processor, scale: Scale, seed: int = 0) -> PatchAligner:
     "A new aligner on the scale's vision tower, for pictures as `processor` makes them."
-    where, text, front = base_model(scale.vision), model.config.text_config, model.config.vision_config
+    where, text, front = (
+        base_model(scale.vision),
+        model.config.text_config,
+        model.config.vision_config,
+    )
     teacher = load_tower(where)
     ratio = _ratio(processor.transform.size, front, teacher.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PatchAligner(text.hidden_size, text.num_hidden_layers, teacher, model.config.image_token_id,
-                            _stride(front),
-                            ratio, processor.transform, tower_transform(where, teacher.config))
+        return PatchAligner(
+            text.hidden_size,
+            text.num_hidden_layers,
+            teacher,
+            model.config.image_token_id,
+            _stride(front),
+            ratio,
+            processor.transform,
+            tower_transform(where, teacher.config),
+        )
+
 
 def losses(model, processor, stage: Stage, scale: Scale) -> dict[str, PatchAligner]:
     "The stage's loss terms: one aligner for all stages of a model."
-    if not _aligned([stage]): return {}
+    if not _aligned([stage]):
+        return {}
     if not hasattr(model, 'loss_terms'):
-        model.loss_terms = dict(align=make_aligner(model, processor, scale, getattr(model, 'loss_seed', 0)))
+        model.loss_terms = dict(
+            align=make_aligner(model, processor, scale, getattr(model, 'loss_seed', 0))
+        )
     term, front = model.loss_terms['align'], model.config.vision_config
-    term.student, term.ratio = processor.transform, _ratio(processor.transform.size, front, term.teacher.config)
+    term.student, term.ratio = (
+        processor.transform,
+        _ratio(processor.transform.size, front, term.teacher.config),
+    )
     processor.teacher_view = term.own_view()
     return model.loss_terms
+
 
 def before_stage(model, processor, stage: Stage, scale: Scale) -> tuple:
     "Doubles the canvas for `finetune_hd`."
     if stage.name == 'finetune_hd':
         processor, t = copy(processor), processor.transform
-        processor.transform = replace(t, size=2 * t.size, patch=2 * t.patch, multiple=2 * t.multiple)
+        processor.transform = replace(
+            t, size=2 * t.size, patch=2 * t.patch, multiple=2 * t.multiple
+        )
     return model, processor
+
 
 def after_stage(model, processor, stage: Stage, scale: Scale) -> tuple:
     "Nothing looks at the teacher's view any more."
     processor.teacher_view = None
     return model, processor
 
-METHOD = Method(recipe, build=build, losses=losses, before_stage=before_stage, after_stage=after_stage, picture=picture)
+
+METHOD = Method(
+    recipe,
+    build=build,
+    losses=losses,
+    before_stage=before_stage,
+    after_stage=after_stage,
+    picture=picture,
+)
 
 # %% ../../nbs/methods/20_eve.ipynb #55de4b52
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     "Pillow 13's bicubic resize, whatever the version."
     down, across = image.height - height, image.width - width
-    if down > max(0, 2 * across): image = image.resize((image.width, height))
-    else: image = image.resize((width, image.height))
+    if down > max(0, 2 * across):
+        image = image.resize((image.width, height))
+    else:
+        image = image.resize((width, image.height))
     return image.resize((width, height))
 
-def canvas(image: Image.Image, size: int, teacher: int = 336, patch: int = 14,
-           mean=None) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """The square picture of `size` px as the original makes it, and the box (left, top, right, bottom) that holds the
-    image."""
+
+def canvas(
+    image: Image.Image, size: int, teacher: int = 336, patch: int = 14, mean=None
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """The square picture of `size` px as the original makes it, and the box (left, top, right,
+    bottom) that holds the image."""
     if size % teacher or teacher % patch:
-        raise ValueError(f'canvas {size} must be a multiple of teacher {teacher}, that of patch {patch}')
+        raise ValueError(
+            f'canvas {size} must be a multiple of teacher {teacher}, that of patch {patch}'
+        )
     image, mean = to_rgb(image), mean or ImageTransform().mean
     (w, h), r = image.size, size // teacher
     long, short = (w, h) if w > h else (h, w)
     n = -int(-(teacher * short / long / patch) // 1)
     before, inside = (teacher // patch - n) // 2 * patch * r, n * patch * r
     image = _resize(image, *((size, inside) if w > h else (inside, size)))
-    if inside == size: return image, (0, 0, size, size)
-    out, at = Image.new('RGB', (size, size), mean_color(mean)), (0, before) if w > h else (before, 0)
+    if inside == size:
+        return image, (0, 0, size, size)
+    out, at = (
+        Image.new('RGB', (size, size), mean_color(mean)),
+        (0, before) if w > h else (before, 0),
+    )
     out.paste(image, at)
     return out, (*at, at[0] + image.width, at[1] + image.height)
 
-def uncanvas(pixels: torch.Tensor, patch_stride: int, conv_stride: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[images, 4, S, S]` with the mask last -> `pixel_values` `[images, 3, S, S]`, `image_sizes` `[images, 2]`. Of an
-    empty canvas: as many whole windows of `conv_stride` patches as 16 patches a side hold, from its corner."""
+
+def uncanvas(
+    pixels: torch.Tensor, patch_stride: int, conv_stride: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[images, 4, S, S]` with the mask last -> `pixel_values` `[images, 3, S, S]`, `image_sizes`
+    `[images, 2]`. Of an empty canvas: as many whole windows of `conv_stride` patches as 16 patches
+    a side hold, from its corner."""
     out, sizes, window = torch.zeros_like(pixels[:, :3]), [], patch_stride * conv_stride
     for x, o in zip(pixels, out):
         on = x[3] > 0
         rows, cols = on.any(1).nonzero()[:, 0], on.any(0).nonzero()[:, 0]
-        box = (0, 0, *(min(16 * patch_stride, n) // window * window for n in on.shape)) if not len(rows) else \
-            map(int, (rows[0], cols[0], rows[-1] + 1, cols[-1] + 1))
+        box = (
+            (0, 0, *(min(16 * patch_stride, n) // window * window for n in on.shape))
+            if not len(rows)
+            else map(int, (rows[0], cols[0], rows[-1] + 1, cols[-1] + 1))
+        )
         top, left, bottom, right = box
-        o[:, :bottom - top, :right - left] = x[:3, top:bottom, left:right]
+        o[:, : bottom - top, : right - left] = x[:3, top:bottom, left:right]
         sizes.append((bottom - top, right - left))
     return out, torch.tensor(sizes)
 
 # %% ../../nbs/methods/20_eve.ipynb #4f20b0fb
-_NAMES = [(r'vision_tower\.(local|global)_attention\.q\.0\.', r'vision.\1_attention.q_norm.'),
-          (r'vision_tower\.(local|global)_attention\.q\.1\.', r'vision.\1_attention.q_proj.'),
-          (r'vision_tower\.(local|global)_attention\.kv\.0\.', r'vision.\1_attention.kv_norm.'),
-          (r'vision_tower\.(local|global)_attention\.kv\.1\.', r'vision.\1_attention.kv_proj.'),
-          (r'vision_tower\.(local|global)_attention\.proj\.', r'vision.\1_attention.out_proj.'),
-          (r'vision_tower\.', r'vision.'), (r'mm_projector\.(weight|bias)$', r'vision.projector.mlp.0.\1'),
-          (r'mm_projector\.', r'vision.projector.mlp.'),
-          (r'vision_tower_compressor\.norm_layer\.(\d+)\.0\.', r'align.norms.\1.'),
-          (r'vision_tower_compressor\.norm_layer\.(\d+)\.1\.', r'align.projections.\1.'),
-          (r'vision_tower_compressor\.', r'align.'),
-          (r'vision_clip\.backbone\.(?:vision_model\.)?', r'align.teacher.'),
-          (r'(embed_tokens|layers|norm)\.', r'language_model.\1.')]
+_NAMES = [
+    (r'vision_tower\.(local|global)_attention\.q\.0\.', r'vision.\1_attention.q_norm.'),
+    (r'vision_tower\.(local|global)_attention\.q\.1\.', r'vision.\1_attention.q_proj.'),
+    (r'vision_tower\.(local|global)_attention\.kv\.0\.', r'vision.\1_attention.kv_norm.'),
+    (r'vision_tower\.(local|global)_attention\.kv\.1\.', r'vision.\1_attention.kv_proj.'),
+    (r'vision_tower\.(local|global)_attention\.proj\.', r'vision.\1_attention.out_proj.'),
+    (r'vision_tower\.', r'vision.'),
+    (r'mm_projector\.(weight|bias)$', r'vision.projector.mlp.0.\1'),
+    (r'mm_projector\.', r'vision.projector.mlp.'),
+    (r'vision_tower_compressor\.norm_layer\.(\d+)\.0\.', r'align.norms.\1.'),
+    (r'vision_tower_compressor\.norm_layer\.(\d+)\.1\.', r'align.projections.\1.'),
+    (r'vision_tower_compressor\.', r'align.'),
+    (r'vision_clip\.backbone\.(?:vision_model\.)?', r'align.teacher.'),
+    (r'(embed_tokens|layers|norm)\.', r'language_model.\1.'),
+]
 _IGNORED = re.compile(r'rotary_emb\.inv_freq$|position_ids$|vision_tower_compressor\.clip_layer\.')
 
+
 def from_reference_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Original names -> ours: `model.*` and `lm_head.*` of the model, `align.*` of the aligner and its teacher.
-    Non-parameters and the teacher's second copy are left out. Raises ValueError naming a tensor it does not know."""
+    """Original names -> ours: `model.*` and `lm_head.*` of the model, `align.*` of the aligner and
+    its teacher. Non-parameters and the teacher's second copy are left out. Raises ValueError naming
+    a tensor it does not know."""
     out = {}
     for name, value in state.items():
-        if _IGNORED.search(name): continue
+        if _IGNORED.search(name):
+            continue
         short = name.removeprefix('model.')
         new = next((re.sub('^' + a, b, short) for a, b in _NAMES if re.match(a, short)), None)
-        if new is None and not name.startswith('lm_head.'): raise ValueError(f'from_reference: unknown tensor {name}')
+        if new is None and not name.startswith('lm_head.'):
+            raise ValueError(f'from_reference: unknown tensor {name}')
         out[name if new is None else new if new.startswith('align.') else 'model.' + new] = value
     return out
 
-_BACK = [(r'model\.vision\.(local|global)_attention\.q_norm\.', r'model.vision_tower.\1_attention.q.0.'),
-         (r'model\.vision\.(local|global)_attention\.q_proj\.', r'model.vision_tower.\1_attention.q.1.'),
-         (r'model\.vision\.(local|global)_attention\.kv_norm\.', r'model.vision_tower.\1_attention.kv.0.'),
-         (r'model\.vision\.(local|global)_attention\.kv_proj\.', r'model.vision_tower.\1_attention.kv.1.'),
-         (r'model\.vision\.(local|global)_attention\.out_proj\.', r'model.vision_tower.\1_attention.proj.'),
-         (r'model\.vision\.projector\.mlp\.', 'model.mm_projector.'), (r'model\.vision\.', 'model.vision_tower.'),
-         (r'align\.norms\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.0.'),
-         (r'align\.projections\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.1.'),
-         (r'align\.teacher\.', 'model.vision_clip.backbone.vision_model.'),
-         (r'align\.', 'model.vision_tower_compressor.'),
-         (r'model\.language_model\.', 'model.')]
+
+_BACK = [
+    (r'model\.vision\.(local|global)_attention\.q_norm\.', r'model.vision_tower.\1_attention.q.0.'),
+    (r'model\.vision\.(local|global)_attention\.q_proj\.', r'model.vision_tower.\1_attention.q.1.'),
+    (
+        r'model\.vision\.(local|global)_attention\.kv_norm\.',
+        r'model.vision_tower.\1_attention.kv.0.',
+    ),
+    (
+        r'model\.vision\.(local|global)_attention\.kv_proj\.',
+        r'model.vision_tower.\1_attention.kv.1.',
+    ),
+    (
+        r'model\.vision\.(local|global)_attention\.out_proj\.',
+        r'model.vision_tower.\1_attention.proj.',
+    ),
+    (r'model\.vision\.projector\.mlp\.', 'model.mm_projector.'),
+    (r'model\.vision\.', 'model.vision_tower.'),
+    (r'align\.norms\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.0.'),
+    (r'align\.projections\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.1.'),
+    (r'align\.teacher\.', 'model.vision_clip.backbone.vision_model.'),
+    (r'align\.', 'model.vision_tower_compressor.'),
+    (r'model\.language_model\.', 'model.'),
+]
+
 
 def to_reference_names(name: str) -> str:
     "The original's name of one of our parameters (the aligner's under `align.`)."
     return next((re.sub('^' + a, b, name) for a, b in _BACK if re.match(a, name)), name)
 
+
 def to_reference(model: VLMForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The model's (and its aligner's, when there is one) tensors under the original's names; a head tied to the
-    embedding is left out, as in every safetensors file."""
+    """The model's (and its aligner's, when there is one) tensors under the original's names; a head
+    tied to the embedding is left out, as in every safetensors file."""
     state, front = dict(model.state_dict()), model.config.vision_config
-    if model.lm_head.weight is model.get_input_embeddings().weight: del state['lm_head.weight']
+    if model.lm_head.weight is model.get_input_embeddings().weight:
+        del state['lm_head.weight']
     if 'align' in getattr(model, 'loss_terms', {}):
-        state |= {f'align.{k}': v for k, v in model.loss_terms['align'].state_dict().items()
-                  if not k.endswith('position_ids')}
+        state |= {
+            f'align.{k}': v
+            for k, v in model.loss_terms['align'].state_dict().items()
+            if not k.endswith('position_ids')
+        }
     out = {to_reference_names(k): v for k, v in state.items()}
-    if front['projector'] != 'linear': return out
+    if front['projector'] != 'linear':
+        return out
     return {k.replace('mm_projector.0.', 'mm_projector.'): v for k, v in out.items()}
 
-def from_reference(state_dict: Mapping[str, torch.Tensor], spec: Mapping) -> VLMForConditionalGeneration:
-    """The model of an original checkpoint, float32; with the aligner in `model.loss_terms` when the checkpoint and
-    `spec` have the teacher.
 
-    `spec`: `config` (Llama settings), `front_end` (settings of `PatchFrontEnd`), `image_token_id` (a token the text
-    does not use: the original marks images with -200), and for the aligner `teacher` (CLIP vision settings), `canvas`
-    (px of the student's square). A head tied to the embedding may be missing. Raises ValueError naming missing, unknown
-    or contradicting tensors."""
+def from_reference(
+    state_dict: Mapping[str, torch.Tensor], spec: Mapping
+) -> VLMForConditionalGeneration:
+    """The model of an original checkpoint, float32; with the aligner in `model.loss_terms` when the
+    checkpoint and `spec` have the teacher.
+
+    `spec`: `config` (Llama settings), `front_end` (settings of `PatchFrontEnd`), `image_token_id`
+    (a token the text does not use: the original marks images with -200), and for the aligner
+    `teacher` (CLIP vision settings), `canvas` (px of the student's square). A head tied to the
+    embedding may be missing. Raises ValueError naming missing, unknown or contradicting tensors."""
     state = {k: v.float() for k, v in from_reference_names(state_dict).items()}
     llm = LlamaForCausalLM(LlamaConfig(**spec['config'])).float()
     if not 0 <= spec['image_token_id'] < llm.config.vocab_size:
-        raise ValueError(f"image_token_id {spec['image_token_id']} is not in the vocabulary")
+        raise ValueError(f'image_token_id {spec["image_token_id"]} is not in the vocabulary')
     front = build_front_end({'type': 'eve', **spec['front_end']}, llm.config.hidden_size)
     model = assemble(llm, front, spec['image_token_id'])
     if llm.config.tie_word_embeddings:
         table = state.get('model.language_model.embed_tokens.weight')
         head = state.setdefault('lm_head.weight', table)
         if head is None or not torch.equal(head, table):
-            raise ValueError('from_reference: lm_head.weight differs from embed_tokens.weight, but the configuration ties '
-                             'them: set tie_word_embeddings=False')
+            raise ValueError(
+                'from_reference: lm_head.weight differs from embed_tokens.weight, but the '
+                'configuration ties '
+                'them: set tie_word_embeddings=False'
+            )
     _load(model, {k: v for k, v in state.items() if not k.startswith('align.')}, 'model')
     align = {k.removeprefix('align.'): v for k, v in state.items() if k.startswith('align.')}
     if align and spec.get('teacher') is not None:
-        teacher, front = CLIPVisionModel(CLIPVisionConfig(**spec['teacher'])).float(), model.config.vision_config
+        teacher, front = (
+            CLIPVisionModel(CLIPVisionConfig(**spec['teacher'])).float(),
+            model.config.vision_config,
+        )
         view = ImageTransform()
-        term = PatchAligner(llm.config.hidden_size, llm.config.num_hidden_layers, teacher, spec['image_token_id'],
-                            _stride(front),
-                            grid_ratio(spec['canvas'], _stride(front), teacher.config), view, view,
-                            spec.get('select_layer', -2))
+        term = PatchAligner(
+            llm.config.hidden_size,
+            llm.config.num_hidden_layers,
+            teacher,
+            spec['image_token_id'],
+            _stride(front),
+            grid_ratio(spec['canvas'], _stride(front), teacher.config),
+            view,
+            view,
+            spec.get('select_layer', -2),
+        )
         _load(term, align, 'aligner')
         model.loss_terms = dict(align=term)
     return model
 
+
 def _load(module, state, what):
     missing, unknown = module.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.endswith('position_ids')]
-    if missing or unknown: raise ValueError(f'from_reference: {what} misses {missing[:3]}, does not know {unknown[:3]}')
+    if missing or unknown:
+        raise ValueError(
+            f'from_reference: {what} misses {missing[:3]}, does not know {unknown[:3]}'
+        )

@@ -22,62 +22,130 @@ from ..models.processor import VLMProcessor
 from ..models.vlm import build_vlm
 
 # %% ../../nbs/methods/22_eve_checkpoints.ipynb #2212c0f5
-LLM_FIELDS = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-              'num_key_value_heads', 'hidden_act', 'max_position_embeddings', 'initializer_range', 'rms_norm_eps',
-              'tie_word_embeddings', 'rope_theta', 'rope_scaling', 'bos_token_id', 'eos_token_id', 'pad_token_id')
+LLM_FIELDS = (
+    'vocab_size',
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'num_key_value_heads',
+    'hidden_act',
+    'max_position_embeddings',
+    'initializer_range',
+    'rms_norm_eps',
+    'tie_word_embeddings',
+    'rope_theta',
+    'rope_scaling',
+    'bos_token_id',
+    'eos_token_id',
+    'pad_token_id',
+)
 _NAMED = re.compile(r'eve-patch(\d+)-anypixel-(\d+)')
 
-def release_settings(config: Mapping, preprocessor: Mapping | None = None) -> tuple[dict, ImageTransform]:
-    """Front end and transform of a released configuration. `preprocessor`: the file that `mm_vision_tower` stands for
-    (`image_size`, `patch_stride`, `conv_stride`, `image_size_clip`, `patch_stride_clip`, `image_mean`, `image_std`); None: by
-    that name and the paper. Raises `CheckpointFormatError`."""
+
+def release_settings(
+    config: Mapping, preprocessor: Mapping | None = None
+) -> tuple[dict, ImageTransform]:
+    """Front end and transform of a released configuration. `preprocessor`: the file that
+    `mm_vision_tower` stands for (`image_size`, `patch_stride`, `conv_stride`, `image_size_clip`,
+    `patch_stride_clip`, `image_mean`, `image_std`); None: by that name and the paper. Raises
+    `CheckpointFormatError`."""
     named = _NAMED.search(str(config.get('mm_vision_tower') or ''))
     if preprocessor is None and not named:
-        raise CheckpointFormatError(f"mm_vision_tower={config.get('mm_vision_tower')!r} does not name a canvas "
-                                    '(eve-patch14-anypixel-672): give its preprocessor file (preprocessor=)')
+        raise CheckpointFormatError(
+            f'mm_vision_tower={config.get("mm_vision_tower")!r} does not name a canvas '
+            '(eve-patch14-anypixel-672): give its preprocessor file (preprocessor=)'
+        )
     p = dict(patch_stride=int(named[1]), image_size=int(named[2])) if named else {}
-    p = dict(conv_stride=2, image_size_clip=336, patch_stride_clip=14) | p | dict(preprocessor or {})
+    p = (
+        dict(conv_stride=2, image_size_clip=336, patch_stride_clip=14)
+        | p
+        | dict(preprocessor or {})
+    )
     if missing := [k for k in ('image_size', 'patch_stride') if k not in p]:
         raise CheckpointFormatError(f'the preprocessor file has no {", ".join(missing)}')
-    front = dict(type='eve', channels=config.get('mm_hidden_size', 1024), patch_stride=p['patch_stride'],
-                 conv_stride=p['conv_stride'], projector=config.get('mm_projector_type', 'linear'))
+    front = dict(
+        type='eve',
+        channels=config.get('mm_hidden_size', 1024),
+        patch_stride=p['patch_stride'],
+        conv_stride=p['conv_stride'],
+        projector=config.get('mm_projector_type', 'linear'),
+    )
     side, teacher, patch = (p[k] for k in ('image_size', 'image_size_clip', 'patch_stride_clip'))
-    step = side // teacher * patch                                        # sides are rounded up to the teacher's patch
+    step = side // teacher * patch  # sides are rounded up to the teacher's patch
     if side % teacher or teacher % patch or step % (p['patch_stride'] * p['conv_stride']):
-        raise CheckpointFormatError(f'a canvas of image_size={side} px does not divide into patches of image_size_clip={teacher}, '
-                                    f'patch_stride_clip={patch}, patch_stride={p["patch_stride"]} and conv_stride='
-                                    f'{p["conv_stride"]}: give the right preprocessor file (preprocessor=)')
+        raise CheckpointFormatError(
+            f'a canvas of image_size={side} px does not divide into patches of '
+            f'image_size_clip={teacher}, '
+            f'patch_stride_clip={patch}, patch_stride={p["patch_stride"]} and conv_stride='
+            f'{p["conv_stride"]}: give the right preprocessor file (preprocessor=)'
+        )
     return front, transform_of(side, step, p.get('image_mean'), p.get('image_std'))
 
 # %% ../../nbs/methods/22_eve_checkpoints.ipynb #979f853e
-def load_release(folder: str | Path, template: str = 'vicuna_v1', dtype: torch.dtype = torch.float32,
-                 preprocessor: str | Path | None = None) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Model and processor of a released EVE folder (safetensors or bin shards). `template`: that of its last stage
-    ('llava_plain' for EVE-7B-Pretrain). `preprocessor`: a preprocessor file, else the one in the folder that
-    `mm_vision_tower` names, else `release_settings` by name. Raises `CheckpointFormatError` naming what does not fit."""
+def load_release(
+    folder: str | Path,
+    template: str = 'vicuna_v1',
+    dtype: torch.dtype = torch.float32,
+    preprocessor: str | Path | None = None,
+) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+    """Model and processor of a released EVE folder (safetensors or bin shards). `template`: that of
+    its last stage ('llava_plain' for EVE-7B-Pretrain). `preprocessor`: a preprocessor file, else
+    the one in the folder that `mm_vision_tower` names, else `release_settings` by name. Raises
+    `CheckpointFormatError` naming what does not fit."""
     folder, config = Path(folder), read_config(folder)
-    if config.get('model_type') != 'eve': raise CheckpointFormatError(f"{folder}: model_type is not 'eve'")
-    beside = Path(str(config.get('mm_vision_tower') or ''))/'preprocessor_config.json'
+    if config.get('model_type') != 'eve':
+        raise CheckpointFormatError(f"{folder}: model_type is not 'eve'")
+    beside = Path(str(config.get('mm_vision_tower') or '')) / 'preprocessor_config.json'
     where = Path(preprocessor) if preprocessor is not None else beside if beside.is_file() else None
-    try: given = None if where is None else json.loads(where.read_text(encoding='utf8'))
-    except (OSError, ValueError) as e: raise CheckpointFormatError(f'{where} cannot be read: {e}') from None
+    try:
+        given = None if where is None else json.loads(where.read_text(encoding='utf8'))
+    except (OSError, ValueError) as e:
+        raise CheckpointFormatError(f'{where} cannot be read: {e}') from None
     front, transform = release_settings(config, given)
-    try: state = from_reference_names(read_weights(folder))
-    except CheckpointFormatError: raise
-    except ValueError as e: raise CheckpointFormatError(f'{folder}: {e}') from None
-    llm = LlamaForCausalLM(LlamaConfig(**{k: config[k] for k in LLM_FIELDS if k in config})).to(dtype)
-    language = {k.replace('model.language_model.', 'model.'): v for k, v in state.items()
-                if k.startswith(('model.language_model.', 'lm_head.'))}
-    fill(llm, language, f'{folder}: language model', ('lm_head.weight',) if llm.config.tie_word_embeddings else ())
-    model, processor = build_vlm(llm, None, front, AutoTokenizer.from_pretrained(folder), template, transform)
-    vision = {k.removeprefix('model.vision.'): v for k, v in state.items() if k.startswith('model.vision.')}
+    try:
+        state = from_reference_names(read_weights(folder))
+    except CheckpointFormatError:
+        raise
+    except ValueError as e:
+        raise CheckpointFormatError(f'{folder}: {e}') from None
+    llm = LlamaForCausalLM(LlamaConfig(**{k: config[k] for k in LLM_FIELDS if k in config})).to(
+        dtype
+    )
+    language = {
+        k.replace('model.language_model.', 'model.'): v
+        for k, v in state.items()
+        if k.startswith(('model.language_model.', 'lm_head.'))
+    }
+    fill(
+        llm,
+        language,
+        f'{folder}: language model',
+        ('lm_head.weight',) if llm.config.tie_word_embeddings else (),
+    )
+    model, processor = build_vlm(
+        llm, None, front, AutoTokenizer.from_pretrained(folder), template, transform
+    )
+    vision = {
+        k.removeprefix('model.vision.'): v
+        for k, v in state.items()
+        if k.startswith('model.vision.')
+    }
     fill(model.model.vision, vision, f'{folder}: patch embedding')
     return model, processor
 
-def fill(module: nn.Module, state: Mapping[str, torch.Tensor], what: str, optional: Sequence[str] = ()) -> None:
-    "Load `state` into `module`. Raises `CheckpointFormatError` naming `what` and what is missing (`optional` may be) or unknown."
-    try: info = module.load_state_dict(state, strict=False)
-    except RuntimeError as e: raise CheckpointFormatError(f'{what}: {e}') from None
+
+def fill(
+    module: nn.Module, state: Mapping[str, torch.Tensor], what: str, optional: Sequence[str] = ()
+) -> None:
+    """Load `state` into `module`. Raises `CheckpointFormatError` naming `what` and what is missing
+    (`optional` may be) or unknown."""
+    try:
+        info = module.load_state_dict(state, strict=False)
+    except RuntimeError as e:
+        raise CheckpointFormatError(f'{what}: {e}') from None
     missing = [k for k in info.missing_keys if k not in optional]
     if missing or info.unexpected_keys:
-        raise CheckpointFormatError(f'{what}: missing {missing[:3]}, unknown {info.unexpected_keys[:3]}')
+        raise CheckpointFormatError(
+            f'{what}: missing {missing[:3]}, unknown {info.unexpected_keys[:3]}'
+        )

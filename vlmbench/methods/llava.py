@@ -12,33 +12,71 @@ from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, lora
 # %% ../../nbs/methods/05_llava.ipynb #5766a896
 FRONT_END = dict(type='encoder', select_layers=[-2], projector='mlp2x_gelu')
 
-_SETTINGS = dict(   # rate and budget of each stage, rows and tokens of a batch; rank and rate of the LoRA variant
+# rate and budget of each stage, rows and tokens of a batch; rank and rate of the LoRA variant
+_SETTINGS = dict(
     tiny=dict(align=(2e-3, 40_000), instruct=(1e-3, 160_000), rows=24, tokens=192, lora=(16, 2e-3)),
-    small=dict(align=(1e-3, 8_000_000), instruct=(2e-5, 20_000_000), rows=8, tokens=2048, lora=(64, 2e-4)),
-    paper=dict(align=(1e-3, 16_000_000), instruct=(2e-5, 110_000_000), rows=16, tokens=2048, lora=(128, 2e-4),
-               steps=(256, 128)))                                                   # samples of a step, over all ranks
+    small=dict(
+        align=(1e-3, 8_000_000), instruct=(2e-5, 20_000_000), rows=8, tokens=2048, lora=(64, 2e-4)
+    ),
+    paper=dict(
+        align=(1e-3, 16_000_000),
+        instruct=(2e-5, 110_000_000),
+        rows=16,
+        tokens=2048,
+        lora=(128, 2e-4),
+        steps=(256, 128),
+    ),
+)  # samples of a step, over all ranks
+
 
 def recipe(scale: Scale, llm: str = 'full') -> Recipe:
-    """LLaVA's two stages at `scale`; a scale of your own takes the settings of `tiny` when its images are at most 96
-    px, else of `small`.
+    """LLaVA's two stages at `scale`; a scale of your own takes the settings of `tiny` when its
+    images are at most 96 px, else of `small`.
 
-    `llm`: how the language model trains in the second stage: 'full', or 'lora' (the published LoRA recipe: every linear
-    module of the blocks, alpha = 2 r, embedding and head frozen, the projector at the full recipe's rate)."""
-    if llm not in ('full', 'lora'): raise RecipeError(f"llm must be 'full' or 'lora', got {llm!r}")
+    `llm`: how the language model trains in the second stage: 'full', or 'lora' (the published LoRA
+    recipe: every linear module of the blocks, alpha = 2 r, embedding and head frozen, the projector
+    at the full recipe's rate)."""
+    if llm not in ('full', 'lora'):
+        raise RecipeError(f"llm must be 'full' or 'lora', got {llm!r}")
     s = _SETTINGS.get(scale.name) or _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
     shape = dict(template=scale.template, batch_rows=s['rows'], max_tokens=s['tokens'])
     wide = s.get('steps', (None, None))
-    if any(wide): shape |= dict(packing=False, too_long='truncate')
-    plain = dict(template='llava_plain') if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else {}
-    align = Stage('align', dict(projector=full()), 'caption_train', lr=s['align'][0], budget_targets=s['align'][1],
-                  global_rows=wide[0], **{**shape, **plain})
-    if llm == 'lora': language = dict(layers=lora(s['lora'][0], 2*s['lora'][0], lr=s['lora'][1]))
-    else: language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale)
-                                                                       else dict(lm_head=full()))
-    instruct = Stage('instruct', dict(projector=full()) | language, 'vqa_train*9+text_train*1',
-                     lr=s['instruct'][0], budget_targets=s['instruct'][1], global_rows=wide[1], **shape)
-    return Recipe('llava' if llm == 'full' else 'llava-lora', (align, instruct), FRONT_END,
-                  'LLaVA-1.5, section 3 and table 9', notes='the control: frozen encoder, trained projector, tuned '
-                  'language model')
+    if any(wide):
+        shape |= dict(packing=False, too_long='truncate')
+    plain = (
+        dict(template='llava_plain') if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else {}
+    )
+    align = Stage(
+        'align',
+        dict(projector=full()),
+        'caption_train',
+        lr=s['align'][0],
+        budget_targets=s['align'][1],
+        global_rows=wide[0],
+        **{**shape, **plain},
+    )
+    if llm == 'lora':
+        language = dict(layers=lora(s['lora'][0], 2 * s['lora'][0], lr=s['lora'][1]))
+    else:
+        language = dict(embed=full(), layers=full(), norm=full()) | (
+            {} if tied_embeddings(scale) else dict(lm_head=full())
+        )
+    instruct = Stage(
+        'instruct',
+        dict(projector=full()) | language,
+        'vqa_train*9+text_train*1',
+        lr=s['instruct'][0],
+        budget_targets=s['instruct'][1],
+        global_rows=wide[1],
+        **shape,
+    )
+    return Recipe(
+        'llava' if llm == 'full' else 'llava-lora',
+        (align, instruct),
+        FRONT_END,
+        'LLaVA-1.5, section 3 and table 9',
+        notes='the control: frozen encoder, trained projector, tuned language model',
+    )
+
 
 METHOD = Method(recipe)

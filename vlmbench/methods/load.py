@@ -15,7 +15,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 # %% ../../nbs/methods/14_load.ipynb #c75f3717
 from ..data.template import TEMPLATES, get_template
 from .eve_checkpoints import load_release
-from .vip_checkpoints import is_original, load_published, read_config, save_transformers, with_template
+from vlmbench.methods.vip_checkpoints import (
+    is_original,
+    load_published,
+    read_config,
+    save_transformers,
+    with_template,
+)
 from .vora_checkpoints import load_vora_release
 from ..models.quantized import prepare_quantized
 from ..models.vlm import model_folder  # also registers our classes with transformers
@@ -24,43 +30,67 @@ from ..models.vlm import model_folder  # also registers our classes with transfo
 class LoadError(ValueError):
     "A model that cannot be loaded or converted; the message says why and what to do."
 
+
 _HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
 _FILES = ('*.json', '*.jinja', '*.model', '*.txt', '*.safetensors')
 
+
 def _fetch(name):
     from huggingface_hub import snapshot_download
+
     try:
         folder = Path(snapshot_download(name, allow_patterns=_FILES))
-        if (folder/'adapter_config.json').exists() or not any(folder.glob('*.safetensors')):
-            snapshot_download(name, allow_patterns=('*.bin',))           # a LoRA release keeps its projector in one
+        if (folder / 'adapter_config.json').exists() or not any(folder.glob('*.safetensors')):
+            snapshot_download(
+                name, allow_patterns=('*.bin',)
+            )  # a LoRA release keeps its projector in one
     except (OSError, ValueError) as e:
         why = str(e).strip().splitlines()[0]
-        raise LoadError(f'{name}: no such folder here, and the Hugging Face Hub did not give it ({type(e).__name__}: {why}): '
-                        'correct the path or the name, connect or log in (hf auth login), or fetch it once and work '
-                        'offline') from None
+        raise LoadError(
+            f'{name}: no such folder here, and the Hugging Face Hub did not give it '
+            f'({type(e).__name__}: {why}): '
+            'correct the path or the name, connect or log in (hf auth login), or fetch it once and '
+            'work '
+            'offline'
+        ) from None
     return folder
 
-RELEASES = dict(eve=(load_release, 'vicuna_v1'), vora=(load_vora_release, 'chatml'))   # model type: loader, chat template
+
+RELEASES = dict(
+    eve=(load_release, 'vicuna_v1'), vora=(load_vora_release, 'chatml')
+)  # model type: loader, chat template
+
 
 def find_model(where: str | Path) -> Path:
-    """The folder of a model: `where`, the `model/` of a run's folder, or the fetched files of a name on the Hub. Raises
-    `LoadError`."""
-    if not str(where): raise LoadError('model is empty: give a folder, or a name on the Hugging Face Hub')
-    try: return model_folder(where)
+    """The folder of a model: `where`, the `model/` of a run's folder, or the fetched files of a
+    name on the Hub. Raises `LoadError`."""
+    if not str(where):
+        raise LoadError('model is empty: give a folder, or a name on the Hugging Face Hub')
+    try:
+        return model_folder(where)
     except FileNotFoundError:
-        if not Path(where).exists() and _HUB.fullmatch(str(where)): return _fetch(str(where))
-        raise LoadError(f'{where}: no model there (no config.json); give the folder that a run saved as model/, a published '
-                        'folder, or a name on the Hugging Face Hub') from None
+        if not Path(where).exists() and _HUB.fullmatch(str(where)):
+            return _fetch(str(where))
+        raise LoadError(
+            f'{where}: no model there (no config.json); give the folder that a run saved as '
+            'model/, a published '
+            'folder, or a name on the Hugging Face Hub'
+        ) from None
 
 # %% ../../nbs/methods/14_load.ipynb #8a91db8b
 def takes_settings(where: str | Path) -> bool:
-    "Whether `load_vlm` takes settings for this model: folders of the original layout load whole. Raises `LoadError`."
+    """Whether `load_vlm` takes settings for this model: folders of the original layout load whole.
+    Raises `LoadError`."""
     folder = find_model(where)
     return not (is_original(folder) or read_config(folder).get('model_type') in RELEASES)
 
-def load_vlm(where: str | Path, device: str | torch.device = 'cpu', template: str = '', **settings) -> tuple:
-    """`(model, processor)` ready to answer, from `find_model(where)`. `template`: a chat template instead of the folder's
-    own. `settings`: of `from_pretrained` (`quantization_config`, `device_map`). Raises `LoadError`."""
+
+def load_vlm(
+    where: str | Path, device: str | torch.device = 'cpu', template: str = '', **settings
+) -> tuple:
+    """`(model, processor)` ready to answer, from `find_model(where)`. `template`: a chat template
+    instead of the folder's own. `settings`: of `from_pretrained` (`quantization_config`,
+    `device_map`). Raises `LoadError`."""
     folder = find_model(where)
     settings = {k: v for k, v in settings.items() if v is not None}
     if template and template not in TEMPLATES:
@@ -68,36 +98,68 @@ def load_vlm(where: str | Path, device: str | torch.device = 'cpu', template: st
     try:
         if is_original(folder):
             if settings:
-                raise LoadError(f'{folder} has the original layout, which loads without {", ".join(settings)}: write it in '
-                                f"transformers' first (vlmbench convert {where} OUT)")
-            warnings.warn(f'{folder} has the original layout and is converted while it loads; vlmbench convert keeps the '
-                          'result', stacklevel=2)
+                raise LoadError(
+                    f'{folder} has the original layout, which loads without {", ".join(settings)}: '
+                    'write it in '
+                    f"transformers' first (vlmbench convert {where} OUT)"
+                )
+            warnings.warn(
+                f'{folder} has the original layout and is converted while it loads; vlmbench '
+                'convert keeps the '
+                'result',
+                stacklevel=2,
+            )
             model, processor = load_published(folder, template=template or None)
         elif (kind := read_config(folder).get('model_type')) in RELEASES:
-            if settings: raise LoadError(f'{folder} is a released {kind}, which loads without {", ".join(settings)}')
+            if settings:
+                raise LoadError(
+                    f'{folder} is a released {kind}, which loads without {", ".join(settings)}'
+                )
             load, usual = RELEASES[kind]
             model, processor = load(folder, template or usual)
         else:
             ours = kind == 'vlmbench'
-            try: model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **settings)
-            except ValueError as e:                                   # which lists every model that would do
-                if 'Unrecognized configuration class' not in str(e): raise
-                raise LoadError(f'{folder}: a model of type {kind!r} takes no pictures: give a vision-language model') from None
-            if 'quantization_config' in settings: prepare_quantized(model, repack=True)
-            processor = AutoProcessor.from_pretrained(folder, **({} if ours else dict(backend='pil')))
-            if template and ours: processor.template, processor.chat_template = template, get_template(template).jinja()
-            elif template: model, processor = with_template(model, processor, template)
-    except LoadError: raise
+            try:
+                model = AutoModelForImageTextToText.from_pretrained(
+                    folder, use_safetensors=True, **settings
+                )
+            except ValueError as e:  # which lists every model that would do
+                if 'Unrecognized configuration class' not in str(e):
+                    raise
+                raise LoadError(
+                    f'{folder}: a model of type {kind!r} takes no pictures: give a vision-language '
+                    'model'
+                ) from None
+            if 'quantization_config' in settings:
+                prepare_quantized(model, repack=True)
+            processor = AutoProcessor.from_pretrained(
+                folder, **({} if ours else dict(backend='pil'))
+            )
+            if template and ours:
+                processor.template, processor.chat_template = (
+                    template,
+                    get_template(template).jinja(),
+                )
+            elif template:
+                model, processor = with_template(model, processor, template)
+    except LoadError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise LoadError(f'{folder}: not a model that can answer: {e}') from e
     return (model if 'device_map' in settings else model.to(device)).eval(), processor
 
 # %% ../../nbs/methods/14_load.ipynb #8b43f3ab
-def convert(where: str | Path, out: str | Path, vision: str | Path | None = None, base: str | Path | None = None,
-            template: str = '') -> Path:
-    """Write the model `where`, published or saved by a run, as a LLaVA or ViP-LLaVA folder `out` that transformers loads;
-    returns `out`. `vision`, `base`, `template`: as in `load_published`; a run's folder names its own tower and language
-    model. Raises `LoadError`, before anything is written."""
+def convert(
+    where: str | Path,
+    out: str | Path,
+    vision: str | Path | None = None,
+    base: str | Path | None = None,
+    template: str = '',
+) -> Path:
+    """Write the model `where`, published or saved by a run, as a LLaVA or ViP-LLaVA folder `out`
+    that transformers loads; returns `out`. `vision`, `base`, `template`: as in `load_published`; a
+    run's folder names its own tower and language model. Raises `LoadError`, before anything is
+    written."""
     out, folder = Path(out), find_model(where)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise LoadError(f'{out} exists already: name another folder, or remove it')
@@ -105,5 +167,7 @@ def convert(where: str | Path, out: str | Path, vision: str | Path | None = None
         if read_config(folder).get('model_type') == 'vlmbench':
             return save_transformers(*load_vlm(folder, template=template), out)
         return save_transformers(*load_published(folder, vision, template or None, base=base), out)
-    except LoadError: raise
-    except (OSError, ValueError, KeyError, RuntimeError) as e: raise LoadError(f'{folder} cannot be converted: {e}') from e
+    except LoadError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise LoadError(f'{folder} cannot be converted: {e}') from e

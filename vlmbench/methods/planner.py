@@ -21,8 +21,17 @@ from ..analysis.cost import InferenceCost, StepCost, Workload, inference_cost, t
 from ..data.image import ImageTransform
 from ..distill.align import PatchAligner, grid_ratio
 from ..distill.blockwise import BlockwiseDistillation
-from .recipes import (RECIPES, Method, find_scale, get_method, image_share, largest_picture, model_config,
-                                       parse_setting, scaled_budget)
+from vlmbench.methods.recipes import (
+    RECIPES,
+    Method,
+    find_scale,
+    get_method,
+    image_share,
+    largest_picture,
+    model_config,
+    parse_setting,
+    scaled_budget,
+)
 from .shapes import model_from_shapes
 from ..models.patch import GridLayout
 from ..models.vision import tower_config
@@ -37,21 +46,28 @@ def any_scale(scale: str | Scale) -> Scale:
 # %% ../../nbs/methods/04_planner.ipynb #758783fd
 @dataclass(frozen=True)
 class Data:
-    """What a sample holds: `text_tokens` tokens of text, of which the share `targets` carries loss, and with
-    probability `images` one picture. `images=None`: by the names in a stage's `data` (text... and genqa... have none).
-    `size`: height and width of a picture in pixels (None: as large as the recipe takes them)."""
+    """What a sample holds: `text_tokens` tokens of text, of which the share `targets` carries loss,
+    and with probability `images` one picture. `images=None`: by the names in a stage's `data`
+    (text... and genqa... have none). `size`: height and width of a picture in pixels (None: as
+    large as the recipe takes them)."""
+
     text_tokens: int = 100
-    targets: float = .5
+    targets: float = 0.5
     images: float | None = None
     size: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if self.text_tokens < 2: raise RecipeError(f'text_tokens must be at least 2, got {self.text_tokens}')
+        if self.text_tokens < 2:
+            raise RecipeError(f'text_tokens must be at least 2, got {self.text_tokens}')
         for k in ('targets', 'images'):
             v = getattr(self, k)
-            if v is not None and not 0 <= v <= 1: raise RecipeError(f'{k} is a share and must lie in 0..1, got {v}')
+            if v is not None and not 0 <= v <= 1:
+                raise RecipeError(f'{k} is a share and must lie in 0..1, got {v}')
         if self.targets * self.text_tokens < 1:
-            raise RecipeError(f'{self.text_tokens} tokens of text at targets={self.targets} make no target token')
+            raise RecipeError(
+                f'{self.text_tokens} tokens of text at targets={self.targets} make no target token'
+            )
+
 
 def picture_size(recipe: Recipe, scale: Scale, stage: Stage | None = None) -> tuple[int, int]:
     "Height and width in pixels of the largest pictures of a stage (default: the last)."
@@ -59,70 +75,100 @@ def picture_size(recipe: Recipe, scale: Scale, stage: Stage | None = None) -> tu
     return largest_picture(recipe, scale, stage or recipe.stages[-1], hook)
 
 # %% ../../nbs/methods/04_planner.ipynb #3173e4f0
-class _NeedsWeights(Exception): pass
+class _NeedsWeights(Exception):
+    pass
+
 
 class _NoProcessor:
-    transform = ImageTransform()                     # how pictures are fitted may change, it is not what is counted
-    def __getattr__(self, name): raise _NeedsWeights(name)
+    transform = ImageTransform()  # how pictures are fitted may change, it is not what is counted
+
+    def __getattr__(self, name):
+        raise _NeedsWeights(name)
+
 
 def _fresh(recipe, scale):
     model = model_from_shapes(recipe, scale).to(getattr(torch, scale.dtype))
     front = model.model.vision
     if (front.config.get('lora') or {}).get('tokens') == 'image':
-        raise RecipeError('a cost plan cannot follow LoRA on image tokens only (which tokens it meets depends on their '
-                          "values): plan it with tokens='all'")
-    if hasattr(front, 'layout'):                                          # the grid is real, what it holds are shapes
+        raise RecipeError(
+            'a cost plan cannot follow LoRA on image tokens only (which tokens it meets depends on '
+            'their '
+            "values): plan it with tokens='all'"
+        )
+    if hasattr(front, 'layout'):  # the grid is real, what it holds are shapes
         layout = front.layout
         front.layout = lambda sizes, device='cpu': layout(sizes)
     return model
+
 
 def _find(recipe, scale, variant, budget, overrides):
     "The `Recipe` and `Method` of what `plan` was given."
     scale = any_scale(scale)
     if isinstance(recipe, Recipe):
-        if variant: raise RecipeError('variant goes with the name of a recipe, not with a Recipe object')
+        if variant:
+            raise RecipeError('variant goes with the name of a recipe, not with a Recipe object')
         method = get_method(recipe.name) if recipe.name in RECIPES else Method(lambda s: recipe)
     else:
         method = get_method(recipe, variant)
         recipe = method.recipe(scale)
     recipe = scaled_budget(recipe, budget)
-    return override(recipe, dict(map(parse_setting, overrides))) if overrides else recipe, method, scale
+    return (
+        override(recipe, dict(map(parse_setting, overrides))) if overrides else recipe,
+        method,
+        scale,
+    )
+
 
 def _hook(hook, model, stage, scale, recipe):
-    try: return hook(model, _NoProcessor(), stage, scale)[0]
+    try:
+        return hook(model, _NoProcessor(), stage, scale)[0]
     except _NeedsWeights:
-        raise RecipeError(f'recipe {recipe.name!r} loads another model before stage {stage.name!r}, which a plan '
-                          'without weights cannot do') from None
+        raise RecipeError(
+            f'recipe {recipe.name!r} loads another model before stage {stage.name!r}, which a plan '
+            'without weights cannot do'
+        ) from None
 
-def stage_models(recipe: Recipe, method: Method,
-                 scale: Scale) -> Iterator[tuple[Stage | None, nn.Module, TrainPlan | None]]:
-    """`(stage, model, plan)` for every stage, the model on the meta device with what trains set to `requires_grad`; at
-    the end `(None, model, None)` with the model that answers."""
+
+def stage_models(
+    recipe: Recipe, method: Method, scale: Scale
+) -> Iterator[tuple[Stage | None, nn.Module, TrainPlan | None]]:
+    """`(stage, model, plan)` for every stage, the model on the meta device with what trains set to
+    `requires_grad`; at the end `(None, model, None)` with the model that answers."""
     model = _fresh(recipe, scale)
     for stage in recipe.stages:
-        if method.before_stage is not None: model = _hook(method.before_stage, model, stage, scale, recipe)
+        if method.before_stage is not None:
+            model = _hook(method.before_stage, model, stage, scale, recipe)
         plan = prepare(model, stage)
-        for p in plan.trainable.values(): p.data = p.data.float()         # fp32 master weights, as the loop keeps them
-        if stage.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        for p in plan.trainable.values():
+            p.data = p.data.float()  # fp32 master weights, as the loop keeps them
+        if stage.gradient_checkpointing:
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
         yield stage, model, plan
         merge_lora(model)
         if method.after_stage is not None:
-            try: model = method.after_stage(model, _NoProcessor(), stage, scale)[0]
-            except _NeedsWeights: model = _fresh(recipe, scale)
+            try:
+                model = method.after_stage(model, _NoProcessor(), stage, scale)[0]
+            except _NeedsWeights:
+                model = _fresh(recipe, scale)
         model.to(getattr(torch, scale.dtype))
     yield None, model, None
 
 # %% ../../nbs/methods/04_planner.ipynb #f9884cb4
 class _Align(nn.Module):
     "EVE's patch aligner on shapes: its picture for the teacher is given, its windows are counted."
+
     def __init__(self, term: PatchAligner, images: int, sizes: tuple[int, int]):
         super().__init__()
         self.term = term
         term.layout = lambda batch: GridLayout([tuple(n // term.stride for n in sizes)] * images)
 
     def forward(self, out, batch):
-        if 'pixel_values' not in batch: return out.hidden_states[-1].sum() * 0.
-        pixels, side = batch['pixel_values'], self.term.side * tower_config(self.term.teacher.config).patch_size
+        if 'pixel_values' not in batch:
+            return out.hidden_states[-1].sum() * 0.0
+        pixels, side = (
+            batch['pixel_values'],
+            self.term.side * tower_config(self.term.teacher.config).patch_size,
+        )
         student = self.term.student_features(out.hidden_states, batch)
         with torch.no_grad():
             seen = pixels.new_empty(len(pixels), 3, side, side)
@@ -130,156 +176,299 @@ class _Align(nn.Module):
         teacher = torch.empty_like(student, dtype=states[-1].dtype, requires_grad=False)
         return (1 - nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)).sum()
 
+
 def _terms(model, stage, scale, work):
     from vlmbench.methods.vora import LOSSES
+
     out, text = {}, model.config.text_config
     for name, _ in stage.losses:
-        if name == 'balance': continue                                    # weights on the loss that is there already
+        if name == 'balance':
+            continue  # weights on the loss that is there already
         if name != 'align' and name not in LOSSES:
-            raise RecipeError(f'stage {stage.name!r}: no shapes are known for loss {name!r}; known are align, balance, '
-                              f'{", ".join(LOSSES)}')
+            raise RecipeError(
+                f'stage {stage.name!r}: no shapes are known for loss {name!r}; known are align, '
+                'balance, '
+                f'{", ".join(LOSSES)}'
+            )
         with torch.device('meta'):
             teacher = AutoModel.from_config(tower_config(model_config(scale, 'vision')))
             if name == 'align':
                 front = model.config.vision_config
                 stride = front['patch_stride'] * front['conv_stride']
-                try: ratio = grid_ratio(max(work.height, work.width), stride, teacher.config) if work.images else 1
-                except ValueError as e: raise RecipeError(f'eve: {e}') from None
-                term = PatchAligner(text.hidden_size, text.num_hidden_layers, teacher, model.config.image_token_id,
-                                    stride, ratio)
+                try:
+                    ratio = (
+                        grid_ratio(max(work.height, work.width), stride, teacher.config)
+                        if work.images
+                        else 1
+                    )
+                except ValueError as e:
+                    raise RecipeError(f'eve: {e}') from None
+                term = PatchAligner(
+                    text.hidden_size,
+                    text.num_hidden_layers,
+                    teacher,
+                    model.config.image_token_id,
+                    stride,
+                    ratio,
+                )
                 out[name] = _Align(term, work.images, (work.height, work.width))
             else:
-                out[name] = BlockwiseDistillation(teacher, text.hidden_size, text.num_hidden_layers, *LOSSES[name])
+                out[name] = BlockwiseDistillation(
+                    teacher, text.hidden_size, text.num_hidden_layers, *LOSSES[name]
+                )
     return out
 
 # %% ../../nbs/methods/04_planner.ipynb #5b30472f
-def workload(model: nn.Module, recipe: Recipe, stage: Stage, scale: Scale, data: Data,
-             rows: int | None = None) -> Workload:
-    "A micro-batch of `stage` under the assumptions of `data`: full rows when it packs, else one sample a row."
-    rows, share = rows or stage.batch_rows, image_share(stage.data) if data.images is None else data.images
+def workload(
+    model: nn.Module,
+    recipe: Recipe,
+    stage: Stage,
+    scale: Scale,
+    data: Data,
+    rows: int | None = None,
+) -> Workload:
+    """A micro-batch of `stage` under the assumptions of `data`: full rows when it packs, else one
+    sample a row."""
+    rows, share = (
+        rows or stage.batch_rows,
+        image_share(stage.data) if data.images is None else data.images,
+    )
     h, w = data.size or picture_size(recipe, scale, stage)
-    try: per = model.model.vision.num_tokens(h, w)
-    except ValueError as e: raise RecipeError(f'pictures of {h}x{w} pixels (h x w): {e}') from None
+    try:
+        per = model.model.vision.num_tokens(h, w)
+    except ValueError as e:
+        raise RecipeError(f'pictures of {h}x{w} pixels (h x w): {e}') from None
     if per * (share > 0) + data.text_tokens > stage.max_tokens:
-        raise RecipeError(f'stage {stage.name!r}: a picture of {per} tokens and {data.text_tokens} of text exceed '
-                          f'max_tokens={stage.max_tokens}: assume shorter text or smaller pictures')
+        raise RecipeError(
+            f'stage {stage.name!r}: a picture of {per} tokens and {data.text_tokens} of text '
+            'exceed '
+            f'max_tokens={stage.max_tokens}: assume shorter text or smaller pictures'
+        )
     if stage.packing:
         samples = rows * stage.max_tokens / (share * per + data.text_tokens)
         tokens = stage.max_tokens
-    else: samples, tokens = rows, data.text_tokens + per * (share > 0)
+    else:
+        samples, tokens = rows, data.text_tokens + per * (share > 0)
     images = round(samples * share)
     most = min(rows * tokens - images * per, rows * (tokens - 1))
     targets = max(1, min(round(samples * data.text_tokens * data.targets), most))
     return Workload(rows, tokens, images, h, w, targets, stage.packing)
 
-def plan(recipe: str | Recipe, scale: str | Scale = 'paper', variant: Sequence[str] = (), rows: int | None = None,
-         data: Data | Mapping[str, Data] = Data(), precision: str | None = None, kernel: str = 'sdpa',
-         budget: float = 1., overrides: Sequence[str] = (), ranks: int = 1) -> pd.DataFrame:
+
+def plan(
+    recipe: str | Recipe,
+    scale: str | Scale = 'paper',
+    variant: Sequence[str] = (),
+    rows: int | None = None,
+    data: Data | Mapping[str, Data] = Data(),
+    precision: str | None = None,
+    kernel: str = 'sdpa',
+    budget: float = 1.0,
+    overrides: Sequence[str] = (),
+    ranks: int = 1,
+) -> pd.DataFrame:
     """One row per stage of `recipe` (a name with its `variant`, or a Recipe) at `scale`.
 
-    Columns: `parameters`, `trained`; of a micro-batch `rows`, `tokens` in a row, `images`, `targets` and the FLOPs
-    `forward`, to `inputs`, to `weights`, `recomputed`; of a rank the bytes of all weights `weights_bytes`, `gradients`,
-    `optimizer`, `activations` and `peak`; of the stage `steps` and `total` FLOPs over all `ranks`. `rows`: of a
-    micro-batch (default: the stage's). `data`: assumptions, or one per stage name. `precision`: 'fp32' or 'bf16'
-    (default: by the scale's dtype). Raises RecipeError naming what does not fit."""
+    Columns: `parameters`, `trained`; of a micro-batch `rows`, `tokens` in a row, `images`,
+    `targets` and the FLOPs `forward`, to `inputs`, to `weights`, `recomputed`; of a rank the bytes
+    of all weights `weights_bytes`, `gradients`, `optimizer`, `activations` and `peak`; of the stage
+    `steps` and `total` FLOPs over all `ranks`. `rows`: of a micro-batch (default: the stage's).
+    `data`: assumptions, or one per stage name. `precision`: 'fp32' or 'bf16' (default: by the
+    scale's dtype). Raises RecipeError naming what does not fit."""
     recipe, method, scale = _find(recipe, scale, variant, budget, overrides)
     if isinstance(data, Mapping) and (odd := set(data) - {s.name for s in recipe.stages}):
-        raise RecipeError(f'data is given for {sorted(odd)}; stages are {[s.name for s in recipe.stages]}')
-    if rows is not None and rows < 1: raise RecipeError(f'rows must be at least 1, got {rows}')
-    if ranks < 1: raise RecipeError(f'ranks must be at least 1, got {ranks}')
-    if precision == 'fp32' and scale.dtype != 'float32': scale = override(scale, dict(dtype='float32'))
+        raise RecipeError(
+            f'data is given for {sorted(odd)}; stages are {[s.name for s in recipe.stages]}'
+        )
+    if rows is not None and rows < 1:
+        raise RecipeError(f'rows must be at least 1, got {rows}')
+    if ranks < 1:
+        raise RecipeError(f'ranks must be at least 1, got {ranks}')
+    if precision == 'fp32' and scale.dtype != 'float32':
+        scale = override(scale, dict(dtype='float32'))
     precision, table = precision or ('bf16' if scale.dtype == 'bfloat16' else 'fp32'), []
     for stage, model, prepared in stage_models(recipe, method, scale):
-        if stage is None: break
+        if stage is None:
+            break
         stage = stage.over(ranks)
         mine = data.get(stage.name, Data()) if isinstance(data, Mapping) else data
         work = workload(model, recipe, stage, scale, mine, rows)
         terms = _terms(model, stage, scale, work)
-        cost = training_cost(model, work, terms, precision, kernel, _state_bytes(prepared, terms),
-                             stage.accumulation > 1)
+        cost = training_cost(
+            model,
+            work,
+            terms,
+            precision,
+            kernel,
+            _state_bytes(prepared, terms),
+            stage.accumulation > 1,
+        )
         micro = stage.accumulation * stage.batch_rows / work.rows
         steps = stage.steps or max(1, round(stage.budget_targets / (work.targets * micro * ranks)))
         step = {k: getattr(cost, k) for k in _COST}
-        table.append(dict(stage=stage.name, parameters=cost.parameters, trained=cost.trained, rows=work.rows,
-                          tokens=work.tokens, images=work.images, targets=work.targets, **step, steps=steps, total=cost.flops * micro * steps * ranks))
+        table.append(
+            dict(
+                stage=stage.name,
+                parameters=cost.parameters,
+                trained=cost.trained,
+                rows=work.rows,
+                tokens=work.tokens,
+                images=work.images,
+                targets=work.targets,
+                **step,
+                steps=steps,
+                total=cost.flops * micro * steps * ranks,
+            )
+        )
     return pd.DataFrame(table)
 
-_COST = ('forward', 'inputs', 'weights', 'recomputed', 'weights_bytes', 'gradients', 'optimizer', 'activations', 'peak')
+
+_COST = (
+    'forward',
+    'inputs',
+    'weights',
+    'recomputed',
+    'weights_bytes',
+    'gradients',
+    'optimizer',
+    'activations',
+    'peak',
+)
+
 
 def _state_bytes(prepared, terms):
     "Optimizer state: two moments a parameter under AdamW, one for the matrices that Muon takes."
     heads = sum(p.numel() for t in terms.values() for p in t.parameters() if p.requires_grad)
-    if prepared.stage.optimizer == 'adamw': return 8 * (heads + sum(p.numel() for p in prepared.trainable.values()))
+    if prepared.stage.optimizer == 'adamw':
+        return 8 * (heads + sum(p.numel() for p in prepared.trainable.values()))
     from vlmbench.train.optimizer import MATRIX_GROUPS
+
     group = prepared.group_of()
-    return 8 * heads + sum(p.numel() * (4 if p.ndim == 2 and group[n] in MATRIX_GROUPS else 8)
-                           for n, p in prepared.trainable.items())
+    return 8 * heads + sum(
+        p.numel() * (4 if p.ndim == 2 and group[n] in MATRIX_GROUPS else 8)
+        for n, p in prepared.trainable.items()
+    )
 
 # %% ../../nbs/methods/04_planner.ipynb #260108fc
-def inference(recipe: str | Recipe, scale: str | Scale = 'paper', variant: Sequence[str] = (), prompt_tokens: int = 64,
-              new_tokens: int = 32, images: int = 1, size: tuple[int, int] | None = None,
-              kernel: str = 'sdpa') -> pd.Series:
-    """Cost of one answer of the trained model: towers that only taught are gone, LoRA is merged, a surrogate has been
-    replaced by the full model. `size`: height and width of the pictures in pixels (default: the recipe's).
+def inference(
+    recipe: str | Recipe,
+    scale: str | Scale = 'paper',
+    variant: Sequence[str] = (),
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    images: int = 1,
+    size: tuple[int, int] | None = None,
+    kernel: str = 'sdpa',
+) -> pd.Series:
+    """Cost of one answer of the trained model: towers that only taught are gone, LoRA is merged, a
+    surrogate has been replaced by the full model. `size`: height and width of the pictures in
+    pixels (default: the recipe's).
 
-    FLOPs `vision`, `prefill`, `per_token`, `total` (with `new_tokens`); `image_tokens`; bytes `weights_bytes`, `cache`
-    after the prompt, `peak` of the prefill; `parameters`. Raises RecipeError as `plan` does."""
-    if prompt_tokens < 1 or new_tokens < 1: raise RecipeError('prompt_tokens and new_tokens must be at least 1')
-    recipe, method, scale = _find(recipe, scale, variant, 1., ())
+    FLOPs `vision`, `prefill`, `per_token`, `total` (with `new_tokens`); `image_tokens`; bytes
+    `weights_bytes`, `cache` after the prompt, `peak` of the prefill; `parameters`. Raises
+    RecipeError as `plan` does."""
+    if prompt_tokens < 1 or new_tokens < 1:
+        raise RecipeError('prompt_tokens and new_tokens must be at least 1')
+    recipe, method, scale = _find(recipe, scale, variant, 1.0, ())
     *_, (_, model, _) = stage_models(recipe, method, scale)
     h, w = size or picture_size(recipe, scale)
-    try: cost = inference_cost(model, prompt_tokens, images, h, w, kernel)
-    except ValueError as e: raise RecipeError(f'{recipe.name}: {e}') from None
-    return pd.Series(dict(recipe=recipe.name, image_tokens=cost.image_tokens, prompt=cost.tokens, vision=cost.vision,
-                          prefill=cost.prefill, per_token=cost.per_token, total=cost.flops(new_tokens),
-                          parameters=cost.parameters, weights_bytes=cost.weights_bytes, cache=cost.cache,
-                          peak=cost.peak))
+    try:
+        cost = inference_cost(model, prompt_tokens, images, h, w, kernel)
+    except ValueError as e:
+        raise RecipeError(f'{recipe.name}: {e}') from None
+    return pd.Series(
+        dict(
+            recipe=recipe.name,
+            image_tokens=cost.image_tokens,
+            prompt=cost.tokens,
+            vision=cost.vision,
+            prefill=cost.prefill,
+            per_token=cost.per_token,
+            total=cost.flops(new_tokens),
+            parameters=cost.parameters,
+            weights_bytes=cost.weights_bytes,
+            cache=cost.cache,
+            peak=cost.peak,
+        )
+    )
 
 # %% ../../nbs/methods/04_planner.ipynb #a559265e
 def si(x: float, unit: str = '') -> str:
     "1.23e12, 'FLOP' -> '1.23 TFLOP'."
     for p in ('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'):
-        if abs(x) < 999.5 or p == 'Z': return f'{x:.3g} {p}{unit}'.rstrip()
+        if abs(x) < 999.5 or p == 'Z':
+            return f'{x:.3g} {p}{unit}'.rstrip()
         x /= 1000
 
-_FLOPS, _BYTES = ('forward', 'inputs', 'weights', 'recomputed', 'total', 'vision', 'prefill', 'per_token'), \
-    ('weights_bytes', 'gradients', 'optimizer', 'activations', 'cache', 'peak')
-_HEADS = dict(inputs='to inputs', weights='to weights', weights_bytes='weights (B)', per_token='per token',
-              image_tokens='image tokens')
+
+_FLOPS, _BYTES = (
+    ('forward', 'inputs', 'weights', 'recomputed', 'total', 'vision', 'prefill', 'per_token'),
+    ('weights_bytes', 'gradients', 'optimizer', 'activations', 'cache', 'peak'),
+)
+_HEADS = dict(
+    inputs='to inputs',
+    weights='to weights',
+    weights_bytes='weights (B)',
+    per_token='per token',
+    image_tokens='image tokens',
+)
+
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     "A plan with units: FLOP, bytes, counts as text."
     out = table.copy().astype(object)
     for c in out:
         unit = 'FLOP' if c in _FLOPS else 'B' if c in _BYTES else None
-        if unit: out[c] = [si(v, unit) for v in table[c]]
-        elif c in ('parameters', 'trained'): out[c] = [si(v) for v in table[c]]
+        if unit:
+            out[c] = [si(v, unit) for v in table[c]]
+        elif c in ('parameters', 'trained'):
+            out[c] = [si(v) for v in table[c]]
     return out.rename(columns=_HEADS)
 
 # %% ../../nbs/methods/04_planner.ipynb #d72f8b6f
 def cost_figure(plans: Mapping[str, pd.DataFrame], width: float = 11.2):
-    "`plans`: name -> `plan(...)`. Left: FLOPs of each stage by kind; right: memory of a rank by kind, stage by stage."
-    if not plans: raise RecipeError('no plan to draw')
+    """`plans`: name -> `plan(...)`. Left: FLOPs of each stage by kind; right: memory of a rank by
+    kind, stage by stage."""
+    if not plans:
+        raise RecipeError('no plan to draw')
     from matplotlib.figure import Figure
+
     rows = [(f'{name}: {r.stage}', r) for name, t in plans.items() for r in t.itertuples()][::-1]
-    kinds = (dict(forward='#7b8794', inputs='#3d85d8', weights='#e07b2e', recomputed='#b061c9'),
-             dict(weights_bytes='#7b8794', gradients='#e07b2e', optimizer='#a58a1f', activations='#3d85d8'))
-    fig = Figure(figsize=(width, 1.1 + .34 * len(rows)), layout='constrained')
+    kinds = (
+        dict(forward='#7b8794', inputs='#3d85d8', weights='#e07b2e', recomputed='#b061c9'),
+        dict(
+            weights_bytes='#7b8794', gradients='#e07b2e', optimizer='#a58a1f', activations='#3d85d8'
+        ),
+    )
+    fig = Figure(figsize=(width, 1.1 + 0.34 * len(rows)), layout='constrained')
     axes = fig.subplots(1, 2, sharey=True)
     for ax, colors, unit in zip(axes, kinds, ('FLOP', 'B')):
-        left = [0.] * len(rows)
+        left = [0.0] * len(rows)
         for k, color in colors.items():
-            v = [getattr(r, k) * (r.total / sum(getattr(r, x) for x in kinds[0]) if unit == 'FLOP' else 1)
-                 for _, r in rows]
-            ax.barh(range(len(rows)), v, left=left, color=color, height=.62, label=_HEADS.get(k, k).replace(' (B)', ''))
+            v = [
+                getattr(r, k)
+                * (r.total / sum(getattr(r, x) for x in kinds[0]) if unit == 'FLOP' else 1)
+                for _, r in rows
+            ]
+            ax.barh(
+                range(len(rows)),
+                v,
+                left=left,
+                color=color,
+                height=0.62,
+                label=_HEADS.get(k, k).replace(' (B)', ''),
+            )
             left = [a + b for a, b in zip(left, v)]
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(lambda v, _, unit=unit: si(v, unit))
-        ax.legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=4, fontsize=8, frameon=False)
+        ax.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8, frameon=False)
         ax.spines[['top', 'right', 'left']].set_visible(False)
-        ax.tick_params(left=False); ax.grid(axis='x', color='#d9dfe5', lw=.8); ax.set_axisbelow(True)
+        ax.tick_params(left=False)
+        ax.grid(axis='x', color='#d9dfe5', lw=0.8)
+        ax.set_axisbelow(True)
     axes[0].set_yticks(range(len(rows)), [n for n, _ in rows])
     axes[1].plot([r.peak for _, r in rows], range(len(rows)), 'k|', ms=11, mew=1.6, label='peak')
-    axes[1].legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=5, fontsize=8, frameon=False)
-    axes[0].set_xlabel('FLOPs of the whole stage'); axes[1].set_xlabel('memory of a rank')
+    axes[1].legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=5, fontsize=8, frameon=False)
+    axes[0].set_xlabel('FLOPs of the whole stage')
+    axes[1].set_xlabel('memory of a rank')
     return fig

@@ -23,15 +23,16 @@ from ..train.recipe import SCALES, Recipe, RecipeError, Scale, Stage, override
 class Method:
     """A method: `recipe(scale, **options)` gives its `Recipe`; the hooks are optional.
 
-    `build(recipe, scale, seed)` -> `(model, processor)`, instead of joining the scale's language model and vision tower;
-    with a parameter `device` if it places weights itself.
-    `losses(model, processor, stage, scale)` -> loss terms by name, exactly those that `stage.losses` declares.
+    `build(recipe, scale, seed)` -> `(model, processor)`, instead of joining the scale's language
+    model and vision tower; with a parameter `device` if it places weights itself. `losses(model,
+    processor, stage, scale)` -> loss terms by name, exactly those that `stage.losses` declares.
     `transform(sample)` -> the sample a model is trained on and asked about (markers, say).
-    `before_stage(model, processor, stage, scale)` -> `(model, processor)` that the stage trains (a surrogate, say).
-    `after_stage(model, processor, stage, scale)` -> `(model, processor)` for the next stage (graft, merge, prune).
-    `configure(**options)` -> the method with these options, where hooks depend on them too.
-    `picture(recipe, scale, stage)` -> height and width in px of a stage's largest picture, where it is not the square
-    of the front end's or the scale's `image_size`."""
+    `before_stage(model, processor, stage, scale)` -> `(model, processor)` that the stage trains (a
+    surrogate, say). `after_stage(model, processor, stage, scale)` -> `(model, processor)` for the
+    next stage (graft, merge, prune). `configure(**options)` -> the method with these options, where
+    hooks depend on them too. `picture(recipe, scale, stage)` -> height and width in px of a stage's
+    largest picture, where it is not the square of the front end's or the scale's `image_size`."""
+
     recipe: Callable[..., Recipe]
     build: Callable[[Recipe, Scale, int], tuple] | None = None
     losses: Callable[[Any, Any, Stage, Scale], Mapping[str, Any]] | None = None
@@ -53,132 +54,226 @@ RECIPES: dict[str, str] = {
 
 # %% ../../nbs/methods/00_recipes.ipynb #18c85386
 def parse_setting(text: str) -> tuple[str, Any]:
-    "`'stages.instruct.lr=3e-4'` -> `('stages.instruct.lr', 0.0003)`; a value that is no Python literal stays text."
+    """`'stages.instruct.lr=3e-4'` -> `('stages.instruct.lr', 0.0003)`; a value that is no Python
+    literal stays text."""
     key, eq, value = text.partition('=')
-    if not eq: raise RecipeError(f'setting {text!r} is not of the form name=value')
-    try: return key.strip(), ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError): return key.strip(), value.strip()
+    if not eq:
+        raise RecipeError(f'setting {text!r} is not of the form name=value')
+    try:
+        return key.strip(), ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        return key.strip(), value.strip()
+
 
 def method_options(method: Method) -> dict[str, Any]:
     "Options of a method with their defaults."
     known = inspect.signature(method.configure or method.recipe).parameters.values()
-    return {p.name: p.default for p in known if p.name != 'scale' and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {
+        p.name: p.default
+        for p in known
+        if p.name != 'scale' and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+
 
 def get_method(name: str, variant: Sequence[str] = ()) -> Method:
-    """The method called exactly `name`, with the options that `variant` sets, each as `name=value`. Every method takes
-    `regions`: 'overlay', 'text' or 'none', what becomes of marked regions in its data (`DrawRegions`). Raises
-    `RecipeError` listing the names or options that exist."""
-    if name not in RECIPES: raise RecipeError(f'unknown recipe {name!r}; recipes are {", ".join(RECIPES)}')
+    """The method called exactly `name`, with the options that `variant` sets, each as `name=value`.
+    Every method takes `regions`: 'overlay', 'text' or 'none', what becomes of marked regions in its
+    data (`DrawRegions`). Raises `RecipeError` listing the names or options that exist."""
+    if name not in RECIPES:
+        raise RecipeError(f'unknown recipe {name!r}; recipes are {", ".join(RECIPES)}')
     method = importlib.import_module(RECIPES[name]).METHOD
     options, known = dict(map(parse_setting, variant)), method_options(method)
     regions = None if 'regions' in known else options.pop('regions', None)
     for k in options:
         if k not in known:
-            raise RecipeError(f'recipe {name!r} has no option {k!r}; options are {", ".join({**known, "regions": None})}')
-    if options and method.configure: method = method.configure(**options)
-    elif options: method = replace(method, recipe=partial(method.recipe, **options))
+            raise RecipeError(
+                f'recipe {name!r} has no option {k!r}; options are '
+                f'{", ".join({**known, "regions": None})}'
+            )
+    if options and method.configure:
+        method = method.configure(**options)
+    elif options:
+        method = replace(method, recipe=partial(method.recipe, **options))
     return method if regions is None else _with_regions(name, method, regions)
+
 
 def _with_regions(name, method, how):
     from vlmbench.data.region_rows import DrawRegions
+
     if method.transform is not None:
-        raise RecipeError(f'recipe {name!r} changes its samples already: leave out regions={how!r}, or the option that does')
-    try: return replace(method, transform=DrawRegions(how=how))
-    except ValueError as e: raise RecipeError(f'recipe {name!r}: {e}') from None
+        raise RecipeError(
+            f'recipe {name!r} changes its samples already: leave out regions={how!r}, or the '
+            'option that does'
+        )
+    try:
+        return replace(method, transform=DrawRegions(how=how))
+    except ValueError as e:
+        raise RecipeError(f'recipe {name!r}: {e}') from None
 
 # %% ../../nbs/methods/00_recipes.ipynb #34e114d5
-def _paper_scales(method): return getattr(importlib.import_module(RECIPES[method]), 'PAPER_SCALES', {})
+def _paper_scales(method):
+    return getattr(importlib.import_module(RECIPES[method]), 'PAPER_SCALES', {})
+
 
 def published_scales() -> dict[str, Scale]:
     "Scales that a single paper published, by name."
     return {name: scale for method in RECIPES for name, scale in _paper_scales(method).items()}
 
+
 def find_scale(name: str) -> Scale:
-    """A scale by name: `tiny`, `small`, `paper`, one that a paper published (`vora_paper`, or with its method
-    `vip_llava:llama-3-8b`), or the path of a JSON file with its fields. Raises `RecipeError`."""
+    """A scale by name: `tiny`, `small`, `paper`, one that a paper published (`vora_paper`, or with
+    its method `vip_llava:llama-3-8b`), or the path of a JSON file with its fields. Raises
+    `RecipeError`."""
     method, colon, own = name.partition(':')
     if colon and method in RECIPES:
         scales = _paper_scales(method)
-        if own in scales: return scales[own]
-        raise RecipeError(f'method {method!r} has no scale {own!r}; it has {", ".join(scales) or "none of its own"}')
-    if name in SCALES: return SCALES[name]
+        if own in scales:
+            return scales[own]
+        raise RecipeError(
+            f'method {method!r} has no scale {own!r}; it has '
+            f'{", ".join(scales) or "none of its own"}'
+        )
+    if name in SCALES:
+        return SCALES[name]
     if not name.endswith('.json'):
-        if name in (more := published_scales()): return more[name]
-        raise RecipeError(f'unknown scale {name!r}; scales are {", ".join([*SCALES, *more])}, or a JSON file')
-    try: return Scale.from_dict(json.loads(Path(name).read_text(encoding='utf8')))
-    except (OSError, json.JSONDecodeError) as e: raise RecipeError(f'scale {name}: {e}') from None
+        if name in (more := published_scales()):
+            return more[name]
+        raise RecipeError(
+            f'unknown scale {name!r}; scales are {", ".join([*SCALES, *more])}, or a JSON file'
+        )
+    try:
+        return Scale.from_dict(json.loads(Path(name).read_text(encoding='utf8')))
+    except (OSError, json.JSONDecodeError) as e:
+        raise RecipeError(f'scale {name}: {e}') from None
 
 # %% ../../nbs/methods/00_recipes.ipynb #8a7f8d5d
 def base_model(where: str) -> str:
     "`asset:llm` -> the folder of that embedded model; a folder or a Hub id stays as it is."
-    if not where.startswith('asset:'): return where
+    if not where.startswith('asset:'):
+        return where
     from vlmbench.data.world import asset_path
+
     return str(asset_path(where.removeprefix('asset:')))
 
+
 def model_config(scale: Scale, which: str) -> dict[str, Any]:
-    """Configuration of the scale's 'llm' or 'vision' model: the scale's own shapes, else the file beside the weights.
-    Raises `RecipeError`."""
-    given, where = dict(llm=(scale.llm_config, scale.llm), vision=(scale.vision_config, scale.vision))[which]
-    if given is not None: return dict(given)
+    """Configuration of the scale's 'llm' or 'vision' model: the scale's own shapes, else the file
+    beside the weights. Raises `RecipeError`."""
+    given, where = dict(
+        llm=(scale.llm_config, scale.llm), vision=(scale.vision_config, scale.vision)
+    )[which]
+    if given is not None:
+        return dict(given)
     from transformers import AutoConfig
-    try: return AutoConfig.from_pretrained(base_model(where)).to_dict()
+
+    try:
+        return AutoConfig.from_pretrained(base_model(where)).to_dict()
     except (OSError, ValueError) as e:
         raise RecipeError(f'scale {scale.name!r}: no configuration of {where}: {e}') from None
+
 
 def tied_embeddings(scale: Scale) -> bool:
     "Whether the scale's language model ties its head to its embedding."
     return bool(model_config(scale, 'llm').get('tie_word_embeddings', False))
 
+
 def encoder_model(recipe: Recipe, scale: Scale, seed: int = 0, **other: Any) -> tuple[Any, Any]:
-    """`(model, processor)`: the scale's language model behind the recipe's front end on the scale's vision tower, new
-    parts drawn from `seed`. `other`: arguments of `build_vlm`, before the ones that follow from recipe and scale."""
+    """`(model, processor)`: the scale's language model behind the recipe's front end on the scale's
+    vision tower, new parts drawn from `seed`. `other`: arguments of `build_vlm`, before the ones
+    that follow from recipe and scale."""
     from vlmbench.models.vlm import build_vlm
-    follow = dict(llm=base_model(scale.llm), vision=base_model(scale.vision), template=scale.template,
-                  transform=None if scale.image_mode == 'squash' else scale.image_mode, dtype=scale.dtype,
-                  bidirectional_images=recipe.bidirectional_images)
+
+    follow = dict(
+        llm=base_model(scale.llm),
+        vision=base_model(scale.vision),
+        template=scale.template,
+        transform=None if scale.image_mode == 'squash' else scale.image_mode,
+        dtype=scale.dtype,
+        bidirectional_images=recipe.bidirectional_images,
+    )
     return build_vlm(front_end=dict(recipe.front_end), seed=seed, **follow | other)
 
 # %% ../../nbs/methods/00_recipes.ipynb #19b1f434
-_SHARES = {'llava-1.5-665k-genqa-500k-instructions': 624_610 / 1_124_610}          # zero's published mix
+_SHARES = {'llava-1.5-665k-genqa-500k-instructions': 624_610 / 1_124_610}  # zero's published mix
+
 
 def image_share(data: str) -> float:
     "Share of samples with a picture in a stage's `data`, by the names of its parts."
-    if data in _SHARES: return _SHARES[data]
-    parts = [(name.strip(), float(w or 1)) for name, _, w in (p.partition('*') for p in data.split('+'))]
-    return sum(w for n, w in parts if not n.startswith(('text', 'genqa'))) / sum(w for _, w in parts)
+    if data in _SHARES:
+        return _SHARES[data]
+    parts = [
+        (name.strip(), float(w or 1)) for name, _, w in (p.partition('*') for p in data.split('+'))
+    ]
+    return sum(w for n, w in parts if not n.startswith(('text', 'genqa'))) / sum(
+        w for _, w in parts
+    )
+
 
 def scaled_budget(recipe: Recipe, factor: float) -> Recipe:
-    "`recipe` with every stage's budget (target tokens or steps) multiplied by `factor`, at least 1."
-    if factor <= 0: raise RecipeError(f'budget factor {factor:g} must be above 0')
-    def key(s: Stage) -> str: return 'budget_targets' if s.steps is None else 'steps'
-    return override(recipe, {f'stages.{s.name}.{key(s)}': max(1, round(getattr(s, key(s))*factor)) for s in recipe.stages})
+    """`recipe` with every stage's budget (target tokens or steps) multiplied by `factor`, at least
+    1."""
+    if factor <= 0:
+        raise RecipeError(f'budget factor {factor:g} must be above 0')
 
-def largest_picture(recipe: Recipe, scale: Scale, stage: Stage, picture: Callable | None = None) -> tuple[int, int]:
+    def key(s: Stage) -> str:
+        return 'budget_targets' if s.steps is None else 'steps'
+
+    return override(
+        recipe,
+        {
+            f'stages.{s.name}.{key(s)}': max(1, round(getattr(s, key(s)) * factor))
+            for s in recipe.stages
+        },
+    )
+
+
+def largest_picture(
+    recipe: Recipe, scale: Scale, stage: Stage, picture: Callable | None = None
+) -> tuple[int, int]:
     "Height and width in px of a stage's largest picture, as the method's hook `picture` says."
-    if picture is not None: return picture(recipe, scale, stage)
+    if picture is not None:
+        return picture(recipe, scale, stage)
     return (recipe.front_end.get('image_size') or scale.image_size,) * 2
 
+
 def check_room(recipe: Recipe, scale: Scale, picture: Callable | None = None) -> None:
-    "Raises `RecipeError` naming the first stage in which the largest picture leaves no token of a row to text."
+    """Raises `RecipeError` naming the first stage in which the largest picture leaves no token of a
+    row to text."""
     from vlmbench.models.vision import front_end_class, num_image_tokens
-    if not recipe.front_end: return                                       # no picture is ever seen
+
+    if not recipe.front_end:
+        return  # no picture is ever seen
     front = {'type': 'encoder', **recipe.front_end}
     if 'backbone' not in front and 'backbone' in front_end_class(front).defaults:
         front['backbone'] = model_config(scale, 'vision')
     for stage in recipe.stages:
         h, w = largest_picture(recipe, scale, stage, picture)
-        try: tokens = num_image_tokens(front, h, w)
-        except ValueError as e: raise RecipeError(f'{recipe.name}: stage {stage.name!r}: {e}') from None
+        try:
+            tokens = num_image_tokens(front, h, w)
+        except ValueError as e:
+            raise RecipeError(f'{recipe.name}: stage {stage.name!r}: {e}') from None
         if image_share(stage.data) and tokens >= stage.max_tokens:
-            raise RecipeError(f'{recipe.name}: in stage {stage.name!r} a picture of {h}x{w} px (h x w) takes {tokens} '
-                              f'tokens, but a row holds max_tokens={stage.max_tokens}: set max_tokens to more than '
-                              f'{tokens}, or use smaller pictures or larger patches')
+            raise RecipeError(
+                f'{recipe.name}: in stage {stage.name!r} a picture of {h}x{w} px (h x w) takes '
+                f'{tokens} '
+                f'tokens, but a row holds max_tokens={stage.max_tokens}: set max_tokens to more '
+                'than '
+                f'{tokens}, or use smaller pictures or larger patches'
+            )
 
-def get_recipe(name: str, scale: Scale, budget: float = 1., overrides: Sequence[str] = (),
-               variant: Sequence[str] = ()) -> Recipe:
-    """The recipe of method `name` at `scale` with the options of `variant`, its budget multiplied, single settings
-    overridden, and checked (`check_room`). Raises `RecipeError`."""
+
+def get_recipe(
+    name: str,
+    scale: Scale,
+    budget: float = 1.0,
+    overrides: Sequence[str] = (),
+    variant: Sequence[str] = (),
+) -> Recipe:
+    """The recipe of method `name` at `scale` with the options of `variant`, its budget multiplied,
+    single settings overridden, and checked (`check_room`). Raises `RecipeError`."""
     method = get_method(name, variant)
-    recipe = override(scaled_budget(method.recipe(scale), budget), dict(map(parse_setting, overrides)))
+    recipe = override(
+        scaled_budget(method.recipe(scale), budget), dict(map(parse_setting, overrides))
+    )
     check_room(recipe, scale, method.picture)
     return recipe

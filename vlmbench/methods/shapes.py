@@ -16,26 +16,35 @@ from ..train.prepare import merge_lora, prepare
 from ..train.recipe import Recipe, RecipeError, Scale
 
 # %% ../../nbs/methods/02_shapes.ipynb #dbcff3dd
-def model_from_shapes(recipe: Recipe, scale: Scale, device: str = 'meta') -> VLMForConditionalGeneration:
-    """The recipe's model at `scale` from configurations alone: no weights on 'meta', random ones on 'cpu' or 'cuda'.
+def model_from_shapes(
+    recipe: Recipe, scale: Scale, device: str = 'meta'
+) -> VLMForConditionalGeneration:
+    """The recipe's model at `scale` from configurations alone: no weights on 'meta', random ones on
+    'cpu' or 'cuda'.
 
-    Every front end with a vision tower gets the scale's `vision_config` as its `backbone`. The last token id stands in
-    for the image token. Raises RecipeError when the scale holds no configuration and none is found where its weights
-    should be."""
+    Every front end with a vision tower gets the scale's `vision_config` as its `backbone`. The last
+    token id stands in for the image token. Raises RecipeError when the scale holds no configuration
+    and none is found where its weights should be."""
     text = model_config(scale, 'llm')
     front = dict(recipe.front_end)
     if 'backbone' not in front and 'backbone' in front_end_class(front).defaults:
         front['backbone'] = model_config(scale, 'vision')
-    config = VLMConfig(text_config=text, vision_config=front, image_token_id=text['vocab_size'] - 1,
-                       bidirectional_images=recipe.bidirectional_images)
-    with torch.device(device): return VLMForConditionalGeneration(config)
+    config = VLMConfig(
+        text_config=text,
+        vision_config=front,
+        image_token_id=text['vocab_size'] - 1,
+        bidirectional_images=recipe.bidirectional_images,
+    )
+    with torch.device(device):
+        return VLMForConditionalGeneration(config)
 
 # %% ../../nbs/methods/02_shapes.ipynb #9ffa9d67
 def trained_parameters(recipe: Recipe, scale: Scale) -> pd.DataFrame:
-    """The freeze table of every stage at `scale`, from shapes (columns: stage, group, tune, blocks, parameters,
-    trainable, share, lr).
+    """The freeze table of every stage at `scale`, from shapes (columns: stage, group, tune, blocks,
+    parameters, trainable, share, lr).
 
-    Stages of a method that changes its model between stages are counted on the model it starts with."""
+    Stages of a method that changes its model between stages are counted on the model it starts
+    with."""
     model, tables = model_from_shapes(recipe, scale), []
     for stage in recipe.stages:
         table = prepare(model, stage).table()

@@ -16,10 +16,20 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
-                          CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedModel,
-                          VipLlavaConfig, VipLlavaForConditionalGeneration)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..data.image import from_image_processor, mean_color
@@ -34,122 +44,219 @@ from ..models.vlm import build_vlm, load_tower
 class CheckpointFormatError(ValueError):
     "A folder or model that cannot be converted; the message names the setting or file."
 
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file, or of the shards of a folder (`*.safetensors`, else `*.bin`). Pickles are read as tensors
-    only. Raises `CheckpointFormatError`."""
+    """All tensors of a file, or of the shards of a folder (`*.safetensors`, else `*.bin`). Pickles
+    are read as tensors only. Raises `CheckpointFormatError`."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob('*.safetensors')) or sorted(path.glob('*.bin'))
-    if not files: raise CheckpointFormatError(f'{path} holds no weights (*.safetensors, *.bin)')
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(path.glob('*.safetensors')) or sorted(path.glob('*.bin'))
+    )
+    if not files:
+        raise CheckpointFormatError(f'{path} holds no weights (*.safetensors, *.bin)')
     state = {}
     for f in files:
-        try: state |= load_file(f) if f.suffix == '.safetensors' else torch.load(f, 'cpu', weights_only=True)
-        except Exception as e: raise CheckpointFormatError(f'{f}: not a file of tensors: {e}') from e
+        try:
+            state |= (
+                load_file(f)
+                if f.suffix == '.safetensors'
+                else torch.load(f, 'cpu', weights_only=True)
+            )
+        except Exception as e:
+            raise CheckpointFormatError(f'{f}: not a file of tensors: {e}') from e
     return state
 
 # %% ../../nbs/methods/12_vip_checkpoints.ipynb #4373b690
 _TEXT = dict(llava='llama', llava_llama='llama', llava_phi3='phi3', llava_mistral='mistral')
 
+
 def template_of(text: str, tokenizer) -> str:
-    """The template that published models over a language model of type `text` ('llama', 'mistral', 'phi3') with this
-    tokenizer are trained with: 'llama_3', 'phi_3', 'llava_v1'. Raises `CheckpointFormatError` where that is not known."""
+    """The template that published models over a language model of type `text` ('llama', 'mistral',
+    'phi3') with this tokenizer are trained with: 'llama_3', 'phi_3', 'llava_v1'. Raises
+    `CheckpointFormatError` where that is not known."""
     known = tokenizer.get_vocab()
-    if text == 'llama' and {'<|start_header_id|>', '<|eot_id|>'} <= known.keys(): return 'llama_3'
-    if text == 'phi3' and {'<|user|>', '<|end|>'} <= known.keys(): return 'phi_3'
-    if text in ('llama', 'mistral') and tokenizer.eos_token == '</s>': return 'llava_v1'
-    raise CheckpointFormatError(f'no template is known for {text} with a {type(tokenizer).__name__} of {len(known)} tokens '
-                                f'that ends answers by {tokenizer.eos_token!r}: name it (template=, --template), one of '
-                                f'{", ".join(TEMPLATES)}')
+    if text == 'llama' and {'<|start_header_id|>', '<|eot_id|>'} <= known.keys():
+        return 'llama_3'
+    if text == 'phi3' and {'<|user|>', '<|end|>'} <= known.keys():
+        return 'phi_3'
+    if text in ('llama', 'mistral') and tokenizer.eos_token == '</s>':
+        return 'llava_v1'
+    raise CheckpointFormatError(
+        f'no template is known for {text} with a {type(tokenizer).__name__} of {len(known)} tokens '
+        f'that ends answers by {tokenizer.eos_token!r}: name it (template=, --template), one of '
+        f'{", ".join(TEMPLATES)}'
+    )
+
 
 def front_of(config: Mapping) -> dict:
-    "Front-end settings of an original configuration. Raises `CheckpointFormatError` for a projector that is not known."
-    tower, kind = str(config.get('mm_vision_tower') or ''), str(config.get('mm_projector_type') or 'linear')
+    """Front-end settings of an original configuration. Raises `CheckpointFormatError` for a
+    projector that is not known."""
+    tower, kind = (
+        str(config.get('mm_vision_tower') or ''),
+        str(config.get('mm_projector_type') or 'linear'),
+    )
     known = kind in ('linear', 'identity') or kind.startswith('mlp') and kind.endswith('x_gelu')
     if not known:
-        raise CheckpointFormatError(f'mm_projector_type={kind!r} is unknown; known are linear, identity, mlpNx_gelu')
+        raise CheckpointFormatError(
+            f'mm_projector_type={kind!r} is unknown; known are linear, identity, mlpNx_gelu'
+        )
     if 'clip_4layers' in tower:
-        return dict(type='encoder', select_layers=list(FEATURE_LAYERS), projector=kind, projector_norm=True,
-                    norm_eps=1e-5)
-    return dict(type='encoder', select_layers=[int(config.get('mm_vision_select_layer', -2))], projector=kind,
-                keep_cls=config.get('mm_vision_select_feature', 'patch') == 'cls_patch')
+        return dict(
+            type='encoder',
+            select_layers=list(FEATURE_LAYERS),
+            projector=kind,
+            projector_norm=True,
+            norm_eps=1e-5,
+        )
+    return dict(
+        type='encoder',
+        select_layers=[int(config.get('mm_vision_select_layer', -2))],
+        projector=kind,
+        keep_cls=config.get('mm_vision_select_feature', 'patch') == 'cls_patch',
+    )
+
 
 def read_config(folder: str | Path) -> dict:
     "The `config.json` in `folder`. Raises `CheckpointFormatError` for one that cannot be read."
-    try: return json.loads((Path(folder)/'config.json').read_text(encoding='utf8'))
-    except (OSError, ValueError) as e: raise CheckpointFormatError(f'{folder}/config.json cannot be read: {e}') from None
+    try:
+        return json.loads((Path(folder) / 'config.json').read_text(encoding='utf8'))
+    except (OSError, ValueError) as e:
+        raise CheckpointFormatError(f'{folder}/config.json cannot be read: {e}') from None
+
 
 def is_original(folder: str | Path) -> bool:
-    "Whether a folder has the original repository's layout: `llava_...`, or `llava` without a `text_config`."
+    """Whether a folder has the original repository's layout: `llava_...`, or `llava` without a
+    `text_config`."""
     config = read_config(folder)
     return config.get('model_type') in _TEXT and 'text_config' not in config
 
+
 def _tower(state, vision):
     head = 'model.vision_tower.vision_tower.vision_model.'
-    try: tower = load_tower(vision, torch.float32)
+    try:
+        tower = load_tower(vision, torch.float32)
     except (OSError, ValueError) as e:
-        raise CheckpointFormatError(f'the CLIP tower {str(vision)!r} cannot be loaded: name its folder (vision=, '
-                                    f'or vlmbench convert --vision). {e}') from None
-    own = {k.removeprefix(head): v.float() for k, v in state.items() if k.startswith(head)
-           and not k.endswith('position_ids')}
+        raise CheckpointFormatError(
+            f'the CLIP tower {str(vision)!r} cannot be loaded: name its folder (vision=, '
+            f'or vlmbench convert --vision). {e}'
+        ) from None
+    own = {
+        k.removeprefix(head): v.float()
+        for k, v in state.items()
+        if k.startswith(head) and not k.endswith('position_ids')
+    }
     if own:
         wrong = tower.load_state_dict(own, strict=False)
-        if wrong.unexpected_keys or [k for k in wrong.missing_keys if not k.endswith('position_ids')]:
+        if wrong.unexpected_keys or [
+            k for k in wrong.missing_keys if not k.endswith('position_ids')
+        ]:
             odd = [*wrong.unexpected_keys, *wrong.missing_keys]
             raise CheckpointFormatError(f'{vision} is not the tower of this checkpoint: {odd[:3]}')
     return tower
 
+
 CLIP = 'openai/clip-vit-large-patch14-336'
 
-def _adapted(folder, base, dtype):
-    """The language model of a LoRA release, its adapter folded in, the other weights of the folder, and where the tokenizer
-    is: with the language model, unless the folder holds one."""
-    base = base or json.loads((folder/'adapter_config.json').read_text(encoding='utf8')).get('base_model_name_or_path')
-    state = {k.removeprefix('base_model.model.'): v for k, v in read_weights(folder/'non_lora_trainables.bin').items()}
-    try: llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    except (OSError, ValueError) as e:
-        raise CheckpointFormatError(f'{folder}: its adapter belongs to {base!r}, which cannot be loaded: name the folder '
-                                    f'of that language model (base=, or vlmbench convert --base). {e}') from None
-    own = any(folder.glob('tokenizer*'))
-    return PeftModel.from_pretrained(llm, str(folder)).merge_and_unload(), state, folder if own else base
 
-def load_original(folder: str | Path, vision: str | Path | None = None, template: str | None = None,
-                  dtype: torch.dtype = torch.float32,
-                  base: str | Path | None = None) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Model and processor of a LLaVA or ViP-LLaVA folder as the original repository wrote it. `vision`: folder or name
-    of its CLIP tower (None: the one that the folder names), whose weights are replaced by those in the folder where
-    there are any. `template`: None for that of training, see `template_of`. `base`: the language model of a LoRA
-    release, instead of the one it names. Raises `CheckpointFormatError`."""
+def _adapted(folder, base, dtype):
+    """The language model of a LoRA release, its adapter folded in, the other weights of the folder,
+    and where the tokenizer is: with the language model, unless the folder holds one."""
+    base = base or json.loads((folder / 'adapter_config.json').read_text(encoding='utf8')).get(
+        'base_model_name_or_path'
+    )
+    state = {
+        k.removeprefix('base_model.model.'): v
+        for k, v in read_weights(folder / 'non_lora_trainables.bin').items()
+    }
+    try:
+        llm = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    except (OSError, ValueError) as e:
+        raise CheckpointFormatError(
+            f'{folder}: its adapter belongs to {base!r}, which cannot be loaded: name the folder '
+            f'of that language model (base=, or vlmbench convert --base). {e}'
+        ) from None
+    own = any(folder.glob('tokenizer*'))
+    return (
+        PeftModel.from_pretrained(llm, str(folder)).merge_and_unload(),
+        state,
+        folder if own else base,
+    )
+
+
+def load_original(
+    folder: str | Path,
+    vision: str | Path | None = None,
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+    """Model and processor of a LLaVA or ViP-LLaVA folder as the original repository wrote it.
+    `vision`: folder or name of its CLIP tower (None: the one that the folder names), whose weights
+    are replaced by those in the folder where there are any. `template`: None for that of training,
+    see `template_of`. `base`: the language model of a LoRA release, instead of the one it names.
+    Raises `CheckpointFormatError`."""
     folder = Path(folder)
-    config = json.loads((folder/'config.json').read_text(encoding='utf8'))
+    config = json.loads((folder / 'config.json').read_text(encoding='utf8'))
     kind = config.get('model_type')
-    if kind not in _TEXT: raise CheckpointFormatError(f'{folder}: model_type={kind!r} is none of {", ".join(_TEXT)}')
-    settings = {k: v for k, v in config.items()
-                if not k.startswith(('mm_', 'model_type', 'architectures', 'tokenizer_', '_'))
-                and k not in ('torch_dtype', 'transformers_version', 'image_aspect_ratio', 'auto_map', 'use_mm_proj')}
+    if kind not in _TEXT:
+        raise CheckpointFormatError(f'{folder}: model_type={kind!r} is none of {", ".join(_TEXT)}')
+    settings = {
+        k: v
+        for k, v in config.items()
+        if not k.startswith(('mm_', 'model_type', 'architectures', 'tokenizer_', '_'))
+        and k
+        not in (
+            'torch_dtype',
+            'transformers_version',
+            'image_aspect_ratio',
+            'auto_map',
+            'use_mm_proj',
+        )
+    }
     named = str(config.get('mm_vision_tower') or '')
     vision = vision or (CLIP if 'clip_4layers' in named and not Path(named).is_dir() else named)
-    released = (folder/'adapter_config.json').exists()
-    if released: llm, state, words = _adapted(folder, base, dtype)
+    released = (folder / 'adapter_config.json').exists()
+    if released:
+        llm, state, words = _adapted(folder, base, dtype)
     else:
         state, words = read_weights(folder), folder
-        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(_TEXT[kind], **settings), dtype=dtype)
+        llm = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(_TEXT[kind], **settings), dtype=dtype
+        )
     head = ('model.mm_projector.', 'model.vision_tower.', 'model.image_newline')
     language = {k: v.to(dtype) for k, v in state.items() if not k.startswith(head)}
     info = llm.load_state_dict(language, strict=False)
-    missing = [k for k in info.missing_keys if not released and not (llm.config.tie_word_embeddings
-                                                                     and k == 'lm_head.weight')]
+    missing = [
+        k
+        for k in info.missing_keys
+        if not released and not (llm.config.tie_word_embeddings and k == 'lm_head.weight')
+    ]
     if missing or info.unexpected_keys:
-        raise CheckpointFormatError(f'{folder}: {len(missing)} weights missing {missing[:3]}, '
-                                    f'{len(info.unexpected_keys)} unknown '
-                                    f'{info.unexpected_keys[:3]}')
+        raise CheckpointFormatError(
+            f'{folder}: {len(missing)} weights missing {missing[:3]}, '
+            f'{len(info.unexpected_keys)} unknown '
+            f'{info.unexpected_keys[:3]}'
+        )
     aspect = config.get('image_aspect_ratio')
     tower = _tower(state, vision)
-    beside = Path(vision)/'preprocessor_config.json'
+    beside = Path(vision) / 'preprocessor_config.json'
     mode = 'pad' if aspect == 'pad' else None
-    transform = from_image_processor(json.loads(beside.read_text()), mode,
-                                     tower.config.patch_size) if beside.exists() else mode
+    transform = (
+        from_image_processor(json.loads(beside.read_text()), mode, tower.config.patch_size)
+        if beside.exists()
+        else mode
+    )
     tokenizer = AutoTokenizer.from_pretrained(words)
-    model, processor = build_vlm(llm, tower, front_of(config), tokenizer, template or template_of(_TEXT[kind], tokenizer),
-                                 transform)
+    model, processor = build_vlm(
+        llm,
+        tower,
+        front_of(config),
+        tokenizer,
+        template or template_of(_TEXT[kind], tokenizer),
+        transform,
+    )
     load_stage1(model, {k: v for k, v in state.items() if 'mm_projector.' in k})
     return model, processor
 
@@ -158,30 +265,46 @@ def _front_of_transformers(config) -> dict:
     vip = config.model_type == 'vipllava'
     layers = config.vision_feature_layers if vip else config.vision_feature_layer
     act = config.projector_hidden_act
-    if act != 'gelu': raise CheckpointFormatError(f'projector_hidden_act={act!r}: only gelu is known')
+    if act != 'gelu':
+        raise CheckpointFormatError(f'projector_hidden_act={act!r}: only gelu is known')
     if not getattr(config, 'multimodal_projector_bias', True):
         raise CheckpointFormatError('a projector without biases is not known')
     keep = not vip and config.vision_feature_select_strategy == 'full'
-    return dict(type='encoder', select_layers=[layers] if isinstance(layers, int) else list(layers),
-                projector='mlp2x_gelu',
-                projector_norm=vip, keep_cls=keep, norm_eps=config.projector_layernorm_eps if vip else 1e-5,
-                backbone=config.vision_config.to_dict())
+    return dict(
+        type='encoder',
+        select_layers=[layers] if isinstance(layers, int) else list(layers),
+        projector='mlp2x_gelu',
+        projector_norm=vip,
+        keep_cls=keep,
+        norm_eps=config.projector_layernorm_eps if vip else 1e-5,
+        backbone=config.vision_config.to_dict(),
+    )
+
 
 def from_transformers(theirs: PreTrainedModel) -> VLMForConditionalGeneration:
-    """Our model with the weights of a `LlavaForConditionalGeneration` or `VipLlavaForConditionalGeneration` (shared,
-    not copied)."""
+    """Our model with the weights of a `LlavaForConditionalGeneration` or
+    `VipLlavaForConditionalGeneration` (shared, not copied)."""
     config = theirs.config
     if config.model_type not in ('llava', 'vipllava'):
-        raise CheckpointFormatError(f'model_type={config.model_type!r} is neither llava nor vipllava')
+        raise CheckpointFormatError(
+            f'model_type={config.model_type!r} is neither llava nor vipllava'
+        )
     with torch.device('meta'):
-        model = VLMForConditionalGeneration(VLMConfig(text_config=config.text_config,
-                                                      vision_config=_front_of_transformers(config),
-                                                      image_token_id=config.image_token_id,
-                                                      tie_word_embeddings=config.tie_word_embeddings))
+        model = VLMForConditionalGeneration(
+            VLMConfig(
+                text_config=config.text_config,
+                vision_config=_front_of_transformers(config),
+                image_token_id=config.image_token_id,
+                tie_word_embeddings=config.tie_word_embeddings,
+            )
+        )
     model.model.vision.tower = theirs.model.vision_tower
     model.model.language_model, model.lm_head = theirs.model.language_model, theirs.lm_head
-    ours = convert_keys({k: v for k, v in theirs.state_dict().items() if 'multi_modal_projector' in k}, 'transformers',
-                        'ours')
+    ours = convert_keys(
+        {k: v for k, v in theirs.state_dict().items() if 'multi_modal_projector' in k},
+        'transformers',
+        'ours',
+    )
     model.load_state_dict(ours, strict=False, assign=True)
     if left := [n for n, p in model.named_parameters() if p.is_meta]:
         raise CheckpointFormatError(f'no weights for {left[:3]}')
@@ -189,70 +312,125 @@ def from_transformers(theirs: PreTrainedModel) -> VLMForConditionalGeneration:
     model.generation_config = theirs.generation_config
     return model.eval()
 
-def load_published(folder: str | Path, vision: str | Path | None = None, template: str | None = None,
-                   dtype: torch.dtype = torch.float32, base: str | Path | None = None,
-                   ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Model and processor of a published LLaVA or ViP-LLaVA folder, whichever layout it has. `template`: None for that
-    of training, see `template_of`; `vision` and `base`: of an original folder, see `load_original`. Raises
-    `CheckpointFormatError`."""
-    if is_original(folder): return load_original(folder, vision, template, dtype, base)
+
+def load_published(
+    folder: str | Path,
+    vision: str | Path | None = None,
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+    """Model and processor of a published LLaVA or ViP-LLaVA folder, whichever layout it has.
+    `template`: None for that of training, see `template_of`; `vision` and `base`: of an original
+    folder, see `load_original`. Raises `CheckpointFormatError`."""
+    if is_original(folder):
+        return load_original(folder, vision, template, dtype, base)
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     return with_template(theirs, AutoProcessor.from_pretrained(folder, backend='pil'), template)
 
-def with_template(theirs: PreTrainedModel, processor, template: str | None = None,
-                  ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    "Our model and processor of transformers' own, which share their weights; `template` as in `load_published`."
+
+def with_template(
+    theirs: PreTrainedModel,
+    processor,
+    template: str | None = None,
+) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+    """Our model and processor of transformers' own, which share their weights; `template` as in
+    `load_published`."""
     model = from_transformers(theirs)
-    transform = from_image_processor(processor.image_processor.to_dict(), patch=theirs.config.vision_config.patch_size)
+    transform = from_image_processor(
+        processor.image_processor.to_dict(), patch=theirs.config.vision_config.patch_size
+    )
     template = template or template_of(theirs.config.text_config.model_type, processor.tokenizer)
-    return model, VLMProcessor(processor.tokenizer, transform, model.config.vision_config, processor.image_token,
-                               template)
+    return model, VLMProcessor(
+        processor.tokenizer, transform, model.config.vision_config, processor.image_token, template
+    )
 
 # %% ../../nbs/methods/12_vip_checkpoints.ipynb #fc0751d8
 def _image_processor(transform):
-    size, plain = transform.size, dict(image_mean=list(transform.mean), image_std=list(transform.std))
+    size, plain = (
+        transform.size,
+        dict(image_mean=list(transform.mean), image_std=list(transform.std)),
+    )
     if transform.mode == 'pad':
         if tuple(transform.background or mean_color(transform.mean)) != mean_color(transform.mean):
-            raise CheckpointFormatError(f'padding colour {transform.background} is not the mean colour, which LLaVA pads '
-                                        'with')
-        return LlavaImageProcessorPil(do_pad=True, size=dict(shortest_edge=size),
-                                      crop_size=dict(height=size, width=size), **plain)
+            raise CheckpointFormatError(
+                f'padding colour {transform.background} is not the mean colour, which LLaVA pads '
+                'with'
+            )
+        return LlavaImageProcessorPil(
+            do_pad=True,
+            size=dict(shortest_edge=size),
+            crop_size=dict(height=size, width=size),
+            **plain,
+        )
     if transform.mode == 'crop':
-        return CLIPImageProcessorPil(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size), **plain)
+        return CLIPImageProcessorPil(
+            size=dict(shortest_edge=size), crop_size=dict(height=size, width=size), **plain
+        )
     if transform.mode == 'squash':
-        return CLIPImageProcessorPil(size=dict(height=size, width=size), do_center_crop=False, **plain)
-    raise CheckpointFormatError(f"image mode {transform.mode!r} has no counterpart in transformers' LLaVA: use pad, "
-                                'crop or squash')
+        return CLIPImageProcessorPil(
+            size=dict(height=size, width=size), do_center_crop=False, **plain
+        )
+    raise CheckpointFormatError(
+        f"image mode {transform.mode!r} has no counterpart in transformers' LLaVA: use pad, "
+        'crop or squash'
+    )
+
 
 def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
-    """A `VipLlavaForConditionalGeneration` (LayerNorm in the projector) or `LlavaForConditionalGeneration` with the
-    weights of `model`. Raises `CheckpointFormatError` for a front end that they cannot hold."""
+    """A `VipLlavaForConditionalGeneration` (LayerNorm in the projector) or
+    `LlavaForConditionalGeneration` with the weights of `model`. Raises `CheckpointFormatError` for
+    a front end that they cannot hold."""
     front, config = model.config.vision_config, model.config
+
     def need(ok, what):
-        if not ok: raise CheckpointFormatError(f"transformers' LLaVA has no {what}")
+        if not ok:
+            raise CheckpointFormatError(f"transformers' LLaVA has no {what}")
+
     need(front['type'] == 'encoder', f'front end of type {front["type"]!r}')
     need(front['projector'] == 'mlp2x_gelu', f'projector {front["projector"]!r} (mlp2x_gelu only)')
-    need(front['pixel_shuffle'] == 1 and not front['post_layernorm'] and not front['boundary'],
-         'pixel_shuffle, post_layernorm or boundary vectors')
-    need(not config.bidirectional_images and not config.lm_head_bias, 'two-way image attention or head bias')
+    need(
+        front['pixel_shuffle'] == 1 and not front['post_layernorm'] and not front['boundary'],
+        'pixel_shuffle, post_layernorm or boundary vectors',
+    )
+    need(
+        not config.bidirectional_images and not config.lm_head_bias,
+        'two-way image attention or head bias',
+    )
     prefix, vip = num_prefix_tokens(front['backbone']), front['projector_norm']
-    need(not vip or prefix == 1 and not front['keep_cls'],
-         f'ViP-LLaVA over a tower with {prefix} class tokens (it drops exactly one)')
+    need(
+        not vip or prefix == 1 and not front['keep_cls'],
+        f'ViP-LLaVA over a tower with {prefix} class tokens (it drops exactly one)',
+    )
     need(vip or front['keep_cls'] or prefix <= 1, f'way to drop {prefix} tokens before the patches')
     vision = AutoConfig.for_model(**front['backbone'])
-    shared = dict(text_config=config.text_config, vision_config=vision, image_token_index=config.image_token_id,
-                  tie_word_embeddings=config.tie_word_embeddings,
-                  image_seq_length=(vision.image_size//vision.patch_size)**2)
+    shared = dict(
+        text_config=config.text_config,
+        vision_config=vision,
+        image_token_index=config.image_token_id,
+        tie_word_embeddings=config.tie_word_embeddings,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+    )
     layers = list(front['select_layers'])
     if vip:
-        made, cls = VipLlavaConfig(vision_feature_layers=layers, projector_layernorm_eps=front['norm_eps'],
-                                   **shared), VipLlavaForConditionalGeneration
+        made, cls = (
+            VipLlavaConfig(
+                vision_feature_layers=layers, projector_layernorm_eps=front['norm_eps'], **shared
+            ),
+            VipLlavaForConditionalGeneration,
+        )
     else:
         full = front['keep_cls'] or not prefix
-        made, cls = LlavaConfig(vision_feature_layer=layers[0] if len(layers) == 1 else layers,
-                                vision_feature_select_strategy='full' if full else 'default',
-                                **shared), LlavaForConditionalGeneration
-    with torch.device('meta'): theirs = cls(made)
+        made, cls = (
+            LlavaConfig(
+                vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+                vision_feature_select_strategy='full' if full else 'default',
+                **shared,
+            ),
+            LlavaForConditionalGeneration,
+        )
+    with torch.device('meta'):
+        theirs = cls(made)
     theirs.model.vision_tower, theirs.lm_head = model.model.vision.tower, model.lm_head
     theirs.model.language_model = model.model.language_model
     own = {k: v for k, v in model.state_dict().items() if k.startswith('model.vision.projector.')}
@@ -260,15 +438,24 @@ def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
     theirs.config.dtype, theirs.generation_config = model.dtype, model.generation_config
     return theirs.eval()
 
-def save_transformers(model: VLMForConditionalGeneration, processor: VLMProcessor, folder: str | Path) -> Path:
-    """Write `model` and `processor` as a LLaVA or ViP-LLaVA folder that transformers loads by itself; returns the
-    folder. Raises `CheckpointFormatError`, before anything is written."""
+
+def save_transformers(
+    model: VLMForConditionalGeneration, processor: VLMProcessor, folder: str | Path
+) -> Path:
+    """Write `model` and `processor` as a LLaVA or ViP-LLaVA folder that transformers loads by
+    itself; returns the folder. Raises `CheckpointFormatError`, before anything is written."""
     theirs, front = to_transformers(model), model.config.vision_config
     images, prefix = _image_processor(processor.transform), num_prefix_tokens(front['backbone'])
     full = getattr(theirs.config, 'vision_feature_select_strategy', 'default') == 'full'
-    both = LlavaProcessor(images, processor.tokenizer, patch_size=theirs.config.vision_config.patch_size,
-                          vision_feature_select_strategy='full' if full else 'default',
-                          num_additional_image_tokens=prefix,
-                          image_token=processor.image_token, chat_template=processor.chat_template)
-    theirs.save_pretrained(folder); both.save_pretrained(folder)
+    both = LlavaProcessor(
+        images,
+        processor.tokenizer,
+        patch_size=theirs.config.vision_config.patch_size,
+        vision_feature_select_strategy='full' if full else 'default',
+        num_additional_image_tokens=prefix,
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
+    )
+    theirs.save_pretrained(folder)
+    both.save_pretrained(folder)
     return Path(folder)

@@ -22,48 +22,102 @@ from ..models.quantized import LOADS, QUANT_TYPES, dequantize, load_quantized
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, get_scale, lora
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #0df158da
-FEATURE_LAYERS = (-2, -5, -8, -11, 6)                # hidden-state indices; the published tower has 24 blocks
+FEATURE_LAYERS = (-2, -5, -8, -11, 6)  # hidden-state indices; the published tower has 24 blocks
+
 
 def feature_layers(depth: int) -> list[int]:
-    """Hidden-state indices for a tower of `depth` blocks: the five published ones where they exist and differ, else
-    distinct ones at the same shares of the depth (fewer than five in very shallow towers)."""
+    """Hidden-state indices for a tower of `depth` blocks: the five published ones where they exist
+    and differ, else distinct ones at the same shares of the depth (fewer than five in very shallow
+    towers)."""
     if depth >= 11 and len({i % (depth + 1) for i in FEATURE_LAYERS}) == len(FEATURE_LAYERS):
         return list(FEATURE_LAYERS)
-    if depth < 2: raise RecipeError(f'vip_llava: a tower of {depth} blocks is too shallow to fuse depths')
-    found = [max(1, round(depth * f)) for f in (23/24, 20/24, 17/24, 14/24, 6/24)]
+    if depth < 2:
+        raise RecipeError(f'vip_llava: a tower of {depth} blocks is too shallow to fuse depths')
+    found = [max(1, round(depth * f)) for f in (23 / 24, 20 / 24, 17 / 24, 14 / 24, 6 / 24)]
     found[0] = min(found[0], depth - 1)
     return list(dict.fromkeys(min(i, depth - 1) for i in found))
 
+
 def front_end(depth: int) -> dict:
     "Front-end settings: fused depths, LayerNorm over them, two-layer MLP."
-    return dict(type='encoder', select_layers=feature_layers(depth), projector='mlp2x_gelu', projector_norm=True,
-                norm_eps=1e-5)
+    return dict(
+        type='encoder',
+        select_layers=feature_layers(depth),
+        projector='mlp2x_gelu',
+        projector_norm=True,
+        norm_eps=1e-5,
+    )
+
 
 def _tower_depth(scale: Scale) -> int:
-    if scale.vision_config is not None: return int(scale.vision_config['num_hidden_layers'])
+    if scale.vision_config is not None:
+        return int(scale.vision_config['num_hidden_layers'])
     from transformers import AutoConfig
     from vlmbench.models.vision import tower_config
-    try: return tower_config(AutoConfig.from_pretrained(base_model(scale.vision))).num_hidden_layers
-    except OSError as e: raise RecipeError(f'scale {scale.name!r}: no configuration of {scale.vision}: {e}') from None
+
+    try:
+        return tower_config(AutoConfig.from_pretrained(base_model(scale.vision))).num_hidden_layers
+    except OSError as e:
+        raise RecipeError(
+            f'scale {scale.name!r}: no configuration of {scale.vision}: {e}'
+        ) from None
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #ec9eb7d3
 def _paper(name, llm, template, notes, **config):
     rope = dict(rope_theta=1e4) | config
-    return replace(get_scale('paper'), name=name, llm=llm, template=template, notes=notes, llm_config=dict(
-        get_scale('paper').llm_config, **rope))
+    return replace(
+        get_scale('paper'),
+        name=name,
+        llm=llm,
+        template=template,
+        notes=notes,
+        llm_config=dict(get_scale('paper').llm_config, **rope),
+    )
+
 
 PAPER_SCALES = {
     'vicuna-7b': get_scale('paper'),
-    'vicuna-13b': _paper('vicuna-13b', 'lmsys/vicuna-13b-v1.5', 'vicuna_v1', 'ViP-LLaVA 13B', hidden_size=5120,
-                         intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40),
-    'llama-3-8b': _paper('llama-3-8b', 'meta-llama/Meta-Llama-3-8B-Instruct', 'llama_3', 'ViP-LLaVA Llama-3',
-                         intermediate_size=14336, num_key_value_heads=8, vocab_size=128256,
-                         max_position_embeddings=8192,
-                         rope_theta=5e5, bos_token_id=128000, eos_token_id=128009, pad_token_id=None),
-    'phi-3-mini': _paper('phi-3-mini', 'microsoft/Phi-3-mini-4k-instruct', 'phi_3', 'ViP-LLaVA Phi-3',
-                         model_type='phi3',
-                         hidden_size=3072, intermediate_size=8192, vocab_size=32064, sliding_window=2047,
-                         bos_token_id=1, eos_token_id=32000, pad_token_id=32000)}
+    'vicuna-13b': _paper(
+        'vicuna-13b',
+        'lmsys/vicuna-13b-v1.5',
+        'vicuna_v1',
+        'ViP-LLaVA 13B',
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+    'llama-3-8b': _paper(
+        'llama-3-8b',
+        'meta-llama/Meta-Llama-3-8B-Instruct',
+        'llama_3',
+        'ViP-LLaVA Llama-3',
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_theta=5e5,
+        bos_token_id=128000,
+        eos_token_id=128009,
+        pad_token_id=None,
+    ),
+    'phi-3-mini': _paper(
+        'phi-3-mini',
+        'microsoft/Phi-3-mini-4k-instruct',
+        'phi_3',
+        'ViP-LLaVA Phi-3',
+        model_type='phi3',
+        hidden_size=3072,
+        intermediate_size=8192,
+        vocab_size=32064,
+        sliding_window=2047,
+        bos_token_id=1,
+        eos_token_id=32000,
+        pad_token_id=32000,
+    ),
+}
+
 
 def paper_vlm(scale: Scale, layers: str = 'fused') -> VLMForConditionalGeneration:
     "The model of a scale with shapes (`llm_config`, `vision_config`), on the meta device."
@@ -71,20 +125,51 @@ def paper_vlm(scale: Scale, layers: str = 'fused') -> VLMForConditionalGeneratio
         raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     front = dict(recipe(scale, layers=layers).front_end, backbone=dict(scale.vision_config))
     with torch.device('meta'):
-        return VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), vision_config=front,
-                                                     image_token_id=0))
+        return VLMForConditionalGeneration(
+            VLMConfig(text_config=dict(scale.llm_config), vision_config=front, image_token_id=0)
+        )
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #7a3187c7
-_SETTINGS = dict(   # rate and target tokens of each stage; rows of align and of the rest; tokens; LoRA rank and rate
-    tiny=dict(align=(2e-3, 40_000), region=(1e-3, 155_000), chat=(1e-5, 5_000), rows=(24, 24), tokens=192,
-              lora=(16, 2e-3)),
-    small=dict(align=(1e-3, 8_000_000), region=(2e-5, 19_600_000), chat=(2e-7, 400_000), rows=(8, 8), tokens=2048,
-               lora=(64, 2e-4)),
-    paper=dict(align=(1e-3, 16_000_000), region=(2e-5, 107_600_000), chat=(2e-7, 2_400_000), rows=(32, 16), tokens=2048,
-               lora=(128, 2e-4)))
-_WORDS = dict(llm=('full', 'lora'), regions=HOW, layers=('fused', 'last'), load=('', *LOADS),
-              grouping=('', 'length', 'modality'), encoder=('frozen', 'full'), pictures=('', 'pad', 'crop', 'squash'),
-              quant_type=QUANT_TYPES, double_quant=(True, False), reference=(True, False))
+# rate and target tokens of each stage; rows of align and of the rest; tokens; LoRA rank and rate
+_SETTINGS = dict(
+    tiny=dict(
+        align=(2e-3, 40_000),
+        region=(1e-3, 155_000),
+        chat=(1e-5, 5_000),
+        rows=(24, 24),
+        tokens=192,
+        lora=(16, 2e-3),
+    ),
+    small=dict(
+        align=(1e-3, 8_000_000),
+        region=(2e-5, 19_600_000),
+        chat=(2e-7, 400_000),
+        rows=(8, 8),
+        tokens=2048,
+        lora=(64, 2e-4),
+    ),
+    paper=dict(
+        align=(1e-3, 16_000_000),
+        region=(2e-5, 107_600_000),
+        chat=(2e-7, 2_400_000),
+        rows=(32, 16),
+        tokens=2048,
+        lora=(128, 2e-4),
+    ),
+)
+_WORDS = dict(
+    llm=('full', 'lora'),
+    regions=HOW,
+    layers=('fused', 'last'),
+    load=('', *LOADS),
+    grouping=('', 'length', 'modality'),
+    encoder=('frozen', 'full'),
+    pictures=('', 'pad', 'crop', 'squash'),
+    quant_type=QUANT_TYPES,
+    double_quant=(True, False),
+    reference=(True, False),
+)
+
 
 def _check(**options):
     for name, value in options.items():
@@ -92,136 +177,275 @@ def _check(**options):
             known = ', '.join(repr(v) for v in _WORDS[name])
             raise RecipeError(f'vip_llava: {name} must be one of {known}, got {value!r}')
 
+
 def marker_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Marker kinds from names, or from one text such as 'rectangle+mask contour'; nothing means all. Raises
-    `RecipeError`."""
-    found = tuple(k.strip() for k in kinds.split('+')) if isinstance(kinds, str) and kinds else tuple(kinds or MARKERS)
+    """Marker kinds from names, or from one text such as 'rectangle+mask contour'; nothing means
+    all. Raises `RecipeError`."""
+    found = (
+        tuple(k.strip() for k in kinds.split('+'))
+        if isinstance(kinds, str) and kinds
+        else tuple(kinds or MARKERS)
+    )
     if bad := [k for k in found if k not in MARKERS]:
-        raise RecipeError(f'vip_llava: marker kind {bad[0]!r} is unknown; kinds are {", ".join(MARKERS)}')
+        raise RecipeError(
+            f'vip_llava: marker kind {bad[0]!r} is unknown; kinds are {", ".join(MARKERS)}'
+        )
     return found
 
-def recipe(scale: Scale, llm: str = 'full', regions: str = 'overlay', layers: str = 'fused', kinds: str = '',
-           load: str = '', grouping: str = '', encoder: str = 'frozen', pictures: str = '', quant_type: str = 'nf4',
-           double_quant: bool = True) -> Recipe:
+
+def recipe(
+    scale: Scale,
+    llm: str = 'full',
+    regions: str = 'overlay',
+    layers: str = 'fused',
+    kinds: str = '',
+    load: str = '',
+    grouping: str = '',
+    encoder: str = 'frozen',
+    pictures: str = '',
+    quant_type: str = 'nf4',
+    double_quant: bool = True,
+) -> Recipe:
     """ViP-LLaVA's three stages at `scale`.
 
-    `llm`: 'full', or 'lora' (published: r 128, alpha 256, dropout .05 in every block, the projector in full at the full
-    recipe's rate). `load`: '4bit' or '8bit' base weights under LoRA (QLoRA); `quant_type` ('nf4', 'fp4') and
-    `double_quant`: those of 4 bits. `regions`: what becomes of the regions of
-    a row: 'overlay', 'text' or 'none', see `DrawRegions`. `layers`: 'fused' states or the 'last' of them. `kinds`:
-    kinds drawn in training ('rectangle+arrow'); empty: all. `grouping`: padded batches of rows of like 'length', or
-    also apart with and without pictures ('modality'). `encoder`: 'frozen' as published, where CLIP has met circles and
-    arrows on the web, or 'full', for an encoder that has not: it trains from the second stage on. `pictures`: what the
-    first stage does to pictures that are not square ('pad', 'crop', 'squash'); empty: as published, which crops them
-    at the paper's scales, and as the later stages elsewhere."""
-    _check(llm=llm, regions=regions, layers=layers, load=load, grouping=grouping, encoder=encoder, pictures=pictures,
-           quant_type=quant_type, double_quant=double_quant)
+    `llm`: 'full', or 'lora' (published: r 128, alpha 256, dropout .05 in every block, the projector
+    in full at the full recipe's rate). `load`: '4bit' or '8bit' base weights under LoRA (QLoRA);
+    `quant_type` ('nf4', 'fp4') and `double_quant`: those of 4 bits. `regions`: what becomes of the
+    regions of a row: 'overlay', 'text' or 'none', see `DrawRegions`. `layers`: 'fused' states or
+    the 'last' of them. `kinds`: kinds drawn in training ('rectangle+arrow'); empty: all.
+    `grouping`: padded batches of rows of like 'length', or also apart with and without pictures
+    ('modality'). `encoder`: 'frozen' as published, where CLIP has met circles and arrows on the
+    web, or 'full', for an encoder that has not: it trains from the second stage on. `pictures`:
+    what the first stage does to pictures that are not square ('pad', 'crop', 'squash'); empty: as
+    published, which crops them at the paper's scales, and as the later stages elsewhere."""
+    _check(
+        llm=llm,
+        regions=regions,
+        layers=layers,
+        load=load,
+        grouping=grouping,
+        encoder=encoder,
+        pictures=pictures,
+        quant_type=quant_type,
+        double_quant=double_quant,
+    )
     marker_kinds(kinds)
     paper = _is_paper(scale)
-    s = _SETTINGS['paper' if paper else scale.name if scale.name in _SETTINGS else
-                  'tiny' if scale.image_size <= 96 else 'small']
-    halves = 2 if paper and scale.template in ('llama_3', 'phi_3') else 1                 # published: 8 rows at a time
+    s = _SETTINGS[
+        'paper'
+        if paper
+        else scale.name
+        if scale.name in _SETTINGS
+        else 'tiny'
+        if scale.image_size <= 96
+        else 'small'
+    ]
+    halves = (
+        2 if paper and scale.template in ('llama_3', 'phi_3') else 1
+    )  # published: 8 rows at a time
     shape = dict(template=scale.template, max_tokens=s['tokens'], gradient_checkpointing=paper)
-    if paper: shape |= dict(packing=False, too_long='truncate')
-    wide = (256, 128) if paper else (None, None)                            # published samples of a step
-    rest = dict(batch_rows=s['rows'][1] // halves, global_rows=wide[1], gradient_checkpointing=paper or bool(load))
-    if grouping: rest |= dict(grouping=grouping, packing=False)
-    if scale.template == 'vicuna_v1': rest['template'] = 'llava_v1'
-    plain = dict(template='llava_plain') if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else {}
+    if paper:
+        shape |= dict(packing=False, too_long='truncate')
+    wide = (256, 128) if paper else (None, None)  # published samples of a step
+    rest = dict(
+        batch_rows=s['rows'][1] // halves,
+        global_rows=wide[1],
+        gradient_checkpointing=paper or bool(load),
+    )
+    if grouping:
+        rest |= dict(grouping=grouping, packing=False)
+    if scale.template == 'vicuna_v1':
+        rest['template'] = 'llava_v1'
+    plain = (
+        dict(template='llava_plain') if scale.template in ('vicuna_v1', 'llama_3', 'phi_3') else {}
+    )
     sees = dict(vision=full()) if encoder == 'full' else {}
+
     def language(name):
         if llm == 'full' and not load:
-            return dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale)
-                                                                     else dict(lm_head=full()))
+            return dict(embed=full(), layers=full(), norm=full()) | (
+                {} if tied_embeddings(scale) else dict(lm_head=full())
+            )
         r, rate = s['lora']
-        return dict(layers=lora(r, 2 * r, dropout=.05, lr=rate * s[name][0] / s['region'][0]))
+        return dict(layers=lora(r, 2 * r, dropout=0.05, lr=rate * s[name][0] / s['region'][0]))
+
     def stage(name, trains, data, **kw):
-        return Stage(name, dict(projector=full()) | trains, data, lr=s[name][0], budget_targets=s[name][1],
-                     **{**shape, **kw})
+        return Stage(
+            name,
+            dict(projector=full()) | trains,
+            data,
+            lr=s[name][0],
+            budget_targets=s[name][1],
+            **{**shape, **kw},
+        )
+
     front = front_end(_tower_depth(scale))
-    if layers == 'last': front['select_layers'] = front['select_layers'][:1]
+    if layers == 'last':
+        front['select_layers'] = front['select_layers'][:1]
     name = '-'.join(['vip_llava', *(['q' * bool(load) + 'lora'] if load or llm == 'lora' else [])])
-    return Recipe(name, (stage('align', {}, 'caption_train', batch_rows=s['rows'][0], global_rows=wide[0], **plain),
-                         stage('region', sees | language('region'), PAPER_DATA[0] if paper else REGION_DATA, **rest),
-                         stage('chat', sees | language('chat'), PAPER_DATA[1] if paper else CHAT_DATA, **rest,
-                               merge=not load)),
-                  front, 'ViP-LLaVA, sections 3 and 4', notes='markers drawn on the picture, encoder depths fused')
+    return Recipe(
+        name,
+        (
+            stage(
+                'align', {}, 'caption_train', batch_rows=s['rows'][0], global_rows=wide[0], **plain
+            ),
+            stage(
+                'region', sees | language('region'), PAPER_DATA[0] if paper else REGION_DATA, **rest
+            ),
+            stage(
+                'chat',
+                sees | language('chat'),
+                PAPER_DATA[1] if paper else CHAT_DATA,
+                **rest,
+                merge=not load,
+            ),
+        ),
+        front,
+        'ViP-LLaVA, sections 3 and 4',
+        notes='markers drawn on the picture, encoder depths fused',
+    )
 
-REGION_DATA = 'vqa_train*5+region_train*4+text_train*1'     # published: 520k of 1.2M rows are about regions
+
+REGION_DATA = (
+    'vqa_train*5+region_train*4+text_train*1'  # published: 520k of 1.2M rows are about regions
+)
 CHAT_DATA = 'region_train*1+vqa_train*1'
-PAPER_DATA = ('vip-llava_stage2_mix', 'vip-llava_stage3_mix')         # the published files, mixed as they are
+PAPER_DATA = (
+    'vip-llava_stage2_mix',
+    'vip-llava_stage3_mix',
+)  # the published files, mixed as they are
 
-def _is_paper(scale): return scale.name in ('paper', *PAPER_SCALES)
+
+def _is_paper(scale):
+    return scale.name in ('paper', *PAPER_SCALES)
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #72c02206
-def build_quantized(load: str, recipe: Recipe, scale: Scale, seed: int = 0, device: str | None = None,
-                    **quant) -> tuple:
-    """`(model, processor)` over base weights in `load`; `quant`: of `quantization_config`. Raises `QuantizationError`,
-    before anything is read."""
+def build_quantized(
+    load: str, recipe: Recipe, scale: Scale, seed: int = 0, device: str | None = None, **quant
+) -> tuple:
+    """`(model, processor)` over base weights in `load`; `quant`: of `quantization_config`. Raises
+    `QuantizationError`, before anything is read."""
     where = base_model(scale.llm)
     llm = load_quantized(where, load, device, **quant)
     model, processor = encoder_model(recipe, scale, seed, llm=llm, tokenizer=where)
-    setattr(model, f'is_loaded_in_{load}', True)          # where peft looks
+    setattr(model, f'is_loaded_in_{load}', True)  # where peft looks
     return model, processor
 
+
 def _ordinary_again(recipe, model, processor, stage, scale):
-    if stage.name == recipe(scale).stages[-1].name: dequantize(model, getattr(torch, scale.dtype))
+    if stage.name == recipe(scale).stages[-1].name:
+        dequantize(model, getattr(torch, scale.dtype))
     return model, processor
+
 
 def _fit_pictures(pictures, model, processor, stage, scale):
     first = pictures or ('crop' if _is_paper(scale) else scale.image_mode)
     mode = first if stage.name == 'align' else scale.image_mode
-    if processor is None or processor.transform.mode == mode or first == scale.image_mode: return model, processor
+    if processor is None or processor.transform.mode == mode or first == scale.image_mode:
+        return model, processor
     processor = copy.copy(processor)
     processor.transform = replace(processor.transform, mode=mode)
     return model, processor
 
-def configure(llm: str = 'full', regions: str = 'overlay', layers: str = 'fused', kinds: str = '', load: str = '',
-              grouping: str = '', encoder: str = 'frozen', pictures: str = '', quant_type: str = 'nf4',
-              double_quant: bool = True, reference: bool = False) -> Method:
-    """The method with options of `recipe`, which the drawing of rows and the loading of weights depend on too.
-    `reference`: rows of the published data sets with the published faults, see `DrawRegions`."""
+
+def configure(
+    llm: str = 'full',
+    regions: str = 'overlay',
+    layers: str = 'fused',
+    kinds: str = '',
+    load: str = '',
+    grouping: str = '',
+    encoder: str = 'frozen',
+    pictures: str = '',
+    quant_type: str = 'nf4',
+    double_quant: bool = True,
+    reference: bool = False,
+) -> Method:
+    """The method with options of `recipe`, which the drawing of rows and the loading of weights
+    depend on too. `reference`: rows of the published data sets with the published faults, see
+    `DrawRegions`."""
     _check(reference=reference)
     quant = dict(quant_type=quant_type, double_quant=double_quant)
-    own = partial(recipe, llm=llm, regions=regions, layers=layers, kinds=kinds, load=load, grouping=grouping,
-                  encoder=encoder, pictures=pictures, **quant)
-    own(get_scale('paper'))                                                   # bad options are refused here
-    return Method(own, transform=DrawRegions(kinds=marker_kinds(kinds), how=regions, reference=reference),
-                  configure=configure,
-                  build=partial(build_quantized, load, **quant) if load else None,
-                  before_stage=partial(_fit_pictures, pictures),
-                  after_stage=partial(_ordinary_again, own) if load else None)
+    own = partial(
+        recipe,
+        llm=llm,
+        regions=regions,
+        layers=layers,
+        kinds=kinds,
+        load=load,
+        grouping=grouping,
+        encoder=encoder,
+        pictures=pictures,
+        **quant,
+    )
+    own(get_scale('paper'))  # bad options are refused here
+    return Method(
+        own,
+        transform=DrawRegions(kinds=marker_kinds(kinds), how=regions, reference=reference),
+        configure=configure,
+        build=partial(build_quantized, load, **quant) if load else None,
+        before_stage=partial(_fit_pictures, pictures),
+        after_stage=partial(_ordinary_again, own) if load else None,
+    )
+
 
 METHOD = configure()
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #65a1e4f9
 PAPER_WIDTHS = {'vicuna-7b': 4096, 'llama-3-8b': 4096, 'vicuna-13b': 5120, 'phi-3-mini': 3072}
 
+
 def projector_size(hidden_size: int) -> int:
-    "Parameters of the paper's projector into a language model of `hidden_size`, counted on the meta device."
+    """Parameters of the paper's projector into a language model of `hidden_size`, counted on the
+    meta device."""
     from vlmbench.models.vision import build_front_end
+
     with torch.device('meta'):
-        front = build_front_end(front_end(24) | dict(backbone=dict(get_scale('paper').vision_config)), hidden_size)
+        front = build_front_end(
+            front_end(24) | dict(backbone=dict(get_scale('paper').vision_config)), hidden_size
+        )
     return sum(p.numel() for p in front.projector.parameters())
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #3b649723
-_PARTS = (   # reference, ours, transformers
-    ('model.mm_projector.clip_layernorm.', 'model.vision.projector.norm.',
-     'model.multi_modal_projector.projector_layernorm.'),
-    ('model.mm_projector.final_linear.0.', 'model.vision.projector.mlp.0.', 'model.multi_modal_projector.linear_1.'),
-    ('model.mm_projector.final_linear.2.', 'model.vision.projector.mlp.2.', 'model.multi_modal_projector.linear_2.'),
-    ('model.mm_projector.0.', 'model.vision.projector.mlp.0.', 'model.multi_modal_projector.linear_1.'),    # LLaVA's
-    ('model.mm_projector.2.', 'model.vision.projector.mlp.2.', 'model.multi_modal_projector.linear_2.'),
+_PARTS = (  # reference, ours, transformers
+    (
+        'model.mm_projector.clip_layernorm.',
+        'model.vision.projector.norm.',
+        'model.multi_modal_projector.projector_layernorm.',
+    ),
+    (
+        'model.mm_projector.final_linear.0.',
+        'model.vision.projector.mlp.0.',
+        'model.multi_modal_projector.linear_1.',
+    ),
+    (
+        'model.mm_projector.final_linear.2.',
+        'model.vision.projector.mlp.2.',
+        'model.multi_modal_projector.linear_2.',
+    ),
+    (
+        'model.mm_projector.0.',
+        'model.vision.projector.mlp.0.',
+        'model.multi_modal_projector.linear_1.',
+    ),  # LLaVA's
+    (
+        'model.mm_projector.2.',
+        'model.vision.projector.mlp.2.',
+        'model.multi_modal_projector.linear_2.',
+    ),
     ('model.vision_tower.vision_tower.vision_model.', 'model.vision.tower.', 'model.vision_tower.'),
     ('lm_head.', 'lm_head.', 'lm_head.'),
-    ('model.', 'model.language_model.', 'model.language_model.'))
+    ('model.', 'model.language_model.', 'model.language_model.'),
+)
 _LAYOUTS = ('reference', 'ours', 'transformers')
 
+
 def convert_keys(state: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    """`state` renamed from one layout to another: 'reference', 'ours', 'transformers'. Raises `ValueError` for an
-    unknown name."""
+    """`state` renamed from one layout to another: 'reference', 'ours', 'transformers'. Raises
+    `ValueError` for an unknown name."""
     for l in (source, target):
-        if l not in _LAYOUTS: raise ValueError(f'layout {l!r} is unknown; layouts are {_LAYOUTS}')
+        if l not in _LAYOUTS:
+            raise ValueError(f'layout {l!r} is unknown; layouts are {_LAYOUTS}')
     a, b, out = _LAYOUTS.index(source), _LAYOUTS.index(target), {}
     for name, t in state.items():
         part = next((p for p in _PARTS if name.startswith(p[a])), None)
@@ -230,78 +454,126 @@ def convert_keys(state: Mapping[str, Tensor], source: str, target: str) -> dict[
         out[part[b] + name.removeprefix(part[a])] = t
     return out
 
-def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping,
-                   image_token_id: int | None = None) -> VLMForConditionalGeneration:
-    """The model of a published state dict. `spec`: `clip` and `llm` sizes, `feature_layers`. `image_token_id`: the
-    vocabulary id whose places image features take; None where features are placed by `splice`. Raises `ValueError` for
-    missing weights."""
+
+def from_reference(
+    state_dict: Mapping[str, Tensor], spec: Mapping, image_token_id: int | None = None
+) -> VLMForConditionalGeneration:
+    """The model of a published state dict. `spec`: `clip` and `llm` sizes, `feature_layers`.
+    `image_token_id`: the vocabulary id whose places image features take; None where features are
+    placed by `splice`. Raises `ValueError` for missing weights."""
     clip = dict(model_type='clip_vision_model', **{**spec.get('clip_defaults', {}), **spec['clip']})
-    front = dict(type='encoder', select_layers=list(spec['feature_layers']), projector='mlp2x_gelu',
-                 projector_norm=True, norm_eps=1e-5, backbone=clip)
+    front = dict(
+        type='encoder',
+        select_layers=list(spec['feature_layers']),
+        projector='mlp2x_gelu',
+        projector_norm=True,
+        norm_eps=1e-5,
+        backbone=clip,
+    )
     text = dict(model_type='llama', tie_word_embeddings=False, **spec['llm'])
-    text['rope_parameters'] = dict(rope_type='default', rope_theta=text.pop('rope_theta', 10000.))
-    model = VLMForConditionalGeneration(VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id))
-    info = model.load_state_dict({k: v.float() for k, v in convert_keys(state_dict, 'reference', 'ours').items()},
-                                 strict=False)
+    text['rope_parameters'] = dict(rope_type='default', rope_theta=text.pop('rope_theta', 10000.0))
+    model = VLMForConditionalGeneration(
+        VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id)
+    )
+    info = model.load_state_dict(
+        {k: v.float() for k, v in convert_keys(state_dict, 'reference', 'ours').items()},
+        strict=False,
+    )
     missing = [k for k in info.missing_keys if not k.endswith('position_ids')]
     unknown = [k for k in info.unexpected_keys if not k.endswith('position_ids')]
     if missing or unknown:
-        raise ValueError(f'from_reference: {len(missing)} weights missing {missing[:3]}, {len(unknown)} unknown '
-                         f'{unknown[:3]}')
+        raise ValueError(
+            f'from_reference: {len(missing)} weights missing {missing[:3]}, {len(unknown)} unknown '
+            f'{unknown[:3]}'
+        )
     return model.eval()
+
 
 def stage1_state(model: nn.Module) -> dict[str, Tensor]:
     "The projector under its published names: what `mm_projector.bin` holds."
-    own = {n: p.detach() for n, p in model.named_parameters() if n.startswith('model.vision.projector.')}
+    own = {
+        n: p.detach()
+        for n, p in model.named_parameters()
+        if n.startswith('model.vision.projector.')
+    }
     state = convert_keys(own, 'ours', 'reference')
-    if 'model.mm_projector.clip_layernorm.weight' in state: return state
-    return {k.replace('final_linear.', ''): v for k, v in state.items()}             # LLaVA's, without LayerNorm
+    if 'model.mm_projector.clip_layernorm.weight' in state:
+        return state
+    return {
+        k.replace('final_linear.', ''): v for k, v in state.items()
+    }  # LLaVA's, without LayerNorm
+
 
 def load_stage1(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Load a published stage-1 projector file in place; names may carry any prefix before `mm_projector.`. Raises
-    `ValueError`."""
+    """Load a published stage-1 projector file in place; names may carry any prefix before
+    `mm_projector.`. Raises `ValueError`."""
     if odd := [k for k in state if 'mm_projector.' not in k]:
         raise ValueError(f'load_stage1: {odd[:3]} are no projector weights')
-    own = convert_keys({'model.mm_projector.' + k.split('mm_projector.', 1)[1]: v for k, v in state.items()},
-                       'reference', 'ours')
+    own = convert_keys(
+        {'model.mm_projector.' + k.split('mm_projector.', 1)[1]: v for k, v in state.items()},
+        'reference',
+        'ours',
+    )
     named = {n: p for n, p in model.named_parameters() if n.startswith('model.vision.projector.')}
     if set(own) != set(named):
-        raise ValueError(f'load_stage1: weights differ from the projector: {sorted(set(own) ^ set(named))[:4]}')
+        raise ValueError(
+            f'load_stage1: weights differ from the projector: {sorted(set(own) ^ set(named))[:4]}'
+        )
     if bad := [n for n in own if own[n].shape != named[n].shape]:
         raise ValueError(f'load_stage1: shapes differ: {bad[:3]}')
     with torch.no_grad():
-        for n, v in own.items(): named[n].copy_(v)
+        for n, v in own.items():
+            named[n].copy_(v)
     return model
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #a3ef7c39
-def splice(model: VLMForConditionalGeneration, input_ids: Tensor, features: Sequence[Tensor],
-           labels: Tensor | None = None,
-           attention_mask: Tensor | None = None, max_length: int | None = None, side: str = 'right',
-           slot: int = -200) -> dict[str, Tensor]:
-    """`inputs_embeds`, `labels`, `attention_mask`, `position_ids` with one entry of `features` `[tokens, hidden]` at
-    every `slot`.
+def splice(
+    model: VLMForConditionalGeneration,
+    input_ids: Tensor,
+    features: Sequence[Tensor],
+    labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    max_length: int | None = None,
+    side: str = 'right',
+    slot: int = -200,
+) -> dict[str, Tensor]:
+    """`inputs_embeds`, `labels`, `attention_mask`, `position_ids` with one entry of `features`
+    `[tokens, hidden]` at every `slot`.
 
-    `features` are taken in order over the batch; a row without a slot takes one as well and places nothing."""
-    if side not in ('right', 'left'): raise ValueError(f"side={side!r}: use 'right' or 'left'")
+    `features` are taken in order over the batch; a row without a slot takes one as well and places
+    nothing."""
+    if side not in ('right', 'left'):
+        raise ValueError(f"side={side!r}: use 'right' or 'left'")
     embed, rows, todo = model.get_input_embeddings(), [], iter(features)
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    mask = (
+        torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is None
+        else attention_mask.bool()
+    )
     labels = torch.full_like(input_ids, -100) if labels is None else labels
     for ids, lab, keep in zip(input_ids, labels, mask):
         ids, lab = ids[keep], lab[keep]
         at = [-1, *(ids == slot).nonzero()[:, 0].tolist(), len(ids)]
         parts, targets = [], []
-        if len(at) == 2: parts.append(next(todo)[:0])
+        if len(at) == 2:
+            parts.append(next(todo)[:0])
         for i, (a, b) in enumerate(zip(at, at[1:])):
             if i:
                 f = next(todo)
-                parts.append(f); targets.append(lab.new_full((len(f),), -100))
-            parts.append(embed(ids[a + 1:b])); targets.append(lab[a + 1:b])
+                parts.append(f)
+                targets.append(lab.new_full((len(f),), -100))
+            parts.append(embed(ids[a + 1 : b]))
+            targets.append(lab[a + 1 : b])
         rows.append((torch.cat(parts)[:max_length], torch.cat(targets)[:max_length]))
     n = max(len(x) for x, _ in rows)
+
     def pad(x, value):
         extra = x.new_full((n - len(x), *x.shape[1:]), value)
         return torch.cat([x, extra] if side == 'right' else [extra, x])
-    return dict(inputs_embeds=torch.stack([pad(x, 0) for x, _ in rows]),
-                labels=torch.stack([pad(y, -100) for _, y in rows]),
-                attention_mask=torch.stack([pad(torch.ones(len(x), dtype=torch.long), 0) for x, _ in rows]),
-                position_ids=torch.stack([pad(torch.arange(len(x)), 0) for x, _ in rows]))
+
+    return dict(
+        inputs_embeds=torch.stack([pad(x, 0) for x, _ in rows]),
+        labels=torch.stack([pad(y, -100) for _, y in rows]),
+        attention_mask=torch.stack([pad(torch.ones(len(x), dtype=torch.long), 0) for x, _ in rows]),
+        position_ids=torch.stack([pad(torch.arange(len(x)), 0) for x, _ in rows]),
+    )

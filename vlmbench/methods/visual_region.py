@@ -16,10 +16,23 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
-from ..analysis.importance import (AngularDistance, BlockInfluence, iterative_prune_order, prune_order,
-                                          read_scores, region, region_size)
+from vlmbench.analysis.importance import (
+    AngularDistance,
+    BlockInfluence,
+    iterative_prune_order,
+    prune_order,
+    read_scores,
+    region,
+    region_size,
+)
 from ..analysis.streams import scores, stream
 from ..data.collate import collate_padded
 from ..models.depth import check_layers, find_decoder, prune
@@ -30,202 +43,351 @@ from ..train.metrics import read_metrics
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, layers, lora
 
 # %% ../../nbs/methods/50_visual_region.ipynb #654d2018
-PUBLISHED_REGIONS = {'paper': (0, 4, 8, 12, 18, 22, 26, 30), 'released': (1, 5, 9, 13, 19, 23, 27, 31)}
-SHARE = .25
+PUBLISHED_REGIONS = {
+    'paper': (0, 4, 8, 12, 18, 22, 26, 30),
+    'released': (1, 5, 9, 13, 19, 23, 27, 31),
+}
+SHARE = 0.25
 
-_SIGLIP = dict(model_type='siglip_vision_model', hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-               num_attention_heads=16, image_size=384, patch_size=14, hidden_act='gelu_pytorch_tanh')
+_SIGLIP = dict(
+    model_type='siglip_vision_model',
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+    hidden_act='gelu_pytorch_tanh',
+)
 
-def _llava(name, size): return replace(VIP_SCALES[name], name=f'llava-1.5-{size}', notes=f'LLaVA-1.5 {size.upper()}')
+
+def _llava(name, size):
+    return replace(VIP_SCALES[name], name=f'llava-1.5-{size}', notes=f'LLaVA-1.5 {size.upper()}')
+
 
 def _bunny(name):
-    return replace(VIP_SCALES[name], name=f'bunny-{name}', vision='google/siglip-so400m-patch14-384', image_size=384,
-                   vision_config=_SIGLIP, notes=f'Bunny on {name}')
+    return replace(
+        VIP_SCALES[name],
+        name=f'bunny-{name}',
+        vision='google/siglip-so400m-patch14-384',
+        image_size=384,
+        vision_config=_SIGLIP,
+        notes=f'Bunny on {name}',
+    )
 
-PAPER_SCALES = {s.name: s for s in (_bunny('llama-3-8b'), _llava('vicuna-7b', '7b'), _llava('vicuna-13b', '13b'),
-                                    _bunny('phi-3-mini'))}
 
-def published_share(scale: Scale) -> int|float:
+PAPER_SCALES = {
+    s.name: s
+    for s in (
+        _bunny('llama-3-8b'),
+        _llava('vicuna-7b', '7b'),
+        _llava('vicuna-13b', '13b'),
+        _bunny('phi-3-mini'),
+    )
+}
+
+
+def published_share(scale: Scale) -> int | float:
     "Layers of the paper's region at `scale`: 9 of the 13B model's 40, else the share `SHARE`."
     return 9 if scale.name == 'llava-1.5-13b' else SHARE
 
+
 def decoder_depth(scale: Scale) -> int:
-    "Number of decoder layers of the scale's language model, from `llm_config`, else from its config file."
-    if scale.llm_config is not None: return int(scale.llm_config['num_hidden_layers'])
+    """Number of decoder layers of the scale's language model, from `llm_config`, else from its
+    config file."""
+    if scale.llm_config is not None:
+        return int(scale.llm_config['num_hidden_layers'])
     from vlmbench.methods.recipes import base_model
-    try: return AutoConfig.from_pretrained(base_model(scale.llm)).get_text_config(decoder=True).num_hidden_layers
-    except OSError as e: raise RecipeError(f'scale {scale.name!r}: no configuration of {scale.llm}: {e}') from None
+
+    try:
+        return (
+            AutoConfig.from_pretrained(base_model(scale.llm))
+            .get_text_config(decoder=True)
+            .num_hidden_layers
+        )
+    except OSError as e:
+        raise RecipeError(f'scale {scale.name!r}: no configuration of {scale.llm}: {e}') from None
 
 # %% ../../nbs/methods/50_visual_region.ipynb #78fde7b8
-_SETTINGS = dict(   # LoRA rank, alpha, dropout, rate; rate of the projector; rate of full tuning in the region
-    tiny=dict(r=32, alpha=64, dropout=0., lr=4e-3, projector=1e-3, full=1e-3),
-    small=dict(r=64, alpha=128, dropout=.05, lr=2e-4, projector=2e-5, full=2e-5),
-    paper=dict(r=128, alpha=256, dropout=.05, lr=2e-4, projector=2e-5, full=2e-5))
+# LoRA rank, alpha, dropout, rate; rate of the projector; rate of full tuning in the region
+_SETTINGS = dict(
+    tiny=dict(r=32, alpha=64, dropout=0.0, lr=4e-3, projector=1e-3, full=1e-3),
+    small=dict(r=64, alpha=128, dropout=0.05, lr=2e-4, projector=2e-5, full=2e-5),
+    paper=dict(r=128, alpha=256, dropout=0.05, lr=2e-4, projector=2e-5, full=2e-5),
+)
 
-def recipe(scale: Scale, where: str|Sequence[int]='sparse_uniform', share: int|float|None=None, tune: str='lora',
-           seed: int=0, projector: str='full', metric: str='') -> Recipe:
-    """The visual-region recipe at `scale`: the control's alignment, then only the region and the projector.
 
-    where: strategy name (`vlmbench.analysis.importance.STRATEGIES`), explicit layer numbers, or a .csv or .parquet
-    table of scores that `vlmbench run layers` wrote, of which `metric` (such as 'drop_one_delta' or
-    'block_influence:image') chooses the highest; share: number (int) or share (float) of layers, not for explicit ones
-    (None: `published_share`); tune: 'lora' or 'full' (all weights of the region's layers); seed: draw of strategy
-    'random'; projector: 'full' or 'frozen' in the second stage (frozen: nothing is back-propagated below
-    the region). Raises RecipeError for unknown strategies or layers that do not exist."""
+def recipe(
+    scale: Scale,
+    where: str | Sequence[int] = 'sparse_uniform',
+    share: int | float | None = None,
+    tune: str = 'lora',
+    seed: int = 0,
+    projector: str = 'full',
+    metric: str = '',
+) -> Recipe:
+    """The visual-region recipe at `scale`: the control's alignment, then only the region and the
+    projector.
+
+    where: strategy name (`vlmbench.analysis.importance.STRATEGIES`), explicit layer numbers, or a
+    .csv or .parquet table of scores that `vlmbench run layers` wrote, of which `metric` (such as
+    'drop_one_delta' or 'block_influence:image') chooses the highest; share: number (int) or share
+    (float) of layers, not for explicit ones (None: `published_share`); tune: 'lora' or 'full' (all
+    weights of the region's layers); seed: draw of strategy 'random'; projector: 'full' or 'frozen'
+    in the second stage (frozen: nothing is back-propagated below the region). Raises RecipeError
+    for unknown strategies or layers that do not exist."""
     from vlmbench.methods.llava import recipe as control
-    for name, value, known in (('tune', tune, ('lora', 'full')), ('projector', projector, ('full', 'frozen'))):
+
+    for name, value, known in (
+        ('tune', tune, ('lora', 'full')),
+        ('projector', projector, ('full', 'frozen')),
+    ):
         if value not in known:
-            raise RecipeError(f"visual_region: {name} must be '{known[0]}' or '{known[1]}', got {value!r}")
+            raise RecipeError(
+                f"visual_region: {name} must be '{known[0]}' or '{known[1]}', got {value!r}"
+            )
     depth = decoder_depth(scale)
     try:
-        share, table = published_share(scale) if share is None else share, str(where).endswith(('.csv', '.parquet'))
+        share, table = (
+            published_share(scale) if share is None else share,
+            str(where).endswith(('.csv', '.parquet')),
+        )
         if metric and not table:
-            raise ValueError(f'metric={metric!r} goes with a table of scores as where, not with {where!r}')
-        if isinstance(where, str): chosen = region(read_scores(where, metric) if table else where, share, depth, seed)
-        else: chosen = list(check_layers(where, depth, 'where'))
-    except ValueError as e: raise RecipeError(f'visual_region: {e}') from None
+            raise ValueError(
+                f'metric={metric!r} goes with a table of scores as where, not with {where!r}'
+            )
+        if isinstance(where, str):
+            chosen = region(read_scores(where, metric) if table else where, share, depth, seed)
+        else:
+            chosen = list(check_layers(where, depth, 'where'))
+    except ValueError as e:
+        raise RecipeError(f'visual_region: {e}') from None
     like = 'paper' if scale.name in PAPER_SCALES else scale.name
     base = control(replace(scale, name=like))
     s = _SETTINGS.get(like) or _SETTINGS['tiny' if scale.image_size <= 96 else 'small']
-    decoder = lora(s['r'], s['alpha'], chosen, s['dropout'], s['lr']) if tune == 'lora' else layers(chosen, s['full'])
-    trains = dict(layers=decoder) | (dict(projector=full(s['projector'])) if projector == 'full' else {})
-    return Recipe('visual_region', (base.stage('align'), replace(base.stage('instruct'), trains=trains, lr=None)),
-                  base.front_end, 'sections 3 and 4, appendix on training details',
-                  notes=f'{tune} in layers {chosen} of {depth} ({where if isinstance(where, str) else "explicit"}'
-                        f'{", highest " + metric if metric else ""})')
+    decoder = (
+        lora(s['r'], s['alpha'], chosen, s['dropout'], s['lr'])
+        if tune == 'lora'
+        else layers(chosen, s['full'])
+    )
+    trains = dict(layers=decoder) | (
+        dict(projector=full(s['projector'])) if projector == 'full' else {}
+    )
+    return Recipe(
+        'visual_region',
+        (base.stage('align'), replace(base.stage('instruct'), trains=trains, lr=None)),
+        base.front_end,
+        'sections 3 and 4, appendix on training details',
+        notes=f'{tune} in layers {chosen} of {depth} '
+        f'({where if isinstance(where, str) else "explicit"}'
+        f'{", highest " + metric if metric else ""})',
+    )
 
 # %% ../../nbs/methods/50_visual_region.ipynb #81197be7
 def meta_vlm(scale: Scale) -> VLMForConditionalGeneration:
-    "The scale's VLM on the meta device: every shape, no weights. Needs `llm_config` and `vision_config`."
+    """The scale's VLM on the meta device: every shape, no weights. Needs `llm_config` and
+    `vision_config`."""
     if scale.llm_config is None or scale.vision_config is None:
         raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     from vlmbench.methods.llava import FRONT_END
+
     front = {**FRONT_END, 'backbone': dict(scale.vision_config)}
     config = VLMConfig(text_config=dict(scale.llm_config), image_token_id=0, vision_config=front)
-    with torch.device('meta'): return VLMForConditionalGeneration(config)
+    with torch.device('meta'):
+        return VLMForConditionalGeneration(config)
 
 # %% ../../nbs/methods/50_visual_region.ipynb #2e13f78d
-def lora_counts(scale: Scale, r: int=128) -> dict[str, int]:
-    """LoRA parameters of one decoder layer, of the published region, and of all layers, counted on one layer built
-    without weights. Needs `llm_config`."""
-    config, k = AutoConfig.for_model(**scale.llm_config), region_size(published_share(scale), decoder_depth(scale))
+def lora_counts(scale: Scale, r: int = 128) -> dict[str, int]:
+    """LoRA parameters of one decoder layer, of the published region, and of all layers, counted on
+    one layer built without weights. Needs `llm_config`."""
+    config, k = (
+        AutoConfig.for_model(**scale.llm_config),
+        region_size(published_share(scale), decoder_depth(scale)),
+    )
     depth, config.num_hidden_layers = config.num_hidden_layers, 1
-    if getattr(config, 'layer_types', None): config.layer_types = config.layer_types[:1]
-    with torch.device('meta'): layer = find_decoder(AutoModelForCausalLM.from_config(config)).layers[0]
-    one = sum(r * (m.in_features + m.out_features) for m in layer.modules() if isinstance(m, nn.Linear))
+    if getattr(config, 'layer_types', None):
+        config.layer_types = config.layer_types[:1]
+    with torch.device('meta'):
+        layer = find_decoder(AutoModelForCausalLM.from_config(config)).layers[0]
+    one = sum(
+        r * (m.in_features + m.out_features) for m in layer.modules() if isinstance(m, nn.Linear)
+    )
     return dict(layer=one, region=k * one, all=depth * one)
 
 # %% ../../nbs/methods/50_visual_region.ipynb #695c32c8
-def backward_depth(model: nn.Module) -> int|None:
-    """Lowest decoder layer that back-propagation must enter: 0 if anything before the layers trains, None if nothing
-    before the head does."""
+def backward_depth(model: nn.Module) -> int | None:
+    """Lowest decoder layer that back-propagation must enter: 0 if anything before the layers
+    trains, None if nothing before the head does."""
     d = find_decoder(model)
     inside = [(i, p) for i, layer in enumerate(d.layers) for p in layer.parameters()]
-    after = {id(p) for m in (d.norm, d.head) if m is not None for p in m.parameters()} | {id(p) for _, p in inside}
-    if any(p.requires_grad for p in d.model.parameters() if id(p) not in after): return 0
+    after = {id(p) for m in (d.norm, d.head) if m is not None for p in m.parameters()} | {
+        id(p) for _, p in inside
+    }
+    if any(p.requires_grad for p in d.model.parameters() if id(p) not in after):
+        return 0
     return min((i for i, p in inside if p.requires_grad), default=None)
 
 # %% ../../nbs/methods/50_visual_region.ipynb #ad565baf
-def calibration_batches(samples: Sequence, processor, n: int=128, batch_size: int=16) -> list[dict]:
-    """Padded batches of `n` samples, evenly spaced over `samples`, as `analysis.stream` and the pruning functions take
-    them."""
+def calibration_batches(
+    samples: Sequence, processor, n: int = 128, batch_size: int = 16
+) -> list[dict]:
+    """Padded batches of `n` samples, evenly spaced over `samples`, as `analysis.stream` and the
+    pruning functions take them."""
     at = [i * len(samples) // n for i in range(n)] if n < len(samples) else range(len(samples))
     docs = [processor.encode(samples[i]) for i in at]
-    return [collate_padded(docs[i:i + batch_size], processor.tokenizer.pad_token_id or 0)
-            for i in range(0, len(docs), batch_size)]
+    return [
+        collate_padded(docs[i : i + batch_size], processor.tokenizer.pad_token_id or 0)
+        for i in range(0, len(docs), batch_size)
+    ]
+
 
 Importance = str | pd.Series | Callable[[PreTrainedModel, Iterable[Mapping]], pd.Series]
-_STREAMED = {'angular_activation': AngularDistance, 'block_influence': BlockInfluence,
-             'block_influence_per_sample': BlockInfluence}
+_STREAMED = {
+    'angular_activation': AngularDistance,
+    'block_influence': BlockInfluence,
+    'block_influence_per_sample': BlockInfluence,
+}
 
-def prune_outside(model: PreTrainedModel, region: Sequence[int], k: int, batches: Iterable[Mapping],
-                  iterative: bool=False, token_set: str='last',
-                  importance: Importance='angular_activation') -> tuple[PreTrainedModel, list[int]]:
-    """`(model without its k least important layers outside region, their original numbers in the order of removal)`;
-    shares tensors.
 
-    iterative: measure again after every removal, else rank once. importance: 'angular_activation', 'block_influence' or
-    'block_influence_per_sample' over `token_set`; a series of scores by layer (once only); or a function
-    `(model, batches) -> series` by position. Raises ValueError if fewer than k layers lie outside, or adapters are not
-    merged."""
+def prune_outside(
+    model: PreTrainedModel,
+    region: Sequence[int],
+    k: int,
+    batches: Iterable[Mapping],
+    iterative: bool = False,
+    token_set: str = 'last',
+    importance: Importance = 'angular_activation',
+) -> tuple[PreTrainedModel, list[int]]:
+    """`(model without its k least important layers outside region, their original numbers in the
+    order of removal)`; shares tensors.
+
+    iterative: measure again after every removal, else rank once. importance: 'angular_activation',
+    'block_influence' or 'block_influence_per_sample' over `token_set`; a series of scores by layer
+    (once only); or a function `(model, batches) -> series` by position. Raises ValueError if fewer
+    than k layers lie outside, or adapters are not merged."""
     depth = len(find_decoder(model))
     region = check_layers(region, depth, 'region')
     if not 0 <= k <= depth - len(region):
         raise ValueError(f'k={k}: only {depth - len(region)} layers lie outside the region')
     if isinstance(importance, str) and importance not in _STREAMED:
-        raise ValueError(f'importance {importance!r}: expected one of {list(_STREAMED)}, a series, or a function')
+        raise ValueError(
+            f'importance {importance!r}: expected one of {list(_STREAMED)}, a series, or a function'
+        )
     if isinstance(importance, pd.Series):
-        if iterative: raise ValueError('scores given as a series cannot be measured again: iterative takes a function')
+        if iterative:
+            raise ValueError(
+                'scores given as a series cannot be measured again: iterative takes a function'
+            )
         if sorted(importance.index) != list(range(depth)):
-            raise ValueError(f'importance scores cover layers {list(importance.index)}, the decoder has 0..{depth-1}')
+            raise ValueError(
+                f'importance scores cover layers {list(importance.index)}, the decoder has '
+                f'0..{depth - 1}'
+            )
         order = prune_order(importance, region)[:k]
-    elif callable(importance): order = _measured_order(model, region, k, batches, iterative, importance)
+    elif callable(importance):
+        order = _measured_order(model, region, k, batches, iterative, importance)
     elif iterative:
-        order = iterative_prune_order(model, batches, k, region, _STREAMED[importance], importance, token_set)
+        order = iterative_prune_order(
+            model, batches, k, region, _STREAMED[importance], importance, token_set
+        )
     else:
         frame = stream(model, batches, [_STREAMED[importance]([token_set])]).frame
         order = prune_order(scores(frame, importance, token_set), region)[:k]
     return (prune(model, order) if order else model), order
+
 
 def _measured_order(model, region, k, batches, iterative, measure):
     left, gone, current = list(range(len(find_decoder(model)))), [], model
     while len(gone) < k:
         s = measure(current, batches)
         if sorted(s.index) != list(range(len(left))):
-            raise ValueError(f'importance returned scores of {list(s.index)} for a decoder of {len(left)} layers')
+            raise ValueError(
+                f'importance returned scores of {list(s.index)} for a decoder of {len(left)} layers'
+            )
         order = [left[i] for i in prune_order(s, [left.index(i) for i in region])]
-        if not iterative: return order[:k]
+        if not iterative:
+            return order[:k]
         gone.append(order[0])
         left.remove(order[0])
         current = prune(model, gone)
     return gone
 
 # %% ../../nbs/methods/50_visual_region.ipynb #766cd641
-def heal_stage(recipe: Recipe, share: float=.1, tune: str='projector') -> Stage:
+def heal_stage(recipe: Recipe, share: float = 0.1, tune: str = 'projector') -> Stage:
     """A stage that repairs a pruned model: the last stage of `recipe` with `share` of its budget.
 
-    tune: 'projector', or 'full' (the projector and every weight that is left in the layers, at a tenth of its rate)."""
-    if tune not in ('projector', 'full'): raise RecipeError(f"heal: tune must be 'projector' or 'full', got {tune!r}")
-    if not 0 < share <= 1: raise RecipeError(f'heal: share {share:g} of the budget must lie in (0, 1]')
+    tune: 'projector', or 'full' (the projector and every weight that is left in the layers, at a
+    tenth of its rate)."""
+    if tune not in ('projector', 'full'):
+        raise RecipeError(f"heal: tune must be 'projector' or 'full', got {tune!r}")
+    if not 0 < share <= 1:
+        raise RecipeError(f'heal: share {share:g} of the budget must lie in (0, 1]')
     last = recipe.stages[-1]
-    budget = {k: max(1, round(getattr(last, k) * share)) for k in ('budget_targets', 'steps') if getattr(last, k)}
+    budget = {
+        k: max(1, round(getattr(last, k) * share))
+        for k in ('budget_targets', 'steps')
+        if getattr(last, k)
+    }
     rate = last.lr_of('projector') or last.lr_of('layers')
     trains = dict(projector=full(rate)) | (dict(layers=full(rate / 10)) if tune == 'full' else {})
     return replace(last, name='heal', trains=trains, lr=None, losses=(), **budget)
 
 # %% ../../nbs/methods/50_visual_region.ipynb #2c8db924
 def retention(region_scores: Mapping[str, float], all_layers: Mapping[str, float]) -> pd.DataFrame:
-    """Per task and for the mean: score of the region, score of tuning all layers, and their ratio. Raises ValueError
-    if the tasks differ."""
+    """Per task and for the mean: score of the region, score of tuning all layers, and their ratio.
+    Raises ValueError if the tasks differ."""
     if set(region_scores) != set(all_layers):
-        raise ValueError(f'the two runs have different tasks: {sorted(set(region_scores) ^ set(all_layers))}')
+        raise ValueError(
+            f'the two runs have different tasks: {sorted(set(region_scores) ^ set(all_layers))}'
+        )
     df = pd.DataFrame(dict(region=pd.Series(region_scores), all_layers=pd.Series(all_layers)))
     df.loc['mean'] = df.mean()
     df['retention'] = df.region / df.all_layers
     return df
 
-def run_costs(folder: str|Path, stage: str='instruct') -> dict[str, float]:
-    """What a stage of a finished run took: trained weights in millions, seconds of all steps and the median of one,
-    peak resident (and, where there is one, GPU) memory in MB."""
-    folder = Path(folder)/'stages'/stage
-    if not (folder/'metrics.jsonl').exists():
-        raise FileNotFoundError(f'{folder} has no metrics.jsonl: no finished run with a stage {stage!r}')
-    steps = read_metrics(folder)
-    memory = {c.partition('/')[2] + '_mb': float(steps[c].max()) for c in steps if c.startswith('memory_mb/')}
-    return dict(trained_millions=pd.read_csv(folder/'freeze.csv')['trainable'].sum() / 1e6,
-                seconds=float(steps['step_s'].sum()), step_seconds=float(steps['step_s'].median()), **memory)
 
-def retention_report(region_run: str|Path, full_run: str|Path, stage: str='instruct') -> pd.DataFrame:
-    """`retention` of two finished runs over the tasks both answered, and rows for what `stage` cost (`run_costs`).
-    Raises FileNotFoundError for a folder without a manifest, ValueError when no task is common."""
+def run_costs(folder: str | Path, stage: str = 'instruct') -> dict[str, float]:
+    """What a stage of a finished run took: trained weights in millions, seconds of all steps and
+    the median of one, peak resident (and, where there is one, GPU) memory in MB."""
+    folder = Path(folder) / 'stages' / stage
+    if not (folder / 'metrics.jsonl').exists():
+        raise FileNotFoundError(
+            f'{folder} has no metrics.jsonl: no finished run with a stage {stage!r}'
+        )
+    steps = read_metrics(folder)
+    memory = {
+        c.partition('/')[2] + '_mb': float(steps[c].max())
+        for c in steps
+        if c.startswith('memory_mb/')
+    }
+    return dict(
+        trained_millions=pd.read_csv(folder / 'freeze.csv')['trainable'].sum() / 1e6,
+        seconds=float(steps['step_s'].sum()),
+        step_seconds=float(steps['step_s'].median()),
+        **memory,
+    )
+
+
+def retention_report(
+    region_run: str | Path, full_run: str | Path, stage: str = 'instruct'
+) -> pd.DataFrame:
+    """`retention` of two finished runs over the tasks both answered, and rows for what `stage` cost
+    (`run_costs`). Raises FileNotFoundError for a folder without a manifest, ValueError when no task
+    is common."""
     scores_of, costs = [], []
     for folder in map(Path, (region_run, full_run)):
-        if not (folder/'manifest.json').exists(): raise FileNotFoundError(f'{folder}/manifest.json: not a run folder')
-        results = json.loads((folder/'manifest.json').read_text(encoding='utf8')).get('results') or {}
-        scores_of.append({t: r['image'] for t, r in results.items() if isinstance(r, Mapping) and 'image' in r})
+        if not (folder / 'manifest.json').exists():
+            raise FileNotFoundError(f'{folder}/manifest.json: not a run folder')
+        results = (
+            json.loads((folder / 'manifest.json').read_text(encoding='utf8')).get('results') or {}
+        )
+        scores_of.append(
+            {t: r['image'] for t, r in results.items() if isinstance(r, Mapping) and 'image' in r}
+        )
         costs.append(run_costs(folder, stage))
     common = [t for t in scores_of[0] if t in scores_of[1]]
-    if not common: raise ValueError(f'{region_run} and {full_run} answered no common task')
+    if not common:
+        raise ValueError(f'{region_run} and {full_run} answered no common task')
     scored = retention(*({t: s[t] for t in common} for s in scores_of))
     cost = pd.DataFrame({name: pd.Series(c) for name, c in zip(('region', 'all_layers'), costs)})
     whole = pd.concat([scored, cost.assign(retention=cost.region / cost.all_layers)])
@@ -234,21 +396,30 @@ def retention_report(region_run: str|Path, full_run: str|Path, stage: str='instr
 # %% ../../nbs/methods/50_visual_region.ipynb #9d73c02e
 def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> PreTrainedModel:
     """A float32 `LlamaForCausalLM` from original names. `spec['config']`: configuration arguments;
-    `spec['lora']['scaling']` (or alpha and r): merges the tensors `layers.N.<module>.lora_A/lora_B` in `state_dict`.
+    `spec['lora']['scaling']` (or alpha and r): merges the tensors `layers.N.<module>.lora_A/lora_B`
+    in `state_dict`.
 
     Raises ValueError naming unexpected, missing or unpaired tensors."""
-    config = LlamaConfig(**{'tie_word_embeddings': 'lm_head.weight' not in state_dict, **spec['config']})
+    config = LlamaConfig(
+        **{'tie_word_embeddings': 'lm_head.weight' not in state_dict, **spec['config']}
+    )
     model = LlamaForCausalLM(config).float().eval()
     adapters = {k: v.float() for k, v in state_dict.items() if '.lora_' in k}
     weights = {k: v.float() for k, v in state_dict.items() if '.lora_' not in k}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    if missing := [k for k in missing if not (config.tie_word_embeddings and k == 'lm_head.weight')]:
+    if missing := [
+        k for k in missing if not (config.tie_word_embeddings and k == 'lm_head.weight')
+    ]:
         raise ValueError(f'from_reference: missing {missing[:3]}')
     if unexpected:
-        raise ValueError(f'from_reference: unexpected {unexpected[:3]}; convert multimodal checkpoints with '
-                         'vlmbench.models.convert')
-    if adapters: _merge(model, adapters, spec.get('lora') or {})
+        raise ValueError(
+            f'from_reference: unexpected {unexpected[:3]}; convert multimodal checkpoints with '
+            'vlmbench.models.convert'
+        )
+    if adapters:
+        _merge(model, adapters, spec.get('lora') or {})
     return model
+
 
 @torch.no_grad()
 def _merge(model, adapters, lora):
@@ -256,10 +427,13 @@ def _merge(model, adapters, lora):
         raise ValueError("from_reference: adapters need spec['lora']['scaling'], or alpha and r")
     scaling = lora.get('scaling') or lora['alpha'] / lora['r']
     for k, a in adapters.items():
-        if k.endswith('lora_B'): continue
+        if k.endswith('lora_B'):
+            continue
         m = re.fullmatch(r'layers\.(\d+)\.(.+)\.lora_A', k)
         if m is None or (b := adapters.get(k[:-1] + 'B')) is None:
-            raise ValueError(f'from_reference: {k} has no partner or another form than layers.N.module.lora_A')
+            raise ValueError(
+                f'from_reference: {k} has no partner or another form than layers.N.module.lora_A'
+            )
         model.model.layers[int(m[1])].get_submodule(m[2]).weight.add_(scaling * b @ a)
 
 # %% ../../nbs/methods/50_visual_region.ipynb #b4ab8313

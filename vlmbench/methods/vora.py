@@ -22,9 +22,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn, Tensor
-from transformers import (Aimv2VisionConfig, Aimv2VisionModel, AutoConfig, AutoModelForCausalLM, CLIPVisionConfig,
-                          CLIPVisionModel,
-                          Qwen2Config)
+from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Qwen2Config,
+)
 
 from ..data.collate import truncate
 from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
@@ -35,57 +41,118 @@ from .llava import recipe as control
 from .recipes import Method, base_model, model_config, tied_embeddings
 from ..models.vision import tower_config
 from ..models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
-from ..models.vlm import VLMConfig, VLMForConditionalGeneration, build_vlm, load_tower, tower_transform
+from vlmbench.models.vlm import (
+    VLMConfig,
+    VLMForConditionalGeneration,
+    build_vlm,
+    load_tower,
+    tower_transform,
+)
 from ..models.vora_patches import INITS, POSITIONS, init_from_teacher
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full
 
 # %% ../../nbs/methods/30_vora.ipynb #2fc33e57
-LOSSES = {'block_wise': ('block_wise', 'aligned'), 'last_block': ('last_block', 'aligned'),
-          'block_wise_reference': ('block_wise', 'reference'), 'last_block_reference': ('last_block', 'reference')}
+LOSSES = {
+    'block_wise': ('block_wise', 'aligned'),
+    'last_block': ('last_block', 'aligned'),
+    'block_wise_reference': ('block_wise', 'reference'),
+    'last_block_reference': ('last_block', 'reference'),
+}
 FINETUNE = ('all', 'as_coded')
 
 DATA = ('I30M_T6M', 'I8M')
 
 PAPER_SCALE = Scale(
-    'vora_paper', 'Qwen/Qwen2.5-7B-Instruct', 'apple/aimv2-huge-patch14-448', 448, 'chatml', image_mode='pad',
-    dtype='bfloat16', notes='VoRA-7B',
-    llm_config=dict(model_type='qwen2', hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                    num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768,
-                    rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False),
-    vision_config=dict(model_type='aimv2_vision_model', hidden_size=1536, intermediate_size=4096, num_hidden_layers=24,
-                       num_attention_heads=12, image_size=448, patch_size=14, rms_norm_eps=1e-5, use_head=False))
+    'vora_paper',
+    'Qwen/Qwen2.5-7B-Instruct',
+    'apple/aimv2-huge-patch14-448',
+    448,
+    'chatml',
+    image_mode='pad',
+    dtype='bfloat16',
+    notes='VoRA-7B',
+    llm_config=dict(
+        model_type='qwen2',
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+    ),
+    vision_config=dict(
+        model_type='aimv2_vision_model',
+        hidden_size=1536,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=12,
+        image_size=448,
+        patch_size=14,
+        rms_norm_eps=1e-5,
+        use_head=False,
+    ),
+)
 PAPER_SCALES = {PAPER_SCALE.name: PAPER_SCALE}
 
 # %% ../../nbs/methods/30_vora.ipynb #549cae8b
 _SETTINGS = dict(
     tiny=dict(r=48, pretrain=(3e-3, None), finetune=(1e-3, None), rows=8, tokens=512),
     small=dict(r=256, pretrain=(2e-4, None), finetune=(2e-5, None), rows=8, tokens=2048),
-    paper=dict(r=1024, pretrain=(2e-4, 143_359), finetune=(2e-5, 5_196), rows=8, tokens=3072))
+    paper=dict(r=1024, pretrain=(2e-4, 143_359), finetune=(2e-5, 5_196), rows=8, tokens=3072),
+)
 _PAPER = dict(packing=False, too_long='turns', gradient_checkpointing=True)
 
-def _config_of(scale: Scale, which: str): return AutoConfig.for_model(**model_config(scale, which))
 
-def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: int | None = None,
-           layers: int | None = None, bidirectional: bool = True, extra_bias: str = 'none', tokens: str = 'all',
-           positions: str = 'interpolate', anyres: bool = False, data: str = DATA[0],
-           init: str = 'teacher', frames: int = 0) -> Recipe:
-    """VoRA at `scale`. `distill`: 'none' or one of `LOSSES`; `finetune`: 'all' or 'as_coded'; `r`, `layers`,
-    `extra_bias`, `tokens`: see `LoRASettings` (`layers` default: the teacher's blocks); `bidirectional`: image tokens
-    see each other both ways; `positions`: see `VoRAFrontEnd`; `anyres`: the last stage sees pictures at their own
-    resolution; `data`: what pre-training reads, captions and text ('I30M_T6M') or captions alone ('I8M', the published
-    ablation of 8M pictures, 31,250 steps at paper scale); `init`: the patch embedding starts as the 'teacher's where that
-    fits, or as drawn ('own'); `frames`: of a longer clip, how many are drawn (0: all; the
-    released configurations 1), see `SampleFrames`. Raises RecipeError for settings that cannot run."""
+def _config_of(scale: Scale, which: str):
+    return AutoConfig.for_model(**model_config(scale, which))
+
+
+def recipe(
+    scale: Scale,
+    distill: str = 'block_wise',
+    finetune: str = 'all',
+    r: int | None = None,
+    layers: int | None = None,
+    bidirectional: bool = True,
+    extra_bias: str = 'none',
+    tokens: str = 'all',
+    positions: str = 'interpolate',
+    anyres: bool = False,
+    data: str = DATA[0],
+    init: str = 'teacher',
+    frames: int = 0,
+) -> Recipe:
+    """VoRA at `scale`. `distill`: 'none' or one of `LOSSES`; `finetune`: 'all' or 'as_coded'; `r`,
+    `layers`, `extra_bias`, `tokens`: see `LoRASettings` (`layers` default: the teacher's blocks);
+    `bidirectional`: image tokens see each other both ways; `positions`: see `VoRAFrontEnd`;
+    `anyres`: the last stage sees pictures at their own resolution; `data`: what pre-training reads,
+    captions and text ('I30M_T6M') or captions alone ('I8M', the published ablation of 8M pictures,
+    31,250 steps at paper scale); `init`: the patch embedding starts as the 'teacher's where that
+    fits, or as drawn ('own'); `frames`: of a longer clip, how many are drawn (0: all; the released
+    configurations 1), see `SampleFrames`. Raises RecipeError for settings that cannot run."""
     paper = scale.name in ('paper', PAPER_SCALE.name)
     size = 'tiny' if scale.image_size <= 96 else 'small'
     s = _SETTINGS['paper' if paper else scale.name if scale.name in _SETTINGS else size]
     if distill not in ('none', *LOSSES):
-        raise RecipeError(f"vora: distill must be 'none' or one of {tuple(LOSSES)}, got {distill!r}")
-    if finetune not in FINETUNE: raise RecipeError(f'vora: finetune must be one of {FINETUNE}, got {finetune!r}')
-    for name, value, known in (('positions', positions, POSITIONS), ('data', data, DATA), ('init', init, INITS)):
-        if value not in known: raise RecipeError(f'vora: {name} must be one of {known}, got {value!r}')
+        raise RecipeError(
+            f"vora: distill must be 'none' or one of {tuple(LOSSES)}, got {distill!r}"
+        )
+    if finetune not in FINETUNE:
+        raise RecipeError(f'vora: finetune must be one of {FINETUNE}, got {finetune!r}')
+    for name, value, known in (
+        ('positions', positions, POSITIONS),
+        ('data', data, DATA),
+        ('init', init, INITS),
+    ):
+        if value not in known:
+            raise RecipeError(f'vora: {name} must be one of {known}, got {value!r}')
     for name, value in dict(bidirectional=bidirectional, anyres=anyres).items():
-        if not isinstance(value, bool): raise RecipeError(f'vora: {name} must be True or False, got {value!r}')
+        if not isinstance(value, bool):
+            raise RecipeError(f'vora: {name} must be True or False, got {value!r}')
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 0:
         raise RecipeError(f'vora: frames must be a whole number, 0 for all, got {frames!r}')
     for name, n in dict(r=r, layers=layers).items():
@@ -94,193 +161,361 @@ def recipe(scale: Scale, distill: str = 'block_wise', finetune: str = 'all', r: 
     llm, tower = _config_of(scale, 'llm'), tower_config(_config_of(scale, 'vision'))
     layers, depth = tower.num_hidden_layers if layers is None else layers, llm.num_hidden_layers
     if layers > depth:
-        raise RecipeError(f'vora: LoRA in the first {layers} blocks, but the language model of scale {scale.name!r} '
-                          f'has {depth}: choose layers up to {depth}')
+        raise RecipeError(
+            f'vora: LoRA in the first {layers} blocks, but the language model of scale '
+            f'{scale.name!r} '
+            f'has {depth}: choose layers up to {depth}'
+        )
     if scale.image_size % tower.patch_size:
-        raise RecipeError(f'vora: image_size {scale.image_size} of scale {scale.name!r} is no multiple of the patch of '
-                          f'{tower.patch_size} pixels')
-    try: lora = LoRASettings(layers, s['r'] if r is None else r, extra_bias=extra_bias, tokens=tokens).to_dict()
-    except ValueError as e: raise RecipeError(f'vora: {e}') from None
-    front = dict(type='vora', patch_size=tower.patch_size, width=tower.hidden_size, image_size=scale.image_size,
-                 norm_eps=llm.rms_norm_eps, positions=positions, lora=lora) | ({} if init == 'teacher' else dict(init=init))
+        raise RecipeError(
+            f'vora: image_size {scale.image_size} of scale {scale.name!r} is no multiple of the '
+            'patch of '
+            f'{tower.patch_size} pixels'
+        )
+    try:
+        lora = LoRASettings(
+            layers, s['r'] if r is None else r, extra_bias=extra_bias, tokens=tokens
+        ).to_dict()
+    except ValueError as e:
+        raise RecipeError(f'vora: {e}') from None
+    front = dict(
+        type='vora',
+        patch_size=tower.patch_size,
+        width=tower.hidden_size,
+        image_size=scale.image_size,
+        norm_eps=llm.rms_norm_eps,
+        positions=positions,
+        lora=lora,
+    ) | ({} if init == 'teacher' else dict(init=init))
     eyes = dict(vision=full(), projector=full())
-    language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied_embeddings(scale) else dict(lm_head=full()))
+    language = dict(embed=full(), layers=full(), norm=full()) | (
+        {} if tied_embeddings(scale) else dict(lm_head=full())
+    )
     budgets = [stage.budget_targets for stage in control(scale).stages]
+
     def stage(i, name, trains, source, **kw):
         lr, steps = s['finetune' if i else 'pretrain']
-        if not i and data == 'I8M': steps = 31_250
-        if paper: kw |= dict(steps=steps, global_rows=(256, 128)[i], warmup_ratio=(100, 20)[i] / steps, **_PAPER)
-        else: kw |= dict(budget_targets=budgets[i], warmup_ratio=.03)
-        room = 4000 + 2048 if paper and name == 'finetune_anyres' else s['tokens']    # a picture and text
-        return Stage(name, trains, source, lr=lr, template=scale.template, batch_rows=s['rows'], max_tokens=room, **kw)
-    pretrain = stage(0, 'pretrain', eyes, 'caption_train' + '*5+text_train*1' * (data == DATA[0]), schedule='constant',
-                     losses=() if distill == 'none' else (distill,))
-    tune = stage(1, 'finetune_anyres' if anyres else 'finetune', eyes | (language if finetune == 'all' else {}),
-                 'vqa_train*9+text_train*1')
-    source = ("released configurations' hyper-parameters on other base models" if scale.name == 'paper' else
-              'released configurations')
-    return Recipe('vora', (pretrain, tune), front, f'Vision as LoRA, sections 3 and 4; {source}',
-                  bidirectional_images=bidirectional, notes=f'distillation: {distill}; finetune: {finetune}' + f'; {frames} frames of a clip' * (frames > 0))
+        if not i and data == 'I8M':
+            steps = 31_250
+        if paper:
+            kw |= dict(
+                steps=steps, global_rows=(256, 128)[i], warmup_ratio=(100, 20)[i] / steps, **_PAPER
+            )
+        else:
+            kw |= dict(budget_targets=budgets[i], warmup_ratio=0.03)
+        room = (
+            4000 + 2048 if paper and name == 'finetune_anyres' else s['tokens']
+        )  # a picture and text
+        return Stage(
+            name,
+            trains,
+            source,
+            lr=lr,
+            template=scale.template,
+            batch_rows=s['rows'],
+            max_tokens=room,
+            **kw,
+        )
+
+    pretrain = stage(
+        0,
+        'pretrain',
+        eyes,
+        'caption_train' + '*5+text_train*1' * (data == DATA[0]),
+        schedule='constant',
+        losses=() if distill == 'none' else (distill,),
+    )
+    tune = stage(
+        1,
+        'finetune_anyres' if anyres else 'finetune',
+        eyes | (language if finetune == 'all' else {}),
+        'vqa_train*9+text_train*1',
+    )
+    source = (
+        "released configurations' hyper-parameters on other base models"
+        if scale.name == 'paper'
+        else 'released configurations'
+    )
+    return Recipe(
+        'vora',
+        (pretrain, tune),
+        front,
+        f'Vision as LoRA, sections 3 and 4; {source}',
+        bidirectional_images=bidirectional,
+        notes=f'distillation: {distill}; finetune: {finetune}'
+        + f'; {frames} frames of a clip' * (frames > 0),
+    )
 
 # %% ../../nbs/methods/30_vora.ipynb #b9c42da2
 def build(recipe: Recipe, scale: Scale, seed: int = 0) -> tuple:
-    """`(model, processor)`: the scale's language model with the patch embedding and LoRA of `recipe`; the embedding
-    starts as the teacher's where that fits."""
+    """`(model, processor)`: the scale's language model with the patch embedding and LoRA of
+    `recipe`; the embedding starts as the teacher's where that fits."""
     tower = load_tower(base_model(scale.vision), torch.float32)
-    try: check_grid(recipe.front_end, tower, scale.image_size)
-    except ValueError as e: raise RecipeError(f'vora: {e}') from None
-    if scale.image_mode == 'squash': transform = tower_transform(base_model(scale.vision), tower.config)
+    try:
+        check_grid(recipe.front_end, tower, scale.image_size)
+    except ValueError as e:
+        raise RecipeError(f'vora: {e}') from None
+    if scale.image_mode == 'squash':
+        transform = tower_transform(base_model(scale.vision), tower.config)
     else:
-        transform = ImageTransform('pad', scale.image_size, CLIP_MEAN, CLIP_STD, tower.config.patch_size,
-                                   background=(0, 0, 0))
+        transform = ImageTransform(
+            'pad',
+            scale.image_size,
+            CLIP_MEAN,
+            CLIP_STD,
+            tower.config.patch_size,
+            background=(0, 0, 0),
+        )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)                                           # LoRA is drawn when the model is put together
-        model, processor = build_vlm(base_model(scale.llm), None, dict(recipe.front_end), template=scale.template,
-                                     transform=transform, dtype=getattr(torch, scale.dtype),
-                                     bidirectional_images=recipe.bidirectional_images, seed=seed)
+        torch.manual_seed(seed)  # LoRA is drawn when the model is put together
+        model, processor = build_vlm(
+            base_model(scale.llm),
+            None,
+            dict(recipe.front_end),
+            template=scale.template,
+            transform=transform,
+            dtype=getattr(torch, scale.dtype),
+            bidirectional_images=recipe.bidirectional_images,
+            seed=seed,
+        )
     kinds = 'aimv2_vision_model', 'siglip_vision_model'
-    taken = recipe.front_end.get('init', 'teacher') == 'teacher' and tower.config.model_type in kinds
+    taken = (
+        recipe.front_end.get('init', 'teacher') == 'teacher' and tower.config.model_type in kinds
+    )
     if taken and tower.config.hidden_size == recipe.front_end['width']:
         init_from_teacher(model.model.vision, tower)
-    model.loss_seed = seed                                                # the distillation heads are drawn from it
+    model.loss_seed = seed  # the distillation heads are drawn from it
     return model, processor
 
-def losses(model: nn.Module, processor, stage: Stage, scale: Scale) -> dict[str, BlockwiseDistillation]:
+
+def losses(
+    model: nn.Module, processor, stage: Stage, scale: Scale
+) -> dict[str, BlockwiseDistillation]:
     "The distillation terms that `stage` declares, by name."
     out = {}
     for name, _ in stage.losses:
         if name not in LOSSES:
-            raise RecipeError(f'stage {stage.name!r}: vora knows no loss {name!r}; it knows {tuple(LOSSES)}')
+            raise RecipeError(
+                f'stage {stage.name!r}: vora knows no loss {name!r}; it knows {tuple(LOSSES)}'
+            )
         mode, pairing = LOSSES[name]
         text = model.config.text_config
         try:
-            out[name] = BlockwiseDistillation(load_tower(base_model(scale.vision), torch.float32), text.hidden_size,
-                                              text.num_hidden_layers, mode, pairing,
-                                              model.config.vision_config['positions'],
-                                              seed=getattr(model, 'loss_seed', 0))
-        except ValueError as e: raise RecipeError(f'stage {stage.name!r}: {e}') from None
+            out[name] = BlockwiseDistillation(
+                load_tower(base_model(scale.vision), torch.float32),
+                text.hidden_size,
+                text.num_hidden_layers,
+                mode,
+                pairing,
+                model.config.vision_config['positions'],
+                seed=getattr(model, 'loss_seed', 0),
+            )
+        except ValueError as e:
+            raise RecipeError(f'stage {stage.name!r}: {e}') from None
     return out
 
+
 def after_stage(model: nn.Module, processor, stage: Stage, scale: Scale) -> tuple:
-    "Merges LoRA after pre-training, unless it acts on image tokens only (then it stays and trains on)."
+    """Merges LoRA after pre-training, unless it acts on image tokens only (then it stays and trains
+    on)."""
     lora = model.config.vision_config['lora']
     if stage.name == 'pretrain' and lora and lora['tokens'] == 'all':
         merge_vision_lora(model)
         processor.front_end = model.config.vision_config
     return model, processor
 
+
 def before_stage(model: nn.Module, processor, stage: Stage, scale: Scale) -> tuple:
-    "For `finetune_anyres`: both sides of a picture to the nearest multiple of the patch, at most 4000 patches."
+    """For `finetune_anyres`: both sides of a picture to the nearest multiple of the patch, at most
+    4000 patches."""
     if stage.name == 'finetune_anyres':
         processor, p = copy(processor), model.config.vision_config['patch_size']
-        most = min(4000, stage.max_tokens * 2 // 3)                        # the rest of a row is for text
-        processor.transform = replace(processor.transform, mode='native', size=scale.image_size, patch=p, multiple=p,
-                                      min_pixels=(4 * p) ** 2, max_pixels=most * p * p)
+        most = min(4000, stage.max_tokens * 2 // 3)  # the rest of a row is for text
+        processor.transform = replace(
+            processor.transform,
+            mode='native',
+            size=scale.image_size,
+            patch=p,
+            multiple=p,
+            min_pixels=(4 * p) ** 2,
+            max_pixels=most * p * p,
+        )
     return model, processor
+
 
 @wraps(recipe, assigned=())
 def configure(**options) -> Method:
     "The method with options of `recipe`, of which `frames` acts on the samples."
     frames = options.get('frames', 0)
-    return replace(METHOD, recipe=partial(recipe, **options), transform=SampleFrames(frames) if frames else None)
+    return replace(
+        METHOD,
+        recipe=partial(recipe, **options),
+        transform=SampleFrames(frames) if frames else None,
+    )
 
-METHOD = Method(recipe, build, losses, before_stage=before_stage, after_stage=after_stage, configure=configure)
+
+METHOD = Method(
+    recipe, build, losses, before_stage=before_stage, after_stage=after_stage, configure=configure
+)
 
 # %% ../../nbs/methods/30_vora.ipynb #b9aa5434
 def meta_vora(recipe: Recipe, scale: Scale) -> VLMForConditionalGeneration:
     "The model of `recipe` at `scale` on the meta device: every shape, no weights."
-    config = VLMConfig(text_config=_config_of(scale, 'llm'),
-                       vision_config=dict(recipe.front_end), image_token_id=0,
-                       bidirectional_images=recipe.bidirectional_images)
-    with torch.device('meta'): return VLMForConditionalGeneration(config)
+    config = VLMConfig(
+        text_config=_config_of(scale, 'llm'),
+        vision_config=dict(recipe.front_end),
+        image_token_id=0,
+        bidirectional_images=recipe.bidirectional_images,
+    )
+    with torch.device('meta'):
+        return VLMForConditionalGeneration(config)
 
 # %% ../../nbs/methods/30_vora.ipynb #e4dc0ab7
-_FRONT = {'vision_embedding.patchifier.proj.': 'model.vision.proj.',
-          'vision_embedding.patchifier.norm.': 'model.vision.norm.',
-          'vision_embedding.pos_embed': 'model.vision.pos_embed',
-          'vision_embedding.out_proj.': 'model.vision.out_proj.',
-          'llm.lm_head.': 'lm_head.', 'llm.model.': 'model.language_model.'}
+_FRONT = {
+    'vision_embedding.patchifier.proj.': 'model.vision.proj.',
+    'vision_embedding.patchifier.norm.': 'model.vision.norm.',
+    'vision_embedding.pos_embed': 'model.vision.pos_embed',
+    'vision_embedding.out_proj.': 'model.vision.out_proj.',
+    'llm.lm_head.': 'lm_head.',
+    'llm.model.': 'model.language_model.',
+}
+
 
 def from_reference_name(name: str) -> str:
     "The name here of an original parameter. Raises ValueError for unknown names."
     for old, new in _FRONT.items():
-        if name.startswith(old): return new + name.removeprefix(old)
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     raise ValueError(f'{name} is no parameter of a VoRA model')
+
 
 def to_reference_name(name: str) -> str:
     "The inverse of `from_reference_name`."
     for old, new in _FRONT.items():
-        if name.startswith(new): return old + name.removeprefix(new)
+        if name.startswith(new):
+            return old + name.removeprefix(new)
     raise ValueError(f'{name} has no counterpart in the original')
 
+
 def to_reference(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
-    "The model's tensors under the original names; a head tied to the embedding is left out, as there."
+    """The model's tensors under the original names; a head tied to the embedding is left out, as
+    there."""
     tied = model.lm_head.weight is model.get_input_embeddings().weight
-    return {to_reference_name(n): p.detach() for n, p in model.state_dict().items()
-            if not (tied and n.startswith('lm_head.'))}
+    return {
+        to_reference_name(n): p.detach()
+        for n, p in model.state_dict().items()
+        if not (tied and n.startswith('lm_head.'))
+    }
 
 # %% ../../nbs/methods/30_vora.ipynb #9e21a449
 def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> VLMForConditionalGeneration:
-    """A float32 VLM from original names, with the original's quirks (sliced positions, the language model's eps in the
-    patch norm, extra biases).
+    """A float32 VLM from original names, with the original's quirks (sliced positions, the language
+    model's eps in the patch norm, extra biases).
 
-    `spec`: `llm` (Qwen2 arguments), `teacher` (for `image_size`, `patch_size`), `vision_embedding_intermediate_size`,
-    `lora` (`layers`, `r`, `scale`, `target_modules`), and optionally `image_token_id` (default 0) and `mask`
-    ('bidirectional' or 'default'). Without A and B in `state_dict` the model is the merged one. `aux_vision.*` is left
-    aside. Raises ValueError naming missing and unexpected tensors."""
+    `spec`: `llm` (Qwen2 arguments), `teacher` (for `image_size`, `patch_size`),
+    `vision_embedding_intermediate_size`, `lora` (`layers`, `r`, `scale`, `target_modules`), and
+    optionally `image_token_id` (default 0) and `mask` ('bidirectional' or 'default'). Without A and
+    B in `state_dict` the model is the merged one. `aux_vision.*` is left aside. Raises ValueError
+    naming missing and unexpected tensors."""
     kept = {k: v for k, v in state_dict.items() if not k.startswith('aux_vision.')}
     llm, merged = Qwen2Config(**spec['llm']), not any('.lora_A.' in k for k in kept)
     mask = spec.get('mask', 'bidirectional')
     if mask not in ('bidirectional', 'default'):
         raise ValueError(f"spec['mask'] must be 'bidirectional' or 'default', got {mask!r}")
     targets = sorted(t.rpartition('.')[2] for t in spec['lora']['target_modules'])
-    lora = LoRASettings(spec['lora']['layers'] if spec['lora']['layers'] != 'all' else llm.num_hidden_layers,
-                        spec['lora']['r'] if spec['lora']['r'] > 0 else 1,
-                        float(spec['lora'].get('scale', 1.)), targets, 'zero', merged=merged)
-    front = dict(type='vora', patch_size=spec['teacher']['patch_size'], image_size=spec['teacher']['image_size'],
-                 width=spec['vision_embedding_intermediate_size'],
-                 norm_eps=llm.rms_norm_eps, positions='reference', lora=lora.to_dict())
-    model = VLMForConditionalGeneration(VLMConfig(text_config=llm, vision_config=front,
-                                                  image_token_id=spec.get('image_token_id', 0),
-                                                  bidirectional_images=mask == 'bidirectional')).float().eval()
-    missing, unexpected = model.load_state_dict({from_reference_name(k): v.float() for k, v in kept.items()},
-                                                strict=False)
+    lora = LoRASettings(
+        spec['lora']['layers'] if spec['lora']['layers'] != 'all' else llm.num_hidden_layers,
+        spec['lora']['r'] if spec['lora']['r'] > 0 else 1,
+        float(spec['lora'].get('scale', 1.0)),
+        targets,
+        'zero',
+        merged=merged,
+    )
+    front = dict(
+        type='vora',
+        patch_size=spec['teacher']['patch_size'],
+        image_size=spec['teacher']['image_size'],
+        width=spec['vision_embedding_intermediate_size'],
+        norm_eps=llm.rms_norm_eps,
+        positions='reference',
+        lora=lora.to_dict(),
+    )
+    model = (
+        VLMForConditionalGeneration(
+            VLMConfig(
+                text_config=llm,
+                vision_config=front,
+                image_token_id=spec.get('image_token_id', 0),
+                bidirectional_images=mask == 'bidirectional',
+            )
+        )
+        .float()
+        .eval()
+    )
+    missing, unexpected = model.load_state_dict(
+        {from_reference_name(k): v.float() for k, v in kept.items()}, strict=False
+    )
     if missing := [k for k in missing if not (llm.tie_word_embeddings and k == 'lm_head.weight')]:
         raise ValueError(f'from_reference: missing {missing[:3]}')
-    if unexpected: raise ValueError(f'from_reference: unexpected {unexpected[:3]}')
+    if unexpected:
+        raise ValueError(f'from_reference: unexpected {unexpected[:3]}')
     return model
 
-_BLOCK = {'attn.proj.': 'attention.out_proj.', 'norm_1.': 'rms_norm1.', 'norm_2.': 'rms_norm2.',
-          'mlp.fc1.': 'ffn.gate_proj.', 'mlp.fc3.': 'ffn.up_proj.', 'mlp.fc2.': 'ffn.down_proj.'}
-_STEM = {'preprocessor.patchifier.proj.': 'embeddings.patch_embed.',
-         'preprocessor.patchifier.norm.': 'embeddings.rms_norm.', 'trunk.post_trunk_norm.': 'rms_norm.'}
+
+_BLOCK = {
+    'attn.proj.': 'attention.out_proj.',
+    'norm_1.': 'rms_norm1.',
+    'norm_2.': 'rms_norm2.',
+    'mlp.fc1.': 'ffn.gate_proj.',
+    'mlp.fc3.': 'ffn.up_proj.',
+    'mlp.fc2.': 'ffn.down_proj.',
+}
+_STEM = {
+    'preprocessor.patchifier.proj.': 'embeddings.patch_embed.',
+    'preprocessor.patchifier.norm.': 'embeddings.rms_norm.',
+    'trunk.post_trunk_norm.': 'rms_norm.',
+}
+
 
 def aimv2_from_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Tensors of AIMv2's remote code under transformers' names (fused query, key, value split in that order)."
+    """Tensors of AIMv2's remote code under transformers' names (fused query, key, value split in
+    that order)."""
     out = {}
     for k, v in state_dict.items():
-        if k == 'preprocessor.pos_embed': out['embeddings.position_embedding.weight'] = v[0]; continue
+        if k == 'preprocessor.pos_embed':
+            out['embeddings.position_embedding.weight'] = v[0]
+            continue
         if stem := next((s for s in _STEM if k.startswith(s)), None):
-            out[_STEM[stem] + k.removeprefix(stem)] = v; continue
-        if not k.startswith('trunk.blocks.'): raise ValueError(f'{k} is no tensor of AIMv2')
+            out[_STEM[stem] + k.removeprefix(stem)] = v
+            continue
+        if not k.startswith('trunk.blocks.'):
+            raise ValueError(f'{k} is no tensor of AIMv2')
         _, _, i, rest = k.split('.', 3)
         if rest.startswith('attn.qkv.'):
             last = rest.rpartition('.')[2]
-            out |= {f'encoder.layers.{i}.attention.{n}_proj.{last}': t for n, t in zip('qkv', v.chunk(3))}
+            out |= {
+                f'encoder.layers.{i}.attention.{n}_proj.{last}': t
+                for n, t in zip('qkv', v.chunk(3))
+            }
             continue
         if (old := next((b for b in _BLOCK if rest.startswith(b)), None)) is None:
             raise ValueError(f'{k} is no tensor of AIMv2')
         out[f'encoder.layers.{i}.{_BLOCK[old]}{rest.removeprefix(old)}'] = v
     return out
 
+
 def aimv2_to_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The inverse of `aimv2_from_remote`: query, key and value fused again."
     out = {}
     for k, v in state_dict.items():
-        if k == 'embeddings.position_embedding.weight': out['preprocessor.pos_embed'] = v[None]; continue
+        if k == 'embeddings.position_embedding.weight':
+            out['preprocessor.pos_embed'] = v[None]
+            continue
         if old := next((o for o, n in _STEM.items() if k.startswith(n)), None):
-            out[old + k.removeprefix(_STEM[old])] = v; continue
-        if not k.startswith('encoder.layers.'): raise ValueError(f'{k} is no tensor of AIMv2')
+            out[old + k.removeprefix(_STEM[old])] = v
+            continue
+        if not k.startswith('encoder.layers.'):
+            raise ValueError(f'{k} is no tensor of AIMv2')
         _, _, i, rest = k.split('.', 3)
         if m := re.fullmatch(r'attention\.([qkv])_proj\.(\w+)', rest):
             if m[1] == 'q':
@@ -292,98 +527,150 @@ def aimv2_to_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out[f'trunk.blocks.{i}.{old}{rest.removeprefix(_BLOCK[old])}'] = v
     return out
 
+
 def distillation_to_reference(term: BlockwiseDistillation) -> dict[str, Tensor]:
-    "Teacher and heads under the original names `aux_vision.*`; the inverse of `distillation_from_reference`."
+    """Teacher and heads under the original names `aux_vision.*`; the inverse of
+    `distillation_from_reference`."""
     teacher = {n: p.detach() for n, p in term.teacher.named_parameters()}
-    if term.teacher.config.model_type == 'aimv2_vision_model': teacher = aimv2_to_remote(teacher)
-    else: teacher = {f'vision_model.{n}': p for n, p in teacher.items()}
+    if term.teacher.config.model_type == 'aimv2_vision_model':
+        teacher = aimv2_to_remote(teacher)
+    else:
+        teacher = {f'vision_model.{n}': p for n, p in teacher.items()}
     heads = {f'aux_vision.aux_layer_{n}': p.detach() for n, p in term.heads.named_parameters()}
     return {f'aux_vision.aux_model.{n}': p for n, p in teacher.items()} | heads
 
-def distillation_from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, kind: str = 'aimv2',
-                                pairing: str = 'reference') -> BlockwiseDistillation:
-    """Teacher and heads from the original names `aux_vision.*`. `kind`: 'aimv2' (`spec['teacher']`) or 'clip'
-    (`spec['clip_teacher']`). Raises ValueError naming tensors that do not fit."""
-    if kind not in ('aimv2', 'clip'): raise ValueError(f"kind must be 'aimv2' or 'clip', got {kind!r}")
-    found = {k.removeprefix('aux_vision.aux_model.'): v.float() for k, v in state_dict.items()
-             if k.startswith('aux_vision.aux_model.')}
+
+def distillation_from_reference(
+    state_dict: Mapping[str, Tensor], spec: Mapping, kind: str = 'aimv2', pairing: str = 'reference'
+) -> BlockwiseDistillation:
+    """Teacher and heads from the original names `aux_vision.*`. `kind`: 'aimv2' (`spec['teacher']`)
+    or 'clip' (`spec['clip_teacher']`). Raises ValueError naming tensors that do not fit."""
+    if kind not in ('aimv2', 'clip'):
+        raise ValueError(f"kind must be 'aimv2' or 'clip', got {kind!r}")
+    found = {
+        k.removeprefix('aux_vision.aux_model.'): v.float()
+        for k, v in state_dict.items()
+        if k.startswith('aux_vision.aux_model.')
+    }
     if kind == 'aimv2':
         teacher = Aimv2VisionModel(Aimv2VisionConfig(**spec['teacher'], use_head=False))
         found = aimv2_from_remote(found)
     else:
-        teacher = CLIPVisionModel(CLIPVisionConfig(**{k: v for k, v in spec['clip_teacher'].items()
-                                                      if k != 'skip_aux_cls'}))
+        teacher = CLIPVisionModel(
+            CLIPVisionConfig(
+                **{k: v for k, v in spec['clip_teacher'].items() if k != 'skip_aux_cls'}
+            )
+        )
         found = {k.removeprefix('vision_model.'): v for k, v in found.items()}
     if wrong := sorted(set(found) ^ {n for n, _ in teacher.named_parameters()}):
         raise ValueError(f'distillation_from_reference: {wrong[:3]} do not fit the teacher')
     teacher.load_state_dict(found, strict=False)
-    term = BlockwiseDistillation(teacher.float(), spec['llm']['hidden_size'], spec['llm']['num_hidden_layers'],
-                                 pairing=pairing, positions='reference')
-    term.heads.load_state_dict({k.removeprefix('aux_vision.aux_layer_'): v.float() for k, v in state_dict.items()
-                                if k.startswith('aux_vision.aux_layer_')})
+    term = BlockwiseDistillation(
+        teacher.float(),
+        spec['llm']['hidden_size'],
+        spec['llm']['num_hidden_layers'],
+        pairing=pairing,
+        positions='reference',
+    )
+    term.heads.load_state_dict(
+        {
+            k.removeprefix('aux_vision.aux_layer_'): v.float()
+            for k, v in state_dict.items()
+            if k.startswith('aux_vision.aux_layer_')
+        }
+    )
     return term
 
 # %% ../../nbs/methods/30_vora.ipynb #6405ee4f
 def frame_indices(frames: int, segments: int, rng: random.Random | None = None) -> list[int]:
-    """One frame of each of `segments` equal strata: the first, or a random one with `rng` (training). With fewer frames
-    than segments the last is repeated."""
-    if frames < 1 or segments < 1: raise ValueError(f'frames={frames}, segments={segments}: both must be above 0')
-    if frames < segments: return [min(i, frames - 1) for i in range(segments)]
+    """One frame of each of `segments` equal strata: the first, or a random one with `rng`
+    (training). With fewer frames than segments the last is repeated."""
+    if frames < 1 or segments < 1:
+        raise ValueError(f'frames={frames}, segments={segments}: both must be above 0')
+    if frames < segments:
+        return [min(i, frames - 1) for i in range(segments)]
     size, more = divmod(frames, segments)
     starts = [i * size + min(i, more) for i in range(segments)] + [frames]
     return [a if rng is None else rng.randrange(a, b) for a, b in zip(starts, starts[1:])]
 
+
 @dataclass(frozen=True)
 class SampleFrames:
-    "Keeps `count` frames of a sample that has more, and their time stamps: a random one of each stratum, without `rng` the first."
+    """Keeps `count` frames of a sample that has more, and their time stamps: a random one of each
+    stratum, without `rng` the first."""
+
     count: int
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
         n, whole = len(sample.images), _frames_prompt(len(sample.images))
         turn = next((i for i, t in enumerate(sample.turns) if whole in t.text), None)
-        if n <= self.count or turn is None: return sample              # marks of the text's own stay
-        kept = frame_indices(n, self.count, None if rng is None else random.Random(int(rng.integers(2 ** 32))))
+        if n <= self.count or turn is None:
+            return sample  # marks of the text's own stay
+        kept = frame_indices(
+            n, self.count, None if rng is None else random.Random(int(rng.integers(2**32)))
+        )
         text = sample.turns[turn].text.replace(whole, _frames_prompt(self.count), 1)
         turns = [Turn(t.role, text) if i == turn else t for i, t in enumerate(sample.turns)]
         return replace(sample, turns=turns, images=[sample.images[i] for i in kept])
 
-def truncate_turns(turns: Sequence[tuple[Sequence[int], Sequence[int]]], max_tokens: int, eos: int,
-                   mode: str = 'qa') -> tuple[list[int], list[int]]:
-    """(ids, labels) of (prompt, answer) ids, each answer closed by `eos`, at most `max_tokens`. 'qa' drops whole later
-    turns that do not fit; a first turn that is too long, and any turn in mode 'text', is cut and closed. A stage with
-    `too_long='turns'` does the former to every sample."""
-    if mode not in ('qa', 'text'): raise ValueError(f"mode must be 'qa' or 'text', got {mode!r}")
+
+def truncate_turns(
+    turns: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_tokens: int,
+    eos: int,
+    mode: str = 'qa',
+) -> tuple[list[int], list[int]]:
+    """(ids, labels) of (prompt, answer) ids, each answer closed by `eos`, at most `max_tokens`.
+    'qa' drops whole later turns that do not fit; a first turn that is too long, and any turn in
+    mode 'text', is cut and closed. A stage with `too_long='turns'` does the former to every
+    sample."""
+    if mode not in ('qa', 'text'):
+        raise ValueError(f"mode must be 'qa' or 'text', got {mode!r}")
     ids = [t for prompt, answer in turns for t in (*prompt, *answer, eos)]
     labels = [t for prompt, answer in turns for t in (*[IGNORE] * len(prompt), *answer, eos)]
     doc = Encoded(torch.tensor(ids), torch.tensor(labels), torch.full((len(ids),), -1))
     short = truncate(doc, max_tokens, 'turns' if mode == 'qa' else 'close')
     return short.input_ids.tolist(), short.labels.tolist()
 
+
 def image_runs(image_ids: Tensor) -> Tensor:
-    """`image_ids` `[batch, tokens]` (-1 text) with the images of every unbroken run joined into one, as in the
-    original's mask."""
+    """`image_ids` `[batch, tokens]` (-1 text) with the images of every unbroken run joined into
+    one, as in the original's mask."""
     image = image_ids >= 0
     start = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
     return torch.where(image, start.flatten().cumsum(0).reshape(image.shape) - 1, -1)
 
 # %% ../../nbs/methods/30_vora.ipynb #7245642b
-def export_language_model(model: VLMForConditionalGeneration, tokenizer, folder: str | Path) -> Path:
-    """Write the merged language model as a folder that plain transformers loads, with the tokenizer and the patch
-    embedding (`vision_embedding.safetensors`, original names).
+def export_language_model(
+    model: VLMForConditionalGeneration, tokenizer, folder: str | Path
+) -> Path:
+    """Write the merged language model as a folder that plain transformers loads, with the tokenizer
+    and the patch embedding (`vision_embedding.safetensors`, original names).
 
-    Raises ValueError while LoRA is unmerged, or when extra biases are left, which the plain architecture does not
-    have."""
+    Raises ValueError while LoRA is unmerged, or when extra biases are left, which the plain
+    architecture does not have."""
     if left := vision_lora_layers(model):
         m = next(iter(left.values()))
-        raise ValueError('extra biases are left, which a plain language model does not have: train with '
-                         'extra_bias=none, or write a VLM folder (vlmbench export without --language-model)'
-                         if m.settings.merged else 'LoRA is not merged: call merge_vision_lora(model) first')
+        raise ValueError(
+            'extra biases are left, which a plain language model does not have: train with '
+            'extra_bias=none, or write a VLM folder (vlmbench export without --language-model)'
+            if m.settings.merged
+            else 'LoRA is not merged: call merge_vision_lora(model) first'
+        )
     folder = Path(folder)
-    with torch.device('meta'): llm = AutoModelForCausalLM.from_config(model.config.text_config)
+    with torch.device('meta'):
+        llm = AutoModelForCausalLM.from_config(model.config.text_config)
     setattr(llm, llm.base_model_prefix, model.model.language_model)
     llm.set_output_embeddings(model.lm_head)
     llm.save_pretrained(folder)
-    if tokenizer is not None: tokenizer.save_pretrained(folder)
-    save_file({k: v.contiguous() for k, v in to_reference(model).items() if k.startswith('vision_embedding.')},
-              folder / 'vision_embedding.safetensors')
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    save_file(
+        {
+            k: v.contiguous()
+            for k, v in to_reference(model).items()
+            if k.startswith('vision_embedding.')
+        },
+        folder / 'vision_embedding.safetensors',
+    )
     return folder

@@ -25,44 +25,95 @@ from ..models.vision_lora import LoRASettings
 from ..models.vlm import build_vlm
 
 # %% ../../nbs/methods/34_vora_checkpoints.ipynb #c763d9aa
-_EXTRA = re.compile(r'llm\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.(lora_A\.weight|lora_B\.weight|bias)')
+_EXTRA = re.compile(
+    r'llm\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.(lora_A\.weight|lora_B\.weight|bias)'
+)
+
 
 def release_front(state: Mapping[str, Tensor], eps: float, known: Collection[str]) -> dict:
-    """Front-end settings of a released VoRA from its tensors under the original names. `eps`: of the language model's norms,
-    used in the patch embedding, too; `known`: names that belong to the plain language model. Raises
-    `CheckpointFormatError`."""
+    """Front-end settings of a released VoRA from its tensors under the original names. `eps`: of
+    the language model's norms, used in the patch embedding, too; `known`: names that belong to the
+    plain language model. Raises `CheckpointFormatError`."""
     names = 'vision_embedding.patchifier.proj.weight', 'vision_embedding.pos_embed'
-    if missing := [n for n in names if n not in state]: raise CheckpointFormatError(f'no tensor {missing[0]}')
+    if missing := [n for n in names if n not in state]:
+        raise CheckpointFormatError(f'no tensor {missing[0]}')
     conv, table = (state[n] for n in names)
     side = math.isqrt(table.shape[1])
-    if side*side != table.shape[1]:
-        raise CheckpointFormatError(f'pos_embed holds {table.shape[1]} positions, which are no square')
+    if side * side != table.shape[1]:
+        raise CheckpointFormatError(
+            f'pos_embed holds {table.shape[1]} positions, which are no square'
+        )
     found = {k: m for k in state if k not in known and (m := _EXTRA.fullmatch(k))}
-    ranks, biases = {len(state[k]) for k in found if k.endswith('A.weight')}, any(k.endswith('.bias') for k in found)
-    if len(ranks) > 1: raise CheckpointFormatError(f'LoRA of several ranks, {sorted(ranks)}: one is expected')
-    lora = None if not found else LoRASettings(
-        1 + max(int(m[1]) for m in found.values()), next(iter(ranks), 1), targets=sorted({m[2] for m in found.values()}),
-        extra_bias='zero' if biases else 'none', merged=not ranks).to_dict()
-    return dict(type='vora', patch_size=conv.shape[-1], image_size=side*conv.shape[-1], width=len(conv), norm_eps=eps, lora=lora)
+    ranks, biases = (
+        {len(state[k]) for k in found if k.endswith('A.weight')},
+        any(k.endswith('.bias') for k in found),
+    )
+    if len(ranks) > 1:
+        raise CheckpointFormatError(f'LoRA of several ranks, {sorted(ranks)}: one is expected')
+    lora = (
+        None
+        if not found
+        else LoRASettings(
+            1 + max(int(m[1]) for m in found.values()),
+            next(iter(ranks), 1),
+            targets=sorted({m[2] for m in found.values()}),
+            extra_bias='zero' if biases else 'none',
+            merged=not ranks,
+        ).to_dict()
+    )
+    return dict(
+        type='vora',
+        patch_size=conv.shape[-1],
+        image_size=side * conv.shape[-1],
+        width=len(conv),
+        norm_eps=eps,
+        lora=lora,
+    )
 
 # %% ../../nbs/methods/34_vora_checkpoints.ipynb #3d5adb48
-def load_vora_release(folder: str | Path, template: str = 'chatml',
-                      dtype: torch.dtype = torch.float32) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Model and processor of a released VoRA folder (safetensors or bin shards), merged or with its LoRA. Raises
-    `CheckpointFormatError` naming what does not fit."""
+def load_vora_release(
+    folder: str | Path, template: str = 'chatml', dtype: torch.dtype = torch.float32
+) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
+    """Model and processor of a released VoRA folder (safetensors or bin shards), merged or with its
+    LoRA. Raises `CheckpointFormatError` naming what does not fit."""
     folder, config = Path(folder), read_config(folder)
-    if config.get('model_type') != 'vora': raise CheckpointFormatError(f"{folder}: model_type is not 'vora'")
+    if config.get('model_type') != 'vora':
+        raise CheckpointFormatError(f"{folder}: model_type is not 'vora'")
     state = {k: v for k, v in read_weights(folder).items() if not k.startswith('aux_vision.')}
-    llm = Qwen2ForCausalLM(Qwen2Config(**{k: config[k] for k in LLM_FIELDS if k in config})).to(dtype)
+    llm = Qwen2ForCausalLM(Qwen2Config(**{k: config[k] for k in LLM_FIELDS if k in config})).to(
+        dtype
+    )
     known = {f'llm.{k}' for k in llm.state_dict()}
-    try: front = release_front(state, llm.config.rms_norm_eps, known)
-    except CheckpointFormatError as e: raise CheckpointFormatError(f'{folder}: {e}') from None
-    fill(llm, {k.removeprefix('llm.'): v for k, v in state.items() if k in known}, f'{folder}: language model',
-         ('lm_head.weight',) if llm.config.tie_word_embeddings else ())
-    transform = ImageTransform('pad', front['image_size'], CLIP_MEAN, CLIP_STD, front['patch_size'], background=(0, 0, 0))
-    model, processor = build_vlm(llm, None, front, AutoTokenizer.from_pretrained(folder), template, transform,
-                                 bidirectional_images=True)
-    try: rest = {from_reference_name(k): v for k, v in state.items() if k not in known}
-    except ValueError as e: raise CheckpointFormatError(f'{folder}: {e}') from None
-    fill(model, rest, f'{folder}: vision', [n for n in model.state_dict() if to_reference_name(n) in known])
+    try:
+        front = release_front(state, llm.config.rms_norm_eps, known)
+    except CheckpointFormatError as e:
+        raise CheckpointFormatError(f'{folder}: {e}') from None
+    fill(
+        llm,
+        {k.removeprefix('llm.'): v for k, v in state.items() if k in known},
+        f'{folder}: language model',
+        ('lm_head.weight',) if llm.config.tie_word_embeddings else (),
+    )
+    transform = ImageTransform(
+        'pad', front['image_size'], CLIP_MEAN, CLIP_STD, front['patch_size'], background=(0, 0, 0)
+    )
+    model, processor = build_vlm(
+        llm,
+        None,
+        front,
+        AutoTokenizer.from_pretrained(folder),
+        template,
+        transform,
+        bidirectional_images=True,
+    )
+    try:
+        rest = {from_reference_name(k): v for k, v in state.items() if k not in known}
+    except ValueError as e:
+        raise CheckpointFormatError(f'{folder}: {e}') from None
+    fill(
+        model,
+        rest,
+        f'{folder}: vision',
+        [n for n in model.state_dict() if to_reference_name(n) in known],
+    )
     return model, processor

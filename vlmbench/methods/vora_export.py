@@ -15,20 +15,30 @@ from ..train.checkpoint import export
 
 # %% ../../nbs/methods/32_vora_export.ipynb #5a3f28b7
 def export_merged(where: str | Path, out: str | Path, language_model: bool = False) -> Path:
-    """Write the model `where` (as for `load_vlm`) as the new folder `out`, LoRA added to its weights; returns `out`.
-    `language_model`: the plain language model and its tokenizer, with `vision_embedding.safetensors` beside it (original
-    names). Raises `LoadError` naming what stands in the way, before anything is written."""
+    """Write the model `where` (as for `load_vlm`) as the new folder `out`, LoRA added to its
+    weights; returns `out`. `language_model`: the plain language model and its tokenizer, with
+    `vision_embedding.safetensors` beside it (original names). Raises `LoadError` naming what stands
+    in the way, before anything is written."""
     out = Path(out)
-    if out.exists(): raise LoadError(f'{out} exists already: name another folder, or remove it')
+    if out.exists():
+        raise LoadError(f'{out} exists already: name another folder, or remove it')
     model, processor = load_vlm(where)
     if not hasattr(model, 'model') or getattr(model.config, 'vision_config', {})['type'] != 'vora':
-        raise LoadError(f'{where} is no VoRA model: there is no LoRA to merge, and its folder is an ordinary one already')
+        raise LoadError(
+            f'{where} is no VoRA model: there is no LoRA to merge, and its folder is an ordinary '
+            'one already'
+        )
     if any(m.settings.tokens == 'image' for m in vision_lora_layers(model).values()):
-        raise LoadError(f"{where}: its LoRA acts on image tokens only (tokens='image') and cannot be added to weights that text "
-                        "uses too: train with tokens='all'")
+        raise LoadError(
+            f"{where}: its LoRA acts on image tokens only (tokens='image') and cannot be added to "
+            'weights that text '
+            "uses too: train with tokens='all'"
+        )
     try:
         merge_vision_lora(model)
-        if language_model: return export_language_model(model, processor.tokenizer, out)
-    except ValueError as e: raise LoadError(f'{where}: {e}') from None
+        if language_model:
+            return export_language_model(model, processor.tokenizer, out)
+    except ValueError as e:
+        raise LoadError(f'{where}: {e}') from None
     processor.front_end = model.config.vision_config
     return export(model, processor, out)

@@ -18,308 +18,599 @@ from transformers import AutoConfig
 
 from .recipes import Method, base_model, encoder_model
 from .zero_parts import Balanced, TiledEncoder, Wrapped, family_of, family_tokenizer
-from ..models.depth import PUBLISHED_SPLITS, build_surrogate, depth_of, find_decoder, graft, surrogate_map
+from vlmbench.models.depth import (
+    PUBLISHED_SPLITS,
+    build_surrogate,
+    depth_of,
+    find_decoder,
+    graft,
+    surrogate_map,
+)
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.vision import tower_config
 from ..models.vlm import build_vlm
 from ..train.recipe import Recipe, RecipeError, Scale, Stage, full, layers, lora
 
 # %% ../../nbs/methods/40_zero.ipynb #db666862
-_CLIP = dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-             num_attention_heads=16, image_size=336,
-             patch_size=14, projection_dim=768, hidden_act='quick_gelu')
+_CLIP = dict(
+    model_type='clip_vision_model',
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+    hidden_act='quick_gelu',
+)
+
 
 def _scale(name, where, template, **config):
-    return Scale(name, where, 'openai/clip-vit-large-patch14-336', 336, template, config, _CLIP, 'pad', 'bfloat16',
-                 'published by zero')
+    return Scale(
+        name,
+        where,
+        'openai/clip-vit-large-patch14-336',
+        336,
+        template,
+        config,
+        _CLIP,
+        'pad',
+        'bfloat16',
+        'published by zero',
+    )
 
-_llama = partial(dict, model_type='llama', vocab_size=128256, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=5e5,
-                 max_position_embeddings=131072)
-PAPER_SCALES = {s.name: s for s in (
-    _scale('llama-3.2-3b', 'meta-llama/Llama-3.2-3B-Instruct', 'zero_llama3', **_llama(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128,
-        tie_word_embeddings=True)),
-    _scale('llama-3.1-8b', 'meta-llama/Llama-3.1-8B-Instruct', 'zero_llama3', **_llama(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        tie_word_embeddings=False)),
-    _scale('llama-3.1-70b', 'meta-llama/Llama-3.1-70B-Instruct', 'zero_llama3', **_llama(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        tie_word_embeddings=False)),
-    _scale('qwen3-4b', 'Qwen/Qwen3-4B', 'zero_qwen', model_type='qwen3', vocab_size=151936, hidden_size=2560,
-           intermediate_size=9728, num_hidden_layers=36,
-           num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
-           max_position_embeddings=40960, tie_word_embeddings=True))}
+
+_llama = partial(
+    dict,
+    model_type='llama',
+    vocab_size=128256,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    max_position_embeddings=131072,
+)
+PAPER_SCALES = {
+    s.name: s
+    for s in (
+        _scale(
+            'llama-3.2-3b',
+            'meta-llama/Llama-3.2-3B-Instruct',
+            'zero_llama3',
+            **_llama(
+                hidden_size=3072,
+                intermediate_size=8192,
+                num_hidden_layers=28,
+                num_attention_heads=24,
+                head_dim=128,
+                tie_word_embeddings=True,
+            ),
+        ),
+        _scale(
+            'llama-3.1-8b',
+            'meta-llama/Llama-3.1-8B-Instruct',
+            'zero_llama3',
+            **_llama(
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                tie_word_embeddings=False,
+            ),
+        ),
+        _scale(
+            'llama-3.1-70b',
+            'meta-llama/Llama-3.1-70B-Instruct',
+            'zero_llama3',
+            **_llama(
+                hidden_size=8192,
+                intermediate_size=28672,
+                num_hidden_layers=80,
+                num_attention_heads=64,
+                tie_word_embeddings=False,
+            ),
+        ),
+        _scale(
+            'qwen3-4b',
+            'Qwen/Qwen3-4B',
+            'zero_qwen',
+            model_type='qwen3',
+            vocab_size=151936,
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            max_position_embeddings=40960,
+            tie_word_embeddings=True,
+        ),
+    )
+}
+
 
 def _config(scale, which):
     given = getattr(scale, f'{which}_config')
-    if given is not None: return AutoConfig.for_model(**given)
+    if given is not None:
+        return AutoConfig.for_model(**given)
     where = getattr(scale, which)
-    try: return AutoConfig.from_pretrained(base_model(where))
-    except OSError as e: raise RecipeError(f'scale {scale.name!r}: no configuration of {where}: {e}') from None
+    try:
+        return AutoConfig.from_pretrained(base_model(where))
+    except OSError as e:
+        raise RecipeError(f'scale {scale.name!r}: no configuration of {where}: {e}') from None
+
 
 def default_ranges(scale: Scale) -> tuple[range, ...]:
-    """The layers a surrogate of the scale's language model replaces: the published split, else the same share of the
-    depth."""
+    """The layers a surrogate of the scale's language model replaces: the published split, else the
+    same share of the depth."""
     depth = _config(scale, 'llm').get_text_config(decoder=True).num_hidden_layers
     if scale.name in PUBLISHED_SPLITS and PUBLISHED_SPLITS[scale.name][0] == depth:
         return tuple(PUBLISHED_SPLITS[scale.name][1])
     if depth < 4:
-        raise RecipeError(f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, or '
-                          'give ranges')
-    return (range(min(round(depth*17/32), depth - 3), depth - 1),)
+        raise RecipeError(
+            f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, '
+            'or '
+            'give ranges'
+        )
+    return (range(min(round(depth * 17 / 32), depth - 3), depth - 1),)
+
 
 def split(scale: Scale, ranges: Sequence[Sequence[int]] | None = None):
     "The checked `SurrogateMap` of a scale. Raises `RecipeError` for ranges that do not fit."
     depth = _config(scale, 'llm').get_text_config(decoder=True).num_hidden_layers
-    try: return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
-    except (ValueError, TypeError) as e: raise RecipeError(f'zero: {e}') from None
+    try:
+        return surrogate_map(depth, default_ranges(scale) if ranges is None else ranges)
+    except (ValueError, TypeError) as e:
+        raise RecipeError(f'zero: {e}') from None
 
 # %% ../../nbs/methods/40_zero.ipynb #bee35297
-FRONT_END = dict(type='encoder', select_layers=[-1], keep_cls=True, post_layernorm=True, projector='mlp2x_gelu',
-                 boundary=True)
+FRONT_END = dict(
+    type='encoder',
+    select_layers=[-1],
+    keep_cls=True,
+    post_layernorm=True,
+    projector='mlp2x_gelu',
+    boundary=True,
+)
 ON_SURROGATE = ('language', 'adapt', 'encoder')
 
-_RATES = dict(tiny=dict(adapt=3e-3, encoder=5e-3, decoder=5e-4), small=dict(adapt=1e-3, encoder=1e-4, decoder=2e-5),
-              paper=dict(adapt=1e-4, encoder=5e-5, decoder=5e-5))
-_PUBLISHED = dict(   # data, steps, rows of a micro-batch and of a step over all ranks (four)
-    language=('genqa-500k', 4393, 4, 256), adapt=('llava-1.5-665k-genqa-500k-instructions', 4393, 8, 256),
+_RATES = dict(
+    tiny=dict(adapt=3e-3, encoder=5e-3, decoder=5e-4),
+    small=dict(adapt=1e-3, encoder=1e-4, decoder=2e-5),
+    paper=dict(adapt=1e-4, encoder=5e-5, decoder=5e-5),
+)
+_PUBLISHED = dict(  # data, steps, rows of a micro-batch and of a step over all ranks (four)
+    language=('genqa-500k', 4393, 4, 256),
+    adapt=('llava-1.5-665k-genqa-500k-instructions', 4393, 8, 256),
     encoder=('llava-1.5-665k-instructions', 4880, 8, 128),
-    decoder=('llava-1.5-665k-instructions', 4880, 4, 128))
+    decoder=('llava-1.5-665k-instructions', 4880, 4, 128),
+)
+
 
 def last_third(scale: Scale) -> tuple[int, ...]:
     "Blocks of the vision encoder that train: 16..23 of CLIP-L's 24."
     depth = tower_config(_config(scale, 'vision')).num_hidden_layers
-    return tuple(range(min(round(depth*2/3), depth - 1), depth))
+    return tuple(range(min(round(depth * 2 / 3), depth - 1), depth))
 
-def _whole(ranges): return ranges is not None and not len(ranges)
 
-def trained(scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = None, use_lora: bool = False) -> dict:
-    """What a stage trains, by module group. Without ranges to replace (`ranges=()`), adapt trains the adapter alone.
-    `use_lora`: the decoder stage's published LoRA."""
+def _whole(ranges):
+    return ranges is not None and not len(ranges)
+
+
+def trained(
+    scale: Scale, stage: str, ranges: Sequence[Sequence[int]] | None = None, use_lora: bool = False
+) -> dict:
+    """What a stage trains, by module group. Without ranges to replace (`ranges=()`), adapt trains
+    the adapter alone. `use_lora`: the decoder stage's published LoRA."""
     translator = {} if _whole(ranges) else dict(layers=layers(split(scale, ranges).translators))
     encoder = dict(projector=full(), vision=layers(last_third(scale)))
-    tied = bool(getattr(_config(scale, 'llm').get_text_config(decoder=True), 'tie_word_embeddings', False))
-    language = dict(embed=full(), layers=full(), norm=full()) | ({} if tied else dict(lm_head=full()))
-    if use_lora: language = dict(layers=lora(8, 32, dropout=.05, targets=('q_proj', 'v_proj')))
-    try: return dict(language=translator, adapt=dict(projector=full()) | translator, encoder=encoder,
-                     decoder=encoder | language)[stage]
+    tied = bool(
+        getattr(_config(scale, 'llm').get_text_config(decoder=True), 'tie_word_embeddings', False)
+    )
+    language = dict(embed=full(), layers=full(), norm=full()) | (
+        {} if tied else dict(lm_head=full())
+    )
+    if use_lora:
+        language = dict(layers=lora(8, 32, dropout=0.05, targets=('q_proj', 'v_proj')))
+    try:
+        return dict(
+            language=translator,
+            adapt=dict(projector=full()) | translator,
+            encoder=encoder,
+            decoder=encoder | language,
+        )[stage]
     except KeyError:
-        raise RecipeError(f'zero: no stage {stage!r}; stages are language, adapt, encoder, decoder') from None
+        raise RecipeError(
+            f'zero: no stage {stage!r}; stages are language, adapt, encoder, decoder'
+        ) from None
 
-def recipe(scale: Scale, ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'),
-           balance: bool = False, reference: bool = False, use_lora: bool = False, stand_in: str = '') -> Recipe:
-    """The zero recipe at `scale`. `ranges`: layers to replace (None: `default_ranges`, (): no surrogate, the encoder
-    trains on the full model). `stages`: in order, of language, adapt, encoder, decoder. `balance`: weight short answers
-    up. `reference`: the published loss reduction and schedule (published scales only). `use_lora`: stage decoder trains
-    rank-8 updates of query and value instead of the language model, whose base stays frozen. `stand_in`: folder or Hub
-    id of another language model, of the same width and vocabulary, that takes the surrogate's place and stays
-    frozen."""
+
+def recipe(
+    scale: Scale,
+    ranges: Sequence[Sequence[int]] | None = None,
+    stages: Sequence[str] = ('adapt', 'encoder'),
+    balance: bool = False,
+    reference: bool = False,
+    use_lora: bool = False,
+    stand_in: str = '',
+) -> Recipe:
+    """The zero recipe at `scale`. `ranges`: layers to replace (None: `default_ranges`, (): no
+    surrogate, the encoder trains on the full model). `stages`: in order, of language, adapt,
+    encoder, decoder. `balance`: weight short answers up. `reference`: the published loss reduction
+    and schedule (published scales only). `use_lora`: stage decoder trains rank-8 updates of query
+    and value instead of the language model, whose base stays frozen. `stand_in`: folder or Hub id
+    of another language model, of the same width and vocabulary, that takes the surrogate's place
+    and stays frozen."""
     from vlmbench.methods.llava import recipe as control
+
     if stand_in and ranges is not None:
-        raise RecipeError('zero: stand_in takes the place of the surrogate, so it goes without ranges')
-    if stand_in: _check_stand_in(scale, stand_in)
+        raise RecipeError(
+            'zero: stand_in takes the place of the surrogate, so it goes without ranges'
+        )
+    if stand_in:
+        _check_stand_in(scale, stand_in)
     cut = not stand_in and not _whole(ranges)
     if not cut and 'language' in stages:
-        raise RecipeError('zero: stage language trains the translator, but ranges=() or stand_in builds none')
+        raise RecipeError(
+            'zero: stage language trains the translator, but ranges=() or stand_in builds none'
+        )
     order = [s for s in ('language', 'adapt', 'encoder', 'decoder') if s in stages]
     if not stages or list(stages) != order:
-        raise RecipeError(f'zero: stages {list(stages)} must be some of language, adapt, encoder, decoder, in this '
-                          'order')
+        raise RecipeError(
+            f'zero: stages {list(stages)} must be some of language, adapt, encoder, decoder, in '
+            'this '
+            'order'
+        )
     published = scale.name in PAPER_SCALES
     if reference and not published:
-        raise RecipeError(f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its schedule '
-                          'counts steps')
+        raise RecipeError(
+            f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its '
+            'schedule '
+            'counts steps'
+        )
     base = control(scale)
-    rates = _RATES['paper' if published else scale.name if scale.name in _RATES
-                   else 'tiny' if scale.image_size <= 96 else 'small']
+    rates = _RATES[
+        'paper'
+        if published
+        else scale.name
+        if scale.name in _RATES
+        else 'tiny'
+        if scale.image_size <= 96
+        else 'small'
+    ]
     total, mixed = sum(s.budget_targets for s in base.stages), base.stages[-1]
     out = []
     for name in order:
-        kw = dict(lr=rates['adapt' if name == 'language' else name], template=scale.template,
-                  losses=('balance',) if balance else ())
+        kw = dict(
+            lr=rates['adapt' if name == 'language' else name],
+            template=scale.template,
+            losses=('balance',) if balance else (),
+        )
         if published:
             data, steps, rows, wide = _PUBLISHED[name]
-            kw |= dict(data=data, steps=steps, batch_rows=rows, global_rows=wide, max_tokens=4096,
-                       packing=False, too_long='truncate', warmup_ratio=.0305,
-                       targets='special' if name in ('adapt', 'encoder') else 'answers')
-            if name == 'encoder' and not cut and not stand_in: kw['lr'] = 2e-4
+            kw |= dict(
+                data=data,
+                steps=steps,
+                batch_rows=rows,
+                global_rows=wide,
+                max_tokens=4096,
+                packing=False,
+                too_long='truncate',
+                warmup_ratio=0.0305,
+                targets='special' if name in ('adapt', 'encoder') else 'answers',
+            )
+            if name == 'encoder' and not cut and not stand_in:
+                kw['lr'] = 2e-4
             if reference:
-                kw |= dict(schedule='cosine_recursive', reduction='micro', warmup_ratio=int(3.05*steps//100) / steps)
-        else: kw |= dict(data='text_train' if name == 'language' else mixed.data, batch_rows=mixed.batch_rows,
-                         max_tokens=mixed.max_tokens, budget_targets=round(total / len(order)))
+                kw |= dict(
+                    schedule='cosine_recursive',
+                    reduction='micro',
+                    warmup_ratio=int(3.05 * steps // 100) / steps,
+                )
+        else:
+            kw |= dict(
+                data='text_train' if name == 'language' else mixed.data,
+                batch_rows=mixed.batch_rows,
+                max_tokens=mixed.max_tokens,
+                budget_targets=round(total / len(order)),
+            )
         out.append(Stage(name, trained(scale, name, ranges if cut else (), use_lora), **kw))
-    what = (f'a surrogate of layers {split(scale, ranges).kept}' if cut else 'another language model' if stand_in
-            else 'the full language model')
-    return Recipe('zero', tuple(out), FRONT_END, 'sections 3 and 4, released training configurations',
-                  notes=f'the encoder trains on {what}, then it is grafted')
+    what = (
+        f'a surrogate of layers {split(scale, ranges).kept}'
+        if cut
+        else 'another language model'
+        if stand_in
+        else 'the full language model'
+    )
+    return Recipe(
+        'zero',
+        tuple(out),
+        FRONT_END,
+        'sections 3 and 4, released training configurations',
+        notes=f'the encoder trains on {what}, then it is grafted',
+    )
+
 
 def _check_stand_in(scale, where):
-    try: other = AutoConfig.from_pretrained(base_model(where)).get_text_config(decoder=True)
-    except (OSError, ValueError) as e: raise RecipeError(f'zero: stand_in {where}: no configuration ({e})') from None
+    try:
+        other = AutoConfig.from_pretrained(base_model(where)).get_text_config(decoder=True)
+    except (OSError, ValueError) as e:
+        raise RecipeError(f'zero: stand_in {where}: no configuration ({e})') from None
     ours = _config(scale, 'llm').get_text_config(decoder=True)
     for k in ('hidden_size', 'vocab_size'):
         if getattr(other, k) != getattr(ours, k):
-            raise RecipeError(f'zero: stand_in {where} has {k} {getattr(other, k)}, the language model '
-                              f'{getattr(ours, k)}: what is trained on one would not fit the other')
+            raise RecipeError(
+                f'zero: stand_in {where} has {k} {getattr(other, k)}, the language model '
+                f'{getattr(ours, k)}: what is trained on one would not fit the other'
+            )
 
 # %% ../../nbs/methods/40_zero.ipynb #92c6fa02
 def _before(ranges, stages, stand_in, model, processor, stage, scale):
     if stand_in:
         first = next((s for s in stages if s in ON_SURROGATE), None)
-        return (_around(base_model(stand_in), model, processor) if stage.name == first else model), processor
+        return (
+            _around(base_model(stand_in), model, processor) if stage.name == first else model
+        ), processor
     if stage.name not in ON_SURROGATE or _whole(ranges) or depth_of(model).translators:
         return model, processor
     return build_surrogate(model, default_ranges(scale) if ranges is None else ranges), processor
 
+
 def _around(llm, model, processor):
     "A VLM of the language model `llm` with a copy of `model`'s vision side."
     settings = {k: v for k, v in model.config.vision_config.items() if k != 'backbone'}
-    whole, _ = build_vlm(llm, model.model.vision.tower, settings, processor.tokenizer, transform=processor.transform,
-                         image_token=processor.image_token, bidirectional_images=model.config.bidirectional_images,
-                         dtype=model.dtype)
+    whole, _ = build_vlm(
+        llm,
+        model.model.vision.tower,
+        settings,
+        processor.tokenizer,
+        transform=processor.transform,
+        image_token=processor.image_token,
+        bidirectional_images=model.config.bidirectional_images,
+        dtype=model.dtype,
+    )
     graft(whole, model)
     return whole.to(model.device)
 
-def graft_onto(llm, model: VLMForConditionalGeneration, processor) -> VLMForConditionalGeneration:
-    """The VLM of the full language model `llm` (a folder, Hub id or loaded model) with the vision side of `model`, a
-    trained surrogate.
 
-    No tensor of `llm` changes. Raises ValueError if `llm` is not the model that the surrogate was cut from (its kept,
-    untrained layers differ)."""
+def graft_onto(llm, model: VLMForConditionalGeneration, processor) -> VLMForConditionalGeneration:
+    """The VLM of the full language model `llm` (a folder, Hub id or loaded model) with the vision
+    side of `model`, a trained surrogate.
+
+    No tensor of `llm` changes. Raises ValueError if `llm` is not the model that the surrogate was
+    cut from (its kept, untrained layers differ)."""
     whole = _around(llm, model, processor)
     have, want, record = find_decoder(whole), find_decoder(model), depth_of(model)
     if len(have) != record.source_layers:
-        raise ValueError(f'graft: the surrogate was cut from {record.source_layers} layers, this language model has '
-                         f'{len(have)}')
+        raise ValueError(
+            f'graft: the surrogate was cut from {record.source_layers} layers, this language model '
+            'has '
+            f'{len(have)}'
+        )
     for i, layer in enumerate(record.kept):
-        if i in record.translators: continue
+        if i in record.translators:
+            continue
         for (n, a), b in zip(want.layers[i].named_parameters(), have.layers[layer].parameters()):
             if a.shape != b.shape or not torch.equal(a.to(b.device), b):
-                raise ValueError(f'graft: layer {layer} ({n}) differs from the surrogate: it was cut from another '
-                                 'language model, or its kept layers were trained')
+                raise ValueError(
+                    f'graft: layer {layer} ({n}) differs from the surrogate: it was cut from '
+                    'another '
+                    'language model, or its kept layers were trained'
+                )
     return whole
 
+
 def _after(grafts, stand_in, model, processor, stage, scale):
-    if not grafts or stage.name != 'encoder': return model, processor
-    if stand_in: return _around(base_model(scale.llm), model, processor), processor
-    if not depth_of(model).translators: return model, processor
+    if not grafts or stage.name != 'encoder':
+        return model, processor
+    if stand_in:
+        return _around(base_model(scale.llm), model, processor), processor
+    if not depth_of(model).translators:
+        return model, processor
     return graft_onto(base_model(scale.llm), model, processor), processor
 
+
 def _losses(balance, model, processor, stage, scale):
-    if not balance: return {}
+    if not balance:
+        return {}
     stop = next(p.text for p in reversed(_template(stage, scale).answer) if p.special)
     return dict(balance=Balanced(processor.tokenizer.convert_tokens_to_ids(stop)))
 
+
 def _template(stage, scale):
     from vlmbench.data.template import get_template
+
     return get_template(stage.template or scale.template)
+
 
 def _build(wrap, recipe, scale, seed):
     own = {}
     if (family := family_of(scale)) is not None:
         if family.wrap and wrap is None:
-            warnings.warn(f'zero: family {family.name!r} was published with wrapped questions about pictures, here '
-                          'they stay plain: say wrap=True (as published) or wrap=False', stacklevel=3)
-        own = dict(tokenizer=family_tokenizer(family, base_model(scale.llm)), image_token=family.placeholder)
+            warnings.warn(
+                f'zero: family {family.name!r} was published with wrapped questions about '
+                'pictures, here '
+                'they stay plain: say wrap=True (as published) or wrap=False',
+                stacklevel=3,
+            )
+        own = dict(
+            tokenizer=family_tokenizer(family, base_model(scale.llm)),
+            image_token=family.placeholder,
+        )
     return encoder_model(recipe, scale, seed, **own)
 
-def zero(ranges: Sequence[Sequence[int]] | None = None, stages: Sequence[str] = ('adapt', 'encoder'),
-         grafts: bool = True, balance: bool = False, wrap: bool | None = None, reference: bool = False,
-         use_lora: bool = False, stand_in: str = '') -> Method:
-    """Zero as a `Method`, with other choices than the published ones; `recipe` names them. `grafts=False` keeps the
-    surrogate pair, to compare with; `wrap` wraps questions about pictures, as Llama's were published (None:
-    not wrapped, and announced for such a family). On a command line:
-    `vlmbench run train recipe=zero 'variant=["ranges=[[2,3,4,5,6]]","grafts=False"]'`."""
-    return Method(partial(recipe, ranges=ranges, stages=stages, balance=balance, reference=reference,
-                          use_lora=use_lora, stand_in=stand_in), build=partial(_build, wrap),
-                  losses=partial(_losses, balance),
-                  transform=Wrapped() if wrap else None, after_stage=partial(_after, grafts, stand_in),
-                  before_stage=partial(_before, ranges, stages, stand_in), configure=zero)
+
+def zero(
+    ranges: Sequence[Sequence[int]] | None = None,
+    stages: Sequence[str] = ('adapt', 'encoder'),
+    grafts: bool = True,
+    balance: bool = False,
+    wrap: bool | None = None,
+    reference: bool = False,
+    use_lora: bool = False,
+    stand_in: str = '',
+) -> Method:
+    """Zero as a `Method`, with other choices than the published ones; `recipe` names them.
+    `grafts=False` keeps the surrogate pair, to compare with; `wrap` wraps questions about pictures,
+    as Llama's were published (None: not wrapped, and announced for such a family). On a command
+    line: `vlmbench run train recipe=zero 'variant=["ranges=[[2,3,4,5,6]]","grafts=False"]'`."""
+    return Method(
+        partial(
+            recipe,
+            ranges=ranges,
+            stages=stages,
+            balance=balance,
+            reference=reference,
+            use_lora=use_lora,
+            stand_in=stand_in,
+        ),
+        build=partial(_build, wrap),
+        losses=partial(_losses, balance),
+        transform=Wrapped() if wrap else None,
+        after_stage=partial(_after, grafts, stand_in),
+        before_stage=partial(_before, ranges, stages, stand_in),
+        configure=zero,
+    )
+
 
 METHOD = zero()
 
 # %% ../../nbs/methods/40_zero.ipynb #63fa6548
-def paper_vlm(scale: Scale, ranges: Sequence[Sequence[int]] | None = None) -> VLMForConditionalGeneration:
-    """Zero's VLM at `scale` with its surrogate, on the meta device. `ranges=()`: with the full language model. Needs
-    `llm_config` and `vision_config`."""
+def paper_vlm(
+    scale: Scale, ranges: Sequence[Sequence[int]] | None = None
+) -> VLMForConditionalGeneration:
+    """Zero's VLM at `scale` with its surrogate, on the meta device. `ranges=()`: with the full
+    language model. Needs `llm_config` and `vision_config`."""
     if scale.llm_config is None or scale.vision_config is None:
         raise RecipeError(f'scale {scale.name!r} has no shapes (llm_config, vision_config)')
     with torch.device('meta'):
-        vlm = VLMForConditionalGeneration(VLMConfig(text_config=dict(scale.llm_config), image_token_id=0,
-                                                    vision_config={**FRONT_END, 'backbone': dict(scale.vision_config)}))
-    if _whole(ranges): return vlm
+        vlm = VLMForConditionalGeneration(
+            VLMConfig(
+                text_config=dict(scale.llm_config),
+                image_token_id=0,
+                vision_config={**FRONT_END, 'backbone': dict(scale.vision_config)},
+            )
+        )
+    if _whole(ranges):
+        return vlm
     return build_surrogate(vlm, default_ranges(scale) if ranges is None else ranges)
+
 
 def language_parameters(model: nn.Module) -> int:
     "Parameters of the language model, a tied head counted once."
     d = find_decoder(model)
-    return sum(p.numel() for p in {id(p): p for m in (d.stack, d.head) for p in m.parameters()}.values())
+    return sum(
+        p.numel() for p in {id(p): p for m in (d.stack, d.head) for p in m.parameters()}.values()
+    )
 
 # %% ../../nbs/methods/40_zero.ipynb #71355141
-_NAMES = (('embd_soi', 'model.vision.soi'), ('embd_eoi', 'model.vision.eoi'),
-          ('adapter.', 'model.vision.projector.mlp.'),
-          ('encoder.vision_model.', 'model.vision.tower.'), ('decoder.model.', 'model.language_model.'),
-          ('decoder.lm_head.', 'lm_head.'))
+_NAMES = (
+    ('embd_soi', 'model.vision.soi'),
+    ('embd_eoi', 'model.vision.eoi'),
+    ('adapter.', 'model.vision.projector.mlp.'),
+    ('encoder.vision_model.', 'model.vision.tower.'),
+    ('decoder.model.', 'model.language_model.'),
+    ('decoder.lm_head.', 'lm_head.'),
+)
+
 
 def _rename(name, pairs):
     for old, new in pairs:
-        if name == old or old.endswith('.') and name.startswith(old): return new + name[len(old):]
+        if name == old or old.endswith('.') and name.startswith(old):
+            return new + name[len(old) :]
     return None
+
 
 def from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Tensors under our names. Raises ValueError naming what zero's checkpoints do not hold."
     if bad := [n for n in state_dict if _rename(n, _NAMES) is None]:
-        raise ValueError(f'{bad[:3]} are no names of a zero checkpoint (encoder., adapter., decoder., embd_soi, '
-                         'embd_eoi)')
+        raise ValueError(
+            f'{bad[:3]} are no names of a zero checkpoint (encoder., adapter., decoder., embd_soi, '
+            'embd_eoi)'
+        )
     return {_rename(n, _NAMES): t for n, t in state_dict.items() if not n.endswith('.position_ids')}
 
+
 def to_original(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the original names: a state dict's, or those of a model's parameters that train (what a checkpoint
-    holds; a tied head once)."""
-    if isinstance(source, nn.Module): source = {n: p.detach() for n, p in source.named_parameters() if p.requires_grad}
+    """Tensors under the original names: a state dict's, or those of a model's parameters that train
+    (what a checkpoint holds; a tied head once)."""
+    if isinstance(source, nn.Module):
+        source = {n: p.detach() for n, p in source.named_parameters() if p.requires_grad}
     back = tuple((new, old) for old, new in _NAMES)
     if bad := [n for n in source if _rename(n, back) is None]:
         raise ValueError(f'{bad[:3]} have no name in a zero checkpoint')
     return {_rename(n, back): t for n, t in source.items()}
 
+
 @torch.no_grad()
 def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Load an original checkpoint, whole or partial, into `model` in place; returns our names of what was loaded.
+    """Load an original checkpoint, whole or partial, into `model` in place; returns our names of
+    what was loaded.
 
-    Raises ValueError for names or shapes that the model does not have: a stage-1 file with a translator needs the
-    surrogate."""
+    Raises ValueError for names or shapes that the model does not have: a stage-1 file with a
+    translator needs the surrogate."""
     have, load = dict(model.named_parameters()), from_original(state_dict)
-    if 'lm_head.weight' in load and 'lm_head.weight' not in have:      # tied: the same tensor again, or another model
+    if (
+        'lm_head.weight' in load and 'lm_head.weight' not in have
+    ):  # tied: the same tensor again, or another model
         head, table = load.pop('lm_head.weight'), 'model.language_model.embed_tokens.weight'
         if table not in load or not torch.equal(head, load[table]):
-            raise ValueError('the checkpoint has a head of its own, but this model ties it to the embedding')
+            raise ValueError(
+                'the checkpoint has a head of its own, but this model ties it to the embedding'
+            )
     if bad := [n for n in load if n not in have]:
-        raise ValueError(f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, not to '
-                         'the full model')
-    if bad := [f'{n} {tuple(t.shape)} -> {tuple(have[n].shape)}' for n, t in load.items() if t.shape != have[n].shape]:
+        raise ValueError(
+            f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, '
+            'not to '
+            'the full model'
+        )
+    if bad := [
+        f'{n} {tuple(t.shape)} -> {tuple(have[n].shape)}'
+        for n, t in load.items()
+        if t.shape != have[n].shape
+    ]:
         raise ValueError(f'shapes differ: {bad[:3]}')
-    for n, t in load.items(): have[n].copy_(t)
+    for n, t in load.items():
+        have[n].copy_(t)
     return list(load)
 
 # %% ../../nbs/methods/40_zero.ipynb #8f7c514d
 _SPECS = dict(llama=('llama', 'translators_range'), qwen=('qwen3', 'qwen_range'))
 
-def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping, surrogate: bool = False, family: str = 'llama',
-                   image_token_id: int | None = None,
-                   encoder_shave_last_n_layers: int = -1, ignore_encoder_cls_token: bool = False,
-                   reference: bool = True) -> VLMForConditionalGeneration:
-    """A float32 VLM from a complete set of original tensors. `spec`: configuration arguments under `family` ('llama' or
-    'qwen') and 'clip', `adapter_mlp_depth`, and the ranges a surrogate replaces.
+
+def from_reference(
+    state_dict: Mapping[str, Tensor],
+    spec: Mapping,
+    surrogate: bool = False,
+    family: str = 'llama',
+    image_token_id: int | None = None,
+    encoder_shave_last_n_layers: int = -1,
+    ignore_encoder_cls_token: bool = False,
+    reference: bool = True,
+) -> VLMForConditionalGeneration:
+    """A float32 VLM from a complete set of original tensors. `spec`: configuration arguments under
+    `family` ('llama' or 'qwen') and 'clip', `adapter_mlp_depth`, and the ranges a surrogate
+    replaces.
 
     Raises ValueError for missing, unexpected or misshapen tensors and an unknown family."""
-    if family not in _SPECS: raise ValueError(f'family {family!r}: expected one of {list(_SPECS)}')
+    if family not in _SPECS:
+        raise ValueError(f'family {family!r}: expected one of {list(_SPECS)}')
     kind, ranges = _SPECS[family]
     n = encoder_shave_last_n_layers
-    front = dict(FRONT_END, type='encoder_tiles', select_layers=[-n if n > 1 else -1],
-                 keep_cls=not ignore_encoder_cls_token,
-                 projector='linear' if spec['adapter_mlp_depth'] == 1 else f'mlp{spec["adapter_mlp_depth"]}x_gelu',
-                 backbone=dict(spec['clip'], model_type='clip_vision_model'))
-    text = dict(spec[family], model_type=kind, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    front = dict(
+        FRONT_END,
+        type='encoder_tiles',
+        select_layers=[-n if n > 1 else -1],
+        keep_cls=not ignore_encoder_cls_token,
+        projector='linear'
+        if spec['adapter_mlp_depth'] == 1
+        else f'mlp{spec["adapter_mlp_depth"]}x_gelu',
+        backbone=dict(spec['clip'], model_type='clip_vision_model'),
+    )
+    text = dict(
+        spec[family], model_type=kind, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
     config = VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id)
     model = VLMForConditionalGeneration(config).float().eval()
     loaded = set(load_original(model, {k: v.float() for k, v in state_dict.items()}))

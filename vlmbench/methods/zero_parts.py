@@ -30,8 +30,9 @@ from ..train.recipe import RecipeError, Scale
 # %% ../../nbs/methods/42_zero_parts.ipynb #8e7d4cc4
 @dataclass(frozen=True)
 class Family:
-    """What zero needs to know about a language model family; `wrap`: questions about pictures are wrapped
-    (`zero_parts.wrap_question`)."""
+    """What zero needs to know about a language model family; `wrap`: questions about pictures are
+    wrapped (`zero_parts.wrap_question`)."""
+
     name: str
     template: str
     placeholder: str
@@ -39,242 +40,396 @@ class Family:
     pad: str
     wrap: bool = False
 
-FAMILIES = {f.name: f for f in (
-    Family('llama', 'zero_llama3', '<|reserved_special_token_0|>', '<|eot_id|>', '<|end_of_text|>', wrap=True),
-    Family('qwen3', 'zero_qwen', '<|image_pad|>', '<|im_end|>', '<|endoftext|>'))}
+
+FAMILIES = {
+    f.name: f
+    for f in (
+        Family(
+            'llama',
+            'zero_llama3',
+            '<|reserved_special_token_0|>',
+            '<|eot_id|>',
+            '<|end_of_text|>',
+            wrap=True,
+        ),
+        Family('qwen3', 'zero_qwen', '<|image_pad|>', '<|im_end|>', '<|endoftext|>'),
+    )
+}
+
 
 def get_family(name: str) -> Family:
     "The family called exactly `name`. Raises `RecipeError` listing those there are."
     if name not in FAMILIES:
-        raise RecipeError(f'zero: unknown model family {name!r}; there are {list(FAMILIES)}. See "Add a model '
-                          'family" in nbs/methods/42_zero_parts.ipynb')
+        raise RecipeError(
+            f'zero: unknown model family {name!r}; there are {list(FAMILIES)}. See "Add a model '
+            'family" in nbs/methods/42_zero_parts.ipynb'
+        )
     return FAMILIES[name]
 
+
 def family_of(scale: Scale) -> Family | None:
-    "The family whose template `scale` uses; None for a template of no family (the embedded world's)."
+    """The family whose template `scale` uses; None for a template of no family (the embedded
+    world's)."""
     return next((f for f in FAMILIES.values() if f.template == scale.template), None)
 
+
 def family_tokenizer(family: Family, where: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the language model `where`, padding with the family's token. Raises `RecipeError` for one that
-    lacks the family's tokens."""
+    """The tokenizer of the language model `where`, padding with the family's token. Raises
+    `RecipeError` for one that lacks the family's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(where)
-    if lacking := [t for t in (family.placeholder, family.eot, family.pad) if t not in tokenizer.get_vocab()]:
-        raise RecipeError(f'zero: the tokenizer of {where} has no {lacking}, which family {family.name!r} needs: '
-                          'choose a language model of this family, or a scale with the template of its own')
+    if lacking := [
+        t for t in (family.placeholder, family.eot, family.pad) if t not in tokenizer.get_vocab()
+    ]:
+        raise RecipeError(
+            f'zero: the tokenizer of {where} has no {lacking}, which family {family.name!r} needs: '
+            'choose a language model of this family, or a scale with the template of its own'
+        )
     tokenizer.pad_token = family.pad
     return tokenizer
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #12c9f9d9
 WRAPPERS = ('Based on the visual elements captured in this image of',) + tuple(
-    f'{verb} {what}' for verb in ('Considering', 'Looking closely at', 'With reference to', 'Given', 'Drawing on',
-                                  'Taking into account')
-    for what in ('the content shown in the picture', 'what can be seen in this photo', 'the scene presented in',
-                 'the details visible in the image',
-                 'everything depicted in'))[:29]
+    f'{verb} {what}'
+    for verb in (
+        'Considering',
+        'Looking closely at',
+        'With reference to',
+        'Given',
+        'Drawing on',
+        'Taking into account',
+    )
+    for what in (
+        'the content shown in the picture',
+        'what can be seen in this photo',
+        'the scene presented in',
+        'the details visible in the image',
+        'everything depicted in',
+    )
+)[:29]
+
 
 def wrap_question(text: str, sentence: str = WRAPPERS[0], newline: bool = False) -> str:
-    """`<sentence><image>, <question>` with the question's first letter in lower case; `newline` puts line breaks around
-    the picture."""
+    """`<sentence><image>, <question>` with the question's first letter in lower case; `newline`
+    puts line breaks around the picture."""
     n = text.count(IMAGE)
-    if not n: return text
+    if not n:
+        return text
     question = text.replace(f'{IMAGE}\n', '').replace(f'\n{IMAGE}', '').replace(IMAGE, '').strip()
     question = question[:1].lower() + question[1:]
-    return f'{sentence}\n{IMAGE * n},\n{question}' if newline else f'{sentence}{IMAGE * n}, {question}'
+    return (
+        f'{sentence}\n{IMAGE * n},\n{question}' if newline else f'{sentence}{IMAGE * n}, {question}'
+    )
+
 
 class Wrapped:
-    """A sample transform: the turns with pictures are wrapped, by a sentence drawn per sample (training) or by the
-    first (questions to answer)."""
-    def __init__(self, seed: int = 0, newline: bool = False): self.seed, self.newline = seed, newline
+    """A sample transform: the turns with pictures are wrapped, by a sentence drawn per sample
+    (training) or by the first (questions to answer)."""
+
+    def __init__(self, seed: int = 0, newline: bool = False):
+        self.seed, self.newline = seed, newline
 
     def __call__(self, sample: Sample) -> Sample:
         asked = sample.turns[-1].role == 'user'
         key = [self.seed, *sample.id.encode()]
         sentence = WRAPPERS[0 if asked else int(np.random.default_rng(key).integers(len(WRAPPERS)))]
-        return replace(sample, turns=[replace(t, text=wrap_question(t.text, sentence, self.newline))
-                                      for t in sample.turns])
+        return replace(
+            sample,
+            turns=[
+                replace(t, text=wrap_question(t.text, sentence, self.newline)) for t in sample.turns
+            ],
+        )
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #42f10d30
 class TiledEncoder(EncoderFrontEnd):
-    """An `EncoderFrontEnd` for pictures of stacked square tiles, `[3, tiles * side, side]`, with one pair of boundary
-    vectors around them all."""
+    """An `EncoderFrontEnd` for pictures of stacked square tiles, `[3, tiles * side, side]`, with
+    one pair of boundary vectors around them all."""
+
     @classmethod
     def count(cls, config, height, width):
         side = tower_config(config['backbone']).image_size
         if width != side or height % side:
-            raise ValueError(f'encoder_tiles takes pictures of stacked {side}x{side} tiles, got {height}x{width} '
-                             '(h x w)')
-        return height // side * (super().count({**config, 'boundary': False}, side,
-                                               side)) + 2 * bool(config['boundary'])
+            raise ValueError(
+                f'encoder_tiles takes pictures of stacked {side}x{side} tiles, got '
+                f'{height}x{width} '
+                '(h x w)'
+            )
+        return height // side * (
+            super().count({**config, 'boundary': False}, side, side)
+        ) + 2 * bool(config['boundary'])
 
     def forward(self, pixel_values, image_sizes=None):
         side = self.tower.config.image_size
-        heights = [pixel_values.shape[-2]] * len(pixel_values) if image_sizes is None else image_sizes[:, 0].tolist()
-        counts = torch.tensor([self.num_tokens(h, pixel_values.shape[-1]) for h in heights], device=pixel_values.device)
-        cut = torch.cat([p[:, :h].unflatten(1, (h // side, side)).transpose(0, 1) for p,
-                         h in zip(pixel_values, heights)])
+        heights = (
+            [pixel_values.shape[-2]] * len(pixel_values)
+            if image_sizes is None
+            else image_sizes[:, 0].tolist()
+        )
+        counts = torch.tensor(
+            [self.num_tokens(h, pixel_values.shape[-1]) for h in heights],
+            device=pixel_values.device,
+        )
+        cut = torch.cat(
+            [
+                p[:, :h].unflatten(1, (h // side, side)).transpose(0, 1)
+                for p, h in zip(pixel_values, heights)
+            ]
+        )
         x = self.projector(self._shuffle(self.select(cut), cut))
         x = [p.flatten(0, 1) for p in x.split([h // side for h in heights])]
-        if self.config['boundary']: x = [torch.cat([self.soi.to(p.dtype), p, self.eoi.to(p.dtype)]) for p in x]
+        if self.config['boundary']:
+            x = [torch.cat([self.soi.to(p.dtype), p, self.eoi.to(p.dtype)]) for p in x]
         return torch.cat(x), counts
+
 
 FRONT_ENDS['encoder_tiles'] = TiledEncoder
 
+
 class StackedTiles(ImageTransform):
-    """`ImageTransform(mode='tiles')` on a canvas of the mean colour, whose tiles come as one tall picture, the form
-    `encoder_tiles` takes."""
+    """`ImageTransform(mode='tiles')` on a canvas of the mean colour, whose tiles come as one tall
+    picture, the form `encoder_tiles` takes."""
+
     def resize(self, img):
         (h, w), (H, W) = (img.height, img.width), best_grid(img.height, img.width, self.grid)
-        new = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+        new = (
+            (W, min(math.ceil(h * (W / w)), H))
+            if W / w < H / h
+            else (min(math.ceil(w * (H / h)), W), H)
+        )
         canvas = Image.new('RGB', (W, H), tuple(self.background or mean_color(self.mean)))
-        canvas.paste(img.resize(new, RESAMPLE[self.resample]), ((W - new[0]) // 2, (H - new[1]) // 2))
-        shrunk = squash(img, (min(h, self.size), min(w, self.size)),
-                        self.resample)        # sides above the tile's shrink first
-        return [squash(shrunk, self.size, self.resample), *tiles(canvas, self.size, ((H, W),), self.resample)[1:]]
+        canvas.paste(
+            img.resize(new, RESAMPLE[self.resample]), ((W - new[0]) // 2, (H - new[1]) // 2)
+        )
+        shrunk = squash(
+            img, (min(h, self.size), min(w, self.size)), self.resample
+        )  # sides above the tile's shrink first
+        return [
+            squash(shrunk, self.size, self.resample),
+            *tiles(canvas, self.size, ((H, W),), self.resample)[1:],
+        ]
 
     def __call__(self, img):
         parts = super().__call__(img)
-        return [dict(pixel_values=torch.cat([p['pixel_values'] for p in parts], 1),
-                     size=(sum(p['size'][0] for p in parts), parts[0]['size'][1]))]
+        return [
+            dict(
+                pixel_values=torch.cat([p['pixel_values'] for p in parts], 1),
+                size=(sum(p['size'][0] for p in parts), parts[0]['size'][1]),
+            )
+        ]
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #60f01175
-def balance_weights(targets: Tensor,             # labels or next-token targets `[rows, tokens]`; reference: labels
-                    eot_id: int,                 # ends a segment
-                    is_text: Tensor,             # bool, `[rows]` or `[rows, tokens]`: text-only samples
-                    order: float = 1.,
-                    mean_norm: bool = False,     # divide by the mean weight before the clamp
-                    reference: bool = False, pad_id: int | None = None,
-                    documents: Tensor | None = None, # `[rows, tokens]`: a change of number ends a segment too
-                   ) -> tuple[Tensor, Tensor]:   # weights `[rows, tokens]`, 0 where untrained; their targets
+def balance_weights(
+    targets: Tensor,  # labels or next-token targets `[rows, tokens]`; reference: labels
+    eot_id: int,  # ends a segment
+    is_text: Tensor,  # bool, `[rows]` or `[rows, tokens]`: text-only samples
+    order: float = 1.0,
+    mean_norm: bool = False,  # divide by the mean weight before the clamp
+    reference: bool = False,
+    pad_id: int | None = None,
+    documents: Tensor | None = None,  # `[rows, tokens]`: a change of number ends a segment too
+) -> tuple[Tensor, Tensor]:  # weights `[rows, tokens]`, 0 where untrained; their targets
     "Weights per token from the length of the segment it stands in."
-    if order <= 0: raise ValueError(f'order={order}: expected a positive number')
+    if order <= 0:
+        raise ValueError(f'order={order}: expected a positive number')
     targets = targets.clone()
     text = is_text[:, None].expand_as(targets) if is_text.ndim == 1 else is_text
-    if reference: targets[:, -1] = torch.where(targets[:, -1] == (IGNORE - 1 if pad_id is None else pad_id),
-                                               targets[:, -1], eot_id)
+    if reference:
+        targets[:, -1] = torch.where(
+            targets[:, -1] == (IGNORE - 1 if pad_id is None else pad_id), targets[:, -1], eot_id
+        )
     end = targets == eot_id
     cut = end if documents is None else end | F.pad(documents[:, 1:] != documents[:, :-1], (0, 1))
     segment = F.pad(cut.long().cumsum(1)[:, :-1], (1, 0))
     counted = end.flip(1).cumsum(1).flip(1) > 0 if reference else targets != IGNORE
-    n = torch.zeros(len(targets), int(segment.max()) + 1, device=targets.device).scatter_add_(1, segment,
-                                                                                              counted.float())
+    n = torch.zeros(len(targets), int(segment.max()) + 1, device=targets.device).scatter_add_(
+        1, segment, counted.float()
+    )
     plain = torch.zeros_like(n, dtype=torch.bool).scatter_(1, segment, text)
-    n, real = torch.where(plain & (n > 0), 1., n), n > 0
+    n, real = torch.where(plain & (n > 0), 1.0, n), n > 0
     top = n.max()
     dist = torch.distributed
-    if dist.is_available() and dist.is_initialized(): dist.all_reduce(top, dist.ReduceOp.MAX)
-    w = torch.where(real, ((top + 1).log() / (n + 1).log()).pow(order), 0.)
-    if mean_norm: w = w / w[real].mean()
-    w = torch.where(plain, 1., w.clamp(min=1)).gather(1, segment)
-    return torch.where(counted, w, 0.), targets
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+    w = torch.where(real, ((top + 1).log() / (n + 1).log()).pow(order), 0.0)
+    if mean_norm:
+        w = w / w[real].mean()
+    w = torch.where(plain, 1.0, w.clamp(min=1)).gather(1, segment)
+    return torch.where(counted, w, 0.0), targets
+
 
 class Balanced:
-    """Loss term that turns the loop's token mean into the balanced one: it adds (w - 1) times the cross-entropy of
-    every target, over as many targets. Declare it in a stage as `losses=('balance',)`."""
-    forward_kwargs = dict(return_logits=True)
-    def __init__(self, eot_id: int, order: float = 1.,
-                 mean_norm: bool = False): self.eot_id, self.order, self.mean_norm = eot_id, order, mean_norm
+    """Loss term that turns the loop's token mean into the balanced one: it adds (w - 1) times the
+    cross-entropy of every target, over as many targets. Declare it in a stage as
+    `losses=('balance',)`."""
 
-    def count(self, batch) -> int: return int((batch['labels'][:, 1:] != IGNORE).sum())
+    forward_kwargs = dict(return_logits=True)
+
+    def __init__(self, eot_id: int, order: float = 1.0, mean_norm: bool = False):
+        self.eot_id, self.order, self.mean_norm = eot_id, order, mean_norm
+
+    def count(self, batch) -> int:
+        return int((batch['labels'][:, 1:] != IGNORE).sum())
 
     def __call__(self, outputs, batch) -> Tensor:
         targets, docs = batch['labels'][:, 1:], batch['document_ids'][:, 1:]
         per_doc = torch.zeros(len(docs), int(docs.max()) + 1, dtype=torch.bool, device=docs.device)
-        per_doc = per_doc.long().scatter_add_(1, docs.clamp(min=0),
-                                              (batch['image_ids'][:, 1:] >= 0).long() * (docs >= 0)) > 0
-        w, _ = balance_weights(targets, self.eot_id, ~per_doc.gather(1, docs.clamp(min=0)), self.order, self.mean_norm,
-                               documents=docs)
+        per_doc = (
+            per_doc.long().scatter_add_(
+                1, docs.clamp(min=0), (batch['image_ids'][:, 1:] >= 0).long() * (docs >= 0)
+            )
+            > 0
+        )
+        w, _ = balance_weights(
+            targets,
+            self.eot_id,
+            ~per_doc.gather(1, docs.clamp(min=0)),
+            self.order,
+            self.mean_norm,
+            documents=docs,
+        )
         keep = targets != IGNORE
         ce = F.cross_entropy(outputs.logits[:, :-1][keep].float(), targets[keep], reduction='none')
         return ((w[keep] - 1) * ce).sum()
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #31d07576
 def mix_order(sizes: Sequence[int]) -> np.ndarray:
-    "Source number of every item of the evenly spaced stream, `[sum(sizes)]`; ties go to the first source."
+    """Source number of every item of the evenly spaced stream, `[sum(sizes)]`; ties go to the first
+    source."""
     sizes = np.asarray(sizes, dtype=np.int64)
     if (sizes < 0).any() or not sizes.sum():
-        raise ValueError(f'mix_order: sizes {sizes.tolist()} must be numbers of items, some of them above 0')
+        raise ValueError(
+            f'mix_order: sizes {sizes.tolist()} must be numbers of items, some of them above 0'
+        )
     source = np.repeat(np.arange(len(sizes)), sizes)
     taken = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     share = sizes / sizes.sum()
     return source[np.lexsort((source, taken / share[source]))]
 
-def mix_rows(rows: Iterable[Mapping], text: Iterable[Mapping] = (), seed: int = 0,
-             text_name: str = 'genqa') -> list[dict]:
-    """Rows with pictures and rows of text as one evenly spaced list, each with its source (`ds`) and place in it
-    (`index`). Rows without a picture in `rows` are left out (they are the text part of a picture data set)."""
+
+def mix_rows(
+    rows: Iterable[Mapping], text: Iterable[Mapping] = (), seed: int = 0, text_name: str = 'genqa'
+) -> list[dict]:
+    """Rows with pictures and rows of text as one evenly spaced list, each with its source (`ds`)
+    and place in it (`index`). Rows without a picture in `rows` are left out (they are the text part
+    of a picture data set)."""
     folds: dict[str, list] = {}
     for r in rows:
-        if r.get('image'): folds.setdefault(str(r['image']).split('/')[0], []).append(r)
+        if r.get('image'):
+            folds.setdefault(str(r['image']).split('/')[0], []).append(r)
     if text_name in folds:
-        raise ValueError(f'mix_rows: {text_name!r} is also a picture folder; choose another text_name')
-    if text := list(text): folds[text_name] = text
-    if not folds: raise ValueError('mix_rows: no row has a picture and there is no text')
-    perm = [np.random.default_rng([seed, j]).permutation(len(f)) for j, f in enumerate(folds.values())]
+        raise ValueError(
+            f'mix_rows: {text_name!r} is also a picture folder; choose another text_name'
+        )
+    if text := list(text):
+        folds[text_name] = text
+    if not folds:
+        raise ValueError('mix_rows: no row has a picture and there is no text')
+    perm = [
+        np.random.default_rng([seed, j]).permutation(len(f)) for j, f in enumerate(folds.values())
+    ]
     nexts = [iter(p.tolist()) for p in perm]
     names, items = list(folds), list(folds.values())
-    return [dict(items[j][i := next(nexts[j])], ds=names[j], index=i) for j in mix_order([len(f) for f in items])]
+    return [
+        dict(items[j][i := next(nexts[j])], ds=names[j], index=i)
+        for j in mix_order([len(f) for f in items])
+    ]
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #e596dacd
 def _deal(group, lengths, n):
     "Longest first into `n` batches of like total length."
-    if len(group) % n: return [i for k in range(n) for i in group[k::n]]
-    batches, load = [[] for _ in range(n)], [0.] * n
+    if len(group) % n:
+        return [i for k in range(n) for i in group[k::n]]
+    batches, load = [[] for _ in range(n)], [0.0] * n
     for i in group:
         k = load.index(min(load))
         batches[k].append(i)
         load[k] = load[k] + lengths[i] if len(batches[k]) < len(group) // n else float('inf')
     return [i for b in batches for i in b]
 
+
 def _mega_batches(members, lengths, batch, mult, generator):
-    order = members if generator is None else [members[i]
-                                               for i in torch.randperm(len(members), generator=generator).tolist()]
-    mega = [sorted(order[i:i + batch * mult], key=lambda i: lengths[i], reverse=True)
-            for i in range(0, len(order), batch * mult)]
+    order = (
+        members
+        if generator is None
+        else [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+    )
+    mega = [
+        sorted(order[i : i + batch * mult], key=lambda i: lengths[i], reverse=True)
+        for i in range(0, len(order), batch * mult)
+    ]
     longest = max(range(len(mega)), key=lambda k: lengths[mega[k][0]])
     mega[0][0], mega[longest][0] = mega[longest][0], mega[0][0]
     return [i for m in mega for i in _deal(m, lengths, mult)]
 
-def reference_length_order(lengths: Sequence[int], batch: int, mult: int, rank: int = 0, world: int = 1, seed: int = 0,
-                           epoch: int = 0,
-                           modality: bool = False, shuffle: bool = True) -> list[int]:
-    "Sample numbers of one rank in the published length-grouped order; `mult` batches form a mega-batch."
+
+def reference_length_order(
+    lengths: Sequence[int],
+    batch: int,
+    mult: int,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+    modality: bool = False,
+    shuffle: bool = True,
+) -> list[int]:
+    """Sample numbers of one rank in the published length-grouped order; `mult` batches form a
+    mega-batch."""
     if not lengths or 0 in lengths:
         raise ValueError('lengths: expected at least one, negative for text and none of them 0')
     g = torch.Generator().manual_seed(seed + epoch) if shuffle else None
-    images, text = [i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n < 0]
+    images, text = (
+        [i for i, n in enumerate(lengths) if n > 0],
+        [i for i, n in enumerate(lengths) if n < 0],
+    )
     if not modality or not text or not images:
-        order = _mega_batches(list(range(len(lengths))), [abs(n) for n in lengths] if modality else lengths, batch,
-                              mult, g)
+        order = _mega_batches(
+            list(range(len(lengths))),
+            [abs(n) for n in lengths] if modality else lengths,
+            batch,
+            mult,
+            g,
+        )
     else:
         size, parts = batch * mult, []
         for part in (images, text):
             part = _mega_batches(part, lengths, batch, mult, g)
-            parts.append([part[i:i + size] for i in range(0, len(part), size)])
+            parts.append([part[i : i + size] for i in range(0, len(part), size)])
         mega, rest = [m for p in parts for m in p[:-1]], [i for p in parts for i in p[-1]]
-        if g is not None: mega = [mega[i] for i in torch.randperm(len(mega), generator=g).tolist()]
+        if g is not None:
+            mega = [mega[i] for i in torch.randperm(len(mega), generator=g).tolist()]
         order = [i for m in mega for i in m] + sorted(rest)
         at = order.index(max(images, key=lambda i: lengths[i]))
         order[0], order[at] = order[at], order[0]
-    order += order[:-len(order) % world]
+    order += order[: -len(order) % world]
     return order[rank::world]
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #458808a7
-def reference_batch(model: nn.Module, docs: Sequence[Encoded], max_tokens: int = 4096,
-                    ignore: Sequence[int] = ()) -> dict:
-    """`inputs_embeds` `[rows, tokens, hidden]` and unshifted `labels` `[rows, tokens]` as the published code pads and
-    cuts them; labels in `ignore` become -100."""
+def reference_batch(
+    model: nn.Module, docs: Sequence[Encoded], max_tokens: int = 4096, ignore: Sequence[int] = ()
+) -> dict:
+    """`inputs_embeds` `[rows, tokens, hidden]` and unshifted `labels` `[rows, tokens]` as the
+    published code pads and cuts them; labels in `ignore` become -100."""
     rows, labels = [], []
     for d in docs:
         x = model.get_input_embeddings()(d.input_ids[None])
         if d.images:
             pixels = torch.stack([i['pixel_values'] for i in d.images])
-            x = place_features(x, d.input_ids[None], model.get_image_features(pixels)[0], model.config.image_token_id)
-        rows.append(x[0, :max_tokens]); labels.append(d.labels[:max_tokens])
+            x = place_features(
+                x,
+                d.input_ids[None],
+                model.get_image_features(pixels)[0],
+                model.config.image_token_id,
+            )
+        rows.append(x[0, :max_tokens])
+        labels.append(d.labels[:max_tokens])
     pad = nn.utils.rnn.pad_sequence
     labels = pad(labels, True, IGNORE)
-    return dict(inputs_embeds=pad(rows, True), labels=torch.where(torch.isin(labels,
-                                                                             torch.tensor(list(ignore) or [IGNORE])),
-                                                                             IGNORE, labels))
+    return dict(
+        inputs_embeds=pad(rows, True),
+        labels=torch.where(
+            torch.isin(labels, torch.tensor(list(ignore) or [IGNORE])), IGNORE, labels
+        ),
+    )
 
 # %% ../../nbs/methods/42_zero_parts.ipynb #4768b2e6
 def pope_answer(text: str) -> str:
@@ -282,43 +437,78 @@ def pope_answer(text: str) -> str:
     words = text.split('.')[0].replace(',', '').split(' ')
     return 'no' if {'No', 'no', 'not'} & set(words) else 'yes'
 
+
 @torch.no_grad()
-def loglikelihood(model: nn.Module, tokenizer, context: str, continuation: str, prefix_id: int) -> tuple[float, bool]:
-    """Sum of the continuation's log-probabilities after the context, and whether greedy decoding would write it.
-    lm-eval's convention: spaces between the two belong to the continuation; an empty context is the token `prefix_id`
-    (the end of a turn)."""
+def loglikelihood(
+    model: nn.Module, tokenizer, context: str, continuation: str, prefix_id: int
+) -> tuple[float, bool]:
+    """Sum of the continuation's log-probabilities after the context, and whether greedy decoding
+    would write it. lm-eval's convention: spaces between the two belong to the continuation; an
+    empty context is the token `prefix_id` (the end of a turn)."""
     if blank := len(context) - len(context.rstrip()):
         context, continuation = context[:-blank], context[-blank:] + continuation
     before = tokenizer.encode(context) if context else [prefix_id]
-    ids = tokenizer.encode(context + continuation) if context else [prefix_id, *tokenizer.encode(continuation)]
+    ids = (
+        tokenizer.encode(context + continuation)
+        if context
+        else [prefix_id, *tokenizer.encode(continuation)]
+    )
     if len(ids) <= len(before):
-        raise ValueError(f'loglikelihood: the continuation {continuation!r} adds no token to {context!r}')
+        raise ValueError(
+            f'loglikelihood: the continuation {continuation!r} adds no token to {context!r}'
+        )
     ids, n = torch.tensor(ids, device=model.device)[None], len(ids) - len(before)
     logp = model(input_ids=ids[:, :-1]).logits[0, -n:].float().log_softmax(-1)
-    return logp.gather(1, ids[0, -n:, None]).sum().item(), bool((logp.argmax(-1) == ids[0, -n:]).all())
+    return logp.gather(1, ids[0, -n:, None]).sum().item(), bool(
+        (logp.argmax(-1) == ids[0, -n:]).all()
+    )
 
-def vllm_state(state: Mapping[str, Tensor], num_kv_heads: int, tp: int = 1, rank: int = 0) -> dict[str, Tensor]:
-    """A Llama or Qwen checkpoint in vLLM's fused names, the shard of `rank` of `tp`. Key and value heads are repeated
-    where there are fewer than ranks.
+
+def vllm_state(
+    state: Mapping[str, Tensor], num_kv_heads: int, tp: int = 1, rank: int = 0
+) -> dict[str, Tensor]:
+    """A Llama or Qwen checkpoint in vLLM's fused names, the shard of `rank` of `tp`. Key and value
+    heads are repeated where there are fewer than ranks.
 
     Raises ValueError when something cannot be split evenly."""
+
     def part(name, t, dim=0):
-        if t.shape[dim] % tp: raise ValueError(f'{name}: {t.shape[dim]} cannot be split over tp={tp} ranks')
+        if t.shape[dim] % tp:
+            raise ValueError(f'{name}: {t.shape[dim]} cannot be split over tp={tp} ranks')
         return t.chunk(tp, dim)[rank]
+
     def kv(name, t):
-        if num_kv_heads >= tp: return part(name, t)
-        if tp % num_kv_heads: raise ValueError(f'{name}: {num_kv_heads} heads cannot be repeated over tp={tp} ranks')
+        if num_kv_heads >= tp:
+            return part(name, t)
+        if tp % num_kv_heads:
+            raise ValueError(f'{name}: {num_kv_heads} heads cannot be repeated over tp={tp} ranks')
         return t.chunk(num_kv_heads)[rank * num_kv_heads // tp]
-    if not 0 <= rank < tp: raise ValueError(f'rank={rank}: expected 0 <= rank < tp={tp}')
-    out, take = {}, lambda n, t: kv(n, t) if n.rpartition('.')[0].endswith(('k_proj', 'v_proj')) else part(n, t)
+
+    if not 0 <= rank < tp:
+        raise ValueError(f'rank={rank}: expected 0 <= rank < tp={tp}')
+    out, take = (
+        {},
+        lambda n, t: (
+            kv(n, t) if n.rpartition('.')[0].endswith(('k_proj', 'v_proj')) else part(n, t)
+        ),
+    )
     for name, t in state.items():
         stem, _, kind = name.rpartition('.')
-        for parts, fused in ((('q_proj', 'k_proj', 'v_proj'), 'qkv_proj'), (('gate_proj', 'up_proj'), 'gate_up_proj')):
+        for parts, fused in (
+            (('q_proj', 'k_proj', 'v_proj'), 'qkv_proj'),
+            (('gate_proj', 'up_proj'), 'gate_up_proj'),
+        ):
             if stem.endswith(parts[0]):
                 base = stem.removesuffix(parts[0])
-                out[f'{base}{fused}.{kind}'] = torch.cat([take(n := f'{base}{p}.{kind}', state[n]) for p in parts])
-        if stem.endswith(('q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj')): continue
-        if stem.endswith(('o_proj', 'down_proj')) and kind == 'weight': out[name] = part(name, t, 1)
-        elif stem.endswith(('embed_tokens', 'lm_head')): out[name] = part(name, t)
-        else: out[name] = t
+                out[f'{base}{fused}.{kind}'] = torch.cat(
+                    [take(n := f'{base}{p}.{kind}', state[n]) for p in parts]
+                )
+        if stem.endswith(('q_proj', 'k_proj', 'v_proj', 'gate_proj', 'up_proj')):
+            continue
+        if stem.endswith(('o_proj', 'down_proj')) and kind == 'weight':
+            out[name] = part(name, t, 1)
+        elif stem.endswith(('embed_tokens', 'lm_head')):
+            out[name] = part(name, t)
+        else:
+            out[name] = t
     return out

@@ -18,30 +18,42 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 # %% ../../nbs/models/30_depth.ipynb #9f1f3de4
 _NORMS = ('norm', 'ln_f', 'final_layernorm', 'final_layer_norm', 'norm_f', 'ln')
 
+
 @dataclass(frozen=True)
 class Decoder:
-    "The parts of a causal LM or VLM that the layer tools need; `name` is the full module path of the layer list."
+    """The parts of a causal LM or VLM that the layer tools need; `name` is the full module path of
+    the layer list."""
+
     model: nn.Module
     stack: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
-    head: nn.Module|None
+    head: nn.Module | None
     config: object
     name: str
 
-    def __len__(self): return len(self.layers)
+    def __len__(self):
+        return len(self.layers)
 
     @property
-    def device(self): return next(self.layers.parameters()).device
+    def device(self):
+        return next(self.layers.parameters()).device
 
     def logits(self, hidden: Tensor) -> Tensor:
-        "Vocabulary logits `[..., vocab]` of *normed* states `[..., hidden]`, with the family's scale and soft cap."
+        """Vocabulary logits `[..., vocab]` of *normed* states `[..., hidden]`, with the family's
+        scale and soft cap."""
         if self.head is None:
-            raise ValueError(f'{type(self.model).__name__} has no language-model head; load the ...ForCausalLM class')
+            raise ValueError(
+                f'{type(self.model).__name__} has no language-model head; load the ...ForCausalLM '
+                'class'
+            )
         x, c = self.head(hidden), self.config
-        if scale := getattr(c, 'logit_scale', None): x = x * scale            # Cohere
-        if scale := getattr(c, 'logits_scaling', None): x = x / scale         # Granite
-        if cap := getattr(c, 'final_logit_softcapping', None): x = cap * torch.tanh(x / cap)  # Gemma 2
+        if scale := getattr(c, 'logit_scale', None):
+            x = x * scale  # Cohere
+        if scale := getattr(c, 'logits_scaling', None):
+            x = x / scale  # Granite
+        if cap := getattr(c, 'final_logit_softcapping', None):
+            x = cap * torch.tanh(x / cap)  # Gemma 2
         return x
 
 # %% ../../nbs/models/30_depth.ipynb #b05a371b
@@ -49,160 +61,243 @@ def _unwrapped(model):
     "The transformers model under a PEFT wrapper (adapters stay injected)."
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
+
 def _module_name(root, module):
     return next(n for n, m in root.named_modules() if m is module)
 
+
 def find_decoder(model: nn.Module) -> Decoder:
-    """Locate layer list, final norm, head and text configuration of any transformers causal LM or VLM (PEFT-wrapped or
-    not).
+    """Locate layer list, final norm, head and text configuration of any transformers causal LM or
+    VLM (PEFT-wrapped or not).
 
     Raises ValueError if no `ModuleList` of the configured depth, or no final norm, is found."""
     base = _unwrapped(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f'{type(base).__name__} is not a transformers PreTrainedModel')
     config, stack = base.config.get_text_config(decoder=True), base.get_decoder()
-    found = [(n, m) for n, m in stack.named_modules() if isinstance(m, nn.ModuleList)
-             and len(m) == config.num_hidden_layers]
+    found = [
+        (n, m)
+        for n, m in stack.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
+    ]
     if not found:
-        raise ValueError(f'no list of {config.num_hidden_layers} layers (num_hidden_layers) inside '
-                         f'{type(stack).__name__}: '
-                                   'the configuration does not describe this model')
+        raise ValueError(
+            f'no list of {config.num_hidden_layers} layers (num_hidden_layers) inside '
+            f'{type(stack).__name__}: '
+            'the configuration does not describe this model'
+        )
     name, layers = min(found, key=lambda x: x[0].count('.'))
     owner = stack.get_submodule(name.rpartition('.')[0])
-    norm = next((getattr(owner, n) for n in _NORMS if isinstance(getattr(owner, n, None), nn.Module)), None)
-    if norm is None: raise ValueError(f'{type(owner).__name__} has no final norm under any of the names {_NORMS}')
-    return Decoder(model, owner, layers, norm, base.get_output_embeddings(), config, _module_name(model, layers))
+    norm = next(
+        (getattr(owner, n) for n in _NORMS if isinstance(getattr(owner, n, None), nn.Module)), None
+    )
+    if norm is None:
+        raise ValueError(
+            f'{type(owner).__name__} has no final norm under any of the names {_NORMS}'
+        )
+    return Decoder(
+        model,
+        owner,
+        layers,
+        norm,
+        base.get_output_embeddings(),
+        config,
+        _module_name(model, layers),
+    )
 
 # %% ../../nbs/models/30_depth.ipynb #7a926198
 @dataclass(frozen=True)
 class Depth:
-    "What a sliced decoder kept: original layer numbers, translator positions (in the new numbering), original depth."
+    """What a sliced decoder kept: original layer numbers, translator positions (in the new
+    numbering), original depth."""
+
     source_layers: int
     kept: tuple[int, ...]
     translators: tuple[int, ...] = ()
 
-    def compose(self, keep: Sequence[int], translators: Sequence[int]=()) -> 'Depth':
+    def compose(self, keep: Sequence[int], translators: Sequence[int] = ()) -> 'Depth':
         "The record after a further slice that keeps positions `keep`."
         old = [i for i, p in enumerate(keep) if p in self.translators]
-        return Depth(self.source_layers, tuple(self.kept[i] for i in keep), tuple(sorted({*old, *translators})))
+        return Depth(
+            self.source_layers,
+            tuple(self.kept[i] for i in keep),
+            tuple(sorted({*old, *translators})),
+        )
 
-def depth_of(model: nn.Module|Decoder) -> Depth:
+
+def depth_of(model: nn.Module | Decoder) -> Depth:
     "The slicing record of a model; an untouched model keeps everything."
     d = model if isinstance(model, Decoder) else find_decoder(model)
-    if (r := getattr(d.config, 'depth', None)) is None: return Depth(len(d), tuple(range(len(d))))
+    if (r := getattr(d.config, 'depth', None)) is None:
+        return Depth(len(d), tuple(range(len(d))))
     return Depth(r['source_layers'], tuple(r['kept']), tuple(r['translators']))
 
 # %% ../../nbs/models/30_depth.ipynb #0744c189
-def check_layers(layers: Sequence[int], depth: int, name: str='layers') -> tuple[int, ...]:
-    "Distinct layer numbers in `0..depth-1`, sorted; ValueError naming the first offender otherwise."
+def check_layers(layers: Sequence[int], depth: int, name: str = 'layers') -> tuple[int, ...]:
+    """Distinct layer numbers in `0..depth-1`, sorted; ValueError naming the first offender
+    otherwise."""
     out = [int(i) for i in layers]
     for i in out:
         if not 0 <= i < depth:
-            raise ValueError(f'{name}: layer {i} does not exist, the decoder has layers 0..{depth-1}')
+            raise ValueError(
+                f'{name}: layer {i} does not exist, the decoder has layers 0..{depth - 1}'
+            )
     if twice := sorted({i for i in out if out.count(i) > 1}):
         raise ValueError(f'{name}: layers {twice} are listed twice')
     return tuple(sorted(out))
 
 # %% ../../nbs/models/30_depth.ipynb #b16671fd
-_PER_LAYER = ('layer_types', 'mlp_layer_types', 'layers_block_type', 'no_rope_layers', 'per_layer_config',
-              'layer_rope_theta',
-              'layers_num_experts', 'num_key_value_heads_per_layer', 'num_attention_heads_per_layer')
+_PER_LAYER = (
+    'layer_types',
+    'mlp_layer_types',
+    'layers_block_type',
+    'no_rope_layers',
+    'per_layer_config',
+    'layer_rope_theta',
+    'layers_num_experts',
+    'num_key_value_heads_per_layer',
+    'num_attention_heads_per_layer',
+)
 _LAYER_NUMBERS = ('mlp_only_layers', 'moe_layers', 'cross_attention_layers')
+
 
 def _slice_config(config, keep, record):
     old = config.num_hidden_layers
     for k in _PER_LAYER:
         v = getattr(config, k, None)
-        if isinstance(v, (list, tuple)) and len(v) == old: setattr(config, k, [v[i] for i in keep])
+        if isinstance(v, (list, tuple)) and len(v) == old:
+            setattr(config, k, [v[i] for i in keep])
     for k in _LAYER_NUMBERS:
         v = getattr(config, k, None)
-        if isinstance(v, (list, tuple)): setattr(config, k, [keep.index(i) for i in v if i in keep])
+        if isinstance(v, (list, tuple)):
+            setattr(config, k, [keep.index(i) for i in v if i in keep])
     config.num_hidden_layers = len(keep)
-    config.depth = dict(source_layers=record.source_layers, kept=list(record.kept),
-                        translators=list(record.translators))
+    config.depth = dict(
+        source_layers=record.source_layers,
+        kept=list(record.kept),
+        translators=list(record.translators),
+    )
 
 # %% ../../nbs/models/30_depth.ipynb #1ed4290c
-def shallow_copy(model: nn.Module, own: Sequence[nn.Module]=()) -> nn.Module:
-    "A copy of the module tree that shares every tensor with `model`, except those of the submodules in `own`."
+def shallow_copy(model: nn.Module, own: Sequence[nn.Module] = ()) -> nn.Module:
+    """A copy of the module tree that shares every tensor with `model`, except those of the
+    submodules in `own`."""
     private = {id(t) for m in own for t in (*m.parameters(), *m.buffers())}
     memo = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in private}
     return copy.deepcopy(model, memo)
 
-def slice_layers(model: PreTrainedModel, keep: Sequence[int], translators: Sequence[int]=(),
-                 share: bool=True) -> PreTrainedModel:
-    """A copy of `model` with only the decoder layers `keep` (ascending original order), renumbered; `model` is not
-    changed.
 
-    `translators`: positions in the new numbering to record. `share=True` shares all tensors with `model` (no weight
-    memory), except the translators', which are cloned because they will train. Raises ValueError on bad layers or an
-    unmerged PEFT wrapper."""
+def slice_layers(
+    model: PreTrainedModel, keep: Sequence[int], translators: Sequence[int] = (), share: bool = True
+) -> PreTrainedModel:
+    """A copy of `model` with only the decoder layers `keep` (ascending original order), renumbered;
+    `model` is not changed.
+
+    `translators`: positions in the new numbering to record. `share=True` shares all tensors with
+    `model` (no weight memory), except the translators', which are cloned because they will train.
+    Raises ValueError on bad layers or an unmerged PEFT wrapper."""
     if any(hasattr(m, 'lora_A') for m in model.modules()):
-        raise ValueError('slice_layers: merge the adapters first (merge_and_unload or merge_lora): their names carry '
-                         'layer numbers '
-                         'that slicing would change')
+        raise ValueError(
+            'slice_layers: merge the adapters first (merge_and_unload or merge_lora): their names '
+            'carry '
+            'layer numbers '
+            'that slicing would change'
+        )
     src = find_decoder(model)
     keep = check_layers(keep, len(src), 'keep')
-    if not keep: raise ValueError('keep: at least one layer must stay')
+    if not keep:
+        raise ValueError('keep: at least one layer must stay')
     translators = check_layers(translators, len(keep), 'translators')
     record = depth_of(src).compose(keep, translators)
-    new = shallow_copy(model, [src.layers[keep[i]] for i in translators]) if share else copy.deepcopy(model)
+    new = (
+        shallow_copy(model, [src.layers[keep[i]] for i in translators])
+        if share
+        else copy.deepcopy(model)
+    )
     d = find_decoder(new)
-    configs = {id(c): c for m in new.modules() if (c := getattr(m, 'config', None)) is not None
-               and getattr(c, 'model_type', None) == d.config.model_type}
-    for c in {**configs, id(d.config): d.config}.values(): _slice_config(c, keep, record)
+    configs = {
+        id(c): c
+        for m in new.modules()
+        if (c := getattr(m, 'config', None)) is not None
+        and getattr(c, 'model_type', None) == d.config.model_type
+    }
+    for c in {**configs, id(d.config): d.config}.values():
+        _slice_config(c, keep, record)
     layers = nn.ModuleList(d.layers[i] for i in keep)
     for i, layer in enumerate(layers):
         for m in layer.modules():
-            if hasattr(m, 'layer_idx'): m.layer_idx = i
+            if hasattr(m, 'layer_idx'):
+                m.layer_idx = i
     setattr(d.stack, d.name.rpartition('.')[2], layers)
     return new
 
 # %% ../../nbs/models/30_depth.ipynb #24a3a112
-def prune(model: PreTrainedModel, remove: Sequence[int], share: bool=True) -> PreTrainedModel:
+def prune(model: PreTrainedModel, remove: Sequence[int], share: bool = True) -> PreTrainedModel:
     "A copy of `model` without the decoder layers `remove`; see `slice_layers`."
     n = len(find_decoder(model))
     remove = check_layers(remove, n, 'remove')
-    if len(remove) == n: raise ValueError(f'remove: all {n} layers are listed, at least one must stay')
+    if len(remove) == n:
+        raise ValueError(f'remove: all {n} layers are listed, at least one must stay')
     return slice_layers(model, [i for i in range(n) if i not in remove], share=share)
 
 # %% ../../nbs/models/30_depth.ipynb #01eef051
 @dataclass(frozen=True)
 class SurrogateMap:
-    "Layers a surrogate keeps (original numbers), its translators and the positions that train (new numbers)."
+    """Layers a surrogate keeps (original numbers), its translators and the positions that train
+    (new numbers)."""
+
     source_layers: int
     kept: tuple[int, ...]
     translators: tuple[int, ...]
     trained: tuple[int, ...] = field(default=())
 
-    def __len__(self): return len(self.kept)
+    def __len__(self):
+        return len(self.kept)
 
 # %% ../../nbs/models/30_depth.ipynb #f1703cc3
 def _check_range(r, depth):
     s = sorted(r)
     if len(s) < 2:
-        raise ValueError(f'ranges: {list(r)} has {len(s)} layer(s); a range needs at least 2, or nothing is replaced')
+        raise ValueError(
+            f'ranges: {list(r)} has {len(s)} layer(s); a range needs at least 2, or nothing is '
+            'replaced'
+        )
     if s[0] < 0 or s[-1] >= depth:
-        raise ValueError(f'ranges: {s[0]}..{s[-1]} leaves the decoder, which has layers 0..{depth-1}')
+        raise ValueError(
+            f'ranges: {s[0]}..{s[-1]} leaves the decoder, which has layers 0..{depth - 1}'
+        )
     if s != list(range(s[0], s[-1] + 1)):
-        raise ValueError(f'ranges: {s} is not consecutive; give one range per gap-free run of layers')
+        raise ValueError(
+            f'ranges: {s} is not consecutive; give one range per gap-free run of layers'
+        )
     return s
 
-def surrogate_map(depth: int, ranges: Sequence[Sequence[int]], num_translators: int=1,
-                  reference: bool=False) -> SurrogateMap:
-    """Which of `depth` layers a surrogate keeps when each range of consecutive layers becomes `num_translators`
-    translators.
 
-    Raises ValueError for a range that is out of bounds, has gaps, is shorter than 2 or overlaps another one."""
-    if not ranges: raise ValueError('ranges: give at least one range of layers to replace')
+def surrogate_map(
+    depth: int, ranges: Sequence[Sequence[int]], num_translators: int = 1, reference: bool = False
+) -> SurrogateMap:
+    """Which of `depth` layers a surrogate keeps when each range of consecutive layers becomes
+    `num_translators` translators.
+
+    Raises ValueError for a range that is out of bounds, has gaps, is shorter than 2 or overlaps
+    another one."""
+    if not ranges:
+        raise ValueError('ranges: give at least one range of layers to replace')
     if isinstance(ranges[0], int):
-        raise ValueError(f'ranges: expected a list of ranges such as [range(16, 27)], got a flat list {list(ranges)}')
+        raise ValueError(
+            'ranges: expected a list of ranges such as [range(16, 27)], got a flat list '
+            f'{list(ranges)}'
+        )
     runs = [_check_range(r, depth) for r in ranges]
-    if num_translators < 1: raise ValueError(f'num_translators must be at least 1, got {num_translators}')
+    if num_translators < 1:
+        raise ValueError(f'num_translators must be at least 1, got {num_translators}')
     step, first, removed = (2 if reference else 1), [], set()
     for r in runs:
         if step * (num_translators - 1) >= len(r):
-            raise ValueError(f'num_translators={num_translators} does not fit into the range {r[0]}..{r[-1]}'
-                             + (' with the reference rule (every second layer)' if reference else ''))
+            raise ValueError(
+                f'num_translators={num_translators} does not fit into the range {r[0]}..{r[-1]}'
+                + (' with the reference rule (every second layer)' if reference else '')
+            )
         if both := removed & set(r) or set(first) & set(r):
             raise ValueError(f'ranges: layers {sorted(both)} are in two ranges')
         stay = [r[i * step] for i in range(num_translators)]
@@ -210,29 +305,46 @@ def surrogate_map(depth: int, ranges: Sequence[Sequence[int]], num_translators: 
         removed |= set(r) - set(stay)
     kept = [i for i in range(depth) if i not in removed]
     translators = tuple(sorted(kept.index(i) for i in first))
-    trained = tuple(p for i, r in enumerate(ranges)
-                    for p in _reference_trained(i, ranges, num_translators)) if reference else translators
+    trained = (
+        tuple(
+            p for i, r in enumerate(ranges) for p in _reference_trained(i, ranges, num_translators)
+        )
+        if reference
+        else translators
+    )
     return SurrogateMap(depth, tuple(kept), translators, trained)
 
+
 def _reference_trained(i, ranges, k):
-    """Positions the reference optimizer picks for range i: it offsets by the *lengths* of all earlier ranges, less
-    one in total."""
+    """Positions the reference optimizer picks for range i: it offsets by the *lengths* of all
+    earlier ranges, less one in total."""
     offset = sum(len(r) for r in ranges[:i]) - 1 if i else 0
     return [p - offset for p in list(ranges[i])[:k]]
 
 # %% ../../nbs/models/30_depth.ipynb #12c2de1f
-PUBLISHED_SPLITS = {'llama-3.2-3b': (28, (range(16, 27),)), 'llama-3.1-8b': (32, (range(17, 31),)),
-                    'llama-3.1-70b': (80, (range(40, 79),)), 'qwen3-4b': (36, (range(22, 35),))}
+PUBLISHED_SPLITS = {
+    'llama-3.2-3b': (28, (range(16, 27),)),
+    'llama-3.1-8b': (32, (range(17, 31),)),
+    'llama-3.1-70b': (80, (range(40, 79),)),
+    'qwen3-4b': (36, (range(22, 35),)),
+}
 
 # %% ../../nbs/models/30_depth.ipynb #38c8180f
-def build_surrogate(model: PreTrainedModel, ranges: Sequence[Sequence[int]], num_translators: int=1,
-                    reference: bool=False,
-                    share: bool=True) -> PreTrainedModel:
-    "The surrogate of `model` by `surrogate_map`; `depth_of(result).translators` are the positions to train."
+def build_surrogate(
+    model: PreTrainedModel,
+    ranges: Sequence[Sequence[int]],
+    num_translators: int = 1,
+    reference: bool = False,
+    share: bool = True,
+) -> PreTrainedModel:
+    """The surrogate of `model` by `surrogate_map`; `depth_of(result).translators` are the positions
+    to train."""
     m = surrogate_map(len(find_decoder(model)), ranges, num_translators, reference)
     new = slice_layers(model, m.kept, m.translators, share)
-    if share: _own_outside(new, find_decoder(new))
+    if share:
+        _own_outside(new, find_decoder(new))
     return new
+
 
 def _inside(decoder):
     "Ids of all tensors of the language model: stack, head and input embedding."
@@ -240,47 +352,68 @@ def _inside(decoder):
     mods = [m for m in (decoder.stack, decoder.head, base.get_input_embeddings()) if m is not None]
     return {id(t) for m in mods for t in (*m.parameters(), *m.buffers())}
 
+
 def _own_outside(model, decoder):
     inside = _inside(decoder)
     for m in model.modules():
         for store in (m._parameters, m._buffers):
             for k, t in store.items():
                 if t is not None and id(t) not in inside:
-                    store[k] = nn.Parameter(t.detach().clone(),
-                                            t.requires_grad) if isinstance(t, nn.Parameter) else t.clone()
+                    store[k] = (
+                        nn.Parameter(t.detach().clone(), t.requires_grad)
+                        if isinstance(t, nn.Parameter)
+                        else t.clone()
+                    )
 
 # %% ../../nbs/models/30_depth.ipynb #643f324f
 @dataclass(frozen=True)
 class Graft:
-    """Report of `graft`: names loaded, vision-side names that kept their values, names of the source left out
-    (language model)."""
+    """Report of `graft`: names loaded, vision-side names that kept their values, names of the
+    source left out (language model)."""
+
     loaded: tuple[str, ...]
     unchanged: tuple[str, ...]
     left_out: tuple[str, ...]
 
-@torch.no_grad()
-def graft(target: nn.Module, source: nn.Module|Mapping[str, Tensor]) -> Graft:
-    """Copy the vision side of `source` into `target` in place; no tensor of the target's language model changes.
 
-    Raises ValueError if the source holds no vision-side tensor, an unknown name, or one of another shape."""
+@torch.no_grad()
+def graft(target: nn.Module, source: nn.Module | Mapping[str, Tensor]) -> Graft:
+    """Copy the vision side of `source` into `target` in place; no tensor of the target's language
+    model changes.
+
+    Raises ValueError if the source holds no vision-side tensor, an unknown name, or one of another
+    shape."""
     decoder = find_decoder(target)
     inside, base = _inside(decoder), _unwrapped(target)
     named = base.state_dict(keep_vars=True)
     outside = {n: t for n, t in named.items() if id(t) not in inside}
-    if isinstance(source, nn.Module): source = {n: t for n, t in _unwrapped(source).state_dict(keep_vars=True).items()}
+    if isinstance(source, nn.Module):
+        source = {n: t for n, t in _unwrapped(source).state_dict(keep_vars=True).items()}
     language = tuple(n for n in named if id(named[n]) in inside)
     layer_prefix = f'{_module_name(base, decoder.layers)}.'
-    left = tuple(n for n in source if n not in outside and (n in language or n.startswith(layer_prefix)))
+    left = tuple(
+        n for n in source if n not in outside and (n in language or n.startswith(layer_prefix))
+    )
     load = {n: t for n, t in source.items() if n in outside}
     if unknown := [n for n in source if n not in load and n not in left]:
-        raise ValueError(f'graft: {unknown[:3]} are not in {type(base).__name__}; convert the checkpoint to its names '
-                         'first')
+        raise ValueError(
+            f'graft: {unknown[:3]} are not in {type(base).__name__}; convert the checkpoint to its '
+            'names '
+            'first'
+        )
     if not load:
-        raise ValueError('graft: the source holds no tensor outside the language model, there is no encoder to graft')
-    if bad := [f'{n} {tuple(t.shape)} -> {tuple(outside[n].shape)}' for n,
-               t in load.items() if t.shape != outside[n].shape]:
+        raise ValueError(
+            'graft: the source holds no tensor outside the language model, there is no encoder to '
+            'graft'
+        )
+    if bad := [
+        f'{n} {tuple(t.shape)} -> {tuple(outside[n].shape)}'
+        for n, t in load.items()
+        if t.shape != outside[n].shape
+    ]:
         raise ValueError(f'graft: shapes differ: {bad[:3]}')
-    for n, t in load.items(): outside[n].copy_(t)
+    for n, t in load.items():
+        outside[n].copy_(t)
     return Graft(tuple(load), tuple(n for n in outside if n not in load), left)
 
 # %% ../../nbs/models/30_depth.ipynb #01f20a9f
@@ -294,15 +427,20 @@ def fingerprint(module: nn.Module) -> str:
 
 # %% ../../nbs/models/30_depth.ipynb #993a95dd
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
-    """The text-only `...ForCausalLM` that shares every tensor with `model`'s decoder and head; it exports as a plain
-    checkpoint. Raises ValueError for a VLM whose decoder transformers has no such class for."""
+    """The text-only `...ForCausalLM` that shares every tensor with `model`'s decoder and head; it
+    exports as a plain checkpoint. Raises ValueError for a VLM whose decoder transformers has no
+    such class for."""
     d, base, known = find_decoder(model), _unwrapped(model), AutoModelForCausalLM._model_mapping
-    if d.config is base.config and type(base) in known.values(): return base              # no vision part beside it
+    if d.config is base.config and type(base) in known.values():
+        return base  # no vision part beside it
     if type(d.config) not in known or d.config is base.config:
-        raise ValueError(f'{type(base).__name__}: transformers has no text-only causal language model for '
-                         f'{type(d.config).__name__}; export the whole model with save_pretrained')
+        raise ValueError(
+            f'{type(base).__name__}: transformers has no text-only causal language model for '
+            f'{type(d.config).__name__}; export the whole model with save_pretrained'
+        )
     cls = known[type(d.config)]
-    with torch.device('meta'): lm = cls(d.config)
+    with torch.device('meta'):
+        lm = cls(d.config)
     setattr(lm, lm.base_model_prefix, d.stack)
     lm.set_output_embeddings(d.head)
     return lm.train(model.training)

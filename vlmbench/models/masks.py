@@ -14,93 +14,157 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from .ragged import RaggedMask, dense, intervals, pays
 
 # %% ../../nbs/models/10_masks.ipynb #a2105f60
-def mask_function(document_ids: torch.Tensor | None = None, image_ids: torch.Tensor | None = None,
-                  padding_mask: torch.Tensor | None = None,
-                  past_length: int = 0, sliding_window: int | None = None) -> Callable:
-    """Predicate `f(batch, head, query, key) -> bool` over index tensors; query 0 is the first *new* token, after
-    `past_length` cached ones.
+def mask_function(
+    document_ids: torch.Tensor | None = None,
+    image_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    past_length: int = 0,
+    sliding_window: int | None = None,
+) -> Callable:
+    """Predicate `f(batch, head, query, key) -> bool` over index tensors; query 0 is the first *new*
+    token, after `past_length` cached ones.
 
-    `document_ids` `[batch, keys]`: same number = same document, -1 = padding. `image_ids` `[batch, keys]`: tokens of
-    one image see each other both ways, -1 = text. `padding_mask` `[batch, keys]`: true where a token is real.
-    `sliding_window`: keys at most that far back."""
+    `document_ids` `[batch, keys]`: same number = same document, -1 = padding. `image_ids` `[batch,
+    keys]`: tokens of one image see each other both ways, -1 = text. `padding_mask` `[batch, keys]`:
+    true where a token is real. `sliding_window`: keys at most that far back."""
     real = None if padding_mask is None else padding_mask.bool()
-    if document_ids is not None: real = (document_ids >= 0) if real is None else real & (document_ids >= 0)
+    if document_ids is not None:
+        real = (document_ids >= 0) if real is None else real & (document_ids >= 0)
+
     def f(b, h, q, k):
         q = q + past_length
         ok = k <= q
-        if sliding_window is not None: ok = ok & (k > q - sliding_window)
-        if image_ids is not None: ok = ok | ((image_ids[b, q] == image_ids[b, k]) & (image_ids[b, q] >= 0))
-        if document_ids is not None: ok = ok & (document_ids[b, q] == document_ids[b, k])
-        if real is not None: ok = ok & real[b, q] & real[b, k]
+        if sliding_window is not None:
+            ok = ok & (k > q - sliding_window)
+        if image_ids is not None:
+            ok = ok | ((image_ids[b, q] == image_ids[b, k]) & (image_ids[b, q] >= 0))
+        if document_ids is not None:
+            ok = ok & (document_ids[b, q] == document_ids[b, k])
+        if real is not None:
+            ok = ok & real[b, q] & real[b, k]
         return ok | (q == k)
+
     return f
 
 # %% ../../nbs/models/10_masks.ipynb #609fa9c6
-def allowed(document_ids: torch.Tensor | None = None, image_ids: torch.Tensor | None = None,
-            padding_mask: torch.Tensor | None = None, bidirectional_images: bool = False, past_length: int = 0,
-            sliding_window: int | None = None) -> torch.Tensor:
-    """Dense boolean mask `[batch, queries, keys]`, true where attention is allowed; `queries = keys - past_length`.
+def allowed(
+    document_ids: torch.Tensor | None = None,
+    image_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    bidirectional_images: bool = False,
+    past_length: int = 0,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Dense boolean mask `[batch, queries, keys]`, true where attention is allowed; `queries = keys
+    - past_length`.
 
-    The arguments are those of `attention_mask`; at least one of the id or padding tensors must be given."""
+    The arguments are those of `attention_mask`; at least one of the id or padding tensors must be
+    given."""
     batch, keys, device = _check(document_ids, image_ids, padding_mask, past_length)
-    f = mask_function(document_ids, image_ids if bidirectional_images else None, padding_mask, past_length,
-                      sliding_window)
+    f = mask_function(
+        document_ids,
+        image_ids if bidirectional_images else None,
+        padding_mask,
+        past_length,
+        sliding_window,
+    )
     arange = lambda n: torch.arange(n, device=device)
-    out = f(arange(batch)[:, None, None], None, arange(keys - past_length)[None, :, None], arange(keys)[None, None, :])
+    out = f(
+        arange(batch)[:, None, None],
+        None,
+        arange(keys - past_length)[None, :, None],
+        arange(keys)[None, None, :],
+    )
     return out.expand(batch, -1, -1)
 
+
 def _check(document_ids, image_ids, padding_mask, past_length) -> tuple[int, int, torch.device]:
-    given = {n: t for n, t in dict(document_ids=document_ids, image_ids=image_ids, padding_mask=padding_mask).items()
-             if t is not None}
+    given = {
+        n: t
+        for n, t in dict(
+            document_ids=document_ids, image_ids=image_ids, padding_mask=padding_mask
+        ).items()
+        if t is not None
+    }
     if not given:
-        raise ValueError('give at least one of document_ids, image_ids, padding_mask: their shape is that of the mask')
+        raise ValueError(
+            'give at least one of document_ids, image_ids, padding_mask: their shape is that of '
+            'the mask'
+        )
     shapes = {n: tuple(t.shape) for n, t in given.items()}
     if len(set(shapes.values())) > 1 or any(len(s) != 2 for s in shapes.values()):
-        raise ValueError(f'mask inputs must all be [batch, keys], cached tokens included, got {shapes}')
+        raise ValueError(
+            f'mask inputs must all be [batch, keys], cached tokens included, got {shapes}'
+        )
     (batch, keys), device = next(iter(shapes.values())), next(iter(given.values())).device
-    if not 0 <= past_length < keys: raise ValueError(f'past_length {past_length} leaves no query among {keys} keys')
+    if not 0 <= past_length < keys:
+        raise ValueError(f'past_length {past_length} leaves no query among {keys} keys')
     return batch, keys, device
 
 # %% ../../nbs/models/10_masks.ipynb #8f1701ba
-def attention_mask(attn_implementation: str, document_ids: torch.Tensor | None = None,
-                   image_ids: torch.Tensor | None = None, padding_mask: torch.Tensor | None = None,
-                   bidirectional_images: bool = False, past_length: int = 0,
-                   sliding_window: int | None = None, key_length: int | None = None, dtype: torch.dtype = torch.float32,
-                   device: torch.device | str | None = None) -> torch.Tensor | BlockMask | None:
-    """The mask a transformers language model expects for `attn_implementation` (`sdpa`, `eager`, `flex_attention`).
+def attention_mask(
+    attn_implementation: str,
+    document_ids: torch.Tensor | None = None,
+    image_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    bidirectional_images: bool = False,
+    past_length: int = 0,
+    sliding_window: int | None = None,
+    key_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> torch.Tensor | BlockMask | None:
+    """The mask a transformers language model expects for `attn_implementation` (`sdpa`, `eager`,
+    `flex_attention`).
 
-    `document_ids`, `image_ids`, `padding_mask` are `[batch, keys]` and cover cached and new tokens; `past_length` of
-    them are cached. `key_length` extends the keys to the size of a preallocated cache. Returns `[batch, 1, queries,
-    keys]` (boolean for sdpa, a `RaggedMask` where that pays; additive `dtype` for eager), a `BlockMask` for flex
-    attention, or `None` when plain causal attention is all there is. Raises `ValueError` for a ready 4-D
-    `padding_mask` together with ids, and for back ends that cannot express the mask."""
+    `document_ids`, `image_ids`, `padding_mask` are `[batch, keys]` and cover cached and new tokens;
+    `past_length` of them are cached. `key_length` extends the keys to the size of a preallocated
+    cache. Returns `[batch, 1, queries, keys]` (boolean for sdpa, a `RaggedMask` where that pays;
+    additive `dtype` for eager), a `BlockMask` for flex attention, or `None` when plain causal
+    attention is all there is. Raises `ValueError` for a ready 4-D `padding_mask` together with ids,
+    and for back ends that cannot express the mask."""
     if padding_mask is not None and padding_mask.ndim == 4:
         if document_ids is not None or (bidirectional_images and image_ids is not None):
-            raise ValueError('a 4-D attention mask together with document_ids or image_ids is ambiguous: '
-                             'pass one or the other')
-        if attn_implementation == 'eager' and padding_mask.dtype == torch.bool: return _additive(padding_mask, dtype)
+            raise ValueError(
+                'a 4-D attention mask together with document_ids or image_ids is ambiguous: '
+                'pass one or the other'
+            )
+        if attn_implementation == 'eager' and padding_mask.dtype == torch.bool:
+            return _additive(padding_mask, dtype)
         return padding_mask
-    document_ids, image_ids, padding_mask = _needed(document_ids, image_ids if bidirectional_images else None,
-                                                    padding_mask)
-    if document_ids is None and image_ids is None and padding_mask is None: return None
+    document_ids, image_ids, padding_mask = _needed(
+        document_ids, image_ids if bidirectional_images else None, padding_mask
+    )
+    if document_ids is None and image_ids is None and padding_mask is None:
+        return None
     if attn_implementation not in ('sdpa', 'eager', 'flex_attention'):
-        if document_ids is None and image_ids is None: return padding_mask
-        raise ValueError(f'attention back end {attn_implementation!r} cannot keep packed documents or images apart: '
-                         "use 'sdpa', 'eager' or 'flex_attention'")
+        if document_ids is None and image_ids is None:
+            return padding_mask
+        raise ValueError(
+            f'attention back end {attn_implementation!r} cannot keep packed documents or images '
+            'apart: '
+            "use 'sdpa', 'eager' or 'flex_attention'"
+        )
     batch, keys, where = _check(document_ids, image_ids, padding_mask, past_length)
     if attn_implementation == 'flex_attention':
         f = mask_function(document_ids, image_ids, padding_mask, past_length, sliding_window)
         return _block_mask(f, batch, keys, past_length, key_length or keys, device or where)
     cpu = where.type == 'cpu' and not torch.compiler.is_compiling() and sliding_window is None
     runs = intervals(document_ids, image_ids, padding_mask) if cpu else None
-    if runs is None: mask = allowed(document_ids, image_ids, padding_mask, True, past_length, sliding_window)[:, None]
+    if runs is None:
+        mask = allowed(document_ids, image_ids, padding_mask, True, past_length, sliding_window)[
+            :, None
+        ]
     else:
         whole = attn_implementation == 'sdpa' and not past_length and key_length in (None, keys)
-        if whole and torch.device(device or where).type == 'cpu' and pays(mask := RaggedMask(runs)): return mask
+        if whole and torch.device(device or where).type == 'cpu' and pays(mask := RaggedMask(runs)):
+            return mask
         mask = dense(runs)[:, :, past_length:]
     mask = mask.to(device or where)
-    if key_length is not None and key_length > keys: mask = torch.nn.functional.pad(mask, (0, key_length - keys))
+    if key_length is not None and key_length > keys:
+        mask = torch.nn.functional.pad(mask, (0, key_length - keys))
     return _additive(mask, dtype) if attn_implementation == 'eager' else mask
+
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     low = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=mask.device)
@@ -108,29 +172,54 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 # %% ../../nbs/models/10_masks.ipynb #69f508d7
 def _needed(document_ids, image_ids, padding_mask):
-    if torch.compiler.is_compiling(): return document_ids, image_ids, padding_mask
-    if document_ids is not None and bool(((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all()):
+    if torch.compiler.is_compiling():
+        return document_ids, image_ids, padding_mask
+    if document_ids is not None and bool(
+        ((document_ids == document_ids[:, :1]) & (document_ids >= 0)).all()
+    ):
         document_ids = None
-    if image_ids is not None and bool((image_ids < 0).all()): image_ids = None
-    if padding_mask is not None and bool(padding_mask.all()): padding_mask = None
+    if image_ids is not None and bool((image_ids < 0).all()):
+        image_ids = None
+    if padding_mask is not None and bool(padding_mask.all()):
+        padding_mask = None
     return document_ids, image_ids, padding_mask
 
-def _block_mask(f: Callable, batch: int, keys: int, past_length: int, key_length: int, device) -> BlockMask:
+
+def _block_mask(
+    f: Callable, batch: int, keys: int, past_length: int, key_length: int, device
+) -> BlockMask:
     device = torch.device(device)
-    inside = f if key_length == keys else lambda b, h, q, k: (k < keys) & f(b, h, q, k.clamp(max=keys - 1))
-    return create_block_mask(inside, batch, None, keys - past_length, key_length, device=device,
-                             _compile=device.type == 'cuda')
+    inside = (
+        f
+        if key_length == keys
+        else lambda b, h, q, k: (k < keys) & f(b, h, q, k.clamp(max=keys - 1))
+    )
+    return create_block_mask(
+        inside,
+        batch,
+        None,
+        keys - past_length,
+        key_length,
+        device=device,
+        _compile=device.type == 'cuda',
+    )
 
 # %% ../../nbs/models/10_masks.ipynb #38c054e0
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    "Position of each token inside its document, `[batch, tokens]`; runs of padding (-1) count from 0 too."
+    """Position of each token inside its document, `[batch, tokens]`; runs of padding (-1) count
+    from 0 too."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(1).values
 
-def image_ids_of(input_ids: torch.Tensor, counts: torch.Tensor, image_token_id: int) -> torch.Tensor:
-    """Image number of every token `[batch, tokens]`, -1 for text: the images' `counts` dealt out over the image tokens
-    in order."""
-    images = torch.repeat_interleave(torch.arange(len(counts), device=input_ids.device), counts.to(input_ids.device))
+
+def image_ids_of(
+    input_ids: torch.Tensor, counts: torch.Tensor, image_token_id: int
+) -> torch.Tensor:
+    """Image number of every token `[batch, tokens]`, -1 for text: the images' `counts` dealt out
+    over the image tokens in order."""
+    images = torch.repeat_interleave(
+        torch.arange(len(counts), device=input_ids.device), counts.to(input_ids.device)
+    )
     return torch.full_like(input_ids, -1).masked_scatter(input_ids == image_token_id, images)

@@ -14,7 +14,13 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate as _hf_masks_for_generate
@@ -26,9 +32,11 @@ from .vision import FrontEnd, build_front_end, front_end_class
 
 # %% ../../nbs/models/18_modeling.ipynb #158c42f9
 class VLMConfig(PreTrainedConfig):
-    """Config of a VLM: `text_config` (transformers config or its dict), `vision_config` (front-end dict with `type`),
-    `image_token_id` (the token whose places image features take), `bidirectional_images` (tokens of one image see each
-    other both ways), `lm_head_bias`, `tie_word_embeddings` (taken from the text config unless given)."""
+    """Config of a VLM: `text_config` (transformers config or its dict), `vision_config` (front-end
+    dict with `type`), `image_token_id` (the token whose places image features take),
+    `bidirectional_images` (tokens of one image see each other both ways), `lm_head_bias`,
+    `tie_word_embeddings` (taken from the text config unless given)."""
+
     model_type = 'vlmbench'
     sub_configs = {'text_config': AutoConfig}
 
@@ -43,30 +51,36 @@ class VLMConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             settings = dict(self.text_config)
             self.text_config = AutoConfig.for_model(settings.pop('model_type', 'llama'), **settings)
-        elif self.text_config is None: self.text_config = AutoConfig.for_model('llama')
+        elif self.text_config is None:
+            self.text_config = AutoConfig.for_model('llama')
         if self.vision_config is not None:
             self.vision_config = front_end_class(self.vision_config).resolve(self.vision_config)
-        if self.tie_word_embeddings is None: self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
+
 
 AutoConfig.register('vlmbench', VLMConfig)
 
 # %% ../../nbs/models/18_modeling.ipynb #61ee20cf
 @dataclass
 class VLMModelOutput(ModelOutput):
-    """`last_hidden_state` `[batch, tokens, hidden]` after the final norm, the cache, and `image_hidden_states` `[image
-    tokens, hidden]`."""
+    """`last_hidden_state` `[batch, tokens, hidden]` after the final norm, the cache, and
+    `image_hidden_states` `[image tokens, hidden]`."""
+
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
+
 @dataclass
 class VLMOutput(ModelOutput):
-    """`loss` (scalar), `logits` `[batch, kept tokens, vocabulary]` (absent in training, where only targets are scored),
-    the cache, `hidden_states` (embedding and every block, the last after the final norm), `image_hidden_states` `[image
-    tokens, hidden]`."""
+    """`loss` (scalar), `logits` `[batch, kept tokens, vocabulary]` (absent in training, where only
+    targets are scored), the cache, `hidden_states` (embedding and every block, the last after the
+    final norm), `image_hidden_states` `[image tokens, hidden]`."""
+
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
@@ -77,6 +91,7 @@ class VLMOutput(ModelOutput):
 # %% ../../nbs/models/18_modeling.ipynb #0377c900
 class VLMPreTrainedModel(PreTrainedModel):
     "What both model classes share: config, capabilities, weight initialisation."
+
     config: VLMConfig
     config_class = VLMConfig
     base_model_prefix = 'model'
@@ -93,10 +108,15 @@ class VLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         front = next((m for m in self.modules() if isinstance(m, FrontEnd)), None)
         if front is not None and any(module is m for m in _outside_tower(front)):
-            if not all(getattr(p, '_is_hf_initialized', False) for p in module.parameters(recurse=False)):
+            if not all(
+                getattr(p, '_is_hf_initialized', False) for p in module.parameters(recurse=False)
+            ):
                 front.init_weights(module)
-        else: super()._init_weights(module)
-        if hasattr(module, 'init_vision_parameters'): module.init_vision_parameters()     # parts a front end put into blocks
+        else:
+            super()._init_weights(module)
+        if hasattr(module, 'init_vision_parameters'):
+            module.init_vision_parameters()  # parts a front end put into blocks
+
 
 def _outside_tower(front: FrontEnd):
     "`front` and its descendants, not entering transformers models: those initialise themselves."
@@ -104,93 +124,169 @@ def _outside_tower(front: FrontEnd):
     stack = list(front.children())
     while stack:
         m = stack.pop()
-        if isinstance(m, PreTrainedModel): continue
+        if isinstance(m, PreTrainedModel):
+            continue
         yield m
         stack.extend(m.children())
 
 # %% ../../nbs/models/18_modeling.ipynb #839ddaae
-def place_features(embeds: torch.Tensor, input_ids: torch.Tensor, features: torch.Tensor,
-                   image_token_id: int) -> torch.Tensor:
-    """`embeds` `[batch, tokens, hidden]` with `features` `[image tokens, hidden]` where `input_ids == image_token_id`,
-    row by row. Raises `ValueError` with both counts when they differ."""
+def place_features(
+    embeds: torch.Tensor, input_ids: torch.Tensor, features: torch.Tensor, image_token_id: int
+) -> torch.Tensor:
+    """`embeds` `[batch, tokens, hidden]` with `features` `[image tokens, hidden]` where `input_ids
+    == image_token_id`, row by row. Raises `ValueError` with both counts when they differ."""
     slots = input_ids == image_token_id
     if not torch.compiler.is_compiling() and (n := int(slots.sum())) != len(features):
-        raise ValueError(f'{n} image tokens (id {image_token_id}) in input_ids, but the vision front end made '
-                         f'{len(features)} features: expand every image placeholder to num_tokens(height, width) of '
-                         'its image, as VLMProcessor does')
+        raise ValueError(
+            f'{n} image tokens (id {image_token_id}) in input_ids, but the vision front end made '
+            f'{len(features)} features: expand every image placeholder to num_tokens(height, '
+            'width) of '
+            'its image, as VLMProcessor does'
+        )
     return embeds.masked_scatter(slots[..., None], features.to(embeds))
 
+
 def _no_image_tokens(input_ids, image_token_id, past_key_values):
-    "Text-only input must hold no image token (while decoding, the model itself may have written one)."
-    if torch.compiler.is_compiling() or (past_key_values is not None and past_key_values.get_seq_length()): return
+    """Text-only input must hold no image token (while decoding, the model itself may have written
+    one)."""
+    if torch.compiler.is_compiling() or (
+        past_key_values is not None and past_key_values.get_seq_length()
+    ):
+        return
     if n := int((input_ids == image_token_id).sum()) if image_token_id is not None else 0:
-        raise ValueError(f'{n} image tokens (id {image_token_id}) in input_ids, but no pixel_values were given')
+        raise ValueError(
+            f'{n} image tokens (id {image_token_id}) in input_ids, but no pixel_values were given'
+        )
 
 # %% ../../nbs/models/18_modeling.ipynb #b8f320df
 def _stance(model, image_ids, embeds):
-    """Leaves flex attention uncompiled (torch says so once) where torch's CPU compiler writes C++ that does not build:
-    for a second batch shape with bidirectional images. sdpa is faster there."""
+    """Leaves flex attention uncompiled (torch says so once) where torch's CPU compiler writes
+    C++ that does not build: for a second batch shape with bidirectional images. sdpa is faster
+    there."""
     flex = model.language_model.config._attn_implementation == 'flex_attention'
-    if not flex or image_ids is None or embeds.device.type != 'cpu' or torch.compiler.is_compiling(): return nullcontext()
+    if (
+        not flex
+        or image_ids is None
+        or embeds.device.type != 'cpu'
+        or torch.compiler.is_compiling()
+    ):
+        return nullcontext()
     return torch.compiler.set_stance('force_eager')
+
 
 def _language_mask(model, attention_mask, document_ids, image_ids, past_key_values, embeds):
     "What the language model gets as `attention_mask`."
-    if isinstance(attention_mask, dict): return attention_mask                # already one mask per layer type
-    if document_ids is None and image_ids is None: return attention_mask
-    text, past = model.language_model.config, past_key_values.get_seq_length() if past_key_values is not None else 0
+    if isinstance(attention_mask, dict):
+        return attention_mask  # already one mask per layer type
+    if document_ids is None and image_ids is None:
+        return attention_mask
+    text, past = (
+        model.language_model.config,
+        past_key_values.get_seq_length() if past_key_values is not None else 0,
+    )
     if image_ids is not None and past and image_ids.shape[1] == embeds.shape[1]:
         image_ids = nn.functional.pad(image_ids, (past, 0), value=-1)
     layers = list(getattr(text, 'layer_types', None) or ())
+
     def make(window=None, layer=0):
-        key_length = past_key_values.get_mask_sizes(embeds.shape[1], layer)[0] if past_key_values is not None else None
-        return build_mask(text._attn_implementation or 'sdpa', document_ids, image_ids, attention_mask,
-                          image_ids is not None, int(past), window, key_length, embeds.dtype, embeds.device)
+        key_length = (
+            past_key_values.get_mask_sizes(embeds.shape[1], layer)[0]
+            if past_key_values is not None
+            else None
+        )
+        return build_mask(
+            text._attn_implementation or 'sdpa',
+            document_ids,
+            image_ids,
+            attention_mask,
+            image_ids is not None,
+            int(past),
+            window,
+            key_length,
+            embeds.dtype,
+            embeds.device,
+        )
+
     kinds = set(layers)
     if unknown := kinds - {'full_attention', 'sliding_attention'}:
-        raise ValueError('packed documents and bidirectional images need full or sliding attention layers; '
-                         f'{text.model_type} has {unknown}')
+        raise ValueError(
+            'packed documents and bidirectional images need full or sliding attention layers; '
+            f'{text.model_type} has {unknown}'
+        )
     window = getattr(text, 'sliding_window', None)
-    if (full := make()) is None: return attention_mask
+    if (full := make()) is None:
+        return attention_mask
     if 'sliding_attention' in kinds:
-        return {'full_attention': full, 'sliding_attention': make(window, layers.index('sliding_attention'))}
+        return {
+            'full_attention': full,
+            'sliding_attention': make(window, layers.index('sliding_attention')),
+        }
     return make(window) if window is not None and not kinds else full
 
 # %% ../../nbs/models/18_modeling.ipynb #0fb63d55
 class VLMModel(VLMPreTrainedModel):
-    "Vision front end (`vision`) and the base model of a causal language model (`language_model`), without a head."
+    """Vision front end (`vision`) and the base model of a causal language model (`language_model`),
+    without a head."""
+
     def __init__(self, config: VLMConfig):
         super().__init__(config)
         hidden, dtype = config.text_config.hidden_size, torch.get_default_dtype()
-        self.vision = build_front_end(config.vision_config, hidden) if config.vision_config is not None else None
+        self.vision = (
+            build_front_end(config.vision_config, hidden)
+            if config.vision_config is not None
+            else None
+        )
         self.language_model = AutoModel.from_config(config.text_config, dtype=dtype)
-        if self.vision is not None: self.vision.adapt(self.language_model)
+        if self.vision is not None:
+            self.vision.adapt(self.language_model)
         self.post_init()
 
-    def get_input_embeddings(self): return self.language_model.get_input_embeddings()
-    def set_input_embeddings(self, value): self.language_model.set_input_embeddings(value)
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None):
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ):
         "`(features [image tokens, hidden], counts [images])` of the front end."
         if self.vision is None:
-            raise ValueError('this model has no vision front end (vision_config is None), but pixel_values were given')
+            raise ValueError(
+                'this model has no vision front end (vision_config is None), but pixel_values were '
+                'given'
+            )
         return self.vision(pixel_values, image_sizes)
 
     @can_return_tuple
-    def forward(self, input_ids: torch.LongTensor | None = None, pixel_values: torch.Tensor | None = None,
-                image_sizes: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
-                position_ids: torch.LongTensor | None = None, document_ids: torch.LongTensor | None = None,
-                image_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
-                inputs_embeds: torch.Tensor | None = None, use_cache: bool | None = None, **kwargs) -> VLMModelOutput:
-        """Hidden states of `input_ids` `[batch, tokens]` (or `inputs_embeds` `[batch, tokens, hidden]`).
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> VLMModelOutput:
+        """Hidden states of `input_ids` `[batch, tokens]` (or `inputs_embeds` `[batch, tokens,
+        hidden]`).
 
-        `pixel_values` `[images, channels, height, width]` with `image_sizes` `[images, 2]` belong to the image tokens
-        in reading order. `document_ids` `[batch, tokens]` (-1 padding) keeps packed documents apart; `position_ids`
-        default to restarting in each. `image_ids` `[batch, tokens]` (-1 text) is derived from the images when absent;
-        it matters for bidirectional images only. `pixel_values` of no images are as good as none."""
-        if pixel_values is not None and not len(pixel_values): pixel_values = None
+        `pixel_values` `[images, channels, height, width]` with `image_sizes` `[images, 2]` belong
+        to the image tokens in reading order. `document_ids` `[batch, tokens]` (-1 padding) keeps
+        packed documents apart; `position_ids` default to restarting in each. `image_ids` `[batch,
+        tokens]` (-1 text) is derived from the images when absent; it matters for bidirectional
+        images only. `pixel_values` of no images are as good as none."""
+        if pixel_values is not None and not len(pixel_values):
+            pixel_values = None
         if input_ids is None and (inputs_embeds is None or pixel_values is not None):
-            raise ValueError('input_ids are needed (inputs_embeds alone will do only without pixel_values)')
+            raise ValueError(
+                'input_ids are needed (inputs_embeds alone will do only without pixel_values)'
+            )
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         features = None
         if pixel_values is not None:
@@ -198,39 +294,66 @@ class VLMModel(VLMPreTrainedModel):
             embeds = place_features(embeds, input_ids, features, self.config.image_token_id)
             if self.config.bidirectional_images and image_ids is None:
                 image_ids = image_ids_of(input_ids, counts, self.config.image_token_id)
-        elif input_ids is not None: _no_image_tokens(input_ids, self.config.image_token_id, past_key_values)
+        elif input_ids is not None:
+            _no_image_tokens(input_ids, self.config.image_token_id, past_key_values)
         if self.vision is not None:
-            self.vision.see_tokens(input_ids == self.config.image_token_id if pixel_values is not None else None)
-        if position_ids is None and document_ids is not None: position_ids = document_positions(document_ids)
-        if not self.config.bidirectional_images: image_ids = None
-        mask = _language_mask(self, attention_mask, document_ids, image_ids, past_key_values, embeds)
+            self.vision.see_tokens(
+                input_ids == self.config.image_token_id if pixel_values is not None else None
+            )
+        if position_ids is None and document_ids is not None:
+            position_ids = document_positions(document_ids)
+        if not self.config.bidirectional_images:
+            image_ids = None
+        mask = _language_mask(
+            self, attention_mask, document_ids, image_ids, past_key_values, embeds
+        )
         with _stance(self, image_ids, embeds):
-            out = self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids,
-                                      past_key_values=past_key_values, use_cache=use_cache, **kwargs)
-        return VLMModelOutput(out.last_hidden_state, out.past_key_values, out.hidden_states, out.attentions, features)
+            out = self.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return VLMModelOutput(
+            out.last_hidden_state, out.past_key_values, out.hidden_states, out.attentions, features
+        )
+
 
 AutoModel.register(VLMConfig, VLMModel)
 
 # %% ../../nbs/models/18_modeling.ipynb #86c790e2
-_SLICE = 2 ** 27                                                      # logits alive at a time: half a GB in fp32
+_SLICE = 2**27  # logits alive at a time: half a GB in fp32
 
-def target_loss(hidden: torch.Tensor, labels: torch.Tensor, lm_head: nn.Module,
-                num_items_in_batch: torch.Tensor | int | None = None,
-                logits: torch.Tensor | None = None) -> torch.Tensor:
-    """Next-token cross-entropy over the targets, in fp32: a scalar, 0 (with a graph) when there is no target.
 
-    `hidden` `[batch, tokens, width]`, `labels` `[batch, tokens]` unshifted with -100 where nothing is predicted;
-    `logits` `[batch, tokens, vocabulary]` are used instead of the head when they exist already."""
+def target_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    lm_head: nn.Module,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Next-token cross-entropy over the targets, in fp32: a scalar, 0 (with a graph) when there is
+    no target.
+
+    `hidden` `[batch, tokens, width]`, `labels` `[batch, tokens]` unshifted with -100 where nothing
+    is predicted; `logits` `[batch, tokens, vocabulary]` are used instead of the head when they
+    exist already."""
     labels = labels[:, 1:].to(hidden.device)
     keep = labels != -100
     target, source = labels[keep], (hidden if logits is None else logits)[:, :-1][keep]
-    if logits is not None: total = _sum_ce(nn.Identity(), source, target)
+    if logits is not None:
+        total = _sum_ce(nn.Identity(), source, target)
     else:
         step = max(1, _SLICE // lm_head.weight.shape[0])
         parts = list(zip(source.split(step), target.split(step)))
-        if len(parts) == 1: total = _sum_ce(lm_head, *parts[0])
-        else: total = sum(checkpoint(_sum_ce, lm_head, x, y, use_reentrant=False) for x, y in parts)
+        if len(parts) == 1:
+            total = _sum_ce(lm_head, *parts[0])
+        else:
+            total = sum(checkpoint(_sum_ce, lm_head, x, y, use_reentrant=False) for x, y in parts)
     return total / (max(len(target), 1) if num_items_in_batch is None else num_items_in_batch)
+
 
 def _sum_ce(head: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(head(x).float(), y, reduction='sum')
@@ -238,6 +361,7 @@ def _sum_ce(head: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/models/18_modeling.ipynb #0928d027
 class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
     "`VLMModel` with a language-modelling head: training loss, logits, `generate`."
+
     def __init__(self, config: VLMConfig):
         super().__init__(config)
         self.model = VLMModel(config)
@@ -246,72 +370,153 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
         embed = self.model.get_input_embeddings()
         name = next(n for n, m in self.model.named_modules() if m is embed)
         self._tied_weights_keys = {'lm_head.weight': f'model.{name}.weight'}
-        if config.image_token_id is not None: self.generation_config.suppress_tokens = [config.image_token_id]
+        if config.image_token_id is not None:
+            self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
 
-    def get_input_embeddings(self): return self.model.get_input_embeddings()
-    def set_input_embeddings(self, value): self.model.set_input_embeddings(value)
-    def get_output_embeddings(self): return self.lm_head
-    def set_output_embeddings(self, value): self.lm_head = value
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None):
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ):
         "`(features [image tokens, hidden], counts [images])` of the front end."
         return self.model.get_image_features(pixel_values, image_sizes)
 
     @can_return_tuple
-    def forward(self, input_ids: torch.LongTensor | None = None, pixel_values: torch.Tensor | None = None,
-                image_sizes: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
-                position_ids: torch.LongTensor | None = None, document_ids: torch.LongTensor | None = None,
-                image_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
-                inputs_embeds: torch.Tensor | None = None, labels: torch.LongTensor | None = None,
-                use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0,
-                num_items_in_batch: torch.Tensor | int | None = None, return_logits: bool | None = None, **kwargs) -> VLMOutput:
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        image_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> VLMOutput:
         """`VLMModel.forward` plus head and loss.
 
-        `labels` `[batch, tokens]` are unshifted, -100 = no target. `num_items_in_batch` divides the summed loss
-        (default: the targets of this batch, so the loss is their mean). `return_logits`: by default logits are left out
-        only in training with labels, where the loss scores target positions alone. `logits_to_keep`: only the last that
-        many positions (0 = all). `use_cache` is off in training unless asked for."""
-        if use_cache is None and self.training: use_cache = False
-        out = self.model(input_ids=input_ids, pixel_values=pixel_values, image_sizes=image_sizes,
-                         attention_mask=attention_mask, position_ids=position_ids, document_ids=document_ids,
-                         image_ids=image_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-                         use_cache=use_cache, **kwargs)
+        `labels` `[batch, tokens]` are unshifted, -100 = no target. `num_items_in_batch` divides the
+        summed loss (default: the targets of this batch, so the loss is their mean).
+        `return_logits`: by default logits are left out only in training with labels, where the loss
+        scores target positions alone. `logits_to_keep`: only the last that many positions (0 =
+        all). `use_cache` is off in training unless asked for."""
+        if use_cache is None and self.training:
+            use_cache = False
+        out = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            image_ids=image_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden, logits = out.last_hidden_state, None
         if return_logits if return_logits is not None else (labels is None or not self.training):
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            keep = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
             logits = self.lm_head(hidden[:, keep])
         whole = logits if isinstance(logits_to_keep, int) and logits_to_keep == 0 else None
-        loss = None if labels is None else target_loss(hidden, labels, self.lm_head, num_items_in_batch, whole)
-        return VLMOutput(loss, logits, out.past_key_values, out.hidden_states, out.attentions, out.image_hidden_states)
+        loss = (
+            None
+            if labels is None
+            else target_loss(hidden, labels, self.lm_head, num_items_in_batch, whole)
+        )
+        return VLMOutput(
+            loss,
+            logits,
+            out.past_key_values,
+            out.hidden_states,
+            out.attentions,
+            out.image_hidden_states,
+        )
+
 
 AutoModelForImageTextToText.register(VLMConfig, VLMForConditionalGeneration)
 
 # %% ../../nbs/models/18_modeling.ipynb #a7779f4e
 @patch
-def create_masks_for_generate(self: VLMForConditionalGeneration, config, inputs_embeds, attention_mask, past_key_values,
-                              position_ids=None, is_first_iteration: bool = False, **kwargs):
-    """Masks for preallocated caches; the prefill of a model with bidirectional images builds its own from the padding
-    mask."""
-    if self.config.bidirectional_images and is_first_iteration: return attention_mask
-    return _hf_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs)
+def create_masks_for_generate(
+    self: VLMForConditionalGeneration,
+    config,
+    inputs_embeds,
+    attention_mask,
+    past_key_values,
+    position_ids=None,
+    is_first_iteration: bool = False,
+    **kwargs,
+):
+    """Masks for preallocated caches; the prefill of a model with bidirectional images builds its
+    own from the padding mask."""
+    if self.config.bidirectional_images and is_first_iteration:
+        return attention_mask
+    return _hf_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
+    )
+
 
 @patch
-def _expand_inputs_for_generation(self: VLMForConditionalGeneration, expand_size: int = 1,
-                                  is_encoder_decoder: bool = False, input_ids=None, **model_kwargs):
+def _expand_inputs_for_generation(
+    self: VLMForConditionalGeneration,
+    expand_size: int = 1,
+    is_encoder_decoder: bool = False,
+    input_ids=None,
+    **model_kwargs,
+):
     pixels, sizes = model_kwargs.pop('pixel_values', None), model_kwargs.pop('image_sizes', None)
-    rows = _images_per_row(self, input_ids, pixels, sizes) if pixels is not None and expand_size > 1 else None
+    rows = (
+        _images_per_row(self, input_ids, pixels, sizes)
+        if pixels is not None and expand_size > 1
+        else None
+    )
     if rows is not None:
         ends = rows.cumsum(0).tolist()
-        index = [i for end, n in zip(ends, rows.tolist()) for _ in range(expand_size) for i in range(end - n, end)]
+        index = [
+            i
+            for end, n in zip(ends, rows.tolist())
+            for _ in range(expand_size)
+            for i in range(end - n, end)
+        ]
         pixels, sizes = pixels[index], None if sizes is None else sizes[index]
-    ids, kwargs = GenerationMixin._expand_inputs_for_generation(self, expand_size, is_encoder_decoder, input_ids,
-                                                                **model_kwargs)
-    return ids, {**kwargs, **{k: v for k, v in dict(pixel_values=pixels, image_sizes=sizes).items() if v is not None}}
+    ids, kwargs = GenerationMixin._expand_inputs_for_generation(
+        self, expand_size, is_encoder_decoder, input_ids, **model_kwargs
+    )
+    return ids, {
+        **kwargs,
+        **{k: v for k, v in dict(pixel_values=pixels, image_sizes=sizes).items() if v is not None},
+    }
+
 
 def _images_per_row(model, input_ids, pixels, sizes) -> torch.Tensor:
     "How many images each row of `input_ids` holds, `[batch]`, from the token counts of the images."
-    shape = [tuple(pixels.shape[-2:])] * len(pixels) if sizes is None else [tuple(s) for s in sizes.tolist()]
+    shape = (
+        [tuple(pixels.shape[-2:])] * len(pixels)
+        if sizes is None
+        else [tuple(s) for s in sizes.tolist()]
+    )
     tokens = torch.tensor([model.model.vision.num_tokens(*s) for s in shape]).cumsum(0)
     ends = (input_ids == model.config.image_token_id).sum(1).cumsum(0).cpu()
     upto = torch.searchsorted(tokens, ends, right=True)

@@ -15,33 +15,56 @@ from .vision import FRONT_ENDS, FrontEnd, Linear, Projector, by_onednn, linear
 
 # %% ../../nbs/models/40_patch.ipynb #9a77f467
 class PoolingAttention(nn.Module):
-    """What one query per set gathers from its keys: LayerNorms, projections, `heads` heads, output projection; no residual.
+    """What one query per set gathers from its keys: LayerNorms, projections, `heads` heads, output
+    projection; no residual.
 
-    `scale`: 'width' divides scores by the root of all `channels` (as released), 'head' by that of one head's."""
+    `scale`: 'width' divides scores by the root of all `channels` (as released), 'head' by that of
+    one head's."""
+
     def __init__(self, channels: int, heads: int = 8, eps: float = 1e-5, scale: str = 'width'):
         super().__init__()
-        self.heads, self.scale = heads, (channels if scale == 'width' else channels // heads) ** -.5
+        self.heads, self.scale = (
+            heads,
+            (channels if scale == 'width' else channels // heads) ** -0.5,
+        )
         self.q_norm, self.kv_norm = nn.LayerNorm(channels, eps=eps), nn.LayerNorm(channels, eps=eps)
         self.q_proj = Linear(channels, channels, bias=False)
-        self.kv_proj = nn.Linear(channels, 2 * channels, bias=False)          # first half keys, second half values
+        self.kv_proj = nn.Linear(
+            channels, 2 * channels, bias=False
+        )  # first half keys, second half values
         self.out_proj = Linear(channels, channels)
 
-    def forward(self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        "`query` `[sets, channels]`, `keys` `[sets, keys, channels]`, `valid` `[sets, keys]` (all when absent) -> `[sets, channels]`."
+    def forward(
+        self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`query` `[sets, channels]`, `keys` `[sets, keys, channels]`, `valid` `[sets, keys]` (all
+        when absent) -> `[sets, channels]`."""
         f, heads, kv = self.kv_norm(keys), self.heads, self.kv_proj
-        weight = kv.weight if type(kv) is nn.Linear else kv(torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)).T    # LoRA's update is in what the layer computes
-        to_key, to_value = weight.chunk(2)                                                     # heads of rows, [channels, channels]
-        q = linear(self.q_proj(self.q_norm(query)) * self.scale, to_key.unflatten(0, (heads, -1)).mT.flatten(0, 1), groups=heads)
-        scores = q.unflatten(-1, (heads, -1)) @ f.mT                                           # [sets, heads, keys]
-        if valid is not None: scores = scores.masked_fill(~valid[:, None], float('-inf'))
+        weight = (
+            kv.weight
+            if type(kv) is nn.Linear
+            else kv(torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)).T
+        )  # LoRA's update is in what the layer computes
+        to_key, to_value = weight.chunk(2)  # heads of rows, [channels, channels]
+        q = linear(
+            self.q_proj(self.q_norm(query)) * self.scale,
+            to_key.unflatten(0, (heads, -1)).mT.flatten(0, 1),
+            groups=heads,
+        )
+        scores = q.unflatten(-1, (heads, -1)) @ f.mT  # [sets, heads, keys]
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None], float('-inf'))
         return self.out_proj(linear((scores.softmax(-1) @ f).flatten(1), to_value, groups=heads))
 
 # %% ../../nbs/models/40_patch.ipynb #37f2bef6
 class GridLayout:
-    """Index tensors for images of `grids` `[(rows, columns), ...]`, windows numbered image by image, row by row.
+    """Index tensors for images of `grids` `[(rows, columns), ...]`, windows numbered image by
+    image, row by row.
 
-    `image`, `row`, `column` `[windows]`; `counts` `[images]` windows of each; `place` `[windows]` the position of a window in its image's tokens;
-    `tokens` `[images]` = 1 + rows x (columns + 1)."""
+    `image`, `row`, `column` `[windows]`; `counts` `[images]` windows of each; `place`
+    `[windows]` the position of a window in its image's tokens; `tokens` `[images]` = 1 + rows x
+    (columns + 1)."""
+
     def __init__(self, grids: list[tuple[int, int]], device: torch.device | str = 'cpu'):
         g = torch.tensor(grids, device=device).reshape(-1, 2)
         self.rows, self.columns = g.unbind(1)
@@ -49,7 +72,10 @@ class GridLayout:
         self.image = torch.repeat_interleave(torch.arange(len(g), device=device), self.counts)
         self.starts = self.counts.cumsum(0) - self.counts
         self.within = torch.arange(len(self.image), device=device) - self.starts[self.image]
-        self.row, self.column = self.within // self.columns[self.image], self.within % self.columns[self.image]
+        self.row, self.column = (
+            self.within // self.columns[self.image],
+            self.within % self.columns[self.image],
+        )
         self.tokens = 1 + self.rows * (self.columns + 1)
         self.place = 1 + self.row * (self.columns[self.image] + 1) + self.column
 
@@ -59,7 +85,8 @@ class GridLayout:
         return self.place + (self.tokens.cumsum(0) - self.tokens)[self.image]
 
     def source(self) -> torch.Tensor:
-        "`[sum(tokens)]`: for every token the row to take from `cat(windows, class tokens, one split token)`."
+        """`[sum(tokens)]`: for every token the row to take from `cat(windows, class tokens, one
+        split token)`."""
         n, images = len(self.image), len(self.counts)
         out = torch.full((int(self.tokens.sum()),), n + images, device=self.image.device)
         out[self.tokens.cumsum(0) - self.tokens] = n + torch.arange(images, device=out.device)
@@ -70,19 +97,38 @@ class GridLayout:
 class PatchFrontEnd(FrontEnd):
     """EVE's patch embedding layer: no vision encoder, any grid.
 
-    Settings: `channels` (width inside), `patch_stride` (side of the convolution in px), `conv_stride` (k: windows of k x k patches become a token),
-    `heads`, `projector` (as in `Projector`), `norm_eps`, `attention_scale` ('width' as released, or 'head'). An image of `height` x `width` pixels,
-    both multiples of `patch_stride * conv_stride`, becomes 1 + h (w + 1) tokens: class, then rows of windows, each closed by the split token.
-    Parameters of the paper at 4096 hidden: 9.0 M and 21.0 M in the projector."""
-    defaults = dict(channels=1024, patch_stride=14, conv_stride=2, heads=8, projector='mlp2x_gelu', norm_eps=1e-5, attention_scale='width')
+    Settings: `channels` (width inside), `patch_stride` (side of the convolution in px),
+    `conv_stride` (k: windows of k x k patches become a token), `heads`, `projector` (as in
+    `Projector`), `norm_eps`, `attention_scale` ('width' as released, or 'head'). An image of
+    `height` x `width` pixels, both multiples of `patch_stride * conv_stride`, becomes 1 + h (w + 1)
+    tokens: class, then rows of windows, each closed by the split token. Parameters of the paper at
+    4096 hidden: 9.0 M and 21.0 M in the projector."""
+
+    defaults = dict(
+        channels=1024,
+        patch_stride=14,
+        conv_stride=2,
+        heads=8,
+        projector='mlp2x_gelu',
+        norm_eps=1e-5,
+        attention_scale='width',
+    )
 
     def __init__(self, config: dict, hidden_size: int):
         super().__init__(config, hidden_size)
         c = self.config
-        width, attention = c['channels'], (c['channels'], c['heads'], c['norm_eps'], c['attention_scale'])
+        width, attention = (
+            c['channels'],
+            (c['channels'], c['heads'], c['norm_eps'], c['attention_scale']),
+        )
         self.patch_embedding = nn.Conv2d(3, width, c['patch_stride'], c['patch_stride'], bias=False)
-        self.class_embedding, self.split_embedding = (nn.Parameter(torch.empty(width)) for _ in range(2))
-        self.local_attention, self.global_attention = PoolingAttention(*attention), PoolingAttention(*attention)
+        self.class_embedding, self.split_embedding = (
+            nn.Parameter(torch.empty(width)) for _ in range(2)
+        )
+        self.local_attention, self.global_attention = (
+            PoolingAttention(*attention),
+            PoolingAttention(*attention),
+        )
         self.projector = Projector(c['projector'], width, hidden_size)
         self.init_weights(self)
 
@@ -90,9 +136,17 @@ class PatchFrontEnd(FrontEnd):
     def resolve(cls, config: dict) -> dict:
         c = super().resolve(config)
         for k in ('channels', 'patch_stride', 'conv_stride', 'heads'):
-            if not isinstance(c[k], int) or isinstance(c[k], bool) or c[k] < 1: raise ValueError(f'{k} must be a positive integer, got {c[k]!r}')
-        if c['channels'] % c['heads']: raise ValueError(f"channels={c['channels']} cannot be split into heads={c['heads']}: choose a multiple")
-        if c['attention_scale'] not in ('width', 'head'): raise ValueError(f"attention_scale must be 'width' or 'head', got {c['attention_scale']!r}")
+            if not isinstance(c[k], int) or isinstance(c[k], bool) or c[k] < 1:
+                raise ValueError(f'{k} must be a positive integer, got {c[k]!r}')
+        if c['channels'] % c['heads']:
+            raise ValueError(
+                f'channels={c["channels"]} cannot be split into heads={c["heads"]}: choose a '
+                'multiple'
+            )
+        if c['attention_scale'] not in ('width', 'head'):
+            raise ValueError(
+                f"attention_scale must be 'width' or 'head', got {c['attention_scale']!r}"
+            )
         return c
 
     @classmethod
@@ -100,8 +154,12 @@ class PatchFrontEnd(FrontEnd):
         "Rows and columns of windows; a `ValueError` when the strides do not divide the picture."
         side = config['patch_stride'] * config['conv_stride']
         if height < side or width < side or height % side or width % side:
-            raise ValueError(f"an image of {height}x{width} pixels (h x w) is no multiple of {side} = patch_stride {config['patch_stride']} x "
-                             f"conv_stride {config['conv_stride']}: use ImageTransform('any_aspect', ..., multiple={side})")
+            raise ValueError(
+                f'an image of {height}x{width} pixels (h x w) is no multiple of {side} = '
+                f'patch_stride {config["patch_stride"]} x '
+                f"conv_stride {config['conv_stride']}: use ImageTransform('any_aspect', ..., "
+                f'multiple={side})'
+            )
         return height // side, width // side
 
     @classmethod
@@ -114,7 +172,8 @@ class PatchFrontEnd(FrontEnd):
         super().init_weights(module)
         if module is self:
             for v in (self.class_embedding, self.split_embedding):
-                if not getattr(v, '_is_hf_initialized', False): nn.init.normal_(v)
+                if not getattr(v, '_is_hf_initialized', False):
+                    nn.init.normal_(v)
 
     def layout(self, sizes: list, device='cpu') -> GridLayout:
         "The `GridLayout` of images of `sizes` `[(height, width), ...]` in px."
@@ -123,49 +182,78 @@ class PatchFrontEnd(FrontEnd):
     def forward(self, pixel_values, image_sizes=None):
         canvas = pixel_values.shape[-2:]
         sizes = [tuple(canvas)] * len(pixel_values) if image_sizes is None else image_sizes.tolist()
-        if len(sizes) != len(pixel_values): raise ValueError(f'{len(pixel_values)} images, but image_sizes has {len(sizes)} rows')
+        if len(sizes) != len(pixel_values):
+            raise ValueError(f'{len(pixel_values)} images, but image_sizes has {len(sizes)} rows')
         if bad := [s for s in sizes if s[0] > canvas[0] or s[1] > canvas[1]]:
-            raise ValueError(f'image_sizes has {tuple(bad[0])} (h, w), larger than the pixel tensor of {tuple(canvas)}')
+            raise ValueError(
+                f'image_sizes has {tuple(bad[0])} (h, w), larger than the pixel tensor of '
+                f'{tuple(canvas)}'
+            )
         lay = self.layout(sizes, pixel_values.device)
         windows = self.pool(pixel_values, lay)
         x = torch.cat([windows, self.look(windows, lay), self.split_embedding[None].to(windows)])
-        x = self.projector(x)            # index_select: its gradients add up in one order on any number of threads
+        x = self.projector(
+            x
+        )  # index_select: its gradients add up in one order on any number of threads
         return x.index_select(0, lay.source().to(x.device)), lay.tokens
+
 
 FRONT_ENDS['eve'] = PatchFrontEnd
 
 # %% ../../nbs/models/40_patch.ipynb #55cf950c
 def _patches(self, pixels, lay):
-    """`pixels` `[images, 3, H, W]` -> the embedded patches of every window, `[windows, k * k, channels]`, on a GPU at once,
-    elsewhere one part for every run of equal grids."""
+    """`pixels` `[images, 3, H, W]` -> the embedded patches of every window, `[windows, k * k,
+    channels]`, on a GPU at once, elsewhere one part for every run of equal grids."""
     k, p = self.config['conv_stride'], self.config['patch_stride']
     side, weight = k * p, self.patch_embedding.weight.flatten(1)
-    cut = lambda x: x.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p)).permute(0, 2, 5, 3, 6, 1, 4, 7)   # [image, row, col, k, k, 3, p, p]
+    cut = lambda x: (
+        x.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p)).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    )  # [image, row, col, k, k, 3, p, p]
     pixels = pixels.to(weight.dtype)
     if pixels.is_cuda:
-        x = cut(pixels[..., :pixels.shape[-2] // side * side, :pixels.shape[-1] // side * side])
-        if len(lay.image) != x.shape[:3].numel(): x = x[lay.image, lay.row, lay.column]
+        x = cut(pixels[..., : pixels.shape[-2] // side * side, : pixels.shape[-1] // side * side])
+        if len(lay.image) != x.shape[:3].numel():
+            x = x[lay.image, lay.row, lay.column]
         yield linear(x.reshape(len(lay.image), k * k, -1), weight)
         return
     at = 0
     for (h, w), same in groupby(zip(lay.rows.tolist(), lay.columns.tolist())):
         n = len(list(same))
-        x, windows = pixels[at:at + n, :, :h * side, :w * side], n * h * w
-        if by_onednn(windows * k * k, x, weight): yield linear(cut(x).reshape(windows, k * k, -1), weight)
-        else: yield self.patch_embedding(x).unflatten(3, (w, k)).unflatten(2, (h, k)).permute(0, 2, 4, 3, 5, 1).reshape(windows, k * k, -1)
+        x, windows = pixels[at : at + n, :, : h * side, : w * side], n * h * w
+        if by_onednn(windows * k * k, x, weight):
+            yield linear(cut(x).reshape(windows, k * k, -1), weight)
+        else:
+            yield (
+                self.patch_embedding(x)
+                .unflatten(3, (w, k))
+                .unflatten(2, (h, k))
+                .permute(0, 2, 4, 3, 5, 1)
+                .reshape(windows, k * k, -1)
+            )
         at += n
 
+
 def _pool(self, pixels, lay):
-    "`pixels` `[images, 3, H, W]` -> `[windows, channels]`: patches embedded, each k x k window pooled by attention over its mean."
-    return torch.cat([(mean := f.mean(1)) + self.local_attention(mean, f) for f in self.patches(pixels, lay)])
+    """`pixels` `[images, 3, H, W]` -> `[windows, channels]`: patches embedded, each k x k window
+    pooled by attention over its mean."""
+    return torch.cat(
+        [(mean := f.mean(1)) + self.local_attention(mean, f) for f in self.patches(pixels, lay)]
+    )
+
 
 def _look(self, windows, lay):
-    "`[images, channels]`: the class token of every image after it looked at the image's `windows` `[windows, channels]`."
+    """`[images, channels]`: the class token of every image after it looked at the image's `windows`
+    `[windows, channels]`."""
     start, n, most = self.class_embedding[None].to(windows), len(lay.counts), int(lay.counts.max())
-    if (lay.counts == most).all(): keys, valid = windows.unflatten(0, (n, most)), None
+    if (lay.counts == most).all():
+        keys, valid = windows.unflatten(0, (n, most)), None
     else:
-        keys, valid = windows.new_zeros(n, most, windows.shape[1]), torch.arange(most, device=windows.device) < lay.counts[:, None]
+        keys, valid = (
+            windows.new_zeros(n, most, windows.shape[1]),
+            torch.arange(most, device=windows.device) < lay.counts[:, None],
+        )
         keys = keys.index_put((lay.image, lay.within), windows)
     return start + self.global_attention(start.expand(n, -1), keys, valid)
+
 
 PatchFrontEnd.patches, PatchFrontEnd.pool, PatchFrontEnd.look = _patches, _pool, _look

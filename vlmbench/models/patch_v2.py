@@ -16,16 +16,27 @@ from .vision import FRONT_ENDS, FrontEnd
 class PatchFrontEndV2(FrontEnd):
     """EVEv2's patch embedding: two convolutions, no encoder, any grid.
 
-    Settings: `channels` (width inside), `patch_stride` (side of the first convolution in px), `conv_stride` (k: the second joins
-    k x k patches to a token). An image of `height` x `width` pixels, both multiples of `patch_stride * conv_stride`, becomes
-    1 + h (w + 1) tokens: class, then rows, each closed by the split token. Groups: the second convolution is `projector`."""
+    Settings: `channels` (width inside), `patch_stride` (side of the first convolution in px),
+    `conv_stride` (k: the second joins k x k patches to a token). An image of `height` x `width`
+    pixels, both multiples of `patch_stride * conv_stride`, becomes 1 + h (w + 1) tokens: class,
+    then rows, each closed by the split token. Groups: the second convolution is `projector`."""
+
     defaults = dict(channels=1024, patch_stride=16, conv_stride=2)
 
     def __init__(self, config: dict, hidden_size: int):
         super().__init__(config, hidden_size)
-        p, k, width = self.config['patch_stride'], self.config['conv_stride'], self.config['channels']
-        self.patch_embedding, self.projector = nn.Conv2d(3, width, p, p), nn.Conv2d(width, hidden_size, k, k)
-        self.class_embedding, self.split_embedding = (nn.Parameter(torch.empty(hidden_size)) for _ in range(2))
+        p, k, width = (
+            self.config['patch_stride'],
+            self.config['conv_stride'],
+            self.config['channels'],
+        )
+        self.patch_embedding, self.projector = (
+            nn.Conv2d(3, width, p, p),
+            nn.Conv2d(width, hidden_size, k, k),
+        )
+        self.class_embedding, self.split_embedding = (
+            nn.Parameter(torch.empty(hidden_size)) for _ in range(2)
+        )
         self.init_weights(self)
 
     @classmethod
@@ -36,14 +47,19 @@ class PatchFrontEndV2(FrontEnd):
                 raise ValueError(f'{k} must be a positive integer, got {c[k]!r}')
         return c
 
-    grid, count, layout = staticmethod(PatchFrontEnd.grid), staticmethod(PatchFrontEnd.count), PatchFrontEnd.layout
+    grid, count, layout = (
+        staticmethod(PatchFrontEnd.grid),
+        staticmethod(PatchFrontEnd.count),
+        PatchFrontEnd.layout,
+    )
 
     def init_weights(self, module: nn.Module) -> None:
         "PyTorch's defaults; class and split token from N(0, 1 / hidden)."
         super().init_weights(module)
         if module is self:
             for v in (self.class_embedding, self.split_embedding):
-                if not getattr(v, '_is_hf_initialized', False): nn.init.normal_(v, std=self.hidden_size ** -.5)
+                if not getattr(v, '_is_hf_initialized', False):
+                    nn.init.normal_(v, std=self.hidden_size**-0.5)
 
     def forward(self, pixel_values, image_sizes=None):
         canvas = pixel_values.shape[-2:]
@@ -51,12 +67,18 @@ class PatchFrontEndV2(FrontEnd):
         if len(sizes) != len(pixel_values):
             raise ValueError(f'{len(pixel_values)} images, but image_sizes has {len(sizes)} rows')
         if bad := [s for s in sizes if s[0] > canvas[0] or s[1] > canvas[1]]:
-            raise ValueError(f'image_sizes has {tuple(bad[0])} (h, w), larger than the pixel tensor of {tuple(canvas)}')
+            raise ValueError(
+                f'image_sizes has {tuple(bad[0])} (h, w), larger than the pixel tensor of '
+                f'{tuple(canvas)}'
+            )
         lay = self.layout(sizes, pixel_values.device)
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        x = self.projector(nn.functional.gelu(x)).permute(0, 2, 3, 1)[lay.image, lay.row, lay.column]
+        x = self.projector(nn.functional.gelu(x)).permute(0, 2, 3, 1)[
+            lay.image, lay.row, lay.column
+        ]
         both = torch.stack([self.class_embedding, self.split_embedding]).to(x)
         x = torch.cat([x, both[:1].expand(len(sizes), -1), both[1:]])
         return x.index_select(0, lay.source().to(x.device)), lay.tokens
+
 
 FRONT_ENDS['eve_v2'] = PatchFrontEndV2

@@ -22,9 +22,10 @@ from .vision import num_image_tokens
 
 # %% ../../nbs/models/15_processor.ipynb #1e967bc6
 def stack_images(images: list[dict]) -> dict[str, torch.Tensor]:
-    """`pixel_values` `[images, channels, height, width]` zero-padded to the largest, `image_sizes` `[images, 2]`; `{}`
-    for no images."""
-    if not images: return {}
+    """`pixel_values` `[images, channels, height, width]` zero-padded to the largest, `image_sizes`
+    `[images, 2]`; `{}` for no images."""
+    if not images:
+        return {}
     sizes = torch.tensor([tuple(i['size']) for i in images])
     pixels = [i['pixel_values'] for i in images]
     height, width = sizes.max(0).values.tolist()
@@ -33,92 +34,141 @@ def stack_images(images: list[dict]) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/models/15_processor.ipynb #6d112e41
 def picture_of(image):
-    """A numpy array or tensor, `[height, width, 3]` or `[3, height, width]` of uint8 or of floats in 0..1, as a
-    `PIL.Image`; anything else as it is. Raises `ImageError`."""
+    """A numpy array or tensor, `[height, width, 3]` or `[3, height, width]` of uint8 or of floats
+    in 0..1, as a `PIL.Image`; anything else as it is. Raises `ImageError`."""
     pixels = image.detach().cpu() if isinstance(image, torch.Tensor) else image
-    if isinstance(pixels, torch.Tensor): pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
-    if not isinstance(pixels, np.ndarray): return image
+    if isinstance(pixels, torch.Tensor):
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    if not isinstance(pixels, np.ndarray):
+        return image
     what = f'bad array: an image of shape {pixels.shape} and type {pixels.dtype}'
-    if pixels.ndim == 3 and pixels.shape[0] == 3 != pixels.shape[-1]: pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[0] == 3 != pixels.shape[-1]:
+        pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
         raise ImageError(f'{what}; give one picture as [height, width, 3] or [3, height, width]')
     if np.issubdtype(pixels.dtype, np.floating):
         low, high = pixels.min(), pixels.max()
         if not (low >= 0 and high <= 1):
-            raise ImageError(f'{what} holds {low:g} to {high:g}; floats are 0 to 1, before any normalisation')
+            raise ImageError(
+                f'{what} holds {low:g} to {high:g}; floats are 0 to 1, before any normalisation'
+            )
         pixels = (pixels * 255).round().astype(np.uint8)
-    if pixels.dtype != np.uint8: raise ImageError(f'{what}; use uint8, or floats in 0..1')
+    if pixels.dtype != np.uint8:
+        raise ImageError(f'{what}; use uint8, or floats in 0..1')
     return Image.fromarray(np.ascontiguousarray(pixels))
 
+
 class _Images:
-    """The processor's image side, for callers that look for one: a transformers pipeline with `batch_size` pads by its
-    presence, and saves its parts one by one."""
+    """The processor's image side, for callers that look for one: a transformers pipeline with
+    `batch_size` pads by its presence, and saves its parts one by one."""
+
     model_input_names = ['pixel_values', 'image_sizes']
 
-    def __init__(self, processor): self.processor = processor
+    def __init__(self, processor):
+        self.processor = processor
+
     def __call__(self, images, **kwargs) -> BatchFeature:
         images = images if isinstance(images, (list, tuple)) else [images]
         return BatchFeature(stack_images([p for i in images for p in self.processor.load(i)]))
-    def fetch_images(self, images): return images
-    def save_pretrained(self, folder, **kwargs): return self.processor.save_pretrained(folder, **kwargs)
+
+    def fetch_images(self, images):
+        return images
+
+    def save_pretrained(self, folder, **kwargs):
+        return self.processor.save_pretrained(folder, **kwargs)
 
 # %% ../../nbs/models/15_processor.ipynb #a42aa204
-_FLATTEN = ("{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m['content'] is string -%}"
-            """{%- set text = m['content'] -%}{%- else -%}{%- set parts = namespace(text='') -%}{%- for c in
+_FLATTEN = (
+    "{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m['content'] is "
+    'string -%}'
+    """{%- set text = m['content'] -%}{%- else -%}{%- set parts = namespace(text='') -%}{%- for c in
             m['content'] -%}"""
-            "{%- if c['type'] == 'image' -%}{%- set parts.text = parts.text + '<image>\\n' -%}"
-            """{%- else -%}{%- set parts.text = parts.text + c['text'] -%}{%- endif -%}{%- endfor -%}{%- set text =
+    "{%- if c['type'] == 'image' -%}{%- set parts.text = parts.text + '<image>\\n' -%}"
+    "{%- else -%}{%- set parts.text = parts.text + c['text'] -%}{%- endif -%}{%- endfor -%}"
+    """{%- set text =
             parts.text -%}{%- endif -%}"""
-            "{%- set flat.messages = flat.messages + [dict(m, content=text)] -%}{%- endfor -%}"
-            "{%- set messages = flat.messages -%}")
+    '{%- set flat.messages = flat.messages + [dict(m, content=text)] -%}{%- endfor -%}'
+    '{%- set messages = flat.messages -%}'
+)
+
 
 class VLMProcessor(ProcessorMixin):
     """Tokenizer + image transform + token counts of the vision front end.
 
-    `transform`: an `ImageTransform` or its dict. `front_end`: the front-end dict of the model's config
-    (`vision_config`), which says how many tokens an image costs. `image_token`: the tokenizer's token that stands for
-    one image feature; text always writes `<image>`. `template`: name of the chat template used by `encode` and
-    `apply_chat_template`. `teacher_view`: set while a stage trains under a teacher that needs other pixels of each picture:
-    a function from picture to tensor."""
+    `transform`: an `ImageTransform` or its dict. `front_end`: the front-end dict of the model's
+    config (`vision_config`), which says how many tokens an image costs. `image_token`: the
+    tokenizer's token that stands for one image feature; text always writes `<image>`. `template`:
+    name of the chat template used by `encode` and `apply_chat_template`. `teacher_view`: set while
+    a stage trains under a teacher that needs other pixels of each picture: a function from picture
+    to tensor."""
+
     teacher_view = None
 
-    def __init__(self, tokenizer=None, transform=None, front_end=None, image_token=IMAGE, template=None,
-                 chat_template=None):
-        self.transform = transform if isinstance(transform, ImageTransform) else ImageTransform.from_dict(transform
-                                                                                                          or {})
+    def __init__(
+        self,
+        tokenizer=None,
+        transform=None,
+        front_end=None,
+        image_token=IMAGE,
+        template=None,
+        chat_template=None,
+    ):
+        self.transform = (
+            transform
+            if isinstance(transform, ImageTransform)
+            else ImageTransform.from_dict(transform or {})
+        )
         self.front_end, self.image_token, self.template = front_end, image_token, template
         if image_token not in tokenizer.get_vocab():
-            raise ValueError(f'image_token {image_token!r} is not in the vocabulary of {type(tokenizer).__name__}: '
-                             'add it with tokenizer.add_special_tokens, or let build_vlm do it')
+            raise ValueError(
+                f'image_token {image_token!r} is not in the vocabulary of '
+                f'{type(tokenizer).__name__}: '
+                'add it with tokenizer.add_special_tokens, or let build_vlm do it'
+            )
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self._counts: dict[tuple[int, int], int] = {}
-        if chat_template is None: chat_template = self._default_chat_template(tokenizer, template)
+        if chat_template is None:
+            chat_template = self._default_chat_template(tokenizer, template)
         super().__init__(tokenizer, chat_template=chat_template)
-        self.tokenizer.padding_side = 'left'           # generation needs it; a pipeline pads by what the tokenizer says
+        self.tokenizer.padding_side = (
+            'left'  # generation needs it; a pipeline pads by what the tokenizer says
+        )
 
     @staticmethod
     def _default_chat_template(tokenizer, template) -> str | None:
-        if template is not None: return get_template(template).jinja(mark_targets=True)
-        return _FLATTEN + tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        if template is not None:
+            return get_template(template).jinja(mark_targets=True)
+        return (
+            _FLATTEN + tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+        )
 
     def num_image_tokens(self, height: int, width: int) -> int:
         "Tokens an image of `height` x `width` pixels (after the transform) costs."
         size = int(height), int(width)
-        if size not in self._counts: self._counts[size] = num_image_tokens(self.front_end, *size)
+        if size not in self._counts:
+            self._counts[size] = num_image_tokens(self.front_end, *size)
         return self._counts[size]
 
     def load(self, image) -> list[dict]:
-        """`[{pixel_values, size, tokens}]` of a PIL image, `ImageRef`, path, URL, data URL, encoded bytes, array or
-        tensor (`picture_of`); several entries when the transform cuts tiles; with a `teacher_view` its result too, as
-        `teacher_values`. Raises `ImageError`."""
+        """`[{pixel_values, size, tokens}]` of a PIL image, `ImageRef`, path, URL, data URL, encoded
+        bytes, array or tensor (`picture_of`); several entries when the transform cuts tiles; with a
+        `teacher_view` its result too, as `teacher_values`. Raises `ImageError`."""
         image = picture_of(image)
-        if not isinstance(image, (str, bytes, bytearray, os.PathLike, Image.Image)) and not hasattr(image, 'path'):
-            raise ImageError(f'bad image: {type(image).__name__} is no picture; give a PIL image, path, URL, encoded '
-                             'bytes, array or tensor')
+        if not isinstance(image, (str, bytes, bytearray, os.PathLike, Image.Image)) and not hasattr(
+            image, 'path'
+        ):
+            raise ImageError(
+                f'bad image: {type(image).__name__} is no picture; give a PIL image, path, URL, '
+                'encoded '
+                'bytes, array or tensor'
+            )
         web = isinstance(image, str) and image.startswith(('http://', 'https://', 'data:'))
         picture = load_image(_fetch_image(image) if web else image)
         more = {} if self.teacher_view is None else dict(teacher_values=self.teacher_view(picture))
-        return [dict(p, tokens=self.num_image_tokens(*p['size']), **more) for p in self.transform(picture)]
+        return [
+            dict(p, tokens=self.num_image_tokens(*p['size']), **more)
+            for p in self.transform(picture)
+        ]
 
     @property
     def image_processor(self) -> _Images:
@@ -135,69 +185,118 @@ class VLMProcessor(ProcessorMixin):
 # %% ../../nbs/models/15_processor.ipynb #42f6e910
 def _images_by_row(images, slots: list[int]) -> list[list]:
     "Deal `images` (one, flat, or nested by row) out to rows with that many `slots`."
-    if images is None: images = []
-    if not isinstance(images, (list, tuple)): images = [images]
+    if images is None:
+        images = []
+    if not isinstance(images, (list, tuple)):
+        images = [images]
     if any(isinstance(i, (list, tuple)) for i in images):
         if len(images) != len(slots):
-            raise ValueError(f'{len(slots)} texts, but images are nested in {len(images)} lists: give one per text')
+            raise ValueError(
+                f'{len(slots)} texts, but images are nested in {len(images)} lists: give one per '
+                'text'
+            )
         rows = [list(i) if isinstance(i, (list, tuple)) else [i] for i in images]
     else:
         if len(images) != sum(slots):
-            raise ValueError(f'{sum(slots)} {IMAGE} slots in the text, but {len(images)} images '
-                             f'(slots per text: {slots})')
+            raise ValueError(
+                f'{sum(slots)} {IMAGE} slots in the text, but {len(images)} images '
+                f'(slots per text: {slots})'
+            )
         flat = iter(images)
         rows = [[next(flat) for _ in range(n)] for n in slots]
     for i, (row, n) in enumerate(zip(rows, slots)):
-        if len(row) != n: raise ValueError(f'text {i} has {n} {IMAGE} slots, but {len(row)} images')
+        if len(row) != n:
+            raise ValueError(f'text {i} has {n} {IMAGE} slots, but {len(row)} images')
     return rows
+
 
 def _times(ids: list[int], image_token_id: int, counts: list[int]) -> list[int]:
     "How often each id is written: the k-th image token `counts[k]` times, others once."
     counts = iter(counts)
     return [next(counts) if t == image_token_id else 1 for t in ids]
 
-def _repeat(values: list, times: list[int]) -> list: return [v for v, n in zip(values, times) for _ in range(n)]
 
-def _in_text(spans: list[tuple[int, int]], is_image: list[bool], extra: int) -> list[tuple[int, int]]:
-    "Character spans of tokens in the text as given, where an image token was written with `extra` characters more."
+def _repeat(values: list, times: list[int]) -> list:
+    return [v for v, n in zip(values, times) for _ in range(n)]
+
+
+def _in_text(
+    spans: list[tuple[int, int]], is_image: list[bool], extra: int
+) -> list[tuple[int, int]]:
+    """Character spans of tokens in the text as given, where an image token was written with `extra`
+    characters more."""
     out, n = [], 0
     for (a, b), image in zip(spans, is_image):
         out.append((a - n * extra, b - (n + image) * extra) if b > a else (0, 0))
         n += image
     return out
 
+
 _PAD_OPTIONS = {'pad_to_multiple_of', 'return_attention_mask', 'verbose'}
 
-@patch
-def __call__(self: VLMProcessor, images=None, text: str | list[str] | None = None, padding: bool | str = True,
-             padding_side: str = 'left', return_tensors: str | None = 'pt', add_special_tokens: bool = True,
-             videos=None, audio=None, truncation: bool | str | None = None, max_length: int | None = None,
-             return_offsets_mapping: bool = False, return_text_replacement_offsets: bool = False,
-             **kwargs) -> BatchFeature:
-    """`input_ids` and `attention_mask` `[batch, tokens]`, plus `pixel_values` and `image_sizes` when there are images.
 
-    `images`: one, a flat list in reading order, or a list per text (see `load`). `truncation` cuts a text to `max_length`
-    tokens (default: the tokenizer's) on the tokenizer's side, never into a picture. `return_offsets_mapping` adds each
-    token's characters in the text as given, so `apply_chat_template(return_assistant_tokens_mask=True)` works
-    (`return_text_replacement_offsets` changes nothing: no text is replaced). Further keywords, of `tokenizer.pad`:
-    pad_to_multiple_of, return_attention_mask, verbose. Raises `ValueError` when the number of `<image>` slots and images
-    differ or a picture would be cut, `ImageError`, `TypeError` for other keywords."""
+@patch
+def __call__(
+    self: VLMProcessor,
+    images=None,
+    text: str | list[str] | None = None,
+    padding: bool | str = True,
+    padding_side: str = 'left',
+    return_tensors: str | None = 'pt',
+    add_special_tokens: bool = True,
+    videos=None,
+    audio=None,
+    truncation: bool | str | None = None,
+    max_length: int | None = None,
+    return_offsets_mapping: bool = False,
+    return_text_replacement_offsets: bool = False,
+    **kwargs,
+) -> BatchFeature:
+    """`input_ids` and `attention_mask` `[batch, tokens]`, plus `pixel_values` and `image_sizes`
+    when there are images.
+
+    `images`: one, a flat list in reading order, or a list per text (see `load`). `truncation` cuts
+    a text to `max_length` tokens (default: the tokenizer's) on the tokenizer's side, never into a
+    picture. `return_offsets_mapping` adds each token's characters in the text as given, so
+    `apply_chat_template(return_assistant_tokens_mask=True)` works
+    (`return_text_replacement_offsets` changes nothing: no text is replaced). Further keywords, of
+    `tokenizer.pad`: pad_to_multiple_of, return_attention_mask, verbose. Raises `ValueError` when
+    the number of `<image>` slots and images differ or a picture would be cut, `ImageError`,
+    `TypeError` for other keywords."""
     if unknown := sorted(kwargs.keys() - _PAD_OPTIONS):
-        raise TypeError(f'{type(self).__name__} takes no {", ".join(unknown)}; known besides its arguments are '
-                        f'{", ".join(sorted(_PAD_OPTIONS))}')
-    if videos is not None or audio is not None: raise ValueError('videos and audio are not supported: give images')
-    if text is None: raise ValueError('text is needed: write one <image> where each picture belongs')
+        raise TypeError(
+            f'{type(self).__name__} takes no {", ".join(unknown)}; known besides its arguments are '
+            f'{", ".join(sorted(_PAD_OPTIONS))}'
+        )
+    if videos is not None or audio is not None:
+        raise ValueError('videos and audio are not supported: give images')
+    if text is None:
+        raise ValueError('text is needed: write one <image> where each picture belongs')
     texts = [text] if isinstance(text, str) else list(text)
-    rows = [[self.load(i) for i in row] for row in _images_by_row(images, [t.count(IMAGE) for t in texts])]
-    found = [self.tokenizer(t.replace(IMAGE, self.image_token), add_special_tokens=add_special_tokens,
-                            return_offsets_mapping=return_offsets_mapping) for t in texts]
+    rows = [
+        [self.load(i) for i in row]
+        for row in _images_by_row(images, [t.count(IMAGE) for t in texts])
+    ]
+    found = [
+        self.tokenizer(
+            t.replace(IMAGE, self.image_token),
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=return_offsets_mapping,
+        )
+        for t in texts
+    ]
     ids = [f['input_ids'] for f in found]
     for t, row, images_ in zip(texts, ids, rows):
         if (n := row.count(self.image_token_id)) != len(images_):
-            raise ValueError(f'{n} tokens {self.image_token} after tokenising a text with {len(images_)} {IMAGE} '
-                             f'slots: {t[:80]!r}')
-    times = [_times(i, self.image_token_id, [sum(p['tokens'] for p in image) for image in row])
-             for i, row in zip(ids, rows)]
+            raise ValueError(
+                f'{n} tokens {self.image_token} after tokenising a text with {len(images_)} '
+                f'{IMAGE} '
+                f'slots: {t[:80]!r}'
+            )
+    times = [
+        _times(i, self.image_token_id, [sum(p['tokens'] for p in image) for image in row])
+        for i, row in zip(ids, rows)
+    ]
     ids, short = [_repeat(i, n) for i, n in zip(ids, times)], ids
     limit = max_length or self.tokenizer.model_max_length
     keep = slice(None)
@@ -205,37 +304,69 @@ def __call__(self: VLMProcessor, images=None, text: str | list[str] | None = Non
         keep = slice(limit) if self.tokenizer.truncation_side == 'right' else slice(-limit, None)
         for k, row in enumerate(ids):
             if row.count(self.image_token_id) != row[keep].count(self.image_token_id):
-                raise ValueError(f'text {k} has {len(row)} tokens, {row.count(self.image_token_id)} of them of pictures: '
-                                 f'max_length={limit} would cut into a picture; raise it or shorten the text')
-    batch = self.tokenizer.pad(dict(input_ids=[row[keep] for row in ids]), padding=padding, padding_side=padding_side,
-                               max_length=max_length if padding == 'max_length' else None,
-                               return_tensors=return_tensors, **kwargs)
+                raise ValueError(
+                    f'text {k} has {len(row)} tokens, {row.count(self.image_token_id)} of them of '
+                    'pictures: '
+                    f'max_length={limit} would cut into a picture; raise it or shorten the text'
+                )
+    batch = self.tokenizer.pad(
+        dict(input_ids=[row[keep] for row in ids]),
+        padding=padding,
+        padding_side=padding_side,
+        max_length=max_length if padding == 'max_length' else None,
+        return_tensors=return_tensors,
+        **kwargs,
+    )
     if return_offsets_mapping:
         extra, batch['offset_mapping'] = len(self.image_token) - len(IMAGE), []
         for f, row, n, padded in zip(found, short, times, batch['input_ids']):
-            spans = _repeat(_in_text(f['offset_mapping'], [i == self.image_token_id for i in row], extra), n)[keep]
+            spans = _repeat(
+                _in_text(f['offset_mapping'], [i == self.image_token_id for i in row], extra), n
+            )[keep]
             empty = [(0, 0)] * (len(padded) - len(spans))
-            batch['offset_mapping'].append(empty + spans if padding_side == 'left' else spans + empty)
-    return BatchFeature({**batch, **stack_images([p for row in rows for image in row for p in image])})
+            batch['offset_mapping'].append(
+                empty + spans if padding_side == 'left' else spans + empty
+            )
+    return BatchFeature(
+        {**batch, **stack_images([p for row in rows for image in row for p in image])}
+    )
 
 # %% ../../nbs/models/15_processor.ipynb #d28a1fe0
 @patch
-def encode(self: VLMProcessor, sample: Sample, template: str | ChatTemplate | None = None, targets: str = 'answers',
-           add_generation_prompt: bool = False) -> Encoded:
-    """`sample` as an `Encoded`: ids, labels, `image_ids` and `images` (`pixel_values`, `size`), one entry per picture
-    or tile.
+def encode(
+    self: VLMProcessor,
+    sample: Sample,
+    template: str | ChatTemplate | None = None,
+    targets: str = 'answers',
+    add_generation_prompt: bool = False,
+) -> Encoded:
+    """`sample` as an `Encoded`: ids, labels, `image_ids` and `images` (`pixel_values`, `size`), one
+    entry per picture or tile.
 
-    `template` defaults to the processor's. With `add_generation_prompt` the conversation must end with a user turn: the
-    prompt to generate from. Raises `ImageError` for pictures that cannot be read, `ValueError` when slots and images
-    differ."""
+    `template` defaults to the processor's. With `add_generation_prompt` the conversation must end
+    with a user turn: the prompt to generate from. Raises `ImageError` for pictures that cannot be
+    read, `ValueError` when slots and images differ."""
     template = template if template is not None else self.template
     if template is None:
-        raise ValueError('no chat template: pass template=, or give the processor one (VLMProcessor(..., template=))')
+        raise ValueError(
+            'no chat template: pass template=, or give the processor one (VLMProcessor(..., '
+            'template=))'
+        )
     images = [self.load(i) for i in sample.images]
-    out = _encode_turns(sample.turns, self.tokenizer, template, [sum(p['tokens'] for p in i) for i in images],
-                        self.image_token, targets, add_generation_prompt, sample.id)
+    out = _encode_turns(
+        sample.turns,
+        self.tokenizer,
+        template,
+        [sum(p['tokens'] for p in i) for i in images],
+        self.image_token,
+        targets,
+        add_generation_prompt,
+        sample.id,
+    )
     out.images = [{k: v for k, v in p.items() if k != 'tokens'} for i in images for p in i]
-    if len(out.images) > len(images):                                         # tiles: one id per pixel row
+    if len(out.images) > len(images):  # tiles: one id per pixel row
         tokens = torch.tensor([p['tokens'] for i in images for p in i])
-        out.image_ids[out.image_ids >= 0] = torch.repeat_interleave(torch.arange(len(tokens)), tokens)
+        out.image_ids[out.image_ids >= 0] = torch.repeat_interleave(
+            torch.arange(len(tokens)), tokens
+        )
     return out

@@ -18,43 +18,67 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 # %% ../../nbs/models/46_quantized.ipynb #4e123c63
 LOADS, QUANT_TYPES = ('4bit', '8bit'), ('nf4', 'fp4')
 
+
 class QuantizationError(ValueError):
     "Quantized weights cannot be had here; the message says what is missing."
 
+
 def check_quantized(load: str, device: str | None = None) -> str:
-    """The device for weights in `load` ('4bit', '8bit'): `device`, or CUDA. Raises `QuantizationError` for another
-    name, without bitsandbytes, or where CUDA is missing and no device was named."""
-    if load not in LOADS: raise QuantizationError(f'load={load!r} is unknown; weights load in {" or ".join(LOADS)}')
+    """The device for weights in `load` ('4bit', '8bit'): `device`, or CUDA. Raises
+    `QuantizationError` for another name, without bitsandbytes, or where CUDA is missing and no
+    device was named."""
+    if load not in LOADS:
+        raise QuantizationError(f'load={load!r} is unknown; weights load in {" or ".join(LOADS)}')
     if importlib.util.find_spec('bitsandbytes') is None:
         raise QuantizationError(f"load={load!r} needs bitsandbytes: pip install 'vlmbench[quant]'")
     if device is None and not torch.cuda.is_available():
-        raise QuantizationError(f"load={load!r} needs a CUDA device and there is none; device='cpu' works, but slowly")
+        raise QuantizationError(
+            f"load={load!r} needs a CUDA device and there is none; device='cpu' works, but slowly"
+        )
     return device or 'cuda'
 
-def quantization_config(load: str, compute: torch.dtype = torch.bfloat16, skip: Sequence[str] = ('lm_head',),
-                        quant_type: str = 'nf4', double_quant: bool = True) -> BitsAndBytesConfig:
-    """As published: nf4 with double quantization, or int8 with threshold 6; modules in `skip` keep their precision.
-    `quant_type` ('nf4', 'fp4') and `double_quant` are those of 4 bits. Raises `QuantizationError`."""
+
+def quantization_config(
+    load: str,
+    compute: torch.dtype = torch.bfloat16,
+    skip: Sequence[str] = ('lm_head',),
+    quant_type: str = 'nf4',
+    double_quant: bool = True,
+) -> BitsAndBytesConfig:
+    """As published: nf4 with double quantization, or int8 with threshold 6; modules in `skip` keep
+    their precision. `quant_type` ('nf4', 'fp4') and `double_quant` are those of 4 bits. Raises
+    `QuantizationError`."""
     if quant_type not in QUANT_TYPES:
-        raise QuantizationError(f'quant_type={quant_type!r} is unknown; 4-bit weights are {" or ".join(QUANT_TYPES)}')
+        raise QuantizationError(
+            f'quant_type={quant_type!r} is unknown; 4-bit weights are {" or ".join(QUANT_TYPES)}'
+        )
     if load == '8bit':
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6., llm_int8_skip_modules=list(skip))
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type,
-                              bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=compute,
-                              llm_int8_skip_modules=list(skip))
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_skip_modules=list(skip)
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=list(skip),
+    )
 
 # %% ../../nbs/models/46_quantized.ipynb #1efd847c
 def prepare_quantized(model: nn.Module, repack: bool = False) -> nn.Module:
-    """`model` with its 4-bit layers in the layout they were loaded in. `repack`: those on a CPU whose inputs are a multiple
-    of their block (64) and outputs of 32 may be repacked for speed when they answer. bitsandbytes' remark about casts,
-    which it repeats at every product, is made once."""
+    """`model` with its 4-bit layers in the layout they were loaded in. `repack`: those on a CPU
+    whose inputs are a multiple of their block (64) and outputs of 32 may be repacked for speed
+    when they answer. bitsandbytes' remark about casts, which it repeats at every product, is
+    made once."""
     for m in quantized_modules(model).values():
         if hasattr(m, 'support_avx512bf16_for_cpu'):
             fits = m.in_features % m.weight.blocksize == 0 and m.out_features % 32 == 0
             m.support_avx512bf16_for_cpu = repack and fits and m.support_avx512bf16_for_cpu
     log = logging.getLogger('bitsandbytes.autograd._functions')
-    if not any(isinstance(f, _Once) for f in log.filters): log.addFilter(_Once())
+    if not any(isinstance(f, _Once) for f in log.filters):
+        log.addFilter(_Once())
     return model
+
 
 class _Once(logging.Filter):
     def __init__(self):
@@ -66,27 +90,40 @@ class _Once(logging.Filter):
         self.said.add(record.msg)
         return new
 
-def load_quantized(path: str | Path, load: str, device: str | None = None, compute: torch.dtype = torch.bfloat16,
-                   **kw) -> PreTrainedModel:
+
+def load_quantized(
+    path: str | Path,
+    load: str,
+    device: str | None = None,
+    compute: torch.dtype = torch.bfloat16,
+    **kw,
+) -> PreTrainedModel:
     """The causal language model at `path` with the linear layers of its blocks in `load`; `kw`: of
     `quantization_config`. Raises `QuantizationError`."""
     where, config = check_quantized(load, device), quantization_config(load, compute, **kw)
-    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=compute,
-                                                 device_map={'': where})
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, dtype=compute, device_map={'': where}
+    )
     return prepare_quantized(model).requires_grad_(False)
+
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     "Full name -> linear layer with quantized weights."
-    return {n: m for n, m in model.named_modules() if type(m).__name__ in ('Linear4bit', 'Linear8bitLt')
-            and type(m).__module__.startswith('bitsandbytes')}
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if type(m).__name__ in ('Linear4bit', 'Linear8bitLt')
+        and type(m).__module__.startswith('bitsandbytes')
+    }
 
 # %% ../../nbs/models/46_quantized.ipynb #61c3bc14
 def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """Replace every quantized linear layer of `model` in place by an ordinary one, the LoRA update of its adapter
-    added; returns how many were replaced. All weights become `dtype`, and the configurations forget the
-    quantization."""
+    """Replace every quantized linear layer of `model` in place by an ordinary one, the LoRA update
+    of its adapter added; returns how many were replaced. All weights become `dtype`, and the
+    configurations forget the quantization."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_bnb_weight
+
     found = quantized_modules(model)
     for name, m in found.items():
         owner = name.removesuffix('.base_layer')
@@ -94,17 +131,32 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
         with torch.no_grad():
             weight = dequantize_bnb_weight(m.weight, state=getattr(m, 'state', None)).float()
             if isinstance(lora, LoraLayer):
-                for adapter in lora.active_adapters: weight += lora.get_delta_weight(adapter).float()
-            plain = nn.Linear(m.in_features, m.out_features, m.bias is not None, weight.device, dtype)
+                for adapter in lora.active_adapters:
+                    weight += lora.get_delta_weight(adapter).float()
+            plain = nn.Linear(
+                m.in_features, m.out_features, m.bias is not None, weight.device, dtype
+            )
             plain.weight.copy_(weight)
-            if m.bias is not None: plain.bias.copy_(m.bias)
+            if m.bias is not None:
+                plain.bias.copy_(m.bias)
         parent, _, last = owner.rpartition('.')
         setattr(model.get_submodule(parent), last, plain.requires_grad_(False))
-    configs = [c for m in model.modules() if isinstance(c := getattr(m, 'config', None), PreTrainedConfig)]
-    for c in [*configs, *(t for c in configs if (t := getattr(c, 'text_config', None)) is not None)]:
+    configs = [
+        c for m in model.modules() if isinstance(c := getattr(m, 'config', None), PreTrainedConfig)
+    ]
+    for c in [
+        *configs,
+        *(t for c in configs if (t := getattr(c, 'text_config', None)) is not None),
+    ]:
         c.__dict__.pop('quantization_config', None)
     for m in model.modules():
-        for flag in ('is_quantized', 'is_loaded_in_4bit', 'is_loaded_in_8bit', 'hf_quantizer', 'quantization_method'):
+        for flag in (
+            'is_quantized',
+            'is_loaded_in_4bit',
+            'is_loaded_in_8bit',
+            'hf_quantizer',
+            'quantization_method',
+        ):
             m.__dict__.pop(flag, None)
     model.to(dtype)
     return len(found)

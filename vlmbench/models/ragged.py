@@ -15,15 +15,17 @@ from torch.utils._pytree import tree_map
 
 # %% ../../nbs/models/08_ragged.ipynb #a7f66e59
 class Intervals(NamedTuple):
-    """Query `q` of a row attends to the keys `first[q] <= k < stop[q]`; `first`, `stop` and `real` (no padding) are
-    `[batch, keys]`."""
+    """Query `q` of a row attends to the keys `first[q] <= k < stop[q]`; `first`, `stop` and `real`
+    (no padding) are `[batch, keys]`."""
+
     first: torch.Tensor
     stop: torch.Tensor
     real: torch.Tensor
 
+
 def _runs(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """First index and one past the last index of the run around every entry of `ids` `[batch, keys]`; whether no id
-    >= 0 has two runs."""
+    """First index and one past the last index of the run around every entry of `ids` `[batch,
+    keys]`; whether no id >= 0 has two runs."""
     batch, n = ids.shape
     index, changes = torch.arange(n, device=ids.device), ids[:, 1:] != ids[:, :-1]
     edge = changes.new_ones(batch, 1)
@@ -34,13 +36,19 @@ def _runs(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     names = row * (int(ids.max()) + 2) + ids[row, at]
     return first, stop, len(names.unique()) == len(names)
 
-def intervals(document_ids: torch.Tensor | None = None, image_ids: torch.Tensor | None = None,
-              padding_mask: torch.Tensor | None = None) -> Intervals | None:
-    """The mask of `vlmbench.models.masks.mask_function` (bidirectional images where `image_ids` are given, no cache, no
-    sliding window) as intervals. `None` where it is none: documents, images or padding with holes in them."""
+
+def intervals(
+    document_ids: torch.Tensor | None = None,
+    image_ids: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+) -> Intervals | None:
+    """The mask of `vlmbench.models.masks.mask_function` (bidirectional images where `image_ids` are
+    given, no cache, no sliding window) as intervals. `None` where it is none: documents, images or
+    padding with holes in them."""
     given = next(t for t in (document_ids, image_ids, padding_mask) if t is not None)
     real = torch.ones_like(given, dtype=torch.bool) if padding_mask is None else padding_mask.bool()
-    if document_ids is not None: real = real & (document_ids >= 0)
+    if document_ids is not None:
+        real = real & (document_ids >= 0)
     documents = torch.zeros_like(given, dtype=torch.long) if document_ids is None else document_ids
     begin, end, whole = _runs(torch.where(real, documents, -1))
     index = torch.arange(given.shape[1], device=given.device).expand_as(given)
@@ -49,40 +57,57 @@ def intervals(document_ids: torch.Tensor | None = None, image_ids: torch.Tensor 
         _, image_end, one = _runs(image_ids)
         whole = whole and one
         stop = torch.where(image_ids >= 0, torch.minimum(image_end, end), stop)
-    return Intervals(torch.where(real, first, index), torch.where(real, stop, index + 1), real) if whole else None
+    return (
+        Intervals(torch.where(real, first, index), torch.where(real, stop, index + 1), real)
+        if whole
+        else None
+    )
 
 # %% ../../nbs/models/08_ragged.ipynb #ec7a5d2c
 class Piece(NamedTuple):
     "Queries `begin:end` of a document and the keys `:stop` they see: causally, or all of them."
+
     begin: int
     end: int
     stop: int
     causal: bool
 
+
 class Document(NamedTuple):
     "Length in tokens and the pieces that follow each other in it; no pieces: padding."
+
     length: int
     pieces: tuple[Piece, ...]
+
 
 def documents(i: Intervals) -> list[list[Document]]:
     "The documents of every row of intervals, in order."
     index = torch.arange(i.first.shape[1], device=i.first.device)
-    kind = torch.where(i.real, torch.where((i.stop > index + 1), i.stop, 0), -1)   # -1 padding, 0 causal, end of image
-    last = i.real[:, 1:] & (i.stop[:, 1:] == kind[:, :-1])                         # of an image, sees as the others
+    kind = torch.where(
+        i.real, torch.where((i.stop > index + 1), i.stop, 0), -1
+    )  # -1 padding, 0 causal, end of image
+    last = i.real[:, 1:] & (i.stop[:, 1:] == kind[:, :-1])  # of an image, sees as the others
     kind[:, 1:] = torch.where(last, i.stop[:, 1:], kind[:, 1:])
     first = torch.where(i.real, i.first, -1)
     new = torch.ones_like(i.real)
     new[:, 1:] = (kind[:, 1:] != kind[:, :-1]) | (first[:, 1:] != first[:, :-1])
     row, begin = new.nonzero(as_tuple=True)
-    end = torch.where(torch.cat([row[1:] != row[:-1], row.new_ones(1).bool()]), len(index), begin.roll(-1))
+    end = torch.where(
+        torch.cat([row[1:] != row[:-1], row.new_ones(1).bool()]), len(index), begin.roll(-1)
+    )
     out: list[list] = [[] for _ in i.first]
     at = None
-    for r, b, e, f, k in zip(*(t.tolist() for t in (row, begin, end, first[row, begin], kind[row, begin]))):
-        if f < 0: out[r].append(Document(e - b, ()))
+    for r, b, e, f, k in zip(
+        *(t.tolist() for t in (row, begin, end, first[row, begin], kind[row, begin]))
+    ):
+        if f < 0:
+            out[r].append(Document(e - b, ()))
         else:
             piece = Piece(b - f, e - f, (k or e) - f, not k)
-            if at == (r, f): out[r][-1] = Document(e - f, (*out[r][-1].pieces, piece))
-            else: out[r].append(Document(e - f, (piece,)))
+            if at == (r, f):
+                out[r][-1] = Document(e - f, (*out[r][-1].pieces, piece))
+            else:
+                out[r].append(Document(e - f, (piece,)))
         at = (r, f)
     return out
 
@@ -93,79 +118,130 @@ def dense(i: Intervals) -> torch.Tensor:
     if i.first.device.type != 'cpu':
         k = torch.arange(n, device=i.first.device)
         return (k < i.stop[:, None, :, None]) & (k >= i.first[:, None, :, None])
-    out, causal = torch.zeros(batch, 1, n, n, dtype=torch.bool), torch.ones(n, n, dtype=torch.bool).tril_()
+    out, causal = (
+        torch.zeros(batch, 1, n, n, dtype=torch.bool),
+        torch.ones(n, n, dtype=torch.bool).tril_(),
+    )
     for row, docs in zip(out[:, 0], documents(i)):
         at = 0
         for d in docs:
-            block = row[at:at + d.length, at:at + d.length]
-            if not d.pieces: block.fill_diagonal_(True)
-            for p in d.pieces: block[p.begin:p.end, :p.stop] = causal[p.begin:p.end, :p.stop] if p.causal else True
+            block = row[at : at + d.length, at : at + d.length]
+            if not d.pieces:
+                block.fill_diagonal_(True)
+            for p in d.pieces:
+                block[p.begin : p.end, : p.stop] = (
+                    causal[p.begin : p.end, : p.stop] if p.causal else True
+                )
             at += d.length
     return out
 
 # %% ../../nbs/models/08_ragged.ipynb #a338674f
-def ragged_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: list[list[Document]],
-                     dropout_p: float = 0., scale: float | None = None) -> torch.Tensor:
-    """Attention `[batch, heads, tokens, head_dim]` of equally shaped `query`, `key`, `value` inside the documents of
-    every row: what `scaled_dot_product_attention` gives with the dense mask, without the pairs it forbids."""
+def ragged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: list[list[Document]],
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention `[batch, heads, tokens, head_dim]` of equally shaped `query`, `key`, `value` inside
+    the documents of every row: what `scaled_dot_product_attention` gives with the dense mask,
+    without the pairs it forbids."""
+
     def attend(q, k, v, pieces):
-        if not pieces: return v
+        if not pieces:
+            return v
         parts = [_piece(q, k, v, p, dropout_p, scale) for p in pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
     out = []
     for docs, *qkv in zip(rows, query.split(1), key.split(1), value.split(1), strict=True):
         cut = (x.split([d.length for d in docs], 2) for x in qkv)
         out.append(torch.cat([attend(*x, d.pieces) for d, *x in zip(docs, *cut)], 2))
     return torch.cat(out)
 
+
 def _piece(q, k, v, p: Piece, dropout_p, scale):
-    if p.begin or p.stop < q.shape[2]: q, k, v = q[:, :, p.begin:p.end], k[:, :, :p.stop], v[:, :, :p.stop]
-    later = p.causal and p.begin > 0                                         # is_causal counts from the first key
-    mask = torch.ones(p.end - p.begin, p.stop, dtype=torch.bool, device=q.device).tril(p.begin) if later else None
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=p.causal and not later,
-                                        scale=scale)
+    if p.begin or p.stop < q.shape[2]:
+        q, k, v = q[:, :, p.begin : p.end], k[:, :, : p.stop], v[:, :, : p.stop]
+    later = p.causal and p.begin > 0  # is_causal counts from the first key
+    mask = (
+        torch.ones(p.end - p.begin, p.stop, dtype=torch.bool, device=q.device).tril(p.begin)
+        if later
+        else None
+    )
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=p.causal and not later, scale=scale
+    )
 
 # %% ../../nbs/models/08_ragged.ipynb #e8569914
 class RaggedMask(torch.Tensor):
-    "A boolean mask `[batch, 1, tokens, tokens]` that `scaled_dot_product_attention` takes piece by piece."
+    """A boolean mask `[batch, 1, tokens, tokens]` that `scaled_dot_product_attention` takes piece
+    by piece."""
+
     @staticmethod
     def __new__(cls, i: Intervals):
         batch, n = i.first.shape
-        return torch.Tensor._make_wrapper_subclass(cls, (batch, 1, n, n), dtype=torch.bool, device=i.first.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (batch, 1, n, n), dtype=torch.bool, device=i.first.device
+        )
 
-    def __init__(self, i: Intervals): self.intervals = i
+    def __init__(self, i: Intervals):
+        self.intervals = i
 
     @cached_property
-    def rows(self) -> list[list[Document]]: return documents(self.intervals)
+    def rows(self) -> list[list[Document]]:
+        return documents(self.intervals)
 
     @cached_property
-    def dense(self) -> torch.Tensor: return dense(self.intervals)
+    def dense(self) -> torch.Tensor:
+        return dense(self.intervals)
 
-    def __repr__(self, **kw) -> str: return f'RaggedMask({[[d.length for d in r] for r in self.rows]})'
+    def __repr__(self, **kw) -> str:
+        return f'RaggedMask({[[d.length for d in r] for r in self.rows]})'
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention: return _answer(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass(): return func(*args, **kwargs)
+        if func is scaled_dot_product_attention:
+            return _answer(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         plain = lambda x: x.dense if isinstance(x, RaggedMask) else x
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
-def _answer(query, key, value, attn_mask: RaggedMask, dropout_p: float = 0., is_causal: bool = False,
-            scale: float | None = None, **kw: Any) -> torch.Tensor:
+
+def _answer(
+    query,
+    key,
+    value,
+    attn_mask: RaggedMask,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **kw: Any,
+) -> torch.Tensor:
     shape = (attn_mask.shape[0], attn_mask.shape[2])
-    if is_causal or kw.get('enable_gqa') or any((x.shape[0], x.shape[2]) != shape for x in (query, key)):
-        return scaled_dot_product_attention(query, key, value, attn_mask.dense, dropout_p, is_causal, scale=scale, **kw)
+    if (
+        is_causal
+        or kw.get('enable_gqa')
+        or any((x.shape[0], x.shape[2]) != shape for x in (query, key))
+    ):
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask.dense, dropout_p, is_causal, scale=scale, **kw
+        )
     return ragged_attention(query, key, value, attn_mask.rows, dropout_p, scale)
 
 # %% ../../nbs/models/08_ragged.ipynb #cdd8961f
-PIECE = 8192                                                                # pairs of tokens worth a call
+PIECE = 8192  # pairs of tokens worth a call
+
 
 def pays(mask: RaggedMask, piece: int = PIECE) -> bool:
-    "Whether pieces are cheaper than one dense call: the pairs they compute plus `piece` for each, against all pairs."
+    """Whether pieces are cheaper than one dense call: the pairs they compute plus `piece` for each,
+    against all pairs."""
     batch, _, n, _ = mask.shape
     pieces = [p for r in mask.rows for d in r for p in d.pieces]
-    return sum((p.end - p.begin)*p.stop for p in pieces) + piece*len(pieces) < batch*n*n
+    return sum((p.end - p.begin) * p.stop for p in pieces) + piece * len(pieces) < batch * n * n

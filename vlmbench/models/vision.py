@@ -23,10 +23,12 @@ from transformers.configuration_utils import PreTrainedConfig
 class FrontEnd(nn.Module):
     """Base class of vision front ends: what `VLMModel` and `VLMProcessor` rely on.
 
-    A subclass sets `defaults` (every setting with its default), implements `count` and `forward`, and is entered in
-    `FRONT_ENDS` under the name used as `config['type']`."""
+    A subclass sets `defaults` (every setting with its default), implements `count` and `forward`,
+    and is entered in `FRONT_ENDS` under the name used as `config['type']`."""
+
     defaults: dict[str, Any] = {}
-    #: children and parameters that `module_groups` files under `projector`; all the others belong to `vision`
+    # : children and parameters that `module_groups` files under `projector`; all the others belong
+    # to `vision`
     projector_parts: tuple[str, ...] = ('projector', 'soi', 'eoi')
 
     def __init__(self, config: dict, hidden_size: int):
@@ -39,7 +41,9 @@ class FrontEnd(nn.Module):
         given = {k: v for k, v in config.items() if k != 'type'}
         if unknown := sorted(set(given) - set(cls.defaults)):
             names = ', '.join(map(repr, unknown))
-            raise ValueError(f'{cls.__name__} has no setting {names}; it knows {sorted(cls.defaults)}')
+            raise ValueError(
+                f'{cls.__name__} has no setting {names}; it knows {sorted(cls.defaults)}'
+            )
         return {**cls.defaults, **given, 'type': config.get('type')}
 
     @classmethod
@@ -52,128 +56,196 @@ class FrontEnd(nn.Module):
         return self.count(self.config, int(height), int(width))
 
     def forward(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None):
-        """`pixel_values` `[images, channels, height, width]`, `image_sizes` `[images, 2]` (valid height, width in
-        pixels; all of it when absent) -> `(features [sum(counts), hidden], counts [images])`, images one after the
-        other in the order given."""
+        """`pixel_values` `[images, channels, height, width]`, `image_sizes` `[images, 2]` (valid
+        height, width in pixels; all of it when absent) -> `(features [sum(counts), hidden], counts
+        [images])`, images one after the other in the order given."""
         raise TypeError(f'{type(self).__name__} must implement forward(pixel_values, image_sizes)')
 
     def adapt(self, language_model: nn.Module) -> None:
-        """Give the language model the parts the front end needs inside it (LoRA, say), in place, once; nothing by default.
-        `language_model` is the base model, without its head."""
+        """Give the language model the parts the front end needs inside it (LoRA, say), in place,
+        once; nothing by default. `language_model` is the base model, without its head."""
 
     def see_tokens(self, image_tokens: torch.Tensor | None) -> None:
-        """Called before each pass through the language model with the positions of image features, `[batch, tokens]`
-        (None: there are none); nothing by default."""
+        """Called before each pass through the language model with the positions of image features,
+        `[batch, tokens]` (None: there are none); nothing by default."""
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initialise the parameters that `module` (self or a child) owns directly: PyTorch's defaults; override for
-        bare parameters."""
-        if module is not self and hasattr(module, 'reset_parameters'): module.reset_parameters()
+        """Initialise the parameters that `module` (self or a child) owns directly: PyTorch's
+        defaults; override for bare parameters."""
+        if module is not self and hasattr(module, 'reset_parameters'):
+            module.reset_parameters()
 
 # %% ../../nbs/models/00_vision.ipynb #5dc82382
 FRONT_ENDS: dict[str, type[FrontEnd]] = {}
-_HOMES = {'vora': 'vlmbench.models.vora_patches', 'eve': 'vlmbench.models.patch',
-          'eve_v2': 'vlmbench.models.patch_v2'}                                       # modules that enter their type when first asked for
+_HOMES = {
+    'vora': 'vlmbench.models.vora_patches',
+    'eve': 'vlmbench.models.patch',
+    'eve_v2': 'vlmbench.models.patch_v2',
+}  # modules that enter their type when first asked for
+
 
 def front_end_class(config: dict) -> type[FrontEnd]:
     "The front-end class that `config['type']` names exactly."
     kind = config.get('type')
-    if kind not in FRONT_ENDS and kind in _HOMES: import_module(_HOMES[kind])
+    if kind not in FRONT_ENDS and kind in _HOMES:
+        import_module(_HOMES[kind])
     if kind not in FRONT_ENDS:
-        raise ValueError(f"vision front end type {kind!r} is not known; known types: {sorted({*FRONT_ENDS, *_HOMES})}. "
-                         "A type that a method defines is known once its module is imported (vlmbench.methods...)")
+        raise ValueError(
+            f'vision front end type {kind!r} is not known; known types: '
+            f'{sorted({*FRONT_ENDS, *_HOMES})}. '
+            'A type that a method defines is known once its module is imported '
+            '(vlmbench.methods...)'
+        )
     return FRONT_ENDS[kind]
 
+
 def build_front_end(config: dict, hidden_size: int, **parts) -> FrontEnd:
-    """The front end that `config` describes, projecting to `hidden_size`; `parts` are ready modules, e.g. a loaded
-    `tower`."""
+    """The front end that `config` describes, projecting to `hidden_size`; `parts` are ready
+    modules, e.g. a loaded `tower`."""
     return front_end_class(config)(config, hidden_size, **parts)
 
+
 def num_image_tokens(config: dict, height: int, width: int) -> int:
-    "Tokens one image of `height` x `width` pixels costs under the front end `config`, computed without weights."
+    """Tokens one image of `height` x `width` pixels costs under the front end `config`, computed
+    without weights."""
     cls = front_end_class(config)
     return cls.count(cls.resolve(config), int(height), int(width))
 
 # %% ../../nbs/models/00_vision.ipynb #29832631
 def by_onednn(rows: int, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` computes a product of `rows` rows with `weight` as a convolution: in fp32 on a CPU with several
-    threads, from 256 rows and 16,384 weights."""
-    return (rows >= 256 and weight.numel() >= 2**14 and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32
-            and torch.get_num_threads() > 1 and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled('cpu'))
+    """Whether `linear` computes a product of `rows` rows with `weight` as a convolution: in fp32 on
+    a CPU with several threads, from 256 rows and 16,384 weights."""
+    return (
+        rows >= 256
+        and weight.numel() >= 2**14
+        and x.device.type == 'cpu'
+        and x.dtype == weight.dtype == torch.float32
+        and torch.get_num_threads() > 1
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled('cpu')
+    )
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1) -> torch.Tensor:
-    """`x` `[..., in]` times `weight` `[out, in / groups]`, plus `bias` -> `[..., out]`. `groups`: the inputs and the outputs
-    fall into so many blocks, each with its own rows of `weight`."""
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
+) -> torch.Tensor:
+    """`x` `[..., in]` times `weight` `[out, in / groups]`, plus `bias` -> `[..., out]`. `groups`:
+    the inputs and the outputs fall into so many blocks, each with its own rows of `weight`."""
     if by_onednn(x.shape[:-1].numel(), x, weight):
-        pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)                   # [1, in, rows, 1], channels last
+        pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(
+            0, 3, 1, 2
+        )  # [1, in, rows, 1], channels last
         y = nn.functional.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
-    if groups == 1: return nn.functional.linear(x, weight, bias)
+    if groups == 1:
+        return nn.functional.linear(x, weight, bias)
     blocks = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)
-    y = torch.bmm(blocks, weight.unflatten(0, (groups, -1)).mT.to(blocks)).transpose(0, 1).reshape(*x.shape[:-1], len(weight))
+    y = (
+        torch.bmm(blocks, weight.unflatten(0, (groups, -1)).mT.to(blocks))
+        .transpose(0, 1)
+        .reshape(*x.shape[:-1], len(weight))
+    )
     return y if bias is None else y + bias
+
 
 class Linear(nn.Linear):
     "`torch.nn.Linear` with the products of `linear`."
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return linear(x, self.weight, self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 class Projector(nn.Module):
-    """Optional LayerNorm, then `identity`, `linear` or `mlpNx_gelu` from `in_features` to `out_features` channels:
-    `[..., in] -> [..., out]`."""
-    def __init__(self, kind: str, in_features: int, out_features: int, norm: bool = False, norm_eps: float = 1e-5):
+    """Optional LayerNorm, then `identity`, `linear` or `mlpNx_gelu` from `in_features` to
+    `out_features` channels: `[..., in] -> [..., out]`."""
+
+    def __init__(
+        self,
+        kind: str,
+        in_features: int,
+        out_features: int,
+        norm: bool = False,
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(in_features, eps=norm_eps) if norm else nn.Identity()
         self.mlp = nn.Sequential(*_mlp(kind, in_features, out_features))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return self.mlp(self.norm(x))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(x))
+
 
 def _mlp(kind: str, d_in: int, d_out: int) -> list[nn.Module]:
     if kind == 'identity':
         if d_in != d_out:
-            raise ValueError(f"projector 'identity' needs equal widths, got {d_in} -> {d_out}: "
-                             "use 'linear' or 'mlp2x_gelu'")
+            raise ValueError(
+                f"projector 'identity' needs equal widths, got {d_in} -> {d_out}: "
+                "use 'linear' or 'mlp2x_gelu'"
+            )
         return []
-    depth = 1 if kind == 'linear' else int(m[1]) if (m := re.fullmatch(r'mlp([1-9]\d*)x_gelu', kind)) else 0
+    depth = (
+        1
+        if kind == 'linear'
+        else int(m[1])
+        if (m := re.fullmatch(r'mlp([1-9]\d*)x_gelu', kind))
+        else 0
+    )
     if not depth:
-        raise ValueError(f"projector {kind!r} is not one of 'identity', 'linear', 'mlpNx_gelu' (N = 1, 2, ...)")
-    return [Linear(d_in, d_out)] + [m for _ in range(depth - 1) for m in (nn.GELU(), Linear(d_out, d_out))]
+        raise ValueError(
+            f"projector {kind!r} is not one of 'identity', 'linear', 'mlpNx_gelu' (N = 1, 2, ...)"
+        )
+    return [Linear(d_in, d_out)] + [
+        m for _ in range(depth - 1) for m in (nn.GELU(), Linear(d_out, d_out))
+    ]
 
 # %% ../../nbs/models/00_vision.ipynb #28bc640c
 def tower_config(backbone: dict | PreTrainedConfig) -> PreTrainedConfig:
-    """The vision config inside `backbone`: a transformers vision config, its dict, or a two-tower (CLIP-like) config
-    holding one."""
+    """The vision config inside `backbone`: a transformers vision config, its dict, or a two-tower
+    (CLIP-like) config holding one."""
     if isinstance(backbone, dict):
         if 'model_type' not in backbone:
-            raise ValueError("front-end setting 'backbone' needs 'model_type', e.g. 'clip_vision_model'")
-        settings = {k: v for k, v in backbone.items() if k not in ('model_type', 'transformers_version')}
+            raise ValueError(
+                "front-end setting 'backbone' needs 'model_type', e.g. 'clip_vision_model'"
+            )
+        settings = {
+            k: v for k, v in backbone.items() if k not in ('model_type', 'transformers_version')
+        }
         backbone = AutoConfig.for_model(backbone['model_type'], **settings)
     config = getattr(backbone, 'vision_config', backbone)
     for name in ('patch_size', 'hidden_size', 'num_hidden_layers'):
         if not hasattr(config, name):
-            raise ValueError(f"backbone '{config.model_type}' has no {name}: "
-                             'only towers that return one sequence of patches can be used')
+            raise ValueError(
+                f"backbone '{config.model_type}' has no {name}: "
+                'only towers that return one sequence of patches can be used'
+            )
     return config
+
 
 def backbone_dict(config: dict | PreTrainedConfig) -> dict:
     "JSON-able dict of a tower's config, the form kept in a front end's setting `backbone`."
     d = json.loads(tower_config(config).to_json_string(use_diff=True))
     return {k: v for k, v in d.items() if k not in ('transformers_version', 'architectures')}
 
+
 def _pair(size) -> tuple[int, int]:
     return (int(size), int(size)) if not isinstance(size, (list, tuple)) else tuple(map(int, size))
+
 
 def patch_grid(backbone: dict | PreTrainedConfig, height: int, width: int) -> tuple[int, int]:
     "Rows and columns of patches the tower sees in `height` x `width` pixels."
     ph, pw = _pair(tower_config(backbone).patch_size)
     if height < ph or width < pw:
-        raise ValueError(f'an image of {height}x{width} pixels (h x w) is smaller than one {ph}x{pw} patch')
+        raise ValueError(
+            f'an image of {height}x{width} pixels (h x w) is smaller than one {ph}x{pw} patch'
+        )
     return height // ph, width // pw
 
 # %% ../../nbs/models/00_vision.ipynb #5d636255
 def num_prefix_tokens(backbone: dict | PreTrainedConfig) -> int:
-    """Special tokens the tower puts before its patches: 1 for CLIP (CLS), 0 for SigLIP and AIMv2, 1 + registers for
-    DINOv2 with registers."""
+    """Special tokens the tower puts before its patches: 1 for CLIP (CLS), 0 for SigLIP and AIMv2, 1
+    + registers for DINOv2 with registers."""
     return _count_prefix(json.dumps(backbone_dict(backbone), sort_keys=True))
+
 
 @lru_cache(maxsize=64)
 def _count_prefix(backbone: str) -> int:
@@ -181,39 +253,63 @@ def _count_prefix(backbone: str) -> int:
     height, width = _pair(config.image_size)
     with torch.device('meta'), torch.no_grad():
         tower = AutoModel.from_config(config, dtype=torch.float32)
-        tokens = tower(torch.empty(1, getattr(config, 'num_channels', 3), height, width)).last_hidden_state.shape[1]
+        tokens = tower(
+            torch.empty(1, getattr(config, 'num_channels', 3), height, width)
+        ).last_hidden_state.shape[1]
     rows, cols = patch_grid(config, height, width)
     if tokens < rows * cols:
-        raise ValueError(f"backbone '{config.model_type}' returns {tokens} tokens for {rows}x{cols} patches: "
-                         'it merges patches, which an encoder front end cannot lay out')
+        raise ValueError(
+            f"backbone '{config.model_type}' returns {tokens} tokens for {rows}x{cols} patches: "
+            'it merges patches, which an encoder front end cannot lay out'
+        )
     return tokens - rows * cols
 
 # %% ../../nbs/models/00_vision.ipynb #9648529e
 class EncoderFrontEnd(FrontEnd):
     """Vision tower + projector: any transformers vision model turned into language-model tokens.
 
-    Settings: `backbone` (dict of a transformers vision config), `select_layers` (hidden-state indices, fused on
-    channels in order), `keep_cls` (keep the tokens before the patches), `post_layernorm` (apply the tower's final norm
-    to the selected states), `pixel_shuffle` (k: join k x k patches), `projector` (`identity`, `linear`, `mlpNx_gelu`),
-    `projector_norm` and `norm_eps` (LayerNorm over the fused channels), `boundary` (learned `soi`/`eoi` vectors around
+    Settings: `backbone` (dict of a transformers vision config), `select_layers` (hidden-state
+    indices, fused on channels in order), `keep_cls` (keep the tokens before the patches),
+    `post_layernorm` (apply the tower's final norm to the selected states), `pixel_shuffle` (k: join
+    k x k patches), `projector` (`identity`, `linear`, `mlpNx_gelu`), `projector_norm` and
+    `norm_eps` (LayerNorm over the fused channels), `boundary` (learned `soi`/`eoi` vectors around
     every image).
 
-    A `tower` that is already loaded can be passed in; otherwise it is built with random weights from `backbone`."""
-    defaults = dict(backbone=None, select_layers=[-2], keep_cls=False, post_layernorm=False, pixel_shuffle=1,
-                    projector='mlp2x_gelu', projector_norm=False, norm_eps=1e-5, boundary=False)
+    A `tower` that is already loaded can be passed in; otherwise it is built with random weights
+    from `backbone`."""
+
+    defaults = dict(
+        backbone=None,
+        select_layers=[-2],
+        keep_cls=False,
+        post_layernorm=False,
+        pixel_shuffle=1,
+        projector='mlp2x_gelu',
+        projector_norm=False,
+        norm_eps=1e-5,
+        boundary=False,
+    )
 
     def __init__(self, config: dict, hidden_size: int, tower: PreTrainedModel | None = None):
         super().__init__(config, hidden_size)
         c = self.config
-        if tower is None: tower = AutoModel.from_config(tower_config(c['backbone']), dtype=torch.get_default_dtype())
+        if tower is None:
+            tower = AutoModel.from_config(
+                tower_config(c['backbone']), dtype=torch.get_default_dtype()
+            )
         self.tower = tower
-        # transformers' switch for "the last hidden state is the residual stream, not its normalised copy"
+        # transformers' switch for "the last hidden state is the residual stream, not its normalised
+        # copy"
         self.tower.config.tie_last_hidden_states = False
         self._sized = 'interpolate_pos_encoding' in inspect.signature(self.tower.forward).parameters
-        self.projector = Projector(c['projector'], self.channels(c), hidden_size, c['projector_norm'], c['norm_eps'])
+        self.projector = Projector(
+            c['projector'], self.channels(c), hidden_size, c['projector_norm'], c['norm_eps']
+        )
         if c['post_layernorm'] and self.post_norm_name is None:
-            raise ValueError(f'post_layernorm=True, but {type(self.tower).__name__} has no final norm '
-                             f'(looked for {_POST_NORMS})')
+            raise ValueError(
+                f'post_layernorm=True, but {type(self.tower).__name__} has no final norm '
+                f'(looked for {_POST_NORMS})'
+            )
         if c['boundary']:
             self.soi, self.eoi = (nn.Parameter(torch.empty(1, hidden_size)) for _ in range(2))
             self.init_weights(self)
@@ -221,16 +317,26 @@ class EncoderFrontEnd(FrontEnd):
     @classmethod
     def resolve(cls, config: dict) -> dict:
         c = super().resolve(config)
-        if c['backbone'] is None: raise ValueError("front-end setting 'backbone' is missing: give the tower's config")
+        if c['backbone'] is None:
+            raise ValueError("front-end setting 'backbone' is missing: give the tower's config")
         c['backbone'] = backbone_dict(c['backbone'])
-        c['select_layers'] = [c['select_layers']] if isinstance(c['select_layers'], int) else list(c['select_layers'])
+        c['select_layers'] = (
+            [c['select_layers']]
+            if isinstance(c['select_layers'], int)
+            else list(c['select_layers'])
+        )
         depth = tower_config(c['backbone']).num_hidden_layers
         if not c['select_layers'] or any(not -depth - 1 <= i <= depth for i in c['select_layers']):
-            raise ValueError(f"select_layers {c['select_layers']}: a tower of {depth} blocks has hidden states "
-                             f'{-depth - 1}..{depth}')
-        if c['pixel_shuffle'] < 1: raise ValueError(f"pixel_shuffle must be 1 or more, got {c['pixel_shuffle']}")
+            raise ValueError(
+                f'select_layers {c["select_layers"]}: a tower of {depth} blocks has hidden states '
+                f'{-depth - 1}..{depth}'
+            )
+        if c['pixel_shuffle'] < 1:
+            raise ValueError(f'pixel_shuffle must be 1 or more, got {c["pixel_shuffle"]}')
         if c['pixel_shuffle'] > 1 and c['keep_cls']:
-            raise ValueError('pixel_shuffle joins squares of patches, so keep_cls must be False with it')
+            raise ValueError(
+                'pixel_shuffle joins squares of patches, so keep_cls must be False with it'
+            )
         return c
 
     @classmethod
@@ -243,14 +349,20 @@ class EncoderFrontEnd(FrontEnd):
     def count(cls, config: dict, height: int, width: int) -> int:
         (rows, cols), k = patch_grid(config['backbone'], height, width), config['pixel_shuffle']
         if rows % k or cols % k:
-            raise ValueError(f'pixel_shuffle={k} does not divide the {rows}x{cols} patches of a {height}x{width} image')
+            raise ValueError(
+                f'pixel_shuffle={k} does not divide the {rows}x{cols} patches of a '
+                f'{height}x{width} image'
+            )
         prefix = num_prefix_tokens(config['backbone']) if config['keep_cls'] else 0
         return prefix + (rows // k) * (cols // k) + 2 * bool(config['boundary'])
 
     @property
     def post_norm_name(self) -> str | None:
-        "Name of the tower's final norm, e.g. `post_layernorm` (CLIP, SigLIP) or `rms_norm` (AIMv2)."
-        return next((n for n in _POST_NORMS if isinstance(getattr(self.tower, n, None), nn.Module)), None)
+        """Name of the tower's final norm, e.g. `post_layernorm` (CLIP, SigLIP) or `rms_norm`
+        (AIMv2)."""
+        return next(
+            (n for n in _POST_NORMS if isinstance(getattr(self.tower, n, None), nn.Module)), None
+        )
 
     @property
     def projector_parts(self) -> tuple[str, ...]:
@@ -261,12 +373,20 @@ class EncoderFrontEnd(FrontEnd):
         super().init_weights(module)
         if module is self and self.config['boundary']:
             for v in (self.soi, self.eoi):
-                if not getattr(v, '_is_hf_initialized', False): nn.init.normal_(v, std=self.hidden_size ** -0.5)
+                if not getattr(v, '_is_hf_initialized', False):
+                    nn.init.normal_(v, std=self.hidden_size**-0.5)
 
     def forward(self, pixel_values, image_sizes=None):
         feats = [self._encode(*group) for group in _by_size(pixel_values, image_sizes)]
-        if len(feats) == 1 and feats[0][1] is None: out = feats[0][0]         # the usual case: one size, no reordering
-        else: out = [f for _, f in sorted(((i, f) for fs, idx in feats for i, f in zip(idx, fs)), key=lambda p: p[0])]
+        if len(feats) == 1 and feats[0][1] is None:
+            out = feats[0][0]  # the usual case: one size, no reordering
+        else:
+            out = [
+                f
+                for _, f in sorted(
+                    ((i, f) for fs, idx in feats for i, f in zip(idx, fs)), key=lambda p: p[0]
+                )
+            ]
         counts = torch.tensor([len(f) for f in out], device=pixel_values.device)
         return (out.flatten(0, 1) if isinstance(out, torch.Tensor) else torch.cat(out)), counts
 
@@ -277,67 +397,98 @@ class EncoderFrontEnd(FrontEnd):
             x = torch.cat([soi, x, eoi], 1)
         return x, index
 
+
 _POST_NORMS = ('post_layernorm', 'layernorm', 'rms_norm', 'norm')
 FRONT_ENDS['encoder'] = EncoderFrontEnd
 
 # %% ../../nbs/models/00_vision.ipynb #9e7f9b1f
 @patch
 def select(self: EncoderFrontEnd, pixels: torch.Tensor) -> torch.Tensor:
-    "Selected hidden states of `pixels` `[n, C, H, W]`, fused on channels: `[n, tokens, width * layers]`."
-    c, norm = self.config, getattr(self.tower, self.post_norm_name) if self.config['post_layernorm'] else None
+    """Selected hidden states of `pixels` `[n, C, H, W]`, fused on channels: `[n, tokens, width *
+    layers]`."""
+    c, norm = (
+        self.config,
+        getattr(self.tower, self.post_norm_name) if self.config['post_layernorm'] else None,
+    )
     size, (rows, cols) = pixels.shape[-2:], patch_grid(self.tower.config, *pixels.shape[-2:])
     resized = tuple(size) != _pair(self.tower.config.image_size)
     outside = {id(p) for p in norm.parameters()} if norm is not None else set()
-    trains = pixels.requires_grad or any(p.requires_grad and id(p) not in outside for p in self.tower.parameters())
+    trains = pixels.requires_grad or any(
+        p.requires_grad and id(p) not in outside for p in self.tower.parameters()
+    )
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         try:
-            states = self.tower(pixels.to(next(self.tower.parameters()).dtype), output_hidden_states=True,
-                                **({'interpolate_pos_encoding': True} if resized and self._sized else {})).hidden_states
+            states = self.tower(
+                pixels.to(next(self.tower.parameters()).dtype),
+                output_hidden_states=True,
+                **({'interpolate_pos_encoding': True} if resized and self._sized else {}),
+            ).hidden_states
         except (RuntimeError, ValueError) as e:
-            if not resized or isinstance(e, torch.OutOfMemoryError): raise
+            if not resized or isinstance(e, torch.OutOfMemoryError):
+                raise
             native = 'x'.join(map(str, _pair(self.tower.config.image_size)))
-            raise ValueError(f'{type(self.tower).__name__} could not encode {size[0]}x{size[1]} pixels, '
-                             f'its native size is {native}: resize the images or choose a tower that interpolates '
-                             f'its positions ({e})') from e
+            raise ValueError(
+                f'{type(self.tower).__name__} could not encode {size[0]}x{size[1]} pixels, '
+                f'its native size is {native}: resize the images or choose a tower that '
+                'interpolates '
+                f'its positions ({e})'
+            ) from e
     prefix = states[0].shape[1] - rows * cols
     picked = [states[i] if c['keep_cls'] else states[i][:, prefix:] for i in c['select_layers']]
     return torch.cat([norm(s) for s in picked] if norm is not None else picked, -1)
 
+
 @patch
 def _shuffle(self: EncoderFrontEnd, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    "Join `k x k` neighbouring patches on channels: `[n, rows * cols, c] -> [n, rows * cols / k^2, c * k^2]`."
-    k, (rows, cols) = self.config['pixel_shuffle'], patch_grid(self.tower.config, *pixels.shape[-2:])
-    if k == 1: return x
-    self.num_tokens(*pixels.shape[-2:])                                       # raises where k does not divide the grid
+    """Join `k x k` neighbouring patches on channels: `[n, rows * cols, c] -> [n, rows * cols / k^2,
+    c * k^2]`."""
+    k, (rows, cols) = (
+        self.config['pixel_shuffle'],
+        patch_grid(self.tower.config, *pixels.shape[-2:]),
+    )
+    if k == 1:
+        return x
+    self.num_tokens(*pixels.shape[-2:])  # raises where k does not divide the grid
     return x.unflatten(1, (rows // k, k, cols // k, k)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 # %% ../../nbs/models/00_vision.ipynb #e0739ed4
 def _by_size(pixels: torch.Tensor, sizes: torch.Tensor | None):
     "Yield `(pixels of one size, indices)`; indices are `None` when every image fills the canvas."
     canvas = tuple(pixels.shape[-2:])
-    if sizes is None: return [(pixels, None)]
-    if len(sizes) != len(pixels): raise ValueError(f'{len(pixels)} images, but image_sizes has {len(sizes)} rows')
+    if sizes is None:
+        return [(pixels, None)]
+    if len(sizes) != len(pixels):
+        raise ValueError(f'{len(pixels)} images, but image_sizes has {len(sizes)} rows')
     rows = [tuple(map(int, s)) for s in sizes.tolist()]
     if bad := [r for r in rows if r[0] > canvas[0] or r[1] > canvas[1]]:
-        raise ValueError(f'image_sizes has {bad[0]} (h, w), larger than the pixel tensor of {canvas}')
-    if all(r == canvas for r in rows): return [(pixels, None)]
+        raise ValueError(
+            f'image_sizes has {bad[0]} (h, w), larger than the pixel tensor of {canvas}'
+        )
+    if all(r == canvas for r in rows):
+        return [(pixels, None)]
     groups: dict[tuple, list[int]] = {}
-    for i, r in enumerate(rows): groups.setdefault(r, []).append(i)
+    for i, r in enumerate(rows):
+        groups.setdefault(r, []).append(i)
     return [(pixels[idx, :, :h, :w], idx) for (h, w), idx in groups.items()]
 
 # %% ../../nbs/models/00_vision.ipynb #a1398c6c
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    "The transformer blocks of a tower or language model: its outermost `ModuleList` of `num_hidden_layers` modules."
+    """The transformer blocks of a tower or language model: its outermost `ModuleList` of
+    `num_hidden_layers` modules."""
     depth = model.config.num_hidden_layers
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not found: raise ValueError(f'{type(model).__name__} has no ModuleList of num_hidden_layers = {depth} blocks')
+    if not found:
+        raise ValueError(
+            f'{type(model).__name__} has no ModuleList of num_hidden_layers = {depth} blocks'
+        )
     return found[0]
 
+
 def drop_blocks(tower: PreTrainedModel, config: dict) -> dict:
-    """Remove (in place) the blocks of `tower` behind the deepest of `config['select_layers']`; returns the encoder
-    settings for what is left."""
+    """Remove (in place) the blocks of `tower` behind the deepest of `config['select_layers']`;
+    returns the encoder settings for what is left."""
     depth = tower.config.num_hidden_layers
     layers = [i + depth + 1 if i < 0 else i for i in config['select_layers']]
-    del blocks_of(tower)[max(1, *layers):]
+    del blocks_of(tower)[max(1, *layers) :]
     tower.config.num_hidden_layers = max(1, *layers)
     return {**config, 'backbone': backbone_dict(tower.config), 'select_layers': layers}

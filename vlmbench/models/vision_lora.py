@@ -19,100 +19,136 @@ from .vision import blocks_of
 # %% ../../nbs/models/44_vision_lora.ipynb #ea322b83
 EXTRA_BIAS, TOKENS = ('none', 'zero', 'reference_random'), ('all', 'image')
 
+
 @dataclass(frozen=True)
 class LoRASettings:
-    """`layers`: the first N blocks; `r`: rank; `scale`: factor on the update; `targets`: last names of the linear
-    layers (None: every one of a block); `extra_bias`: what layers without a bias get ('none', 'zero',
-    'reference_random'); `tokens`: 'all', or 'image' (text passes by the update); `merged`: the update is in the weights
-    already and only extra biases are left. Raises ValueError naming the setting."""
+    """`layers`: the first N blocks; `r`: rank; `scale`: factor on the update; `targets`: last names
+    of the linear layers (None: every one of a block); `extra_bias`: what layers without a bias get
+    ('none', 'zero', 'reference_random'); `tokens`: 'all', or 'image' (text passes by the update);
+    `merged`: the update is in the weights already and only extra biases are left. Raises ValueError
+    naming the setting."""
+
     layers: int
     r: int
-    scale: float = 1.
+    scale: float = 1.0
     targets: tuple[str, ...] | None = None
     extra_bias: str = 'none'
     tokens: str = 'all'
     merged: bool = False
 
     def __post_init__(self):
-        if self.targets is not None: object.__setattr__(self, 'targets', tuple(self.targets))
+        if self.targets is not None:
+            object.__setattr__(self, 'targets', tuple(self.targets))
         for k in ('layers', 'r'):
             v = getattr(self, k)
             if isinstance(v, bool) or not isinstance(v, int) or v < 1:
                 raise ValueError(f'lora.{k} must be a whole number above 0, got {v!r}')
-        if not self.scale > 0: raise ValueError(f'lora.scale must be above 0, got {self.scale!r}')
+        if not self.scale > 0:
+            raise ValueError(f'lora.scale must be above 0, got {self.scale!r}')
         if self.extra_bias not in EXTRA_BIAS:
-            raise ValueError(f'lora.extra_bias must be one of {EXTRA_BIAS}, got {self.extra_bias!r}')
-        if self.tokens not in TOKENS: raise ValueError(f'lora.tokens must be one of {TOKENS}, got {self.tokens!r}')
-        if self.targets == (): raise ValueError('lora.targets is empty; leave it None for every linear layer')
+            raise ValueError(
+                f'lora.extra_bias must be one of {EXTRA_BIAS}, got {self.extra_bias!r}'
+            )
+        if self.tokens not in TOKENS:
+            raise ValueError(f'lora.tokens must be one of {TOKENS}, got {self.tokens!r}')
+        if self.targets == ():
+            raise ValueError('lora.targets is empty; leave it None for every linear layer')
 
     def to_dict(self) -> dict:
         "Plain values for JSON."
-        return {**dataclasses.asdict(self), 'targets': None if self.targets is None else list(self.targets)}
+        return {
+            **dataclasses.asdict(self),
+            'targets': None if self.targets is None else list(self.targets),
+        }
 
     @classmethod
     def from_dict(cls, d: Mapping) -> 'LoRASettings':
         "The inverse of `to_dict`; an unknown or missing setting is an error."
         known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(d) - set(known)): raise ValueError(f'lora has no setting {unknown}; it knows {known}')
-        if missing := sorted({'layers', 'r'} - set(d)): raise ValueError(f'lora needs {missing}')
+        if unknown := sorted(set(d) - set(known)):
+            raise ValueError(f'lora has no setting {unknown}; it knows {known}')
+        if missing := sorted({'layers', 'r'} - set(d)):
+            raise ValueError(f'lora needs {missing}')
         return cls(**d)
 
 # %% ../../nbs/models/44_vision_lora.ipynb #9c3a0cd7
 class TokenGate:
     "Which tokens the LoRA layers of one model act on: `mask` `[batch, tokens]`, None for none."
-    def __init__(self): self.mask = None
-    def __deepcopy__(self, memo): return memo.setdefault(id(self), TokenGate())
+
+    def __init__(self):
+        self.mask = None
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), TokenGate())
+
 
 class VisionLoRALinear(nn.Linear):
-    """A linear layer with a low-rank update beside it: `[..., in] -> [..., out]`, keys `weight`, `bias`,
-    `lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`.
+    """A linear layer with a low-rank update beside it: `[..., in] -> [..., out]`, keys `weight`,
+    `bias`, `lora_A.weight` `[r, in]`, `lora_B.weight` `[out, r]`.
 
-    `gate`: a `TokenGate` for LoRA on image tokens only. A is Kaiming-uniform (a = sqrt 5), B zero; `extra` says that
-    the bias is not the base model's."""
+    `gate`: a `TokenGate` for LoRA on image tokens only. A is Kaiming-uniform (a = sqrt 5), B zero;
+    `extra` says that the bias is not the base model's."""
+
     def __init__(self, base: nn.Linear, settings: LoRASettings, gate: TokenGate | None = None):
-        self.settings = settings                                      # read by reset_parameters, which nn.Linear calls
-        with torch.device('meta'): super().__init__(base.in_features, base.out_features, bias=False)
+        self.settings = settings  # read by reset_parameters, which nn.Linear calls
+        with torch.device('meta'):
+            super().__init__(base.in_features, base.out_features, bias=False)
         self.gate, self.extra = gate, base.bias is None and settings.extra_bias != 'none'
         self.weight, self.bias = base.weight, base.bias
         like = dict(dtype=base.weight.dtype, device=base.weight.device)
         if not settings.merged:
             self.lora_A = nn.Linear(self.in_features, settings.r, bias=False, **like)
             self.lora_B = nn.Linear(settings.r, self.out_features, bias=False, **like)
-        if self.extra: self.bias = nn.Parameter(torch.empty(self.out_features, **like))
+        if self.extra:
+            self.bias = nn.Parameter(torch.empty(self.out_features, **like))
         self.init_vision_parameters()
 
-    def reset_parameters(self) -> None: "The base layer's weights are taken as they are."
+    def reset_parameters(self) -> None:
+        "The base layer's weights are taken as they are."
 
     def vision_parameters(self) -> list[nn.Parameter]:
         "The parameters that are not the base model's."
-        return [*(() if self.settings.merged else (self.lora_A.weight, self.lora_B.weight)),
-                *((self.bias,) if self.extra else ())]
+        return [
+            *(() if self.settings.merged else (self.lora_A.weight, self.lora_B.weight)),
+            *((self.bias,) if self.extra else ()),
+        ]
 
     def init_vision_parameters(self) -> None:
         "Draw what is not the base model's, except tensors that a checkpoint has filled."
-        new = {id(p) for p in self.vision_parameters() if not getattr(p, '_is_hf_initialized', False)}
+        new = {
+            id(p) for p in self.vision_parameters() if not getattr(p, '_is_hf_initialized', False)
+        }
         if not self.settings.merged:
-            if id(self.lora_A.weight) in new: nn.init.kaiming_uniform_(self.lora_A.weight, a=5 ** .5)
-            if id(self.lora_B.weight) in new: nn.init.zeros_(self.lora_B.weight)
+            if id(self.lora_A.weight) in new:
+                nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)
+            if id(self.lora_B.weight) in new:
+                nn.init.zeros_(self.lora_B.weight)
         if self.extra and id(self.bias) in new:
-            bound = self.in_features ** -.5 if self.settings.extra_bias == 'reference_random' else 0.
+            bound = (
+                self.in_features**-0.5 if self.settings.extra_bias == 'reference_random' else 0.0
+            )
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
-        if self.settings.merged: return y
-        if self.settings.tokens == 'all': return y + self.settings.scale * self.lora_B(self.lora_A(x))
+        if self.settings.merged:
+            return y
+        if self.settings.tokens == 'all':
+            return y + self.settings.scale * self.lora_B(self.lora_A(x))
         mask = None if self.gate is None else self.gate.mask
-        if mask is None: return y
+        if mask is None:
+            return y
         if mask.shape != x.shape[:-1]:
-            raise ValueError(f'the image-token mask is {tuple(mask.shape)} and the layer got {tuple(x.shape)}')
+            raise ValueError(
+                f'the image-token mask is {tuple(mask.shape)} and the layer got {tuple(x.shape)}'
+            )
         update = self.settings.scale * self.lora_B(self.lora_A(x[mask]))
         return y + torch.zeros_like(y).masked_scatter(mask[..., None], update.to(y.dtype))
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A plain linear layer with the update, computed in float32, in its weight (in place); with an extra bias, a
-        merged layer of this class."""
+        """A plain linear layer with the update, computed in float32, in its weight (in place); with
+        an extra bias, a merged layer of this class."""
         if self.settings.tokens == 'image':
             raise ValueError("lora.tokens='image' cannot be merged: text tokens pass by the update")
         delta = self.settings.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
@@ -121,41 +157,52 @@ class VisionLoRALinear(nn.Linear):
             self.settings = dataclasses.replace(self.settings, merged=True)
             del self.lora_A, self.lora_B
             return self
-        with torch.device('meta'): out = nn.Linear(self.in_features, self.out_features, bias=False)
+        with torch.device('meta'):
+            out = nn.Linear(self.in_features, self.out_features, bias=False)
         out.weight, out.bias = self.weight, self.bias
         return out
 
 # %% ../../nbs/models/44_vision_lora.ipynb #025ac79d
 def add_vision_lora(language_model: nn.Module, settings: LoRASettings) -> TokenGate | None:
-    """Replace the target linear layers of the first `settings.layers` blocks by `VisionLoRALinear`, in place. Returns
-    the gate when LoRA is for image tokens only.
+    """Replace the target linear layers of the first `settings.layers` blocks by `VisionLoRALinear`,
+    in place. Returns the gate when LoRA is for image tokens only.
 
-    Raises ValueError when the model has fewer blocks, a target does not exist, or LoRA is there already."""
+    Raises ValueError when the model has fewer blocks, a target does not exist, or LoRA is there
+    already."""
     blocks, gate = blocks_of(language_model), TokenGate() if settings.tokens == 'image' else None
     if settings.layers > len(blocks):
-        raise ValueError(f'lora.layers={settings.layers}, but the language model has only {len(blocks)} blocks: choose '
-                         f'at most {len(blocks)}')
+        raise ValueError(
+            f'lora.layers={settings.layers}, but the language model has only {len(blocks)} blocks: '
+            'choose '
+            f'at most {len(blocks)}'
+        )
     if any(isinstance(m, VisionLoRALinear) for m in language_model.modules()):
         raise ValueError('the language model carries vision LoRA already: merge it first')
-    for i, block in enumerate(blocks[:settings.layers]):
+    for i, block in enumerate(blocks[: settings.layers]):
         linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         last = {n.rpartition('.')[2] for n in linear}
         if gone := [t for t in settings.targets or () if t not in last]:
-            raise ValueError(f'lora.targets: block {i} has no linear layer {gone[0]!r}; it has {sorted(last)}')
+            raise ValueError(
+                f'lora.targets: block {i} has no linear layer {gone[0]!r}; it has {sorted(last)}'
+            )
         for n, m in linear.items():
-            if settings.targets is not None and n.rpartition('.')[2] not in settings.targets: continue
-            if settings.merged and (m.bias is not None or settings.extra_bias == 'none'): continue
+            if settings.targets is not None and n.rpartition('.')[2] not in settings.targets:
+                continue
+            if settings.merged and (m.bias is not None or settings.extra_bias == 'none'):
+                continue
             parent, _, name = n.rpartition('.')
             setattr(block.get_submodule(parent), name, VisionLoRALinear(m, settings, gate))
     return gate
+
 
 def vision_lora_layers(model: nn.Module) -> dict[str, VisionLoRALinear]:
     "Full module name -> layer."
     return {n: m for n, m in model.named_modules() if isinstance(m, VisionLoRALinear)}
 
+
 def merge_vision_lora(model: nn.Module) -> int:
-    """Add every update to its weight, in place; returns how many layers were merged. The settings in a VLM's config
-    follow.
+    """Add every update to its weight, in place; returns how many layers were merged. The settings
+    in a VLM's config follow.
 
     Raises ValueError for LoRA on image tokens only."""
     found = {n: m for n, m in vision_lora_layers(model).items() if not m.settings.merged}
@@ -172,8 +219,15 @@ def merge_vision_lora(model: nn.Module) -> int:
 
 # %% ../../nbs/models/44_vision_lora.ipynb #da94a117
 def lora_size(config, settings: LoRASettings) -> int:
-    "Number of A and B parameters for a language model's configuration, counted on blocks built without weights."
+    """Number of A and B parameters for a language model's configuration, counted on blocks built
+    without weights."""
     from transformers import AutoModel
-    with torch.device('meta'): model = AutoModel.from_config(config)
+
+    with torch.device('meta'):
+        model = AutoModel.from_config(config)
     add_vision_lora(model, settings)
-    return sum(p.numel() for m in vision_lora_layers(model).values() for p in (m.lora_A.weight, m.lora_B.weight))
+    return sum(
+        p.numel()
+        for m in vision_lora_layers(model).values()
+        for p in (m.lora_A.weight, m.lora_B.weight)
+    )

@@ -13,86 +13,157 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (AddedToken, AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer,
-                          PreTrainedModel,
-                          PreTrainedTokenizerBase)
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.hub import cached_file
 
 from ..data.image import CLIP_MEAN, CLIP_STD, HALF, ImageTransform, from_image_processor
 from ..data.template import IMAGE
-from .modeling import VLMConfig, VLMForConditionalGeneration, VLMModel, VLMModelOutput, VLMOutput
+from vlmbench.models.modeling import (
+    VLMConfig,
+    VLMForConditionalGeneration,
+    VLMModel,
+    VLMModelOutput,
+    VLMOutput,
+)
 from .processor import VLMProcessor
-from .vision import backbone_dict, blocks_of, build_front_end, drop_blocks, front_end_class, tower_config
+from vlmbench.models.vision import (
+    backbone_dict,
+    blocks_of,
+    build_front_end,
+    drop_blocks,
+    front_end_class,
+    tower_config,
+)
 
 # %% ../../nbs/models/20_vlm.ipynb #f16eea52
-_all_ = ['VLMConfig', 'VLMModel', 'VLMForConditionalGeneration', 'VLMModelOutput', 'VLMOutput', 'VLMProcessor']
+_all_ = [
+    'VLMConfig',
+    'VLMModel',
+    'VLMForConditionalGeneration',
+    'VLMModelOutput',
+    'VLMOutput',
+    'VLMProcessor',
+]
 AutoProcessor.register(VLMConfig, VLMProcessor)
 
 # %% ../../nbs/models/20_vlm.ipynb #e4de08ea
 def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrainedModel:
-    """The vision tower of a Hub-layout folder or name: vision-only, or the vision half of a CLIP-like model. Raises
-    `ValueError` if weights miss."""
+    """The vision tower of a Hub-layout folder or name: vision-only, or the vision half of a
+    CLIP-like model. Raises `ValueError` if weights miss."""
     config = AutoConfig.from_pretrained(path)
     vision = tower_config(config)
-    model, info = MODEL_MAPPING[type(vision)].from_pretrained(path, config=vision, dtype=dtype,
-                                                              output_loading_info=True)
+    model, info = MODEL_MAPPING[type(vision)].from_pretrained(
+        path, config=vision, dtype=dtype, output_loading_info=True
+    )
     missing = info['missing_keys']
-    if missing and vision is not config:                                      # names differ: load both towers, keep one
+    if missing and vision is not config:  # names differ: load both towers, keep one
         whole, info = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        model, missing = whole.vision_model, [k for k in info['missing_keys'] if k.startswith('vision_model.')]
+        model, missing = (
+            whole.vision_model,
+            [k for k in info['missing_keys'] if k.startswith('vision_model.')],
+        )
     if missing := sorted(missing):
-        raise ValueError(f'{path} lacks {len(missing)} weights of its {type(model).__name__}, e.g. {missing[:3]}: '
-                         'is it the right folder?')
+        raise ValueError(
+            f'{path} lacks {len(missing)} weights of its {type(model).__name__}, e.g. '
+            f'{missing[:3]}: '
+            'is it the right folder?'
+        )
     return model
 
 # %% ../../nbs/models/20_vlm.ipynb #1ef063ce
 def tower_transform(path: str | Path | None, config, mode: str | None = None) -> ImageTransform:
-    """The `ImageTransform` a tower was trained with: from the `preprocessor_config.json` beside it, else (announced)
-    from its config."""
+    """The `ImageTransform` a tower was trained with: from the `preprocessor_config.json` beside it,
+    else (announced) from its config."""
     patch, size = tower_config(config).patch_size, tower_config(config).image_size
     name = 'preprocessor_config.json'
-    file = None if path is None else cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    if file is not None: return from_image_processor(json.loads(Path(file).read_text(encoding='utf-8')), mode, patch)
+    file = (
+        None
+        if path is None
+        else cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    )
+    if file is not None:
+        return from_image_processor(json.loads(Path(file).read_text(encoding='utf-8')), mode, patch)
     half = tower_config(config).model_type in ('siglip_vision_model', 'siglip2_vision_model')
-    out = ImageTransform(mode or 'squash', size, HALF if half else CLIP_MEAN, HALF if half else CLIP_STD, patch)
-    warnings.warn(f'no {name} beside the vision tower: images are transformed by {out.mode} to {size} pixels with mean '
-                  f'{out.mean} and std {out.std}; pass transform= to change it', stacklevel=3)
+    out = ImageTransform(
+        mode or 'squash', size, HALF if half else CLIP_MEAN, HALF if half else CLIP_STD, patch
+    )
+    warnings.warn(
+        f'no {name} beside the vision tower: images are transformed by {out.mode} to {size} pixels '
+        'with mean '
+        f'{out.mean} and std {out.std}; pass transform= to change it',
+        stacklevel=3,
+    )
     return out
 
-def add_image_token(tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel, image_token: str = IMAGE) -> int:
-    """Id of `image_token`, added to the tokenizer (and a row to the embedding of `llm`) where it is missing; both are
-    announced."""
+
+def add_image_token(
+    tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel, image_token: str = IMAGE
+) -> int:
+    """Id of `image_token`, added to the tokenizer (and a row to the embedding of `llm`) where it is
+    missing; both are announced."""
     if image_token not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
-        warnings.warn(f'{image_token!r} added to the tokenizer as id {tokenizer.convert_tokens_to_ids(image_token)}',
-                      stacklevel=3)
-    index, rows = tokenizer.convert_tokens_to_ids(image_token), llm.get_input_embeddings().weight.shape[0]
+        tokenizer.add_tokens(
+            [AddedToken(image_token, special=True, normalized=False)], special_tokens=True
+        )
+        warnings.warn(
+            f'{image_token!r} added to the tokenizer as id '
+            f'{tokenizer.convert_tokens_to_ids(image_token)}',
+            stacklevel=3,
+        )
+    index, rows = (
+        tokenizer.convert_tokens_to_ids(image_token),
+        llm.get_input_embeddings().weight.shape[0],
+    )
     if index >= rows:
         llm.resize_token_embeddings(index + 1, mean_resizing=False)
         with torch.no_grad():
-            for m in {id(m.weight): m for m in (llm.get_input_embeddings(), llm.get_output_embeddings())}.values():
+            for m in {
+                id(m.weight): m for m in (llm.get_input_embeddings(), llm.get_output_embeddings())
+            }.values():
                 m.weight[rows:] = m.weight[:rows].mean(0)
-        warnings.warn(f'embedding resized from {rows} to {index + 1} rows for {image_token!r}', stacklevel=3)
+        warnings.warn(
+            f'embedding resized from {rows} to {index + 1} rows for {image_token!r}', stacklevel=3
+        )
     return index
 
 # %% ../../nbs/models/20_vlm.ipynb #42bc1a1b
-def build_vlm(llm: str | Path | PreTrainedModel, vision: str | Path | PreTrainedModel | None = None,
-              front_end: dict | None = None, tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-              template: str | None = None,
-              transform: ImageTransform | str | None = None, image_token: str = IMAGE,
-              bidirectional_images: bool = False, dtype: torch.dtype | str = 'auto',
-              attn_implementation: str | None = None, drop_unused_blocks: bool = False, seed: int = 0):
-    """`(VLMForConditionalGeneration, VLMProcessor)` from a causal language model and a vision tower.
+def build_vlm(
+    llm: str | Path | PreTrainedModel,
+    vision: str | Path | PreTrainedModel | None = None,
+    front_end: dict | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    template: str | None = None,
+    transform: ImageTransform | str | None = None,
+    image_token: str = IMAGE,
+    bidirectional_images: bool = False,
+    dtype: torch.dtype | str = 'auto',
+    attn_implementation: str | None = None,
+    drop_unused_blocks: bool = False,
+    seed: int = 0,
+):
+    """`(VLMForConditionalGeneration, VLMProcessor)` from a causal language model and a vision
+    tower.
 
-    `llm`, `vision`: Hub-layout folders or names, or loaded models (`vision` may be a whole CLIP-like folder; it stays
-    `None` for front ends without a tower). `front_end`: settings of the front end, `type` default `encoder`.
-    `tokenizer`: default the one beside `llm`. `template`: chat template by name. `transform`: an `ImageTransform`, or
-    only its mode (e.g. `'pad'`), default the tower's own. `drop_unused_blocks` removes the tower's blocks behind the
-    deepest selected layer: less memory and time, the same features. `seed` draws the new parts. The model takes the dtype of
-    the language model and comes in eval mode."""
+    `llm`, `vision`: Hub-layout folders or names, or loaded models (`vision` may be a whole
+    CLIP-like folder; it stays `None` for front ends without a tower). `front_end`: settings of the
+    front end, `type` default `encoder`. `tokenizer`: default the one beside `llm`. `template`: chat
+    template by name. `transform`: an `ImageTransform`, or only its mode (e.g. `'pad'`), default the
+    tower's own. `drop_unused_blocks` removes the tower's blocks behind the deepest selected layer:
+    less memory and time, the same features. `seed` draws the new parts. The model takes the dtype
+    of the language model and comes in eval mode."""
     source = llm if not isinstance(llm, PreTrainedModel) else None
-    if source is None and tokenizer is None: raise ValueError('tokenizer is needed when llm is a loaded model')
+    if source is None and tokenizer is None:
+        raise ValueError('tokenizer is needed when llm is a loaded model')
     if source is not None:
         attn = {} if attn_implementation is None else dict(attn_implementation=attn_implementation)
         llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attn)
@@ -102,73 +173,113 @@ def build_vlm(llm: str | Path | PreTrainedModel, vision: str | Path | PreTrained
     image_token_id = add_image_token(tokenizer, llm, image_token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-        warnings.warn(f'the tokenizer has no pad token: {tokenizer.eos_token!r} is used (padding is masked)',
-                      stacklevel=2)
-    tower = vision if isinstance(vision, PreTrainedModel) or vision is None else load_tower(vision, llm.dtype)
+        warnings.warn(
+            f'the tokenizer has no pad token: {tokenizer.eos_token!r} is used (padding is masked)',
+            stacklevel=2,
+        )
+    tower = (
+        vision
+        if isinstance(vision, PreTrainedModel) or vision is None
+        else load_tower(vision, llm.dtype)
+    )
     settings = {'type': 'encoder', **(front_end or {})}
-    if tower is not None: settings['backbone'] = backbone_dict(tower.config)
-    if drop_unused_blocks: settings = drop_blocks(tower, front_end_class(settings).resolve(settings))
+    if tower is not None:
+        settings['backbone'] = backbone_dict(tower.config)
+    if drop_unused_blocks:
+        settings = drop_blocks(tower, front_end_class(settings).resolve(settings))
     if transform is None or isinstance(transform, str):
         if tower is None:
-            raise ValueError('transform is needed for a front end without a vision tower: pass an ImageTransform')
-        transform = tower_transform(vision if not isinstance(vision, PreTrainedModel) else None, tower.config,
-                                    transform)
+            raise ValueError(
+                'transform is needed for a front end without a vision tower: pass an ImageTransform'
+            )
+        transform = tower_transform(
+            vision if not isinstance(vision, PreTrainedModel) else None, tower.config, transform
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        front = build_front_end(settings, llm.config.hidden_size, **({} if tower is None else dict(tower=tower)))
+        front = build_front_end(
+            settings, llm.config.hidden_size, **({} if tower is None else dict(tower=tower))
+        )
     model = assemble(llm, front.to(llm.device, llm.dtype), image_token_id, bidirectional_images)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, VLMProcessor(tokenizer, transform, model.config.vision_config, image_token, template)
+    return model, VLMProcessor(
+        tokenizer, transform, model.config.vision_config, image_token, template
+    )
+
 
 def _check_head(llm: PreTrainedModel):
     "Refuse a language model whose logits are not `head(base(x))`."
-    if llm.get_output_embeddings() is None: raise ValueError(f'{type(llm).__name__} has no language-modelling head')
-    if llm.device.type == 'meta': return
-    llm.eval()                                                                # dropout would differ between the two calls
+    if llm.get_output_embeddings() is None:
+        raise ValueError(f'{type(llm).__name__} has no language-modelling head')
+    if llm.device.type == 'meta':
+        return
+    llm.eval()  # dropout would differ between the two calls
     ids = torch.arange(4, device=llm.device)[None] % llm.config.vocab_size
     with torch.no_grad():
         ours = llm.get_output_embeddings()(llm.base_model(ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(ours.float(), llm(ids, use_cache=False).logits.float(), atol=1e-2, rtol=1e-2):
-            raise ValueError(f'{type(llm).__name__} changes its logits after the head (soft-capping or scaling), '
-                             'which a VLM would not do')
+        if not torch.allclose(
+            ours.float(), llm(ids, use_cache=False).logits.float(), atol=1e-2, rtol=1e-2
+        ):
+            raise ValueError(
+                f'{type(llm).__name__} changes its logits after the head (soft-capping or '
+                'scaling), '
+                'which a VLM would not do'
+            )
 
-def assemble(llm: PreTrainedModel, front, image_token_id: int,
-             bidirectional_images: bool = False) -> VLMForConditionalGeneration:
-    """A `VLMForConditionalGeneration` around a loaded causal language model and a ready front end, sharing their
-    weights."""
+
+def assemble(
+    llm: PreTrainedModel, front, image_token_id: int, bidirectional_images: bool = False
+) -> VLMForConditionalGeneration:
+    """A `VLMForConditionalGeneration` around a loaded causal language model and a ready front end,
+    sharing their weights."""
     head = llm.get_output_embeddings()
-    config = VLMConfig(text_config=llm.config, vision_config=front.config, image_token_id=image_token_id,
-                       lm_head_bias=head.bias is not None, bidirectional_images=bidirectional_images,
-                       tie_word_embeddings=head.weight is llm.get_input_embeddings().weight)
-    with torch.device('meta'): model = VLMForConditionalGeneration(config)
+    config = VLMConfig(
+        text_config=llm.config,
+        vision_config=front.config,
+        image_token_id=image_token_id,
+        lm_head_bias=head.bias is not None,
+        bidirectional_images=bidirectional_images,
+        tie_word_embeddings=head.weight is llm.get_input_embeddings().weight,
+    )
+    with torch.device('meta'):
+        model = VLMForConditionalGeneration(config)
     model.model.vision, model.model.language_model, model.lm_head = front, llm.base_model, head
     front.adapt(llm.base_model)
     config.text_config = llm.base_model.config
-    kept = {k: v for k, v in llm.generation_config.to_diff_dict().items() if k != 'transformers_version'}
+    kept = {
+        k: v for k, v in llm.generation_config.to_diff_dict().items() if k != 'transformers_version'
+    }
     model.generation_config.update(**kept)
     model.config.dtype = llm.dtype
     return model.eval()
 
 # %% ../../nbs/models/20_vlm.ipynb #b1d2c3e5
 def model_folder(folder: str | Path) -> Path:
-    """`folder`, or the `model/` below it that a finished run leaves. Raises FileNotFoundError where neither holds a
-    model (a `config.json`)."""
-    for place in (Path(folder), Path(folder)/'model'):
-        if str(folder) and (place/'config.json').is_file(): return place
-    raise FileNotFoundError(f'model={str(folder)!r} holds no model (no config.json, nor one in model/ below it); pass a '
-                            'finished run folder or the folder of a model')
+    """`folder`, or the `model/` below it that a finished run leaves. Raises FileNotFoundError where
+    neither holds a model (a `config.json`)."""
+    for place in (Path(folder), Path(folder) / 'model'):
+        if str(folder) and (place / 'config.json').is_file():
+            return place
+    raise FileNotFoundError(
+        f'model={str(folder)!r} holds no model (no config.json, nor one in model/ below it); pass '
+        'a '
+        'finished run folder or the folder of a model'
+    )
+
 
 def model_name(place: str | Path) -> str:
-    "What to call the model in the folder `place`: the folder's name, or that of the run it belongs to."
+    """What to call the model in the folder `place`: the folder's name, or that of the run it
+    belongs to."""
     place = Path(place).resolve()
     return place.parent.name if place.name == 'model' else place.name
 
 # %% ../../nbs/models/20_vlm.ipynb #6c8be96a
 GROUPS = ('vision', 'projector', 'embed', 'layers', 'norm', 'lm_head')
 
+
 def module_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Group -> `(full parameter name, parameter)` pairs in model order, for a `VLMForConditionalGeneration` (also
-    wrapped by peft).
+    """Group -> `(full parameter name, parameter)` pairs in model order, for a
+    `VLMForConditionalGeneration` (also wrapped by peft).
 
     Raises `ValueError` naming a parameter that belongs to no group."""
     if not isinstance(model, VLMForConditionalGeneration) and hasattr(model, 'get_base_model'):
@@ -176,22 +287,48 @@ def module_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]
     vision, language = model.model.vision, model.model.language_model
     embed = {id(p) for p in model.get_input_embeddings().parameters()}
     blocks = {id(p) for p in decoder_layers(language).parameters()}
-    lent = {id(p) for m in language.modules() if hasattr(m, 'vision_parameters') for p in m.vision_parameters()}
-    projector = tuple(f'model.vision.{part}' for part in (vision.projector_parts if vision is not None else ()))
+    lent = {
+        id(p)
+        for m in language.modules()
+        if hasattr(m, 'vision_parameters')
+        for p in m.vision_parameters()
+    }
+    projector = tuple(
+        f'model.vision.{part}' for part in (vision.projector_parts if vision is not None else ())
+    )
+
     def group(name, p):
         if name.startswith('model.vision.'):
-            return 'projector' if any(name == r or name.startswith(r + '.') for r in projector) else 'vision'
-        if id(p) in lent: return 'vision'                                     # parts a front end put into the blocks
-        if id(p) in embed: return 'embed'
-        if id(p) in blocks: return 'layers'
-        if name.startswith('lm_head.'): return 'lm_head'
-        if name.startswith('model.language_model.'):                          # final norm; else e.g. a position table
-            return 'norm' if 'Norm' in type(model.get_submodule(name.rpartition('.')[0])).__name__ else 'embed'
-        raise ValueError(f'parameter {name} belongs to none of {GROUPS}: keep extra modules outside the model')
+            return (
+                'projector'
+                if any(name == r or name.startswith(r + '.') for r in projector)
+                else 'vision'
+            )
+        if id(p) in lent:
+            return 'vision'  # parts a front end put into the blocks
+        if id(p) in embed:
+            return 'embed'
+        if id(p) in blocks:
+            return 'layers'
+        if name.startswith('lm_head.'):
+            return 'lm_head'
+        if name.startswith('model.language_model.'):  # final norm; else e.g. a position table
+            return (
+                'norm'
+                if 'Norm' in type(model.get_submodule(name.rpartition('.')[0])).__name__
+                else 'embed'
+            )
+        raise ValueError(
+            f'parameter {name} belongs to none of {GROUPS}: keep extra modules outside the model'
+        )
+
     out = {g: [] for g in GROUPS}
-    for name, p in model.named_parameters(): out[group(name, p)].append((name, p))
+    for name, p in model.named_parameters():
+        out[group(name, p)].append((name, p))
     return out
 
+
 def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
-    "The decoder blocks of a language model's base model: its `ModuleList` of `num_hidden_layers` modules."
+    """The decoder blocks of a language model's base model: its `ModuleList` of `num_hidden_layers`
+    modules."""
     return blocks_of(language_model)

@@ -19,28 +19,42 @@ from .vision_lora import LoRASettings, VisionLoRALinear, add_vision_lora
 # %% ../../nbs/models/42_vora_patches.ipynb #86f1ef86
 class VoRARMSNorm(nn.Module):
     "RMS norm over the last dimension in float32, cast back before the weight is applied."
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def reset_parameters(self) -> None: nn.init.ones_(self.weight)
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.float()
-        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
 
 # %% ../../nbs/models/42_vora_patches.ipynb #ae952235
 POSITIONS, INITS = ('interpolate', 'reference'), ('teacher', 'own')
 
-class VoRAFrontEnd(FrontEnd):
-    """Patch embedding of VoRA (section 3.1): `[images, 3, H, W]` to `N = (H / patch) (W / patch)` tokens an image.
 
-    Settings: `patch_size`, `width` (inner channels), `image_size` (pixels a side that the position table covers),
-    `norm_eps` (the published code uses the language model's), `positions` ('interpolate', or 'reference' for the
-    released quirk), `lora` (settings of `LoRASettings`, None: no LoRA), `init` ('teacher': `init_from_teacher` where it
-    fits, 'own': as drawn)."""
-    defaults: dict[str, Any] = dict(patch_size=14, width=1536, image_size=448, norm_eps=1e-6, positions='interpolate',
-                                    lora=None, init='teacher')
+class VoRAFrontEnd(FrontEnd):
+    """Patch embedding of VoRA (section 3.1): `[images, 3, H, W]` to `N = (H / patch) (W / patch)`
+    tokens an image.
+
+    Settings: `patch_size`, `width` (inner channels), `image_size` (pixels a side that the position
+    table covers), `norm_eps` (the published code uses the language model's), `positions`
+    ('interpolate', or 'reference' for the released quirk), `lora` (settings of `LoRASettings`,
+    None: no LoRA), `init` ('teacher': `init_from_teacher` where it fits, 'own': as drawn)."""
+
+    defaults: dict[str, Any] = dict(
+        patch_size=14,
+        width=1536,
+        image_size=448,
+        norm_eps=1e-6,
+        positions='interpolate',
+        lora=None,
+        init='teacher',
+    )
     projector_parts = ('out_proj',)
 
     def __init__(self, config: dict, hidden_size: int):
@@ -48,7 +62,9 @@ class VoRAFrontEnd(FrontEnd):
         c = self.config
         self.proj = nn.Conv2d(3, c['width'], c['patch_size'], stride=c['patch_size'])
         self.norm = VoRARMSNorm(c['width'], c['norm_eps'])
-        self.pos_embed = nn.Parameter(torch.empty(1, (c['image_size'] // c['patch_size']) ** 2, c['width']))
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, (c['image_size'] // c['patch_size']) ** 2, c['width'])
+        )
         self.out_proj = nn.Linear(c['width'], hidden_size, bias=False)
         self._gate = None
         self.init_weights(self)
@@ -58,14 +74,22 @@ class VoRAFrontEnd(FrontEnd):
         c = super().resolve(config)
         for k in ('patch_size', 'width', 'image_size'):
             if isinstance(c[k], bool) or not isinstance(c[k], int) or c[k] < 1:
-                raise ValueError(f"front-end setting {k!r} must be a whole number above 0, got {c[k]!r}")
+                raise ValueError(
+                    f'front-end setting {k!r} must be a whole number above 0, got {c[k]!r}'
+                )
         if c['image_size'] % c['patch_size']:
-            raise ValueError(f"front-end setting 'image_size'={c['image_size']} is no multiple of "
-                             f"patch_size={c['patch_size']}")
+            raise ValueError(
+                f"front-end setting 'image_size'={c['image_size']} is no multiple of "
+                f'patch_size={c["patch_size"]}'
+            )
         if c['positions'] not in POSITIONS:
-            raise ValueError(f"front-end setting 'positions' must be one of {POSITIONS}, got {c['positions']!r}")
-        if c['init'] not in INITS: raise ValueError(f"front-end setting 'init' must be one of {INITS}, got {c['init']!r}")
-        if c['lora'] is not None: c['lora'] = LoRASettings.from_dict(c['lora']).to_dict()
+            raise ValueError(
+                f"front-end setting 'positions' must be one of {POSITIONS}, got {c['positions']!r}"
+            )
+        if c['init'] not in INITS:
+            raise ValueError(f"front-end setting 'init' must be one of {INITS}, got {c['init']!r}")
+        if c['lora'] is not None:
+            c['lora'] = LoRASettings.from_dict(c['lora']).to_dict()
         return c
 
     @classmethod
@@ -76,76 +100,115 @@ class VoRAFrontEnd(FrontEnd):
     def init_weights(self, module: nn.Module) -> None:
         super().init_weights(module)
         if module is self and not getattr(self.pos_embed, '_is_hf_initialized', False):
-            nn.init.normal_(self.pos_embed, std=.02)
+            nn.init.normal_(self.pos_embed, std=0.02)
 
     def forward(self, pixel_values, image_sizes=None):
         groups = _by_size(pixel_values, image_sizes)
         feats = [(self._embed(pixels), index) for pixels, index in groups]
-        if feats[0][1] is None: out = list(feats[0][0])
-        else: out = [f for _, f in sorted(((i, f) for x, index in feats for i, f in zip(index, x)), key=lambda p: p[0])]
+        if feats[0][1] is None:
+            out = list(feats[0][0])
+        else:
+            out = [
+                f
+                for _, f in sorted(
+                    ((i, f) for x, index in feats for i, f in zip(index, x)), key=lambda p: p[0]
+                )
+            ]
         return torch.cat(out), torch.tensor([len(f) for f in out], device=pixel_values.device)
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         grid = _grid(self.config, *pixels.shape[-2:])
         x = self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
-        return self.out_proj(self.norm(x) + position_table(self.pos_embed, grid, self.config['positions']).to(x.dtype))
+        return self.out_proj(
+            self.norm(x)
+            + position_table(self.pos_embed, grid, self.config['positions']).to(x.dtype)
+        )
 
     def adapt(self, language_model: nn.Module) -> None:
         if self.config['lora'] is not None:
-            self._gate = add_vision_lora(language_model, LoRASettings.from_dict(self.config['lora']))
+            self._gate = add_vision_lora(
+                language_model, LoRASettings.from_dict(self.config['lora'])
+            )
 
     def see_tokens(self, image_tokens) -> None:
-        if self._gate is not None: self._gate.mask = image_tokens
+        if self._gate is not None:
+            self._gate.mask = image_tokens
+
 
 def _grid(config: dict, height: int, width: int) -> tuple[int, int]:
     p = config['patch_size']
     if min(height, width) < p:
-        raise ValueError(f'an image of {height}x{width} pixels (h x w) is smaller than one {p}x{p} patch')
+        raise ValueError(
+            f'an image of {height}x{width} pixels (h x w) is smaller than one {p}x{p} patch'
+        )
     if config['positions'] != 'reference' and (height % p or width % p):
-        raise ValueError(f'an image of {height}x{width} pixels (h x w) is no multiple of the {p}x{p} patch: resize it '
-                         f"(ImageTransform(mode='native', patch={p})), or drop the remainder with "
-                         f"positions='reference'")
+        raise ValueError(
+            f'an image of {height}x{width} pixels (h x w) is no multiple of the {p}x{p} patch: '
+            'resize it '
+            f"(ImageTransform(mode='native', patch={p})), or drop the remainder with "
+            f"positions='reference'"
+        )
     return height // p, width // p
+
 
 FRONT_ENDS['vora'] = VoRAFrontEnd
 
 # %% ../../nbs/models/42_vora_patches.ipynb #041b4537
-def position_table(table: torch.Tensor, grid: tuple[int, int], how: str = 'interpolate') -> torch.Tensor:
-    """The rows of `table` `[1, side^2, width]` for a `grid` of (rows, columns): `[1, rows * columns, width]`.
+def position_table(
+    table: torch.Tensor, grid: tuple[int, int], how: str = 'interpolate'
+) -> torch.Tensor:
+    """The rows of `table` `[1, side^2, width]` for a `grid` of (rows, columns): `[1, rows *
+    columns, width]`.
 
-    'interpolate': bilinear wherever the grid differs from the table's. 'reference': the first rows while they suffice,
-    bilinear above."""
+    'interpolate': bilinear wherever the grid differs from the table's. 'reference': the first rows
+    while they suffice, bilinear above."""
     side, (rows, cols) = math.isqrt(table.shape[1]), grid
-    if (rows, cols) == (side, side): return table
-    if how == 'reference' and rows * cols <= table.shape[1]: return table[:, :rows * cols]
+    if (rows, cols) == (side, side):
+        return table
+    if how == 'reference' and rows * cols <= table.shape[1]:
+        return table[:, : rows * cols]
     x = table.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     x = nn.functional.interpolate(x, size=(rows, cols), mode='bilinear', align_corners=False)
     return x.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 # %% ../../nbs/models/42_vora_patches.ipynb #9b2163b4
 def init_from_teacher(front: VoRAFrontEnd, teacher: PreTrainedModel) -> list[str]:
-    """Copy the patch embedding of an AIMv2 or SigLIP `teacher` into `front`; returns the names. AIMv2 of native resolution
-    has no position table: its sine-cosine positions at the table's size are copied. Raises ValueError for other towers
-    and other shapes."""
+    """Copy the patch embedding of an AIMv2 or SigLIP `teacher` into `front`; returns the names.
+    AIMv2 of native resolution has no position table: its sine-cosine positions at the table's size
+    are copied. Raises ValueError for other towers and other shapes."""
     e, kind = teacher.embeddings, teacher.config.model_type
     if kind == 'aimv2_vision_model':
-        found = {'proj.weight': e.patch_embed.weight, 'proj.bias': e.patch_embed.bias, 'norm.weight': e.rms_norm.weight}
+        found = {
+            'proj.weight': e.patch_embed.weight,
+            'proj.bias': e.patch_embed.bias,
+            'norm.weight': e.rms_norm.weight,
+        }
     elif kind == 'siglip_vision_model':
         found = {'proj.weight': e.patch_embedding.weight, 'proj.bias': e.patch_embedding.bias}
     else:
-        raise ValueError(f"the patch embedding of a {kind!r} tower cannot be copied; known are AIMv2 and SigLIP: leave it at "
-                         f"its own init (vora: variant=['init=own'])")
+        raise ValueError(
+            f'the patch embedding of a {kind!r} tower cannot be copied; known are AIMv2 and '
+            'SigLIP: leave it at '
+            f"its own init (vora: variant=['init=own'])"
+        )
     if getattr(teacher.config, 'is_native', False):
         side = front.config['image_size']
         with torch.no_grad():
             blank = e.patch_embed.weight.new_zeros(1, 3, side, side)
-            found['pos_embed'] = e(blank) - e.rms_norm(e.patch_embed(blank).flatten(2).transpose(1, 2))
-    else: found['pos_embed'] = e.position_embedding.weight[None]
+            found['pos_embed'] = e(blank) - e.rms_norm(
+                e.patch_embed(blank).flatten(2).transpose(1, 2)
+            )
+    else:
+        found['pos_embed'] = e.position_embedding.weight[None]
     own = dict(front.named_parameters())
     for name, value in found.items():
         if own[name].shape != value.shape:
-            raise ValueError(f'{name} has shape {tuple(own[name].shape)} and {tuple(value.shape)} in the teacher: use '
-                             f'its patch size, width and image size')
+            raise ValueError(
+                f'{name} has shape {tuple(own[name].shape)} and {tuple(value.shape)} in the '
+                'teacher: use '
+                f'its patch size, width and image size'
+            )
     with torch.no_grad():
-        for name, value in found.items(): own[name].copy_(value)
+        for name, value in found.items():
+            own[name].copy_(value)
     return sorted(found)

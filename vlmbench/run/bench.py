@@ -20,33 +20,47 @@ from .parameters import ParameterError
 @dataclass(frozen=True)
 class BenchRun:
     "One training run of the bench: `params` for the train notebook, `folder` to run in."
+
     method: str
     seed: int
     folder: Path
     params: Mapping[str, Any]
 
-def plan_bench(methods: Sequence[str], seeds: int, out: str | Path, **params: Any) -> list[BenchRun]:
-    """Runs in order, `<out>/<method>-s<seed>`; `params` go to every run. Raises `ParameterError` for no methods,
-    repeats, no seeds."""
-    if seeds < 1: raise ParameterError(f'seeds={seeds}: at least one seed is needed')
+
+def plan_bench(
+    methods: Sequence[str], seeds: int, out: str | Path, **params: Any
+) -> list[BenchRun]:
+    """Runs in order, `<out>/<method>-s<seed>`; `params` go to every run. Raises `ParameterError`
+    for no methods, repeats, no seeds."""
+    if seeds < 1:
+        raise ParameterError(f'seeds={seeds}: at least one seed is needed')
     if not methods or len(set(methods)) != len(methods):
         raise ParameterError(f'methods {list(methods)}: name each method once')
-    return [BenchRun(m, s, Path(out)/f'{m}-s{s}', dict(recipe=m, seed=s, **params))
-            for s in range(seeds) for m in methods]
+    return [
+        BenchRun(m, s, Path(out) / f'{m}-s{s}', dict(recipe=m, seed=s, **params))
+        for s in range(seeds)
+        for m in methods
+    ]
 
 # %% ../../nbs/run/20_bench.ipynb #d1466c40
 def reusable(run: BenchRun) -> bool:
     "Whether the run's folder holds this very run, completed, by this very code."
     manifest = Manifest(run.folder)
-    if not manifest.path.exists(): return False
+    if not manifest.path.exists():
+        return False
     old = manifest.read()
     same = all(old['parameters'].get(k) == v for k, v in run.params.items())
-    return old['status'] == 'completed' and same and old['code']['source_sha256'] == code_state()['source_sha256']
+    return (
+        old['status'] == 'completed'
+        and same
+        and old['code']['source_sha256'] == code_state()['source_sha256']
+    )
 
 # %% ../../nbs/run/20_bench.ipynb #07440438
 @dataclass
 class Clock:
     "Seconds per method: `past` from earlier benches, `done` from this one."
+
     past: dict[str, float] = field(default_factory=dict)
     done: dict[str, list[float]] = field(default_factory=dict)
 
@@ -57,53 +71,88 @@ class Clock:
         for r in runs:
             if Manifest(r.folder).path.exists():
                 old = Manifest(r.folder).read()
-                if old['status'] == 'completed': past[r.method] = old['seconds']
+                if old['status'] == 'completed':
+                    past[r.method] = old['seconds']
         return cls(past)
 
-    def add(self, method: str, seconds: float) -> None: self.done.setdefault(method, []).append(seconds)
+    def add(self, method: str, seconds: float) -> None:
+        self.done.setdefault(method, []).append(seconds)
 
     def left(self, runs: Sequence[BenchRun]) -> float | None:
         "Expected seconds for `runs`; None while nothing is known."
-        known = {**self.past, **{m: sum(s)/len(s) for m, s in self.done.items()}}
-        if not known: return None
-        typical = sum(known.values())/len(known)
+        known = {**self.past, **{m: sum(s) / len(s) for m, s in self.done.items()}}
+        if not known:
+            return None
+        typical = sum(known.values()) / len(known)
         return sum(known.get(r.method, typical) for r in runs)
+
 
 def minutes(seconds: float | None) -> str:
     "`3:07` of seconds, `?` of None."
-    return '?' if seconds is None else f'{int(seconds)//60}:{int(seconds)%60:02d}'
+    return '?' if seconds is None else f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 # %% ../../nbs/run/20_bench.ipynb #2b74efc4
-def bench(methods: Sequence[str], seeds: int = 1, out: str | Path = 'runs/bench', resume: bool = False,
-          echo: bool = True,
-          say: Callable[[str], None] = print, run: Callable[..., int] = run_notebook, **params: Any) -> int:
-    """Trains and evaluates every method with every seed on one embedded world, compares them, and prints where the
-    report is. Returns 0, 75 when preempted, else 1 if any run failed. `params` go to the train notebook (`scale`,
-    `budget`, ...)."""
+def bench(
+    methods: Sequence[str],
+    seeds: int = 1,
+    out: str | Path = 'runs/bench',
+    resume: bool = False,
+    echo: bool = True,
+    say: Callable[[str], None] = print,
+    run: Callable[..., int] = run_notebook,
+    **params: Any,
+) -> int:
+    """Trains and evaluates every method with every seed on one embedded world, compares them, and
+    prints where the report is. Returns 0, 75 when preempted, else 1 if any run failed. `params` go
+    to the train notebook (`scale`, `budget`, ...)."""
     from vlmbench.data.world import write_world
+
     out, began = Path(out), time.perf_counter()
-    world = params.pop('data', None) or write_world(out/'world')
+    world = params.pop('data', None) or write_world(out / 'world')
     runs = plan_bench(methods, seeds, out, data=str(world), **params)
     clock, failed = Clock.of(runs), []
-    say(f'bench: {len(methods)} method(s) x {seeds} seed(s) on {world}; about {minutes(clock.left(runs))} min')
+    say(
+        f'bench: {len(methods)} method(s) x {seeds} seed(s) on {world}; about '
+        f'{minutes(clock.left(runs))} min'
+    )
     for i, r in enumerate(runs):
-        head = f'[{i+1}/{len(runs)}] {r.method} seed {r.seed}'
+        head = f'[{i + 1}/{len(runs)}] {r.method} seed {r.seed}'
         if resume and reusable(r):
             say(f'{head}: kept')
             continue
-        say(f'{head}: {minutes(time.perf_counter() - began)} min gone, about {minutes(clock.left(runs[i:]))} min to go')
+        say(
+            f'{head}: {minutes(time.perf_counter() - began)} min gone, about '
+            f'{minutes(clock.left(runs[i:]))} min to go'
+        )
         start, old = time.perf_counter(), Manifest(r.folder)
-        unfinished = resume and old.path.exists() and old.status() in ('preempted', 'lost', 'failed')
+        unfinished = (
+            resume and old.path.exists() and old.status() in ('preempted', 'lost', 'failed')
+        )
         code = run('train', r.params, r.folder, overwrite=not unfinished, progress=False, echo=echo)
         if code in (EXIT_CODES['preempted'], EXIT_CODES['interrupted']):
             say(f'{head}: stopped; `vlmbench bench --resume` goes on from here')
             return code
-        if code: failed.append(r)
-        else: clock.add(r.method, time.perf_counter() - start)
+        if code:
+            failed.append(r)
+        else:
+            clock.add(r.method, time.perf_counter() - start)
         say(f'{head}: {"FAILED" if code else "done"} in {minutes(time.perf_counter() - start)} min')
     good = [str(r.folder) for r in runs if r not in failed]
-    if not good: return 1
-    code = run('compare', dict(runs=good, report=str(out)), out/'compare', overwrite=True, progress=False, echo=echo)
-    for r in failed: say(f'FAILED: {r.method} seed {r.seed}, see {r.folder}')
-    if not code: say(f'report: {(out/"report.html").resolve()} ({minutes(time.perf_counter() - began)} min)')
+    if not good:
+        return 1
+    code = run(
+        'compare',
+        dict(runs=good, report=str(out)),
+        out / 'compare',
+        overwrite=True,
+        progress=False,
+        echo=echo,
+    )
+    for r in failed:
+        say(f'FAILED: {r.method} seed {r.seed}, see {r.folder}')
+    if not code:
+        say(
+            f'report: {(out / "report.html").resolve()} ({minutes(time.perf_counter() - began)} '
+            'min)'
+        )
     return 1 if failed or code else 0

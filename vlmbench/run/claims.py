@@ -26,45 +26,92 @@ from .parameters import ParameterError
 # %% ../../nbs/run/25_claims.ipynb #0f7857f1
 @dataclass(frozen=True)
 class Arm:
-    "One side of a claim: a `recipe` with options (`variant`), single settings (`overrides`) and a factor on the budget."
+    """One side of a claim: a `recipe` with options (`variant`), single settings (`overrides`) and a
+    factor on the budget."""
+
     name: str
     recipe: str
     variant: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
-    budget: float = 1.
+    budget: float = 1.0
+
 
 def plan_arms(arms: Sequence[Arm], seeds: int, out: str | Path, **params: Any) -> list[BenchRun]:
-    """Runs of the `train` notebook, `<out>/<arm>-s<seed>`, seeds in the outer loop; `params` go to every run, their
-    `budget` multiplies the arms'. Raises `ParameterError` for no arms, repeated names or no seeds."""
+    """Runs of the `train` notebook, `<out>/<arm>-s<seed>`, seeds in the outer loop; `params` go to
+    every run, their `budget` multiplies the arms'. Raises `ParameterError` for no arms, repeated
+    names or no seeds."""
     names = [a.name for a in arms]
-    if not names or len(set(names)) != len(names): raise ParameterError(f'arms {names}: at least one, each name once')
-    if seeds < 1: raise ParameterError(f'seeds={seeds}: at least one seed is needed')
-    factor = params.pop('budget', 1.)
-    return [BenchRun(a.name, s, Path(out)/f'{a.name}-s{s}',
-                     dict(recipe=a.recipe, seed=s, budget=a.budget*factor, variant=list(a.variant),
-                          overrides=list(a.overrides), label=a.name, **params)) for s in range(seeds) for a in arms]
+    if not names or len(set(names)) != len(names):
+        raise ParameterError(f'arms {names}: at least one, each name once')
+    if seeds < 1:
+        raise ParameterError(f'seeds={seeds}: at least one seed is needed')
+    factor = params.pop('budget', 1.0)
+    return [
+        BenchRun(
+            a.name,
+            s,
+            Path(out) / f'{a.name}-s{s}',
+            dict(
+                recipe=a.recipe,
+                seed=s,
+                budget=a.budget * factor,
+                variant=list(a.variant),
+                overrides=list(a.overrides),
+                label=a.name,
+                **params,
+            ),
+        )
+        for s in range(seeds)
+        for a in arms
+    ]
 
 # %% ../../nbs/run/25_claims.ipynb #db9c3d55
-_CHILD = ('import json, sys; from vlmbench.run.engine import run_notebook; '
-          'sys.exit(run_notebook("train", json.loads(sys.argv[1]), sys.argv[2], overwrite=sys.argv[3] == "new", '
-          'progress=False))')
+_CHILD = (
+    'import json, sys; from vlmbench.run.engine import run_notebook; '
+    'sys.exit(run_notebook("train", json.loads(sys.argv[1]), sys.argv[2], overwrite=sys.argv[3] == '
+    '"new", '
+    'progress=False))'
+)
+
 
 def _start(run: BenchRun, jobs: int) -> subprocess.Popen:
     "The run as a process; its text goes to `output.log` of its folder."
     manifest = Manifest(run.folder)
     unfinished = manifest.path.exists() and manifest.status() in ('preempted', 'lost', 'failed')
-    threads = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)), OMP_WAIT_POLICY='PASSIVE')
-    return subprocess.Popen([sys.executable, '-c', _CHILD, json.dumps(run.params), str(run.folder),
-                             'go on' if unfinished else 'new'], env=os.environ | threads,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    threads = dict(
+        OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)), OMP_WAIT_POLICY='PASSIVE'
+    )
+    return subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            _CHILD,
+            json.dumps(run.params),
+            str(run.folder),
+            'go on' if unfinished else 'new',
+        ],
+        env=os.environ | threads,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
-def run_arms(arms: Sequence[Arm], seeds: int, out: str | Path, jobs: int = 1, check: Callable[[], None] | None = None,
-             say: Callable[[str], None] = print, start: Callable[[BenchRun, int], Any] = _start,
-             **params: Any) -> list[Path]:
-    """Trains and evaluates every arm with every seed, `jobs` at a time; returns the run folders. `params` go to the
-    `train` notebook; `check` is called while waiting and stops the runs when it raises. Raises `RuntimeError` naming
-    the runs that failed, after all others are done."""
-    if jobs < 1: raise ParameterError(f'jobs={jobs}: at least one')
+
+def run_arms(
+    arms: Sequence[Arm],
+    seeds: int,
+    out: str | Path,
+    jobs: int = 1,
+    check: Callable[[], None] | None = None,
+    say: Callable[[str], None] = print,
+    start: Callable[[BenchRun, int], Any] = _start,
+    **params: Any,
+) -> list[Path]:
+    """Trains and evaluates every arm with every seed, `jobs` at a time; returns the run folders.
+    `params` go to the `train` notebook; `check` is called while waiting and stops the runs when it
+    raises. Raises `RuntimeError` naming the runs that failed, after all others are done."""
+    if jobs < 1:
+        raise ParameterError(f'jobs={jobs}: at least one')
     plan = plan_arms(arms, seeds, out, **params)
     todo = [r for r in plan if not reusable(r)]
     clock, began, failed, running = Clock.of(plan), time.perf_counter(), [], {}
@@ -72,32 +119,49 @@ def run_arms(arms: Sequence[Arm], seeds: int, out: str | Path, jobs: int = 1, ch
     waiting = iter(tuple(todo))
     try:
         while True:
-            for r in itertools.islice(waiting, jobs - len(running)): running[start(r, jobs)] = (r, time.perf_counter())
-            if not running: break
-            if check is not None: check()
-            time.sleep(.2)
+            for r in itertools.islice(waiting, jobs - len(running)):
+                running[start(r, jobs)] = (r, time.perf_counter())
+            if not running:
+                break
+            if check is not None:
+                check()
+            time.sleep(0.2)
             for p in [p for p in running if p.poll() is not None]:
                 r, at = running.pop(p)
                 todo.remove(r)
                 seconds, code = time.perf_counter() - at, p.returncode
-                if code: failed.append(f'{r.folder} (exit code {code}): {(p.stderr.read() or "").strip()[-400:]}')
-                else: clock.add(r.method, seconds)
+                if code:
+                    failed.append(
+                        f'{r.folder} (exit code {code}): {(p.stderr.read() or "").strip()[-400:]}'
+                    )
+                else:
+                    clock.add(r.method, seconds)
                 left = clock.left(todo)
-                say(f'{r.method} seed {r.seed}: {"FAILED" if code else "done"} in {minutes(seconds)}; '
-                    f'{len(todo)} to go, about {minutes(left / jobs if left is not None else None)} min')
+                say(
+                    f'{r.method} seed {r.seed}: {"FAILED" if code else "done"} in '
+                    f'{minutes(seconds)}; '
+                    f'{len(todo)} to go, about '
+                    f'{minutes(left / jobs if left is not None else None)} min'
+                )
     except BaseException:
-        for p in running: p.send_signal(signal.SIGTERM)      # each leaves a checkpoint and goes on from there next time
-        for p in running: p.wait()
+        for p in running:
+            p.send_signal(
+                signal.SIGTERM
+            )  # each leaves a checkpoint and goes on from there next time
+        for p in running:
+            p.wait()
         raise
     say(f'all done in {minutes(time.perf_counter() - began)} min')
-    if failed: raise RuntimeError(f'{len(failed)} of {len(plan)} runs failed:\n' + '\n'.join(failed))
+    if failed:
+        raise RuntimeError(f'{len(failed)} of {len(plan)} runs failed:\n' + '\n'.join(failed))
     return [r.folder for r in plan]
 
 # %% ../../nbs/run/25_claims.ipynb #65cd5fb5
 @dataclass(frozen=True)
 class Claim:
-    """`better` is said to score higher than `worse` on `task` (only its question `types`, when given). `says`: the
-    claim and where the paper makes it."""
+    """`better` is said to score higher than `worse` on `task` (only its question `types`, when
+    given). `says`: the claim and where the paper makes it."""
+
     name: str
     says: str
     better: str
@@ -105,88 +169,170 @@ class Claim:
     task: str = 'vqa_test'
     types: tuple[str, ...] = ()
 
+
 def _scores(frame: pd.DataFrame, claim: Claim, arm: str) -> pd.DataFrame:
-    part = frame[(frame['method'] == arm) & (frame['task'] == claim.task) & (frame['condition'] == 'image')]
-    if claim.types: part = part[part['question_type'].isin(claim.types)]
+    part = frame[
+        (frame['method'] == arm) & (frame['task'] == claim.task) & (frame['condition'] == 'image')
+    ]
+    if claim.types:
+        part = part[part['question_type'].isin(claim.types)]
     return part.pivot(index='seed', columns='id', values='score')
 
-def claims_table(claims: Sequence[Claim], folders: Sequence[str | Path], level: float = .95) -> pd.DataFrame:
-    """One row per claim: the arms' accuracies, paired difference with interval over seeds and questions, p, Holm's p
-    over all claims, seeds, questions, the difference that would be detected (power 80%) and the verdict. Claims whose
-    arms were not run are left out and listed in `attrs['left_out']`. Arms may be asked in different words: items are
-    paired by id. Raises `ValueError` when they answered different items."""
+
+def claims_table(
+    claims: Sequence[Claim], folders: Sequence[str | Path], level: float = 0.95
+) -> pd.DataFrame:
+    """One row per claim: the arms' accuracies, paired difference with interval over seeds and
+    questions, p, Holm's p over all claims, seeds, questions, the difference that would be detected
+    (power 80%) and the verdict. Claims whose arms were not run are left out and listed in
+    `attrs['left_out']`. Arms may be asked in different words: items are paired by id. Raises
+    `ValueError` when they answered different items."""
     frame, rows, left_out = load_results(folders), [], []
     for c in claims:
         a, b = _scores(frame, c, c.better), _scores(frame, c, c.worse)
         seeds = sorted(set(a.index) & set(b.index))
-        if not seeds: left_out.append(f'{c.name}: {c.better} and {c.worse} share no seed on {c.task}'); continue
+        if not seeds:
+            left_out.append(f'{c.name}: {c.better} and {c.worse} share no seed on {c.task}')
+            continue
         a, b = a.loc[seeds], b.loc[seeds]
         if set(a.columns) != set(b.columns) or a.isna().any().any() or b.isna().any().any():
-            raise ValueError(f'{c.name}: {c.better} and {c.worse} answered different items of {c.task}')
-        clusters = frame[frame['task'] == c.task].drop_duplicates('id').set_index('id').loc[a.columns, 'cluster'].tolist()
+            raise ValueError(
+                f'{c.name}: {c.better} and {c.worse} answered different items of {c.task}'
+            )
+        clusters = (
+            frame[frame['task'] == c.task]
+            .drop_duplicates('id')
+            .set_index('id')
+            .loc[a.columns, 'cluster']
+            .tolist()
+        )
         x = a.to_numpy(float) - b[a.columns].to_numpy(float)
-        if len(seeds) > 1: d = seeds_interval(x, clusters, level, null=0.)
-        else: d = paired_bootstrap(a.to_numpy(float)[0], b[a.columns].to_numpy(float)[0], clusters, level)
+        if len(seeds) > 1:
+            d = seeds_interval(x, clusters, level, null=0.0)
+        else:
+            d = paired_bootstrap(
+                a.to_numpy(float)[0], b[a.columns].to_numpy(float)[0], clusters, level
+            )
         verdict = 'holds' if d.low > 0 else 'reversed' if d.high < 0 else 'not shown'
-        rows.append(dict(claim=c.name, says=c.says, better=c.better, worse=c.worse, task=c.task,
-                         types=', '.join(c.types) or 'all', better_score=float(a.to_numpy().mean()),
-                         worse_score=float(b.to_numpy().mean()), difference=d.mean, low=d.low, high=d.high, p=d.p,
-                         detectable=minimum_detectable(d.se, df=d.df), seeds=len(seeds), n=x.shape[1], verdict=verdict))
-    columns = ['claim', 'says', 'better', 'worse', 'task', 'types', 'better_score', 'worse_score', 'difference', 'low',
-               'high', 'p', 'p_holm', 'detectable', 'seeds', 'n', 'verdict']
+        rows.append(
+            dict(
+                claim=c.name,
+                says=c.says,
+                better=c.better,
+                worse=c.worse,
+                task=c.task,
+                types=', '.join(c.types) or 'all',
+                better_score=float(a.to_numpy().mean()),
+                worse_score=float(b.to_numpy().mean()),
+                difference=d.mean,
+                low=d.low,
+                high=d.high,
+                p=d.p,
+                detectable=minimum_detectable(d.se, df=d.df),
+                seeds=len(seeds),
+                n=x.shape[1],
+                verdict=verdict,
+            )
+        )
+    columns = [
+        'claim',
+        'says',
+        'better',
+        'worse',
+        'task',
+        'types',
+        'better_score',
+        'worse_score',
+        'difference',
+        'low',
+        'high',
+        'p',
+        'p_holm',
+        'detectable',
+        'seeds',
+        'n',
+        'verdict',
+    ]
     out = pd.DataFrame(rows)
-    if len(out): out['p_holm'] = holm(out['p'])
+    if len(out):
+        out['p_holm'] = holm(out['p'])
     out = out.reindex(columns=columns)
     out.attrs['left_out'] = left_out
     return out
 
 # %% ../../nbs/run/25_claims.ipynb #c50becc0
 def read_claims(table: pd.DataFrame) -> str:
-    """The verdicts in words, one Markdown line a claim, from the table alone. A verdict that Holm's correction over all
-    claims would not leave standing says so."""
-    words = {'holds': 'Holds at this scale', 'reversed': 'The opposite is seen', 'not shown': 'Not shown'}
+    """The verdicts in words, one Markdown line a claim, from the table alone. A verdict that Holm's
+    correction over all claims would not leave standing says so."""
+    words = {
+        'holds': 'Holds at this scale',
+        'reversed': 'The opposite is seen',
+        'not shown': 'Not shown',
+    }
+
     def weak(r):
-        if r.verdict == 'not shown' or not r.p_holm > .05: return ''
+        if r.verdict == 'not shown' or not r.p_holm > 0.05:
+            return ''
         return f' Taken with all claims, p is {r.p_holm:.2f} (Holm): weak.'
+
     return '\n'.join(
-        f'- **{r.claim.replace("_", " ")}** ({r.says}): {words[r.verdict]}: {r.better} {100*r.better_score:.1f}%, '
-        f'{r.worse} {100*r.worse_score:.1f}%, difference {100*r.difference:+.1f} points [{100*r.low:+.1f}, '
-        f'{100*r.high:+.1f}] over {r.seeds} seed{"s" if r.seeds > 1 else ""}.{weak(r)}'
-        for r in table.itertuples())
+        f'- **{r.claim.replace("_", " ")}** ({r.says}): {words[r.verdict]}: {r.better} '
+        f'{100 * r.better_score:.1f}%, '
+        f'{r.worse} {100 * r.worse_score:.1f}%, difference {100 * r.difference:+.1f} points '
+        f'[{100 * r.low:+.1f}, '
+        f'{100 * r.high:+.1f}] over {r.seeds} seed{"s" if r.seeds > 1 else ""}.{weak(r)}'
+        for r in table.itertuples()
+    )
 
 # %% ../../nbs/run/25_claims.ipynb #a800ec8b
 def read_reach(shares: Sequence[float]) -> str:
-    "When seeds reached a loss, as shares of another arm's tokens (NaN: never): a mean only where every seed did."
+    """When seeds reached a loss, as shares of another arm's tokens (NaN: never): a mean only where
+    every seed did."""
     shares = np.asarray(shares, dtype=float)
-    if missed := int(np.isnan(shares).sum()): return f'not reached in {missed} of {len(shares)} seeds'
-    return f'{100*shares.mean():.0f}% of its tokens, the mean of {len(shares)} seeds'
+    if missed := int(np.isnan(shares).sum()):
+        return f'not reached in {missed} of {len(shares)} seeds'
+    return f'{100 * shares.mean():.0f}% of its tokens, the mean of {len(shares)} seeds'
+
 
 def read_floor(accuracy: pd.DataFrame, task: str) -> str:
-    """The majority answer's score on `task`, and the methods whose interval does not lie above it. `accuracy`: columns task,
-    method, condition, question_type, score, low."""
+    """The majority answer's score on `task`, and the methods whose interval does not lie above it.
+    `accuracy`: columns task, method, condition, question_type, score, low."""
     part = accuracy[(accuracy['task'] == task) & (accuracy['question_type'] == 'all')]
     floor = part.loc[part['condition'] == 'majority', 'score']
-    if floor.empty: return f'No majority answer is known for {task}.'
-    low = part[(part['condition'] == 'image') & (part['low'] <= floor.max())].sort_values('score', ascending=False)
-    near = ', '.join(f'{r.method} {100*r.score:.1f}%' for r in low.itertuples())
-    return (f'The majority answer scores {100*floor.max():.1f}% on {task}; ' +
-            (f'not told apart from it: {near}.' if near else 'every method lies above it.'))
+    if floor.empty:
+        return f'No majority answer is known for {task}.'
+    low = part[(part['condition'] == 'image') & (part['low'] <= floor.max())].sort_values(
+        'score', ascending=False
+    )
+    near = ', '.join(f'{r.method} {100 * r.score:.1f}%' for r in low.itertuples())
+    return f'The majority answer scores {100 * floor.max():.1f}% on {task}; ' + (
+        f'not told apart from it: {near}.' if near else 'every method lies above it.'
+    )
 
 # %% ../../nbs/run/25_claims.ipynb #a7e7ce9e
 class StoredClaims(NamedTuple):
-    "A stored claims run: its table, the sentence on each of its claims, and the folder with its pictures."
+    """A stored claims run: its table, the sentence on each of its claims, and the folder with its
+    pictures."""
+
     table: pd.DataFrame
     words: dict[str, str]
     folder: Path
 
+
 def stored_claims(name: str, start: str | Path = '.') -> StoredClaims:
-    "The run stored in `figures/<name>` of the checkout around `start`. Raises `FileNotFoundError` where there is none."
+    """The run stored in `figures/<name>` of the checkout around `start`. Raises `FileNotFoundError`
+    where there is none."""
     start = Path(start).resolve()
-    folder = next((f for p in (start, *start.parents) if (f := p/'figures'/name).is_dir()), None)
+    folder = next(
+        (f for p in (start, *start.parents) if (f := p / 'figures' / name).is_dir()), None
+    )
     if folder is None:
-        raise FileNotFoundError(f'no figures/{name} around {start}: vlmbench run {name}, then '
-                                'python scripts/figures.py --store-claims RUN_FOLDER')
-    table, words = pd.read_csv(folder/'claims.csv'), {}
-    for line in (folder/'README.md').read_text(encoding='utf8').splitlines():
-        if m := re.match(r'- \*\*(.+?)\*\*', line): words[m[1]] = line
+        raise FileNotFoundError(
+            f'no figures/{name} around {start}: vlmbench run {name}, then '
+            'python scripts/figures.py --store-claims RUN_FOLDER'
+        )
+    table, words = pd.read_csv(folder / 'claims.csv'), {}
+    for line in (folder / 'README.md').read_text(encoding='utf8').splitlines():
+        if m := re.match(r'- \*\*(.+?)\*\*', line):
+            words[m[1]] = line
     return StoredClaims(table, {c: words[c.replace('_', ' ')] for c in table['claim']}, folder)

@@ -18,207 +18,438 @@ import vlmbench
 from .parameters import ParameterError
 
 # %% ../../nbs/run/10_cli.ipynb #9a144c90
-app = typer.Typer(help='How should a language model learn to see? Train, evaluate and compare vision-language models.',
-                  no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-data_app = typer.Typer(help='Data: check a local copy against its card, write the embedded world.',
-                       no_args_is_help=True)
+app = typer.Typer(
+    help='How should a language model learn to see? Train, evaluate and compare vision-language '
+    'models.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+data_app = typer.Typer(
+    help='Data: check a local copy against its card, write the embedded world.',
+    no_args_is_help=True,
+)
 app.add_typer(data_app, name='data')
 
+
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option('--version', help='Print the version and leave.')] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option('--version', help='Print the version and leave.')
+    ] = False,
+) -> None:
     if version:
         typer.echo(f'vlmbench {vlmbench.__version__}')
         raise typer.Exit()
 
 # %% ../../nbs/run/10_cli.ipynb #6f674713
 @app.command()
-def run(notebook: Annotated[str, typer.Argument(help='A name such as train, or a path to an .ipynb.')],
-        assignments: Annotated[Optional[list[str]], typer.Argument(metavar='NAME=VALUE...', help='Parameters.')] = None,
-        show: Annotated[bool, typer.Option('--show', help='List the notebook\'s parameters and leave.')] = False,
-        overwrite: Annotated[bool, typer.Option('--overwrite',
-                                                help='Replace a completed run in the same folder.')] = False,
-        echo: Annotated[bool, typer.Option('--echo/--quiet',
-                                           help='Pass the text of the cells through.')] = True) -> None:
+def run(
+    notebook: Annotated[str, typer.Argument(help='A name such as train, or a path to an .ipynb.')],
+    assignments: Annotated[
+        Optional[list[str]], typer.Argument(metavar='NAME=VALUE...', help='Parameters.')
+    ] = None,
+    show: Annotated[
+        bool, typer.Option('--show', help="List the notebook's parameters and leave.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option('--overwrite', help='Replace a completed run in the same folder.')
+    ] = False,
+    echo: Annotated[
+        bool, typer.Option('--echo/--quiet', help='Pass the text of the cells through.')
+    ] = True,
+) -> None:
     "Run a notebook with checked parameters; leaves a run folder with a manifest."
     from vlmbench.run.engine import find_notebook, run_notebook
-    from vlmbench.run.parameters import load_notebook, notebook_parameters, parameter_help, parse_assignments
+    from vlmbench.run.parameters import (
+        load_notebook,
+        notebook_parameters,
+        parameter_help,
+        parse_assignments,
+    )
+
     if show:
         path = find_notebook(notebook)
-        typer.echo(f'{path}\n' + parameter_help(notebook_parameters(load_notebook(path), path.stem)))
+        typer.echo(
+            f'{path}\n' + parameter_help(notebook_parameters(load_notebook(path), path.stem))
+        )
         return
-    raise typer.Exit(run_notebook(notebook, parse_assignments(assignments or []), overwrite=overwrite,
-                                  progress=not echo, echo=echo))
+    raise typer.Exit(
+        run_notebook(
+            notebook,
+            parse_assignments(assignments or []),
+            overwrite=overwrite,
+            progress=not echo,
+            echo=echo,
+        )
+    )
 
 # %% ../../nbs/run/10_cli.ipynb #7964d7e1
 def runs_table(entries: Sequence[Mapping]) -> str:
-    "Past runs as aligned text: id, notebook, recipe, scale, seed, status, score, wall time, folder."
+    """Past runs as aligned text: id, notebook, recipe, scale, seed, status, score, wall time,
+    folder."""
     head = ('id', 'notebook', 'recipe', 'scale', 'seed', 'status', 'score', 'time', 'folder')
+
     def show(e: Mapping) -> tuple[str, ...]:
-        p, score, s = e.get('parameters') or {}, (e.get('results') or {}).get('score'), e.get('seconds')
-        took = '' if s is None else f'{int(s)//3600}:{int(s)//60%60:02d}:{int(s)%60:02d}'
-        cells = (e.get('id'), e.get('notebook'), p.get('recipe'), p.get('scale'), p.get('seed'), e['status'],
-                 f'{score:.3f}' if isinstance(score, (int, float)) else None, took, e['folder'])
+        p, score, s = (
+            e.get('parameters') or {},
+            (e.get('results') or {}).get('score'),
+            e.get('seconds'),
+        )
+        took = '' if s is None else f'{int(s) // 3600}:{int(s) // 60 % 60:02d}:{int(s) % 60:02d}'
+        cells = (
+            e.get('id'),
+            e.get('notebook'),
+            p.get('recipe'),
+            p.get('scale'),
+            p.get('seed'),
+            e['status'],
+            f'{score:.3f}' if isinstance(score, (int, float)) else None,
+            took,
+            e['folder'],
+        )
         return tuple('' if c is None else str(c) for c in cells)
+
     rows = [head, *map(show, entries)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
     return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
 
+
 @app.command()
-def runs(folder: Annotated[Path, typer.Argument(help='Where to look, at any depth.')] = Path('runs'),
-         as_json: Annotated[bool, typer.Option('--json', help='The manifests as a JSON list.')] = False) -> None:
+def runs(
+    folder: Annotated[Path, typer.Argument(help='Where to look, at any depth.')] = Path('runs'),
+    as_json: Annotated[bool, typer.Option('--json', help='The manifests as a JSON list.')] = False,
+) -> None:
     "Table of past runs, newest first, from their manifests."
     from vlmbench.run.manifest import read_runs
-    if not folder.is_dir(): raise ParameterError(f'{folder}: no such folder')
+
+    if not folder.is_dir():
+        raise ParameterError(f'{folder}: no such folder')
     found = read_runs(folder)
     typer.echo(json.dumps(found, indent=1) if as_json else runs_table(found))
 
 # %% ../../nbs/run/10_cli.ipynb #181e4910
 @app.command()
-def bench(seeds: Annotated[int, typer.Option(min=1, help='How many seeds: 0, 1, ...')] = 1,
-          methods: Annotated[Optional[str], typer.Option(help='Comma-separated recipes; default: all.')] = None,
-          out: Annotated[Path, typer.Option(help='Folder of the runs and the report.')] = Path('runs/bench'),
-          scale: Annotated[str, typer.Option(help='Base models: tiny (embedded), small, paper.')] = 'tiny',
-          budget: Annotated[float, typer.Option(min=0., help='Factor on every stage\'s budget.')] = 1.,
-          data: Annotated[Optional[str], typer.Option(help='A data folder instead of the embedded world.')] = None,
-          resume: Annotated[bool, typer.Option('--resume',
-                                               help='Keep completed runs and continue stopped ones.')] = False,
-          echo: Annotated[bool, typer.Option('--echo/--quiet',
-                                             help='Pass the text of the runs through.')] = True) -> None:
+def bench(
+    seeds: Annotated[int, typer.Option(min=1, help='How many seeds: 0, 1, ...')] = 1,
+    methods: Annotated[
+        Optional[str], typer.Option(help='Comma-separated recipes; default: all.')
+    ] = None,
+    out: Annotated[Path, typer.Option(help='Folder of the runs and the report.')] = Path(
+        'runs/bench'
+    ),
+    scale: Annotated[
+        str, typer.Option(help='Base models: tiny (embedded), small, paper.')
+    ] = 'tiny',
+    budget: Annotated[float, typer.Option(min=0.0, help="Factor on every stage's budget.")] = 1.0,
+    data: Annotated[
+        Optional[str], typer.Option(help='A data folder instead of the embedded world.')
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option('--resume', help='Keep completed runs and continue stopped ones.')
+    ] = False,
+    echo: Annotated[
+        bool, typer.Option('--echo/--quiet', help='Pass the text of the runs through.')
+    ] = True,
+) -> None:
     "Train and evaluate every method with every seed on the embedded world, and write the report."
     from vlmbench.methods.recipes import RECIPES
     from vlmbench.run.bench import bench as run_bench
+
     chosen = [m.strip() for m in methods.split(',')] if methods else list(RECIPES)
     if unknown := [m for m in chosen if m not in RECIPES]:
         raise ParameterError(f'unknown method(s) {", ".join(unknown)}; known: {", ".join(RECIPES)}')
-    raise typer.Exit(run_bench(chosen, seeds, out, resume=resume, echo=echo, scale=scale, budget=budget, data=data))
+    raise typer.Exit(
+        run_bench(
+            chosen, seeds, out, resume=resume, echo=echo, scale=scale, budget=budget, data=data
+        )
+    )
 
 # %% ../../nbs/run/10_cli.ipynb #e3311d5d
 @app.command()
-def cost(recipe: Annotated[str, typer.Argument(help='A recipe: llava, vip_llava, eve, vora, zero, visual_region.')],
-         scale: Annotated[str, typer.Option(help='tiny, small, paper, a published scale or a JSON file.')] = 'paper',
-         variant: Annotated[Optional[list[str]], typer.Option(metavar='NAME=VALUE',
-                                                              help='Option of the recipe; repeat it.')] = None,
-         rows: Annotated[Optional[int], typer.Option(help='Rows of a micro-batch; default: the stage\'s.')] = None,
-         text: Annotated[int, typer.Option(help='Tokens of text beside a picture.')] = 100,
-         targets: Annotated[float, typer.Option(help='Share of the text that carries loss.')] = .5,
-         ranks: Annotated[int, typer.Option(help='Processes that train together.')] = 1,
-         precision: Annotated[Optional[str], typer.Option(help='fp32 or bf16; default: by the scale.')] = None,
-         budget: Annotated[float, typer.Option(help='Factor on every stage\'s budget.')] = 1.,
-         figure: Annotated[Optional[Path], typer.Option(help='Write the table as a figure, too (.png).')] = None) -> None:
-    "What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer, counted without weights."
+def cost(
+    recipe: Annotated[
+        str, typer.Argument(help='A recipe: llava, vip_llava, eve, vora, zero, visual_region.')
+    ],
+    scale: Annotated[
+        str, typer.Option(help='tiny, small, paper, a published scale or a JSON file.')
+    ] = 'paper',
+    variant: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar='NAME=VALUE', help='Option of the recipe; repeat it.'),
+    ] = None,
+    rows: Annotated[
+        Optional[int], typer.Option(help="Rows of a micro-batch; default: the stage's.")
+    ] = None,
+    text: Annotated[int, typer.Option(help='Tokens of text beside a picture.')] = 100,
+    targets: Annotated[float, typer.Option(help='Share of the text that carries loss.')] = 0.5,
+    ranks: Annotated[int, typer.Option(help='Processes that train together.')] = 1,
+    precision: Annotated[
+        Optional[str], typer.Option(help='fp32 or bf16; default: by the scale.')
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Factor on every stage's budget.")] = 1.0,
+    figure: Annotated[
+        Optional[Path], typer.Option(help='Write the table as a figure, too (.png).')
+    ] = None,
+) -> None:
+    """What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer,
+    counted without weights."""
     from vlmbench.methods.planner import Data, cost_figure, inference, plan, readable
+
     try:
         data = Data(text_tokens=text, targets=targets)
-        stages = plan(recipe, scale, variant or (), rows, data, precision, budget=budget, ranks=ranks)
+        stages = plan(
+            recipe, scale, variant or (), rows, data, precision, budget=budget, ranks=ranks
+        )
         answer = inference(recipe, scale, variant or ())
-    except ValueError as e: raise ParameterError(str(e)) from None
-    typer.echo(f'{recipe} at {scale}: a micro-batch of each stage, {text} tokens of text a sample; total: the whole stage\n')
+    except ValueError as e:
+        raise ParameterError(str(e)) from None
+    typer.echo(
+        f'{recipe} at {scale}: a micro-batch of each stage, {text} tokens of text a sample; total: '
+        'the whole stage\n'
+    )
     typer.echo(readable(stages).set_index('stage').T.rename_axis(None, axis=1).to_string())
     typer.echo('\nan answer to one picture, 64 tokens of question, 32 of answer\n')
     typer.echo(readable(answer.drop('recipe').to_frame().T).T.to_string(header=False))
     if figure is not None:
         from vlmbench.lab.plots import save_png
+
         typer.echo(f'\nfigure: {save_png(cost_figure({recipe: stages}), figure)}')
 
 # %% ../../nbs/run/10_cli.ipynb #6891b08e
 @data_app.command('check')
-def check(card: Annotated[Path, typer.Argument(help='A data card: a name in data_cards/ or a path.')],
-          folder: Annotated[Path, typer.Argument(help='The local copy of the data.')]) -> None:
+def check(
+    card: Annotated[Path, typer.Argument(help='A data card: a name in data_cards/ or a path.')],
+    folder: Annotated[Path, typer.Argument(help='The local copy of the data.')],
+) -> None:
     "Validate a local copy of a dataset against its card; says exactly what is wrong (exit code 1)."
     from vlmbench.data.cards import check_command
+
     raise typer.Exit(check_command(card, folder))
 
+
 @data_app.command('world')
-def world(folder: Annotated[Path, typer.Argument(help='New folder to write into.')],
-          difficulty: Annotated[str, typer.Option(help='easy, default or hard.')] = 'default',
-          seed: Annotated[int, typer.Option(help='Seed of the scenes.')] = 0) -> None:
+def world(
+    folder: Annotated[Path, typer.Argument(help='New folder to write into.')],
+    difficulty: Annotated[str, typer.Option(help='easy, default or hard.')] = 'default',
+    seed: Annotated[int, typer.Option(help='Seed of the scenes.')] = 0,
+) -> None:
     "Write the embedded world as LLaVA JSON files and images."
     from dataclasses import replace
     from vlmbench.data.world import WorldConfig, write_world
-    try: written = write_world(folder, replace(WorldConfig.at(difficulty), seed=seed))
-    except (ValueError, FileExistsError) as e: raise ParameterError(str(e)) from None
-    for p in sorted(written.glob('*_*.json')): typer.echo(p)
+
+    try:
+        written = write_world(folder, replace(WorldConfig.at(difficulty), seed=seed))
+    except (ValueError, FileExistsError) as e:
+        raise ParameterError(str(e)) from None
+    for p in sorted(written.glob('*_*.json')):
+        typer.echo(p)
 
 # %% ../../nbs/run/10_cli.ipynb #bd06f855
-_Model = Annotated[str, typer.Argument(help='A folder saved by a run, a published folder, or a name on the Hub.')]
+_Model = Annotated[
+    str, typer.Argument(help='A folder saved by a run, a published folder, or a name on the Hub.')
+]
 _Device = Annotated[str, typer.Option(help='auto, cuda, cuda:1, cpu or mps.')]
-_DeviceMap = Annotated[Optional[str], typer.Option(help='Spread over several GPUs: auto, balanced or sequential.')]
-_Bits4 = Annotated[bool, typer.Option('--load-4bit', help='4-bit weights (bitsandbytes; without CUDA add --device cpu).')]
-_Bits8 = Annotated[bool, typer.Option('--load-8bit', help='8-bit weights (bitsandbytes; without CUDA add --device cpu).')]
+_DeviceMap = Annotated[
+    Optional[str], typer.Option(help='Spread over several GPUs: auto, balanced or sequential.')
+]
+_Bits4 = Annotated[
+    bool,
+    typer.Option(
+        '--load-4bit', help='4-bit weights (bitsandbytes; without CUDA add --device cpu).'
+    ),
+]
+_Bits8 = Annotated[
+    bool,
+    typer.Option(
+        '--load-8bit', help='8-bit weights (bitsandbytes; without CUDA add --device cpu).'
+    ),
+]
+
 
 def _refusing(function, *args, **kwargs):
-    "Call; bad pictures, markers, models and settings, what cannot be written, a missing extra: refused in one line."
-    try: return function(*args, **kwargs)
-    except ParameterError: raise
-    except (ValueError, ImportError, OSError) as e: raise ParameterError(str(e)) from e
+    """Call; bad pictures, markers, models and settings, what cannot be written, a missing extra:
+    refused in one line."""
+    try:
+        return function(*args, **kwargs)
+    except ParameterError:
+        raise
+    except (ValueError, ImportError, OSError) as e:
+        raise ParameterError(str(e)) from e
+
 
 @app.command()
-def chat(model: _Model,
-         image: Annotated[Optional[str], typer.Option(help='The picture to talk about: a file or a web address.')] = None,
-         region: Annotated[Optional[list[str]], typer.Option(
-             help='A marker kind:numbers, such as "rectangle:100,200,200,300"; may be repeated.')] = None,
-         color: Annotated[Optional[list[str]], typer.Option(
-             help='Palette name or r,g,b; one for all regions or one for each.')] = None,
-         alpha: Annotated[int, typer.Option(min=0, max=255, help='Opacity of the markers.')] = 128,
-         width: Annotated[Optional[float], typer.Option(help='Stroke in units of the long side / 336.')] = None,
-         question: Annotated[Optional[list[str]], typer.Option(
-             help='Ask this and leave, instead of reading questions; may be repeated.')] = None,
-         save: Annotated[Optional[Path], typer.Option(
-             help='Where the marked picture goes (.png); default: <picture>-marked.png here.')] = None,
-         system: Annotated[Optional[str], typer.Option(help='System message.')] = None,
-         max_new_tokens: Annotated[int, typer.Option(min=1, help='Longest answer.')] = 256,
-         temperature: Annotated[float, typer.Option(min=0., help='0 is greedy.')] = 0.,
-         seed: Annotated[int, typer.Option(help='Seed of the draws when the temperature is above 0.')] = 0,
-         template: Annotated[str, typer.Option(help='A chat template instead of the folder\'s own (llava_v1).')] = '',
-         device: _Device = 'auto', device_map: _DeviceMap = None, load_4bit: _Bits4 = False,
-         load_8bit: _Bits8 = False) -> None:
-    "Talk about a picture and point at things in it: streams answers, remembers the turns, saves the marked picture."
+def chat(
+    model: _Model,
+    image: Annotated[
+        Optional[str], typer.Option(help='The picture to talk about: a file or a web address.')
+    ] = None,
+    region: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help='A marker kind:numbers, such as "rectangle:100,200,200,300"; may be repeated.'
+        ),
+    ] = None,
+    color: Annotated[
+        Optional[list[str]],
+        typer.Option(help='Palette name or r,g,b; one for all regions or one for each.'),
+    ] = None,
+    alpha: Annotated[int, typer.Option(min=0, max=255, help='Opacity of the markers.')] = 128,
+    width: Annotated[
+        Optional[float], typer.Option(help='Stroke in units of the long side / 336.')
+    ] = None,
+    question: Annotated[
+        Optional[list[str]],
+        typer.Option(help='Ask this and leave, instead of reading questions; may be repeated.'),
+    ] = None,
+    save: Annotated[
+        Optional[Path],
+        typer.Option(
+            help='Where the marked picture goes (.png); default: <picture>-marked.png here.'
+        ),
+    ] = None,
+    system: Annotated[Optional[str], typer.Option(help='System message.')] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help='Longest answer.')] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help='0 is greedy.')] = 0.0,
+    seed: Annotated[
+        int, typer.Option(help='Seed of the draws when the temperature is above 0.')
+    ] = 0,
+    template: Annotated[
+        str, typer.Option(help="A chat template instead of the folder's own (llava_v1).")
+    ] = '',
+    device: _Device = 'auto',
+    device_map: _DeviceMap = None,
+    load_4bit: _Bits4 = False,
+    load_8bit: _Bits8 = False,
+) -> None:
+    """Talk about a picture and point at things in it: streams answers, remembers the turns, saves
+    the marked picture."""
     from vlmbench.demo.terminal import chat_command
-    _refusing(chat_command, model, image, region or (), color or (), question or (), alpha, width, save, system,
-              max_new_tokens, temperature, seed, device, load_4bit, load_8bit, device_map, template=template)
+
+    _refusing(
+        chat_command,
+        model,
+        image,
+        region or (),
+        color or (),
+        question or (),
+        alpha,
+        width,
+        save,
+        system,
+        max_new_tokens,
+        temperature,
+        seed,
+        device,
+        load_4bit,
+        load_8bit,
+        device_map,
+        template=template,
+    )
+
 
 @app.command()
-def serve(models: Annotated[list[str], typer.Argument(metavar='MODEL...', help='As for chat; two or more can be compared.')],
-          image: Annotated[Optional[list[Path]], typer.Option(help='A picture offered as an example; may be repeated.')] = None,
-          host: Annotated[str, typer.Option(help='Address to bind; the default is reachable from this machine only.')] = '127.0.0.1',
-          port: Annotated[int, typer.Option(min=0, max=65535, help='Port; 0 takes a free one.')] = 7860,
-          queue: Annotated[int, typer.Option(min=1, help='Questions that may wait; more are refused politely.')] = 20,
-          max_upload_mb: Annotated[float, typer.Option(help='Largest upload in MB.')] = 10.,
-          max_pixels: Annotated[int, typer.Option(help='Largest picture, width times height.')] = 25_000_000,
-          max_new_tokens: Annotated[int, typer.Option(min=1, help='Longest answer a visitor may ask for.')] = 256,
-          device: _Device = 'auto', device_map: _DeviceMap = None, load_4bit: _Bits4 = False,
-          load_8bit: _Bits8 = False) -> None:
-    "Serve models in the browser: draw a marker, ask, compare two models side by side. Needs the extra `serve`."
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar='MODEL...', help='As for chat; two or more can be compared.'),
+    ],
+    image: Annotated[
+        Optional[list[Path]], typer.Option(help='A picture offered as an example; may be repeated.')
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help='Address to bind; the default is reachable from this machine only.')
+    ] = '127.0.0.1',
+    port: Annotated[int, typer.Option(min=0, max=65535, help='Port; 0 takes a free one.')] = 7860,
+    queue: Annotated[
+        int, typer.Option(min=1, help='Questions that may wait; more are refused politely.')
+    ] = 20,
+    max_upload_mb: Annotated[float, typer.Option(help='Largest upload in MB.')] = 10.0,
+    max_pixels: Annotated[
+        int, typer.Option(help='Largest picture, width times height.')
+    ] = 25_000_000,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help='Longest answer a visitor may ask for.')
+    ] = 256,
+    device: _Device = 'auto',
+    device_map: _DeviceMap = None,
+    load_4bit: _Bits4 = False,
+    load_8bit: _Bits8 = False,
+) -> None:
+    """Serve models in the browser: draw a marker, ask, compare two models side by side. Needs the
+    extra `serve`."""
     from vlmbench.demo.serve import Limits, serve_command
+
     limits = _refusing(Limits, queue, max_upload_mb, max_pixels, max_new_tokens)
-    _refusing(serve_command, models, image or (), host, port, limits, device, load_4bit, load_8bit, device_map)
+    _refusing(
+        serve_command,
+        models,
+        image or (),
+        host,
+        port,
+        limits,
+        device,
+        load_4bit,
+        load_8bit,
+        device_map,
+    )
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
 @app.command()
-def convert(folder: Annotated[str, typer.Argument(help='A LLaVA or ViP-LLaVA folder, published or saved by a run, or a name on the Hub.')],
-            out: Annotated[Path, typer.Argument(help='New folder, which transformers loads by itself.')],
-            vision: Annotated[Optional[str], typer.Option(help='Its CLIP tower; default: the one it names.')] = None,
-            base: Annotated[Optional[str], typer.Option(
-                help='The language model of a LoRA release; default: the one it names.')] = None,
-            template: Annotated[str, typer.Option(help='Its chat template, where its tokenizer does not tell.')] = '') -> None:
-    "Write a published folder (original layout, LoRA release) or a run's model as one that transformers loads."
+def convert(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help='A LLaVA or ViP-LLaVA folder, published or saved by a run, or a name on the Hub.'
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help='New folder, which transformers loads by itself.')],
+    vision: Annotated[
+        Optional[str], typer.Option(help='Its CLIP tower; default: the one it names.')
+    ] = None,
+    base: Annotated[
+        Optional[str],
+        typer.Option(help='The language model of a LoRA release; default: the one it names.'),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help='Its chat template, where its tokenizer does not tell.')
+    ] = '',
+) -> None:
+    """Write a published folder (original layout, LoRA release) or a run's model as one that
+    transformers loads."""
     from vlmbench.methods.load import convert as write
+
     typer.echo(_refusing(write, folder, out, vision, base, template))
 
 # %% ../../nbs/run/10_cli.ipynb #e0990fec
 @app.command()
-def export(model: Annotated[str, typer.Argument(help='A VoRA model: a folder saved by a run (its model/ folder, or the run folder).')],
-           out: Annotated[Path, typer.Argument(help='New folder.')],
-           language_model: Annotated[bool, typer.Option(
-               '--language-model', help='The plain language model alone, as transformers loads it.')] = False) -> None:
-    "Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain language model."
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help='A VoRA model: a folder saved by a run (its model/ folder, or the run folder).'
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help='New folder.')],
+    language_model: Annotated[
+        bool,
+        typer.Option(
+            '--language-model', help='The plain language model alone, as transformers loads it.'
+        ),
+    ] = False,
+) -> None:
+    """Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain
+    language model."""
     from vlmbench.methods.vora_export import export_merged
+
     typer.echo(_refusing(export_merged, model, out, language_model))
 
 # %% ../../nbs/run/10_cli.ipynb #8d7b825d
 def main() -> None:
-    "Entry point of the `vlmbench` command; a refusal is one line on stderr and exit code 2, not a traceback."
-    try: app()
+    """Entry point of the `vlmbench` command; a refusal is one line on stderr and exit code 2, not a
+    traceback."""
+    try:
+        app()
     except ParameterError as e:
         typer.echo(f'error: {e}', err=True)
         sys.exit(e.exit_code)

@@ -19,18 +19,22 @@ from papermill.log import logger
 # %% ../../nbs/run/06_client.ipynb #42965d50
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
+
 def _handles(pid: int, number: int) -> bool:
-    """Whether process `pid` has a handler for the signal, so that receiving it will not simply end it (Linux; else
-    assumed)."""
-    try: lines = Path(f'/proc/{pid}/status').read_text().splitlines()
-    except OSError: return True
+    """Whether process `pid` has a handler for the signal, so that receiving it will not simply end
+    it (Linux; else assumed)."""
+    try:
+        lines = Path(f'/proc/{pid}/status').read_text().splitlines()
+    except OSError:
+        return True
     caught = [int(line.split()[1], 16) for line in lines if line.startswith(('SigCgt:', 'SigIgn:'))]
     return any(mask >> (number - 1) & 1 for mask in caught)
 
+
 class Signals:
-    """While entered, catches TERM, INT, USR1, USR2 and passes them to the kernel process `pid`. `received` holds
-    their names, `stopping` is true after the first. After `grace` seconds a kernel that has not stopped is
-    interrupted, then killed."""
+    """While entered, catches TERM, INT, USR1, USR2 and passes them to the kernel process `pid`.
+    `received` holds their names, `stopping` is true after the first. After `grace` seconds a kernel
+    that has not stopped is interrupted, then killed."""
 
     def __init__(self, grace: float):
         self.pid: int | None = None
@@ -38,58 +42,82 @@ class Signals:
         self.grace, self._old, self._timers = grace, {}, []
 
     @property
-    def stopping(self) -> bool: return bool(self.received)
+    def stopping(self) -> bool:
+        return bool(self.received)
 
     def __enter__(self) -> 'Signals':
         if threading.current_thread() is threading.main_thread():
-            for s in (*STOP_SIGNALS, signal.SIGINT): self._old[s] = signal.signal(s, self._caught)
-        else: logger.warning('vlmbench engine outside the main thread: signals are not forwarded to the kernel')
+            for s in (*STOP_SIGNALS, signal.SIGINT):
+                self._old[s] = signal.signal(s, self._caught)
+        else:
+            logger.warning(
+                'vlmbench engine outside the main thread: signals are not forwarded to the kernel'
+            )
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for t in self._timers: t.cancel()
-        for s, handler in self._old.items(): signal.signal(s, handler)
+        for t in self._timers:
+            t.cancel()
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
 
     def _caught(self, number: int, frame: Any) -> None:
         self.received.append(signal.Signals(number).name)
-        if self.pid is None: return                       # no kernel yet: the next cell is not started
+        if self.pid is None:
+            return  # no kernel yet: the next cell is not started
         first = len(self.received) == 1
-        if len(self.received) > 2: self._send(signal.SIGKILL)
-        elif first and number in STOP_SIGNALS and _handles(self.pid, number): self._send(number)
-        else: self._send(signal.SIGINT)
+        if len(self.received) > 2:
+            self._send(signal.SIGKILL)
+        elif first and number in STOP_SIGNALS and _handles(self.pid, number):
+            self._send(number)
+        else:
+            self._send(signal.SIGINT)
         if first:
-            self._timers = [threading.Timer(self.grace, self._send, [signal.SIGINT]),
-                            threading.Timer(self.grace + 10, self._send, [signal.SIGKILL])]
-            for t in self._timers: t.daemon = True; t.start()
+            self._timers = [
+                threading.Timer(self.grace, self._send, [signal.SIGINT]),
+                threading.Timer(self.grace + 10, self._send, [signal.SIGKILL]),
+            ]
+            for t in self._timers:
+                t.daemon = True
+                t.start()
 
     def _send(self, number: int) -> None:
-        try: os.kill(self.pid, number)
-        except ProcessLookupError: logger.warning('the kernel was gone before signal %s reached it', number)
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            logger.warning('the kernel was gone before signal %s reached it', number)
 
 # %% ../../nbs/run/06_client.ipynb #ef21c882
-OUTPUT_CAP = 100_000   # characters of stdout and stderr kept per cell in the notebook
+OUTPUT_CAP = 100_000  # characters of stdout and stderr kept per cell in the notebook
 
-# The kernel's side of the same bound: its publishing socket belongs to a thread of its own, which is asked to lift it.
-_UNBOUNDED = ("(lambda t: t.schedule(lambda: t.socket.setsockopt(__import__('zmq').SNDHWM, 0)))"
-              "(get_ipython().kernel.iopub_thread)")
+# The kernel's side of the same bound: its publishing socket belongs to a thread of its own, which
+# is asked to lift it.
+_UNBOUNDED = (
+    "(lambda t: t.schedule(lambda: t.socket.setsockopt(__import__('zmq').SNDHWM, 0)))"
+    '(get_ipython().kernel.iopub_thread)'
+)
+
 
 class NotebookClient(PapermillNotebookClient):
-    """Executes the cells of `nb_man.nb` one by one until one fails or a stop signal came; `error` is what ended it (a
-    CellExecutionError, a DeadKernelError or None). All text the cells print also goes to the open file `sink`."""
+    """Executes the cells of `nb_man.nb` one by one until one fails or a stop signal came; `error`
+    is what ended it (a CellExecutionError, a DeadKernelError or None). All text the cells print
+    also goes to the open file `sink`."""
 
     def __init__(self, nb_man: Any, signals: Signals, sink: Any, **kw: Any):
-        super().__init__(nb_man, raise_on_iopub_timeout=False, iopub_timeout=20, coalesce_streams=True, **kw)
+        super().__init__(
+            nb_man, raise_on_iopub_timeout=False, iopub_timeout=20, coalesce_streams=True, **kw
+        )
         self._signals, self._sink, self.error = signals, sink, None
         self._written: dict[int, int] = {}
 
     def create_kernel_manager(self) -> Any:
-        """Unix sockets of this kernel alone in the user's own runtime folder, instead of TCP ports that every user of
-        the node can reach, and no bound on received messages: past 1,000 waiting ones ZeroMQ would drop them, the end
-        of the cell too."""
+        """Unix sockets of this kernel alone in the user's own runtime folder, instead of TCP ports
+        that every user of the node can reach, and no bound on received messages: past 1,000 waiting
+        ones ZeroMQ would drop them, the end of the cell too."""
         km = super().create_kernel_manager()
         km.context.setsockopt(zmq.RCVHWM, 0)
-        place = Path(jupyter_runtime_dir())/f'kernel-{uuid.uuid4().hex[:12]}'
-        if os.name == 'posix' and len(str(place)) < 90:   # socket paths end at 107 characters
+        place = Path(jupyter_runtime_dir()) / f'kernel-{uuid.uuid4().hex[:12]}'
+        if os.name == 'posix' and len(str(place)) < 90:  # socket paths end at 107 characters
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             km.transport, km.ip = 'ipc', str(place)
         return km
@@ -99,15 +127,19 @@ class NotebookClient(PapermillNotebookClient):
         if self.nb_man.nb.metadata.get('kernelspec', {}).get('language', 'python') == 'python':
             self.wait_for_reply(self.kc.execute(_UNBOUNDED, silent=True, store_history=False))
         for index, cell in enumerate(self.nb.cells):
-            if self._signals.stopping: return
+            if self._signals.stopping:
+                return
             self.nb_man.cell_start(cell, index)
-            try: self.execute_cell(cell, index)
+            try:
+                self.execute_cell(cell, index)
             except (CellExecutionError, DeadKernelError) as e:
                 self.error = e
-                if isinstance(e, DeadKernelError): e.kernel_exit = self.km.provisioner.process.poll()
+                if isinstance(e, DeadKernelError):
+                    e.kernel_exit = self.km.provisioner.process.poll()
                 self.nb_man.cell_exception(cell, cell_index=index, exception=e)
                 return
-            finally: self.nb_man.cell_complete(cell, cell_index=index)
+            finally:
+                self.nb_man.cell_complete(cell, cell_index=index)
 
     def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
         if msg['msg_type'] == 'stream':
@@ -120,10 +152,12 @@ class NotebookClient(PapermillNotebookClient):
                 return None
             if before + len(text) > OUTPUT_CAP:
                 note = f'\n[more than {OUTPUT_CAP:,} characters: the rest is in output.log]\n'
-                msg['content']['text'] = text[:OUTPUT_CAP - before] + note
+                msg['content']['text'] = text[: OUTPUT_CAP - before] + note
         return super().process_message(msg, cell, cell_index)
 
     def wait_for_reply(self, *args: Any, **kw: Any) -> Any:
-        "After a dead kernel there is nobody to ask for the language; the notebook keeps what it has."
-        if isinstance(self.error, DeadKernelError): raise self.error
+        """After a dead kernel there is nobody to ask for the language; the notebook keeps what it
+        has."""
+        if isinstance(self.error, DeadKernelError):
+            raise self.error
         return super().wait_for_reply(*args, **kw)

@@ -15,156 +15,273 @@ import click, psutil
 
 # %% ../../nbs/run/00_engine.ipynb #312c4e54
 from .manifest import EXIT_CODES, Heartbeat, Manifest, RunFolderError, default_folder
-from .parameters import ParameterError, check_parameters, load_notebook, notebook_parameters
+from vlmbench.run.parameters import (
+    ParameterError,
+    check_parameters,
+    load_notebook,
+    notebook_parameters,
+)
 
 # %% ../../nbs/run/00_engine.ipynb #4d279442
 class RunStopped(click.ClickException):
-    "A run that ended early on a signal: `status` is `preempted` (exit code 75) or `interrupted` (130)."
+    """A run that ended early on a signal: `status` is `preempted` (exit code 75) or `interrupted`
+    (130)."""
+
     def __init__(self, status: str, reason: str):
         super().__init__(f'{status}: {reason}')
         self.status, self.exit_code = status, EXIT_CODES[status]
 
+
 def _dead(error: BaseException | None) -> bool:
-    "Whether `error` is nbclient's DeadKernelError (compared by name: nbclient is not imported here)."
+    """Whether `error` is nbclient's DeadKernelError (compared by name: nbclient is not imported
+    here)."""
     return error.__class__.__name__ == 'DeadKernelError'
+
 
 def _how(code: int | None) -> str:
     "The end of a process from its exit status (negative: the signal that ended it)."
-    if code is None: return 'no exit status was seen'
-    if code >= 0: return f'it left with exit code {code}'
-    name = signal.Signals(-code).name if -code in [s.value for s in signal.Signals] else f'signal {-code}'
-    if name == 'SIGKILL': return f'{name}, killed from outside or for using too much memory'
+    if code is None:
+        return 'no exit status was seen'
+    if code >= 0:
+        return f'it left with exit code {code}'
+    name = (
+        signal.Signals(-code).name
+        if -code in [s.value for s in signal.Signals]
+        else f'signal {-code}'
+    )
+    if name == 'SIGKILL':
+        return f'{name}, killed from outside or for using too much memory'
     return f'{name}, a crash in compiled code or a signal'
 
-def verdict(error: BaseException | None, signals: list[str], finished: bool) -> tuple[str, str | None]:
-    """(status, reason) of a run from the exception that ended it (None: no cell failed), the signals received, and
-    whether every cell was executed."""
-    if error is None and finished: return 'completed', None
+
+def verdict(
+    error: BaseException | None, signals: list[str], finished: bool
+) -> tuple[str, str | None]:
+    """(status, reason) of a run from the exception that ended it (None: no cell failed), the
+    signals received, and whether every cell was executed."""
+    if error is None and finished:
+        return 'completed', None
     name, value = getattr(error, 'ename', None), str(getattr(error, 'evalue', ''))
-    what = f'{name}: {value}' if name else '' if error is None else f'{error.__class__.__name__}: {error}'
+    what = (
+        f'{name}: {value}'
+        if name
+        else ''
+        if error is None
+        else f'{error.__class__.__name__}: {error}'
+    )
     asked = f'signal {signals[0]}' if signals else ''
     left = value if name == 'SystemExit' else None
-    if left in ('', '0', 'None'): return 'completed', 'the notebook left early with exit code 0'
-    if name == 'Preempted' or left == str(EXIT_CODES['preempted']): return 'preempted', asked or what
-    if signals and signals[0] == 'SIGINT': return 'interrupted', 'interrupted by SIGINT'
-    if signals: return 'preempted', asked + (f' ({what})' if what else '')
-    if _dead(error): return 'failed', f'the kernel died: {_how(getattr(error, "kernel_exit", None))}'
-    if name == 'KeyboardInterrupt' or isinstance(error, KeyboardInterrupt): return 'interrupted', 'KeyboardInterrupt'
+    if left in ('', '0', 'None'):
+        return 'completed', 'the notebook left early with exit code 0'
+    if name == 'Preempted' or left == str(EXIT_CODES['preempted']):
+        return 'preempted', asked or what
+    if signals and signals[0] == 'SIGINT':
+        return 'interrupted', 'interrupted by SIGINT'
+    if signals:
+        return 'preempted', asked + (f' ({what})' if what else '')
+    if _dead(error):
+        return 'failed', f'the kernel died: {_how(getattr(error, "kernel_exit", None))}'
+    if name == 'KeyboardInterrupt' or isinstance(error, KeyboardInterrupt):
+        return 'interrupted', 'KeyboardInterrupt'
     return 'failed', what
 
 # %% ../../nbs/run/00_engine.ipynb #41886f94
 def kill_run(run_id: str) -> int:
-    "Kills every process of ours whose environment carries `VLMBENCH_RUN_ID=run_id`; returns how many there were."
+    """Kills every process of ours whose environment carries `VLMBENCH_RUN_ID=run_id`; returns how
+    many there were."""
     victims = []
     for p in psutil.process_iter():
         try:
-            if p.pid != os.getpid() and p.environ().get('VLMBENCH_RUN_ID') == run_id: p.kill(); victims.append(p)
-        except (psutil.NoSuchProcess, psutil.AccessDenied): continue   # gone, or another user's: not ours
+            if p.pid != os.getpid() and p.environ().get('VLMBENCH_RUN_ID') == run_id:
+                p.kill()
+                victims.append(p)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # gone, or another user's: not ours
     psutil.wait_procs(victims, timeout=5)
     return len(victims)
 
 # %% ../../nbs/run/00_engine.ipynb #751b2c32
-def _run_folder(name: str, declared: Mapping, values: Mapping[str, Any], output_path: str | None) -> Path:
+def _run_folder(
+    name: str, declared: Mapping, values: Mapping[str, Any], output_path: str | None
+) -> Path:
     full = {k: p.default for k, p in declared.items()} | dict(values)
-    if full.get('out'): return Path(full['out'])
+    if full.get('out'):
+        return Path(full['out'])
     parent = Path(output_path).parent if output_path and '://' not in str(output_path) else Path()
     return parent if parent.resolve() != Path.cwd() else default_folder(name, full)
 
+
 def _inject(nb: Any, kernel_name: str, values: Mapping[str, Any]) -> None:
-    "Rewrites papermill's injected cell with the checked, properly typed values (or adds it behind the declaration)."
+    """Rewrites papermill's injected cell with the checked, properly typed values (or adds it behind
+    the declaration)."""
     from nbformat.v4 import new_code_cell
     from papermill.translators import papermill_translators
-    source = papermill_translators.find_translator(kernel_name, 'python').codify(dict(values), 'Parameters')
+
+    source = papermill_translators.find_translator(kernel_name, 'python').codify(
+        dict(values), 'Parameters'
+    )
     tagged = [c for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])]
-    if tagged: tagged[0].source = source
+    if tagged:
+        tagged[0].source = source
     elif values:
         at = next(i for i, c in enumerate(nb.cells) if 'parameters' in c.metadata.get('tags', []))
-        nb.cells.insert(at + 1, new_code_cell(source, metadata=dict(tags=['injected-parameters'], papermill={})))
+        nb.cells.insert(
+            at + 1, new_code_cell(source, metadata=dict(tags=['injected-parameters'], papermill={}))
+        )
     nb.metadata.papermill['parameters'] = dict(values)
 
+
 class VlmbenchEngine:
-    "Papermill engine `vlmbench`: papermill's own, with checked parameters, forwarded signals and a run manifest."
+    """Papermill engine `vlmbench`: papermill's own, with checked parameters, forwarded signals and
+    a run manifest."""
 
     @classmethod
     def nb_kernel_name(cls, nb: Any, name: str | None = None) -> str:
         "Kernel of the notebook, as papermill finds it."
         from papermill.utils import nb_kernel_name
+
         return nb_kernel_name(nb, name)
 
     @classmethod
     def nb_language(cls, nb: Any, language: str | None = None) -> str:
         "Language of the notebook, as papermill finds it."
         from papermill.utils import nb_language
+
         return nb_language(nb, language)
 
     @classmethod
-    def execute_notebook(cls, nb: Any, kernel_name: str, output_path: str | None = None, input_path: str | None = None,
-                         overwrite: bool = False, grace: float | None = None, **kw: Any) -> Any:
-        """Executes `nb`; extra engine arguments: `overwrite` a completed run in the folder, `grace` seconds a kernel
-        gets after a stop signal (default: VLMBENCH_GRACE or 300). Raises `ParameterError` before anything is written
-        (or for a run folder that is taken), `RunStopped`, `DeadKernelError`; a failing cell is raised by papermill
-        itself."""
+    def execute_notebook(
+        cls,
+        nb: Any,
+        kernel_name: str,
+        output_path: str | None = None,
+        input_path: str | None = None,
+        overwrite: bool = False,
+        grace: float | None = None,
+        **kw: Any,
+    ) -> Any:
+        """Executes `nb`; extra engine arguments: `overwrite` a completed run in the folder, `grace`
+        seconds a kernel gets after a stop signal (default: VLMBENCH_GRACE or 300). Raises
+        `ParameterError` before anything is written (or for a run folder that is taken),
+        `RunStopped`, `DeadKernelError`; a failing cell is raised by papermill itself."""
         from vlmbench.run.client import Signals
+
         name = Path(input_path or 'notebook.ipynb').stem
         declared = notebook_parameters(nb, name)
         values = check_parameters(declared, nb.metadata.papermill.get('parameters', {}), name)
         folder = _run_folder(name, declared, values, output_path)
-        if 'out' in declared: values['out'] = str(folder)
+        if 'out' in declared:
+            values['out'] = str(folder)
         manifest, full = Manifest(folder), {k: p.default for k, p in declared.items()} | values
-        try: state = manifest.start(name, full, overwrite, input=str(input_path), output=str(output_path),
-                                    engine='vlmbench')
-        except RunFolderError as e: raise ParameterError(str(e)) from None
+        try:
+            state = manifest.start(
+                name,
+                full,
+                overwrite,
+                input=str(input_path),
+                output=str(output_path),
+                engine='vlmbench',
+            )
+        except RunFolderError as e:
+            raise ParameterError(str(e)) from None
         status, reason, error, signals = 'failed', None, None, Signals(_grace(grace))
-        heart = Heartbeat(manifest); heart.start()
+        heart = Heartbeat(manifest)
+        heart.start()
         try:
             if output_path and '://' not in str(output_path):
                 Path(output_path).parent.mkdir(parents=True, exist_ok=True)
             _inject(nb, kernel_name, values)
-            with signals: error, finished = _execute(nb, kernel_name, output_path, signals, manifest, state['id'], **kw)
+            with signals:
+                error, finished = _execute(
+                    nb, kernel_name, output_path, signals, manifest, state['id'], **kw
+                )
             status, reason = verdict(error, signals.received, finished)
         except BaseException as e:
             status, reason = verdict(e, signals.received, False)
             raise
         finally:
             heart.stop()
-            manifest.update(signals=signals.received, killed_processes=kill_run(state['id']),
-                            missed_heartbeats=heart.missed)
-            reason = manifest.read()['reason'] or reason     # the notebook's own word about its end comes first
+            manifest.update(
+                signals=signals.received,
+                killed_processes=kill_run(state['id']),
+                missed_heartbeats=heart.missed,
+            )
+            reason = (
+                manifest.read()['reason'] or reason
+            )  # the notebook's own word about its end comes first
             manifest.finish(status, reason, 138 if _dead(error) and status == 'failed' else None)
-        if status in ('preempted', 'interrupted'): raise RunStopped(status, reason)
-        if _dead(error): raise error
+        if status in ('preempted', 'interrupted'):
+            raise RunStopped(status, reason)
+        if _dead(error):
+            raise error
         return nb
+
 
 def _grace(seconds: float | None) -> float:
     return float(os.environ.get('VLMBENCH_GRACE', 300)) if seconds is None else seconds
 
-def _execute(nb: Any, kernel_name: str, output_path: str | None, signals: Any, manifest: Manifest, run_id: str,
-             progress_bar: Any = True, log_output: bool = False, autosave_cell_every: int = 30, start_timeout: int = 60,
-             execution_timeout: int | None = None, stdout_file: Any = None, stderr_file: Any = None,
-             **ignored: Any) -> tuple[Exception | None, bool]:
-    "Runs the cells, saving as papermill does; returns what ended them and whether all were executed."
+
+def _execute(
+    nb: Any,
+    kernel_name: str,
+    output_path: str | None,
+    signals: Any,
+    manifest: Manifest,
+    run_id: str,
+    progress_bar: Any = True,
+    log_output: bool = False,
+    autosave_cell_every: int = 30,
+    start_timeout: int = 60,
+    execution_timeout: int | None = None,
+    stdout_file: Any = None,
+    stderr_file: Any = None,
+    **ignored: Any,
+) -> tuple[Exception | None, bool]:
+    """Runs the cells, saving as papermill does; returns what ended them and whether all were
+    executed."""
     from papermill.engines import NotebookExecutionManager
     from papermill.log import logger
     from vlmbench.run.client import NotebookClient
-    man = NotebookExecutionManager(nb, output_path=output_path, log_output=log_output, progress_bar=progress_bar,
-                                   autosave_cell_every=autosave_cell_every)
-    env = os.environ | {'VLMBENCH_RUN_FOLDER': str(manifest.folder.resolve()), 'VLMBENCH_RUN_ID': run_id,
-                        'VLMBENCH_NOTEBOOK': manifest.read()['notebook']}
+
+    man = NotebookExecutionManager(
+        nb,
+        output_path=output_path,
+        log_output=log_output,
+        progress_bar=progress_bar,
+        autosave_cell_every=autosave_cell_every,
+    )
+    env = os.environ | {
+        'VLMBENCH_RUN_FOLDER': str(manifest.folder.resolve()),
+        'VLMBENCH_RUN_ID': run_id,
+        'VLMBENCH_NOTEBOOK': manifest.read()['notebook'],
+    }
     man.notebook_start()
     try:
-        with (manifest.folder/'output.log').open('a', encoding='utf8') as sink:
-            client = NotebookClient(man, signals, sink, timeout=execution_timeout, startup_timeout=start_timeout,
-                kernel_name=kernel_name, log=logger, log_output=log_output, stdout_file=stdout_file,
-                stderr_file=stderr_file)
-            try: client.execute(env=env)
+        with (manifest.folder / 'output.log').open('a', encoding='utf8') as sink:
+            client = NotebookClient(
+                man,
+                signals,
+                sink,
+                timeout=execution_timeout,
+                startup_timeout=start_timeout,
+                kernel_name=kernel_name,
+                log=logger,
+                log_output=log_output,
+                stdout_file=stdout_file,
+                stderr_file=stderr_file,
+            )
+            try:
+                client.execute(env=env)
             except Exception as e:
-                if not _dead(e): raise
+                if not _dead(e):
+                    raise
                 client.error = e
     finally:
         states = [c.metadata.papermill for c in nb.cells]
         finished = all(s['status'] == man.COMPLETED for s in states)
-        for s in states:                       # papermill would call these completed
-            if s['status'] == man.PENDING: s['status'] = 'not run'
+        for s in states:  # papermill would call these completed
+            if s['status'] == man.PENDING:
+                s['status'] = 'not run'
         man.cleanup_pbar()
         man.notebook_complete()
     return client.error, finished
@@ -172,61 +289,105 @@ def _execute(nb: Any, kernel_name: str, output_path: str | None, signals: Any, m
 # %% ../../nbs/run/00_engine.ipynb #c6d1c82d
 def notebook_folders() -> list[Path]:
     "Where run notebooks are looked for, in order."
-    package = Path(sys.modules['vlmbench'].__file__).parent if 'vlmbench' in sys.modules else Path('vlmbench')
-    return [Path('nbs/runs'), package.parent/'nbs'/'runs', package/'_notebooks']
+    package = (
+        Path(sys.modules['vlmbench'].__file__).parent
+        if 'vlmbench' in sys.modules
+        else Path('vlmbench')
+    )
+    return [Path('nbs/runs'), package.parent / 'nbs' / 'runs', package / '_notebooks']
+
 
 def find_notebook(name: str | Path) -> Path:
-    "Path of a run notebook given by path or by name (`train`). Raises `ParameterError` listing the names that exist."
+    """Path of a run notebook given by path or by name (`train`). Raises `ParameterError` listing
+    the names that exist."""
     path = Path(name)
-    if path.suffix == '.ipynb' and path.exists(): return path
+    if path.suffix == '.ipynb' and path.exists():
+        return path
     if path.suffix in ('', '.ipynb') and len(path.parts) == 1:
         for folder in notebook_folders():
-            if (folder/f'{path.stem}.ipynb').exists(): return folder/f'{path.stem}.ipynb'
+            if (folder / f'{path.stem}.ipynb').exists():
+                return folder / f'{path.stem}.ipynb'
     known = sorted({p.stem for f in notebook_folders() for p in f.glob('*.ipynb')})
-    raise ParameterError(f'{name}: no such run notebook; known: {", ".join(known) or "none"}, '
-                         'or give a path to an .ipynb')
+    raise ParameterError(
+        f'{name}: no such run notebook; known: {", ".join(known) or "none"}, '
+        'or give a path to an .ipynb'
+    )
 
 # %% ../../nbs/run/00_engine.ipynb #4bd7bbe0
-def run_notebook(name: str | Path, params: Mapping[str, Any] | None = None, out_dir: str | Path | None = None,
-                 overwrite: bool = False, progress: bool = True, echo: bool = False, quiet: bool = False) -> int:
-    """Runs a notebook (name or path) with `params` (text is parsed by declared type) in run folder `out_dir` and
-    returns its exit code: 0 completed, 1 a cell failed, 75 preempted, 130 interrupted, 138 the kernel died. The
-    executed notebook is `<out_dir>/<name>.ipynb`. `progress` shows a bar of cells, `echo` passes the cells' text through.
-    Raises `ParameterError` when the run is refused."""
+def run_notebook(
+    name: str | Path,
+    params: Mapping[str, Any] | None = None,
+    out_dir: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    echo: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Runs a notebook (name or path) with `params` (text is parsed by declared type) in run folder
+    `out_dir` and returns its exit code: 0 completed, 1 a cell failed, 75 preempted, 130
+    interrupted, 138 the kernel died. The executed notebook is `<out_dir>/<name>.ipynb`. `progress`
+    shows a bar of cells, `echo` passes the cells' text through. Raises `ParameterError` when the
+    run is refused."""
     path = find_notebook(name)
     declared = notebook_parameters(load_notebook(path), path.stem)
     values = check_parameters(declared, params or {}, path.stem)
     full = {k: p.default for k, p in declared.items()} | values
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
-    if 'out' in declared: values['out'] = str(folder)
+    if 'out' in declared:
+        values['out'] = str(folder)
     import papermill
+
     papermill.engines.papermill_engines.register('vlmbench', VlmbenchEngine)
     text = dict(stdout_file=sys.stdout, stderr_file=sys.stderr) if echo else {}
     try:
         with _checked_already():
-            papermill.execute_notebook(str(path), str(folder/path.name), values, engine_name='vlmbench',
-                                       progress_bar=progress, overwrite=overwrite, **text)
-    except RunStopped as e: return _say(e.message, e.exit_code, quiet)
+            papermill.execute_notebook(
+                str(path),
+                str(folder / path.name),
+                values,
+                engine_name='vlmbench',
+                progress_bar=progress,
+                overwrite=overwrite,
+                **text,
+            )
+    except RunStopped as e:
+        return _say(e.message, e.exit_code, quiet)
     except papermill.exceptions.PapermillExecutionError as e:
-        return _say(f'{path.stem} failed in cell {e.cell_index}: {e.ename}: {e.evalue}\nsee {folder/path.name}', 1,
-                    quiet)
+        return _say(
+            f'{path.stem} failed in cell {e.cell_index}: {e.ename}: {e.evalue}\nsee '
+            f'{folder / path.name}',
+            1,
+            quiet,
+        )
     except Exception as e:
-        if not _dead(e): raise
-        return _say(f'{path.stem}: {verdict(e, [], False)[1]}; see {folder/"output.log"}', 138, quiet)
+        if not _dead(e):
+            raise
+        return _say(
+            f'{path.stem}: {verdict(e, [], False)[1]}; see {folder / "output.log"}', 138, quiet
+        )
     return 0
+
 
 @contextmanager
 def _checked_already() -> Iterator[None]:
-    """Without papermill's own remarks about parameters: its pattern knows fewer types than ours, which have been
-    checked."""
+    """Without papermill's own remarks about parameters: its pattern knows fewer types than ours,
+    which have been checked."""
     import logging
+
     remarks = ('Passed unknown parameter', 'Unable to parse line')
-    def keep(record: Any) -> bool: return not str(record.msg).startswith(remarks)
+
+    def keep(record: Any) -> bool:
+        return not str(record.msg).startswith(remarks)
+
     log = logging.getLogger('papermill')
     log.addFilter(keep)
-    try: yield
-    finally: log.removeFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
+
 
 def _say(text: str, code: int, quiet: bool) -> int:
-    if not quiet: print(text, file=sys.stderr)
+    if not quiet:
+        print(text, file=sys.stderr)
     return code

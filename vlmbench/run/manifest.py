@@ -19,178 +19,308 @@ import filelock, psutil
 
 # %% ../../nbs/run/04_manifest.ipynb #17835ad7
 EXIT_CODES = dict(completed=0, failed=1, refused=2, preempted=75, interrupted=130)
-HEARTBEAT_SECONDS = 5.   # how often a living run says so
-LOST_SECONDS = 60.       # silence after which a run that still says `running` is called lost
+HEARTBEAT_SECONDS = 5.0  # how often a living run says so
+LOST_SECONDS = 60.0  # silence after which a run that still says `running` is called lost
+
 
 class RunFolderError(FileExistsError):
     "The run folder belongs to another run (still running, or completed and not to be overwritten)."
 
+
 class Preempted(SystemExit):
-    "Raised inside a notebook to stop a run that left a checkpoint: the run ends as `preempted`, exit code 75."
+    """Raised inside a notebook to stop a run that left a checkpoint: the run ends as `preempted`,
+    exit code 75."""
+
     def __init__(self, reason: str = 'stopped by a signal'):
         super().__init__(EXIT_CODES['preempted'])
         self.reason = reason
 
-def _now() -> str: return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='milliseconds')
 
 # %% ../../nbs/run/04_manifest.ipynb #7c642584
 def write_json(path: str | Path, value: Any) -> None:
     "`value` as JSON at `path`, atomically: temporary file in the same folder, fsync, rename."
     path = Path(path)
-    tmp = path.parent/f'.{path.name}.{uuid.uuid4().hex}.tmp'
+    tmp = path.parent / f'.{path.name}.{uuid.uuid4().hex}.tmp'
     try:
         with open(tmp, 'x', encoding='utf8') as f:
             json.dump(value, f, indent=1, default=str)
-            f.write('\n'); f.flush(); os.fsync(f.fileno())
+            f.write('\n')
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
 
+
 def _merge(old: Any, new: Any) -> Any:
     "Nested dicts are merged, anything else is replaced."
-    if not (isinstance(old, dict) and isinstance(new, Mapping)): return new
+    if not (isinstance(old, dict) and isinstance(new, Mapping)):
+        return new
     return {**old, **{k: _merge(old.get(k), v) for k, v in new.items()}}
 
 # %% ../../nbs/run/04_manifest.ipynb #8b121a88
-ENVIRONMENT = ('ACCELERATE_USE_CPU', 'CUBLAS_WORKSPACE_CONFIG', 'CUDA_VISIBLE_DEVICES', 'HF_HUB_OFFLINE', 'LOCAL_RANK',
-    'MASTER_PORT', 'MKL_NUM_THREADS', 'NCCL_DEBUG', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'PYTHONHASHSEED', 'RANK',
-    'SLURM_JOB_ID', 'SLURM_JOB_NAME', 'SLURM_JOB_NUM_NODES', 'SLURM_JOB_PARTITION', 'SLURM_NODEID', 'SLURM_NTASKS',
-    'SLURM_PROCID', 'SLURM_RESTART_COUNT', 'TOKENIZERS_PARALLELISM', 'TORCHDYNAMO_DISABLE', 'TRANSFORMERS_OFFLINE',
-    'WORLD_SIZE')
-_SECRET = re.compile(r'(token|passw(or)?d|passphrase|api_?key|(^|_)(pass|pwd|pat|secret|credentials?|auth|'
-                     r'(access|private|secret)_?key))$', re.I)
-_WORD_LIKE = re.compile(r'(^|_)(image|video|audio|pad|bos|eos|unk|mask|cls|sep)_token$', re.I)   # a tokenizer's, no secret
+ENVIRONMENT = (
+    'ACCELERATE_USE_CPU',
+    'CUBLAS_WORKSPACE_CONFIG',
+    'CUDA_VISIBLE_DEVICES',
+    'HF_HUB_OFFLINE',
+    'LOCAL_RANK',
+    'MASTER_PORT',
+    'MKL_NUM_THREADS',
+    'NCCL_DEBUG',
+    'OMP_NUM_THREADS',
+    'OMP_WAIT_POLICY',
+    'PYTHONHASHSEED',
+    'RANK',
+    'SLURM_JOB_ID',
+    'SLURM_JOB_NAME',
+    'SLURM_JOB_NUM_NODES',
+    'SLURM_JOB_PARTITION',
+    'SLURM_NODEID',
+    'SLURM_NTASKS',
+    'SLURM_PROCID',
+    'SLURM_RESTART_COUNT',
+    'TOKENIZERS_PARALLELISM',
+    'TORCHDYNAMO_DISABLE',
+    'TRANSFORMERS_OFFLINE',
+    'WORLD_SIZE',
+)
+_SECRET = re.compile(
+    r'(token|passw(or)?d|passphrase|api_?key|(^|_)(pass|pwd|pat|secret|credentials?|auth|'
+    r'(access|private|secret)_?key))$',
+    re.I,
+)
+_WORD_LIKE = re.compile(
+    r'(^|_)(image|video|audio|pad|bos|eos|unk|mask|cls|sep)_token$', re.I
+)  # a tokenizer's, no secret
 _SHAPES = re.compile(r'\b(hf_|gh[pousr]_|github_pat_|glpat-)\w{16,}')
+
 
 def _is_secret(name: str) -> bool:
     "Whether a variable, key or option of that name holds a secret."
     name = re.sub(r'\W+', '_', name).strip('_')
     return bool(_SECRET.search(name)) and not _WORD_LIKE.search(name)
 
+
 def redact(value: Any, environ: Mapping[str, str] | None = None) -> Any:
-    """`value` (any nesting of dicts, lists and text) without secrets: values under secret-sounding names, any copy of a
-    secret-sounding environment variable's value, what follows `--token`, `token=` or `password:`, access tokens known by
-    their shape, and passwords in URLs become `<redacted>`."""
+    """`value` (any nesting of dicts, lists and text) without secrets: values under secret-sounding
+    names, any copy of a secret-sounding environment variable's value, what follows `--token`,
+    `token=` or `password:`, access tokens known by their shape, and passwords in URLs become
+    `<redacted>`."""
     environ = os.environ if environ is None else environ
-    secrets = sorted({v for k, v in environ.items() if _is_secret(k) and k != 'PWD' and len(v) >= 6}, key=len, reverse=True)
+    secrets = sorted(
+        {v for k, v in environ.items() if _is_secret(k) and k != 'PWD' and len(v) >= 6},
+        key=len,
+        reverse=True,
+    )
+
     def option(m: re.Match) -> str:
         return f'{m[1]}{m[2]}' + ('<redacted>' if _is_secret(m[1]) else words(m[3]))
+
     def words(v: str) -> str:
         v = re.sub(r'([\w-]+)(=)(\S+)', option, v)
         v = re.sub(r'(?<!\S)(--?[a-z][\w-]*)(\s+)(?!-)(\S+)', option, v, flags=re.I)
         return re.sub(r'(passw(?:or)?d\s*:\s*)\S+', r'\1<redacted>', v, flags=re.I)
+
     def clean(v: Any) -> Any:
         if isinstance(v, Mapping):
-            return {clean(str(k)): '<redacted>' if _is_secret(str(k)) and isinstance(x, str) and x else clean(x)
-                    for k, x in v.items()}
+            return {
+                clean(str(k)): '<redacted>'
+                if _is_secret(str(k)) and isinstance(x, str) and x
+                else clean(x)
+                for k, x in v.items()
+            }
         if isinstance(v, (list, tuple)):
-            flag = [False, *(isinstance(x, str) and re.fullmatch('--?[a-z][a-z0-9_-]*', x, re.I) and _is_secret(x) for x in v)]
-            return ['<redacted>' if f and isinstance(x, str) and not x.startswith('-') else clean(x) for f, x in zip(flag, v)]
-        if isinstance(v, Path): v = str(v)
-        if not isinstance(v, str): return v
-        for s in secrets: v = v.replace(s, '<redacted>')
+            flag = [
+                False,
+                *(
+                    isinstance(x, str)
+                    and re.fullmatch('--?[a-z][a-z0-9_-]*', x, re.I)
+                    and _is_secret(x)
+                    for x in v
+                ),
+            ]
+            return [
+                '<redacted>' if f and isinstance(x, str) and not x.startswith('-') else clean(x)
+                for f, x in zip(flag, v)
+            ]
+        if isinstance(v, Path):
+            v = str(v)
+        if not isinstance(v, str):
+            return v
+        for s in secrets:
+            v = v.replace(s, '<redacted>')
         v = re.sub(r'(\w+://[^/\s:@]*):[^/\s@]+@', r'\1:<redacted>@', v)
         return words(_SHAPES.sub('<redacted>', v))
+
     return clean(value)
 
 # %% ../../nbs/run/04_manifest.ipynb #3d5e1b66
-PACKAGES = ('vlmbench', 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'tokenizers', 'safetensors', 'numpy',
-            'pillow', 'pandas', 'papermill', 'nbclient', 'ipykernel')
+PACKAGES = (
+    'vlmbench',
+    'torch',
+    'transformers',
+    'peft',
+    'accelerate',
+    'datasets',
+    'tokenizers',
+    'safetensors',
+    'numpy',
+    'pillow',
+    'pandas',
+    'papermill',
+    'nbclient',
+    'ipykernel',
+)
+
 
 def versions() -> dict[str, str | None]:
-    "Installed versions of Python and the packages a result may depend on; None for one that is absent."
+    """Installed versions of Python and the packages a result may depend on; None for one that is
+    absent."""
+
     def version(name: str) -> str | None:
-        try: return metadata.version(name)
-        except metadata.PackageNotFoundError: return None
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
     return {'python': platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
+
 def git_state(folder: str | Path) -> dict | None:
-    "Commit, branch, whether tracked files differ, and a hash of that difference; None outside a git work tree."
+    """Commit, branch, whether tracked files differ, and a hash of that difference; None outside a
+    git work tree."""
+
     def git(*words: str) -> str:
-        return subprocess.run(['git', '-C', str(folder), *words], capture_output=True, text=True, check=True,
-                              timeout=20, errors='replace').stdout.rstrip('\n')
+        return subprocess.run(
+            ['git', '-C', str(folder), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+            errors='replace',
+        ).stdout.rstrip('\n')
+
     try:
         root = git('rev-parse', '--show-toplevel')
         branch = git('branch', '--show-current')
         status = git('status', '--porcelain', '--untracked-files=no')
-    except (subprocess.SubprocessError, OSError): return None
-    try: commit, diff = git('rev-parse', 'HEAD'), git('diff', 'HEAD')
-    except (subprocess.SubprocessError, OSError): commit, diff = '', ''   # a repository without a commit
+    except (subprocess.SubprocessError, OSError):
+        return None
+    try:
+        commit, diff = git('rev-parse', 'HEAD'), git('diff', 'HEAD')
+    except (subprocess.SubprocessError, OSError):
+        commit, diff = '', ''  # a repository without a commit
     state = {'root': Path(root).name, 'commit': commit, 'branch': branch, 'dirty': bool(status)}
     return {**state, 'diff_sha256': hashlib.sha256(diff.encode()).hexdigest()} if status else state
 
+
 def code_state() -> dict:
     "Git state of the package's folder and one hash over its Python sources (sorted by path)."
-    folder, h = Path(__file__).parents[1] if '__file__' in globals() else Path.cwd(), hashlib.sha256()
+    folder, h = (
+        Path(__file__).parents[1] if '__file__' in globals() else Path.cwd(),
+        hashlib.sha256(),
+    )
     for p in sorted(folder.rglob('*.py')):
         h.update(str(p.relative_to(folder)).encode() + b'\0' + p.read_bytes())
     return {'git': git_state(folder), 'source_sha256': h.hexdigest()}
 
+
 def host_facts() -> dict:
-    "Facts of this machine that a speed or a memory figure depends on. No user name, no path, no environment."
+    """Facts of this machine that a speed or a memory figure depends on. No user name, no path, no
+    environment."""
     gpus = []
     if 'torch' in sys.modules and sys.modules['torch'].cuda.is_available():
         cuda = sys.modules['torch'].cuda
-        gpus = [dict(name=p.name, memory_gb=round(p.total_memory/2**30, 1))
-                for p in map(cuda.get_device_properties, range(cuda.device_count()))]
+        gpus = [
+            dict(name=p.name, memory_gb=round(p.total_memory / 2**30, 1))
+            for p in map(cuda.get_device_properties, range(cuda.device_count()))
+        ]
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return {'hostname': socket.gethostname(), 'system': platform.platform(), 'machine': platform.machine(),
-            'cpus': os.cpu_count(), 'usable_cpus': affinity,
-            'memory_gb': round(psutil.virtual_memory().total/2**30, 1), 'gpus': gpus}
+    return {
+        'hostname': socket.gethostname(),
+        'system': platform.platform(),
+        'machine': platform.machine(),
+        'cpus': os.cpu_count(),
+        'usable_cpus': affinity,
+        'memory_gb': round(psutil.virtual_memory().total / 2**30, 1),
+        'gpus': gpus,
+    }
 
 # %% ../../nbs/run/04_manifest.ipynb #5113b4bf
 _RECORDS = {'.json', '.jsonl', '.parquet', '.csv', '.txt', '.yaml'}
 
+
 def _sha256(path: Path) -> str:
     h = hashlib.sha256()
     with path.open('rb') as f:
-        while block := f.read(1 << 20): h.update(block)
+        while block := f.read(1 << 20):
+            h.update(block)
     return h.hexdigest()
 
+
 def data_hashes(path: str | Path) -> dict:
-    """Fingerprint of a data file or folder: `files` maps each record file to its SHA-256, `others` counts the remaining
-    files (images) with their total bytes and one SHA-256 over the sorted list of (relative path, size).
-    Raises FileNotFoundError when `path` does not exist."""
+    """Fingerprint of a data file or folder: `files` maps each record file to its SHA-256, `others`
+    counts the remaining files (images) with their total bytes and one SHA-256 over the sorted list
+    of (relative path, size). Raises FileNotFoundError when `path` does not exist."""
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'{path}: no data there to fingerprint')
-    if path.is_file(): return {'files': {path.name: _sha256(path)}}
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: no data there to fingerprint')
+    if path.is_file():
+        return {'files': {path.name: _sha256(path)}}
     files, others = {}, []
     for p in sorted(path.rglob('*')):
-        if not p.is_file() or any(part.startswith('.') for part in p.relative_to(path).parts): continue
+        if not p.is_file() or any(part.startswith('.') for part in p.relative_to(path).parts):
+            continue
         rel = p.relative_to(path).as_posix()
-        if p.suffix.lower() in _RECORDS: files[rel] = _sha256(p)
-        else: others.append((rel, p.stat().st_size))
+        if p.suffix.lower() in _RECORDS:
+            files[rel] = _sha256(p)
+        else:
+            others.append((rel, p.stat().st_size))
     listing = hashlib.sha256('\n'.join(f'{r}\t{n}' for r, n in others).encode()).hexdigest()
-    return {'files': files, 'others': dict(count=len(others), bytes=sum(n for _, n in others), listing_sha256=listing)}
+    return {
+        'files': files,
+        'others': dict(count=len(others), bytes=sum(n for _, n in others), listing_sha256=listing),
+    }
 
 # %% ../../nbs/run/04_manifest.ipynb #b5ebad27
 def _alive(heartbeat: Path, pid: int | None, host: str | None) -> bool:
-    """Whether the run that left this heartbeat still runs: its process (not a later one of that number), or a recent
-    beat."""
-    try: beat = heartbeat.stat().st_mtime
-    except OSError: beat = 0.
-    if host != socket.gethostname() or not pid: return time.time() - beat < LOST_SECONDS
-    try: return psutil.Process(pid).create_time() <= beat + 1
-    except psutil.NoSuchProcess: return False
+    """Whether the run that left this heartbeat still runs: its process (not a later one of that
+    number), or a recent beat."""
+    try:
+        beat = heartbeat.stat().st_mtime
+    except OSError:
+        beat = 0.0
+    if host != socket.gethostname() or not pid:
+        return time.time() - beat < LOST_SECONDS
+    try:
+        return psutil.Process(pid).create_time() <= beat + 1
+    except psutil.NoSuchProcess:
+        return False
+
 
 class Manifest:
     "The `manifest.json` of the run in `folder`."
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.path, self.heartbeat = self.folder/'manifest.json', self.folder/'heartbeat'
+        self.path, self.heartbeat = self.folder / 'manifest.json', self.folder / 'heartbeat'
 
     def read(self) -> dict:
         "The manifest's content; FileNotFoundError without one, ValueError when it is no manifest."
         value = json.loads(self.path.read_text(encoding='utf8'))
-        if not isinstance(value, dict) or 'status' not in value: raise ValueError(f'{self.path} is no run manifest')
+        if not isinstance(value, dict) or 'status' not in value:
+            raise ValueError(f'{self.path} is no run manifest')
         return value
 
     def update(self, **facts: Any) -> dict:
         "Merges `facts` (nested dicts are merged, secrets blanked) and returns the whole."
         self.folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(self.folder/'.manifest.lock', timeout=30):
+        with filelock.FileLock(self.folder / '.manifest.lock', timeout=30):
             value = _merge(self.read() if self.path.exists() else {}, redact(facts))
             write_json(self.path, value)
         return value
@@ -199,40 +329,79 @@ class Manifest:
         "The recorded status, or `lost` for a run that stopped without saying so."
         value = self.read()
         host, pid = value.get('host', {}).get('hostname'), value.get('pid')
-        return 'lost' if value['status'] == 'running' and not _alive(self.heartbeat, pid, host) else value['status']
+        return (
+            'lost'
+            if value['status'] == 'running' and not _alive(self.heartbeat, pid, host)
+            else value['status']
+        )
 
     def claim(self, overwrite: bool = False) -> list[dict]:
-        """Makes sure that a new attempt may use the folder; returns the summaries of earlier attempts. `overwrite`
-        empties the folder of a finished run. Raises `RunFolderError` for a living run, and for a completed one without
-        `overwrite`."""
-        if not self.path.exists(): return []
-        try: old, status = self.read(), self.status()
-        except ValueError as e: raise RunFolderError(f'{self.path}: unreadable manifest ({e}); move it away') from None
+        """Makes sure that a new attempt may use the folder; returns the summaries of earlier
+        attempts. `overwrite` empties the folder of a finished run. Raises `RunFolderError` for a
+        living run, and for a completed one without `overwrite`."""
+        if not self.path.exists():
+            return []
+        try:
+            old, status = self.read(), self.status()
+        except ValueError as e:
+            raise RunFolderError(f'{self.path}: unreadable manifest ({e}); move it away') from None
         if status == 'running':
-            raise RunFolderError(f'{self.folder}: a run is still going there (process {old.get("pid")}); '
-                                 'choose another `out`')
+            raise RunFolderError(
+                f'{self.folder}: a run is still going there (process {old.get("pid")}); '
+                'choose another `out`'
+            )
         if overwrite:
             if self.folder.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
-                raise RunFolderError(f'{self.folder} is the current folder, one above it or your home: not emptied')
-            for p in self.folder.iterdir(): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+                raise RunFolderError(
+                    f'{self.folder} is the current folder, one above it or your home: not emptied'
+                )
+            for p in self.folder.iterdir():
+                shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
             return []
         if status == 'completed':
-            raise RunFolderError(f'{self.folder} holds a completed run of {old.get("notebook")!r} from '
-                                 f'{old.get("started")}; '
-                                 'choose another `out`, or ask for it to be overwritten')
+            raise RunFolderError(
+                f'{self.folder} holds a completed run of {old.get("notebook")!r} from '
+                f'{old.get("started")}; '
+                'choose another `out`, or ask for it to be overwritten'
+            )
         keep = ('id', 'status', 'exit_code', 'reason', 'started', 'ended', 'seconds')
         return [*old.get('attempts', []), {**{k: old.get(k) for k in keep}, 'status': status}]
 
-    def start(self, notebook: str, parameters: Mapping[str, Any], overwrite: bool = False, **facts: Any) -> dict:
+    def start(
+        self, notebook: str, parameters: Mapping[str, Any], overwrite: bool = False, **facts: Any
+    ) -> dict:
         "Claims the folder and writes the first state, `running`. Raises `RunFolderError`."
         attempts = self.claim(overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, redact(dict(schema=1, id=uuid.uuid4().hex[:12], notebook=notebook, status='running',
-            reason=None, exit_code=None, started=_now(), ended=None, seconds=None, parameters=dict(parameters),
-            seeds={}, data={}, phases=[], results={},
-            command=sys.argv, pid=os.getpid(), versions=versions(), code=code_state(),
-            host=host_facts(), environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
-            attempts=attempts) | facts))
+        write_json(
+            self.path,
+            redact(
+                dict(
+                    schema=1,
+                    id=uuid.uuid4().hex[:12],
+                    notebook=notebook,
+                    status='running',
+                    reason=None,
+                    exit_code=None,
+                    started=_now(),
+                    ended=None,
+                    seconds=None,
+                    parameters=dict(parameters),
+                    seeds={},
+                    data={},
+                    phases=[],
+                    results={},
+                    command=sys.argv,
+                    pid=os.getpid(),
+                    versions=versions(),
+                    code=code_state(),
+                    host=host_facts(),
+                    environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+                    attempts=attempts,
+                )
+                | facts
+            ),
+        )
         self.beat()
         return self.read()
 
@@ -241,31 +410,44 @@ class Manifest:
         self.heartbeat.write_text(_now() + '\n', encoding='utf8')
 
     def finish(self, status: str, reason: str | None = None, exit_code: int | None = None) -> dict:
-        """The last word: `status` out of `EXIT_CODES`, the reason in one line, the exit code (default: that status's
-        own)."""
-        if status not in EXIT_CODES: raise ValueError(f'status {status!r} is not one of {", ".join(EXIT_CODES)}')
+        """The last word: `status` out of `EXIT_CODES`, the reason in one line, the exit code
+        (default: that status's own)."""
+        if status not in EXIT_CODES:
+            raise ValueError(f'status {status!r} is not one of {", ".join(EXIT_CODES)}')
         began = datetime.datetime.fromisoformat(self.read()['started'])
         seconds = (datetime.datetime.now(datetime.timezone.utc) - began).total_seconds()
-        value = self.update(status=status, reason=reason,
-                            exit_code=EXIT_CODES[status] if exit_code is None else exit_code,
-                            ended=_now(), seconds=round(seconds, 3))
+        value = self.update(
+            status=status,
+            reason=reason,
+            exit_code=EXIT_CODES[status] if exit_code is None else exit_code,
+            ended=_now(),
+            seconds=round(seconds, 3),
+        )
         self.heartbeat.unlink(missing_ok=True)
         return value
 
 # %% ../../nbs/run/04_manifest.ipynb #16e4969a
 class Heartbeat(threading.Thread):
-    "Beats `manifest` every `seconds` until `stop()`; `missed` counts beats that could not be written."
+    """Beats `manifest` every `seconds` until `stop()`; `missed` counts beats that could not be
+    written."""
 
     def __init__(self, manifest: Manifest, seconds: float = HEARTBEAT_SECONDS):
         super().__init__(daemon=True, name='heartbeat')
-        self.manifest, self.seconds, self.missed, self._stopped = manifest, seconds, 0, threading.Event()
+        self.manifest, self.seconds, self.missed, self._stopped = (
+            manifest,
+            seconds,
+            0,
+            threading.Event(),
+        )
 
     def run(self) -> None:
         while not self._stopped.wait(self.seconds):
-            try: self.manifest.beat()
+            try:
+                self.manifest.beat()
             except OSError as e:
                 self.missed += 1
-                if self.missed == 1: print(f'heartbeat of {self.manifest.folder} not written: {e}', file=sys.stderr)
+                if self.missed == 1:
+                    print(f'heartbeat of {self.manifest.folder} not written: {e}', file=sys.stderr)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -273,17 +455,21 @@ class Heartbeat(threading.Thread):
 
 # %% ../../nbs/run/04_manifest.ipynb #233d3e62
 def default_folder(notebook: str, parameters: Mapping[str, Any], root: str | Path = 'runs') -> Path:
-    """A fresh, readable run folder: `runs/<notebook>-<recipe>-<scale>-s<seed>-<date>-<time>`, of what the parameters
-    name."""
+    """A fresh, readable run folder: `runs/<notebook>-<recipe>-<scale>-s<seed>-<date>-<time>`, of
+    what the parameters name."""
     words = [notebook, *(str(parameters[k]) for k in ('recipe', 'scale') if parameters.get(k))]
-    if parameters.get('seed') is not None: words.append(f's{parameters["seed"]}')
+    if parameters.get('seed') is not None:
+        words.append(f's{parameters["seed"]}')
     stem = re.sub(r'[^\w.+-]+', '_', '-'.join([*words, time.strftime('%Y%m%d-%H%M%S')]))
-    folder, n = Path(root)/stem, 1
-    while folder.exists(): folder, n = Path(root)/f'{stem}-{n}', n + 1
+    folder, n = Path(root) / stem, 1
+    while folder.exists():
+        folder, n = Path(root) / f'{stem}-{n}', n + 1
     return folder
+
 
 class Stop(threading.Event):
     "A flag that remembers why it was set."
+
     reason: str | None = None
 
     def caught(self, number: int, frame: Any) -> None:
@@ -291,24 +477,36 @@ class Stop(threading.Event):
         self.reason = f'received {signal.Signals(number).name}'
         self.set()
 
-class Run:
-    """One run as its notebook sees it: `run.folder` to write into, `run.stop` (an Event set by TERM, USR1, USR2),
-    `run.record(...)`, `run.phase(...)`, `run.finish()`. Also a context manager. Raises `RunFolderError` as
-    `Manifest.claim`."""
 
-    def __init__(self, out: str | Path | None, notebook: str, parameters: Mapping[str, Any], overwrite: bool = False):
+class Run:
+    """One run as its notebook sees it: `run.folder` to write into, `run.stop` (an Event set by
+    TERM, USR1, USR2), `run.record(...)`, `run.phase(...)`, `run.finish()`. Also a context manager.
+    Raises `RunFolderError` as `Manifest.claim`."""
+
+    def __init__(
+        self,
+        out: str | Path | None,
+        notebook: str,
+        parameters: Mapping[str, Any],
+        overwrite: bool = False,
+    ):
         engine = os.environ.get('VLMBENCH_RUN_FOLDER')
         self.joined = engine is not None and os.environ.get('VLMBENCH_NOTEBOOK') == notebook
         self.folder = Path(engine if self.joined else out or default_folder(notebook, parameters))
         self.manifest, self.stop = Manifest(self.folder), Stop()
         self.error: str | None = None
         self._heart, self._done, self._old = None, False, {}
-        if self.joined:                                   # the notebook may know better than the command line
-            self.manifest.update(parameters=dict(parameters), versions=versions(), host=host_facts(),
-                                 kernel_pid=os.getpid())
+        if self.joined:  # the notebook may know better than the command line
+            self.manifest.update(
+                parameters=dict(parameters),
+                versions=versions(),
+                host=host_facts(),
+                kernel_pid=os.getpid(),
+            )
         else:
             self.manifest.start(notebook, parameters, overwrite)
-            self._heart = Heartbeat(self.manifest); self._heart.start()
+            self._heart = Heartbeat(self.manifest)
+            self._heart.start()
         self._listen()
         self._on_exit = self._abandoned
         atexit.register(self._on_exit)
@@ -321,21 +519,26 @@ class Run:
         self._shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
         if self._shell is not None:
             self._shell.events.register('post_run_cell', self._after_cell)
-            warnings.filterwarnings('ignore', message='To exit: use')   # IPython's advice after SystemExit
+            warnings.filterwarnings(
+                'ignore', message='To exit: use'
+            )  # IPython's advice after SystemExit
 
     def _after_cell(self, result: Any) -> None:
         e = result.error_before_exec or result.error_in_exec
-        if e is not None: self.error = f'{e.__class__.__name__}: {e}'
+        if e is not None:
+            self.error = f'{e.__class__.__name__}: {e}'
         if isinstance(e, SystemExit) and e.code == EXIT_CODES['preempted']:
             self.finish('preempted', getattr(e, 'reason', 'stopped by a signal'))
 
     def record(self, **facts: Any) -> None:
-        "Adds facts to the manifest: `data=data_hashes(folder)`, `seeds=...`, `results=dict(score=...)`, anything JSON."
+        """Adds facts to the manifest: `data=data_hashes(folder)`, `seeds=...`,
+        `results=dict(score=...)`, anything JSON."""
         self.manifest.update(**facts)
 
     @contextmanager
     def phase(self, name: str) -> Iterator['Run']:
-        "Times a named part of the run into the manifest; a stop signal seen at its end or start raises `Preempted`."
+        """Times a named part of the run into the manifest; a stop signal seen at its end or start
+        raises `Preempted`."""
         self.check()
         began, outcome = time.perf_counter(), 'failed'
         try:
@@ -349,17 +552,21 @@ class Run:
             self.manifest.update(phases=[*self.manifest.read().get('phases', []), entry])
 
     def check(self) -> None:
-        """Raises `Preempted` once a stop signal has arrived. Call between units of work that the training loop does
-        not see."""
-        if self.stop.is_set(): raise Preempted(self.stop.reason or 'stop requested')
+        """Raises `Preempted` once a stop signal has arrived. Call between units of work that the
+        training loop does not see."""
+        if self.stop.is_set():
+            raise Preempted(self.stop.reason or 'stop requested')
 
     def finish(self, status: str = 'completed', reason: str | None = None) -> None:
-        """Ends the run (once; later calls change nothing). Under the engine only the reason is noted: the engine, which
-        outlives the kernel, writes the status."""
-        if self._done: return
+        """Ends the run (once; later calls change nothing). Under the engine only the reason is
+        noted: the engine, which outlives the kernel, writes the status."""
+        if self._done:
+            return
         self._done = True
-        if self._heart: self._heart.stop()
-        if self.joined: self.manifest.update(**({'reason': reason} if reason else {}), host=host_facts())
+        if self._heart:
+            self._heart.stop()
+        if self.joined:
+            self.manifest.update(**({'reason': reason} if reason else {}), host=host_facts())
         else:
             self.manifest.update(host=host_facts())
             self.manifest.finish(status, reason)
@@ -368,33 +575,42 @@ class Run:
     def _release(self) -> None:
         atexit.unregister(self._on_exit)
         if threading.current_thread() is threading.main_thread():
-            for s, handler in self._old.items(): signal.signal(s, handler)
-        if self._shell is not None: self._shell.events.unregister('post_run_cell', self._after_cell)
+            for s, handler in self._old.items():
+                signal.signal(s, handler)
+        if self._shell is not None:
+            self._shell.events.unregister('post_run_cell', self._after_cell)
 
     def _abandoned(self) -> None:
         "The interpreter leaves and nobody said `finish`."
-        if self.folder.exists(): self.finish('failed', self.error or 'the notebook ended before its last cell')
+        if self.folder.exists():
+            self.finish('failed', self.error or 'the notebook ended before its last cell')
 
-    def __enter__(self) -> 'Run': return self
+    def __enter__(self) -> 'Run':
+        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, tb: Any) -> None:
-        if error is None: self.finish()
+        if error is None:
+            self.finish()
         elif isinstance(error, SystemExit) and error.code == EXIT_CODES['preempted']:
             self.finish('preempted', getattr(error, 'reason', None))
-        elif isinstance(error, KeyboardInterrupt): self.finish('interrupted', 'KeyboardInterrupt')
-        else: self.finish('failed', ''.join(traceback.format_exception_only(kind, error)).strip())
+        elif isinstance(error, KeyboardInterrupt):
+            self.finish('interrupted', 'KeyboardInterrupt')
+        else:
+            self.finish('failed', ''.join(traceback.format_exception_only(kind, error)).strip())
 
 # %% ../../nbs/run/04_manifest.ipynb #1bf27e2a
 def read_runs(root: str | Path = 'runs') -> list[dict]:
-    """Manifests of all runs at or below `root`, newest first, each with `folder` and the true `status` (`lost`
-    included).
-    An unreadable manifest becomes `dict(folder, status='unreadable', reason)`."""
+    """Manifests of all runs at or below `root`, newest first, each with `folder` and the true
+    `status` (`lost` included). An unreadable manifest becomes `dict(folder, status='unreadable',
+    reason)`."""
     found = []
     for path in Path(root).rglob('manifest.json'):
         m = Manifest(path.parent)
-        try: entry = {**m.read(), 'status': m.status()}
+        try:
+            entry = {**m.read(), 'status': m.status()}
         except (ValueError, OSError) as e:
-            if 'checkpoint' in path.parent.name or 'is no run manifest' in str(e): continue   # another kind of manifest
+            if 'checkpoint' in path.parent.name or 'is no run manifest' in str(e):
+                continue  # another kind of manifest
             entry = dict(status='unreadable', reason=str(e))
         found.append({**entry, 'folder': str(path.parent)})
     return sorted(found, key=lambda r: r.get('started') or '', reverse=True)

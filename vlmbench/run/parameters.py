@@ -16,104 +16,157 @@ import click
 
 # %% ../../nbs/run/02_parameters.ipynb #8cdd08dc
 class ParameterError(click.ClickException, ValueError):
-    "A run's parameters were refused before any kernel started; `str()` lists every fault. Command lines exit with 2."
+    """A run's parameters were refused before any kernel started; `str()` lists every fault. Command
+    lines exit with 2."""
+
     exit_code = 2
 
     def __init__(self, message: str):
         super().__init__(message)
 
-    def __str__(self) -> str: return self.message
+    def __str__(self) -> str:
+        return self.message
 
 # %% ../../nbs/run/02_parameters.ipynb #c56bb73c
 _SCALARS = ('int', 'float', 'bool', 'str')
 
+
 @dataclass(frozen=True)
 class ParamType:
-    """A declared type: `kind` is a scalar name, `list[<scalar>]` or `literal`; `choices` are the values of a
-    literal."""
+    """A declared type: `kind` is a scalar name, `list[<scalar>]` or `literal`; `choices` are the
+    values of a literal."""
+
     kind: str
     optional: bool = False
     choices: tuple = ()
 
     def __str__(self) -> str:
-        name = 'Literal[' + ', '.join(map(repr, self.choices)) + ']' if self.kind == 'literal' else self.kind
+        name = (
+            'Literal[' + ', '.join(map(repr, self.choices)) + ']'
+            if self.kind == 'literal'
+            else self.kind
+        )
         return f'Optional[{name}]' if self.optional else name
+
 
 def _read_type(node: ast.expr) -> ParamType:
     "The `ParamType` of an annotation's syntax tree; ValueError when it is outside the set."
-    if isinstance(node, ast.Name) and node.id in _SCALARS: return ParamType(node.id)
+    if isinstance(node, ast.Name) and node.id in _SCALARS:
+        return ParamType(node.id)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         sides = [node.left, node.right]
         rest = [s for s in sides if not (isinstance(s, ast.Constant) and s.value is None)]
-        if len(rest) == 1: return ParamType(**{**vars(_read_type(rest[0])), 'optional': True})
+        if len(rest) == 1:
+            return ParamType(**{**vars(_read_type(rest[0])), 'optional': True})
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
         outer, inner = node.value.id, node.slice
-        if outer == 'Optional': return ParamType(**{**vars(_read_type(inner)), 'optional': True})
+        if outer == 'Optional':
+            return ParamType(**{**vars(_read_type(inner)), 'optional': True})
         if outer == 'list' and isinstance(inner, ast.Name) and inner.id in ('int', 'float', 'str'):
             return ParamType(f'list[{inner.id}]')
         if outer == 'Literal':
             items = inner.elts if isinstance(inner, ast.Tuple) else [inner]
             if all(isinstance(i, ast.Constant) and isinstance(i.value, (str, int)) for i in items):
                 return ParamType('literal', choices=tuple(i.value for i in items))
-    raise ValueError(f"type {ast.unparse(node)!r} is not one of int, float, bool, str, list[int], list[float], "
-                     "list[str], Literal[...], Optional[...] of these")
+    raise ValueError(
+        f'type {ast.unparse(node)!r} is not one of int, float, bool, str, list[int], list[float], '
+        'list[str], Literal[...], Optional[...] of these'
+    )
 
 # %% ../../nbs/run/02_parameters.ipynb #b2a62b92
-_BOOLS = {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False}
+_BOOLS = {
+    'true': True,
+    'yes': True,
+    'on': True,
+    '1': True,
+    'false': False,
+    'no': False,
+    'off': False,
+    '0': False,
+}
+
 
 def _parse_scalar(text: str, kind: str) -> Any:
     "`text` as an int, float, bool or str; ValueError says what was expected."
-    if kind == 'str': return text
+    if kind == 'str':
+        return text
     word = text.strip()
     if kind == 'bool':
-        if word.lower() not in _BOOLS: raise ValueError('write true or false')
+        if word.lower() not in _BOOLS:
+            raise ValueError('write true or false')
         return _BOOLS[word.lower()]
     if kind == 'int':
-        if not re.fullmatch(r'[+-]?\d+(_\d+)*', word): raise ValueError('write a whole number such as 200')
+        if not re.fullmatch(r'[+-]?\d+(_\d+)*', word):
+            raise ValueError('write a whole number such as 200')
         return int(word)
-    try: value = float(word)
-    except ValueError: raise ValueError('write a number such as 1e-3') from None
-    if not math.isfinite(value): raise ValueError('the number must be finite')
+    try:
+        value = float(word)
+    except ValueError:
+        raise ValueError('write a number such as 1e-3') from None
+    if not math.isfinite(value):
+        raise ValueError('the number must be finite')
     return value
+
 
 def parse_text(text: str, type: ParamType) -> Any:
     "A command-line value read by its declared type. Raises ValueError with the reason."
-    if type.optional and text.strip().lower() in ('none', 'null'): return None
+    if type.optional and text.strip().lower() in ('none', 'null'):
+        return None
     if type.kind == 'literal':
         found = [c for c in type.choices if str(c) == text.strip()]
-        if not found: raise ValueError('choose one of ' + ', '.join(map(str, type.choices)))
+        if not found:
+            raise ValueError('choose one of ' + ', '.join(map(str, type.choices)))
         return found[0]
-    if not type.kind.startswith('list['): return _parse_scalar(text, type.kind)
+    if not type.kind.startswith('list['):
+        return _parse_scalar(text, type.kind)
     item, body = type.kind[5:-1], text.strip()
     if body.startswith('['):
-        try: values = ast.literal_eval(body)
-        except (ValueError, SyntaxError): raise ValueError('write a list such as 1,2,3 or [1, 2, 3]') from None
+        try:
+            values = ast.literal_eval(body)
+        except (ValueError, SyntaxError):
+            raise ValueError('write a list such as 1,2,3 or [1, 2, 3]') from None
         return check_value(values, type)
-    return [_parse_scalar(part if item == 'str' else part.strip(), item) for part in body.split(',')] if body else []
+    return (
+        [_parse_scalar(part if item == 'str' else part.strip(), item) for part in body.split(',')]
+        if body
+        else []
+    )
 
 # %% ../../nbs/run/02_parameters.ipynb #5f6a28a0
 def _is(value: Any, kind: str) -> bool:
-    if kind == 'bool': return isinstance(value, bool)
-    if isinstance(value, bool): return False
-    if kind == 'float': return isinstance(value, (int, float)) and math.isfinite(value)
+    if kind == 'bool':
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if kind == 'float':
+        return isinstance(value, (int, float)) and math.isfinite(value)
     return isinstance(value, {'int': int, 'str': str}[kind])
+
 
 def check_value(value: Any, type: ParamType) -> Any:
     "`value` as the declared `type`, text being parsed. Raises ValueError with the reason."
     if value is None:
-        if type.optional: return None
+        if type.optional:
+            return None
         raise ValueError('None is not allowed')
-    if isinstance(value, str): return parse_text(value, type)
+    if isinstance(value, str):
+        return parse_text(value, type)
     if type.kind == 'literal':
-        if any(value == c and isinstance(value, c.__class__) for c in type.choices): return value
+        if any(value == c and isinstance(value, c.__class__) for c in type.choices):
+            return value
         raise ValueError('choose one of ' + ', '.join(map(str, type.choices)))
     if type.kind.startswith('list['):
         item = type.kind[5:-1]
         values = list(value) if isinstance(value, (list, tuple)) else [value]
-        if not all(_is(v, item) for v in values): raise ValueError(f'every item must be {item}')
+        if not all(_is(v, item) for v in values):
+            raise ValueError(f'every item must be {item}')
         return [float(v) for v in values] if item == 'float' else values
     if not _is(value, type.kind):
-        hint = ' (papermill -p turns digits into numbers: pass it with -r)' if type.kind == 'str' else ''
+        hint = (
+            ' (papermill -p turns digits into numbers: pass it with -r)'
+            if type.kind == 'str'
+            else ''
+        )
         raise ValueError(f'a value of type {value.__class__.__name__} was given{hint}')
     return float(value) if type.kind == 'float' else value
 
@@ -121,59 +174,94 @@ def check_value(value: Any, type: ParamType) -> Any:
 @dataclass(frozen=True)
 class Parameter:
     "One declared parameter of a run notebook."
+
     name: str
     type: ParamType
     default: Any
     help: str = ''
+
 
 def _comments(source: str) -> dict[int, str]:
     "Line number -> comment text (without `#`)."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip('#').strip() for t in tokens if t.type == tokenize.COMMENT}
 
+
 def read_parameters(source: str, where: str = 'parameters cell') -> dict[str, Parameter]:
-    "Declared parameters of a cell's `source`, in order. Raises `ParameterError` naming `where` and the line."
-    try: body, help = ast.parse(source).body, _comments(source)
-    except (SyntaxError, tokenize.TokenError) as e: raise ParameterError(f'{where}: not valid Python: {e}') from None
+    """Declared parameters of a cell's `source`, in order. The help of a parameter is the comment
+    behind it, or one on a line of its own above it where there is no room. Raises `ParameterError`
+    naming `where` and the line."""
+    try:
+        body, help = ast.parse(source).body, _comments(source)
+    except (SyntaxError, tokenize.TokenError) as e:
+        raise ParameterError(f'{where}: not valid Python: {e}') from None
     found: dict[str, Parameter] = {}
     lines: set[int] = set()
     for node in body:
         at = f'{where}, line {node.lineno}'
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
-            raise ParameterError(f'{at}: {ast.unparse(node)!r} is not a typed parameter; '
-                                 'write `name: type = default  # help`')
+        if not (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.value is not None
+        ):
+            raise ParameterError(
+                f'{at}: {ast.unparse(node)!r} is not a typed parameter; '
+                'write `name: type = default  # help`'
+            )
         if node.lineno != node.end_lineno or node.lineno in lines:
             raise ParameterError(f'{at}: write one parameter on one line')
         name = node.target.id
-        if name in found: raise ParameterError(f'{at}: {name!r} is declared twice')
-        try: type = _read_type(node.annotation)
-        except ValueError as e: raise ParameterError(f'{at}: {name}: {e}') from None
-        try: default = ast.literal_eval(node.value)
-        except ValueError: raise ParameterError(f'{at}: the default of {name!r} must be a literal value') from None
+        if name in found:
+            raise ParameterError(f'{at}: {name!r} is declared twice')
         try:
-            if isinstance(default, str) and type.kind not in ('str', 'literal'): raise ValueError('a str was given')
+            type = _read_type(node.annotation)
+        except ValueError as e:
+            raise ParameterError(f'{at}: {name}: {e}') from None
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            raise ParameterError(f'{at}: the default of {name!r} must be a literal value') from None
+        try:
+            if isinstance(default, str) and type.kind not in ('str', 'literal'):
+                raise ValueError('a str was given')
             default = check_value(default, type)
         except ValueError as e:
-            raise ParameterError(f'{at}: default {default!r} of {name!r} is not {type}: {e}') from None
+            raise ParameterError(
+                f'{at}: default {default!r} of {name!r} is not {type}: {e}'
+            ) from None
         lines.add(node.lineno)
-        found[name] = Parameter(name, type, default, help.get(node.lineno, ''))
+        above = help.get(node.lineno - 1, '') if node.lineno - 1 not in lines else ''
+        found[name] = Parameter(name, type, default, help.get(node.lineno, above))
     return found
 
 # %% ../../nbs/run/02_parameters.ipynb #a9737679
 def notebook_parameters(nb: Mapping, name: str = 'notebook') -> dict[str, Parameter]:
-    "Parameters declared by notebook `nb` (a parsed .ipynb). Raises `ParameterError` when two cells carry the tag."
-    tagged = [(i, c) for i, c in enumerate(nb['cells']) if 'parameters' in c.get('metadata', {}).get('tags', [])]
+    """Parameters declared by notebook `nb` (a parsed .ipynb). Raises `ParameterError` when two
+    cells carry the tag."""
+    tagged = [
+        (i, c)
+        for i, c in enumerate(nb['cells'])
+        if 'parameters' in c.get('metadata', {}).get('tags', [])
+    ]
     if len(tagged) > 1:
-        raise ParameterError(f"{name}: cells {[i for i, _ in tagged]} are all tagged 'parameters'; keep one")
-    if not tagged: return {}
+        raise ParameterError(
+            f"{name}: cells {[i for i, _ in tagged]} are all tagged 'parameters'; keep one"
+        )
+    if not tagged:
+        return {}
     source = tagged[0][1]['source']
-    return read_parameters(source if isinstance(source, str) else ''.join(source), f'{name}, parameters cell')
+    return read_parameters(
+        source if isinstance(source, str) else ''.join(source), f'{name}, parameters cell'
+    )
+
 
 def load_notebook(path: str | Path) -> dict:
     "The notebook at `path` as a dict. Raises `ParameterError` when it is missing or no notebook."
     path = Path(path)
-    try: nb = json.loads(path.read_text(encoding='utf8'))
-    except FileNotFoundError: raise ParameterError(f'{path}: no such notebook') from None
+    try:
+        nb = json.loads(path.read_text(encoding='utf8'))
+    except FileNotFoundError:
+        raise ParameterError(f'{path}: no such notebook') from None
     except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
         raise ParameterError(f'{path}: not a notebook file: {e}') from None
     if not isinstance(nb, dict) or not isinstance(nb.get('cells'), list):
@@ -181,38 +269,52 @@ def load_notebook(path: str | Path) -> dict:
     return nb
 
 # %% ../../nbs/run/02_parameters.ipynb #05452d9f
-def check_parameters(declared: Mapping[str, Parameter], given: Mapping[str, Any],
-                     name: str = 'notebook') -> dict[str, Any]:
-    """`given` values parsed and checked against `declared`; only the given names are returned, with proper types.
-    Raises `ParameterError` listing every unknown name (with the nearest known one) and every value of a wrong type."""
+def check_parameters(
+    declared: Mapping[str, Parameter], given: Mapping[str, Any], name: str = 'notebook'
+) -> dict[str, Any]:
+    """`given` values parsed and checked against `declared`; only the given names are returned, with
+    proper types. Raises `ParameterError` listing every unknown name (with the nearest known one)
+    and every value of a wrong type."""
     faults, good = [], {}
     for key, value in given.items():
         if key not in declared:
-            near = difflib.get_close_matches(key, declared, n=1, cutoff=.6)
-            faults.append(f'unknown parameter {key!r}' + (f': did you mean {near[0]!r}?' if near else ''))
+            near = difflib.get_close_matches(key, declared, n=1, cutoff=0.6)
+            faults.append(
+                f'unknown parameter {key!r}' + (f': did you mean {near[0]!r}?' if near else '')
+            )
             continue
-        try: good[key] = check_value(value, declared[key].type)
+        try:
+            good[key] = check_value(value, declared[key].type)
         except ValueError as e:
             faults.append(f'parameter {key!r} must be {declared[key].type}, got {value!r}: {e}')
-    if not faults: return good
+    if not faults:
+        return good
     known = ', '.join(declared) or 'none: no cell is tagged `parameters`'
-    raise ParameterError(f'{name}: ' + '; '.join(faults) + f'. Nothing was run. Known parameters: {known}')
+    raise ParameterError(
+        f'{name}: ' + '; '.join(faults) + f'. Nothing was run. Known parameters: {known}'
+    )
 
 # %% ../../nbs/run/02_parameters.ipynb #d2f8b6dd
 def parse_assignments(words: Sequence[str]) -> dict[str, str]:
-    """`['lr=1e-3', 'note=a=b']` -> `{'lr': '1e-3', 'note': 'a=b'}`. Raises `ParameterError` on a word without `=` or
-    a repeat."""
+    """`['lr=1e-3', 'note=a=b']` -> `{'lr': '1e-3', 'note': 'a=b'}`. Raises `ParameterError` on a
+    word without `=` or a repeat."""
     out: dict[str, str] = {}
     for word in words:
         key, eq, value = word.partition('=')
-        if not eq or not key.isidentifier(): raise ParameterError(f'{word!r} is not of the form name=value')
-        if key in out: raise ParameterError(f'parameter {key!r} is given twice')
+        if not eq or not key.isidentifier():
+            raise ParameterError(f'{word!r} is not of the form name=value')
+        if key in out:
+            raise ParameterError(f'parameter {key!r} is given twice')
         out[key] = value
     return out
+
 
 def parameter_help(declared: Mapping[str, Parameter]) -> str:
     "The declared parameters as an aligned plain-text table: name, type, default, help."
     rows = [(p.name, str(p.type), repr(p.default), p.help) for p in declared.values()]
-    if not rows: return '(no parameters)'
+    if not rows:
+        return '(no parameters)'
     w = [max(len(r[i]) for r in rows) for i in range(3)]
-    return '\n'.join('  '.join([*(r[i].ljust(w[i]) for i in range(3)), r[3]]).rstrip() for r in rows)
+    return '\n'.join(
+        '  '.join([*(r[i].ljust(w[i]) for i in range(3)), r[3]]).rstrip() for r in rows
+    )

@@ -33,160 +33,260 @@ from ..train.recipe import Recipe, RecipeError, Scale, Stage
 
 # %% ../../nbs/run/15_pipeline.ipynb #8fc2fb78
 def prepare_data(folder: str | Path = '', difficulty: str = 'default') -> Path:
-    """The data folder: `folder`, or when empty the embedded world, written to `runs/world-<difficulty>` unless it is there
-    already. Raises `RecipeError` for a folder that does not exist or holds a world of another difficulty than the one
-    asked for, FileExistsError when the place of the embedded world holds another."""
-    if not str(folder): return write_world(Path('runs')/f'world-{difficulty}', WorldConfig.at(difficulty))
+    """The data folder: `folder`, or when empty the embedded world, written to
+    `runs/world-<difficulty>` unless it is there already. Raises `RecipeError` for a folder that
+    does not exist or holds a world of another difficulty than the one asked for, FileExistsError
+    when the place of the embedded world holds another."""
+    if not str(folder):
+        return write_world(Path('runs') / f'world-{difficulty}', WorldConfig.at(difficulty))
     folder = Path(folder)
     if not folder.is_dir():
-        raise RecipeError(f'data={str(folder)!r} is no folder: correct the path, leave data empty for the embedded world, '
-                          f'or write one there first (vlmbench data world {folder})')
-    mark = folder/'world.json'
+        raise RecipeError(
+            f'data={str(folder)!r} is no folder: correct the path, leave data empty for the '
+            'embedded world, '
+            f'or write one there first (vlmbench data world {folder})'
+        )
+    mark = folder / 'world.json'
     if difficulty != 'default' and mark.exists():
-        have, want = json.loads(mark.read_text(encoding='utf8'))['config'], asdict(WorldConfig.at(difficulty))
+        have, want = (
+            json.loads(mark.read_text(encoding='utf8'))['config'],
+            asdict(WorldConfig.at(difficulty)),
+        )
         if have != want:
-            raise RecipeError(f'{folder} holds a world of other settings than difficulty={difficulty!r}: leave difficulty '
-                              f'at its default to use it as it is, or data empty to write that world')
+            raise RecipeError(
+                f'{folder} holds a world of other settings than difficulty={difficulty!r}: leave '
+                'difficulty '
+                f'at its default to use it as it is, or data empty to write that world'
+            )
     return folder
 
+
 DATA_FILES = ('.json', '.jsonl', '.parquet')
+
 
 def data_file(folder: str | Path, name: str) -> Path:
     "The file of `folder` called `name`. Raises `RecipeError` listing what there is."
     for end in DATA_FILES:
-        if (Path(folder)/f'{name}{end}').exists(): return Path(folder)/f'{name}{end}'
+        if (Path(folder) / f'{name}{end}').exists():
+            return Path(folder) / f'{name}{end}'
     there = sorted(p.name for p in Path(folder).glob('*') if p.suffix in DATA_FILES)
     raise RecipeError(f'{folder} has no {name}{f", {name}".join(DATA_FILES)}; it has {there}')
 
+
 class Transformed(Sequence):
-    """`samples` with `transform` applied to each when it is taken; in `order`, else in a mixture's. A transform that takes `rng`
-    is `per_draw`: training calls it with a generator made from the seed and the number of the draw."""
-    def __init__(self, samples: Sequence, transform: Callable[..., Sample] | None = None, order: Any = None):
+    """`samples` with `transform` applied to each when it is taken; in `order`, else in a mixture's.
+    A transform that takes `rng` is `per_draw`: training calls it with a generator made from the
+    seed and the number of the draw."""
+
+    def __init__(
+        self, samples: Sequence, transform: Callable[..., Sample] | None = None, order: Any = None
+    ):
         self.samples, self.transform = samples, transform
         takes_rng = transform is not None and 'rng' in inspect.signature(transform).parameters
         self.per_draw = transform if takes_rng else None
-        if order is not None or hasattr(samples, 'order'): self.order = samples.order if order is None else order
+        if order is not None or hasattr(samples, 'order'):
+            self.order = samples.order if order is None else order
 
-    def __len__(self) -> int: return len(self.samples)
+    def __len__(self) -> int:
+        return len(self.samples)
+
     def __getitem__(self, i: int) -> Sample:
         return self.samples[i] if self.transform is None else self.transform(self.samples[i])
 
+
 def data_weights(data: str) -> dict[str, float]:
-    "The files that a stage's `data` names, and their weights. Raises `RecipeError` for a bad weight or a name given twice."
+    """The files that a stage's `data` names, and their weights. Raises `RecipeError` for a bad
+    weight or a name given twice."""
     weights: dict[str, float] = {}
     for part in data.split('+'):
         name, star, weight = part.strip().partition('*')
-        try: value = float(weight) if star else 1.
-        except ValueError: value = math.nan
+        try:
+            value = float(weight) if star else 1.0
+        except ValueError:
+            value = math.nan
         if not 0 < value < math.inf:
-            raise RecipeError(f'data {data!r}: {weight!r} is no weight above 0; write name*9+other*1')
-        if name in weights: raise RecipeError(f'data {data!r} names {name!r} twice: give it one weight')
+            raise RecipeError(
+                f'data {data!r}: {weight!r} is no weight above 0; write name*9+other*1'
+            )
+        if name in weights:
+            raise RecipeError(f'data {data!r} names {name!r} twice: give it one weight')
         weights[name] = value
     return weights
 
-def stage_samples(folder: str | Path, data: str, quarantine: Quarantine | None = None,
-                  parse: Callable[..., Sample] = sample_from_row, roots: Sequence[str] = ()) -> Sequence[Sample]:
-    """The samples a stage's `data` names, each row read by `parse` (LLaVA rows, and VoRA's, which have `frames`); a
-    `Mixture` for several files. `roots`: further folders that pictures may lie in. Raises `RecipeError` for a missing file or
-    a bad weight."""
+
+def stage_samples(
+    folder: str | Path,
+    data: str,
+    quarantine: Quarantine | None = None,
+    parse: Callable[..., Sample] = sample_from_row,
+    roots: Sequence[str] = (),
+) -> Sequence[Sample]:
+    """The samples a stage's `data` names, each row read by `parse` (LLaVA rows, and VoRA's, which
+    have `frames`); a `Mixture` for several files. `roots`: further folders that pictures may lie
+    in. Raises `RecipeError` for a missing file or a bad weight."""
     weights = data_weights(data)
-    sources = {n: Records(data_file(folder, n), folder, quarantine, parse, roots=roots) for n in weights}
+    sources = {
+        n: Records(data_file(folder, n), folder, quarantine, parse, roots=roots) for n in weights
+    }
     return Mixture(sources, weights) if len(sources) > 1 else next(iter(sources.values()))
 
-def check_regions(recipe: Recipe, folder: str | Path, first: int = 100) -> None:
-    """Raises `RecipeError` where one of the `first` rows of a file refers to `<region>`: for methods that neither draw nor
-    name regions."""
-    for name in dict.fromkeys(name for s in recipe.stages for name in data_weights(s.data)):
-        rows = (r.value for r in itertools.islice(iter_rows(data_file(folder, name)), first) if isinstance(r.value, dict))
-        if any(row.get('regions') and '<region' in str(row.get('conversations')) for row in rows):
-            raise RecipeError(f'the rows of {name} refer to <region>, which {recipe.name} neither draws nor names: add '
-                              f'variant=["regions=overlay"] (or text, none), or take recipe=vip_llava')
 
-def grouped_order(samples: Sequence[Sample], stage: Stage, turns: Callable[[Sample], Sequence] | None = None,
-                  ranks: int = 1) -> Grouped:
-    """The order of `samples` in groups of one optimizer step, by number of words, for `stage.grouping`. `turns` gives
-    the turns of a sample that has none before it is drawn. Rows that cannot be read count as empty: training lists them."""
+def check_regions(recipe: Recipe, folder: str | Path, first: int = 100) -> None:
+    """Raises `RecipeError` where one of the `first` rows of a file refers to `<region>`: for
+    methods that neither draw nor name regions."""
+    for name in dict.fromkeys(name for s in recipe.stages for name in data_weights(s.data)):
+        rows = (
+            r.value
+            for r in itertools.islice(iter_rows(data_file(folder, name)), first)
+            if isinstance(r.value, dict)
+        )
+        if any(row.get('regions') and '<region' in str(row.get('conversations')) for row in rows):
+            raise RecipeError(
+                f'the rows of {name} refer to <region>, which {recipe.name} neither draws nor '
+                'names: add '
+                f'variant=["regions=overlay"] (or text, none), or take recipe=vip_llava'
+            )
+
+
+def grouped_order(
+    samples: Sequence[Sample],
+    stage: Stage,
+    turns: Callable[[Sample], Sequence] | None = None,
+    ranks: int = 1,
+) -> Grouped:
+    """The order of `samples` in groups of one optimizer step, by number of words, for
+    `stage.grouping`. `turns` gives the turns of a sample that has none before it is drawn. Rows
+    that cannot be read count as empty: training lists them."""
     words, pictures = [], []
     for i in range(len(samples)):
         try:
             sample = samples[i]
             words.append(sum(len(t.text.split()) for t in (turns or (lambda s: s.turns))(sample)))
             pictures.append(bool(sample.images))
-        except (ValueError, OSError): words.append(0); pictures.append(True)
+        except (ValueError, OSError):
+            words.append(0)
+            pictures.append(True)
     flags = tuple(pictures) if stage.grouping == 'modality' else None
-    return Grouped(getattr(samples, 'order', Shuffled(len(samples))), tuple(words),
-                   stage.step_rows(ranks), flags)
+    return Grouped(
+        getattr(samples, 'order', Shuffled(len(samples))),
+        tuple(words),
+        stage.step_rows(ranks),
+        flags,
+    )
 
 # %% ../../nbs/run/15_pipeline.ipynb #2af65f5f
-def build(method: Method, recipe: Recipe, scale: Scale, seed: int = 0, device: str | None = None) -> tuple[Any, Any]:
-    """`(model, processor)` of a recipe at a scale, new parts drawn from `seed`; the method's own `build` when it has
-    one, which is told the `device` if it places weights itself."""
-    if method.build is None: return encoder_model(recipe, scale, seed)
+def build(
+    method: Method, recipe: Recipe, scale: Scale, seed: int = 0, device: str | None = None
+) -> tuple[Any, Any]:
+    """`(model, processor)` of a recipe at a scale, new parts drawn from `seed`; the method's own
+    `build` when it has one, which is told the `device` if it places weights itself."""
+    if method.build is None:
+        return encoder_model(recipe, scale, seed)
     placed = dict(device=device) if 'device' in inspect.signature(method.build).parameters else {}
     return method.build(recipe, scale, seed, **placed)
 
 # %% ../../nbs/run/15_pipeline.ipynb #292ad4df
 @dataclass
 class Fitted:
-    """What `fit` returns: the trained `model`, its `processor`, one `TrainResult` a stage, and per stage the number of
-    quarantined rows and the counted fallbacks (`notes`: truncated rows, dropped turns)."""
+    """What `fit` returns: the trained `model`, its `processor`, one `TrainResult` a stage, and per
+    stage the number of quarantined rows and the counted fallbacks (`notes`: truncated rows, dropped
+    turns)."""
+
     model: Any
     processor: Any
     stages: list[TrainResult]
     quarantined: dict[str, int]
     notes: dict[str, dict[str, int]] = field(default_factory=dict)
 
-def fit(method: Method, recipe: Recipe, scale: Scale, model: Any, processor: Any, folder: str | Path, out: str | Path,
-        on_stage: Callable[[TrainResult], None] | None = None, roots: Sequence[str] = (), bad_rows: float = .01,
-        **kw: Any) -> Fitted:
-    """Runs all stages of `recipe` on `model`, with data from `folder`, into `out/stages/<stage>`. `on_stage` is
-    called after each; `roots`: further folders that pictures may lie in; `bad_rows`: largest share of unusable rows; `kw`
-    go to `train` (seed, precision, stop_flag, callbacks, ...). Every stage is checked before the first one trains: room
-    for its pictures, regions that the method draws, a whole number of micro-batches on this number of ranks. What
-    only taught (`model.loss_terms`) is gone at the end. Raises what `train` raises."""
+
+def fit(
+    method: Method,
+    recipe: Recipe,
+    scale: Scale,
+    model: Any,
+    processor: Any,
+    folder: str | Path,
+    out: str | Path,
+    on_stage: Callable[[TrainResult], None] | None = None,
+    roots: Sequence[str] = (),
+    bad_rows: float = 0.01,
+    **kw: Any,
+) -> Fitted:
+    """Runs all stages of `recipe` on `model`, with data from `folder`, into `out/stages/<stage>`.
+    `on_stage` is called after each; `roots`: further folders that pictures may lie in; `bad_rows`:
+    largest share of unusable rows; `kw` go to `train` (seed, precision, stop_flag, callbacks, ...).
+    Every stage is checked before the first one trains: room for its pictures, regions that the
+    method draws, a whole number of micro-batches on this number of ranks. What only taught
+    (`model.loss_terms`) is gone at the end. Raises what `train` raises."""
     out, results, bad, notes, ranks = Path(out), [], {}, {}, int(os.environ.get('WORLD_SIZE', 1))
     check_room(recipe, scale, method.picture)
-    if method.transform is None: check_regions(recipe, folder)
-    for stage in recipe.stages: stage.over(ranks)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out/'recipe.json', recipe.to_dict() | dict(scale=scale.to_dict()))
+    if method.transform is None:
+        check_regions(recipe, folder)
     for stage in recipe.stages:
-        place = out/'stages'/stage.name
+        stage.over(ranks)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / 'recipe.json', recipe.to_dict() | dict(scale=scale.to_dict()))
+    for stage in recipe.stages:
+        place = out / 'stages' / stage.name
         place.mkdir(parents=True, exist_ok=True)
-        quarantine = Quarantine(bad_rows, path=place/'quarantine.json')
-        samples = stage_samples(folder, stage.data, quarantine, getattr(method.transform, 'parse', sample_from_row), roots)
+        quarantine = Quarantine(bad_rows, path=place / 'quarantine.json')
+        samples = stage_samples(
+            folder,
+            stage.data,
+            quarantine,
+            getattr(method.transform, 'parse', sample_from_row),
+            roots,
+        )
         order = None
         if stage.grouping:
             order = grouped_order(samples, stage, getattr(method.transform, 'turns', None), ranks)
-        if method.transform is not None or order: samples = Transformed(samples, method.transform, order)
-        if method.before_stage is not None: model, processor = method.before_stage(model, processor, stage, scale)
-        losses = method.losses(model, processor, stage, scale) if method.losses is not None else None
-        result = train(model, processor, stage, samples, place, extra_losses=losses, quarantine=quarantine, **kw)
+        if method.transform is not None or order:
+            samples = Transformed(samples, method.transform, order)
+        if method.before_stage is not None:
+            model, processor = method.before_stage(model, processor, stage, scale)
+        losses = (
+            method.losses(model, processor, stage, scale) if method.losses is not None else None
+        )
+        result = train(
+            model,
+            processor,
+            stage,
+            samples,
+            place,
+            extra_losses=losses,
+            quarantine=quarantine,
+            **kw,
+        )
         quarantine.close()
-        result.freeze_table.to_csv(place/'freeze.csv', index=False)
+        result.freeze_table.to_csv(place / 'freeze.csv', index=False)
         bad[stage.name], notes[stage.name] = quarantine.n_bad, dict(quarantine.notes)
         results.append(result)
-        if on_stage is not None: on_stage(result)
-        if method.after_stage is not None: model, processor = method.after_stage(model, processor, stage, scale)
+        if on_stage is not None:
+            on_stage(result)
+        if method.after_stage is not None:
+            model, processor = method.after_stage(model, processor, stage, scale)
     vars(model).pop('loss_terms', None)
     return Fitted(model, processor, results, bad, notes)
 
 # %% ../../nbs/run/15_pipeline.ipynb #216d0f46
 @dataclass
 class Ticker:
-    """Called as `(done, total)` after each batch: prints at most one line in `seconds`; raises what `check` raises
-    (a stop signal)."""
+    """Called as `(done, total)` after each batch: prints at most one line in `seconds`; raises what
+    `check` raises (a stop signal)."""
+
     name: str
     check: Callable[[], None] | None = None
-    seconds: float = 10.
-    last: float = 0.
+    seconds: float = 10.0
+    last: float = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        if self.check is not None: self.check()
+        if self.check is not None:
+            self.check()
         now = time.perf_counter()
         if done == total or now - self.last >= self.seconds:
             self.last = now
             print(f'{self.name}: {done}/{total} answered', flush=True)
+
 
 def _usable(samples: Sequence[Sample], quarantine: Quarantine, turns: Callable | None = None):
     "`turns`: what makes the conversation of rows that have none before they are drawn."
@@ -195,65 +295,136 @@ def _usable(samples: Sequence[Sample], quarantine: Quarantine, turns: Callable |
         try:
             sample = samples[i]
             yield sample if sample.turns or turns is None else replace(sample, turns=turns(sample))
-        except (ValueError, OSError) as e: quarantine.add('majority baseline', i, None, str(e))
+        except (ValueError, OSError) as e:
+            quarantine.add('majority baseline', i, None, str(e))
 
-def load_tasks(folder: str | Path, names: Sequence[str], limit: int | None = None,
-               roots: Sequence[str] = ()) -> dict[str, Task]:
-    """Tasks of a data folder by file name, in order; `limit` keeps the first samples (and says so in the task's name);
-    `roots`: further folders that pictures may lie in."""
+
+def load_tasks(
+    folder: str | Path, names: Sequence[str], limit: int | None = None, roots: Sequence[str] = ()
+) -> dict[str, Task]:
+    """Tasks of a data folder by file name, in order; `limit` keeps the first samples (and says so
+    in the task's name); `roots`: further folders that pictures may lie in."""
     tasks = {n: load_task(data_file(folder, n), n, folder, roots=roots) for n in names}
     return {n: t.head(limit) if limit else t for n, t in tasks.items()}
 
-def ask_before(model: Any, processor: Any, tasks: Mapping[str, Task], out: str | Path,
-               check: Callable[[], None] | None = None,
-               **kw: Any) -> dict[str, Results]:
-    """Text-only tasks answered by the untrained model, saved as condition `before`: what text retention is measured
-    against."""
-    return {n: evaluate(model, processor, t, condition='before', out_dir=Path(out)/'results',
-                        on_batch=Ticker(f'{n} before', check), **kw)
-            for n, t in tasks.items() if not t.has_images}
 
-def assess(model: Any, processor: Any, tasks: Mapping[str, Task], folder: str | Path, out: str | Path,
-           blind: bool = True, before: Mapping[str, Results] | None = None, transform: Callable | None = None,
-           check: Callable[[], None] | None = None,
-           examples: int = 24, **kw: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Asks every task and saves the results under `out/results`. Returns a tidy table (task, condition, question
-    type, n, score, low, high) and the summary for the manifest: `score` of the first task and, per task, its
-    accuracies and `retention`. Without a `transform`, marked regions are drawn as `DrawRegions` does. `kw` go to
-    `evaluate`."""
-    store, rows, summary = Path(out)/'results', [], {}
+def ask_before(
+    model: Any,
+    processor: Any,
+    tasks: Mapping[str, Task],
+    out: str | Path,
+    check: Callable[[], None] | None = None,
+    **kw: Any,
+) -> dict[str, Results]:
+    """Text-only tasks answered by the untrained model, saved as condition `before`: what text
+    retention is measured against."""
+    return {
+        n: evaluate(
+            model,
+            processor,
+            t,
+            condition='before',
+            out_dir=Path(out) / 'results',
+            on_batch=Ticker(f'{n} before', check),
+            **kw,
+        )
+        for n, t in tasks.items()
+        if not t.has_images
+    }
+
+
+def assess(
+    model: Any,
+    processor: Any,
+    tasks: Mapping[str, Task],
+    folder: str | Path,
+    out: str | Path,
+    blind: bool = True,
+    before: Mapping[str, Results] | None = None,
+    transform: Callable | None = None,
+    check: Callable[[], None] | None = None,
+    examples: int = 24,
+    **kw: Any,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Asks every task and saves the results under `out/results`. Returns a tidy table (task,
+    condition, question type, n, score, low, high) and the summary for the manifest: `score` of the
+    first task and, per task, its accuracies and `retention`. Without a `transform`, marked regions
+    are drawn as `DrawRegions` does. `kw` go to `evaluate`."""
+    store, rows, summary = Path(out) / 'results', [], {}
     for name, task in tasks.items():
         shown = transform
         if shown is None and any(s.regions for s in task.samples):
             shown = DrawRegions()
-            print(f'{name}: regions are drawn as markers, which the recipe does not say', flush=True)
-        done = {'image': evaluate(model, processor, task, out_dir=store, transform=shown, examples=examples,
-                                  on_batch=Ticker(name, check), **kw)}
+            print(
+                f'{name}: regions are drawn as markers, which the recipe does not say', flush=True
+            )
+        done = {
+            'image': evaluate(
+                model,
+                processor,
+                task,
+                out_dir=store,
+                transform=shown,
+                examples=examples,
+                on_batch=Ticker(name, check),
+                **kw,
+            )
+        }
         if task.has_images and blind:
-            done['blind'] = evaluate(model, processor, task, out_dir=store, transform=shown, blind=True,
-                                     on_batch=Ticker(f'{name} blind', check), **kw)
+            done['blind'] = evaluate(
+                model,
+                processor,
+                task,
+                out_dir=store,
+                transform=shown,
+                blind=True,
+                on_batch=Ticker(f'{name} blind', check),
+                **kw,
+            )
         train_file = name.rpartition('_')[0] + '_train'
-        if any((Path(folder)/f'{train_file}{end}').exists() for end in DATA_FILES):
-            left = Quarantine(cap=1.)                                      # rows that training has listed and capped
-            samples = stage_samples(folder, train_file, left, getattr(shown, 'parse', sample_from_row))
-            done['majority'] = majority_baseline(task, _usable(samples, left, getattr(shown, 'turns', None)))
+        if any((Path(folder) / f'{train_file}{end}').exists() for end in DATA_FILES):
+            left = Quarantine(cap=1.0)  # rows that training has listed and capped
+            samples = stage_samples(
+                folder, train_file, left, getattr(shown, 'parse', sample_from_row)
+            )
+            done['majority'] = majority_baseline(
+                task, _usable(samples, left, getattr(shown, 'turns', None))
+            )
             done['majority'].save(store)
-            if left.n_bad: print(f'{name}: majority baseline without {left.n_bad} unusable rows of {train_file}', flush=True)
-        else: print(f'{name}: no {train_file} beside it, so no majority baseline', flush=True)
-        entry: dict[str, Any] = {c: round(r.accuracy, 6) for c, r in done.items()} | dict(n=len(task))
+            if left.n_bad:
+                print(
+                    f'{name}: majority baseline without {left.n_bad} unusable rows of {train_file}',
+                    flush=True,
+                )
+        else:
+            print(f'{name}: no {train_file} beside it, so no majority baseline', flush=True)
+        entry: dict[str, Any] = {c: round(r.accuracy, 6) for c, r in done.items()} | dict(
+            n=len(task)
+        )
         if before and name in before:
             entry['retention'] = round(text_retention(done['image'], before[name])['retention'], 6)
         summary[name] = entry
-        if name == next(iter(tasks)): summary['score'] = entry['image']
+        if name == next(iter(tasks)):
+            summary['score'] = entry['image']
         rows += [r.by_type().assign(task=name, condition=c) for c, r in done.items()]
     columns = ['task', 'condition', 'question_type', 'n', 'score', 'low', 'high']
-    return (pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)), summary
+    return (
+        pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
+    ), summary
+
 
 def accuracy_wide(table: pd.DataFrame, task: str) -> pd.DataFrame:
-    "One task of `assess`'s table for reading: question types down, conditions across, percent with intervals."
-    part = table[table['task'] == task].drop_duplicates(['question_type', 'condition'], keep='last').copy()
-    part['cell'] = [f'{100*s:.1f} [{100*l:.1f}, {100*h:.1f}]'
-                    for s, l, h in zip(part['score'], part['low'], part['high'])]
+    """One task of `assess`'s table for reading: question types down, conditions across, percent
+    with intervals."""
+    part = (
+        table[table['task'] == task]
+        .drop_duplicates(['question_type', 'condition'], keep='last')
+        .copy()
+    )
+    part['cell'] = [
+        f'{100 * s:.1f} [{100 * l:.1f}, {100 * h:.1f}]'
+        for s, l, h in zip(part['score'], part['low'], part['high'])
+    ]
     wide = part.pivot(index='question_type', columns='condition', values='cell')
     order = [c for c in ('image', 'blind', 'majority') if c in wide]
     rows = [r for r in wide.index if r != 'all'] + ['all']

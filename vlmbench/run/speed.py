@@ -34,74 +34,93 @@ from ..models.vlm import VLMForConditionalGeneration
 # %% ../../nbs/run/30_speed.ipynb #0f6e9c82
 def sync(device: torch.device | str) -> None:
     "Wait for a GPU's queue; nothing on a CPU."
-    if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
 
-def time_in_turns(work: Mapping[str, Callable[[], Any]], rounds: int = 5, device: torch.device | str = 'cpu',
-                  clock: str = 'wall') -> dict[str, list[float]]:
-    """Seconds of each callable in each of `rounds` rounds (after one to warm up), the order reversed every other
-    round. `clock`: 'wall', or 'cpu',
-    this process's processor seconds, for a CPU that others use at the same time."""
-    if clock not in ('wall', 'cpu'): raise ValueError(f"clock must be 'wall' or 'cpu', got {clock!r}")
+
+def time_in_turns(
+    work: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    device: torch.device | str = 'cpu',
+    clock: str = 'wall',
+) -> dict[str, list[float]]:
+    """Seconds of each callable in each of `rounds` rounds (after one to warm up), the order
+    reversed every other round. `clock`: 'wall', or 'cpu', this process's processor seconds, for a
+    CPU that others use at the same time."""
+    if clock not in ('wall', 'cpu'):
+        raise ValueError(f"clock must be 'wall' or 'cpu', got {clock!r}")
     if clock == 'cpu' and torch.device(device).type != 'cpu':
         raise ValueError(f"clock='cpu' cannot time work on {device}; use 'wall'")
     now = time.perf_counter if clock == 'wall' else time.process_time
     took: dict[str, list[float]] = {k: [] for k in work}
     for r in range(-1, rounds):
-        for name in (list(work) if r % 2 else list(work)[::-1]):
+        for name in list(work) if r % 2 else list(work)[::-1]:
             gc.collect()
             sync(device)
             began = now()
             work[name]()
             sync(device)
-            if r >= 0: took[name].append(now() - began)
+            if r >= 0:
+                took[name].append(now() - began)
     return took
+
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     "Median over rounds of a/b: each round's pair saw the same machine."
-    return statistics.median(x/y for x, y in zip(a, b))
+    return statistics.median(x / y for x, y in zip(a, b))
 
 # %% ../../nbs/run/30_speed.ipynb #0bb1cbd1
 class PeakMemory:
-    """Context manager: `mb`, the largest memory above the start while inside, in MB (GPU: allocator; CPU: resident
-    size, sampled every 5 ms)."""
-    def __init__(self, device: torch.device | str = 'cpu'): self.device, self.mb = torch.device(device), float('nan')
+    """Context manager: `mb`, the largest memory above the start while inside, in MB (GPU:
+    allocator; CPU: resident size, sampled every 5 ms)."""
+
+    def __init__(self, device: torch.device | str = 'cpu'):
+        self.device, self.mb = torch.device(device), float('nan')
 
     def __enter__(self) -> 'PeakMemory':
         gc.collect()
-        if sys.platform == 'linux' and (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)): trim(0)
+        if sys.platform == 'linux' and (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)):
+            trim(0)
         if self.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(self.device)
             self.start = torch.cuda.memory_allocated(self.device)
             return self
         process, self._stop = psutil.Process(), threading.Event()
         self.start = self.peak = process.memory_info().rss
+
         def watch() -> None:
-            while not self._stop.wait(.005): self.peak = max(self.peak, process.memory_info().rss)
+            while not self._stop.wait(0.005):
+                self.peak = max(self.peak, process.memory_info().rss)
+
         self._thread = threading.Thread(target=watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self.device.type == 'cuda': peak = torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == 'cuda':
+            peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            self._stop.set(); self._thread.join()
+            self._stop.set()
+            self._thread.join()
             peak = self.peak
-        self.mb = (peak - self.start)/2**20
+        self.mb = (peak - self.start) / 2**20
 
 # %% ../../nbs/run/30_speed.ipynb #39b8317b
 @dataclass(frozen=True)
 class Mix:
-    """A synthetic training mix: `documents` rows, `image_tokens` for a picture, `share` of rows with one, text
-    around `median` tokens, at most `longest`."""
+    """A synthetic training mix: `documents` rows, `image_tokens` for a picture, `share` of rows
+    with one, text around `median` tokens, at most `longest`."""
+
     documents: int = 128
     image_tokens: int = 64
-    share: float = .85
+    share: float = 0.85
     median: float = 13.5
-    sigma: float = .9
+    sigma: float = 0.9
     longest: int = 256
     image_size: int = 64
     vocab: int = 512
     seed: int = 0
+
 
 def make_mix(mix: Mix = Mix()) -> list[Encoded]:
     "The documents of `mix`: token 4 is the image token, the last half of each text is targets."
@@ -111,17 +130,21 @@ def make_mix(mix: Mix = Mix()) -> list[Encoded]:
         n = int(np.clip(rng.lognormal(np.log(mix.median), mix.sigma), 4, mix.longest - seen))
         ids = torch.from_numpy(np.concatenate([np.full(seen, 4), rng.integers(16, mix.vocab, n)]))
         labels = ids.clone()
-        labels[:seen + n//2] = -100
-        pixels = torch.from_numpy(rng.standard_normal((3, mix.image_size, mix.image_size), dtype=np.float32))
-        images = [dict(pixel_values=pixels, size=(mix.image_size,)*2)] if seen else []
+        labels[: seen + n // 2] = -100
+        pixels = torch.from_numpy(
+            rng.standard_normal((3, mix.image_size, mix.image_size), dtype=np.float32)
+        )
+        images = [dict(pixel_values=pixels, size=(mix.image_size,) * 2)] if seen else []
         out.append(Encoded(ids, labels, torch.where(ids == 4, 0, -1), images, str(k)))
     return out
 
 # %% ../../nbs/run/30_speed.ipynb #65cae983
 @dataclass(frozen=True)
 class Shape:
-    """Size of the timed models: a Llama and a CLIP tower. At width 512 attention over full rows of 256 tokens costs what
-    it does in LLaVA-1.5, `max_tokens / (6 hidden)` or 8% of the matrix products; at 256 twice as much."""
+    """Size of the timed models: a Llama and a CLIP tower. At width 512 attention over full rows of
+    256 tokens costs what it does in LLaVA-1.5, `max_tokens / (6 hidden)` or 8% of the matrix
+    products; at 256 twice as much."""
+
     hidden: int = 512
     layers: int = 3
     heads: int = 8
@@ -131,57 +154,88 @@ class Shape:
     patch: int = 8
     vocab: int = 512
 
+
 def reference_model(shape: Shape = Shape(), seed: int = 0) -> LlavaForConditionalGeneration:
-    """transformers' LLaVA of that shape with random weights; image token 4, features of the second to last layer
-    without CLS."""
-    text = LlamaConfig(vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.hidden*8//3//8*8,
-                       num_hidden_layers=shape.layers,
-                       num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=4096,
-                       pad_token_id=0)
-    vision = CLIPVisionConfig(hidden_size=shape.vision_hidden, intermediate_size=2*shape.vision_hidden,
-                              num_hidden_layers=shape.vision_layers,
-                              num_attention_heads=4, image_size=shape.image_size, patch_size=shape.patch)
+    """transformers' LLaVA of that shape with random weights; image token 4, features of the second
+    to last layer without CLS."""
+    text = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=shape.vision_hidden,
+        intermediate_size=2 * shape.vision_hidden,
+        num_hidden_layers=shape.vision_layers,
+        num_attention_heads=4,
+        image_size=shape.image_size,
+        patch_size=shape.patch,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4,
-                                                         vision_feature_layer=-2,
-                                                         vision_feature_select_strategy='default'))
+        return LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=vision,
+                text_config=text,
+                image_token_index=4,
+                vision_feature_layer=-2,
+                vision_feature_select_strategy='default',
+            )
+        )
+
 
 def our_model(reference: LlavaForConditionalGeneration) -> VLMForConditionalGeneration:
     "Our model with the weights of `reference`, copied."
     from vlmbench.models.vision import backbone_dict, build_front_end
     from vlmbench.models.vlm import assemble
     from transformers import LlamaForCausalLM
+
     text = reference.config.text_config
     llm = LlamaForCausalLM(text)
     llm.model.load_state_dict(reference.model.language_model.state_dict())
     llm.lm_head.load_state_dict(reference.lm_head.state_dict())
     tower = copy.deepcopy(reference.model.vision_tower)
-    settings = dict(type='encoder', select_layers=[-2], projector='mlp2x_gelu', backbone=backbone_dict(tower.config))
+    settings = dict(
+        type='encoder',
+        select_layers=[-2],
+        projector='mlp2x_gelu',
+        backbone=backbone_dict(tower.config),
+    )
     front = build_front_end(settings, text.hidden_size, tower=tower)
     theirs = reference.model.multi_modal_projector
     linear = [m for m in front.projector.modules() if isinstance(m, nn.Linear)]
-    for mine, other in zip(linear, (theirs.linear_1, theirs.linear_2),
-                           strict=True): mine.load_state_dict(other.state_dict())
+    for mine, other in zip(linear, (theirs.linear_1, theirs.linear_2), strict=True):
+        mine.load_state_dict(other.state_dict())
     return assemble(llm, front, 4)
 
 # %% ../../nbs/run/30_speed.ipynb #995087e4
-def make_step(model: nn.Module, device: torch.device | str = 'cpu',
-              freeze: str = 'vision') -> Callable[[Mapping[str, Any]], float]:
-    """A function that takes a batch through one optimizer step of `model` and returns the loss; parameters with
-    `freeze` in their name stay."""
+def make_step(
+    model: nn.Module, device: torch.device | str = 'cpu', freeze: str = 'vision'
+) -> Callable[[Mapping[str, Any]], float]:
+    """A function that takes a batch through one optimizer step of `model` and returns the loss;
+    parameters with `freeze` in their name stay."""
     model.to(device).train()
-    for n, p in model.named_parameters(): p.requires_grad_(freeze not in n)
+    for n, p in model.named_parameters():
+        p.requires_grad_(freeze not in n)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
     takes = set(inspect.signature(model.forward).parameters)
+
     def step(batch: Mapping[str, Any]) -> float:
-        loss = model(**{k: v.to(device) for k, v in batch.items() if k in takes and torch.is_tensor(v)}).loss
+        loss = model(
+            **{k: v.to(device) for k, v in batch.items() if k in takes and torch.is_tensor(v)}
+        ).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
     return step
 
 # %% ../../nbs/run/30_speed.ipynb #86d2ddf3
@@ -189,162 +243,321 @@ def padded_batches(documents: Sequence[Encoded], positions: int) -> list[dict]:
     "Documents in order, as many in a padded batch as keep rows x longest within `positions`."
     batches, now = [], []
     for d in documents:
-        if now and (len(now) + 1)*max(d.n_tokens, *(x.n_tokens for x in now)) > positions:
+        if now and (len(now) + 1) * max(d.n_tokens, *(x.n_tokens for x in now)) > positions:
             batches.append(collate_padded(now, 0))
             now = []
         now.append(d)
     return batches + ([collate_padded(now, 0)] if now else [])
 
+
 def packed_batches(documents: Sequence[Encoded], rows: int, max_tokens: int) -> list[dict]:
     "The same documents packed, `rows` rows a batch."
     filled = list(pack(iter(documents), max_tokens))
-    return [collate_packed(filled[i:i + rows], 0) for i in range(0, len(filled), rows)]
+    return [collate_packed(filled[i : i + rows], 0) for i in range(0, len(filled), rows)]
+
 
 def fill(batches: Sequence[Mapping[str, Any]]) -> float:
     "Share of positions that hold a token."
-    return sum(int((b['document_ids'] >= 0).sum()) for b in batches)/sum(b['input_ids'].numel() for b in batches)
+    return sum(int((b['document_ids'] >= 0).sum()) for b in batches) / sum(
+        b['input_ids'].numel() for b in batches
+    )
 
-def packing_speed(model: nn.Module, documents: Sequence[Encoded], rows: int = 8, max_tokens: int = 256, rounds: int = 3,
-                  device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
-    """Target tokens per second of training on `documents` packed and padded, their ratio, how full the batches are,
-    and peak memory."""
+
+def packing_speed(
+    model: nn.Module,
+    documents: Sequence[Encoded],
+    rows: int = 8,
+    max_tokens: int = 256,
+    rounds: int = 3,
+    device: torch.device | str = 'cpu',
+    clock: str = 'wall',
+) -> dict[str, Any]:
+    """Target tokens per second of training on `documents` packed and padded, their ratio, how full
+    the batches are, and peak memory."""
     step = make_step(model, device)
-    batches = dict(packed=packed_batches(documents, rows, max_tokens),
-                   padded=padded_batches(documents, rows*max_tokens))
+    batches = dict(
+        packed=packed_batches(documents, rows, max_tokens),
+        padded=padded_batches(documents, rows * max_tokens),
+    )
     targets = {k: sum(int(b['n_targets']) for b in v) for k, v in batches.items()}
-    took = time_in_turns({k: lambda v=v: [step(b) for b in v] for k, v in batches.items()}, rounds, device, clock)
+    took = time_in_turns(
+        {k: lambda v=v: [step(b) for b in v] for k, v in batches.items()}, rounds, device, clock
+    )
     memory = {}
     for k, v in batches.items():
-        with PeakMemory(device) as m: step(max(v, key=lambda b: b['input_ids'].numel()))
+        with PeakMemory(device) as m:
+            step(max(v, key=lambda b: b['input_ids'].numel()))
         memory[k] = m.mb
-    rate = {k: targets[k]/statistics.median(took[k]) for k in batches}
-    return dict(ratio=ratio(took['padded'], took['packed'])*targets['packed']/targets['padded'],
-                ours=f"{rate['packed']:.0f} targets/s", baseline=f"{rate['padded']:.0f} targets/s",
-                ours_mb=round(memory['packed'], 1), baseline_mb=round(memory['padded'], 1),
-                **{f'{k}_targets_per_s': r for k, r in rate.items()},
-                **{f'{k}_memory_mb': m for k, m in memory.items()},
-                **{f'{k}_fill': fill(v) for k, v in batches.items()},
-                **{f'{k}_batches': len(v) for k, v in batches.items()})
+    rate = {k: targets[k] / statistics.median(took[k]) for k in batches}
+    return dict(
+        ratio=ratio(took['padded'], took['packed']) * targets['packed'] / targets['padded'],
+        ours=f'{rate["packed"]:.0f} targets/s',
+        baseline=f'{rate["padded"]:.0f} targets/s',
+        ours_mb=round(memory['packed'], 1),
+        baseline_mb=round(memory['padded'], 1),
+        **{f'{k}_targets_per_s': r for k, r in rate.items()},
+        **{f'{k}_memory_mb': m for k, m in memory.items()},
+        **{f'{k}_fill': fill(v) for k, v in batches.items()},
+        **{f'{k}_batches': len(v) for k, v in batches.items()},
+    )
 
 # %% ../../nbs/run/30_speed.ipynb #af2f6e06
-def step_speed(reference: LlavaForConditionalGeneration, model: nn.Module, documents: Sequence[Encoded],
-               rounds: int = 5,
-               device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
-    "Seconds of one training step on one padded batch: ours, transformers' LLaVA, their ratio, and peak memory of both."
+def step_speed(
+    reference: LlavaForConditionalGeneration,
+    model: nn.Module,
+    documents: Sequence[Encoded],
+    rounds: int = 5,
+    device: torch.device | str = 'cpu',
+    clock: str = 'wall',
+) -> dict[str, Any]:
+    """Seconds of one training step on one padded batch: ours, transformers' LLaVA, their ratio, and
+    peak memory of both."""
     whole = collate_padded(list(documents), 0)
     batch = {k: whole[k] for k in ('input_ids', 'attention_mask', 'labels', 'pixel_values')}
     steps = dict(ours=make_step(model, device), transformers=make_step(reference, device))
     took = time_in_turns({k: lambda s=s: s(batch) for k, s in steps.items()}, rounds, device, clock)
     memory = {}
     for k, s in steps.items():
-        with PeakMemory(device) as m: s(batch)
+        with PeakMemory(device) as m:
+            s(batch)
         memory[f'{k}_memory_mb'] = m.mb
     seconds = {f'{k}_s': statistics.median(v) for k, v in took.items()}
-    return dict(ratio=ratio(took['ours'], took['transformers']), ours=f"{1e3*seconds['ours_s']:.1f} ms",
-                baseline=f"{1e3*seconds['transformers_s']:.1f} ms", baseline_mb=round(memory['transformers_memory_mb'], 1),
-                ours_mb=round(memory['ours_memory_mb'], 1), **seconds, **memory)
+    return dict(
+        ratio=ratio(took['ours'], took['transformers']),
+        ours=f'{1e3 * seconds["ours_s"]:.1f} ms',
+        baseline=f'{1e3 * seconds["transformers_s"]:.1f} ms',
+        baseline_mb=round(memory['transformers_memory_mb'], 1),
+        ours_mb=round(memory['ours_memory_mb'], 1),
+        **seconds,
+        **memory,
+    )
 
 # %% ../../nbs/run/30_speed.ipynb #04bde3e0
-def generation_speed(model: nn.Module, documents: Sequence[Encoded], new_tokens: int = 16, rounds: int = 3,
-                     device: torch.device | str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
-    """New tokens per second of greedy generation for all `documents` in one left-padded batch and one by one, and
-    their ratio."""
+def generation_speed(
+    model: nn.Module,
+    documents: Sequence[Encoded],
+    new_tokens: int = 16,
+    rounds: int = 3,
+    device: torch.device | str = 'cpu',
+    clock: str = 'wall',
+) -> dict[str, Any]:
+    """New tokens per second of greedy generation for all `documents` in one left-padded batch and
+    one by one, and their ratio."""
     model.to(device).eval()
     keys = ('input_ids', 'attention_mask', 'pixel_values', 'image_sizes')
+
     def inputs(docs: Sequence[Encoded]) -> dict:
-        return {k: v.to(device) for k, v in collate_padded(list(docs), 0, side='left').items() if k in keys}
+        return {
+            k: v.to(device)
+            for k, v in collate_padded(list(docs), 0, side='left').items()
+            if k in keys
+        }
+
     @torch.no_grad()
     def run(groups: Sequence[dict]) -> None:
-        for g in groups: model.generate(**g, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-                                        pad_token_id=0)
-    took = time_in_turns(dict(batched=lambda g=[inputs(documents)]: run(g),
-                              single=lambda g=[inputs([d]) for d in documents]: run(g)), rounds, device, clock)
-    n = len(documents)*new_tokens
-    rates = {f'{k}_tokens_per_s': n/statistics.median(v) for k, v in took.items()}
-    return dict(ratio=ratio(took['single'], took['batched']), ours=f"{rates['batched_tokens_per_s']:.0f} tokens/s",
-                baseline=f"{rates['single_tokens_per_s']:.0f} tokens/s", **rates)
+        for g in groups:
+            model.generate(
+                **g,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    took = time_in_turns(
+        dict(
+            batched=lambda g=[inputs(documents)]: run(g),
+            single=lambda g=[inputs([d]) for d in documents]: run(g),
+        ),
+        rounds,
+        device,
+        clock,
+    )
+    n = len(documents) * new_tokens
+    rates = {f'{k}_tokens_per_s': n / statistics.median(v) for k, v in took.items()}
+    return dict(
+        ratio=ratio(took['single'], took['batched']),
+        ours=f'{rates["batched_tokens_per_s"]:.0f} tokens/s',
+        baseline=f'{rates["single_tokens_per_s"]:.0f} tokens/s',
+        **rates,
+    )
 
 # %% ../../nbs/run/30_speed.ipynb #572258c7
-def data_wait(model: nn.Module, processor: Any, stage: Any, samples: Sequence, out: str | Path, skip: int = 3,
-              **kw: Any) -> dict[str, Any]:
-    """Share of the time of all steps but the first `skip` spent waiting for a batch, with the throughput of the
-    loop; `kw` go to `train`."""
+def data_wait(
+    model: nn.Module,
+    processor: Any,
+    stage: Any,
+    samples: Sequence,
+    out: str | Path,
+    skip: int = 3,
+    **kw: Any,
+) -> dict[str, Any]:
+    """Share of the time of all steps but the first `skip` spent waiting for a batch, with the
+    throughput of the loop; `kw` go to `train`."""
     from vlmbench.train.loop import train
-    history = train(model, processor, stage, samples, out, progress_seconds=None, **kw).history.iloc[skip:]
-    waited = float((history['data_wait']*history['step_s']).sum()/history['step_s'].sum())
-    return dict(share=waited, ours=f'{waited:.1%}', steps=len(history), images_per_s=float(history['images'].sum()/history['step_s'].sum()),
-                targets_per_s=float(history['targets'].sum()/history['step_s'].sum()))
+
+    history = train(
+        model, processor, stage, samples, out, progress_seconds=None, **kw
+    ).history.iloc[skip:]
+    waited = float((history['data_wait'] * history['step_s']).sum() / history['step_s'].sum())
+    return dict(
+        share=waited,
+        ours=f'{waited:.1%}',
+        steps=len(history),
+        images_per_s=float(history['images'].sum() / history['step_s'].sum()),
+        targets_per_s=float(history['targets'].sum() / history['step_s'].sum()),
+    )
 
 # %% ../../nbs/run/30_speed.ipynb #4141b359
-def overlay_speed(rounds: int = 3, size: tuple[int, int] = (640, 480), rows: int = 4, clock: str = 'wall') -> dict[str, Any]:
-    """Rows per second of loading a picture of `size` (width, height) px, alone ('loading') and with a marker of each kind.
-    `ratio`: time of the slowest kind over loading alone."""
+def overlay_speed(
+    rounds: int = 3, size: tuple[int, int] = (640, 480), rows: int = 4, clock: str = 'wall'
+) -> dict[str, Any]:
+    """Rows per second of loading a picture of `size` (width, height) px, alone ('loading') and with
+    a marker of each kind. `ratio`: time of the slowest kind over loading alone."""
     (w, h), buffer, rng = size, io.BytesIO(), random.Random(0)
-    noise = np.random.default_rng(0).integers(0, 255, (h//8, w//8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (h // 8, w // 8, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, 'PNG')
-    region = Region((w*.2, h*.2, w*.6, h*.7), ((w*.2, h*.5, w*.4, h*.2, w*.6, h*.4, w*.5, h*.7),))
+    region = Region(
+        (w * 0.2, h * 0.2, w * 0.6, h * 0.7),
+        ((w * 0.2, h * 0.5, w * 0.4, h * 0.2, w * 0.6, h * 0.4, w * 0.5, h * 0.7),),
+    )
+
     def row(kind):
         for _ in range(rows):
             image = Image.open(io.BytesIO(buffer.getvalue())).convert('RGB')
             if kind != 'loading':
-                draw_marker(image, sample_marker(rng, kind, region, size), 'red', sample_alpha(rng, kind))
+                draw_marker(
+                    image, sample_marker(rng, kind, region, size), 'red', sample_alpha(rng, kind)
+                )
+
     took = time_in_turns({k: partial(row, k) for k in ('loading', *MARKERS)}, rounds, 'cpu', clock)
     slow = {k: ratio(took[k], took['loading']) for k in MARKERS}
-    rates, slowest = {k: round(rows/statistics.median(t), 1) for k, t in took.items()}, max(slow, key=slow.get)
-    return dict(ratio=max(slow.values()), slowest=slowest, rows_per_s=rates, ours=f'{rates[slowest]:.0f} rows/s',
-                baseline=f"{rates['loading']:.0f} rows/s")
+    rates, slowest = (
+        {k: round(rows / statistics.median(t), 1) for k, t in took.items()},
+        max(slow, key=slow.get),
+    )
+    return dict(
+        ratio=max(slow.values()),
+        slowest=slowest,
+        rows_per_s=rates,
+        ours=f'{rates[slowest]:.0f} rows/s',
+        baseline=f'{rates["loading"]:.0f} rows/s',
+    )
 
 # %% ../../nbs/run/30_speed.ipynb #f115936f
-BARS: dict[str, tuple[str, str, float | None]] = {   # measure: (what the ratio is, sense, bar; None: there is none)
-    'packing': ('packed / padded target tokens per second, realistic mix, width 256', 'at least', 1.6),
+BARS: dict[
+    str, tuple[str, str, float | None]
+] = {  # measure: (what the ratio is, sense, bar; None: there is none)
+    'packing': (
+        'packed / padded target tokens per second, realistic mix, width 256',
+        'at least',
+        1.6,
+    ),
     'packing_wide': ('the same at width 512', 'at least', 1.6),
     'step': ('our training step / transformers LLaVA step, same batch', 'at most', 1.05),
-    'data_wait': ('share of a training step spent waiting for data', 'at most', .05),
-    'generation': ('generation: batch of 8 / one by one, tokens per second', 'at least', 1.),
-    'overlay': ('loading a picture and drawing the slowest marker / loading it', 'at most', 2.),
-    'patches': ('EVE patch embedding, forward and backward: image by image / ours, half the published widths (512 to 2,048)', 'at least', 2.),
-    'patches_narrow': ('the same, 256 channels to 512', 'at least', 2.),
-    'patches_wide': ('the same, the published 1,024 channels to 1,024', 'at least', 2.),
-    'mask': ('image-bidirectional mask, 4 x 2048 tokens: token by token / ours', 'at least', 20.),
-    'mask_dense': ('the same as a dense boolean mask', 'at least', 20.),
-    'mask_additive': ('the same as a dense additive mask, which the alternative builds', 'at least', 20.),
-    'masked_attention': ('attention with it: dense mask / best form here', 'at least', 1.),
-    'streams': ("all streaming layer metrics / plain forward, Llama's proportions, width 512, a third text", 'at most', 1.5),
+    'data_wait': ('share of a training step spent waiting for data', 'at most', 0.05),
+    'generation': ('generation: batch of 8 / one by one, tokens per second', 'at least', 1.0),
+    'overlay': ('loading a picture and drawing the slowest marker / loading it', 'at most', 2.0),
+    'patches': (
+        'EVE patch embedding, forward and backward: image by image / ours, half the published '
+        'widths (512 to 2,048)',
+        'at least',
+        2.0,
+    ),
+    'patches_narrow': ('the same, 256 channels to 512', 'at least', 2.0),
+    'patches_wide': ('the same, the published 1,024 channels to 1,024', 'at least', 2.0),
+    'mask': ('image-bidirectional mask, 4 x 2048 tokens: token by token / ours', 'at least', 20.0),
+    'mask_dense': ('the same as a dense boolean mask', 'at least', 20.0),
+    'mask_additive': (
+        'the same as a dense additive mask, which the alternative builds',
+        'at least',
+        20.0,
+    ),
+    'masked_attention': ('attention with it: dense mask / best form here', 'at least', 1.0),
+    'streams': (
+        "all streaming layer metrics / plain forward, Llama's proportions, width 512, a third text",
+        'at most',
+        1.5,
+    ),
     'streams_narrow': ('the same, width 256, vocabulary of 16 widths instead of 8', 'at most', 1.5),
-    'streams_memory': ('peak memory of all streaming metrics, the whole process: 40 batches / 2 batches', 'at most', 1.05),
-    'drop_one': ('drop-one with shared prefixes / naive forwards', 'at most', .6),
-    'surrogate': ('training step below the surrogate / below the full model', 'at most', 1.),
-    'region': ('training step with LoRA in an evenly spaced quarter of the layers / in all', 'at most', 1.),
-    'region_top': ('the same, in the top quarter, the projector frozen', 'at most', 1.),
+    'streams_memory': (
+        'peak memory of all streaming metrics, the whole process: 40 batches / 2 batches',
+        'at most',
+        1.05,
+    ),
+    'drop_one': ('drop-one with shared prefixes / naive forwards', 'at most', 0.6),
+    'surrogate': ('training step below the surrogate / below the full model', 'at most', 1.0),
+    'region': (
+        'training step with LoRA in an evenly spaced quarter of the layers / in all',
+        'at most',
+        1.0,
+    ),
+    'region_top': ('the same, in the top quarter, the projector frozen', 'at most', 1.0),
     'inference_vora': ('time to first token, published / 8: merged VoRA / encoder', '', None),
-    'inference_eve': ('time to first token, published / 8: EVE / encoder', '', None)}
+    'inference_eve': ('time to first token, published / 8: EVE / encoder', '', None),
+}
 
-COLUMNS = ('name', 'measure', 'ours', 'baseline', 'ratio', 'bar', 'met', 'planned', 'ours_mb', 'baseline_mb')
+COLUMNS = (
+    'name',
+    'measure',
+    'ours',
+    'baseline',
+    'ratio',
+    'bar',
+    'met',
+    'planned',
+    'ours_mb',
+    'baseline_mb',
+)
+
 
 def speed_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per measure of `results` with the columns `COLUMNS`: both absolute figures, ratio (or share), bar, whether
-    it is met, the ratio of FLOPs that was `planned`, peak memory of both, the last where they were taken."""
+    """One row per measure of `results` with the columns `COLUMNS`: both absolute figures, ratio (or
+    share), bar, whether it is met, the ratio of FLOPs that was `planned`, peak memory of both, the
+    last where they were taken."""
     rows = []
     for name, (what, sense, bar) in BARS.items():
-        if name not in results: continue
+        if name not in results:
+            continue
         r = results[name]
         value = r.get('ratio', r.get('share'))
         met = '' if bar is None else bool(value >= bar if sense == 'at least' else value <= bar)
-        rows.append(dict(name=name, measure=what, ours=r.get('ours', ''), baseline=r.get('baseline', ''),
-                         ratio=round(value, 3), bar='' if bar is None else f'{sense} {bar:g}', met=met,
-                         planned=round(r['planned'], 3) if 'planned' in r else '',
-                         ours_mb=r.get('ours_mb', ''), baseline_mb=r.get('baseline_mb', '')))
+        rows.append(
+            dict(
+                name=name,
+                measure=what,
+                ours=r.get('ours', ''),
+                baseline=r.get('baseline', ''),
+                ratio=round(value, 3),
+                bar='' if bar is None else f'{sense} {bar:g}',
+                met=met,
+                planned=round(r['planned'], 3) if 'planned' in r else '',
+                ours_mb=r.get('ours_mb', ''),
+                baseline_mb=r.get('baseline_mb', ''),
+            )
+        )
     return pd.DataFrame(rows, columns=COLUMNS)
+
 
 def speed_figure(table: pd.DataFrame) -> plt.Figure:
     "Every ratio over its bar on a log axis, right of the line where it is met."
     rows = table[table['bar'] != ''].iloc[::-1]
     bars = [BARS[n] for n in rows['name']]
-    margin = [r/b if sense == 'at least' else b/max(r, 1e-6) for r, (_, sense, b) in zip(rows['ratio'], bars)]
-    fig, ax = plt.subplots(figsize=(7, .35*len(rows) + 1), layout='constrained')
-    ax.barh(list(rows['name']), [m - 1 for m in margin], left=1, color=['C0' if m >= 1 else 'C3' for m in margin])
+    margin = [
+        r / b if sense == 'at least' else b / max(r, 1e-6)
+        for r, (_, sense, b) in zip(rows['ratio'], bars)
+    ]
+    fig, ax = plt.subplots(figsize=(7, 0.35 * len(rows) + 1), layout='constrained')
+    ax.barh(
+        list(rows['name']),
+        [m - 1 for m in margin],
+        left=1,
+        color=['C0' if m >= 1 else 'C3' for m in margin],
+    )
     for y, (m, r, (_, sense, b)) in enumerate(zip(margin, rows['ratio'], bars)):
         ax.text(max(m, 1), y, f'  {r:g} ({sense} {b:g})', va='center', fontsize=7)
-    ax.axvline(1, color='k', lw=.8)
-    ax.set(xscale='log', xlabel='times better than the bar', xlim=(None, 4*max(margin, default=1)))
+    ax.axvline(1, color='k', lw=0.8)
+    ax.set(
+        xscale='log', xlabel='times better than the bar', xlim=(None, 4 * max(margin, default=1))
+    )
     return fig

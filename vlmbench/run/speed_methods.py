@@ -27,30 +27,46 @@ from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.patch import PatchFrontEnd
 from ..models.ragged import dense, intervals
 from ..models.vision import Linear, backbone_dict
-from .speed import Mix, PeakMemory, Shape, make_mix, our_model, ratio, reference_model, time_in_turns
+from vlmbench.run.speed import (
+    Mix,
+    PeakMemory,
+    Shape,
+    make_mix,
+    our_model,
+    ratio,
+    reference_model,
+    time_in_turns,
+)
 from ..data.packing import collate_padded
 from ..train.prepare import prepare
 from ..train.recipe import Stage, full, lora
 
 # %% ../../nbs/run/32_speed_methods.ipynb #d6e508f3
-def _ms(seconds): return f'{1e3*statistics.median(seconds):.1f} ms'
+def _ms(seconds):
+    return f'{1e3 * statistics.median(seconds):.1f} ms'
+
+
 def _peak(f: Callable, device='cpu') -> float:
-    with PeakMemory(device) as m: f()
+    with PeakMemory(device) as m:
+        f()
     return round(m.mb, 1)
 
 # %% ../../nbs/run/32_speed_methods.ipynb #4240990e
 def image_rows(rows: int = 4, tokens: int = 2048, image: int = 576) -> tuple[Tensor, Tensor]:
-    """Image numbers (-1 text) and padding mask, both `[rows, tokens]`: images of `image` tokens with text between them,
-    a tenth of the last row padding."""
+    """Image numbers (-1 text) and padding mask, both `[rows, tokens]`: images of `image` tokens
+    with text between them, a tenth of the last row padding."""
     ids, real, n = torch.full((rows, tokens), -1), torch.ones(rows, tokens, dtype=torch.bool), 0
     for r in range(rows):
-        at = 20 + 7*r
-        while at + image <= tokens - tokens//10: ids[r, at:at + image], n, at = n, n + 1, at + image + 64
-    real[-1, tokens - tokens//10:] = False
+        at = 20 + 7 * r
+        while at + image <= tokens - tokens // 10:
+            ids[r, at : at + image], n, at = n, n + 1, at + image + 64
+    real[-1, tokens - tokens // 10 :] = False
     return ids, real
 
+
 def mask_by_token(ids: Tensor, real: Tensor, slices: bool = False) -> Tensor:
-    "The additive mask `[rows, 1, tokens, tokens]`, every token visited in turn; `slices`: an image is opened at once."
+    """The additive mask `[rows, 1, tokens, tokens]`, every token visited in turn; `slices`: an
+    image is opened at once."""
     (rows, tokens), low = real.shape, torch.finfo(torch.float32).min
     mask = torch.triu(torch.full((tokens, tokens), low), diagonal=1).repeat(rows, 1, 1)
     mask = mask.masked_fill(~real[:, None, :], low)
@@ -60,64 +76,119 @@ def mask_by_token(ids: Tensor, real: Tensor, slices: bool = False) -> Tensor:
             if i < tokens and ids[b, i] >= 0 and (start is None or ids[b, i] == ids[b, start]):
                 start = i if start is None else start
             elif start is not None:
-                if slices: mask[b, start:i, start:i] = 0.
+                if slices:
+                    mask[b, start:i, start:i] = 0.0
                 else:
-                    for q in range(start, i): mask[b, q, start:i] = 0.
+                    for q in range(start, i):
+                        mask[b, q, start:i] = 0.0
                 start = i if i < tokens and ids[b, i] >= 0 else None
     return mask[:, None]
 
-def mask_speed(rows: int = 4, tokens: int = 2048, rounds: int = 3, device: str = 'cpu',
-               clock: str = 'wall') -> dict[str, dict[str, Any]]:
-    """Construction of the mask at `rows` x `tokens`, three results: `mask`, the form attention takes on `device` (pieces on
-    a CPU, blocks of flex attention on a GPU), `mask_dense` (boolean) and `mask_additive`. `ratio`: token by token over
-    ours; `by_slice`: the stronger alternative over ours."""
-    ids, real = (t.to(device) for t in image_rows(rows, tokens, min(576, tokens//4)))
+
+def mask_speed(
+    rows: int = 4, tokens: int = 2048, rounds: int = 3, device: str = 'cpu', clock: str = 'wall'
+) -> dict[str, dict[str, Any]]:
+    """Construction of the mask at `rows` x `tokens`, three results: `mask`, the form attention
+    takes on `device` (pieces on a CPU, blocks of flex attention on a GPU), `mask_dense` (boolean)
+    and `mask_additive`. `ratio`: token by token over ours; `by_slice`: the stronger alternative
+    over ours."""
+    ids, real = (t.to(device) for t in image_rows(rows, tokens, min(576, tokens // 4)))
     best = 'sdpa' if torch.device(device).type == 'cpu' else 'flex_attention'
-    make = lambda kind: attention_mask(kind, image_ids=ids, padding_mask=real, bidirectional_images=True)
-    same = (make('eager')[:, 0] == 0)[real] == (mask_by_token(ids.cpu(), real.cpu()).to(device)[:, 0] == 0)[real]
-    if not same.all(): raise ValueError('the two masks differ')
+    make = lambda kind: attention_mask(
+        kind, image_ids=ids, padding_mask=real, bidirectional_images=True
+    )
+    same = (make('eager')[:, 0] == 0)[real] == (
+        mask_by_token(ids.cpu(), real.cpu()).to(device)[:, 0] == 0
+    )[real]
+    if not same.all():
+        raise ValueError('the two masks differ')
     flags = dict(image_ids=ids, padding_mask=real)
-    work = {'mask': lambda: make(best), 'mask_dense': lambda: dense(intervals(**flags)), 'mask_additive': lambda: make('eager'),
-            'by token': lambda: mask_by_token(ids.cpu(), real.cpu()), 'by slice': lambda: mask_by_token(ids.cpu(), real.cpu(), True)}
+    work = {
+        'mask': lambda: make(best),
+        'mask_dense': lambda: dense(intervals(**flags)),
+        'mask_additive': lambda: make('eager'),
+        'by token': lambda: mask_by_token(ids.cpu(), real.cpu()),
+        'by slice': lambda: mask_by_token(ids.cpu(), real.cpu(), True),
+    }
     took = time_in_turns(work, rounds, device, clock)
     forms = dict(mask=type(make(best)).__name__, mask_dense='boolean', mask_additive='additive')
-    return {k: dict(ours=_ms(took[k]), baseline=_ms(took['by token']), ratio=ratio(took['by token'], took[k]), form=form,
-                    by_slice=ratio(took['by slice'], took[k])) for k, form in forms.items()}
+    return {
+        k: dict(
+            ours=_ms(took[k]),
+            baseline=_ms(took['by token']),
+            ratio=ratio(took['by token'], took[k]),
+            form=form,
+            by_slice=ratio(took['by slice'], took[k]),
+        )
+        for k, form in forms.items()
+    }
 
-def masked_attention_speed(rows: int = 4, tokens: int = 2048, heads: int = 2, width: int = 64, rounds: int = 2,
-                           device: str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
-    """Attention forward and backward with that mask, construction included: the best form on `device` against a dense
-    additive mask. `ratio`: dense over best; peak memory of both."""
-    ids, real = (t.to(device) for t in image_rows(rows, tokens, min(576, tokens//4)))
-    q, k, v = (torch.randn(rows, heads, tokens, width, device=device, requires_grad=True) for _ in range(3))
-    make = lambda kind: attention_mask(kind, image_ids=ids, padding_mask=real, bidirectional_images=True)
-    if torch.device(device).type == 'cpu': best = lambda: scaled_dot_product_attention(q, k, v, attn_mask=make('sdpa'))
+
+def masked_attention_speed(
+    rows: int = 4,
+    tokens: int = 2048,
+    heads: int = 2,
+    width: int = 64,
+    rounds: int = 2,
+    device: str = 'cpu',
+    clock: str = 'wall',
+) -> dict[str, Any]:
+    """Attention forward and backward with that mask, construction included: the best form on
+    `device` against a dense additive mask. `ratio`: dense over best; peak memory of both."""
+    ids, real = (t.to(device) for t in image_rows(rows, tokens, min(576, tokens // 4)))
+    q, k, v = (
+        torch.randn(rows, heads, tokens, width, device=device, requires_grad=True) for _ in range(3)
+    )
+    make = lambda kind: attention_mask(
+        kind, image_ids=ids, padding_mask=real, bidirectional_images=True
+    )
+    if torch.device(device).type == 'cpu':
+        best = lambda: scaled_dot_product_attention(q, k, v, attn_mask=make('sdpa'))
     else:
         flex = torch.compile(torch.nn.attention.flex_attention.flex_attention)
         best = lambda: flex(q, k, v, block_mask=make('flex_attention'))
     whole = lambda: scaled_dot_product_attention(q, k, v, attn_mask=make('eager'))
     both = dict(ours=lambda: best().sum().backward(), dense=lambda: whole().sum().backward())
     took = time_in_turns(both, rounds, device, clock)
-    return dict(ours=_ms(took['ours']), baseline=_ms(took['dense']), ratio=ratio(took['dense'], took['ours']),
-                ours_mb=_peak(both['ours'], device), baseline_mb=_peak(both['dense'], device))
+    return dict(
+        ours=_ms(took['ours']),
+        baseline=_ms(took['dense']),
+        ratio=ratio(took['dense'], took['ours']),
+        ours_mb=_peak(both['ours'], device),
+        baseline_mb=_peak(both['dense'], device),
+    )
 
 # %% ../../nbs/run/32_speed_methods.ipynb #945c44d9
-SHAPES = ((672, 672), (504, 672), (672, 504), (392, 672), (672, 308), (84, 672))   # mixed aspect ratios, long side 672 px
+SHAPES = (
+    (672, 672),
+    (504, 672),
+    (672, 504),
+    (392, 672),
+    (672, 308),
+    (84, 672),
+)  # mixed aspect ratios, long side 672 px
+
 
 def _attend(a, query, keys):
     "Textbook attention of one query per set."
     k, v = a.kv_proj(a.kv_norm(keys)).chunk(2, -1)
     split = lambda x: x.unflatten(-1, (a.heads, -1)).transpose(-2, -3)
-    weights = (split(a.q_proj(a.q_norm(query))[:, None]) @ split(k).mT*a.scale).softmax(-1)
+    weights = (split(a.q_proj(a.q_norm(query))[:, None]) @ split(k).mT * a.scale).softmax(-1)
     return a.out_proj((weights @ split(v)).transpose(1, 2).flatten(1))
+
 
 def patches_by_image(front: PatchFrontEnd, pixels: Tensor, sizes: Tensor) -> Tensor:
     "Tokens of all images `[tokens, hidden]`, one image after the other, keys and values computed."
     p, k, out = front.config['patch_stride'], front.config['conv_stride'], []
     for x, (height, width) in zip(front.patch_embedding(pixels), sizes.tolist()):
-        x = x[:, :height//p, :width//p]
-        h, w = x.shape[1]//k, x.shape[2]//k
-        f = x.unflatten(2, (w, k)).unflatten(1, (h, k)).permute(1, 3, 2, 4, 0).reshape(h*w, k*k, -1)
+        x = x[:, : height // p, : width // p]
+        h, w = x.shape[1] // k, x.shape[2] // k
+        f = (
+            x.unflatten(2, (w, k))
+            .unflatten(1, (h, k))
+            .permute(1, 3, 2, 4, 0)
+            .reshape(h * w, k * k, -1)
+        )
         tokens = f.mean(1) + _attend(front.local_attention, f.mean(1), f)
         start = front.class_embedding[None]
         start = start + _attend(front.global_attention, start, tokens[None])
@@ -125,230 +196,482 @@ def patches_by_image(front: PatchFrontEnd, pixels: Tensor, sizes: Tensor) -> Ten
         out.append(front.projector(torch.cat([start, rows.flatten(0, 1)])))
     return torch.cat(out)
 
-def patch_speed(channels: int = 512, hidden: int = 2048, images: int = 6, rounds: int = 3, device: str = 'cpu',
-                clock: str = 'wall', canvas: int = 672) -> dict[str, Any]:
-    """Forward and backward of the layer at the published geometry (672 px, patches of 14, windows of 2 x 2) and reduced
-    widths, by default half the published ones. `ratio`: by image over ours; `planned`: the same in multiply-adds of matrix
-    products, the ratio to be expected."""
+
+def patch_speed(
+    channels: int = 512,
+    hidden: int = 2048,
+    images: int = 6,
+    rounds: int = 3,
+    device: str = 'cpu',
+    clock: str = 'wall',
+    canvas: int = 672,
+) -> dict[str, Any]:
+    """Forward and backward of the layer at the published geometry (672 px, patches of 14, windows
+    of 2 x 2) and reduced widths, by default half the published ones. `ratio`: by image over ours;
+    `planned`: the same in multiply-adds of matrix products, the ratio to be expected."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         front = PatchFrontEnd(dict(channels=channels), hidden).to(device)
-    sizes = torch.tensor([[s*canvas//672//28*28 for s in SHAPES[i % len(SHAPES)]] for i in range(images)])
+    sizes = torch.tensor(
+        [[s * canvas // 672 // 28 * 28 for s in SHAPES[i % len(SHAPES)]] for i in range(images)]
+    )
     pixels = torch.zeros(images, 3, canvas, canvas)
-    for x, (h, w) in zip(pixels, sizes.tolist()): x[:, :h, :w] = torch.randn(3, h, w)
+    for x, (h, w) in zip(pixels, sizes.tolist()):
+        x[:, :h, :w] = torch.randn(3, h, w)
     pixels = pixels.to(device)
     plain = copy.deepcopy(front)
     for m in plain.modules():
-        if isinstance(m, Linear): m.__class__ = nn.Linear
-    forms = dict(ours=(front, lambda f, x: f(x, sizes)[0]), by_image=(plain, lambda f, x: patches_by_image(f, x, sizes)))
+        if isinstance(m, Linear):
+            m.__class__ = nn.Linear
+    forms = dict(
+        ours=(front, lambda f, x: f(x, sizes)[0]),
+        by_image=(plain, lambda f, x: patches_by_image(f, x, sizes)),
+    )
     with torch.no_grad():
         y, other = (run(f, pixels) for f, run in forms.values())
         off, gradient = float((y - other).abs().max()), torch.randn_like(y)
-    if off > 1e-4: raise ValueError(f'the two forms differ by {off:.1e}')
+    if off > 1e-4:
+        raise ValueError(f'the two forms differ by {off:.1e}')
+
     def step(f, run, x=pixels):
         f.zero_grad()
         y = run(f, x)
         y.backward(gradient.to(y))
-    took = time_in_turns({k: lambda form=form: step(*form) for k, form in forms.items()}, rounds, device, clock)
+
+    took = time_in_turns(
+        {k: lambda form=form: step(*form) for k, form in forms.items()}, rounds, device, clock
+    )
     count = {}
-    for k, (f, run) in forms.items():                                         # in fp64, which is never a convolution
-        with FlopCounterMode(display=False) as counter: step(f.double(), run, pixels.double())
+    for k, (f, run) in forms.items():  # in fp64, which is never a convolution
+        with FlopCounterMode(display=False) as counter:
+            step(f.double(), run, pixels.double())
         count[k] = counter.get_total_flops()
-    return dict(ours=_ms(took['ours']), baseline=_ms(took['by_image']), ratio=ratio(took['by_image'], took['ours']),
-                planned=count['by_image']/count['ours'])
+    return dict(
+        ours=_ms(took['ours']),
+        baseline=_ms(took['by_image']),
+        ratio=ratio(took['by_image'], took['ours']),
+        planned=count['by_image'] / count['ours'],
+    )
 
 # %% ../../nbs/run/32_speed_methods.ipynb #9239960b
-def analysis_batch(vocab: int = 4096, rows: int = 4, image: int = 144, text: int = 72, answer: int = 8,
-                   seed: int = 0) -> dict[str, Tensor]:
-    "`rows` samples: a first token, `image` image tokens, `text` text tokens that end in an answer, up to 7 padding tokens."
+def analysis_batch(
+    vocab: int = 4096,
+    rows: int = 4,
+    image: int = 144,
+    text: int = 72,
+    answer: int = 8,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """`rows` samples: a first token, `image` image tokens, `text` text tokens that end in an
+    answer, up to 7 padding tokens."""
     g, t = torch.Generator().manual_seed(seed), 1 + image + text
     ids, at = torch.randint(4, vocab, (rows, t), generator=g), torch.arange(t)
     lengths = t - torch.randint(0, 8, (rows, 1), generator=g)
     labels = torch.where((at >= lengths - answer) & (at < lengths), ids, -100)
-    return dict(input_ids=ids, attention_mask=(at < lengths).long(), labels=labels,
-                image_mask=((at >= 1) & (at <= image)).expand(rows, t))
+    return dict(
+        input_ids=ids,
+        attention_mask=(at < lengths).long(),
+        labels=labels,
+        image_mask=((at >= 1) & (at <= image)).expand(rows, t),
+    )
 
-def analysis_model(layers: int = 12, hidden: int = 512, vocab: int = 4096, device: str = 'cpu') -> LlamaForCausalLM:
+
+def analysis_model(
+    layers: int = 12, hidden: int = 512, vocab: int = 4096, device: str = 'cpu'
+) -> LlamaForCausalLM:
     "A random language model in Llama's proportions, heads of 64."
-    heads = max(1, hidden//64)
+    heads = max(1, hidden // 64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(
-            hidden_size=hidden, intermediate_size=hidden*11//4, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, vocab_size=vocab, pad_token_id=0)).eval().to(device)
+        return (
+            LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=hidden,
+                    intermediate_size=hidden * 11 // 4,
+                    num_hidden_layers=layers,
+                    num_attention_heads=heads,
+                    num_key_value_heads=heads,
+                    vocab_size=vocab,
+                    pad_token_id=0,
+                )
+            )
+            .eval()
+            .to(device)
+        )
+
 
 @torch.no_grad()
-def _plain(model, batch, **kw): model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, **kw)
+def _plain(model, batch, **kw):
+    model(
+        input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], use_cache=False, **kw
+    )
 
 # %% ../../nbs/run/32_speed_methods.ipynb #7a90307a
-def stream_speed(layers: int = 12, hidden: int = 512, vocab: int = 4096, rounds: int = 3, device: str = 'cpu',
-                 clock: str = 'wall', each: bool = False, **sizes: Any) -> dict[str, Any]:
-    """All streaming metrics over a plain forward of the same batch (`sizes`: see `analysis_batch`): `ratio`, `share_text`;
-    `each`: the ratio of every metric by itself."""
+def stream_speed(
+    layers: int = 12,
+    hidden: int = 512,
+    vocab: int = 4096,
+    rounds: int = 3,
+    device: str = 'cpu',
+    clock: str = 'wall',
+    each: bool = False,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """All streaming metrics over a plain forward of the same batch (`sizes`: see `analysis_batch`):
+    `ratio`, `share_text`; `each`: the ratio of every metric by itself."""
     from vlmbench.analysis.streams import stream
     from vlmbench.analysis.suite import streaming_metrics
+
     model = analysis_model(layers, hidden, vocab, device)
     batch = {k: v.to(device) for k, v in analysis_batch(vocab, **sizes).items()}
-    work = dict(plain=lambda: _plain(model, batch), every=lambda: stream(model, [batch], streaming_metrics()))
-    if each: work |= {type(m).__name__: lambda m=m: stream(model, [batch], [type(m)()]) for m in streaming_metrics()}
-    took = time_in_turns(work, 2*rounds, device, clock)
+    work = dict(
+        plain=lambda: _plain(model, batch),
+        every=lambda: stream(model, [batch], streaming_metrics()),
+    )
+    if each:
+        work |= {
+            type(m).__name__: lambda m=m: stream(model, [batch], [type(m)()])
+            for m in streaming_metrics()
+        }
+    took = time_in_turns(work, 2 * rounds, device, clock)
     over = {k: ratio(t, took['plain']) for k, t in took.items()}
     text = ~batch['image_mask'] & (torch.arange(batch['input_ids'].shape[1], device=device) > 0)
-    return dict(ours=_ms(took['every']), baseline=_ms(took['plain']), ratio=over['every'], share_text=float(text.float().mean()),
-                **(dict(each={k: v for k, v in over.items() if k not in ('plain', 'every')}) if each else {}))
+    return dict(
+        ours=_ms(took['every']),
+        baseline=_ms(took['plain']),
+        ratio=over['every'],
+        share_text=float(text.float().mean()),
+        **(
+            dict(each={k: v for k, v in over.items() if k not in ('plain', 'every')})
+            if each
+            else {}
+        ),
+    )
+
 
 def stream_memory(few: int = 2, many: int = 40, **kw: Any) -> dict[str, Any]:
-    """Peak memory of a process that takes all streaming metrics over `many` batches, and over `few`, in MB; `ratio`: many over
-    few. `kw`: `layers`, `hidden`, `vocab`, `device` and the sizes of `analysis_batch`. Each in a process of its own, because
-    what others have left behind in memory is used again."""
+    """Peak memory of a process that takes all streaming metrics over `many` batches, and over
+    `few`, in MB; `ratio`: many over few. `kw`: `layers`, `hidden`, `vocab`, `device` and the sizes
+    of `analysis_batch`. Each in a process of its own, because what others have left behind in
+    memory is used again."""
+
     def peak(n):
-        code = f'from vlmbench.run.speed_methods import _stream_peak; print(_stream_peak({n}, **{kw!r}))'
-        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+        code = (
+            f'from vlmbench.run.speed_methods import _stream_peak; print(_stream_peak({n}, '
+            f'**{kw!r}))'
+        )
+        out = subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True
+        ).stdout
         return round(float(out.split()[-1]), 1)
+
     low, high = peak(few), peak(many)
-    return dict(ours=f'{many} batches', baseline=f'{few} batches', ratio=high/low, ours_mb=high, baseline_mb=low)
+    return dict(
+        ours=f'{many} batches',
+        baseline=f'{few} batches',
+        ratio=high / low,
+        ours_mb=high,
+        baseline_mb=low,
+    )
+
 
 def _stream_peak(n, layers=4, hidden=256, vocab=4096, device='cpu', **sizes):
     from vlmbench.analysis.streams import stream
     from vlmbench.analysis.suite import streaming_metrics
+
     model = analysis_model(layers, hidden, vocab, device)
     make = lambda i: {k: v.to(device) for k, v in analysis_batch(vocab, seed=i, **sizes).items()}
-    with PeakMemory(device) as m: stream(model, (make(i) for i in range(n)), streaming_metrics())
-    return m.mb + m.start/2**20                                               # the whole process, weights included
+    with PeakMemory(device) as m:
+        stream(model, (make(i) for i in range(n)), streaming_metrics())
+    return m.mb + m.start / 2**20  # the whole process, weights included
 
-def drop_one_speed(layers: int = 12, hidden: int = 256, vocab: int = 4096, batches: int = 3, rounds: int = 3,
-                   device: str = 'cpu', clock: str = 'wall', **sizes: Any) -> dict[str, Any]:
-    "Drop-one over the forwards of all pruned models on the same `batches`; the first of them is checked by a further pass."
+
+def drop_one_speed(
+    layers: int = 12,
+    hidden: int = 256,
+    vocab: int = 4096,
+    batches: int = 3,
+    rounds: int = 3,
+    device: str = 'cpu',
+    clock: str = 'wall',
+    **sizes: Any,
+) -> dict[str, Any]:
+    """Drop-one over the forwards of all pruned models on the same `batches`; the first of them is
+    checked by a further pass."""
     from vlmbench.analysis.ablation import drop_one
+
     model = analysis_model(layers, hidden, vocab, device)
-    data = [{k: v.to(device) for k, v in analysis_batch(vocab, seed=i, **sizes).items()} for i in range(batches)]
+    data = [
+        {k: v.to(device) for k, v in analysis_batch(vocab, seed=i, **sizes).items()}
+        for i in range(batches)
+    ]
     pruned = [prune(model, [i]) for i in range(layers)]
+
     def naive():
         for m in pruned:
-            for batch in data: _plain(m, batch, labels=batch['labels'])
-    took = time_in_turns(dict(drop=lambda: drop_one(model, data), naive=naive), rounds, device, clock)
-    return dict(ours=_ms(took['drop']), baseline=_ms(took['naive']), ratio=ratio(took['drop'], took['naive']))
+            for batch in data:
+                _plain(m, batch, labels=batch['labels'])
+
+    took = time_in_turns(
+        dict(drop=lambda: drop_one(model, data), naive=naive), rounds, device, clock
+    )
+    return dict(
+        ours=_ms(took['drop']),
+        baseline=_ms(took['naive']),
+        ratio=ratio(took['drop'], took['naive']),
+    )
 
 # %% ../../nbs/run/32_speed_methods.ipynb #0bb2f9a3
 def _pictured(shape, rows, device):
     "A padded batch of `rows` documents with a picture each, and the planner's word for it."
     from vlmbench.analysis.cost import Workload
-    docs = [d for d in make_mix(Mix(documents=8*rows, image_size=shape.image_size, image_tokens=(shape.image_size//shape.patch)**2))
-            if d.images][:rows]
-    batch = {k: v.to(device) for k, v in collate_padded(docs, 0).items() if k in ('input_ids', 'attention_mask', 'labels', 'pixel_values')}
+
+    docs = [
+        d
+        for d in make_mix(
+            Mix(
+                documents=8 * rows,
+                image_size=shape.image_size,
+                image_tokens=(shape.image_size // shape.patch) ** 2,
+            )
+        )
+        if d.images
+    ][:rows]
+    batch = {
+        k: v.to(device)
+        for k, v in collate_padded(docs, 0).items()
+        if k in ('input_ids', 'attention_mask', 'labels', 'pixel_values')
+    }
     n, tokens = batch['input_ids'].shape
     targets = int((batch['labels'][:, 1:] != -100).sum())
     return batch, Workload(n, tokens, n, shape.image_size, shape.image_size, targets, packed=False)
 
-def surrogate_speed(shape: Shape | None = None, replaced: range = range(6, 11), rows: int = 8, rounds: int = 3,
-                    device: str = 'cpu', clock: str = 'wall') -> dict[str, Any]:
-    """One training step of the vision side (decoder frozen) below the surrogate that replaces the layers `replaced` by a
-    translator, and below the full model. `ratio`: surrogate over full; `planned`: the planner's ratio of FLOPs."""
+
+def surrogate_speed(
+    shape: Shape | None = None,
+    replaced: range = range(6, 11),
+    rows: int = 8,
+    rounds: int = 3,
+    device: str = 'cpu',
+    clock: str = 'wall',
+) -> dict[str, Any]:
+    """One training step of the vision side (decoder frozen) below the surrogate that replaces the
+    layers `replaced` by a translator, and below the full model. `ratio`: surrogate over full;
+    `planned`: the planner's ratio of FLOPs."""
     from vlmbench.analysis.cost import training_cost
+
     shape = shape or Shape(hidden=256, layers=12, vision_hidden=128)
     whole = our_model(reference_model(shape))
     models = dict(surrogate=build_surrogate(whole, [replaced]).to(device), full=whole.to(device))
     batch, work = _pictured(shape, rows, device)
     for m in models.values():
         m.train()
-        for n, p in m.named_parameters(): p.requires_grad_(n.startswith('model.vision.'))
+        for n, p in m.named_parameters():
+            p.requires_grad_(n.startswith('model.vision.'))
+
     def step(m):
         m(**batch).loss.backward()
         m.zero_grad()
+
     took = time_in_turns({k: lambda m=m: step(m) for k, m in models.items()}, rounds, device, clock)
     plan = {k: training_cost(copy.deepcopy(m).to('meta'), work) for k, m in models.items()}
     memory = {k: _peak(lambda m=m: step(m), device) for k, m in models.items()}
-    return dict(ours=_ms(took['surrogate']), baseline=_ms(took['full']), ratio=ratio(took['surrogate'], took['full']),
-                planned=plan['surrogate'].flops/plan['full'].flops, ours_mb=memory['surrogate'], baseline_mb=memory['full'],
-                planned_memory={k: round((c.peak - c.weights_bytes)/2**20, 1) for k, c in plan.items()})
+    return dict(
+        ours=_ms(took['surrogate']),
+        baseline=_ms(took['full']),
+        ratio=ratio(took['surrogate'], took['full']),
+        planned=plan['surrogate'].flops / plan['full'].flops,
+        ours_mb=memory['surrogate'],
+        baseline_mb=memory['full'],
+        planned_memory={k: round((c.peak - c.weights_bytes) / 2**20, 1) for k, c in plan.items()},
+    )
 
 # %% ../../nbs/run/32_speed_methods.ipynb #7b2f5942
-def region_speed(shape: Shape | None = None, share: float = .25, r: int = 16, rows: int = 8, rounds: int = 3,
-                 device: str = 'cpu', clock: str = 'wall') -> dict[str, dict[str, Any]]:
-    """One training step with LoRA of rank `r` in every layer against a `share` of them: `region`, evenly spaced, the
-    projector trained; `region_top`, the topmost, the projector frozen. `ratio`: theirs over every layer; `planned`: FLOPs."""
+def region_speed(
+    shape: Shape | None = None,
+    share: float = 0.25,
+    r: int = 16,
+    rows: int = 8,
+    rounds: int = 3,
+    device: str = 'cpu',
+    clock: str = 'wall',
+) -> dict[str, dict[str, Any]]:
+    """One training step with LoRA of rank `r` in every layer against a `share` of them: `region`,
+    evenly spaced, the projector trained; `region_top`, the topmost, the projector frozen. `ratio`:
+    theirs over every layer; `planned`: FLOPs."""
     from vlmbench.analysis.cost import training_cost
     from vlmbench.analysis.importance import region
+
     shape = shape or Shape(hidden=256, layers=12, vision_hidden=128)
     spread, top = (region(where, share, shape.layers) for where in ('sparse_uniform', 'top'))
     ways = dict(all=(None, True), region=(spread, True), region_top=(top, False))
     models = {}
     for name, (chosen, projector) in ways.items():
         models[name] = our_model(reference_model(shape)).to(device).train()
-        trains = dict(layers=lora(r, 2*r, chosen)) | (dict(projector=full()) if projector else {})
+        trains = dict(layers=lora(r, 2 * r, chosen)) | (dict(projector=full()) if projector else {})
         prepare(models[name], Stage('region', trains, 'mix', lr=1e-3, steps=1))
     batch, work = _pictured(shape, rows, device)
+
     def step(m):
         m(**batch).loss.backward()
         m.zero_grad()
+
     took = time_in_turns({k: lambda m=m: step(m) for k, m in models.items()}, rounds, device, clock)
     plan = {k: training_cost(copy.deepcopy(m).to('meta'), work).flops for k, m in models.items()}
     memory = {k: _peak(lambda m=m: step(m), device) for k, m in models.items()}
-    return {k: dict(ours=_ms(took[k]), baseline=_ms(took['all']), ratio=ratio(took[k], took['all']), planned=plan[k]/plan['all'],
-                    ours_mb=memory[k], baseline_mb=memory['all']) for k in ('region', 'region_top')}
+    return {
+        k: dict(
+            ours=_ms(took[k]),
+            baseline=_ms(took['all']),
+            ratio=ratio(took[k], took['all']),
+            planned=plan[k] / plan['all'],
+            ours_mb=memory[k],
+            baseline_mb=memory['all'],
+        )
+        for k in ('region', 'region_top')
+    }
 
 # %% ../../nbs/run/32_speed_methods.ipynb #5b621616
-def _llama(hidden, layers, heads, vocab): return LlamaConfig(hidden_size=hidden, intermediate_size=hidden*8//3//8*8, vocab_size=vocab,
-    num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, pad_token_id=0)
+def _llama(hidden, layers, heads, vocab):
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 8 * 8,
+        vocab_size=vocab,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
 
-def _clip(hidden, layers, size, patch): return dict(type='encoder', select_layers=[-2], projector='mlp2x_gelu', backbone=backbone_dict(
-    CLIPVisionConfig(hidden_size=hidden, intermediate_size=4*hidden, num_hidden_layers=layers, num_attention_heads=4,
-                     image_size=size, patch_size=patch)))
+
+def _clip(hidden, layers, size, patch):
+    return dict(
+        type='encoder',
+        select_layers=[-2],
+        projector='mlp2x_gelu',
+        backbone=backbone_dict(
+            CLIPVisionConfig(
+                hidden_size=hidden,
+                intermediate_size=4 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                image_size=size,
+                patch_size=patch,
+            )
+        ),
+    )
+
 
 def ways_to_see(scale: str) -> tuple[LlamaConfig, dict[str, tuple[dict, int]]]:
-    "The language model of `scale` ('tiny', 'published / 8') and, by name, front-end settings and side of the picture in px."
-    if scale == 'tiny': return _llama(96, 8, 4, 512), dict(
-        encoder=(_clip(96, 5, 64, 8), 64), vora=(dict(type='vora', patch_size=8, width=96, image_size=64), 64),
-        eve=(dict(type='eve', channels=96, patch_stride=4), 64))
-    if scale == 'published / 8': return _llama(512, 8, 8, 4096), dict(
-        encoder=(_clip(128, 6, 336, 14), 336), vora=(dict(type='vora', patch_size=14, width=192, image_size=448), 448),
-        eve=(dict(type='eve', channels=128), 672))
+    """The language model of `scale` ('tiny', 'published / 8') and, by name, front-end settings and
+    side of the picture in px."""
+    if scale == 'tiny':
+        return _llama(96, 8, 4, 512), dict(
+            encoder=(_clip(96, 5, 64, 8), 64),
+            vora=(dict(type='vora', patch_size=8, width=96, image_size=64), 64),
+            eve=(dict(type='eve', channels=96, patch_stride=4), 64),
+        )
+    if scale == 'published / 8':
+        return _llama(512, 8, 8, 4096), dict(
+            encoder=(_clip(128, 6, 336, 14), 336),
+            vora=(dict(type='vora', patch_size=14, width=192, image_size=448), 448),
+            eve=(dict(type='eve', channels=128), 672),
+        )
     raise ValueError(f"scale {scale!r} is unknown; known: 'tiny', 'published / 8'")
 
-def inference_table(scale: str = 'tiny', prompt: int = 64, rounds: int = 3, device: str = 'cpu', clock: str = 'wall') -> pd.DataFrame:
-    """One row per way to see: image tokens, GFLOPs of the front end and of everything up to the first token, milliseconds
-    to the first token, peak memory of that above the weights, the weights, all for one picture and `prompt` text tokens."""
+
+def inference_table(
+    scale: str = 'tiny', prompt: int = 64, rounds: int = 3, device: str = 'cpu', clock: str = 'wall'
+) -> pd.DataFrame:
+    """One row per way to see: image tokens, GFLOPs of the front end and of everything up to the
+    first token, milliseconds to the first token, peak memory of that above the weights, the
+    weights, all for one picture and `prompt` text tokens."""
     llm, ways = ways_to_see(scale)
     runs, rows = {}, []
     for name, (front, side) in ways.items():
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = VLMForConditionalGeneration(VLMConfig(text_config=llm, vision_config=front, image_token_id=4,
-                                                          bidirectional_images=name == 'vora')).eval().to(device).requires_grad_(False)
+            model = (
+                VLMForConditionalGeneration(
+                    VLMConfig(
+                        text_config=llm,
+                        vision_config=front,
+                        image_token_id=4,
+                        bidirectional_images=name == 'vora',
+                    )
+                )
+                .eval()
+                .to(device)
+                .requires_grad_(False)
+            )
         n = model.model.vision.num_tokens(side, side)
         ids = torch.cat([torch.full((n,), 4), torch.arange(16, 16 + prompt)])[None].to(device)
-        batch = dict(input_ids=ids, pixel_values=torch.randn(1, 3, side, side, device=device),
-                     image_sizes=torch.tensor([[side, side]], device=device))
+        batch = dict(
+            input_ids=ids,
+            pixel_values=torch.randn(1, 3, side, side, device=device),
+            image_sizes=torch.tensor([[side, side]], device=device),
+        )
+
         def first(model=model, batch=batch):
-            with torch.no_grad(): return model(**batch, logits_to_keep=1, use_cache=True).logits.argmax(-1)
+            with torch.no_grad():
+                return model(**batch, logits_to_keep=1, use_cache=True).logits.argmax(-1)
+
         runs[name] = first
         before = model.model.language_model.config._attn_implementation
-        model.set_attn_implementation('eager')                                # products the counter knows, on every device
-        with FlopCounterMode(display=False) as counter: first()
+        model.set_attn_implementation('eager')  # products the counter knows, on every device
+        with FlopCounterMode(display=False) as counter:
+            first()
         model.set_attn_implementation(before)
         parts = counter.get_flop_counts()
         seen = sum(next((v for k, v in parts.items() if k.endswith('model.vision')), {}).values())
-        weights = sum(p.numel()*p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-        rows.append(dict(scale=scale, model=name, picture=side, image_tokens=n, vision_gflops=seen/1e9,
-                         gflops=counter.get_total_flops()/1e9, weights_mb=weights/2**20))
+        weights = sum(
+            p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values()
+        )
+        rows.append(
+            dict(
+                scale=scale,
+                model=name,
+                picture=side,
+                image_tokens=n,
+                vision_gflops=seen / 1e9,
+                gflops=counter.get_total_flops() / 1e9,
+                weights_mb=weights / 2**20,
+            )
+        )
     took = time_in_turns(runs, rounds, device, clock)
-    for row in rows: row |= dict(first_token_ms=1e3*statistics.median(took[row['model']]), peak_mb=_peak(runs[row['model']], device),
-                                 time_ratio=ratio(took[row['model']], took['encoder']), flops_ratio=row['gflops']/rows[0]['gflops'])
+    for row in rows:
+        row |= dict(
+            first_token_ms=1e3 * statistics.median(took[row['model']]),
+            peak_mb=_peak(runs[row['model']], device),
+            time_ratio=ratio(took[row['model']], took['encoder']),
+            flops_ratio=row['gflops'] / rows[0]['gflops'],
+        )
     return pd.DataFrame(rows)
 
+
 def inference_figure(table: pd.DataFrame) -> plt.Figure:
-    """Bars of FLOPs, time to the first token and memory of every way to see, relative to the encoder, a panel a scale (image
-    tokens in brackets)."""
+    """Bars of FLOPs, time to the first token and memory of every way to see, relative to the
+    encoder, a panel a scale (image tokens in brackets)."""
     scales = list(table['scale'].unique())
-    fig, axes = plt.subplots(1, len(scales), figsize=(4.8*len(scales), 3.2), squeeze=False, layout='constrained')
-    names = dict(gflops='FLOPs', first_token_ms='first token', peak_mb='peak memory', weights_mb='weights')
+    fig, axes = plt.subplots(
+        1, len(scales), figsize=(4.8 * len(scales), 3.2), squeeze=False, layout='constrained'
+    )
+    names = dict(
+        gflops='FLOPs', first_token_ms='first token', peak_mb='peak memory', weights_mb='weights'
+    )
     for ax, scale in zip(axes[0], scales):
         rows = table[table['scale'] == scale].set_index('model')
-        relative = rows[list(names)]/rows.loc['encoder', list(names)].clip(lower=1e-9)
+        relative = rows[list(names)] / rows.loc['encoder', list(names)].clip(lower=1e-9)
         for i, (model, values) in enumerate(relative.iterrows()):
-            ax.bar([x + .27*(i - 1) for x in range(len(names))], values, .25, label=f"{model} ({rows.loc[model, 'image_tokens']})")
+            ax.bar(
+                [x + 0.27 * (i - 1) for x in range(len(names))],
+                values,
+                0.25,
+                label=f'{model} ({rows.loc[model, "image_tokens"]})',
+            )
         ax.set_xticks(range(len(names)), names.values(), fontsize=8)
-        ax.axhline(1, color='k', lw=.5)
+        ax.axhline(1, color='k', lw=0.5)
         ax.set(title=scale, ylabel='relative to the encoder', xlabel=' ')
-        ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(.5, -.12), ncols=3)
+        ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.12), ncols=3)
     return fig

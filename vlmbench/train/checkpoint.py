@@ -28,79 +28,118 @@ FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
-    "A training state could not be written, or cannot be used; the message says which and what to do."
+    """A training state could not be written, or cannot be used; the message says which and what to
+    do."""
 
 
 def split_state(tree: Any, path: str = 'state') -> tuple[Any, dict[str, torch.Tensor]]:
-    "Split nested dicts, lists, tuples, scalars, arrays and tensors into (JSON value, path -> tensor)."
+    """Split nested dicts, lists, tuples, scalars, arrays and tensors into (JSON value, path ->
+    tensor)."""
     tensors = {}
+
     def walk(x, at):
-        if x is None or isinstance(x, (bool, int, float, str)) and not isinstance(x, np.generic): return x
+        if x is None or isinstance(x, (bool, int, float, str)) and not isinstance(x, np.generic):
+            return x
         if isinstance(x, torch.Tensor):
-            tensors[at] = x.detach().to('cpu', copy=True).contiguous(); return {'~': 'tensor', 'at': at}
+            tensors[at] = x.detach().to('cpu', copy=True).contiguous()
+            return {'~': 'tensor', 'at': at}
         if isinstance(x, np.ndarray):
-            tensors[at] = torch.from_numpy(np.array(x)); return {'~': 'array', 'at': at}
-        if isinstance(x, np.generic): return x.item()
-        if isinstance(x, list): return [walk(v, f'{at}.{i}') for i, v in enumerate(x)]
-        if isinstance(x, tuple): return {'~': 'tuple', 'of': [walk(v, f'{at}.{i}') for i, v in enumerate(x)]}
+            tensors[at] = torch.from_numpy(np.array(x))
+            return {'~': 'array', 'at': at}
+        if isinstance(x, np.generic):
+            return x.item()
+        if isinstance(x, list):
+            return [walk(v, f'{at}.{i}') for i, v in enumerate(x)]
+        if isinstance(x, tuple):
+            return {'~': 'tuple', 'of': [walk(v, f'{at}.{i}') for i, v in enumerate(x)]}
         if isinstance(x, Mapping):
             if all(isinstance(k, str) for k in x) and '~' not in x:
                 return {k: walk(v, f'{at}.{k}') for k, v in x.items()}
-            return {'~': 'dict', 'of': [[walk(k, f'{at}.key{i}'), walk(v, f'{at}.{i}')]
-                                        for i, (k, v) in enumerate(x.items())]}
-        raise CheckpointError(f'{at} is a {type(x).__name__}, which a training state cannot hold; '
-                              f'state_dict() must return dicts, lists, tuples, numbers, strings, arrays and tensors')
+            return {
+                '~': 'dict',
+                'of': [
+                    [walk(k, f'{at}.key{i}'), walk(v, f'{at}.{i}')]
+                    for i, (k, v) in enumerate(x.items())
+                ],
+            }
+        raise CheckpointError(
+            f'{at} is a {type(x).__name__}, which a training state cannot hold; '
+            f'state_dict() must return dicts, lists, tuples, numbers, strings, arrays and tensors'
+        )
+
     return walk(tree, path), tensors
 
 
 def join_state(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     "The inverse of `split_state`."
-    if isinstance(tree, list): return [join_state(v, tensors) for v in tree]
-    if not isinstance(tree, dict): return tree
+    if isinstance(tree, list):
+        return [join_state(v, tensors) for v in tree]
+    if not isinstance(tree, dict):
+        return tree
     kind = tree.get('~')
-    if kind == 'tensor': return tensors[tree['at']]
-    if kind == 'array': return tensors[tree['at']].numpy()
-    if kind == 'tuple': return tuple(join_state(v, tensors) for v in tree['of'])
-    if kind == 'dict': return {join_state(k, tensors): join_state(v, tensors) for k, v in tree['of']}
+    if kind == 'tensor':
+        return tensors[tree['at']]
+    if kind == 'array':
+        return tensors[tree['at']].numpy()
+    if kind == 'tuple':
+        return tuple(join_state(v, tensors) for v in tree['of'])
+    if kind == 'dict':
+        return {join_state(k, tensors): join_state(v, tensors) for k, v in tree['of']}
     return {k: join_state(v, tensors) for k, v in tree.items()}
 
 # %% ../../nbs/train/20_checkpoint.ipynb #9061d01c
 def rng_state() -> dict:
     "State of the Python, numpy, torch and (if used) CUDA generators."
-    state = dict(python=random.getstate(), numpy=np.random.get_state(legacy=False), torch=torch.get_rng_state())
-    if torch.cuda.is_available() and torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()
+    state = dict(
+        python=random.getstate(),
+        numpy=np.random.get_state(legacy=False),
+        torch=torch.get_rng_state(),
+    )
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state['cuda'] = torch.cuda.get_rng_state_all()
     return state
 
 
 def set_rng_state(state: Mapping) -> None:
     "Put back what `rng_state` returned."
-    random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
+    torch.set_rng_state(state['torch'])
     if 'cuda' in state and torch.cuda.is_available():
-        if len(state['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['cuda'])
-        else: warnings.warn(f'the state was saved with {len(state["cuda"])} CUDA devices and '
-                            f'{torch.cuda.device_count()} are visible: ' 'CUDA generators are not restored, so '
-                            'dropout will differ')
+        if len(state['cuda']) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state['cuda'])
+        else:
+            warnings.warn(
+                f'the state was saved with {len(state["cuda"])} CUDA devices and '
+                f'{torch.cuda.device_count()} are visible: '
+                'CUDA generators are not restored, so '
+                'dropout will differ'
+            )
 
 # %% ../../nbs/train/20_checkpoint.ipynb #2ab0b600
 def fingerprint(model: nn.Module, trained: Collection[str] = (), samples: int = 256) -> str:
-    """SHA-256 over every parameter's name, shape and dtype, and over `samples` evenly spaced values of each one not in
-    `trained`."""
+    """SHA-256 over every parameter's name, shape and dtype, and over `samples` evenly spaced values
+    of each one not in `trained`."""
     h, trained = hashlib.sha256(), set(trained)
     for name, p in sorted(model.named_parameters()):
         h.update(f'{name}{tuple(p.shape)}{p.dtype}'.encode())
         if name not in trained and not p.is_meta:
             flat = p.detach().reshape(-1)
-            h.update(flat[::max(1, flat.numel() // samples)].float().cpu().numpy().tobytes())
+            h.update(flat[:: max(1, flat.numel() // samples)].float().cpu().numpy().tobytes())
     return h.hexdigest()
 
 
 def _flat(d, at=''):
-    if isinstance(d, Mapping): return {k2: v2 for k, v in d.items() for k2, v2 in _flat(v, f'{at}{k}.').items()}
+    if isinstance(d, Mapping):
+        return {k2: v2 for k, v in d.items() for k2, v2 in _flat(v, f'{at}{k}.').items()}
     return {at[:-1]: json.loads(json.dumps(d))}
 
 
-def check_identity(saved: Mapping, now: Mapping, allow: Collection[str] = (), where: str = 'the state') -> None:
-    """Raise CheckpointError listing every dotted key in which `saved` and `now` differ, except those in `allow`.
+def check_identity(
+    saved: Mapping, now: Mapping, allow: Collection[str] = (), where: str = 'the state'
+) -> None:
+    """Raise CheckpointError listing every dotted key in which `saved` and `now` differ, except
+    those in `allow`.
 
     A key in `allow` covers everything below it: `stage` allows `stage.lr`."""
     a, b = _flat(saved), _flat(now)
@@ -108,24 +147,38 @@ def check_identity(saved: Mapping, now: Mapping, allow: Collection[str] = (), wh
     diff = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k) and not allowed(k)]
     if diff:
         lines = '\n'.join(f'  {k}: saved {a.get(k)!r}, now {b.get(k)!r}' for k in diff[:12])
-        raise CheckpointError(f'{where} belongs to another run:\n{lines}\nUse the same settings and base model, train '
-                              f'into another folder, ' f'start over with resume=None, or name the differences to '
-                              f'accept in allow_changed={tuple(diff[:2])!r}')
+        raise CheckpointError(
+            f'{where} belongs to another run:\n{lines}\nUse the same settings and base model, '
+            'train '
+            f'into another folder, '
+            f'start over with resume=None, or name the differences to '
+            f'accept in allow_changed={tuple(diff[:2])!r}'
+        )
 
 # %% ../../nbs/train/20_checkpoint.ipynb #77e3661b
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     "`NAME/KEY` -> tensor for every moment and counter; parameter groups must carry `param_names`."
     named = [np for g in optimizer.param_groups for np in zip(g['param_names'], g['params'])]
-    return {f'{n}/{k}': torch.as_tensor(v) for n, p in named for k, v in optimizer.state.get(p, {}).items()}
+    return {
+        f'{n}/{k}': torch.as_tensor(v)
+        for n, p in named
+        for k, v in optimizer.state.get(p, {}).items()
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    "Put back what `optimizer_tensors` returned. Raises CheckpointError if a name is not among the optimizer's."
-    names = {n: (p, g) for g in optimizer.param_groups for n, p in zip(g['param_names'], g['params'])}
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned. Raises CheckpointError if a name is not among the
+    optimizer's."""
+    names = {
+        n: (p, g) for g in optimizer.param_groups for n, p in zip(g['param_names'], g['params'])
+    }
     optimizer.state.clear()
     for key, t in tensors.items():
         name, _, k = key.rpartition('/')
-        if name not in names: raise CheckpointError(f'optimizer state for {name!r}, which this stage does not train')
+        if name not in names:
+            raise CheckpointError(f'optimizer state for {name!r}, which this stage does not train')
         p, g = names[name]
         on_cpu = k == 'step' and not (g.get('fused') or g.get('capturable'))
         optimizer.state[p][k] = t.to('cpu', copy=True) if on_cpu else _placed(t, p, copy=True)
@@ -133,143 +186,228 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 # %% ../../nbs/train/20_checkpoint.ipynb #7b769bbb
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sha256(path):
     h = hashlib.sha256()
     with open(path, 'rb') as f:
-        for block in iter(lambda: f.read(1 << 20), b''): h.update(block)
+        for block in iter(lambda: f.read(1 << 20), b''):
+            h.update(block)
     return h.hexdigest()
 
 
 def _write_json(path, value):
-    with open(path, 'w', encoding='utf8') as f: json.dump(value, f, indent=1)
+    with open(path, 'w', encoding='utf8') as f:
+        json.dump(value, f, indent=1)
     _fsync(path)
 
 
 def _whole(tensors, rank):
-    "Sharded tensors (FSDP2) whole, on the CPU of rank 0; all ranks take part, one tensor at a time."
+    """Sharded tensors (FSDP2) whole, on the CPU of rank 0; all ranks take part, one tensor at a
+    time."""
     out = {}
     for k, t in tensors.items():
         full = t.detach().full_tensor() if hasattr(t, 'full_tensor') else t
-        if not rank: out[k] = t if full is t else full.cpu()
+        if not rank:
+            out[k] = t if full is t else full.cpu()
     return out
 
 
 def _placed(t, like, copy=False):
     "The whole tensor `t` on the device of `like`, sharded as `like` is."
-    if not hasattr(like, 'full_tensor') or t.shape != like.shape: return t.to(like.device, copy=copy)
+    if not hasattr(like, 'full_tensor') or t.shape != like.shape:
+        return t.to(like.device, copy=copy)
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
 
 
 def _write_tensors(path, tensors):
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path); _fsync(path)
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
+    _fsync(path)
 
 
 def publish(tmp: Path, final: Path) -> None:
-    "Make the finished folder `tmp` appear as `final`, atomically, durably and as readable as the umask says."
+    """Make the finished folder `tmp` appear as `final`, atomically, durably and as readable as the
+    umask says."""
     probe = tmp / '.mode'
-    probe.touch(); mode = probe.stat().st_mode & 0o777; probe.unlink()
-    for p in tmp.rglob('*.safetensors'): p.chmod(mode)               # safetensors makes its files for the owner alone
-    _fsync(tmp); os.rename(tmp, final); _fsync(final.parent)
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for p in tmp.rglob('*.safetensors'):
+        p.chmod(mode)  # safetensors makes its files for the owner alone
+    _fsync(tmp)
+    os.rename(tmp, final)
+    _fsync(final.parent)
 
 
-def _folder(out_dir): return Path(out_dir) / 'checkpoints'
+def _folder(out_dir):
+    return Path(out_dir) / 'checkpoints'
 
-def _states(out_dir): return sorted(_folder(out_dir).glob('step-*'), reverse=True)
+
+def _states(out_dir):
+    return sorted(_folder(out_dir).glob('step-*'), reverse=True)
 
 # %% ../../nbs/train/20_checkpoint.ipynb #183517fc
-def save_state(out_dir: str | Path, step: int, weights: Mapping[str, torch.Tensor],
-               optimizer: Mapping[str, torch.Tensor], shared: Any, local: Any, identity: Mapping,
-               metric: float | None = None, keep_last: int = 2, best: str = 'min', rank: int = 0, world: int = 1,
-               agree: Callable[[bool], bool] = lambda ok: ok) -> Path:
+def save_state(
+    out_dir: str | Path,
+    step: int,
+    weights: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    shared: Any,
+    local: Any,
+    identity: Mapping,
+    metric: float | None = None,
+    keep_last: int = 2,
+    best: str = 'min',
+    rank: int = 0,
+    world: int = 1,
+    agree: Callable[[bool], bool] = lambda ok: ok,
+) -> Path:
     """Write `out_dir/checkpoints/step-XXXXXXXX` atomically and return it.
 
-    `weights`, `optimizer`: trained tensors by name, written by rank 0, sharded ones (FSDP2) whole. `shared`: any tree equal on all ranks (counters,
-    schedule). `local`: this rank's tree (generators, sampler, half-filled pack). `metric`: score of this state for
-    keeping the best (`best`: 'min' or 'max'). `agree(ok)` combines the ranks' verdicts (all of them call it); False on
-    one rank makes all raise. Keeps the last `keep_last` states and the best. Raises CheckpointError when writing fails;
-    earlier states stay intact."""
-    folder = _folder(out_dir); tmp, final = folder / f'.tmp-step-{step:08d}', folder / f'step-{step:08d}'
+    `weights`, `optimizer`: trained tensors by name, written by rank 0, sharded ones (FSDP2) whole.
+    `shared`: any tree equal on all ranks (counters, schedule). `local`: this rank's tree
+    (generators, sampler, half-filled pack). `metric`: score of this state for keeping the best
+    (`best`: 'min' or 'max'). `agree(ok)` combines the ranks' verdicts (all of them call it); False
+    on one rank makes all raise. Keeps the last `keep_last` states and the best. Raises
+    CheckpointError when writing fails; earlier states stay intact."""
+    folder = _folder(out_dir)
+    tmp, final = folder / f'.tmp-step-{step:08d}', folder / f'step-{step:08d}'
+
     def attempt(work):
         error = None
-        try: work()
-        except Exception as e: error = e                          # whatever it is: all ranks must hear of it, then it is raised
+        try:
+            work()
+        except Exception as e:
+            error = e  # whatever it is: all ranks must hear of it, then it is raised
         if not agree(error is None):
-            if rank == 0: shutil.rmtree(tmp, ignore_errors=True)
+            if rank == 0:
+                shutil.rmtree(tmp, ignore_errors=True)
             kept = _states(out_dir)
             disk = error is None or isinstance(error, (OSError, SafetensorError))
-            raise CheckpointError(f'could not write {final}: {error or "another rank failed"}. '
-                                  + (f'The previous state {kept[0]} is intact. ' if kept else 'No earlier state exists. ')
-                                  + 'Free space or choose another out_dir, then resume.' * disk) from error
+            raise CheckpointError(
+                f'could not write {final}: {error or "another rank failed"}. '
+                + (
+                    f'The previous state {kept[0]} is intact. '
+                    if kept
+                    else 'No earlier state exists. '
+                )
+                + 'Free space or choose another out_dir, then resume.' * disk
+            ) from error
+
     weights, optimizer = _whole(weights, rank), _whole(optimizer, rank)
+
     def begin():
-        if rank: return
+        if rank:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob('.tmp-*'): shutil.rmtree(old)
+        for old in folder.glob('.tmp-*'):
+            shutil.rmtree(old)
         tmp.mkdir()
+
     def write():
         tree, tensors = split_state(local)
-        _write_json(tmp / f'rank-{rank:05d}.json', tree); _write_tensors(tmp / f'rank-{rank:05d}.safetensors', tensors)
-        if rank: return
-        _write_tensors(tmp / 'weights.safetensors', weights); _write_tensors(tmp / 'optimizer.safetensors', optimizer)
+        _write_json(tmp / f'rank-{rank:05d}.json', tree)
+        _write_tensors(tmp / f'rank-{rank:05d}.safetensors', tensors)
+        if rank:
+            return
+        _write_tensors(tmp / 'weights.safetensors', weights)
+        _write_tensors(tmp / 'optimizer.safetensors', optimizer)
         tree, tensors = split_state(shared)
-        _write_json(tmp / 'shared.json', tree); _write_tensors(tmp / 'shared.safetensors', tensors)
+        _write_json(tmp / 'shared.json', tree)
+        _write_tensors(tmp / 'shared.safetensors', tensors)
+
     def finish():
-        if rank: return
-        files = {p.name: dict(size=p.stat().st_size, sha256=_sha256(p)) for p in sorted(tmp.iterdir())}
-        _write_json(tmp / 'manifest.json', dict(format=FORMAT, step=step, world=world, metric=metric, best=best,
-                                                identity=identity, files=files))
-        if final.exists(): os.rename(final, folder / f'.tmp-replaced-{step:08d}')
+        if rank:
+            return
+        files = {
+            p.name: dict(size=p.stat().st_size, sha256=_sha256(p)) for p in sorted(tmp.iterdir())
+        }
+        _write_json(
+            tmp / 'manifest.json',
+            dict(
+                format=FORMAT,
+                step=step,
+                world=world,
+                metric=metric,
+                best=best,
+                identity=identity,
+                files=files,
+            ),
+        )
+        if final.exists():
+            os.rename(final, folder / f'.tmp-replaced-{step:08d}')
         publish(tmp, final)
         _prune(out_dir, keep_last, best)
-    for work in (begin, write, finish): attempt(work)
+
+    for work in (begin, write, finish):
+        attempt(work)
     return final
 
 # %% ../../nbs/train/20_checkpoint.ipynb #7b6012a7
 def _manifest(path):
-    with open(Path(path) / 'manifest.json', encoding='utf8') as f: return json.load(f)
+    with open(Path(path) / 'manifest.json', encoding='utf8') as f:
+        return json.load(f)
 
 
 def _prune(out_dir, keep_last, best):
-    states = _states(out_dir); keep = set(states[:max(1, keep_last)]) | {best_state(out_dir, best)}
+    states = _states(out_dir)
+    keep = set(states[: max(1, keep_last)]) | {best_state(out_dir, best)}
     for p in states:
-        if p in keep: continue
-        os.rename(p, gone := p.with_name(f'.tmp-delete-{p.name}')); shutil.rmtree(gone)
-    for p in _folder(out_dir).glob('.tmp-*'): shutil.rmtree(p)
+        if p in keep:
+            continue
+        os.rename(p, gone := p.with_name(f'.tmp-delete-{p.name}'))
+        shutil.rmtree(gone)
+    for p in _folder(out_dir).glob('.tmp-*'):
+        shutil.rmtree(p)
 
 
 def best_state(out_dir: str | Path, best: str = 'min') -> Path | None:
-    "The readable state with the lowest (`best='min'`) or highest ('max') metric; None if no state has one."
-    if best not in ('min', 'max'): raise ValueError(f"best must be 'min' or 'max', got {best!r}")
-    scored = [(m['metric'], p) for p in _states(out_dir) if not state_problem(p, hashes=False)
-              and (m := _manifest(p))['metric'] is not None]
+    """The readable state with the lowest (`best='min'`) or highest ('max') metric; None if no state
+    has one."""
+    if best not in ('min', 'max'):
+        raise ValueError(f"best must be 'min' or 'max', got {best!r}")
+    scored = [
+        (m['metric'], p)
+        for p in _states(out_dir)
+        if not state_problem(p, hashes=False) and (m := _manifest(p))['metric'] is not None
+    ]
     return (min if best == 'min' else max)(scored, key=lambda x: x[0])[1] if scored else None
 
 # %% ../../nbs/train/20_checkpoint.ipynb #ff52d9bc
 def state_problem(path: str | Path, hashes: bool = True) -> str | None:
     "Why the folder `path` is not a usable training state, or None if it is."
     path = Path(path)
-    try: m = _manifest(path)
-    except (OSError, ValueError) as e: return f'its manifest cannot be read ({type(e).__name__}: {e})'
-    if m.get('format') != FORMAT: return f'its format is {m.get("format")!r}, this version reads {FORMAT}'
+    try:
+        m = _manifest(path)
+    except (OSError, ValueError) as e:
+        return f'its manifest cannot be read ({type(e).__name__}: {e})'
+    if m.get('format') != FORMAT:
+        return f'its format is {m.get("format")!r}, this version reads {FORMAT}'
     for name, want in m['files'].items():
         f = path / name
-        if not f.is_file(): return f'{name} is missing'
-        if f.stat().st_size != want['size']: return f'{name} has {f.stat().st_size} bytes instead of {want["size"]}'
-        if hashes and _sha256(f) != want['sha256']: return f'{name} does not match its SHA-256'
+        if not f.is_file():
+            return f'{name} is missing'
+        if f.stat().st_size != want['size']:
+            return f'{name} has {f.stat().st_size} bytes instead of {want["size"]}'
+        if hashes and _sha256(f) != want['sha256']:
+            return f'{name} does not match its SHA-256'
     return None
 
 
 def latest(out_dir: str | Path) -> Path | None:
-    """The newest usable state under `out_dir`, None if there is none; every state passed over is announced with the
-    reason."""
-    for p in _folder(out_dir).glob('.tmp-*'): warnings.warn(f'ignoring {p}: it was never completed')
+    """The newest usable state under `out_dir`, None if there is none; every state passed over is
+    announced with the reason."""
+    for p in _folder(out_dir).glob('.tmp-*'):
+        warnings.warn(f'ignoring {p}: it was never completed')
     for p in _states(out_dir):
-        if (problem := state_problem(p)) is None: return p
+        if (problem := state_problem(p)) is None:
+            return p
         warnings.warn(f'ignoring training state {p}: {problem}')
     return None
 
@@ -277,6 +415,7 @@ def latest(out_dir: str | Path) -> Path | None:
 @dataclass
 class TrainState:
     "What `load_state` returns: see the arguments of `save_state`."
+
     path: Path
     step: int
     weights: dict[str, torch.Tensor]
@@ -285,78 +424,129 @@ class TrainState:
     local: Any
 
 
-def load_state(path: str | Path, identity: Mapping | None = None, allow_changed: Collection[str] = (), rank: int = 0,
-               world: int = 1) -> TrainState:
+def load_state(
+    path: str | Path,
+    identity: Mapping | None = None,
+    allow_changed: Collection[str] = (),
+    rank: int = 0,
+    world: int = 1,
+) -> TrainState:
     """Read a training state written by `save_state`, verifying every hash.
 
-    `identity` is compared with the saved one (None: not compared); `allow_changed` lists dotted keys that may differ.
-    Raises CheckpointError if the state is damaged, belongs to another run, or was written by another number of
-    ranks."""
+    `identity` is compared with the saved one (None: not compared); `allow_changed` lists dotted
+    keys that may differ. Raises CheckpointError if the state is damaged, belongs to another run, or
+    was written by another number of ranks."""
     path = Path(path)
-    if problem := state_problem(path): raise CheckpointError(f'cannot load training state {path}: {problem}')
+    if problem := state_problem(path):
+        raise CheckpointError(f'cannot load training state {path}: {problem}')
     m = _manifest(path)
-    if identity is not None: check_identity(m['identity'], identity, allow_changed, f'training state {path}')
+    if identity is not None:
+        check_identity(m['identity'], identity, allow_changed, f'training state {path}')
     if m['world'] != world:
-        raise CheckpointError(f'training state {path} was written by {m["world"]} ranks and {world} are running: '
-                              f'every rank has its own place in the ' f'data, so resume with {m["world"]}')
+        raise CheckpointError(
+            f'training state {path} was written by {m["world"]} ranks and {world} are running: '
+            f'every rank has its own place in the '
+            f'data, so resume with {m["world"]}'
+        )
+
     def tree(name):
         with open(path / f'{name}.json', encoding='utf8') as f:
             return join_state(json.load(f), load_file(path / f'{name}.safetensors'))
-    return TrainState(path, m['step'], load_file(path / 'weights.safetensors'),
-                      load_file(path / 'optimizer.safetensors'), tree('shared'), tree(f'rank-{rank:05d}'))
+
+    return TrainState(
+        path,
+        m['step'],
+        load_file(path / 'weights.safetensors'),
+        load_file(path / 'optimizer.safetensors'),
+        tree('shared'),
+        tree(f'rank-{rank:05d}'),
+    )
 
 
-def load_weights(params: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor],
-                 where: str = 'the state') -> None:
+def load_weights(
+    params: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    where: str = 'the state',
+) -> None:
     "Copy `tensors` into `params` in place; names and shapes must agree exactly."
     missing, extra = sorted({*params} - {*tensors}), sorted({*tensors} - {*params})
-    if missing or extra: raise CheckpointError(f'{where} does not fit what this stage trains: missing {missing[:4]}, '
-                                               f'unexpected {extra[:4]}')
+    if missing or extra:
+        raise CheckpointError(
+            f'{where} does not fit what this stage trains: missing {missing[:4]}, '
+            f'unexpected {extra[:4]}'
+        )
     with torch.no_grad():
         for n, p in params.items():
-            if p.shape != tensors[n].shape: raise CheckpointError(f'{where}: {n} has shape {tuple(tensors[n].shape)}, '
-                                                                  f'the model {tuple(p.shape)}')
+            if p.shape != tensors[n].shape:
+                raise CheckpointError(
+                    f'{where}: {n} has shape {tuple(tensors[n].shape)}, the model {tuple(p.shape)}'
+                )
             p.copy_(_placed(tensors[n], p))
 
 # %% ../../nbs/train/20_checkpoint.ipynb #e269457b
 def merged_state_dict(model: nn.Module, merge: bool = True) -> dict[str, torch.Tensor]:
-    """State dict under the plain model's names, with LoRA updates added to copies of their base weights (`merge=False`:
-    left out)."""
+    """State dict under the plain model's names, with LoRA updates added to copies of their base
+    weights (`merge=False`: left out)."""
     out, lora_ = {}, lora_modules(model)
     for name, t in model.state_dict().items():
         owner = next((n for n in lora_ if name.startswith(f'{n}.')), None)
-        if owner is None: out[name] = t; continue
-        rest = name[len(owner) + 1:]
-        if not rest.startswith('base_layer.'): continue
+        if owner is None:
+            out[name] = t
+            continue
+        rest = name[len(owner) + 1 :]
+        if not rest.startswith('base_layer.'):
+            continue
         if merge and rest == 'base_layer.weight':
             m = lora_[owner]
-            with torch.no_grad(): t = t + sum(m.get_delta_weight(a) for a in m.active_adapters).to(t.dtype)
-        out[f'{owner}.{rest[len("base_layer."):]}'] = t
+            with torch.no_grad():
+                t = t + sum(m.get_delta_weight(a) for a in m.active_adapters).to(t.dtype)
+        out[f'{owner}.{rest[len("base_layer.") :]}'] = t
     return out
 
 
-def export(model: nn.Module, processor: Any, folder: str | Path, merge: bool = True, overwrite: bool = False) -> Path:
-    """Write `model` (and `processor`, if given) as an ordinary transformers folder, atomically; returns the folder.
+def export(
+    model: nn.Module,
+    processor: Any,
+    folder: str | Path,
+    merge: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """Write `model` (and `processor`, if given) as an ordinary transformers folder, atomically;
+    returns the folder.
 
-    `merge`: add LoRA to the weights; otherwise write the base and `GROUP_lora` folders that peft loads. The model in
-    memory is not changed. Raises FileExistsError if `folder` exists and `overwrite` is false."""
-    folder = Path(folder); tmp = folder.with_name(f'.tmp-{folder.name}')
-    if folder.exists() and not overwrite: raise FileExistsError(f'{folder} exists; choose another folder or pass '
-                                                                f'overwrite=True')
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    `merge`: add LoRA to the weights; otherwise write the base and `GROUP_lora` folders that peft
+    loads. The model in memory is not changed. Raises FileExistsError if `folder` exists and
+    `overwrite` is false."""
+    folder = Path(folder)
+    tmp = folder.with_name(f'.tmp-{folder.name}')
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f'{folder} exists; choose another folder or pass overwrite=True')
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
     model.save_pretrained(tmp, state_dict=merged_state_dict(model, merge))
-    if processor is not None: processor.save_pretrained(tmp)
+    if processor is not None:
+        processor.save_pretrained(tmp)
     if not merge:
         found = lora_modules(model)
         for adapter in sorted({a for m in found.values() for a in m.lora_A}):
-            mine = {n: m for n, m in found.items() if adapter in m.lora_A}; first = next(iter(mine.values()))
-            config = LoraConfig(r=first.r[adapter], lora_alpha=first.lora_alpha[adapter], target_modules=sorted(mine))
-            tensors = {f'base_model.model.{n.replace(f".{adapter}.", ".")}': t.contiguous()
-                       for n, t in model.state_dict().items() if any(n.startswith(f'{o}.lora_') for o in mine)}
+            mine = {n: m for n, m in found.items() if adapter in m.lora_A}
+            first = next(iter(mine.values()))
+            config = LoraConfig(
+                r=first.r[adapter],
+                lora_alpha=first.lora_alpha[adapter],
+                target_modules=sorted(mine),
+            )
+            tensors = {
+                f'base_model.model.{n.replace(f".{adapter}.", ".")}': t.contiguous()
+                for n, t in model.state_dict().items()
+                if any(n.startswith(f'{o}.lora_') for o in mine)
+            }
             config.save_pretrained(tmp / adapter)
             save_file(tensors, tmp / adapter / 'adapter_model.safetensors')
     for p in tmp.rglob('*'):
-        if p.is_file(): _fsync(p)
-    if folder.exists(): shutil.rmtree(folder)
+        if p.is_file():
+            _fsync(p)
+    if folder.exists():
+        shutil.rmtree(folder)
     publish(tmp, folder)
     return folder

@@ -26,84 +26,121 @@ class NoGradient(RuntimeError):
 
 @dataclass
 class GradientAudit:
-    """`missing`: trained parameters that got no gradient; `zero`: those whose gradient was all zero; `waiting`: groups
-    not judged yet."""
+    """`missing`: trained parameters that got no gradient; `zero`: those whose gradient was all
+    zero; `waiting`: groups not judged yet."""
+
     missing: list[str] = field(default_factory=list)
     zero: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
     step: int | None = None
 
-    def check(self, trained: Mapping[str, Mapping[str, nn.Parameter]], step: int, images: int) -> bool:
-        """Judge the gradients of `trained` (group -> full name -> parameter) that lie in `.grad` after the first step,
-        and of waiting groups at the first step with images. `images`: images in this step over all ranks. Returns
-        whether anything was judged; raises NoGradient."""
-        if self.step is not None and not (self.waiting and images): return False
+    def check(
+        self, trained: Mapping[str, Mapping[str, nn.Parameter]], step: int, images: int
+    ) -> bool:
+        """Judge the gradients of `trained` (group -> full name -> parameter) that lie in `.grad`
+        after the first step, and of waiting groups at the first step with images. `images`: images
+        in this step over all ranks. Returns whether anything was judged; raises NoGradient."""
+        if self.step is not None and not (self.waiting and images):
+            return False
         groups = list(trained) if self.step is None else self.waiting
         self.step, self.waiting = step, []
         for g in groups:
             alive = False
             for n, p in trained[g].items():
-                if p.grad is None: self.missing.append(n)
-                elif not p.grad.any(): self.zero.append(n)
-                else: alive = True
-            if alive or not trained[g]: continue
+                if p.grad is None:
+                    self.missing.append(n)
+                elif not p.grad.any():
+                    self.zero.append(n)
+                else:
+                    alive = True
+            if alive or not trained[g]:
+                continue
             if g in IMAGE_GROUPS and not images:
-                gone = set(trained[g]); self.waiting.append(g)
+                gone = set(trained[g])
+                self.waiting.append(g)
                 self.missing = [n for n in self.missing if n not in gone]
                 self.zero = [n for n in self.zero if n not in gone]
-                warnings.warn(f'gradient audit: step {step} had no images, so group {g!r} is judged at the first step '
-                              f'that has some')
-            else: raise NoGradient(f'group {g!r} should train {len(trained[g])} tensors (e.g. '
-                                   f'{next(iter(trained[g]))}) and none of them received a '
-                                   f'gradient in step {step}. Is it part of the forward pass, and do its outputs '
-                                   f'reach the loss? Freeze it with '
-                                   f'trains.{g}=frozen() if it is not meant to train')
-        if self.missing: warnings.warn(f'gradient audit: {len(self.missing)} trained tensors received no gradient: '
-                                       f'{self.missing[:6]}')
+                warnings.warn(
+                    f'gradient audit: step {step} had no images, so group {g!r} is judged at the '
+                    'first step '
+                    f'that has some'
+                )
+            else:
+                raise NoGradient(
+                    f'group {g!r} should train {len(trained[g])} tensors (e.g. '
+                    f'{next(iter(trained[g]))}) and none of them received a '
+                    f'gradient in step {step}. Is it part of the forward pass, and do its outputs '
+                    f'reach the loss? Freeze it with '
+                    f'trains.{g}=frozen() if it is not meant to train'
+                )
+        if self.missing:
+            warnings.warn(
+                f'gradient audit: {len(self.missing)} trained tensors received no gradient: '
+                f'{self.missing[:6]}'
+            )
         return True
 
 # %% ../../nbs/train/08_guard.ipynb #4435a2d6
 def samples_at(batch: Mapping[str, Any], mask: torch.Tensor) -> list[str]:
-    """Ids of the samples under the true positions of `mask`: `[batch, tokens]`, `[images]` or `[batch]`. All ids when
-    they cannot be told apart.
+    """Ids of the samples under the true positions of `mask`: `[batch, tokens]`, `[images]` or
+    `[batch]`. All ids when they cannot be told apart.
 
     `sample_ids` lists the documents of row 0 in order, then those of row 1, ..."""
-    ids, docs, rows = list(batch.get('sample_ids', ())), batch.get('document_ids'), len(batch['input_ids'])
+    ids, docs, rows = (
+        list(batch.get('sample_ids', ())),
+        batch.get('document_ids'),
+        len(batch['input_ids']),
+    )
     mask = mask.cpu()
-    if docs is not None: docs = docs.cpu()
+    if docs is not None:
+        docs = docs.cpu()
     pixels = batch.get('pixel_values')
     if mask.ndim == 1 and pixels is not None and len(mask) == len(pixels) and 'image_ids' in batch:
         mask = torch.isin(batch['image_ids'].cpu(), mask.nonzero()[:, 0])
     if docs is None:
-        if not len(ids) == len(mask) == rows: return ids
+        if not len(ids) == len(mask) == rows:
+            return ids
         return [ids[i] for i in mask.reshape(rows, -1).any(1).nonzero()[:, 0].tolist()]
     keys = [(r, d) for r in range(rows) for d in torch.unique(docs[r][docs[r] >= 0]).tolist()]
-    if len(keys) != len(ids) or mask.shape[0] != rows: return ids
-    if mask.ndim == 1: mask = mask[:, None].expand_as(docs)
+    if len(keys) != len(ids) or mask.shape[0] != rows:
+        return ids
+    if mask.ndim == 1:
+        mask = mask[:, None].expand_as(docs)
     return [ids[k] for k, (r, d) in enumerate(keys) if (mask[r] & (docs[r] == d)).any()]
 
 # %% ../../nbs/train/08_guard.ipynb #34e0c11b
 class NonFiniteLoss(FloatingPointError):
-    """Loss or gradient was not finite; the update was not applied and the weights are those of the previous step.
+    """Loss or gradient was not finite; the update was not applied and the weights are those of the
+    previous step.
 
-    `step`, `samples` (ids), `tensors` (names), `report` (all findings, one dict per rank and micro-batch)."""
+    `step`, `samples` (ids), `tensors` (names), `report` (all findings, one dict per rank and
+    micro-batch)."""
+
     def __init__(self, step: int, report: Sequence[Mapping[str, Any]]):
         self.step, self.report = step, list(report)
         self.samples = list(dict.fromkeys(s for r in report for s in r['samples']))
         self.tensors = list(dict.fromkeys(r['tensor'] for r in report))
         more = f' and {len(self.samples) - 16} more' if len(self.samples) > 16 else ''
         shown = ', '.join(map(str, self.samples[:16])) + more
-        super().__init__(f'step {step}: not finite in {"; ".join(self.tensors[:4])}; samples: {shown or "unknown"}. '
-                         f'The update was not applied. ' 'Look at these samples first; then lower lr, raise '
-                         'warmup_ratio, or set precision="fp32"')
+        super().__init__(
+            f'step {step}: not finite in {"; ".join(self.tensors[:4])}; samples: '
+            f'{shown or "unknown"}. '
+            f'The update was not applied. '
+            'Look at these samples first; then lower lr, raise '
+            'warmup_ratio, or set precision="fp32"'
+        )
 
 
-def _bad(x): return isinstance(x, torch.Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all())
+def _bad(x):
+    return (
+        isinstance(x, torch.Tensor) and x.is_floating_point() and not bool(torch.isfinite(x).all())
+    )
 
 
 def _positions(x, batch):
     "A mask of the positions of `x` that are not finite, in the shape `samples_at` takes, or None."
-    bad = ~torch.isfinite(x.detach()); rows, tokens = batch['input_ids'].shape
+    bad = ~torch.isfinite(x.detach())
+    rows, tokens = batch['input_ids'].shape
     if bad.ndim >= 2 and bad.shape[:2] == (rows, tokens):
         mask = bad.reshape(rows, tokens, -1).any(-1)
         return mask & (mask.cumsum(1) == 1)
@@ -112,41 +149,66 @@ def _positions(x, batch):
     return None
 
 # %% ../../nbs/train/08_guard.ipynb #b01314bb
-def diagnose(plan: TrainPlan, micro: Sequence[Mapping[str, Any]], loss_of: Callable[[Mapping[str, Any]], torch.Tensor],
-             rank: int = 0) -> list[dict]:
-    """Find the non-finite tensor of each micro-batch: dicts `rank`, `micro` (its number), `tensor` (name and what it
-    is), `samples` (ids).
+def diagnose(
+    plan: TrainPlan,
+    micro: Sequence[Mapping[str, Any]],
+    loss_of: Callable[[Mapping[str, Any]], torch.Tensor],
+    rank: int = 0,
+) -> list[dict]:
+    """Find the non-finite tensor of each micro-batch: dicts `rank`, `micro` (its number), `tensor`
+    (name and what it is), `samples` (ids).
 
-    `loss_of(batch)` runs forward and returns the loss. Gradients in `.grad` are cleared. An empty list: nothing found
-    when run again."""
+    `loss_of(batch)` runs forward and returns the loss. Gradients in `.grad` are cleared. An empty
+    list: nothing found when run again."""
     for n, p in plan.model.named_parameters():
-        if _bad(p): return [dict(rank=rank, micro=None, tensor=f'weight {n}', samples=[])]
+        if _bad(p):
+            return [dict(rank=rank, micro=None, tensor=f'weight {n}', samples=[])]
     out = []
     for i, batch in enumerate(micro):
         found = []
+
         def note(tensor, x):
-            if found: return
+            if found:
+                return
             mask = _positions(x, batch)
             samples = list(batch.get('sample_ids', ())) if mask is None else samples_at(batch, mask)
             found.append(dict(rank=rank, micro=i, tensor=tensor, samples=samples))
+
         def watch(name):
             def hook(module, args, kwargs, output):
                 for x in output if isinstance(output, (tuple, list)) else [output]:
-                    if _bad(x): note(f'output of {name}', x)
+                    if _bad(x):
+                        note(f'output of {name}', x)
+
             return hook
+
         for k, v in batch.items():
-            if _bad(v): note(f'input {k}', v)
-        handles = [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in plan.model.named_modules() if n]
+            if _bad(v):
+                note(f'input {k}', v)
+        handles = [
+            m.register_forward_hook(watch(n), with_kwargs=True)
+            for n, m in plan.model.named_modules()
+            if n
+        ]
         try:
-            for p in plan.trainable.values(): p.grad = None
+            for p in plan.trainable.values():
+                p.grad = None
             loss = loss_of(batch)
-            if _bad(loss): note('loss', loss)
+            if _bad(loss):
+                note('loss', loss)
             if not found and loss.requires_grad:
                 loss.backward()
                 bad = [n for n, p in plan.trainable.items() if p.grad is not None and _bad(p.grad)]
-                if bad: note(f'gradient of {bad[0]}' + (f' and {len(bad) - 1} more' if len(bad) > 1 else ''), loss)
+                if bad:
+                    note(
+                        f'gradient of {bad[0]}'
+                        + (f' and {len(bad) - 1} more' if len(bad) > 1 else ''),
+                        loss,
+                    )
         finally:
-            for h in handles: h.remove()
+            for h in handles:
+                h.remove()
         out += found
-    for p in plan.trainable.values(): p.grad = None
+    for p in plan.trainable.values():
+        p.grad = None
     return out

@@ -23,109 +23,184 @@ class LaunchError(RuntimeError):
 def resolve(target: str) -> Any:
     "The function named by `package.module:function`."
     module, _, name = target.partition(':')
-    if not module or not name: raise ValueError(f"target must be 'package.module:function', got {target!r}")
+    if not module or not name:
+        raise ValueError(f"target must be 'package.module:function', got {target!r}")
     found = getattr(importlib.import_module(module), name, None)
-    if not callable(found): raise ValueError(f'{module} has no function {name!r}')
+    if not callable(found):
+        raise ValueError(f'{module} has no function {name!r}')
     return found
 
 
 def worker() -> None:
-    "Entry of one rank: `python -c 'from vlmbench.train.launch import worker; worker()' TARGET JSON`."
+    """Entry of one rank: `python -c 'from vlmbench.train.launch import worker; worker()' TARGET
+    JSON`."""
     # PR_SET_PDEATHSIG: SIGTERM when the parent dies
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     parent = os.environ.get('VLMBENCH_LAUNCHER')
-    if parent and os.getppid() != int(parent): sys.exit('the launcher is gone')
-    try: resolve(sys.argv[1])(**json.loads(sys.argv[2]))
+    if parent and os.getppid() != int(parent):
+        sys.exit('the launcher is gone')
+    try:
+        resolve(sys.argv[1])(**json.loads(sys.argv[2]))
     except Preempted:
-        _leave(); raise
+        _leave()
+        raise
     _leave()
 
 
 def _leave():
-    if dist.is_initialized(): dist.barrier(); dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 # %% ../../nbs/train/30_launch.ipynb #2a7860a2
-def rank_environment(rank: int, ranks: int, port: int, cpu: bool, threads: int | None = None) -> dict[str, str]:
-    """The variables a rank reads: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and for CPU ranks
-    accelerate's switch."""
-    env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR='127.0.0.1',
-               MASTER_PORT=port, OMP_NUM_THREADS=threads or max(1, (os.cpu_count() or 1) // ranks),
-               OMP_WAIT_POLICY='PASSIVE', PYTHONUNBUFFERED=1)
-    if cpu: env['ACCELERATE_USE_CPU'] = 'true'
+def rank_environment(
+    rank: int, ranks: int, port: int, cpu: bool, threads: int | None = None
+) -> dict[str, str]:
+    """The variables a rank reads: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and for
+    CPU ranks accelerate's switch."""
+    env = dict(
+        RANK=rank,
+        LOCAL_RANK=rank,
+        WORLD_SIZE=ranks,
+        LOCAL_WORLD_SIZE=ranks,
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=port,
+        OMP_NUM_THREADS=threads or max(1, (os.cpu_count() or 1) // ranks),
+        OMP_WAIT_POLICY='PASSIVE',
+        PYTHONUNBUFFERED=1,
+    )
+    if cpu:
+        env['ACCELERATE_USE_CPU'] = 'true'
     return {k: str(v) for k, v in env.items()}
 
 
 def _free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 def _stop(children, grace, number=signal.SIGTERM):
     for c in children:
-        if c.poll() is None: c.send_signal(number)
+        if c.poll() is None:
+            c.send_signal(number)
     end = time.monotonic() + grace
     for c in children:
-        try: c.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired: c.kill(); c.wait()
+        try:
+            c.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            c.kill()
+            c.wait()
 
 
 @contextlib.contextmanager
 def _forward_signals(children):
     old, got = {}, []
+
     def send(number, frame):
         got.append(number)
         for c in children:
-            if c.poll() is None: c.send_signal(number)
+            if c.poll() is None:
+                c.send_signal(number)
+
     if threading.current_thread() is threading.main_thread():
         old = {s: signal.signal(s, send) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try: yield got
+    try:
+        yield got
     finally:
-        for s, h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)
 
 # %% ../../nbs/train/30_launch.ipynb #bf8f453e
-def launch(target: str, kwargs: Mapping[str, Any] | None = None, ranks: int = 2, log_dir: str | Path = 'logs',
-           cpu: bool = False, threads: int | None = None, grace: float = 60., timeout: float | None = None,
-           env: Mapping[str, str] | None = None, stop_flag: Any = None) -> None:
-    """Run `target` ('package.module:function', importable by the children) with JSON-able `kwargs` in `ranks` processes
-    and wait.
+def launch(
+    target: str,
+    kwargs: Mapping[str, Any] | None = None,
+    ranks: int = 2,
+    log_dir: str | Path = 'logs',
+    cpu: bool = False,
+    threads: int | None = None,
+    grace: float = 60.0,
+    timeout: float | None = None,
+    env: Mapping[str, str] | None = None,
+    stop_flag: Any = None,
+) -> None:
+    """Run `target` ('package.module:function', importable by the children) with JSON-able `kwargs`
+    in `ranks` processes and wait.
 
-    Rank r's output goes to `log_dir/rank-R.log`, rank 0's is also printed. SIGTERM, SIGUSR1 and SIGINT are passed on;
-    `stop_flag.is_set()` sends SIGUSR1. `threads`: per rank (default: cores / ranks). `grace`: seconds to save before a
-    kill. Raises LaunchError if a rank fails or `timeout` seconds pass, Preempted (code 75) if the ranks were stopped
-    and saved."""
-    log_dir, port = Path(log_dir), _free_port(); log_dir.mkdir(parents=True, exist_ok=True)
+    Rank r's output goes to `log_dir/rank-R.log`, rank 0's is also printed. SIGTERM, SIGUSR1 and
+    SIGINT are passed on; `stop_flag.is_set()` sends SIGUSR1. `threads`: per rank (default: cores /
+    ranks). `grace`: seconds to save before a kill. Raises LaunchError if a rank fails or `timeout`
+    seconds pass, Preempted (code 75) if the ranks were stopped and saved."""
+    log_dir, port = Path(log_dir), _free_port()
+    log_dir.mkdir(parents=True, exist_ok=True)
     logs, children = [log_dir / f'rank-{r}.log' for r in range(ranks)], []
-    command = [sys.executable, '-c', 'from vlmbench.train.launch import worker; worker()', target,
-               json.dumps(dict(kwargs or {}))]
+    command = [
+        sys.executable,
+        '-c',
+        'from vlmbench.train.launch import worker; worker()',
+        target,
+        json.dumps(dict(kwargs or {})),
+    ]
     started, told, shown = time.monotonic(), False, 0
     try:
         for r in range(ranks):
             with open(logs[r], 'wb') as f:
-                children.append(subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
-                                                 env={**os.environ, **rank_environment(r, ranks, port, cpu, threads),
-                                                      'VLMBENCH_LAUNCHER': str(os.getpid()), **(env or {})}))
+                children.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=f,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        env={
+                            **os.environ,
+                            **rank_environment(r, ranks, port, cpu, threads),
+                            'VLMBENCH_LAUNCHER': str(os.getpid()),
+                            **(env or {}),
+                        },
+                    )
+                )
         with _forward_signals(children):
-            while any(c.poll() is None for c in children) and not any(c.returncode not in (None, 0, 75)
-                                                                      for c in children):
-                time.sleep(0.05); shown = _print_new(logs[0], shown)
+            while any(c.poll() is None for c in children) and not any(
+                c.returncode not in (None, 0, 75) for c in children
+            ):
+                time.sleep(0.05)
+                shown = _print_new(logs[0], shown)
                 if stop_flag is not None and stop_flag.is_set() and not told:
                     told = True
-                    for c in children: c.send_signal(signal.SIGUSR1)
+                    for c in children:
+                        c.send_signal(signal.SIGUSR1)
                 if timeout is not None and time.monotonic() - started > timeout:
                     raise LaunchError(f'{target}: no end after {timeout:.0f} s; see {log_dir}')
-    finally: _stop(children, grace if all(c.returncode in (None, 0, 75) for c in children) else 5.)
+    finally:
+        _stop(children, grace if all(c.returncode in (None, 0, 75) for c in children) else 5.0)
     _print_new(logs[0], shown)
     for r, c in enumerate(children):
-        if c.returncode in (0, 75): continue
-        first = next((i for i, x in enumerate(children) if x.returncode not in (0, 75, -signal.SIGTERM,
-            -signal.SIGKILL)), r)
+        if c.returncode in (0, 75):
+            continue
+        first = next(
+            (
+                i
+                for i, x in enumerate(children)
+                if x.returncode not in (0, 75, -signal.SIGTERM, -signal.SIGKILL)
+            ),
+            r,
+        )
         end = '\n'.join(logs[first].read_text(errors='replace').splitlines()[-12:])
-        raise LaunchError(f'{target}: rank {first} of {ranks} ended with code {children[first].returncode}; the end '
-                          f'of {logs[first]}:\n{end}')
-    if any(c.returncode == 75 for c in children): raise Preempted(f'{target}: {ranks} ranks were stopped and saved')
+        raise LaunchError(
+            f'{target}: rank {first} of {ranks} ended with code {children[first].returncode}; the '
+            'end '
+            f'of {logs[first]}:\n{end}'
+        )
+    if any(c.returncode == 75 for c in children):
+        raise Preempted(f'{target}: {ranks} ranks were stopped and saved')
 
 
 def _print_new(path, shown):
     "Print what was appended to `path` since byte `shown`; returns the new end."
-    with open(path, 'rb') as f: f.seek(shown); new = f.read()
-    if new: print(new.decode(errors='replace'), end='', flush=True)
+    with open(path, 'rb') as f:
+        f.seek(shown)
+        new = f.read()
+    if new:
+        print(new.decode(errors='replace'), end='', flush=True)
     return shown + len(new)

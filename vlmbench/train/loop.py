@@ -24,11 +24,30 @@ from ..data.mixture import StatefulSampler
 from ..data.packing import BatchLoader
 from ..data.quarantine import TooManyBadRecords
 from ..models.vlm import module_groups
-from .checkpoint import (CheckpointError, fingerprint, latest, load_optimizer_tensors, load_state,
-                                       load_weights, optimizer_tensors, rng_state, save_state, set_rng_state)
+from vlmbench.train.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    latest,
+    load_optimizer_tensors,
+    load_state,
+    load_weights,
+    optimizer_tensors,
+    rng_state,
+    save_state,
+    set_rng_state,
+)
 from .guard import GradientAudit, NonFiniteLoss, diagnose
-from .metrics import (FLOP_CONVENTION, FlopModel, MetricLog, ProgressLine, batch_counts, make_tracker,
-                                    peak_flops, peak_memory, read_metrics)
+from vlmbench.train.metrics import (
+    FLOP_CONVENTION,
+    FlopModel,
+    MetricLog,
+    ProgressLine,
+    batch_counts,
+    make_tracker,
+    peak_flops,
+    peak_memory,
+    read_metrics,
+)
 from .optimizer import make_optimizer
 from .prepare import TrainPlan, prepare
 from .process import Preempted, Ranks, StopFlag
@@ -36,12 +55,14 @@ from .recipe import Recipe, RecipeError, Stage, override
 
 # %% ../../nbs/train/10_loop.ipynb #8508e04a
 class LossTerm(Protocol):
-    """An extra loss: called with the model's output and the batch on the device, returns the *sum* of its elements'
-    losses.
+    """An extra loss: called with the model's output and the batch on the device, returns the *sum*
+    of its elements' losses.
 
-    `count(batch)` gives the number of elements from the batch alone. Optional `forward_kwargs`: what the forward pass
-    needs (such as `dict(output_hidden_states=True)`), and `batch_keys`: tensors of the batch that it reads and the model
-    does not. Its weight stands in `Stage.losses`."""
+    `count(batch)` gives the number of elements from the batch alone. Optional `forward_kwargs`:
+    what the forward pass needs (such as `dict(output_hidden_states=True)`), and `batch_keys`:
+    tensors of the batch that it reads and the model does not. Its weight stands in
+    `Stage.losses`."""
+
     def count(self, batch: Mapping[str, Any]) -> int: ...
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor: ...
 
@@ -49,74 +70,140 @@ class LossTerm(Protocol):
 def _match_terms(stage, terms):
     want, have = dict(stage.losses), dict(terms or {})
     if set(want) != set(have):
-        raise RecipeError(f'stage {stage.name!r} declares losses {sorted(want)} and extra_losses holds '
-                          f'{sorted(have)}; they must agree')
+        raise RecipeError(
+            f'stage {stage.name!r} declares losses {sorted(want)} and extra_losses holds '
+            f'{sorted(have)}; they must agree'
+        )
     return [(name, have[name], weight) for name, weight in want.items()]
 
 # %% ../../nbs/train/10_loop.ipynb #f901f597
-def take(batches: Iterator[dict], n: int, count: Callable[[dict], dict[str, int]]) -> tuple[list[dict], Counter]:
-    "The next (at most) `n` micro-batches and their summed counts; an empty list when the data has ended."
+def take(
+    batches: Iterator[dict], n: int, count: Callable[[dict], dict[str, int]]
+) -> tuple[list[dict], Counter]:
+    """The next (at most) `n` micro-batches and their summed counts; an empty list when the data has
+    ended."""
     micro, counts = list(itertools.islice(batches, n)), Counter()
-    for b in micro: counts.update(count(b))
+    for b in micro:
+        counts.update(count(b))
     return micro, counts
 
 
-def make_loader(samples: Sequence, processor: Any, stage: Stage, seed: int = 0, rank: int = 0, world: int = 1,
-                quarantine: Any = None) -> BatchLoader:
-    """The stage's `BatchLoader` over `samples` (a sequence of `Sample`, or a `Mixture` with its own order): endless,
-    shuffled, resumable, prefetching. `samples.per_draw(sample, rng)`, where there is one, changes each draw anew."""
-    sampler = StatefulSampler(getattr(samples, 'order', len(samples)), seed=seed, rank=rank, world=world)
+def make_loader(
+    samples: Sequence,
+    processor: Any,
+    stage: Stage,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    quarantine: Any = None,
+) -> BatchLoader:
+    """The stage's `BatchLoader` over `samples` (a sequence of `Sample`, or a `Mixture` with its own
+    order): endless, shuffled, resumable, prefetching. `samples.per_draw(sample, rng)`, where there
+    is one, changes each draw anew."""
+    sampler = StatefulSampler(
+        getattr(samples, 'order', len(samples)), seed=seed, rank=rank, world=world
+    )
     change = getattr(samples, 'per_draw', None)
-    encode = lambda sample, *rng: processor.encode(change(sample, *rng) if change else sample, stage.template, stage.targets)
-    return BatchLoader(samples.samples if change else samples, encode, sampler, stage.max_tokens, stage.batch_rows,
-                       pad_id=processor.tokenizer.pad_token_id or 0, packing=stage.packing, too_long=stage.too_long,
-                       quarantine=quarantine, prefetch=4, rng_seed=seed if change else None)
+    encode = lambda sample, *rng: processor.encode(
+        change(sample, *rng) if change else sample, stage.template, stage.targets
+    )
+    return BatchLoader(
+        samples.samples if change else samples,
+        encode,
+        sampler,
+        stage.max_tokens,
+        stage.batch_rows,
+        pad_id=processor.tokenizer.pad_token_id or 0,
+        packing=stage.packing,
+        too_long=stage.too_long,
+        quarantine=quarantine,
+        prefetch=4,
+        rng_seed=seed if change else None,
+    )
 
 # %% ../../nbs/train/10_loop.ipynb #8225cbf7
 def lr_factor(stage: Stage, start: float, end: float) -> float:
-    "Factor on the peak rate for the step that takes progress from `start` to `end` (fractions of the budget)."
-    if stage.schedule == 'cosine_recursive': return _recursive_cosine(stage, round(end * stage.steps))
-    if stage.warmup_ratio > 0 and start < stage.warmup_ratio: return min(1., end / stage.warmup_ratio)
-    left = 1 - (min(start, 1.) - stage.warmup_ratio) / max(1e-12, 1 - stage.warmup_ratio)
-    shape = dict(constant=1., linear=left, cosine=(1 - math.cos(math.pi * left)) / 2)[stage.schedule]
+    """Factor on the peak rate for the step that takes progress from `start` to `end` (fractions of
+    the budget)."""
+    if stage.schedule == 'cosine_recursive':
+        return _recursive_cosine(stage, round(end * stage.steps))
+    if stage.warmup_ratio > 0 and start < stage.warmup_ratio:
+        return min(1.0, end / stage.warmup_ratio)
+    left = 1 - (min(start, 1.0) - stage.warmup_ratio) / max(1e-12, 1 - stage.warmup_ratio)
+    shape = dict(constant=1.0, linear=left, cosine=(1 - math.cos(math.pi * left)) / 2)[
+        stage.schedule
+    ]
     return stage.min_lr_ratio + (1 - stage.min_lr_ratio) * shape
 
+
 def _recursive_cosine(stage, k):
-    "torch's chained CosineAnnealingLR, called once too often under accumulation, warmed up by overwriting its rate."
-    total, warm, extra = stage.steps, round(stage.warmup_ratio * stage.steps), int(stage.accumulation > 1)
-    if k <= warm: return k / warm
-    if k + extra >= total: return 0.
+    """torch's chained CosineAnnealingLR, called once too often under accumulation, warmed up by
+    overwriting its rate."""
+    total, warm, extra = (
+        stage.steps,
+        round(stage.warmup_ratio * stage.steps),
+        int(stage.accumulation > 1),
+    )
+    if k <= warm:
+        return k / warm
+    if k + extra >= total:
+        return 0.0
     down = lambda c: 1 + math.cos(math.pi * c / total)
     return down(k + extra) / down(warm + extra * (warm > 0))
 
 # %% ../../nbs/train/10_loop.ipynb #aa563bf6
 class Forward:
-    """Runs one micro-batch on `device`: `losses(batch, counts)` gives the weighted total and the unweighted parts, each
-    a share of the step's mean."""
-    def __init__(self, model: nn.Module, terms: Sequence[tuple[str, Any, float]], device: torch.device, precision: str):
+    """Runs one micro-batch on `device`: `losses(batch, counts)` gives the weighted total and the
+    unweighted parts, each a share of the step's mean."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[tuple[str, Any, float]],
+        device: torch.device,
+        precision: str,
+    ):
         self.model, self.terms, self.device, self.precision = model, terms, device, precision
         self.takes = set(inspect.signature(model.forward).parameters)
         self.read = {k for _, t, _ in terms for k in getattr(t, 'batch_keys', ())}
-        self.extra = {k: v for _, t, _ in terms for k, v in getattr(t, 'forward_kwargs', {}).items()}
-        if 'use_cache' in self.takes: self.extra['use_cache'] = False
+        self.extra = {
+            k: v for _, t, _ in terms for k, v in getattr(t, 'forward_kwargs', {}).items()
+        }
+        if 'use_cache' in self.takes:
+            self.extra['use_cache'] = False
         self.told = False
 
     def _inputs(self, batch):
-        lost = [k for k in batch if k not in self.takes | self.read and isinstance(batch[k], torch.Tensor)]
+        lost = [
+            k
+            for k in batch
+            if k not in self.takes | self.read and isinstance(batch[k], torch.Tensor)
+        ]
         for k in ('document_ids', 'pixel_values', 'attention_mask'):
-            if k in lost: raise RecipeError(f'{type(self.model).__name__}.forward takes no {k}, but the batch has it: '
-                                            'without it samples would see each other or lose their images')
+            if k in lost:
+                raise RecipeError(
+                    f'{type(self.model).__name__}.forward takes no {k}, but the batch has it: '
+                    'without it samples would see each other or lose their images'
+                )
         if lost and not self.told:
             self.told = True
             warnings.warn(f'{type(self.model).__name__}.forward does not take {lost}: ignored')
         return {k: v for k, v in batch.items() if k in self.takes and isinstance(v, torch.Tensor)}
 
-    def losses(self, batch: Mapping[str, Any], counts: Mapping[str, float]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-                 for k, v in batch.items()}
+    def losses(
+        self, batch: Mapping[str, Any], counts: Mapping[str, float]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        batch = {
+            k: v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+            for k, v in batch.items()
+        }
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
-            out = self.model(**self._inputs(batch), **self.extra, num_items_in_batch=counts['targets'])
-            parts = [out.loss] + [term(out, batch) / max(1, counts[f'losses.{name}']) for name, term, _ in self.terms]
+            out = self.model(
+                **self._inputs(batch), **self.extra, num_items_in_batch=counts['targets']
+            )
+            parts = [out.loss] + [
+                term(out, batch) / max(1, counts[f'losses.{name}']) for name, term, _ in self.terms
+            ]
         total = sum((w * p for (_, _, w), p in zip(self.terms, parts[1:])), start=parts[0])
         return total, [p.detach().float() for p in parts]
 
@@ -124,6 +211,7 @@ class Forward:
 @dataclass
 class Moment:
     "What a callback sees: `row` is the metrics row of the step just made."
+
     step: int
     targets: int
     row: dict
@@ -135,8 +223,9 @@ class Moment:
 
 @dataclass
 class Callback:
-    """Call `fn(moment)` every `every` steps and, with `at_end`, after the last; what it returns is logged as event
-    `name`."""
+    """Call `fn(moment)` every `every` steps and, with `at_end`, after the last; what it returns is
+    logged as event `name`."""
+
     fn: Callable[[Moment], Mapping[str, Any] | None]
     every: int | None = None
     at_end: bool = True
@@ -147,19 +236,24 @@ class Callback:
 def set_aside_rng() -> Iterator[None]:
     "Leave the Python, numpy, torch and CUDA generators as they were, whatever happens inside."
     state = rng_state()
-    try: yield
-    finally: set_rng_state(state)
+    try:
+        yield
+    finally:
+        set_rng_state(state)
 
 
 def _seed_all(seed):
-    random.seed(seed); np.random.seed(seed % 2 ** 32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 # %% ../../nbs/train/10_loop.ipynb #cd88b732
 @dataclass
 class TrainResult:
-    """What `train` returns. `history`: one row per step; `freeze_table`: what trained; `audit`: who received gradient;
-    `checkpoint`: the last state; `targets`: target tokens seen; `done`: whether the budget was used up (False: the data
-    ended before)."""
+    """What `train` returns. `history`: one row per step; `freeze_table`: what trained; `audit`: who
+    received gradient; `checkpoint`: the last state; `targets`: target tokens seen; `done`: whether
+    the budget was used up (False: the data ended before)."""
+
     stage: Stage
     out_dir: Path
     metrics: Path
@@ -173,103 +267,184 @@ class TrainResult:
 
 
 def _check_precision(model, params, precision):
-    if precision not in ('fp32', 'bf16'): raise RecipeError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-    low = [n for n, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16) and n not in params]
+    if precision not in ('fp32', 'bf16'):
+        raise RecipeError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+    low = [
+        n
+        for n, p in model.named_parameters()
+        if p.dtype in (torch.bfloat16, torch.float16) and n not in params
+    ]
     if low and precision == 'fp32':
-        raise RecipeError(f"precision='fp32', but {len(low)} frozen weights are stored in half precision (e.g. "
-                          f"{low[0]}): load the model with dtype='float32' or train with precision='bf16'")
+        raise RecipeError(
+            f"precision='fp32', but {len(low)} frozen weights are stored in half precision (e.g. "
+            f"{low[0]}): load the model with dtype='float32' or train with precision='bf16'"
+        )
     half = [p for p in params.values() if p.dtype in (torch.bfloat16, torch.float16)]
-    for p in half: p.data = p.data.float()
-    if half: warnings.warn(f'{len(half)} trained tensors were in half precision and now have fp32 master weights')
+    for p in half:
+        p.data = p.data.float()
+    if half:
+        warnings.warn(
+            f'{len(half)} trained tensors were in half precision and now have fp32 master weights'
+        )
 
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
 COUNTS = ('tokens', 'targets', 'pairs', 'images', 'image_tokens', 'patches', 'patch_pairs')
 
 
 def _shares(stage, micro, counts, count, keys, ranks):
-    "Per micro-batch, the counts its sums are divided by: those of the step, or its own times the number of micro-batches."
-    if stage.reduction == 'step': return [counts] * len(micro)
+    """Per micro-batch, the counts its sums are divided by: those of the step, or its own times the
+    number of micro-batches."""
+    if stage.reduction == 'step':
+        return [counts] * len(micro)
     own = torch.zeros(stage.accumulation, len(keys), dtype=torch.float64)
-    for row, b in zip(own, micro): row += torch.tensor([float(count(b)[k]) for k in keys], dtype=torch.float64)
+    for row, b in zip(own, micro):
+        row += torch.tensor([float(count(b)[k]) for k in keys], dtype=torch.float64)
     own = ranks.sum(own).cpu()
     own = (own * (own[:, keys.index('targets')] > 0).sum()).clamp(min=1)
-    return [dict(zip(keys, row.tolist())) for row in own[:len(micro)]]
+    return [dict(zip(keys, row.tolist())) for row in own[: len(micro)]]
 
 
 def _stop_non_finite(plan, micro, forward, counts, ranks, step, out_dir):
-    report = [r for rs in ranks.gather(diagnose(plan, micro, lambda b: forward.losses(b, counts)[0], ranks.rank))
-              for r in rs]
+    report = [
+        r
+        for rs in ranks.gather(
+            diagnose(plan, micro, lambda b: forward.losses(b, counts)[0], ranks.rank)
+        )
+        for r in rs
+    ]
     if not report:
         ids = sum(ranks.gather([s for b in micro for s in b.get('sample_ids', ())]), [])
-        report = [dict(rank=None, micro=None, samples=ids,
-                       tensor='loss or gradient norm (each sample alone is finite when run again)')]
+        report = [
+            dict(
+                rank=None,
+                micro=None,
+                samples=ids,
+                tensor='loss or gradient norm (each sample alone is finite when run again)',
+            )
+        ]
     error = NonFiniteLoss(step, report)
     text = json.dumps(dict(step=step, report=report), indent=1)
-    if ranks.rank == 0: (out_dir / 'nonfinite.json').write_text(text, encoding='utf8')
+    if ranks.rank == 0:
+        (out_dir / 'nonfinite.json').write_text(text, encoding='utf8')
     raise error
 
 
 def _evaluate(callbacks, moment, last, monitor):
-    """Run the callbacks that are due: (event name, values) for each; the model is in evaluation mode and the generators
-    are untouched."""
+    """Run the callbacks that are due: (event name, values) for each; the model is in evaluation
+    mode and the generators are untouched."""
     for c in callbacks:
-        if not (c.every and moment.step % c.every == 0 or c.at_end and last): continue
+        if not (c.every and moment.step % c.every == 0 or c.at_end and last):
+            continue
         with set_aside_rng(), torch.no_grad():
             moment.model.eval()
-            try: values = dict(c.fn(moment) or {})
-            finally: moment.model.train()
-        if monitor and monitor.startswith(f'{c.name}/') and monitor[len(c.name) + 1:] not in values:
-            raise RecipeError(f'monitor={monitor!r}, but callback {c.name!r} returned {sorted(values)}')
+            try:
+                values = dict(c.fn(moment) or {})
+            finally:
+                moment.model.train()
+        if (
+            monitor
+            and monitor.startswith(f'{c.name}/')
+            and monitor[len(c.name) + 1 :] not in values
+        ):
+            raise RecipeError(
+                f'monitor={monitor!r}, but callback {c.name!r} returned {sorted(values)}'
+            )
         yield c.name, values
 
 # %% ../../nbs/train/10_loop.ipynb #5ddec7ed
-def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | None, out_dir: str | Path, *,
-          seed: int = 0, precision: str = 'fp32', resume: str | Path | None = 'auto',
-          callbacks: Sequence[Callback] = (), extra_losses: Mapping[str, LossTerm] | None = None, stop_flag: Any = None,
-          loader: Any = None, groups: Mapping | None = None, device: str | None = None, save_every: int | None = None,
-          keep_last: int = 2, monitor: str | None = None, best: str = 'min', trackers: Sequence = (),
-          project: str = 'vlmbench', progress_seconds: float | None = 10., allow_changed: Collection[str] = (),
-          quarantine: Any = None) -> TrainResult:
-    """Run `stage` on `model` in place and return a `TrainResult`; everything written lies under `out_dir`.
+def train(
+    model: nn.Module,
+    processor: Any,
+    stage: Stage,
+    samples: Sequence | None,
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    precision: str = 'fp32',
+    resume: str | Path | None = 'auto',
+    callbacks: Sequence[Callback] = (),
+    extra_losses: Mapping[str, LossTerm] | None = None,
+    stop_flag: Any = None,
+    loader: Any = None,
+    groups: Mapping | None = None,
+    device: str | None = None,
+    save_every: int | None = None,
+    keep_last: int = 2,
+    monitor: str | None = None,
+    best: str = 'min',
+    trackers: Sequence = (),
+    project: str = 'vlmbench',
+    progress_seconds: float | None = 10.0,
+    allow_changed: Collection[str] = (),
+    quarantine: Any = None,
+) -> TrainResult:
+    """Run `stage` on `model` in place and return a `TrainResult`; everything written lies under
+    `out_dir`.
 
-    `samples`: sequence of `Sample` (or a `Mixture`); `loader` replaces the loader made from them. `precision`: 'fp32',
-    or 'bf16' (autocast over fp32 trained weights). `resume`: 'auto' (the newest usable state in `out_dir`, or start), a
-    state's folder, or None (start; refuses a folder with states). `save_every`: steps between states, besides the last
-    one. `monitor`: name of a callback's number (`'eval/score'`) that decides which state is kept as the best (`best`:
-    'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT are caught). `groups`:
-    module groups (default `module_groups(model)`). Raises Preempted and TooManyBadRecords (state saved),
-    NonFiniteLoss, NoGradient, CheckpointError, RecipeError."""
+    `samples`: sequence of `Sample` (or a `Mixture`); `loader` replaces the loader made from them.
+    `precision`: 'fp32', or 'bf16' (autocast over fp32 trained weights). `resume`: 'auto' (the
+    newest usable state in `out_dir`, or start), a state's folder, or None (start; refuses a folder
+    with states). `save_every`: steps between states, besides the last one. `monitor`: name of a
+    callback's number (`'eval/score'`) that decides which state is kept as the best (`best`: 'min'
+    or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT are
+    caught). `groups`: module groups (default `module_groups(model)`). Raises Preempted and
+    TooManyBadRecords (state saved), NonFiniteLoss, NoGradient, CheckpointError, RecipeError."""
     out_dir, ranks = Path(out_dir), Ranks(device)
     stage = stage.over(ranks.world)
     terms = _match_terms(stage, extra_losses)
     groups = module_groups(model) if groups is None else groups
     model.to(ranks.device).train()
     plan = prepare(model, stage, groups, seed)
-    if stage.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
     modules = {name: t.to(ranks.device) for name, t, _ in terms if isinstance(t, nn.Module)}
-    heads = {f'losses.{k}.{n}': p for k, t in modules.items() for n, p in t.named_parameters() if p.requires_grad}
+    heads = {
+        f'losses.{k}.{n}': p
+        for k, t in modules.items()
+        for n, p in t.named_parameters()
+        if p.requires_grad
+    }
     params = {**plan.trainable, **heads}
-    if not params: raise RecipeError(f'stage {stage.name!r} trains nothing: every group is frozen')
+    if not params:
+        raise RecipeError(f'stage {stage.name!r} trains nothing: every group is frozen')
     _check_precision(model, params, precision)
     opt_groups = plan.optimizer_groups()
-    if heads: opt_groups.append(dict(name='losses.', lr=stage.lr, weight_decay=0., params=[*heads.values()],
-                                     param_names=[*heads]))
+    if heads:
+        opt_groups.append(
+            dict(
+                name='losses.',
+                lr=stage.lr,
+                weight_decay=0.0,
+                params=[*heads.values()],
+                param_names=[*heads],
+            )
+        )
     fused = ranks.device.type in ('cpu', 'cuda')
     optimizer = make_optimizer(stage.optimizer, opt_groups, stage.betas, stage.eps, fused=fused)
     peak_lr = [g['lr'] for g in optimizer.param_groups]
     forward, flops = Forward(model, terms, ranks.device, precision), FlopModel(plan, groups)
-    loader = loader if loader is not None else make_loader(samples, processor, stage, seed, ranks.rank, ranks.world,
-                                                           quarantine)
-    count = lambda b: {**batch_counts(b, flops.patch), **{f'losses.{name}': t.count(b) for name, t, _ in terms}}
+    loader = (
+        loader
+        if loader is not None
+        else make_loader(samples, processor, stage, seed, ranks.rank, ranks.world, quarantine)
+    )
+    count = lambda b: {
+        **batch_counts(b, flops.patch),
+        **{f'losses.{name}': t.count(b) for name, t, _ in terms},
+    }
 
     keys = [*COUNTS, *(f'losses.{name}' for name, _, _ in terms)]
     audited = {g.group: g.trained for g in plan.groups} | dict(losses=heads)
 
-    identity = dict(stage=stage.to_dict(), seed=seed, precision=precision, base=fingerprint(model, params))
+    identity = dict(
+        stage=stage.to_dict(), seed=seed, precision=precision, base=fingerprint(model, params)
+    )
     found = latest(out_dir) if resume is None or resume == 'auto' else Path(resume)
     if resume is None and found:
-        raise CheckpointError(f"{out_dir} holds states of an earlier run (newest: {found.name}); resume='auto' goes "
-                              f"on, or choose another out_dir")
+        raise CheckpointError(
+            f"{out_dir} holds states of an earlier run (newest: {found.name}); resume='auto' goes "
+            f'on, or choose another out_dir'
+        )
     step, seen, metric, path, audit, ended = 0, 0, None, None, GradientAudit(), False
     main = ranks.rank == 0
     with ExitStack() as cleanup:
@@ -277,33 +452,76 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
         _seed_all(seed + ranks.rank)
         if found:
             state = load_state(found, identity, allow_changed, ranks.rank, ranks.world)
-            load_weights(params, state.weights, str(found)); load_optimizer_tensors(optimizer, state.optimizer)
-            loader.load_state_dict(state.local['loader']); set_rng_state(state.local['rng'])
-            step, seen, metric, path = state.step, state.shared['targets'], state.shared['metric'], found
+            load_weights(params, state.weights, str(found))
+            load_optimizer_tensors(optimizer, state.optimizer)
+            loader.load_state_dict(state.local['loader'])
+            set_rng_state(state.local['rng'])
+            step, seen, metric, path = (
+                state.step,
+                state.shared['targets'],
+                state.shared['metric'],
+                found,
+            )
             audit = GradientAudit(**state.shared['audit'])
         (peak, peak_source), table = peak_flops(ranks.device, precision), plan.table()
         if main and progress_seconds is not None:
-            print(f'{stage.name}: {sum(p.numel() for p in params.values()):,} trained parameters on {ranks.world} x '
-                  f'{ranks.device} in {precision}' + (f', resuming after step {step}' if found else '') + '\n'
-                  + table.to_string(index=False), flush=True)
+            print(
+                f'{stage.name}: {sum(p.numel() for p in params.values()):,} trained parameters on '
+                f'{ranks.world} x '
+                f'{ranks.device} in {precision}'
+                + (f', resuming after step {step}' if found else '')
+                + '\n'
+                + table.to_string(index=False),
+                flush=True,
+            )
         if main:
-            log = MetricLog(out_dir, [make_tracker(t, out_dir, project, config=identity) for t in trackers],
-                            step if found else None)
+            log = MetricLog(
+                out_dir,
+                [make_tracker(t, out_dir, project, config=identity) for t in trackers],
+                step if found else None,
+            )
             cleanup.callback(log.close)
-            if not found: log.log(dict(step=0, event='run', stage=stage.to_dict(), seed=seed, precision=precision,
-                                       world=ranks.world, device=str(ranks.device), flop_convention=FLOP_CONVENTION,
-                                       peak_flops=peak, peak_source=peak_source))
+            if not found:
+                log.log(
+                    dict(
+                        step=0,
+                        event='run',
+                        stage=stage.to_dict(),
+                        seed=seed,
+                        precision=precision,
+                        world=ranks.world,
+                        device=str(ranks.device),
+                        flop_convention=FLOP_CONVENTION,
+                        peak_flops=peak,
+                        peak_source=peak_source,
+                    )
+                )
         progress = ProgressLine(progress_seconds if main else None)
         batches = iter(loader)
-        if hasattr(batches, 'close'): cleanup.callback(batches.close)
-        if rows := getattr(loader, 'quarantine', None): cleanup.enter_context(rows.held())
+        if hasattr(batches, 'close'):
+            cleanup.callback(batches.close)
+        if rows := getattr(loader, 'quarantine', None):
+            cleanup.enter_context(rows.held())
         stop = stop_flag if stop_flag is not None else cleanup.enter_context(StopFlag())
 
         def save():
             local = dict(rng=rng_state(), loader=loader.state_dict())
             shared = dict(targets=seen, metric=metric, audit=dict(vars(audit)))
-            return save_state(out_dir, step, params, optimizer_tensors(optimizer), shared, local, identity, metric,
-                              keep_last, best, ranks.rank, ranks.world, ranks.agree)
+            return save_state(
+                out_dir,
+                step,
+                params,
+                optimizer_tensors(optimizer),
+                shared,
+                local,
+                identity,
+                metric,
+                keep_last,
+                best,
+                ranks.rank,
+                ranks.world,
+                ranks.agree,
+            )
 
         used = lambda: seen / stage.budget_targets if stage.budget_targets else step / stage.steps
         began = time.perf_counter(), used()
@@ -311,18 +529,24 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
             started = time.perf_counter()
             micro, counts = take(batches, stage.accumulation, count)
             waited = time.perf_counter() - started
-            *totals, ended = ranks.sum(torch.tensor([float(counts[k]) for k in keys] + [float(not micro)],
-                                                    dtype=torch.float64)).tolist()
-            if ended: break
+            *totals, ended = ranks.sum(
+                torch.tensor(
+                    [float(counts[k]) for k in keys] + [float(not micro)], dtype=torch.float64
+                )
+            ).tolist()
+            if ended:
+                break
             counts = dict(zip(keys, totals))
             ids = [b.get('sample_ids') for b in micro]
-            if not counts['targets']: raise RecipeError(f'step {step + 1}: no sample of {ids} has a target token')
+            if not counts['targets']:
+                raise RecipeError(f'step {step + 1}: no sample of {ids} has a target token')
 
             parts = 0
             for batch, shares in zip(micro, _shares(stage, micro, counts, count, keys, ranks)):
                 loss, losses = forward.losses(batch, shares)
                 # a text-only micro-batch does not reach a projector that trains alone
-                if loss.requires_grad: loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
                 parts = parts + torch.stack([loss.detach().float(), *losses])
 
             ranks.sum_gradients([*params.values()])
@@ -336,48 +560,102 @@ def train(model: nn.Module, processor: Any, stage: Stage, samples: Sequence | No
             if audit.check(audited, step + 1, int(counts['images'])) and main:
                 log.log(dict(vars(audit), step=step + 1, event='audit'))
 
-            start = used(); step += 1; seen += int(counts['targets'])
-            for g, lr in zip(optimizer.param_groups, peak_lr): g['lr'] = lr * lr_factor(stage, start, used())
-            optimizer.step(); optimizer.zero_grad(set_to_none=True)
+            start = used()
+            step += 1
+            seen += int(counts['targets'])
+            for g, lr in zip(optimizer.param_groups, peak_lr):
+                g['lr'] = lr * lr_factor(stage, start, used())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-            last, now = used() >= 1, time.perf_counter(); took = now - started
-            row = dict(step=step, event='step', seen_targets=seen, loss=parts[0],
-                       losses=dict(zip(['target', *(n for n, _, _ in terms)], parts[1:])),
-                       lr={g['name'].rpartition('.')[0]: g['lr'] for g in optimizer.param_groups}, grad_norm=norm,
-                       step_s=took, **{k: int(counts[k]) for k in ('tokens', 'targets', 'images')},
-                       **{f'{k}_per_s': counts[k] / took for k in ('tokens', 'targets', 'images')},
-                       mfu=flops(counts) / (took * peak * ranks.world), data_wait=waited / took,
-                       memory_mb=peak_memory(), eta_s=max(0., 1 - used()) * (now - began[0]) / (used() - began[1]))
-            if main: log.log(row)
+            last, now = used() >= 1, time.perf_counter()
+            took = now - started
+            row = dict(
+                step=step,
+                event='step',
+                seen_targets=seen,
+                loss=parts[0],
+                losses=dict(zip(['target', *(n for n, _, _ in terms)], parts[1:])),
+                lr={g['name'].rpartition('.')[0]: g['lr'] for g in optimizer.param_groups},
+                grad_norm=norm,
+                step_s=took,
+                **{k: int(counts[k]) for k in ('tokens', 'targets', 'images')},
+                **{f'{k}_per_s': counts[k] / took for k in ('tokens', 'targets', 'images')},
+                mfu=flops(counts) / (took * peak * ranks.world),
+                data_wait=waited / took,
+                memory_mb=peak_memory(),
+                eta_s=max(0.0, 1 - used()) * (now - began[0]) / (used() - began[1]),
+            )
+            if main:
+                log.log(row)
             progress(row, used(), last)
-            for name, values in _evaluate(callbacks, Moment(step, seen, row, model, processor, plan, out_dir), last,
-                                          monitor):
-                if monitor and monitor.startswith(f'{name}/'): metric = float(values[monitor[len(name) + 1:]])
-                if main: log.log(dict(values, step=step, event=name))
+            for name, values in _evaluate(
+                callbacks, Moment(step, seen, row, model, processor, plan, out_dir), last, monitor
+            ):
+                if monitor and monitor.startswith(f'{name}/'):
+                    metric = float(values[monitor[len(name) + 1 :]])
+                if main:
+                    log.log(dict(values, step=step, event=name))
 
-            path = save() if asked or spoilt or last or save_every and step % save_every == 0 else None
-            if spoilt: rows.close(f'The state is in {path}'); raise TooManyBadRecords('on another rank')
-            if asked: raise Preempted(getattr(stop, 'reason', None) or 'stop flag was set', path)
+            path = (
+                save() if asked or spoilt or last or save_every and step % save_every == 0 else None
+            )
+            if spoilt:
+                rows.close(f'The state is in {path}')
+                raise TooManyBadRecords('on another rank')
+            if asked:
+                raise Preempted(getattr(stop, 'reason', None) or 'stop flag was set', path)
         if ended:
-            warnings.warn(f'stage {stage.name!r}: the data ended at {used():.1%} of the budget, after {step} steps '
-                          f'and {seen} target tokens')
+            warnings.warn(
+                f'stage {stage.name!r}: the data ended at {used():.1%} of the budget, after {step} '
+                'steps '
+                f'and {seen} target tokens'
+            )
             path = path or save()
-    if stage.merge: plan.merge()
-    return TrainResult(stage, out_dir, out_dir / 'metrics.jsonl', path, step, seen, used() >= 1, table, audit,
-                       read_metrics(out_dir) if main else None)
+    if stage.merge:
+        plan.merge()
+    return TrainResult(
+        stage,
+        out_dir,
+        out_dir / 'metrics.jsonl',
+        path,
+        step,
+        seen,
+        used() >= 1,
+        table,
+        audit,
+        read_metrics(out_dir) if main else None,
+    )
 
 # %% ../../nbs/train/10_loop.ipynb #3723120b
-def train_recipe(model: nn.Module, processor: Any, recipe: Recipe, data: Mapping[str, Sequence], out_dir: str | Path,
-                 extra_losses: Mapping[str, LossTerm] | None = None, **kwargs) -> list[TrainResult]:
-    """Run all stages of `recipe` with `train` in `out_dir/NUMBER-NAME`; `data` maps each stage's `data` to its samples,
-    `kwargs` go to `train`.
+def train_recipe(
+    model: nn.Module,
+    processor: Any,
+    recipe: Recipe,
+    data: Mapping[str, Sequence],
+    out_dir: str | Path,
+    extra_losses: Mapping[str, LossTerm] | None = None,
+    **kwargs,
+) -> list[TrainResult]:
+    """Run all stages of `recipe` with `train` in `out_dir/NUMBER-NAME`; `data` maps each stage's
+    `data` to its samples, `kwargs` go to `train`.
 
     A stage takes from `extra_losses` the terms it declares."""
     missing = [s.data for s in recipe.stages if s.data not in data]
-    if missing: raise RecipeError(f'recipe {recipe.name!r} needs data {missing}; given: {sorted(data)}')
+    if missing:
+        raise RecipeError(f'recipe {recipe.name!r} needs data {missing}; given: {sorted(data)}')
     out = []
     for i, stage in enumerate(recipe.stages):
         terms = {name: t for name, t in (extra_losses or {}).items() if name in dict(stage.losses)}
-        out.append(train(model, processor, stage, data[stage.data], Path(out_dir) / f'{i}-{stage.name}',
-                         extra_losses=terms, **kwargs))
+        out.append(
+            train(
+                model,
+                processor,
+                stage,
+                data[stage.data],
+                Path(out_dir) / f'{i}-{stage.name}',
+                extra_losses=terms,
+                **kwargs,
+            )
+        )
     return out

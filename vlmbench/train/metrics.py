@@ -21,51 +21,76 @@ from .prepare import TrainPlan, layer_index
 
 # %% ../../nbs/train/06_metrics.ipynb #d3708f02
 class MetricLog:
-    """`out_dir/metrics.jsonl` and its mirrors. `resume_step`: keep lines up to this step (None: start a new file, an
-    old one is moved aside).
+    """`out_dir/metrics.jsonl` and its mirrors. `resume_step`: keep lines up to this step (None:
+    start a new file, an old one is moved aside).
 
-    Rows are dicts with `step` and `event` ('step', 'audit', or the name of a callback); nested dicts become `a/b`
-    columns for trackers and tables."""
-    def __init__(self, out_dir: str | Path, trackers: Sequence['Tracker'] = (), resume_step: int | None = None):
+    Rows are dicts with `step` and `event` ('step', 'audit', or the name of a callback); nested
+    dicts become `a/b` columns for trackers and tables."""
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        trackers: Sequence['Tracker'] = (),
+        resume_step: int | None = None,
+    ):
         self.path, self.trackers = Path(out_dir) / 'metrics.jsonl', list(trackers)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and resume_step is None: self._set_aside()
-        elif self.path.exists(): self._cut(resume_step)
+        if self.path.exists() and resume_step is None:
+            self._set_aside()
+        elif self.path.exists():
+            self._cut(resume_step)
         self.file = open(self.path, 'a', encoding='utf8')
 
     def _set_aside(self):
         n = 1
-        while (old := self.path.with_name(f'metrics.{n}.jsonl')).exists(): n += 1
-        self.path.rename(old); warnings.warn(f'{self.path} belonged to an earlier run and is now {old.name}')
+        while (old := self.path.with_name(f'metrics.{n}.jsonl')).exists():
+            n += 1
+        self.path.rename(old)
+        warnings.warn(f'{self.path} belonged to an earlier run and is now {old.name}')
 
     def _cut(self, step):
         lines = self.path.read_text(encoding='utf8').splitlines(keepends=True)
         keep = [l for l in lines if l.endswith('\n') and json.loads(l)['step'] <= step]
-        if len(keep) == len(lines): return
-        tmp = self.path.with_suffix('.tmp'); tmp.write_text(''.join(keep), encoding='utf8'); os.replace(tmp, self.path)
-        warnings.warn(f'{self.path}: dropped {len(lines) - len(keep)} lines after step {step}, where the run resumes')
+        if len(keep) == len(lines):
+            return
+        tmp = self.path.with_suffix('.tmp')
+        tmp.write_text(''.join(keep), encoding='utf8')
+        os.replace(tmp, self.path)
+        warnings.warn(
+            f'{self.path}: dropped {len(lines) - len(keep)} lines after step {step}, where the run '
+            'resumes'
+        )
 
     def log(self, row: Mapping[str, Any]) -> None:
         "Append one row and mirror it. Rows are flushed at once, so a killed run loses none."
-        self.file.write(json.dumps(row) + '\n'); self.file.flush()
-        flat = {k: v for k, v in flatten(row).items() if isinstance(v, (int, float)) and not isinstance(v, bool)
-                and k != 'step'}
-        for t in self.trackers: t.log(flat, row['step'])
+        self.file.write(json.dumps(row) + '\n')
+        self.file.flush()
+        flat = {
+            k: v
+            for k, v in flatten(row).items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'step'
+        }
+        for t in self.trackers:
+            t.log(flat, row['step'])
 
     def close(self) -> None:
         self.file.close()
-        for t in self.trackers: t.close()
+        for t in self.trackers:
+            t.close()
 
 
 def flatten(row: Mapping[str, Any], at: str = '') -> dict[str, Any]:
     "Nested dicts to one level with `/` between the names."
-    return {k2: v2 for k, v in row.items() for k2, v2 in (flatten(v, f'{at}{k}/').items() if isinstance(v, Mapping)
-                                                          else [(at + k, v)])}
+    return {
+        k2: v2
+        for k, v in row.items()
+        for k2, v2 in (flatten(v, f'{at}{k}/').items() if isinstance(v, Mapping) else [(at + k, v)])
+    }
 
 
 def read_metrics(path: str | Path, event: str | None = 'step') -> pd.DataFrame:
-    """The rows of one `event` (None: all) of a metrics file or of the run folder that holds it, one column per
-    flattened key."""
+    """The rows of one `event` (None: all) of a metrics file or of the run folder that holds it, one
+    column per flattened key."""
     path = Path(path)
     with open(path / 'metrics.jsonl' if path.is_dir() else path, encoding='utf8') as f:
         rows = [json.loads(l) for l in f if l.endswith('\n')]
@@ -74,161 +99,291 @@ def read_metrics(path: str | Path, event: str | None = 'step') -> pd.DataFrame:
 # %% ../../nbs/train/06_metrics.ipynb #7014f9e0
 class Tracker:
     "Mirror of the metrics file: `log(flat row, step)` and `close()`."
-    def log(self, row: Mapping[str, float], step: int) -> None: raise TypeError(f'{type(self).__name__} must define '
-        f'log(row, step)')
-    def close(self) -> None: "Finish writing."
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        raise TypeError(f'{type(self).__name__} must define log(row, step)')
+
+    def close(self) -> None:
+        "Finish writing."
 
 
 def _missing(name, package, error):
-    return ImportError(f"tracker {name!r} needs the package {package!r}: install vlmbench[serve], or drop {name!r} "
-                       f"from trackers ({error})")
+    return ImportError(
+        f'tracker {name!r} needs the package {package!r}: install vlmbench[serve], or drop '
+        f'{name!r} '
+        f'from trackers ({error})'
+    )
 
 
 class TensorBoardTracker(Tracker):
     "TensorBoard event files under `out_dir/tensorboard`."
+
     def __init__(self, out_dir, project, run, config):
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e: raise _missing('tensorboard', 'tensorboard', e) from e
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise _missing('tensorboard', 'tensorboard', e) from e
         self.writer = SummaryWriter(str(Path(out_dir) / 'tensorboard'))
         self.writer.add_text('config', f'```json\n{json.dumps(config, indent=1)}\n```')
+
     def log(self, row, step):
-        for k, v in row.items(): self.writer.add_scalar(k, v, step)
-    def close(self): self.writer.close()
+        for k, v in row.items():
+            self.writer.add_scalar(k, v, step)
+
+    def close(self):
+        self.writer.close()
 
 
 class _RunTracker(Tracker):
     "What trackio and W&B have in common: a `run` that takes rows."
-    def log(self, row, step): self.run.log(dict(row), step=step)
-    def close(self): self.run.finish()
+
+    def log(self, row, step):
+        self.run.log(dict(row), step=step)
+
+    def close(self):
+        self.run.finish()
 
 
 class TrackioTracker(_RunTracker):
     "A local trackio project (its dashboard: `trackio show`)."
+
     def __init__(self, out_dir, project, run, config):
-        try: import trackio
-        except ImportError as e: raise _missing('trackio', 'trackio', e) from e
+        try:
+            import trackio
+        except ImportError as e:
+            raise _missing('trackio', 'trackio', e) from e
         self.run = trackio.init(project=project, name=run, config=config, embed=False)
 
 
 class WandbTracker(_RunTracker):
     "A Weights & Biases run (offline with `WANDB_MODE=offline`)."
+
     def __init__(self, out_dir, project, run, config):
-        try: import wandb
-        except ImportError as e: raise _missing('wandb', 'wandb', e) from e
-        self.run = wandb.init(project=project, name=run, dir=str(out_dir), config=config, reinit='create_new')
+        try:
+            import wandb
+        except ImportError as e:
+            raise _missing('wandb', 'wandb', e) from e
+        self.run = wandb.init(
+            project=project, name=run, dir=str(out_dir), config=config, reinit='create_new'
+        )
 
 
 TRACKERS = dict(tensorboard=TensorBoardTracker, trackio=TrackioTracker, wandb=WandbTracker)
 
 
-def make_tracker(name: str | Tracker, out_dir: str | Path, project: str = 'vlmbench', run: str = '', config: Mapping
-                 | None = None) -> Tracker:
-    """The tracker called exactly `name` (or `name` itself if it is one already). Raises ImportError naming the extra
-    when its package is missing."""
-    if isinstance(name, Tracker): return name
-    if name not in TRACKERS: raise ValueError(f'unknown tracker {name!r}; trackers are {list(TRACKERS)}')
+def make_tracker(
+    name: str | Tracker,
+    out_dir: str | Path,
+    project: str = 'vlmbench',
+    run: str = '',
+    config: Mapping | None = None,
+) -> Tracker:
+    """The tracker called exactly `name` (or `name` itself if it is one already). Raises ImportError
+    naming the extra when its package is missing."""
+    if isinstance(name, Tracker):
+        return name
+    if name not in TRACKERS:
+        raise ValueError(f'unknown tracker {name!r}; trackers are {list(TRACKERS)}')
     return TRACKERS[name](out_dir, project, run or Path(out_dir).name, dict(config or {}))
 
 # %% ../../nbs/train/06_metrics.ipynb #2974da4d
 class ProgressLine:
     "Print `step loss speed eta` at most every `seconds` seconds (0: every step; None: never)."
-    def __init__(self, seconds: float | None = 10.,
-                 out=None): self.seconds, self.out, self.last, self.began = seconds, out, -math.inf, None
+
+    def __init__(self, seconds: float | None = 10.0, out=None):
+        self.seconds, self.out, self.last, self.began = seconds, out, -math.inf, None
 
     def __call__(self, row: Mapping[str, Any], done: float, last: bool = False) -> None:
-        """`done`: fraction of the budget. The estimate of the time left uses the run's own pace since it started or
-        resumed."""
+        """`done`: fraction of the budget. The estimate of the time left uses the run's own pace
+        since it started or resumed."""
         now = time.perf_counter()
-        if self.began is None: self.began = (now, done)
-        if self.seconds is None or not last and now - self.last < self.seconds: return
+        if self.began is None:
+            self.began = (now, done)
+        if self.seconds is None or not last and now - self.last < self.seconds:
+            return
         self.last = now
-        print(f'step {row["step"]:>6}  {done:6.1%}  loss {row["loss"]:.4f}  grad {row["grad_norm"]:.2f}  '
-              f'{row["tokens_per_s"]:,.0f} tok/s' f'  eta {clock(row["eta_s"])}', file=self.out or sys.stdout,
-              flush=True)
+        print(
+            f'step {row["step"]:>6}  {done:6.1%}  loss {row["loss"]:.4f}  grad '
+            f'{row["grad_norm"]:.2f}  '
+            f'{row["tokens_per_s"]:,.0f} tok/s'
+            f'  eta {clock(row["eta_s"])}',
+            file=self.out or sys.stdout,
+            flush=True,
+        )
 
 
 def clock(seconds: float | None) -> str:
     "Seconds as h:mm:ss ('?' when unknown)."
-    if seconds is None or not math.isfinite(seconds): return '?'
-    s = int(seconds); return f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}'
+    if seconds is None or not math.isfinite(seconds):
+        return '?'
+    s = int(seconds)
+    return f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}'
 
 
 def peak_memory() -> dict[str, float]:
-    "Peak resident memory of this process and, where there is one, peak allocated CUDA memory, in MB (10^6 bytes)."
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    return dict(rss=rss / 1e6, **(dict(cuda=torch.cuda.max_memory_allocated() / 1e6) if torch.cuda.is_available()
-                                  else {}))
+    """Peak resident memory of this process and, where there is one, peak allocated CUDA memory, in
+    MB (10^6 bytes)."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == 'darwin' else 1024
+    )
+    return dict(
+        rss=rss / 1e6,
+        **(dict(cuda=torch.cuda.max_memory_allocated() / 1e6) if torch.cuda.is_available() else {}),
+    )
 
 # %% ../../nbs/train/06_metrics.ipynb #931598c1
 def batch_counts(batch: Mapping[str, Any], patch: int | None = None) -> dict[str, int]:
-    """Counts of one batch: `tokens` (without padding), `targets` (labels that carry loss, position 0 never does),
-    `images`, `image_tokens`, `patches` and `patch_pairs` of the vision tower (`patch`: its stride in pixels), `pairs`
-    (causal query-key pairs within documents)."""
-    ids = batch['input_ids']; docs, mask = batch.get('document_ids'), batch.get('attention_mask')
-    real = docs >= 0 if docs is not None else mask.bool() if mask is not None else torch.ones_like(ids,
-        dtype=torch.bool)
-    if docs is not None and 'position_ids' in batch: pairs = int((batch['position_ids'] + 1)[real].sum())
-    else: pairs = sum(n * (n + 1) // 2 for n in real.sum(1).tolist())
-    out = dict(tokens=int(real.sum()), targets=int((batch['labels'][:, 1:] != -100).sum()), pairs=pairs, images=0,
-               image_tokens=0, patches=0, patch_pairs=0)
+    """Counts of one batch: `tokens` (without padding), `targets` (labels that carry loss, position
+    0 never does), `images`, `image_tokens`, `patches` and `patch_pairs` of the vision tower
+    (`patch`: its stride in pixels), `pairs` (causal query-key pairs within documents)."""
+    ids = batch['input_ids']
+    docs, mask = batch.get('document_ids'), batch.get('attention_mask')
+    real = (
+        docs >= 0
+        if docs is not None
+        else mask.bool()
+        if mask is not None
+        else torch.ones_like(ids, dtype=torch.bool)
+    )
+    if docs is not None and 'position_ids' in batch:
+        pairs = int((batch['position_ids'] + 1)[real].sum())
+    else:
+        pairs = sum(n * (n + 1) // 2 for n in real.sum(1).tolist())
+    out = dict(
+        tokens=int(real.sum()),
+        targets=int((batch['labels'][:, 1:] != -100).sum()),
+        pairs=pairs,
+        images=0,
+        image_tokens=0,
+        patches=0,
+        patch_pairs=0,
+    )
     pixels = batch.get('pixel_values')
     if pixels is not None:
-        sizes = batch['image_sizes'].tolist() if 'image_sizes' in batch else [list(pixels.shape[-2:])] * len(pixels)
+        sizes = (
+            batch['image_sizes'].tolist()
+            if 'image_sizes' in batch
+            else [list(pixels.shape[-2:])] * len(pixels)
+        )
         per = [(h // patch) * (w // patch) if patch else 0 for h, w in sizes]
         out.update(images=len(pixels), patches=sum(per), patch_pairs=sum(n * n for n in per))
-        if 'image_ids' in batch: out['image_tokens'] = int((batch['image_ids'] >= 0).sum())
+        if 'image_ids' in batch:
+            out['image_tokens'] = int((batch['image_ids'] >= 0).sum())
     return out
 
 # %% ../../nbs/train/06_metrics.ipynb #8f89122f
-FLOP_CONVENTION = ('2 per multiply-add; matrix parameters x tokens (vision: patches, projector: image tokens, head: '
-                   'target tokens) + 4 x width per ' 'allowed query-key pair and block; backward +1x where a gradient '
-                   'passes, +1x for trained weights; no recomputation')
+FLOP_CONVENTION = (
+    '2 per multiply-add; matrix parameters x tokens (vision: patches, projector: image tokens, '
+    'head: '
+    'target tokens) + 4 x width per '
+    'allowed query-key pair and block; backward +1x where a gradient '
+    'passes, +1x for trained weights; no recomputation'
+)
 
 
 class FlopModel:
-    "FLOPs of a training step from `batch_counts`; built once per stage from the plan and the module groups."
+    """FLOPs of a training step from `batch_counts`; built once per stage from the plan and the
+    module groups."""
+
     def __init__(self, plan: TrainPlan, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]]):
         model, trained = plan.model, set(plan.trainable)
         order = dict(vision=0, projector=1, embed=1, layers=2, norm=3, lm_head=4)
-        rank = lambda g, n: (order[g], layer_index(n) if g in ('vision', 'layers') and layer_index(n) is not None
-                             else -1)
-        inside = lambda n: n.startswith('model.language_model.')              # a front end's parts in the decoder blocks
-        named = [('layers' if g == 'vision' and inside(n) else g, n, p) for g, ps in groups.items() for n, p in ps]
-        lora_ = [(g.group, n, p) for g in plan.groups for n, p in g.trained.items() if '.lora_' in n]
+        rank = lambda g, n: (
+            order[g],
+            layer_index(n) if g in ('vision', 'layers') and layer_index(n) is not None else -1,
+        )
+        inside = lambda n: n.startswith(
+            'model.language_model.'
+        )  # a front end's parts in the decoder blocks
+        named = [
+            ('layers' if g == 'vision' and inside(n) else g, n, p)
+            for g, ps in groups.items()
+            for n, p in ps
+        ]
+        lora_ = [
+            (g.group, n, p) for g in plan.groups for n, p in g.trained.items() if '.lora_' in n
+        ]
         first = min((rank(g.group, n) for g in plan.groups for n in g.trained), default=(9, 0))
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         alive = {n.replace('.base_layer.', '.') for n in trained}
-        self.per = dict.fromkeys(('patches', 'image_tokens', 'tokens', 'targets', 'pairs', 'patch_pairs'), 0)
+        self.per = dict.fromkeys(
+            ('patches', 'image_tokens', 'tokens', 'targets', 'pairs', 'patch_pairs'), 0
+        )
         unit = dict(vision='patches', projector='image_tokens', layers='tokens', lm_head='targets')
         passes = lambda r: r > first or r == first and r[1] >= 0
         for g, n, p in [*named, *lora_]:
-            if g in unit and p.ndim >= 2 and id(p) not in tables: self.per[unit[g]] += 2 * p.numel() * (1
-                + passes(rank(g, n)) + (n in alive))
+            if g in unit and p.ndim >= 2 and id(p) not in tables:
+                self.per[unit[g]] += 2 * p.numel() * (1 + passes(rank(g, n)) + (n in alive))
         head = model.get_output_embeddings()
         if head is not None and id(head.weight) in tables:
-            self.per['targets'] += 2 * head.weight.numel() * (1 + passes((4, -1))
-                                                              + any(head.weight is p for p in plan.trainable.values()))
+            self.per['targets'] += (
+                2
+                * head.weight.numel()
+                * (1 + passes((4, -1)) + any(head.weight is p for p in plan.trainable.values()))
+            )
         text = model.config.get_text_config()
         width = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
-        for i in sorted({layer_index(n) for _, n, _ in named if layer_index(n) is not None and _is(groups, 'layers',
-            n)}):
+        for i in sorted(
+            {
+                layer_index(n)
+                for _, n, _ in named
+                if layer_index(n) is not None and _is(groups, 'layers', n)
+            }
+        ):
             self.per['pairs'] += 4 * width * text.num_attention_heads * (3 if passes((2, i)) else 1)
-        conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)
-                     and any(m.weight is p for _, p in groups.get('vision', ()))), None)
+        conv = next(
+            (
+                m
+                for m in model.modules()
+                if isinstance(m, nn.Conv2d)
+                and any(m.weight is p for _, p in groups.get('vision', ()))
+            ),
+            None,
+        )
         self.patch = conv.stride[0] if conv is not None else None
-        for i in sorted({layer_index(n) for n, _ in groups.get('vision', ())
-                         if layer_index(n) is not None and not inside(n)}) if conv is not None else ():
+        for i in (
+            sorted(
+                {
+                    layer_index(n)
+                    for n, _ in groups.get('vision', ())
+                    if layer_index(n) is not None and not inside(n)
+                }
+            )
+            if conv is not None
+            else ()
+        ):
             self.per['patch_pairs'] += 4 * conv.out_channels * (3 if passes((0, i)) else 1)
 
-    def __call__(self, counts: Mapping[str, int]) -> int: return sum(self.per[k] * counts.get(k, 0) for k in self.per)
+    def __call__(self, counts: Mapping[str, int]) -> int:
+        return sum(self.per[k] * counts.get(k, 0) for k in self.per)
 
 
-def _is(groups, group, name): return any(name == n for n, _ in groups[group])
+def _is(groups, group, name):
+    return any(name == n for n, _ in groups[group])
 
 # %% ../../nbs/train/06_metrics.ipynb #f6d3c2d8
-DATASHEET_TFLOPS = {'bf16': {'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70, 'RTX 4090': 165,
-                             'B200': 2250}, 'fp32': {'H200': 67, 'H100': 67, 'A100': 19.5, 'L40S': 91.6, 'L4': 30.3,
-                                                     'A10G': 31.2, 'RTX 4090': 82.6, 'B200': 75}}
+DATASHEET_TFLOPS = {
+    'bf16': {
+        'H200': 989,
+        'H100': 989,
+        'A100': 312,
+        'L40S': 362,
+        'L4': 121,
+        'A10G': 70,
+        'RTX 4090': 165,
+        'B200': 2250,
+    },
+    'fp32': {
+        'H200': 67,
+        'H100': 67,
+        'A100': 19.5,
+        'L40S': 91.6,
+        'L4': 30.3,
+        'A10G': 31.2,
+        'RTX 4090': 82.6,
+        'B200': 75,
+    },
+}
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
@@ -236,12 +391,20 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
         for k, v in DATASHEET_TFLOPS[precision].items():
-            if re.search(rf'\b{k}\b', name): return v * 1e12, f'data sheet, {name}, dense {precision}'
-    n, dtype = (4096 if device.type == 'cuda' else 512), torch.bfloat16 if precision == 'bf16' else torch.float32
-    x = torch.ones(n, n, device=device, dtype=dtype); best = math.inf
+            if re.search(rf'\b{k}\b', name):
+                return v * 1e12, f'data sheet, {name}, dense {precision}'
+    n, dtype = (
+        (4096 if device.type == 'cuda' else 512),
+        torch.bfloat16 if precision == 'bf16' else torch.float32,
+    )
+    x = torch.ones(n, n, device=device, dtype=dtype)
+    best = math.inf
     for _ in range(6):
-        if device.type == 'cuda': torch.cuda.synchronize(device)
-        t = time.perf_counter(); x @ x
-        if device.type == 'cuda': torch.cuda.synchronize(device)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        t = time.perf_counter()
+        x @ x
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - t)
-    return 2 * n ** 3 / best, f'measured, {n} x {n} {precision} matrix product on this {device.type}'
+    return 2 * n**3 / best, f'measured, {n} x {n} {precision} matrix product on this {device.type}'

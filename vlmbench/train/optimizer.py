@@ -11,10 +11,12 @@ from .recipe import OPTIMIZERS
 __all__ = ['MATRIX_GROUPS', 'orthogonalize', 'Muon', 'make_optimizer']
 
 # %% ../../nbs/train/05_optimizer.ipynb #e6c5e46d
-def orthogonalize(g: torch.Tensor,  # matrix [rows, columns]
-                  steps: int = 5,   # Newton-Schulz iterations
-                  ) -> torch.Tensor: # the same shape, singular values near 1
-    "The semi-orthogonal matrix nearest to `g`, approximately (singular values within about 0.7 to 1.2)."
+def orthogonalize(
+    g: torch.Tensor,  # matrix [rows, columns]
+    steps: int = 5,  # Newton-Schulz iterations
+) -> torch.Tensor:  # the same shape, singular values near 1
+    """The semi-orthogonal matrix nearest to `g`, approximately (singular values within about 0.7 to
+    1.2)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)
@@ -25,13 +27,19 @@ def orthogonalize(g: torch.Tensor,  # matrix [rows, columns]
 
 # %% ../../nbs/train/05_optimizer.ipynb #d6d0627c
 class Muon(torch.optim.AdamW):
-    "AdamW whose groups with `muon=True` (2-D parameters only) take orthogonalised Nesterov momentum steps instead."
-    def __init__(self, params, momentum: float = .95, **adamw):
+    """AdamW whose groups with `muon=True` (2-D parameters only) take orthogonalised Nesterov
+    momentum steps instead."""
+
+    def __init__(self, params, momentum: float = 0.95, **adamw):
         super().__init__(params, **adamw)
         self.momentum = momentum
         for g in self.param_groups:
             bad = [tuple(p.shape) for p in g['params'] if p.ndim != 2] if g.get('muon') else []
-            if bad: raise ValueError(f'Muon updates matrices; group {g.get("name")!r} holds parameters of shape {bad[0]}: leave muon unset for it')
+            if bad:
+                raise ValueError(
+                    f'Muon updates matrices; group {g.get("name")!r} holds parameters of shape '
+                    f'{bad[0]}: leave muon unset for it'
+                )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -39,32 +47,58 @@ class Muon(torch.optim.AdamW):
         try:
             self.param_groups = [g for g in every if not g.get('muon')]
             loss = super().step(closure)
-        finally: self.param_groups = every
+        finally:
+            self.param_groups = every
         for g in every:
-            if not g.get('muon'): continue
+            if not g.get('muon'):
+                continue
             for p in g['params']:
-                if p.grad is None: continue
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 buf = state.setdefault('momentum_buffer', torch.zeros_like(p))
                 buf.lerp_(p.grad, 1 - self.momentum)
                 update = orthogonalize(torch.lerp(p.grad, buf, self.momentum))
                 p.mul_(1 - g['lr'] * g['weight_decay'])
-                p.add_(update, alpha=-g['lr'] * .2 * max(p.shape) ** .5)
+                p.add_(update, alpha=-g['lr'] * 0.2 * max(p.shape) ** 0.5)
         return loss
 
 # %% ../../nbs/train/05_optimizer.ipynb #fa347714
-MATRIX_GROUPS = ('layers', 'vision')   # module groups whose matrices Muon takes: transformer blocks of the language model and of the encoder
+MATRIX_GROUPS = (
+    'layers',
+    'vision',
+    # module groups whose matrices Muon takes: transformer blocks of the language model and of the
+    # encoder
+)
 
-def make_optimizer(name: str, groups: list[dict], betas=(.9, .999), eps: float = 1e-8, fused: bool = True) -> torch.optim.Optimizer:
-    """The optimizer of a stage. `groups` carry `name` ('layers.decay', ...), `lr`, `weight_decay`, `params` and `param_names`; with 'muon' the
-    matrices of `MATRIX_GROUPS` are moved into groups of their own. Raises `ValueError` for an unknown name."""
-    if name == 'adamw': return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
-    if name != 'muon': raise ValueError(f'optimizer must be one of {OPTIMIZERS}, got {name!r}')
+
+def make_optimizer(
+    name: str, groups: list[dict], betas=(0.9, 0.999), eps: float = 1e-8, fused: bool = True
+) -> torch.optim.Optimizer:
+    """The optimizer of a stage. `groups` carry `name` ('layers.decay', ...), `lr`, `weight_decay`,
+    `params` and `param_names`; with 'muon' the matrices of `MATRIX_GROUPS` are moved into groups of
+    their own. Raises `ValueError` for an unknown name."""
+    if name == 'adamw':
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
+    if name != 'muon':
+        raise ValueError(f'optimizer must be one of {OPTIMIZERS}, got {name!r}')
     out = []
     for g in groups:
         split = g['name'].partition('.')[0] in MATRIX_GROUPS
         for muon in (True, False):
-            some = [(n, p) for n, p in zip(g['param_names'], g['params']) if (split and p.ndim == 2) == muon]
-            if some: out.append({**g, 'name': g['name'] + ('_muon' if muon else ''), 'muon': muon, 'params': [p for _, p in some],
-                                 'param_names': [n for n, _ in some]})
+            some = [
+                (n, p)
+                for n, p in zip(g['param_names'], g['params'])
+                if (split and p.ndim == 2) == muon
+            ]
+            if some:
+                out.append(
+                    {
+                        **g,
+                        'name': g['name'] + ('_muon' if muon else ''),
+                        'muon': muon,
+                        'params': [p for _, p in some],
+                        'param_names': [n for n, _ in some],
+                    }
+                )
     return Muon(out, betas=betas, eps=eps, fused=fused)

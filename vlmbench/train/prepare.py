@@ -21,8 +21,9 @@ from .recipe import Stage, Tune, _hint, _need, block_ranges
 # %% ../../nbs/train/05_prepare.ipynb #15675c3e
 @dataclass
 class GroupPlan:
-    """What happens to one module group: `parameters` in total, `trained` (full name -> parameter), its `lr`, the blocks
-    that train."""
+    """What happens to one module group: `parameters` in total, `trained` (full name -> parameter),
+    its `lr`, the blocks that train."""
+
     group: str
     tune: Tune
     lr: float | None
@@ -32,7 +33,8 @@ class GroupPlan:
 
 
 def layer_index(name: str) -> int | None:
-    "Block number in a full parameter or module name (`...layers.3.mlp...` -> 3), None outside blocks."
+    """Block number in a full parameter or module name (`...layers.3.mlp...` -> 3), None outside
+    blocks."""
     m = re.search(r'(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)(?:\.|$)', name)
     return int(m[1]) if m else None
 
@@ -40,12 +42,21 @@ def layer_index(name: str) -> int | None:
 def _blocks(group, tune, names, at):
     "The block numbers `tune` selects among `names`; an error if one does not exist."
     have = sorted({i for n in names if (i := layer_index(n)) is not None})
-    if tune.layers is None: return tuple(have)
-    _need(have, f'{at}: group {group!r} has no numbered blocks, so layers={tune.layers!r} selects nothing; use full()')
+    if tune.layers is None:
+        return tuple(have)
+    _need(
+        have,
+        f'{at}: group {group!r} has no numbered blocks, so layers={tune.layers!r} selects nothing; '
+        'use full()',
+    )
     want = tuple(range(tune.layers)) if isinstance(tune.layers, int) else tune.layers
     gone = [i for i in want if i not in have]
     what = f'first {tune.layers} blocks' if isinstance(tune.layers, int) else f'blocks {gone}'
-    _need(not gone, f'{at}: group {group!r} has {len(have)} blocks ({block_ranges(have)}), so {what} do not exist')
+    _need(
+        not gone,
+        f'{at}: group {group!r} has {len(have)} blocks ({block_ranges(have)}), so {what} do not '
+        'exist',
+    )
     return want
 
 # %% ../../nbs/train/05_prepare.ipynb #0d8cdff6
@@ -55,12 +66,20 @@ def _lora_targets(model, group, tune, names, blocks, at):
     _need(linear, f'{at}: lora needs linear modules and group {group!r} has none; use full()')
     if tune.targets is not None:
         last = sorted({n.rpartition('.')[2] for n in linear})
-        for t in tune.targets: _need(t in last, f'{at}: group {group!r} has no linear module {t!r}{_hint(t, last)}; '
-                                     f'it has {last}')
+        for t in tune.targets:
+            _need(
+                t in last,
+                f'{at}: group {group!r} has no linear module {t!r}{_hint(t, last)}; it has {last}',
+            )
         linear = [n for n in linear if n.rpartition('.')[2] in tune.targets]
-    if tune.layers is not None: linear = [n for n in linear if layer_index(n) in blocks]
-    _need(linear, f'{at}: lora targets {tune.targets} select no module in blocks {block_ranges(blocks)} of group '
-          f'{group!r}')
+    if tune.layers is not None:
+        linear = [n for n in linear if layer_index(n) in blocks]
+    _need(
+        linear,
+        f'{at}: lora targets {tune.targets} select no module in blocks {block_ranges(blocks)} of '
+        'group '
+        f'{group!r}',
+    )
     return linear
 
 
@@ -71,19 +90,25 @@ def lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
 
 def _inject(model, group, tune, targets, seed, at):
     before, names = set(lora_modules(model)), '|'.join(map(re.escape, targets))
-    config = LoraConfig(r=tune.r, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=f'(?:{names})')
+    config = LoraConfig(
+        r=tune.r, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=f'(?:{names})'
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=f'{group}_lora')
-    if hasattr(model, 'peft_config'): del model.peft_config
+    if hasattr(model, 'peft_config'):
+        del model.peft_config
     new = set(lora_modules(model)) - before
-    _need(new == set(targets), f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets '
-          f'in group {group!r}')
+    _need(
+        new == set(targets),
+        f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets '
+        f'in group {group!r}',
+    )
 
 # %% ../../nbs/train/05_prepare.ipynb #24aba0d2
 def merge_lora(model: nn.Module) -> int:
-    """Fold every LoRA update into its base weight and restore the plain modules in place; returns how many modules were
-    merged."""
+    """Fold every LoRA update into its base weight and restore the plain modules in place; returns
+    how many modules were merged."""
     found = lora_modules(model)
     for name, m in found.items():
         m.merge(safe_merge=not m.get_base_layer().weight.is_meta)
@@ -95,6 +120,7 @@ def merge_lora(model: nn.Module) -> int:
 @dataclass
 class TrainPlan:
     "A stage applied to a model: see `prepare`."
+
     model: nn.Module
     stage: Stage
     groups: list[GroupPlan]
@@ -104,27 +130,47 @@ class TrainPlan:
         "Full name -> parameter, for everything the stage trains, in model order."
         return {n: p for g in self.groups for n, p in g.trained.items()}
 
-    def group_of(self) -> dict[str, str]: return {n: g.group for g in self.groups for n in g.trained}
+    def group_of(self) -> dict[str, str]:
+        return {n: g.group for g in self.groups for n in g.trained}
 
     def optimizer_groups(self) -> list[dict]:
-        """Parameter groups for AdamW, each with `name`, `lr`, `weight_decay`, `params` and `param_names`.
+        """Parameter groups for AdamW, each with `name`, `lr`, `weight_decay`, `params` and
+        `param_names`.
 
-        Vectors and scalars (norms, biases) and, unless `decay_embeddings`, embedding tables are not decayed."""
+        Vectors and scalars (norms, biases) and, unless `decay_embeddings`, embedding tables are not
+        decayed."""
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         out = []
         for g in self.groups:
             decays = lambda p: p.ndim >= 2 and (self.stage.decay_embeddings or id(p) not in tables)
             for label, keep in (('decay', True), ('no_decay', False)):
                 named = [(n, p) for n, p in g.trained.items() if decays(p) == keep]
-                if named: out.append(dict(name=f'{g.group}.{label}', lr=g.lr, weight_decay=self.stage.weight_decay
-                                          if keep else 0., params=[p for _, p in named],
-                                          param_names=[n for n, _ in named]))
+                if named:
+                    out.append(
+                        dict(
+                            name=f'{g.group}.{label}',
+                            lr=g.lr,
+                            weight_decay=self.stage.weight_decay if keep else 0.0,
+                            params=[p for _, p in named],
+                            param_names=[n for n, _ in named],
+                        )
+                    )
         return out
 
     def table(self) -> pd.DataFrame:
-        "The freeze table: one row per module group (group, tune, blocks, parameters, trainable, share, lr)."
-        rows = [dict(group=g.group, tune=str(g.tune), blocks=block_ranges(g.blocks), parameters=g.parameters,
-                     trainable=sum(p.numel() for p in g.trained.values()), lr=g.lr) for g in self.groups]
+        """The freeze table: one row per module group (group, tune, blocks, parameters, trainable,
+        share, lr)."""
+        rows = [
+            dict(
+                group=g.group,
+                tune=str(g.tune),
+                blocks=block_ranges(g.blocks),
+                parameters=g.parameters,
+                trainable=sum(p.numel() for p in g.trained.values()),
+                lr=g.lr,
+            )
+            for g in self.groups
+        ]
         df = pd.DataFrame(rows)
         df.insert(5, 'share', df.trainable / df.parameters.clip(lower=1))
         return df
@@ -132,46 +178,81 @@ class TrainPlan:
     def merge(self) -> int:
         "Fold LoRA into the base (`merge_lora`); the plan then trains nothing."
         n = merge_lora(self.model)
-        for g in self.groups: g.trained = {}
-        for p in self.model.parameters(): p.requires_grad_(False)
+        for g in self.groups:
+            g.trained = {}
+        for p in self.model.parameters():
+            p.requires_grad_(False)
         return n
 
 # %% ../../nbs/train/05_prepare.ipynb #8cd16591
-def prepare(model: nn.Module, stage: Stage, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]] | None = None,
-            seed: int = 0) -> TrainPlan:
+def prepare(
+    model: nn.Module,
+    stage: Stage,
+    groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]] | None = None,
+    seed: int = 0,
+) -> TrainPlan:
     """Freeze and unfreeze `model` in place as `stage` says and return the plan.
 
     `groups`: group -> [(full parameter name, parameter)], every parameter in exactly one (default:
-    `module_groups(model)`). `seed` draws the LoRA factors. Raises RecipeError naming the setting when a group is
-    missing, a block does not exist, a LoRA target is unknown, or LoRA of an earlier stage was not merged."""
+    `module_groups(model)`). `seed` draws the LoRA factors. Raises RecipeError naming the setting
+    when a group is missing, a block does not exist, a LoRA target is unknown, or LoRA of an earlier
+    stage was not merged."""
     if groups is None:
         from vlmbench.models.vlm import module_groups
+
         groups = module_groups(model)
     at = f'stage {stage.name!r}'
-    _need(not lora_modules(model), f'{at}: the model still carries LoRA of an earlier stage; call merge_lora(model) '
-          f'first')
+    _need(
+        not lora_modules(model),
+        f'{at}: the model still carries LoRA of an earlier stage; call merge_lora(model) first',
+    )
     chosen = []
     for group, tune in stage.trains.items():
         named = dict(groups.get(group, ()))
-        _need(named or not tune.trains, f'{at}: group {group!r} has no parameters of its own in this model'
-              + (' (tied to the embedding: train embed instead)' if group == 'lm_head' else '')
-              + '; set it to frozen()')
+        _need(
+            named or not tune.trains,
+            f'{at}: group {group!r} has no parameters of its own in this model'
+            + (' (tied to the embedding: train embed instead)' if group == 'lm_head' else '')
+            + '; set it to frozen()',
+        )
         blocks = _blocks(group, tune, named, at) if tune.trains and named else ()
         targets = _lora_targets(model, group, tune, named, blocks, at) if tune.how == 'lora' else ()
         chosen.append((group, tune, named, blocks, targets))
     for i, (group, tune, _, _, targets) in enumerate(chosen):
-        if targets: _inject(model, group, tune, targets, seed + i, at)
-    for m in lora_modules(model).values(): m.set_adapter(list(m.lora_A))
-    for p in model.parameters(): p.requires_grad_(False)
+        if targets:
+            _inject(model, group, tune, targets, seed + i, at)
+    for m in lora_modules(model).values():
+        m.set_adapter(list(m.lora_A))
+    for p in model.parameters():
+        p.requires_grad_(False)
     plans = []
     for group, tune, named, blocks, targets in chosen:
-        extra = {n: p for t in targets for n, p in model.named_parameters()
-                 if n.startswith(f'{t}.lora_')} if targets else {}
-        if tune.how == 'full': trained = named
-        elif tune.how == 'layers': trained = {n: p for n, p in named.items() if layer_index(n) in blocks}
-        else: trained = extra
-        for p in trained.values(): p.requires_grad_(True)
-        plans.append(GroupPlan(group, tune, stage.lr_of(group),
-                               sum(p.numel() for p in [*named.values(), *extra.values()]), trained,
-                               blocks if tune.trains else ()))
+        extra = (
+            {
+                n: p
+                for t in targets
+                for n, p in model.named_parameters()
+                if n.startswith(f'{t}.lora_')
+            }
+            if targets
+            else {}
+        )
+        if tune.how == 'full':
+            trained = named
+        elif tune.how == 'layers':
+            trained = {n: p for n, p in named.items() if layer_index(n) in blocks}
+        else:
+            trained = extra
+        for p in trained.values():
+            p.requires_grad_(True)
+        plans.append(
+            GroupPlan(
+                group,
+                tune,
+                stage.lr_of(group),
+                sum(p.numel() for p in [*named.values(), *extra.values()]),
+                trained,
+                blocks if tune.trains else (),
+            )
+        )
     return TrainPlan(model, stage, plans)

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from ..data.record import Sample, Turn
-from ..data.scene import COLORS, DIGITS, PLACES, SHAPES, SIZES, SPECIALS, WorldConfig, make_scene, world_tokenizer, world_words
+from vlmbench.data.scene import (
+    COLORS,
+    DIGITS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    SPECIALS,
+    WorldConfig,
+    make_scene,
+    world_tokenizer,
+    world_words,
+)
 from ..data.world import geometry, render, scene_samples
 from ..models.vlm import build_vlm
 from .loop import train_recipe
@@ -28,213 +39,477 @@ __all__ = ['PHRASE_WORDS', 'PHRASES', 'BARS', 'TextScenes', 'base_vit', 'pixels'
 
 # %% ../../nbs/train/40_pretrain.ipynb #613d77fb
 class TextScenes:
-    "A sequence of `n` text-only `Sample`s; with chance `copying` a sample is a list of random words to repeat."
-    def __init__(self, config: WorldConfig, split: str, n: int, copying: float = 0.):
+    """A sequence of `n` text-only `Sample`s; with chance `copying` a sample is a list of random
+    words to repeat."""
+
+    def __init__(self, config: WorldConfig, split: str, n: int, copying: float = 0.0):
         self.config, self.split, self.n, self.copying = config, split, n, copying
 
-    def __len__(self): return self.n
+    def __len__(self):
+        return self.n
 
     def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < self.n: raise IndexError(f'text scene {i} of {self.n}')
+        if not 0 <= i < self.n:
+            raise IndexError(f'text scene {i} of {self.n}')
         rng = np.random.default_rng([self.config.seed, 11, i])
-        if rng.random() >= self.copying: return scene_samples('text', self.split, i, self.config)[1][0]
-        words = ' '.join(rng.choice(world_words()[len(SPECIALS):], int(rng.integers(8, 25))))
-        return Sample(f'copy-{i}', [Turn('user', words), Turn('assistant', words)], [], [], 'world', {})
+        if rng.random() >= self.copying:
+            return scene_samples('text', self.split, i, self.config)[1][0]
+        words = ' '.join(rng.choice(world_words()[len(SPECIALS) :], int(rng.integers(8, 25))))
+        return Sample(
+            f'copy-{i}', [Turn('user', words), Turn('assistant', words)], [], [], 'world', {}
+        )
 
 # %% ../../nbs/train/40_pretrain.ipynb #2eec500f
-def base_vit(hidden: int = 96, layers: int = 5, heads: int = 4, image_size: int = 64, patch: int = 8, seed: int = 0) -> SiglipVisionModel:
+def base_vit(
+    hidden: int = 96,
+    layers: int = 5,
+    heads: int = 4,
+    image_size: int = 64,
+    patch: int = 8,
+    seed: int = 0,
+) -> SiglipVisionModel:
     "A randomly initialised vision encoder of the `tiny` scale."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SiglipVisionModel(SiglipVisionConfig(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-                                                    num_attention_heads=heads, image_size=image_size, patch_size=patch))
+        return SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=hidden,
+                intermediate_size=3 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                image_size=image_size,
+                patch_size=patch,
+            )
+        )
+
 
 def pixels(pictures: list[np.ndarray]) -> torch.Tensor:
-    "uint8 pictures `[side, side, 3]` to `[n, 3, side, side]` in [-1, 1], as SigLIP's processor does."
+    """uint8 pictures `[side, side, 3]` to `[n, 3, side, side]` in [-1, 1], as SigLIP's processor
+    does."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 # %% ../../nbs/train/40_pretrain.ipynb #3792c766
-def base_llm(vocab_size: int, hidden: int = 96, layers: int = 8, heads: int = 4, seed: int = 0) -> Qwen3ForCausalLM:
-    "A randomly initialised language model of the `tiny` scale: `layers` blocks, width `hidden`, tied embeddings."
+def base_llm(
+    vocab_size: int, hidden: int = 96, layers: int = 8, heads: int = 4, seed: int = 0
+) -> Qwen3ForCausalLM:
+    """A randomly initialised language model of the `tiny` scale: `layers` blocks, width `hidden`,
+    tied embeddings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, head_dim=hidden // heads, max_position_embeddings=1024, tie_word_embeddings=True,
-            rope_parameters=dict(rope_type='default', rope_theta=10_000.), pad_token_id=0, bos_token_id=1, eos_token_id=8))
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocab_size,
+                hidden_size=hidden,
+                intermediate_size=2 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                head_dim=hidden // heads,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+                rope_parameters=dict(rope_type='default', rope_theta=10_000.0),
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=8,
+            )
+        )
 
-def language_recipe(steps: int = 1500, warm_steps: int = 200, rows: int = 10, lr: float = 3e-3) -> Recipe:
-    "Two stages on text: mostly copying, then scenes. Every weight of the language model trains, block matrices by Muon."
+
+def language_recipe(
+    steps: int = 1500, warm_steps: int = 200, rows: int = 10, lr: float = 3e-3
+) -> Recipe:
+    """Two stages on text: mostly copying, then scenes. Every weight of the language model trains,
+    block matrices by Muon."""
     trains = dict(embed=full(), layers=full(lr=10 / 3 * lr), norm=full())
-    common = dict(trains=trains, lr=lr, optimizer='muon', template='world', betas=(.9, .98), weight_decay=.1, max_tokens=256, batch_rows=rows)
-    return Recipe('base_llm', (Stage('copying', data='copying', steps=warm_steps, schedule='constant', warmup_ratio=.25, **common),
-                               Stage('scenes', data='scenes', steps=steps, schedule='linear', warmup_ratio=.02, **common)))
+    common = dict(
+        trains=trains,
+        lr=lr,
+        optimizer='muon',
+        template='world',
+        betas=(0.9, 0.98),
+        weight_decay=0.1,
+        max_tokens=256,
+        batch_rows=rows,
+    )
+    return Recipe(
+        'base_llm',
+        (
+            Stage(
+                'copying',
+                data='copying',
+                steps=warm_steps,
+                schedule='constant',
+                warmup_ratio=0.25,
+                **common,
+            ),
+            Stage(
+                'scenes', data='scenes', steps=steps, schedule='linear', warmup_ratio=0.02, **common
+            ),
+        ),
+    )
 
-def pretrain_llm(config: WorldConfig, out: str|Path, steps: int = 1500, warm_steps: int = 200, rows: int = 10, seed: int = 0,
-                 precision: str = 'bf16', samples: int = 1_000_000, hidden: int = 96, layers: int = 8, **kwargs):
-    """`(language model, tokenizer, stage results)` trained on text scenes of `config` by the ordinary loop, resumable in `out`.
 
-    The loop trains VLMs, so the language model sits in one whose (unused) vision front end is frozen. `kwargs` go to `train_recipe`."""
+def pretrain_llm(
+    config: WorldConfig,
+    out: str | Path,
+    steps: int = 1500,
+    warm_steps: int = 200,
+    rows: int = 10,
+    seed: int = 0,
+    precision: str = 'bf16',
+    samples: int = 1_000_000,
+    hidden: int = 96,
+    layers: int = 8,
+    **kwargs,
+):
+    """`(language model, tokenizer, stage results)` trained on text scenes of `config` by the
+    ordinary loop, resumable in `out`.
+
+    The loop trains VLMs, so the language model sits in one whose (unused) vision front end is
+    frozen. `kwargs` go to `train_recipe`."""
     tokenizer = world_tokenizer()
     llm = base_llm(len(tokenizer), hidden, layers, seed=seed)
-    model, processor = build_vlm(llm, base_vit(hidden=32, layers=1), tokenizer=tokenizer, template='world')
-    data = dict(copying=TextScenes(config, 'train', samples, copying=.6), scenes=TextScenes(config, 'train', samples, copying=.05))
-    results = train_recipe(model, processor, language_recipe(steps, warm_steps, rows), data, out, seed=seed, precision=precision, **kwargs)
+    model, processor = build_vlm(
+        llm, base_vit(hidden=32, layers=1), tokenizer=tokenizer, template='world'
+    )
+    data = dict(
+        copying=TextScenes(config, 'train', samples, copying=0.6),
+        scenes=TextScenes(config, 'train', samples, copying=0.05),
+    )
+    results = train_recipe(
+        model,
+        processor,
+        language_recipe(steps, warm_steps, rows),
+        data,
+        out,
+        seed=seed,
+        precision=precision,
+        **kwargs,
+    )
     return llm.eval(), tokenizer, results
 
 # %% ../../nbs/train/40_pretrain.ipynb #f0413ccf
 PHRASE_WORDS = SHAPES + DIGITS + tuple(COLORS) + SIZES + PLACES
-PHRASES = {('name',): .6, ('name', 'color', 'size', 'place'): .1, ('color',): .1, ('size',): .1, ('place',): .1}   # what a step mentions: chance
+PHRASES = {
+    ('name',): 0.6,
+    ('name', 'color', 'size', 'place'): 0.1,
+    ('color',): 0.1,
+    ('size',): 0.1,
+    ('place',): 0.1,
+}  # what a step mentions: chance
 _COLUMNS = ('name', 'color', 'size', 'place')
 
+
 def squashed(scene, config: WorldConfig, side: int) -> np.ndarray:
-    "The picture of a scene at `side` x `side` px, uint8 `[side, side, 3]`: what an encoder with `squash` sees."
+    """The picture of a scene at `side` x `side` px, uint8 `[side, side, 3]`: what an encoder with
+    `squash` sees."""
     from PIL import Image
+
     picture = render(scene, config)
-    return np.asarray(picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BICUBIC))
+    return np.asarray(
+        picture
+        if picture.size == (side, side)
+        else picture.resize((side, side), Image.Resampling.BICUBIC)
+    )
+
 
 def phrase_ids(thing) -> list[int]:
     "Word numbers of an object's full phrase: name, colour, size, place."
-    return [PHRASE_WORDS.index(w) for w in (thing.name, thing.color, thing.size, PLACES[thing.place])]
+    return [
+        PHRASE_WORDS.index(w) for w in (thing.name, thing.color, thing.size, PLACES[thing.place])
+    ]
+
 
 def patch_weights(thing, size, grid: int) -> np.ndarray:
-    "Share of each patch of a `grid` x `grid` encoder that the object's square covers, `[grid * grid]`, summing to one."
+    """Share of each patch of a `grid` x `grid` encoder that the object's square covers, `[grid *
+    grid]`, summing to one."""
     (cx, cy, r), (w, h), g = geometry(thing, size), size, np.arange(grid)
-    x0, x1, y0, y1 = (cx - r) / w * grid, (cx + r) / w * grid, (cy - r) / h * grid, (cy + r) / h * grid
-    cover = np.outer(np.clip(np.minimum(g + 1, y1) - np.maximum(g, y0), 0, 1), np.clip(np.minimum(g + 1, x1) - np.maximum(g, x0), 0, 1)).ravel()
+    x0, x1, y0, y1 = (
+        (cx - r) / w * grid,
+        (cx + r) / w * grid,
+        (cy - r) / h * grid,
+        (cy + r) / h * grid,
+    )
+    cover = np.outer(
+        np.clip(np.minimum(g + 1, y1) - np.maximum(g, y0), 0, 1),
+        np.clip(np.minimum(g + 1, x1) - np.maximum(g, x0), 0, 1),
+    ).ravel()
     return (cover / cover.sum()).astype(np.float32)
 
 # %% ../../nbs/train/40_pretrain.ipynb #0b37227e
 class PhraseTower(nn.Module):
-    "Text side of the contrastive pair: summed word vectors through an MLP, and the picture-side projections; thrown away afterwards."
+    """Text side of the contrastive pair: summed word vectors through an MLP, and the picture-side
+    projections; thrown away afterwards."""
+
     def __init__(self, width: int):
         super().__init__()
         self.words = nn.Embedding(len(PHRASE_WORDS), width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.region, self.picture = nn.Linear(width, width), nn.Linear(width, width)
-        self.scale = nn.Parameter(torch.tensor(3.))
+        self.scale = nn.Parameter(torch.tensor(3.0))
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # [phrases, words] -> [phrases, width], unit length
+    def forward(
+        self, ids: torch.Tensor
+    ) -> torch.Tensor:  # [phrases, words] -> [phrases, width], unit length
         return F.normalize(self.mlp(self.words(ids).sum(1)), dim=-1)
 
-def contrastive(seen: torch.Tensor,   # [n, width] unit vectors of regions or pictures
-                said: torch.Tensor,   # [n, width] unit vectors of their phrases
-                ids: torch.Tensor,    # [n, words] word numbers; equal phrases are all correct
-                scale: torch.Tensor) -> torch.Tensor:
-    "Symmetric InfoNCE minus the entropy of its targets (0 is perfect); rows with the same phrase share the target."
+
+def contrastive(
+    seen: torch.Tensor,  # [n, width] unit vectors of regions or pictures
+    said: torch.Tensor,  # [n, width] unit vectors of their phrases
+    ids: torch.Tensor,  # [n, words] word numbers; equal phrases are all correct
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """Symmetric InfoNCE minus the entropy of its targets (0 is perfect); rows with the same phrase
+    share the target."""
     logits = seen @ said.T * scale.exp()
     same = (ids[:, None] == ids[None]).all(-1).float()
     floor, same = same.sum(1).log().mean(), same / same.sum(1, keepdim=True)
-    return -((same * logits.log_softmax(1)).sum(1).mean() + (same.T * logits.log_softmax(0)).sum(0).mean()) / 2 - floor
+    return (
+        -(
+            (same * logits.log_softmax(1)).sum(1).mean()
+            + (same.T * logits.log_softmax(0)).sum(0).mean()
+        )
+        / 2
+        - floor
+    )
 
 # %% ../../nbs/train/40_pretrain.ipynb #18db4f5a
-def pretrain_vit(vit: SiglipVisionModel, config: WorldConfig, out: str|Path,
-                 steps: int = 2600, batch: int = 96, scenes: int = 32000, lr: float = 1.5e-3, seed: int = 0, precision: str = 'bf16',
-                 report_seconds: float = 15.) -> list[dict]:
-    """Contrastive pre-training in place on `scenes` rendered training scenes (a third of them single objects); metrics go to `out/metrics.jsonl`.
-    Raises `FloatingPointError` before an update with a non-finite loss."""
+def pretrain_vit(
+    vit: SiglipVisionModel,
+    config: WorldConfig,
+    out: str | Path,
+    steps: int = 2600,
+    batch: int = 96,
+    scenes: int = 32000,
+    lr: float = 1.5e-3,
+    seed: int = 0,
+    precision: str = 'bf16',
+    report_seconds: float = 15.0,
+) -> list[dict]:
+    """Contrastive pre-training in place on `scenes` rendered training scenes (a third of them
+    single objects); metrics go to `out/metrics.jsonl`. Raises `FloatingPointError` before an update
+    with a non-finite loss."""
     side, grid = vit.config.image_size, vit.config.image_size // vit.config.patch_size
     rng, out, log = np.random.default_rng([seed, 5]), Path(out), []
     out.mkdir(parents=True, exist_ok=True)
-    data, drawn = [], replace(config, digit_share=.6)           # digits are the hard part
+    data, drawn = [], replace(config, digit_share=0.6)  # digits are the hard part
     for i in range(scenes):
         scene = make_scene(drawn, 'train', 50_000_000 + i, 1 if i % 3 == 0 else None)
-        data.append((squashed(scene, config, side), [(patch_weights(t, scene.size, grid), phrase_ids(t)) for t in scene.things]))
+        data.append(
+            (
+                squashed(scene, config, side),
+                [(patch_weights(t, scene.size, grid), phrase_ids(t)) for t in scene.things],
+            )
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text = PhraseTower(vit.config.hidden_size)
     named = dict(vit.named_parameters())
     blocks = {n: p for n, p in named.items() if 'layers' in n and p.ndim == 2}
-    rest = {**{n: p for n, p in named.items() if n not in blocks}, **{f'text.{n}': p for n, p in text.named_parameters()}}
-    group = lambda name, ps, rate, decay: dict(name=name, lr=rate, weight_decay=decay, params=[*ps.values()], param_names=[*ps])
-    opt = make_optimizer('muon', [group('vision.decay', blocks, 10 * lr * 2 / 3, .04), group('rest.no_decay', rest, lr, .02)], betas=(.9, .98))
-    peak, began, told = [g['lr'] for g in opt.param_groups], time.perf_counter(), 0.
+    rest = {
+        **{n: p for n, p in named.items() if n not in blocks},
+        **{f'text.{n}': p for n, p in text.named_parameters()},
+    }
+    group = lambda name, ps, rate, decay: dict(
+        name=name, lr=rate, weight_decay=decay, params=[*ps.values()], param_names=[*ps]
+    )
+    opt = make_optimizer(
+        'muon',
+        [
+            group('vision.decay', blocks, 10 * lr * 2 / 3, 0.04),
+            group('rest.no_decay', rest, lr, 0.02),
+        ],
+        betas=(0.9, 0.98),
+    )
+    peak, began, told = [g['lr'] for g in opt.param_groups], time.perf_counter(), 0.0
     vit.train()
     with open(out / 'metrics.jsonl', 'w', encoding='utf8') as f:
         for step in range(1, steps + 1):
-            factor = min(1., step / 50, max(.02, 2 * (steps - step) / steps))
-            for g, top in zip(opt.param_groups, peak): g['lr'] = top * factor
+            factor = min(1.0, step / 50, max(0.02, 2 * (steps - step) / steps))
+            for g, top in zip(opt.param_groups, peak):
+                g['lr'] = top * factor
             chosen = [data[i] for i in rng.integers(0, len(data), batch)]
             owner = torch.tensor([j for j, (_, things) in enumerate(chosen) for _ in things])
             cover = torch.from_numpy(np.stack([w for _, things in chosen for w, _ in things]))
             said_of = [*PHRASES][rng.choice(len(PHRASES), p=[*PHRASES.values()])]
-            ids = torch.tensor([p for _, things in chosen for _, p in things])[:, [_COLUMNS.index(c) for c in said_of]]
+            ids = torch.tensor([p for _, things in chosen for _, p in things])[
+                :, [_COLUMNS.index(c) for c in said_of]
+            ]
             single = torch.tensor([len(things) == 1 for _, things in chosen])
-            with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'): seen = vit(pixel_values=pixels([x for x, _ in chosen]))
+            with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+                seen = vit(pixel_values=pixels([x for x, _ in chosen]))
             patches, said = seen.last_hidden_state.float(), text(ids)
             regions = F.normalize(text.region((cover[:, None] @ patches[owner])[:, 0]), dim=-1)
             loss_region = contrastive(regions, said, ids, text.scale)
             whole = F.normalize(text.picture(seen.pooler_output.float()[single]), dim=-1)
             loss_picture = contrastive(whole, said[single[owner]], ids[single[owner]], text.scale)
             loss = loss_region + loss_picture
-            if not torch.isfinite(loss): raise FloatingPointError(f'contrastive loss is {loss.item()} at step {step}: lower lr={lr}')
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f'contrastive loss is {loss.item()} at step {step}: lower lr={lr}'
+                )
             loss.backward()
-            torch.nn.utils.clip_grad_norm_([*named.values(), *text.parameters()], 1.)
-            opt.step(); opt.zero_grad(set_to_none=True)
-            row = dict(step=step, loss_region=loss_region.item(), loss_picture=loss_picture.item(), lr=opt.param_groups[0]['lr'])
-            log.append(row); f.write(json.dumps(row) + '\n')
+            torch.nn.utils.clip_grad_norm_([*named.values(), *text.parameters()], 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            row = dict(
+                step=step,
+                loss_region=loss_region.item(),
+                loss_picture=loss_picture.item(),
+                lr=opt.param_groups[0]['lr'],
+            )
+            log.append(row)
+            f.write(json.dumps(row) + '\n')
             if (now := time.perf_counter() - began) - told > report_seconds or step == steps:
                 told = now
-                print(f'step {step}/{steps}  region {row["loss_region"]:.3f}  picture {row["loss_picture"]:.3f}  '
-                      f'{now / step * (steps - step):.0f} s left', flush=True)
+                print(
+                    f'step {step}/{steps}  region {row["loss_region"]:.3f}  picture '
+                    f'{row["loss_picture"]:.3f}  '
+                    f'{now / step * (steps - step):.0f} s left',
+                    flush=True,
+                )
     vit.eval()
     return log
 
 # %% ../../nbs/train/40_pretrain.ipynb #a1808f45
-def linear_probe(vit: SiglipVisionModel, config: WorldConfig, n_train: int = 10000, n_test: int = 3000) -> dict[str, float]:
-    """Held-out accuracy of logistic regression on the pooled output of single-object pictures, for colour, size, place, shape (shapes
-    only) and digit (digits only). Test scenes and test digits are never trained on."""
+def linear_probe(
+    vit: SiglipVisionModel, config: WorldConfig, n_train: int = 10000, n_test: int = 3000
+) -> dict[str, float]:
+    """Held-out accuracy of logistic regression on the pooled output of single-object pictures, for
+    colour, size, place, shape (shapes only) and digit (digits only). Test scenes and test digits
+    are never trained on."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
+
     def features(split, n, start):
         scenes = [make_scene(config, split, start + i, 1) for i in range(n)]
         with torch.no_grad():
-            parts = [vit(pixel_values=pixels([squashed(s, config, vit.config.image_size) for s in scenes[i:i + 200]])).pooler_output
-                     for i in range(0, n, 200)]
+            parts = [
+                vit(
+                    pixel_values=pixels(
+                        [squashed(s, config, vit.config.image_size) for s in scenes[i : i + 200]]
+                    )
+                ).pooler_output
+                for i in range(0, n, 200)
+            ]
         return torch.cat(parts).numpy(), [s.things[0] for s in scenes]
+
     was, scores = vit.training, {}
     vit.eval()
-    (a, things_a), (b, things_b) = features('train', n_train, 70_000_000), features('test', n_test, 60_000_000)
+    (a, things_a), (b, things_b) = (
+        features('train', n_train, 70_000_000),
+        features('test', n_test, 60_000_000),
+    )
     vit.train(was)
     scaler = StandardScaler().fit(a)
     a, b = scaler.transform(a), scaler.transform(b)
     whole = lambda t: True
-    for name, label, keep in (('color', lambda t: t.color, whole), ('size', lambda t: t.size, whole), ('place', lambda t: t.place, whole),
-                              ('shape', lambda t: t.name, lambda t: not t.is_digit), ('digit', lambda t: t.name, lambda t: t.is_digit)):
+    for name, label, keep in (
+        ('color', lambda t: t.color, whole),
+        ('size', lambda t: t.size, whole),
+        ('place', lambda t: t.place, whole),
+        ('shape', lambda t: t.name, lambda t: not t.is_digit),
+        ('digit', lambda t: t.name, lambda t: t.is_digit),
+    ):
         ia, ib = ([i for i, t in enumerate(ts) if keep(t)] for ts in (things_a, things_b))
-        model = LogisticRegression(max_iter=1000, C=.03).fit(a[ia], [label(things_a[i]) for i in ia])
+        model = LogisticRegression(max_iter=1000, C=0.03).fit(
+            a[ia], [label(things_a[i]) for i in ia]
+        )
         scores[name] = float(model.score(b[ib], [label(things_b[i]) for i in ib]))
     return scores
 
 # %% ../../nbs/train/40_pretrain.ipynb #f83ff3e8
-BARS = dict(text=.95, color=.95, shape=.95, digit=.95)     # the least the base models must reach on held-out data
+BARS = dict(
+    text=0.95, color=0.95, shape=0.95, digit=0.95
+)  # the least the base models must reach on held-out data
+
 
 def _card(title: str, kind: str, lines: list[str], scores: dict, parameters: int, seed: int) -> str:
-    front = f'---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [vlmbench, {kind}, embedded-world]\n---\n'
+    front = (
+        f'---\nlicense: apache-2.0\nlibrary_name: transformers\ntags: [vlmbench, {kind}, '
+        'embedded-world]\n---\n'
+    )
     table = '\n'.join(f'| {k} | {v:.2%} |' for k, v in scores.items())
-    return f'{front}# {title}\n\n' + '\n\n'.join(lines) + (f'\n\n{parameters:,} parameters, trained from seed {seed} by `vlmbench run base` on the '
-           f'embedded world (training split only).\n\n| held-out accuracy | |\n|---|---|\n{table}\n\nA toy of its kind: it knows the '
-           'words and pictures of the embedded world and nothing else.\n')
+    return (
+        f'{front}# {title}\n\n'
+        + '\n\n'.join(lines)
+        + (
+            f'\n\n{parameters:,} parameters, trained from seed {seed} by `vlmbench run base` on '
+            'the '
+            'embedded world (training split only).\n\n| held-out accuracy | '
+            f'|\n|---|---|\n{table}\n\nA toy of its kind: it knows the '
+            'words and pictures of the embedded world and nothing else.\n'
+        )
+    )
 
-def save_base(folder: str|Path, llm, tokenizer, vit, text_scores: dict[str, float], probe_scores: dict[str, float], config: WorldConfig,
-              seed: int = 0, limit_mb: float = 10.) -> Path:
-    """Write `folder/llm` and `folder/vit` with weights, tokenizer, preprocessor and cards. `text_scores` hold a key 'all'. Raises `ValueError`
-    when the folder would exceed `limit_mb`; scores below `BARS` are written down as they are and announced in the card."""
+
+def save_base(
+    folder: str | Path,
+    llm,
+    tokenizer,
+    vit,
+    text_scores: dict[str, float],
+    probe_scores: dict[str, float],
+    config: WorldConfig,
+    seed: int = 0,
+    limit_mb: float = 10.0,
+) -> Path:
+    """Write `folder/llm` and `folder/vit` with weights, tokenizer, preprocessor and cards.
+    `text_scores` hold a key 'all'. Raises `ValueError` when the folder would exceed `limit_mb`;
+    scores below `BARS` are written down as they are and announced in the card."""
     from transformers import SiglipImageProcessorPil
+
     folder = Path(folder)
     side = vit.config.image_size
-    llm.save_pretrained(folder / 'llm'); tokenizer.save_pretrained(folder / 'llm'); vit.save_pretrained(folder / 'vit')
+    llm.save_pretrained(folder / 'llm')
+    tokenizer.save_pretrained(folder / 'llm')
+    vit.save_pretrained(folder / 'vit')
     SiglipImageProcessorPil(size=dict(height=side, width=side)).save_pretrained(folder / 'vit')
     low = [k for k, bar in BARS.items() if {**probe_scores, 'text': text_scores['all']}[k] < bar]
     note = [f'**Below the bar of 95%:** {", ".join(low)}.'] if low else []
-    world = f'World: {config.min_objects} to {config.max_objects} objects, {config.image_size} px, jitter {config.jitter}, noise {config.noise}.'
-    (folder / 'llm' / 'README.md').write_text(_card(
-        'The tiny language model', 'text-generation', ['A `Qwen3ForCausalLM` that reads a described scene and answers questions about it.', world] + note,
-        text_scores, sum(p.numel() for p in llm.parameters()), seed), encoding='utf8')
-    (folder / 'vit' / 'README.md').write_text(_card(
-        'The tiny vision encoder', 'image-feature-extraction', ['A `SiglipVisionModel` trained by region-text contrastive learning; the figures are '
-        'linear probes on the pooled output of held-out single-object pictures.', world] + note, probe_scores,
-        sum(p.numel() for p in vit.parameters()), seed), encoding='utf8')
+    world = (
+        f'World: {config.min_objects} to {config.max_objects} objects, {config.image_size} '
+        f'px, jitter {config.jitter}, noise {config.noise}.'
+    )
+    (folder / 'llm' / 'README.md').write_text(
+        _card(
+            'The tiny language model',
+            'text-generation',
+            [
+                'A `Qwen3ForCausalLM` that reads a described scene and answers questions about it.',
+                world,
+            ]
+            + note,
+            text_scores,
+            sum(p.numel() for p in llm.parameters()),
+            seed,
+        ),
+        encoding='utf8',
+    )
+    (folder / 'vit' / 'README.md').write_text(
+        _card(
+            'The tiny vision encoder',
+            'image-feature-extraction',
+            [
+                'A `SiglipVisionModel` trained by region-text contrastive learning; the figures '
+                'are '
+                'linear probes on the pooled output of held-out single-object pictures.',
+                world,
+            ]
+            + note,
+            probe_scores,
+            sum(p.numel() for p in vit.parameters()),
+            seed,
+        ),
+        encoding='utf8',
+    )
     size = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 2**20
-    if size > limit_mb: raise ValueError(f'{folder} holds {size:.1f} MB, more than limit_mb={limit_mb}: choose a smaller width or depth')
+    if size > limit_mb:
+        raise ValueError(
+            f'{folder} holds {size:.1f} MB, more than limit_mb={limit_mb}: choose a smaller width '
+            'or depth'
+        )
     return folder

@@ -18,47 +18,72 @@ from torch import nn
 
 # %% ../../nbs/train/09_process.ipynb #efdd01a2
 class Preempted(SystemExit):
-    """The run was asked to stop and left a checkpoint (`path`); as an uncaught exception it ends the process with code
-    75."""
+    """The run was asked to stop and left a checkpoint (`path`); as an uncaught exception it ends
+    the process with code 75."""
+
     def __init__(self, reason: str, path: Path | None = None):
         super().__init__(75)
         self.reason, self.path = reason, path
-    def __str__(self): return f'{self.reason}; resume from {self.path}'
+
+    def __str__(self):
+        return f'{self.reason}; resume from {self.path}'
 
 
 class StopFlag:
-    """Context manager: `is_set()` after SIGTERM, SIGUSR1 or SIGINT. Handlers are restored on exit; outside the main
-    thread only `set()` works."""
-    def __init__(self): self.reason, self._old = None, {}
-    def set(self, reason: str = 'stop requested') -> None: self.reason = reason
-    def is_set(self) -> bool: return self.reason is not None
+    """Context manager: `is_set()` after SIGTERM, SIGUSR1 or SIGINT. Handlers are restored on exit;
+    outside the main thread only `set()` works."""
+
+    def __init__(self):
+        self.reason, self._old = None, {}
+
+    def set(self, reason: str = 'stop requested') -> None:
+        self.reason = reason
+
+    def is_set(self) -> bool:
+        return self.reason is not None
+
     def _caught(self, number, frame):
-        if number == signal.SIGINT and self.is_set(): raise KeyboardInterrupt
+        if number == signal.SIGINT and self.is_set():
+            raise KeyboardInterrupt
         self.set(f'received {signal.Signals(number).name}')
+
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._caught) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+            self._old = {
+                s: signal.signal(s, self._caught)
+                for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            }
         return self
+
     def __exit__(self, *exc):
-        for s, old in self._old.items(): signal.signal(s, old)
+        for s, old in self._old.items():
+            signal.signal(s, old)
 
 # %% ../../nbs/train/09_process.ipynb #a4cc599f
 class Ranks:
-    """This process's `rank`, the `world` size, the `device`, and the few collectives the loop needs (accelerate's
-    PartialState underneath)."""
+    """This process's `rank`, the `world` size, the `device`, and the few collectives the loop needs
+    (accelerate's PartialState underneath)."""
+
     def __init__(self, device: str | torch.device | None = None):
         cpu = str(device) == 'cpu' or not torch.cuda.is_available()
         state = PartialState(cpu=cpu)
         self.rank, self.world = state.process_index, state.num_processes
-        self.device = torch.device(device) if device is not None and self.world == 1 else state.device
+        self.device = (
+            torch.device(device) if device is not None and self.world == 1 else state.device
+        )
         expected = int(os.environ.get('WORLD_SIZE', 1))
-        if self.world != expected: raise RuntimeError(f'WORLD_SIZE is {expected} but {self.world} process was joined: '
-                                                      f'on CPU start with ' 'ACCELERATE_USE_CPU=true python -m '
-                                                      'torch.distributed.run --nproc-per-node N')
+        if self.world != expected:
+            raise RuntimeError(
+                f'WORLD_SIZE is {expected} but {self.world} process was joined: '
+                f'on CPU start with '
+                'ACCELERATE_USE_CPU=true python -m '
+                'torch.distributed.run --nproc-per-node N'
+            )
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         "`values` summed over ranks (a new tensor)."
-        if self.world > 1: dist.all_reduce(values := values.to(self.device, copy=True))
+        if self.world > 1:
+            dist.all_reduce(values := values.to(self.device, copy=True))
         return values
 
     def agree(self, ok: bool) -> bool:
@@ -67,21 +92,31 @@ class Ranks:
 
     def gather(self, value: Any) -> list:
         "`value` of every rank, in rank order (picklable; used for error reports)."
-        if self.world == 1: return [value]
-        dist.all_gather_object(out := [None] * self.world, value); return out
+        if self.world == 1:
+            return [value]
+        dist.all_gather_object(out := [None] * self.world, value)
+        return out
 
-    def sum_gradients(self, params: Sequence[nn.Parameter], bucket: int = 2 ** 24) -> None:
+    def sum_gradients(self, params: Sequence[nn.Parameter], bucket: int = 2**24) -> None:
         "Sum `.grad` over ranks in buckets of about `bucket` values."
-        if self.world == 1: return
+        if self.world == 1:
+            return
         have = self.sum(torch.tensor([float(p.grad is not None) for p in params])).tolist()
         grads = []
         for p, n in zip(params, have):
-            if not n: continue
-            if p.grad is None: p.grad = torch.zeros_like(p)
+            if not n:
+                continue
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         while grads:
             take, size = [], 0
-            while grads and (not take or size + grads[0].numel() <= bucket and grads[0].dtype == take[0].dtype):
-                take.append(grads.pop(0)); size += take[-1].numel()
-            flat = torch.cat([g.reshape(-1) for g in take]); dist.all_reduce(flat)
-            for g, part in zip(take, flat.split([g.numel() for g in take])): g.copy_(part.view_as(g))
+            while grads and (
+                not take or size + grads[0].numel() <= bucket and grads[0].dtype == take[0].dtype
+            ):
+                take.append(grads.pop(0))
+                size += take[-1].numel()
+            flat = torch.cat([g.reshape(-1) for g in take])
+            dist.all_reduce(flat)
+            for g, part in zip(take, flat.split([g.numel() for g in take])):
+                g.copy_(part.view_as(g))

@@ -25,70 +25,110 @@ TOO_LONG = ('error', 'truncate', 'turns', 'skip')
 
 
 class RecipeError(ValueError):
-    "A recipe, stage, scale or override that cannot be run; the message names the setting and what to do instead."
+    """A recipe, stage, scale or override that cannot be run; the message names the setting and what
+    to do instead."""
 
 
 def _need(ok, message):
-    if not ok: raise RecipeError(message)
+    if not ok:
+        raise RecipeError(message)
 
 
 def _number(x, name, low=None, high=None, strict=False, integer=False):
     "Check that `x` is a number (never a bool) within `[low, high]` (`strict`: low is excluded)."
     kind = int if integer else (int, float)
-    _need(isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x),
-          f'{name} must be {"an integer" if integer else "a finite number"}, got {x!r}')
+    _need(
+        isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x),
+        f'{name} must be {"an integer" if integer else "a finite number"}, got {x!r}',
+    )
     if low is not None:
-        _need(x > low if strict else x >= low, f'{name} must be {"above" if strict else "at least"} {low}, got {x!r}')
-    if high is not None: _need(x <= high, f'{name} must be at most {high}, got {x!r}')
+        _need(
+            x > low if strict else x >= low,
+            f'{name} must be {"above" if strict else "at least"} {low}, got {x!r}',
+        )
+    if high is not None:
+        _need(x <= high, f'{name} must be at most {high}, got {x!r}')
 
 # %% ../../nbs/train/00_recipe.ipynb #2f2ba8d1
 @dataclass(frozen=True)
 class Tune:
     """How one module group trains. Build it with `frozen()`, `full()`, `layers()` or `lora()`.
 
-    `layers`: block indices, or an int N for the first N, or None for all. `r`, `alpha`, `dropout`, `targets`: LoRA
-    rank, numerator of the scale `alpha / r`, input dropout, and last names of the linear modules to adapt (None = every
-    linear module of the group). `lr`: learning rate of this group (None = the stage's)."""
+    `layers`: block indices, or an int N for the first N, or None for all. `r`, `alpha`, `dropout`,
+    `targets`: LoRA rank, numerator of the scale `alpha / r`, input dropout, and last names of the
+    linear modules to adapt (None = every linear module of the group). `lr`: learning rate of this
+    group (None = the stage's)."""
+
     how: str = 'frozen'
     lr: float | None = None
     layers: tuple[int, ...] | int | None = None
     r: int | None = None
     alpha: float | None = None
-    dropout: float = 0.
+    dropout: float = 0.0
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self):
         _need(self.how in HOW, f'tune.how must be one of {HOW}, got {self.how!r}')
-        if isinstance(self.layers, (list, range)): object.__setattr__(self, 'layers', tuple(self.layers))
-        if isinstance(self.targets, (list, set)): object.__setattr__(self, 'targets', tuple(self.targets))
+        if isinstance(self.layers, (list, range)):
+            object.__setattr__(self, 'layers', tuple(self.layers))
+        if isinstance(self.targets, (list, set)):
+            object.__setattr__(self, 'targets', tuple(self.targets))
         if self.lr is not None:
-            _need(self.how != 'frozen', 'a frozen group takes no lr; use full(), layers() or lora()')
+            _need(
+                self.how != 'frozen', 'a frozen group takes no lr; use full(), layers() or lora()'
+            )
             _number(self.lr, 'tune.lr', 0, strict=True)
         if self.layers is not None:
-            _need(self.how in ('layers', 'lora'), f'tune.layers goes with layers() or lora(), not with {self.how}()')
-            if isinstance(self.layers, int): _number(self.layers, 'tune.layers (the first N)', 1, integer=True)
+            _need(
+                self.how in ('layers', 'lora'),
+                f'tune.layers goes with layers() or lora(), not with {self.how}()',
+            )
+            if isinstance(self.layers, int):
+                _number(self.layers, 'tune.layers (the first N)', 1, integer=True)
             else:
-                _need(isinstance(self.layers, tuple) and len(self.layers) > 0,
-                      f'tune.layers must name at least one block, got {self.layers!r}; use frozen() to train none')
-                for i in self.layers: _number(i, 'tune.layers', 0, integer=True)
-                _need(len(set(self.layers)) == len(self.layers), f'tune.layers repeats a block: {self.layers}')
-        if self.how == 'layers': _need(self.layers is not None, 'layers() needs block indices or N for the first N')
+                _need(
+                    isinstance(self.layers, tuple) and len(self.layers) > 0,
+                    f'tune.layers must name at least one block, got {self.layers!r}; use frozen() '
+                    'to train none',
+                )
+                for i in self.layers:
+                    _number(i, 'tune.layers', 0, integer=True)
+                _need(
+                    len(set(self.layers)) == len(self.layers),
+                    f'tune.layers repeats a block: {self.layers}',
+                )
+        if self.how == 'layers':
+            _need(self.layers is not None, 'layers() needs block indices or N for the first N')
         if self.how == 'lora':
             _need(self.r is not None and self.alpha is not None, 'lora() needs r and alpha')
-            _number(self.r, 'lora r', 1, integer=True); _number(self.alpha, 'lora alpha', 0, strict=True)
+            _number(self.r, 'lora r', 1, integer=True)
+            _number(self.alpha, 'lora alpha', 0, strict=True)
             _number(self.dropout, 'lora dropout', 0, 1)
-            _need(self.targets is None or (isinstance(self.targets, tuple) and self.targets),
-                  'lora targets must be module names such as ("q_proj", "v_proj"), or None for every linear module')
-        else: _need(self.r is None and self.alpha is None and self.targets is None and not self.dropout,
-                    f'r, alpha, dropout and targets go with lora(), not with {self.how}()')
+            _need(
+                self.targets is None or (isinstance(self.targets, tuple) and self.targets),
+                'lora targets must be module names such as ("q_proj", "v_proj"), or None for every '
+                'linear module',
+            )
+        else:
+            _need(
+                self.r is None and self.alpha is None and self.targets is None and not self.dropout,
+                f'r, alpha, dropout and targets go with lora(), not with {self.how}()',
+            )
 
     @property
-    def trains(self): return self.how != 'frozen'
+    def trains(self):
+        return self.how != 'frozen'
 
     def __str__(self):
-        where = '' if self.layers is None else f'first {self.layers}' if isinstance(self.layers,
-            int) else block_ranges(self.layers)
-        if self.how == 'lora': return f'lora(r={self.r}, alpha={self.alpha:g}{", " + where if where else ""})'
+        where = (
+            ''
+            if self.layers is None
+            else f'first {self.layers}'
+            if isinstance(self.layers, int)
+            else block_ranges(self.layers)
+        )
+        if self.how == 'lora':
+            return f'lora(r={self.r}, alpha={self.alpha:g}{", " + where if where else ""})'
         return f'layers({where})' if self.how == 'layers' else self.how
 
 
@@ -96,8 +136,10 @@ def block_ranges(ixs: Sequence[int]) -> str:
     "Block numbers for people: (0, 1, 2, 5) -> '0-2, 5'."
     out = []
     for i in sorted(ixs):
-        if out and out[-1][1] == i - 1: out[-1][1] = i
-        else: out.append([i, i])
+        if out and out[-1][1] == i - 1:
+            out[-1][1] = i
+        else:
+            out.append([i, i])
     return ', '.join(str(a) if a == b else f'{a}-{b}' for a, b in out)
 
 # %% ../../nbs/train/00_recipe.ipynb #a6c30da9
@@ -105,34 +147,54 @@ def frozen() -> Tune:
     "Keep every weight of the group as it is."
     return Tune()
 
+
 def full(lr: float | None = None) -> Tune:
     "Train every weight of the group."
     return Tune('full', lr=lr)
+
 
 def layers(indices: Sequence[int] | int, lr: float | None = None) -> Tune:
     "Train the blocks at `indices` (an int N: the first N) and freeze the rest of the group."
     return Tune('layers', lr=lr, layers=indices)
 
-def lora(r: int, alpha: float, layers: Sequence[int] | int | None = None, dropout: float = 0., lr: float | None = None,
-         targets: Sequence[str] | None = None) -> Tune:
-    """Train low-rank factors (Hu et al. 2021) on the group's linear modules, in all blocks or in `layers`; the base
-    stays frozen."""
-    return Tune('lora', lr=lr, layers=layers, r=r, alpha=alpha, dropout=dropout, targets=None if targets is None
-                else tuple(targets))
+
+def lora(
+    r: int,
+    alpha: float,
+    layers: Sequence[int] | int | None = None,
+    dropout: float = 0.0,
+    lr: float | None = None,
+    targets: Sequence[str] | None = None,
+) -> Tune:
+    """Train low-rank factors (Hu et al. 2021) on the group's linear modules, in all blocks or in
+    `layers`; the base stays frozen."""
+    return Tune(
+        'lora',
+        lr=lr,
+        layers=layers,
+        r=r,
+        alpha=alpha,
+        dropout=dropout,
+        targets=None if targets is None else tuple(targets),
+    )
 
 # %% ../../nbs/train/00_recipe.ipynb #3686d3e9
 @dataclass(frozen=True)
 class Stage:
     """One optimisation of one set of parameters on one data mixture.
 
-    Exactly one of `budget_targets` (target tokens over all ranks) and `steps` bounds it. One optimizer step sees
-    `accumulation` micro-batches of `batch_rows` rows of at most `max_tokens` tokens on every rank. `global_rows`: rows of one step over all ranks and
-    micro-batches, from which `over` makes `accumulation`; None: `accumulation` as it is, on every rank. `losses` names the
-    extra loss terms the caller must hand to the loop (a name, or a name with a weight: `('align', 0.5)`). `too_long`:
-    what happens to samples beyond `max_tokens` ('error', 'truncate', 'turns': whole later turns go, 'skip'). `merge` folds LoRA back into the base at the end of the stage. `targets`:
-    which tokens carry the loss ('answers', 'special': control tokens too, 'all'). `reduction`: the loss is the mean over
-    the targets of the whole 'step', or the mean of the means of its 'micro' batches. `grouping`: padded batches of samples
-    of like 'length', or also of one 'modality', pictures or text; None: as drawn."""
+    Exactly one of `budget_targets` (target tokens over all ranks) and `steps` bounds it. One
+    optimizer step sees `accumulation` micro-batches of `batch_rows` rows of at most `max_tokens`
+    tokens on every rank. `global_rows`: rows of one step over all ranks and micro-batches, from
+    which `over` makes `accumulation`; None: `accumulation` as it is, on every rank. `losses` names
+    the extra loss terms the caller must hand to the loop (a name, or a name with a weight:
+    `('align', 0.5)`). `too_long`: what happens to samples beyond `max_tokens` ('error', 'truncate',
+    'turns': whole later turns go, 'skip'). `merge` folds LoRA back into the base at the end of the
+    stage. `targets`: which tokens carry the loss ('answers', 'special': control tokens too, 'all').
+    `reduction`: the loss is the mean over the targets of the whole 'step', or the mean of the means
+    of its 'micro' batches. `grouping`: padded batches of samples of like 'length', or also of one
+    'modality', pictures or text; None: as drawn."""
+
     name: str
     trains: Mapping[str, Tune]
     data: str
@@ -143,12 +205,12 @@ class Stage:
     optimizer: str = 'adamw'
     schedule: str = 'cosine'
     warmup_ratio: float = 0.03
-    min_lr_ratio: float = 0.
-    weight_decay: float = 0.
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
     decay_embeddings: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    clip: float | None = 1.
+    clip: float | None = 1.0
     max_tokens: int = 512
     batch_rows: int = 8
     accumulation: int = 1
@@ -164,43 +226,98 @@ class Stage:
 
     def __post_init__(self):
         at = f'stage {self.name!r}'
-        _need(isinstance(self.name, str) and re.fullmatch(r'[A-Za-z0-9_.-]+', self.name),
-              f'stage.name must be letters, digits, "_", "-" or ".", because it names a folder; got {self.name!r}')
+        _need(
+            isinstance(self.name, str) and re.fullmatch(r'[A-Za-z0-9_.-]+', self.name),
+            'stage.name must be letters, digits, "_", "-" or ".", because it names a folder; got '
+            f'{self.name!r}',
+        )
         trains = {g: _as_tune(t, f'{at}: trains.{g}') for g, t in dict(self.trains).items()}
         for g in trains:
-            _need(g in GROUPS, f'{at}: unknown module group {g!r} in trains; groups are {GROUPS}{_hint(g, GROUPS)}')
+            _need(
+                g in GROUPS,
+                f'{at}: unknown module group {g!r} in trains; groups are '
+                f'{GROUPS}{_hint(g, GROUPS)}',
+            )
         object.__setattr__(self, 'trains', {g: trains.get(g, frozen()) for g in GROUPS})
-        object.__setattr__(self, 'losses', tuple((l, 1.) if isinstance(l, str) else (l[0], float(l[1]))
-                                                 for l in self.losses))
+        object.__setattr__(
+            self,
+            'losses',
+            tuple((l, 1.0) if isinstance(l, str) else (l[0], float(l[1])) for l in self.losses),
+        )
         object.__setattr__(self, 'betas', tuple(self.betas))
-        _need(isinstance(self.data, str) and self.data, f'{at}: data must name a split or mixture, got {self.data!r}')
-        _need((self.budget_targets is None) != (self.steps is None), f'{at}: give exactly one of budget_targets '
-              f'(target tokens) and steps, got {self.budget_targets!r} and {self.steps!r}')
-        for k in ('budget_targets', 'steps', 'max_tokens', 'batch_rows', 'accumulation', 'global_rows'):
-            if getattr(self, k) is not None: _number(getattr(self, k), f'{at}: {k}', 1, integer=True)
-        for k in ('warmup_ratio', 'min_lr_ratio'): _number(getattr(self, k), f'{at}: {k}', 0, 1)
-        for k in ('weight_decay',): _number(getattr(self, k), f'{at}: {k}', 0)
-        for b in self.betas: _number(b, f'{at}: betas', 0, 1)
+        _need(
+            isinstance(self.data, str) and self.data,
+            f'{at}: data must name a split or mixture, got {self.data!r}',
+        )
+        _need(
+            (self.budget_targets is None) != (self.steps is None),
+            f'{at}: give exactly one of budget_targets '
+            f'(target tokens) and steps, got {self.budget_targets!r} and {self.steps!r}',
+        )
+        for k in (
+            'budget_targets',
+            'steps',
+            'max_tokens',
+            'batch_rows',
+            'accumulation',
+            'global_rows',
+        ):
+            if getattr(self, k) is not None:
+                _number(getattr(self, k), f'{at}: {k}', 1, integer=True)
+        for k in ('warmup_ratio', 'min_lr_ratio'):
+            _number(getattr(self, k), f'{at}: {k}', 0, 1)
+        for k in ('weight_decay',):
+            _number(getattr(self, k), f'{at}: {k}', 0)
+        for b in self.betas:
+            _number(b, f'{at}: betas', 0, 1)
         _number(self.eps, f'{at}: eps', 0, strict=True)
-        if self.clip is not None: _number(self.clip, f'{at}: clip (None switches clipping off)', 0, strict=True)
-        if self.lr is not None: _number(self.lr, f'{at}: lr', 0, strict=True)
+        if self.clip is not None:
+            _number(self.clip, f'{at}: clip (None switches clipping off)', 0, strict=True)
+        if self.lr is not None:
+            _number(self.lr, f'{at}: lr', 0, strict=True)
         for k in ('decay_embeddings', 'packing', 'merge', 'gradient_checkpointing'):
-            _need(isinstance(getattr(self, k), bool), f'{at}: {k} must be true or false, got {getattr(self, k)!r}')
-        _need(self.optimizer in OPTIMIZERS, f'{at}: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}')
-        _need(self.schedule in SCHEDULES, f'{at}: schedule must be one of {SCHEDULES}, got {self.schedule!r}')
-        _need(self.schedule != 'cosine_recursive' or self.steps is not None and not self.min_lr_ratio,
-              f'{at}: schedule cosine_recursive counts steps and ends at 0: set steps, and min_lr_ratio=0')
+            _need(
+                isinstance(getattr(self, k), bool),
+                f'{at}: {k} must be true or false, got {getattr(self, k)!r}',
+            )
+        _need(
+            self.optimizer in OPTIMIZERS,
+            f'{at}: optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}',
+        )
+        _need(
+            self.schedule in SCHEDULES,
+            f'{at}: schedule must be one of {SCHEDULES}, got {self.schedule!r}',
+        )
+        _need(
+            self.schedule != 'cosine_recursive' or self.steps is not None and not self.min_lr_ratio,
+            f'{at}: schedule cosine_recursive counts steps and ends at 0: set steps, and '
+            'min_lr_ratio=0',
+        )
         for k, known in (('targets', TARGETS), ('reduction', ('step', 'micro'))):
-            _need(getattr(self, k) in known, f'{at}: {k} must be one of {known}, got {getattr(self, k)!r}')
-        _need(self.grouping in (None, 'length', 'modality'), f"{at}: grouping must be None, 'length' or 'modality', got "
-              f'{self.grouping!r}')
-        _need(self.grouping is None or not self.packing, f'{at}: packed rows are full as they are; grouping needs packing=False')
-        _need(self.too_long in TOO_LONG, f'{at}: too_long must be one of {TOO_LONG}, got {self.too_long!r}')
+            _need(
+                getattr(self, k) in known,
+                f'{at}: {k} must be one of {known}, got {getattr(self, k)!r}',
+            )
+        _need(
+            self.grouping in (None, 'length', 'modality'),
+            f"{at}: grouping must be None, 'length' or 'modality', got {self.grouping!r}",
+        )
+        _need(
+            self.grouping is None or not self.packing,
+            f'{at}: packed rows are full as they are; grouping needs packing=False',
+        )
+        _need(
+            self.too_long in TOO_LONG,
+            f'{at}: too_long must be one of {TOO_LONG}, got {self.too_long!r}',
+        )
         names = [l for l, _ in self.losses]
         _need(len(set(names)) == len(names), f'{at}: losses repeat a name: {names}')
         for g, t in self.trains.items():
-            _need(not t.trains or t.lr is not None or self.lr is not None,
-                  f'{at}: group {g!r} trains but has no learning rate; set lr of the stage or of its {t.how}()')
+            _need(
+                not t.trains or t.lr is not None or self.lr is not None,
+                f'{at}: group {g!r} trains but has no learning rate; set lr of the stage or of its '
+                f'{t.how}()',
+            )
 
     def lr_of(self, group: str) -> float | None:
         "Peak learning rate of `group`, None when frozen."
@@ -212,28 +329,47 @@ class Stage:
         return self.global_rows or self.batch_rows * self.accumulation * ranks
 
     def over(self, ranks: int) -> 'Stage':
-        """The stage as each of `ranks` processes runs it: `accumulation` micro-batches make `global_rows` rows a step.
-        Raises RecipeError when no whole number does."""
-        if self.global_rows is None: return self
+        """The stage as each of `ranks` processes runs it: `accumulation` micro-batches make
+        `global_rows` rows a step. Raises RecipeError when no whole number does."""
+        if self.global_rows is None:
+            return self
         n, rest = divmod(self.global_rows, self.batch_rows * ranks)
-        if not rest: return dataclasses.replace(self, accumulation=n)
+        if not rest:
+            return dataclasses.replace(self, accumulation=n)
         share, left = divmod(self.global_rows, ranks)
-        fits = max((d for d in range(1, min(self.batch_rows, share) + 1) if share % d == 0), default=0) if not left else 0
-        do = (f'set batch_rows={fits}' if fits else f'use a number of ranks that divides {self.global_rows}, or another '
-              f'global_rows')
-        raise RecipeError(f'stage {self.name!r}: global_rows={self.global_rows} is no multiple of batch_rows='
-                          f'{self.batch_rows} x {ranks} ranks = {self.batch_rows * ranks} rows: {do}; or set '
-                          f'accumulation, which takes the place of global_rows')
+        fits = (
+            max((d for d in range(1, min(self.batch_rows, share) + 1) if share % d == 0), default=0)
+            if not left
+            else 0
+        )
+        do = (
+            f'set batch_rows={fits}'
+            if fits
+            else f'use a number of ranks that divides {self.global_rows}, or another global_rows'
+        )
+        raise RecipeError(
+            f'stage {self.name!r}: global_rows={self.global_rows} is no multiple of batch_rows='
+            f'{self.batch_rows} x {ranks} ranks = {self.batch_rows * ranks} rows: {do}; or set '
+            f'accumulation, which takes the place of global_rows'
+        )
 
-    def to_dict(self) -> dict: return _to_dict(self)
+    def to_dict(self) -> dict:
+        return _to_dict(self)
+
     @classmethod
-    def from_dict(cls, d: Mapping) -> 'Stage': return _from_dict(cls, d)
+    def from_dict(cls, d: Mapping) -> 'Stage':
+        return _from_dict(cls, d)
 
 
 def _as_tune(t, name):
-    if isinstance(t, Tune): return t
-    if isinstance(t, str): t = dict(how=t)
-    _need(isinstance(t, Mapping), f'{name} must be frozen(), full(), layers(...) or lora(...), got {t!r}')
+    if isinstance(t, Tune):
+        return t
+    if isinstance(t, str):
+        t = dict(how=t)
+    _need(
+        isinstance(t, Mapping),
+        f'{name} must be frozen(), full(), layers(...) or lora(...), got {t!r}',
+    )
     return _from_dict(Tune, t, name)
 
 
@@ -244,10 +380,13 @@ def _hint(word, words):
 # %% ../../nbs/train/00_recipe.ipynb #c0f9bd44
 @dataclass(frozen=True)
 class Recipe:
-    """A method at one scale: vision front end, mask and stages. `section` says where the paper states it. `canvas`: long
-    side of the pictures in pixels, where the method resizes them itself (EVE).
+    """A method at one scale: vision front end, mask and stages. `section` says where the paper
+    states it. `canvas`: long side of the pictures in pixels, where the method resizes them itself
+    (EVE).
 
-    `front_end` is the settings dict of the vision front end (`type` and its options, see `vlmbench.models.vision`)."""
+    `front_end` is the settings dict of the vision front end (`type` and its options, see
+    `vlmbench.models.vision`)."""
+
     name: str
     stages: tuple[Stage, ...]
     front_end: Mapping[str, Any] = field(default_factory=dict)
@@ -261,37 +400,62 @@ class Recipe:
         _need(stages, f'recipe {self.name!r} has no stages')
         names = [s.name for s in stages]
         _need(len(set(names)) == len(names), f'recipe {self.name!r} repeats a stage name: {names}')
-        _need(isinstance(self.bidirectional_images, bool), f'recipe {self.name!r}: bidirectional_images must be true '
-              f'or false')
-        if self.canvas is not None: _number(self.canvas, f'recipe {self.name!r}: canvas', 1, integer=True)
-        object.__setattr__(self, 'stages', stages); object.__setattr__(self, 'front_end', dict(self.front_end))
+        _need(
+            isinstance(self.bidirectional_images, bool),
+            f'recipe {self.name!r}: bidirectional_images must be true or false',
+        )
+        if self.canvas is not None:
+            _number(self.canvas, f'recipe {self.name!r}: canvas', 1, integer=True)
+        object.__setattr__(self, 'stages', stages)
+        object.__setattr__(self, 'front_end', dict(self.front_end))
 
     def stage(self, name: str) -> Stage:
         "The stage called `name`."
         for s in self.stages:
-            if s.name == name: return s
-        raise RecipeError(f'recipe {self.name!r} has no stage {name!r}; it has {[s.name for s in self.stages]}')
+            if s.name == name:
+                return s
+        raise RecipeError(
+            f'recipe {self.name!r} has no stage {name!r}; it has {[s.name for s in self.stages]}'
+        )
 
-    def to_dict(self) -> dict: return _to_dict(self)
+    def to_dict(self) -> dict:
+        return _to_dict(self)
+
     @classmethod
-    def from_dict(cls, d: Mapping) -> 'Recipe': return _from_dict(cls, d)
+    def from_dict(cls, d: Mapping) -> 'Recipe':
+        return _from_dict(cls, d)
 
     def table(self) -> pd.DataFrame:
         "One row per stage and training group: what a paper prints as its training table."
-        return pd.DataFrame([dict(stage=s.name, data=s.data, group=g, tune=str(t), lr=s.lr_of(g),
-                                  budget_targets=s.budget_targets, steps=s.steps, rows=s.step_rows(),
-                                  max_tokens=s.max_tokens) for s in self.stages for g, t in s.trains.items()
-                             if t.trains])
+        return pd.DataFrame(
+            [
+                dict(
+                    stage=s.name,
+                    data=s.data,
+                    group=g,
+                    tune=str(t),
+                    lr=s.lr_of(g),
+                    budget_targets=s.budget_targets,
+                    steps=s.steps,
+                    rows=s.step_rows(),
+                    max_tokens=s.max_tokens,
+                )
+                for s in self.stages
+                for g, t in s.trains.items()
+                if t.trains
+            ]
+        )
 
 # %% ../../nbs/train/00_recipe.ipynb #adad7156
 @dataclass(frozen=True)
 class Scale:
-    """The base models under every recipe. `llm` and `vision`: a Hub id, a folder, or `asset:NAME` for the embedded
-    ones.
+    """The base models under every recipe. `llm` and `vision`: a Hub id, a folder, or `asset:NAME`
+    for the embedded ones.
 
-    `llm_config`, `vision_config`: transformers configuration dicts with `model_type`, used to build from shapes without
-    weights. `image_size`: side of the square input in pixels. `template`: chat template. `dtype`: storage of frozen
-    weights."""
+    `llm_config`, `vision_config`: transformers configuration dicts with `model_type`, used to build
+    from shapes without weights. `image_size`: side of the square input in pixels. `template`: chat
+    template. `dtype`: storage of frozen weights."""
+
     name: str
     llm: str
     vision: str
@@ -305,32 +469,91 @@ class Scale:
 
     def __post_init__(self):
         _number(self.image_size, f'scale {self.name!r}: image_size', 1, integer=True)
-        _need(self.dtype in ('float32', 'bfloat16'), f'scale {self.name!r}: dtype must be float32 or bfloat16, got '
-              f'{self.dtype!r}')
+        _need(
+            self.dtype in ('float32', 'bfloat16'),
+            f'scale {self.name!r}: dtype must be float32 or bfloat16, got {self.dtype!r}',
+        )
 
-    def to_dict(self) -> dict: return _to_dict(self)
+    def to_dict(self) -> dict:
+        return _to_dict(self)
+
     @classmethod
-    def from_dict(cls, d: Mapping) -> 'Scale': return _from_dict(cls, d)
+    def from_dict(cls, d: Mapping) -> 'Scale':
+        return _from_dict(cls, d)
 
 # %% ../../nbs/train/00_recipe.ipynb #3f586b25
-SCALES = {s.name: s for s in (
-    Scale('tiny', 'asset:llm', 'asset:vit', 64, 'world', notes='embedded world; two CPU cores'),
-    Scale('small', 'Qwen/Qwen2.5-0.5B-Instruct', 'google/siglip-base-patch16-224', 224, 'chatml',
-          llm_config=dict(model_type='qwen2', hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                          num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, rms_norm_eps=1e-6,
-                          max_position_embeddings=32768, tie_word_embeddings=True, rope_theta=1e6),
-          vision_config=dict(model_type='siglip_vision_model', hidden_size=768, intermediate_size=3072,
-                             num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16),
-          notes='one GPU'),
-    Scale('paper', 'lmsys/vicuna-7b-v1.5', 'openai/clip-vit-large-patch14-336', 336, 'vicuna_v1',
-          llm_config=dict(model_type='llama', hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                          num_attention_heads=32, num_key_value_heads=32, vocab_size=32000, rms_norm_eps=1e-5,
-                          max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-                          pad_token_id=0),
-          vision_config=dict(model_type='clip_vision_model', hidden_size=1024, intermediate_size=4096,
-                             num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
-                             projection_dim=768, hidden_act='quick_gelu'),
-          image_mode='pad', dtype='bfloat16', notes='LLaVA-1.5 7B'))}
+SCALES = {
+    s.name: s
+    for s in (
+        Scale('tiny', 'asset:llm', 'asset:vit', 64, 'world', notes='embedded world; two CPU cores'),
+        Scale(
+            'small',
+            'Qwen/Qwen2.5-0.5B-Instruct',
+            'google/siglip-base-patch16-224',
+            224,
+            'chatml',
+            llm_config=dict(
+                model_type='qwen2',
+                hidden_size=896,
+                intermediate_size=4864,
+                num_hidden_layers=24,
+                num_attention_heads=14,
+                num_key_value_heads=2,
+                vocab_size=151936,
+                rms_norm_eps=1e-6,
+                max_position_embeddings=32768,
+                tie_word_embeddings=True,
+                rope_theta=1e6,
+            ),
+            vision_config=dict(
+                model_type='siglip_vision_model',
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                image_size=224,
+                patch_size=16,
+            ),
+            notes='one GPU',
+        ),
+        Scale(
+            'paper',
+            'lmsys/vicuna-7b-v1.5',
+            'openai/clip-vit-large-patch14-336',
+            336,
+            'vicuna_v1',
+            llm_config=dict(
+                model_type='llama',
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                num_key_value_heads=32,
+                vocab_size=32000,
+                rms_norm_eps=1e-5,
+                max_position_embeddings=4096,
+                tie_word_embeddings=False,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            ),
+            vision_config=dict(
+                model_type='clip_vision_model',
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+                hidden_act='quick_gelu',
+            ),
+            image_mode='pad',
+            dtype='bfloat16',
+            notes='LLaVA-1.5 7B',
+        ),
+    )
+}
 
 
 def get_scale(name: str) -> Scale:
@@ -340,21 +563,33 @@ def get_scale(name: str) -> Scale:
 
 # %% ../../nbs/train/00_recipe.ipynb #a28a87d7
 def _to_dict(x):
-    if dataclasses.is_dataclass(x): return {f.name: _to_dict(getattr(x, f.name)) for f in dataclasses.fields(x)}
-    if isinstance(x, Mapping): return {k: _to_dict(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_to_dict(v) for v in x]
+    if dataclasses.is_dataclass(x):
+        return {f.name: _to_dict(getattr(x, f.name)) for f in dataclasses.fields(x)}
+    if isinstance(x, Mapping):
+        return {k: _to_dict(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_to_dict(v) for v in x]
     return x
 
 
-def _tuples(x): return tuple(_tuples(v) for v in x) if isinstance(x, (list, tuple)) else x
+def _tuples(x):
+    return tuple(_tuples(v) for v in x) if isinstance(x, (list, tuple)) else x
 
 
 def _from_dict(cls, d, name=None):
     name, known = name or cls.__name__.lower(), {f.name: f for f in dataclasses.fields(cls)}
     _need(isinstance(d, Mapping), f'{name} must be a mapping, got {type(d).__name__}')
-    for k in d: _need(k in known, f'{name} has no setting {k!r}{_hint(k, known)}; settings are {list(known)}')
-    missing = [k for k, f in known.items() if k not in d and f.default is dataclasses.MISSING
-               and f.default_factory is dataclasses.MISSING]
+    for k in d:
+        _need(
+            k in known, f'{name} has no setting {k!r}{_hint(k, known)}; settings are {list(known)}'
+        )
+    missing = [
+        k
+        for k, f in known.items()
+        if k not in d
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
     _need(not missing, f'{name} needs {missing}')
     return cls(**{k: v if isinstance(v, Mapping) else _tuples(v) for k, v in d.items()})
 
@@ -363,39 +598,68 @@ def override(obj: Any, changes: Mapping[str, Any]) -> Any:
     """A copy of a Recipe, Stage or Scale with dotted keys replaced: `{'stages.tune.lr': 1e-4,
     'stages.tune.trains.layers.r': 64}`.
 
-    Stages are addressed by name or position. Replacing `trains.GROUP` takes a word ('full') or a dict. Setting
-    `budget_targets` clears `steps` and the other way round; setting `accumulation` clears `global_rows`. Raises RecipeError for an unknown key or a value of the
-    wrong type."""
+    Stages are addressed by name or position. Replacing `trains.GROUP` takes a word ('full') or a
+    dict. Setting `budget_targets` clears `steps` and the other way round; setting `accumulation`
+    clears `global_rows`. Raises RecipeError for an unknown key or a value of the wrong type."""
     d = _to_dict(obj)
     for key, value in changes.items():
-        *path, last = key.split('.'); at, where = d, type(obj).__name__.lower()
-        for p in path: at, where = _descend(at, p, key, where), p
-        if isinstance(at, list): at[_position(at, last, key)] = value; continue
+        *path, last = key.split('.')
+        at, where = d, type(obj).__name__.lower()
+        for p in path:
+            at, where = _descend(at, p, key, where), p
+        if isinstance(at, list):
+            at[_position(at, last, key)] = value
+            continue
         _need(isinstance(at, dict), f'override {key!r}: {where!r} has no settings inside')
-        _need(last in at, f'override {key!r}: {where!r} has no setting {last!r}{_hint(last, at)}; settings are '
-              f'{list(at)}')
+        _need(
+            last in at,
+            f'override {key!r}: {where!r} has no setting {last!r}{_hint(last, at)}; settings are '
+            f'{list(at)}',
+        )
         old = at[last]
-        if value is not None and old is not None and not isinstance(value, Mapping) and not isinstance(old,
-            (dict, list)):
-            same = isinstance(value, (int, float)) and isinstance(old, float) or isinstance(value, type(old))
-            _need(same and isinstance(value, bool) == isinstance(old, bool),
-                  f'override {key!r}: expected {type(old).__name__}, got {value!r} ({type(value).__name__})')
+        if (
+            value is not None
+            and old is not None
+            and not isinstance(value, Mapping)
+            and not isinstance(old, (dict, list))
+        ):
+            same = (
+                isinstance(value, (int, float))
+                and isinstance(old, float)
+                or isinstance(value, type(old))
+            )
+            _need(
+                same and isinstance(value, bool) == isinstance(old, bool),
+                f'override {key!r}: expected {type(old).__name__}, got {value!r} '
+                f'({type(value).__name__})',
+            )
         at[last] = _to_dict(value)
-        other = dict(budget_targets='steps', steps='budget_targets', accumulation='global_rows').get(last)
-        if other in at and value is not None: at[other] = None
+        other = dict(
+            budget_targets='steps', steps='budget_targets', accumulation='global_rows'
+        ).get(last)
+        if other in at and value is not None:
+            at[other] = None
     return type(obj).from_dict(d)
 
 
 def _position(seq, p, key):
     names = [s.get('name') if isinstance(s, dict) else None for s in seq]
-    if p in names: return names.index(p)
-    _need(p.isdigit() and int(p) < len(seq), f'override {key!r}: no item {p!r}; items are '
-          f'{[n for n in names if n] or list(range(len(seq)))}')
+    if p in names:
+        return names.index(p)
+    _need(
+        p.isdigit() and int(p) < len(seq),
+        f'override {key!r}: no item {p!r}; items are '
+        f'{[n for n in names if n] or list(range(len(seq)))}',
+    )
     return int(p)
 
 
 def _descend(at, p, key, where):
-    if isinstance(at, list): return at[_position(at, p, key)]
-    _need(isinstance(at, dict) and p in at, f'override {key!r}: {where!r} has no setting '
-          f'{p!r}{_hint(p, at if isinstance(at, dict) else ())}')
+    if isinstance(at, list):
+        return at[_position(at, p, key)]
+    _need(
+        isinstance(at, dict) and p in at,
+        f'override {key!r}: {where!r} has no setting '
+        f'{p!r}{_hint(p, at if isinstance(at, dict) else ())}',
+    )
     return at[p]
