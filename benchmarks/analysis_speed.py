@@ -8,7 +8,7 @@ batches against two (flat), and drop-one with prefix reuse against naive forward
 
 import argparse, json
 
-from vlmbench.run.speed_methods import drop_one_speed, stream_memory, stream_speed
+from vlmbench.speed.methods import drop_one_speed, stream_memory, stream_speed
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(

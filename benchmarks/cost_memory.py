@@ -11,10 +11,10 @@ import os
 
 import torch
 
-from vlmbench.analysis.cost import Workload, training_cost
+from vlmbench.cost.counter import Workload, training_cost
 from vlmbench.methods.recipes import get_method
-from vlmbench.methods.shapes import model_from_shapes
-from vlmbench.run.speed import PeakMemory
+from vlmbench.cost.shapes import model_from_shapes
+from vlmbench.speed.measures import PeakMemory
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import get_scale, override
 

@@ -5,12 +5,12 @@ images.
     5] [--device cpu]
 
 Published geometry (672 px canvas, patches of 14 px, windows of 2 x 2) at reduced widths, mixed
-aspect ratios (bar 2). `vlmbench.run.speed_methods.patches_by_image` is the baseline; `planned` is
+aspect ratios (bar 2). `vlmbench.speed.methods.patches_by_image` is the baseline; `planned` is
 the ratio that the matrix products alone would give."""
 
 import argparse, json
 
-from vlmbench.run.speed_methods import patch_speed
+from vlmbench.speed.methods import patch_speed
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(

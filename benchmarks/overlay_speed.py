@@ -3,7 +3,7 @@ same picture."""
 
 import argparse
 
-from vlmbench.run.speed import overlay_speed
+from vlmbench.speed.measures import overlay_speed
 
 p = argparse.ArgumentParser(description=__doc__)
 p.add_argument('--width', type=int, default=640)

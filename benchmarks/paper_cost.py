@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from vlmbench.lab.plots import save_png
-from vlmbench.methods.planner import Data, cost_figure, inference, plan, si
+from vlmbench.cost.planner import Data, cost_figure, inference, plan, si
 
 TEXT, IMAGES, MIX = 300, 624_610, 1_124_610  # tokens of text a sample (assumed); published rows
 

@@ -4,12 +4,12 @@
     [--clock cpu]
 
 Two baselines build the dense additive mask: token by token (the named one, bar 20), and with one
-slice for each image. `vlmbench.run.speed_methods` has both; the masks are compared before they are
+slice for each image. `vlmbench.speed.methods` has both; the masks are compared before they are
 timed."""
 
 import argparse, json
 
-from vlmbench.run.speed_methods import mask_speed, masked_attention_speed
+from vlmbench.speed.methods import mask_speed, masked_attention_speed
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmbench.analysis.cost import Meter, Workload, _batch, training_cost
-from vlmbench.methods.planner import Data, any_scale, inference, plan, stage_models
+from vlmbench.cost.counter import Meter, Workload, _batch, training_cost
+from vlmbench.cost.planner import Data, any_scale, inference, plan, stage_models
 from vlmbench.methods.recipes import get_method
-from vlmbench.methods.shapes import model_from_shapes
+from vlmbench.cost.shapes import model_from_shapes
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import RecipeError, get_scale, override
 

@@ -19,21 +19,12 @@ from transformers import (
 from vlmbench.data.collate import collate_padded
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.methods.eve import (
-    METHOD,
-    after_stage,
-    before_stage,
-    from_reference,
-    losses,
-    recipe,
-    to_reference,
-    transform_of,
-    uncanvas,
-)
-from vlmbench.methods.eve_checkpoints import CheckpointFormatError, load_release
-from vlmbench.methods.load import load_vlm
+from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, recipe, transform_of
+from vlmbench.checkpoints.eve_names import from_reference, to_reference, uncanvas
+from vlmbench.checkpoints.eve import CheckpointFormatError, load_release
+from vlmbench.checkpoints.load import load_vlm
 from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe, model_config
-from vlmbench.methods.shapes import model_from_shapes
+from vlmbench.cost.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner, grid_ratio
 from vlmbench.models.patch import GridLayout
 from vlmbench.models.vision import build_front_end

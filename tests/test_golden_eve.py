@@ -21,14 +21,14 @@ from vlmbench.data.record import Turn
 from vlmbench.data.template import encode, target_texts
 from vlmbench.distill.align import TeacherView
 from vlmbench.evaluate.scorers import MultipleChoice, POPE, get_scorer
-from vlmbench.methods.eve import (
+from vlmbench.checkpoints.eve_names import (
     canvas,
     from_reference,
-    recipe,
     to_reference,
     to_reference_names,
     uncanvas,
 )
+from vlmbench.methods.eve import recipe
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import get_scale

@@ -14,7 +14,7 @@ from pillow_order import resize_as_pillow_13, vertical_first
 from safetensors.torch import load_file
 
 from vlmbench.data.image import ImageTransform
-from vlmbench.methods.vip_llava import (
+from vlmbench.checkpoints.llava_names import (
     convert_keys,
     from_reference,
     load_stage1,

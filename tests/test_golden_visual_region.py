@@ -30,7 +30,8 @@ from vlmbench.analysis.similarity import CKA, ImageAttention
 from vlmbench.analysis.streams import make_states, residual_states, scores, stream, tidy, token_sets
 from vlmbench.analysis.trajectory import LENS, LogitLens, Trajectory
 from vlmbench.analysis.weights import lora_update, parameter_change
-from vlmbench.methods.visual_region import from_reference, prune_outside
+from vlmbench.checkpoints.visual_region import from_reference
+from vlmbench.methods.visual_region import prune_outside
 from vlmbench.models.depth import find_decoder, prune
 
 ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden')) / 'visual_region'

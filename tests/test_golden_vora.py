@@ -16,16 +16,14 @@ from vlmbench.data.image import ImageError, ImageTransform, native_size, pad_to_
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.template import encode, get_template
 from vlmbench.distill.blockwise import teacher_states
-from vlmbench.methods.vora import (
+from vlmbench.checkpoints.vora_names import (
     distillation_from_reference,
     distillation_to_reference,
-    frame_indices,
     from_reference,
-    image_runs,
     to_reference,
     to_reference_name,
-    truncate_turns,
 )
+from vlmbench.methods.vora import frame_indices, image_runs, truncate_turns
 from vlmbench.models.masks import allowed, image_ids_of
 from vlmbench.models.vision_lora import (
     LoRASettings,

@@ -18,7 +18,7 @@ from vlmbench.data.collate import collate_padded
 from vlmbench.data.image import ImageTransform, best_grid, mean_color, pad_to_square, CLIP_MEAN
 from vlmbench.data.record import Turn
 from vlmbench.data.template import encode
-from vlmbench.methods.zero import from_reference, load_original, to_original
+from vlmbench.checkpoints.zero import from_reference, load_original, to_original
 from vlmbench.methods.zero_parts import (
     FAMILIES,
     StackedTiles,

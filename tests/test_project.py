@@ -19,9 +19,22 @@ MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name != '_modidx.py')
 NOTEBOOKS = sorted(
     p for p in NBS.rglob('*.ipynb') if not re.search(r'/[._]', p.relative_to(NBS.parent).as_posix())
 )
-# data -> models -> distill, analysis -> train -> methods -> evaluate -> lab, demo -> run
+# data -> models -> distill, analysis -> train -> methods -> checkpoints, cost -> evaluate
+# -> lab, demo, speed -> run
 RANK = dict(
-    data=0, models=1, distill=2, analysis=2, train=3, methods=4, evaluate=5, lab=6, demo=6, run=7
+    data=0,
+    models=1,
+    distill=2,
+    analysis=2,
+    train=3,
+    methods=4,
+    checkpoints=5,
+    cost=5,
+    evaluate=6,
+    lab=7,
+    demo=7,
+    speed=7,
+    run=8,
 )
 
 

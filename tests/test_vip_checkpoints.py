@@ -31,8 +31,8 @@ from vlmbench.data.image import ImageTransform
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.demo.chat import ChatModel
-from vlmbench.methods.load import LoadError, find_model, load_vlm
-from vlmbench.methods.vip_checkpoints import (
+from vlmbench.checkpoints.load import LoadError, find_model, load_vlm
+from vlmbench.checkpoints.vip_llava import (
     CheckpointFormatError,
     from_transformers,
     load_original,
@@ -42,7 +42,7 @@ from vlmbench.methods.vip_checkpoints import (
     template_of,
     to_transformers,
 )
-from vlmbench.methods.vip_llava import convert_keys, stage1_state
+from vlmbench.checkpoints.llava_names import convert_keys, stage1_state
 from vlmbench.models.vlm import build_vlm
 from vlmbench.run.cli import app
 from vlmbench.run.parameters import ParameterError

@@ -25,19 +25,17 @@ from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.data.collate import collate_packed
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.methods.load import LoadError, load_vlm
+from vlmbench.checkpoints.vora_export import export_language_model
+from vlmbench.checkpoints.load import LoadError, load_vlm
 from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe
 from vlmbench.methods.vora import (
     LOSSES,
     METHOD,
     PAPER_SCALE,
-    export_language_model,
-    from_reference_name,
     meta_vora,
-    to_reference,
-    to_reference_name,
     recipe,
 )
+from vlmbench.checkpoints.vora_names import from_reference_name, to_reference, to_reference_name
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
 from vlmbench.models.vlm import assemble, load_tower

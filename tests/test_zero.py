@@ -32,17 +32,14 @@ from vlmbench.methods.zero import (
     METHOD,
     PAPER_SCALES,
     default_ranges,
-    from_original,
-    from_reference,
     graft_onto,
     language_parameters,
     last_third,
-    load_original,
     paper_vlm,
     split,
-    to_original,
     zero,
 )
+from vlmbench.checkpoints.zero import from_original, from_reference, load_original, to_original
 from vlmbench.methods.zero import recipe as recipe_of
 from vlmbench.methods.zero_parts import (
     FAMILIES,

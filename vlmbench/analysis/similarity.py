@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn, Tensor
 from matplotlib import pyplot as plt

@@ -98,7 +98,6 @@ def _described(folder):
     is none."""
     if folder is None or not (Path(folder) / 'config.json').exists():
         return None
-    import vlmbench.models.vlm  # makes our own model type known
 
     config = AutoConfig.from_pretrained(folder)
     kinds = AutoModelForImageTextToText, AutoModelForCausalLM

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from PIL import Image
-from .quarantine import BadRecord, Quarantine, TooManyBadRecords, _atomic
+from .quarantine import BadRecord, Quarantine, _atomic
 from .region import Region, parse_regions, _text
 from .rows import RowIndex, iter_rows
 

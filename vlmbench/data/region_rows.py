@@ -25,7 +25,6 @@ from vlmbench.data.overlay import (
     draw_marker,
     joint_markers,
     one_color,
-    random_rgb,
     region_text,
     sample_alpha,
     sample_marker,

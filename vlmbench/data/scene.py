@@ -5,7 +5,7 @@
 # %% ../../nbs/data/55_scene.ipynb #a15dba68
 from __future__ import annotations
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 import numpy as np
 
 # %% auto #0

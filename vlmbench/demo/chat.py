@@ -40,7 +40,7 @@ from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
 from ..evaluate.generate import _stop_ids, prompt_inputs, written_stop
-from ..methods.load import LoadError, load_vlm, takes_settings
+from ..checkpoints.load import LoadError, load_vlm, takes_settings
 from ..models.quantized import quantization_config
 from ..models.vlm import model_name
 
@@ -288,7 +288,7 @@ def quantization(
             'cpu (slow)'
         )
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except ImportError as e:
         raise ChatError(f"{flag} needs bitsandbytes ({e}): pip install 'vlmbench[quant]'") from None
     half = (

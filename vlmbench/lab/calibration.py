@@ -22,7 +22,6 @@ from transformers import (
 )
 
 # %% ../../nbs/lab/12_calibration.ipynb #37ed2c0f
-import vlmbench.models.vlm
 from ..data.collate import collate_padded
 from ..data.record import Sample
 from ..evaluate.generate import render_prompt

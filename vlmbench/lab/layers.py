@@ -8,7 +8,7 @@ __all__ = ['RANKINGS', 'LayerScores', 'rankings', 'measure', 'choose', 'heat_fig
 
 # %% ../../nbs/lab/15_layers.ipynb #f1464f7e
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from vlmbench.analysis.trajectory import (
 from ..analysis.weights import lora_update, parameter_change
 from .page import esc, html_page, html_table, number, wide
 from .plots import PALETTE, _figure, save_png, style, to_svg
-from ..models.depth import depth_of, find_decoder
+from ..models.depth import find_decoder
 
 # %% ../../nbs/lab/15_layers.ipynb #bb56a22c
 RANKINGS = {  # name: (metric, token sets in order of preference)

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATCHES', 'METHOD', 'recipe', 'picture', 'transform_of', 'build', 'make_aligner', 'losses', 'before_stage',
-           'after_stage', 'canvas', 'uncanvas', 'from_reference_names', 'to_reference_names', 'to_reference',
-           'from_reference']
+           'after_stage']
 
 # %% ../../nbs/methods/20_eve.ipynb #6aff0d5c
-import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
@@ -17,20 +15,14 @@ import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
-from ..data.image import ImageTransform, mean_color, to_rgb
+from ..data.image import ImageTransform
 from ..distill.align import PatchAligner, grid_ratio
 from .llava import recipe as control
 from .recipes import Method, base_model, model_config, tied_embeddings
-from ..models.vision import build_front_end, front_end_class, tower_config
+from ..models.vision import front_end_class, tower_config
 from vlmbench.models.vlm import (
-    VLMForConditionalGeneration,
-    assemble,
     build_vlm,
     load_tower,
     tower_transform,
@@ -296,199 +288,3 @@ METHOD = Method(
     after_stage=after_stage,
     picture=picture,
 )
-
-# %% ../../nbs/methods/20_eve.ipynb #55de4b52
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    "Pillow 13's bicubic resize, whatever the version."
-    down, across = image.height - height, image.width - width
-    if down > max(0, 2 * across):
-        image = image.resize((image.width, height))
-    else:
-        image = image.resize((width, image.height))
-    return image.resize((width, height))
-
-
-def canvas(
-    image: Image.Image, size: int, teacher: int = 336, patch: int = 14, mean=None
-) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """The square picture of `size` px as the original makes it, and the box (left, top, right,
-    bottom) that holds the image."""
-    if size % teacher or teacher % patch:
-        raise ValueError(
-            f'canvas {size} must be a multiple of teacher {teacher}, that of patch {patch}'
-        )
-    image, mean = to_rgb(image), mean or ImageTransform().mean
-    (w, h), r = image.size, size // teacher
-    long, short = (w, h) if w > h else (h, w)
-    n = -int(-(teacher * short / long / patch) // 1)
-    before, inside = (teacher // patch - n) // 2 * patch * r, n * patch * r
-    image = _resize(image, *((size, inside) if w > h else (inside, size)))
-    if inside == size:
-        return image, (0, 0, size, size)
-    out, at = (
-        Image.new('RGB', (size, size), mean_color(mean)),
-        (0, before) if w > h else (before, 0),
-    )
-    out.paste(image, at)
-    return out, (*at, at[0] + image.width, at[1] + image.height)
-
-
-def uncanvas(
-    pixels: torch.Tensor, patch_stride: int, conv_stride: int = 2
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[images, 4, S, S]` with the mask last -> `pixel_values` `[images, 3, S, S]`, `image_sizes`
-    `[images, 2]`. Of an empty canvas: as many whole windows of `conv_stride` patches as 16 patches
-    a side hold, from its corner."""
-    out, sizes, window = torch.zeros_like(pixels[:, :3]), [], patch_stride * conv_stride
-    for x, o in zip(pixels, out):
-        on = x[3] > 0
-        rows, cols = on.any(1).nonzero()[:, 0], on.any(0).nonzero()[:, 0]
-        box = (
-            (0, 0, *(min(16 * patch_stride, n) // window * window for n in on.shape))
-            if not len(rows)
-            else map(int, (rows[0], cols[0], rows[-1] + 1, cols[-1] + 1))
-        )
-        top, left, bottom, right = box
-        o[:, : bottom - top, : right - left] = x[:3, top:bottom, left:right]
-        sizes.append((bottom - top, right - left))
-    return out, torch.tensor(sizes)
-
-# %% ../../nbs/methods/20_eve.ipynb #4f20b0fb
-_NAMES = [
-    (r'vision_tower\.(local|global)_attention\.q\.0\.', r'vision.\1_attention.q_norm.'),
-    (r'vision_tower\.(local|global)_attention\.q\.1\.', r'vision.\1_attention.q_proj.'),
-    (r'vision_tower\.(local|global)_attention\.kv\.0\.', r'vision.\1_attention.kv_norm.'),
-    (r'vision_tower\.(local|global)_attention\.kv\.1\.', r'vision.\1_attention.kv_proj.'),
-    (r'vision_tower\.(local|global)_attention\.proj\.', r'vision.\1_attention.out_proj.'),
-    (r'vision_tower\.', r'vision.'),
-    (r'mm_projector\.(weight|bias)$', r'vision.projector.mlp.0.\1'),
-    (r'mm_projector\.', r'vision.projector.mlp.'),
-    (r'vision_tower_compressor\.norm_layer\.(\d+)\.0\.', r'align.norms.\1.'),
-    (r'vision_tower_compressor\.norm_layer\.(\d+)\.1\.', r'align.projections.\1.'),
-    (r'vision_tower_compressor\.', r'align.'),
-    (r'vision_clip\.backbone\.(?:vision_model\.)?', r'align.teacher.'),
-    (r'(embed_tokens|layers|norm)\.', r'language_model.\1.'),
-]
-_IGNORED = re.compile(r'rotary_emb\.inv_freq$|position_ids$|vision_tower_compressor\.clip_layer\.')
-
-
-def from_reference_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Original names -> ours: `model.*` and `lm_head.*` of the model, `align.*` of the aligner and
-    its teacher. Non-parameters and the teacher's second copy are left out. Raises ValueError naming
-    a tensor it does not know."""
-    out = {}
-    for name, value in state.items():
-        if _IGNORED.search(name):
-            continue
-        short = name.removeprefix('model.')
-        new = next((re.sub('^' + a, b, short) for a, b in _NAMES if re.match(a, short)), None)
-        if new is None and not name.startswith('lm_head.'):
-            raise ValueError(f'from_reference: unknown tensor {name}')
-        out[name if new is None else new if new.startswith('align.') else 'model.' + new] = value
-    return out
-
-
-_BACK = [
-    (r'model\.vision\.(local|global)_attention\.q_norm\.', r'model.vision_tower.\1_attention.q.0.'),
-    (r'model\.vision\.(local|global)_attention\.q_proj\.', r'model.vision_tower.\1_attention.q.1.'),
-    (
-        r'model\.vision\.(local|global)_attention\.kv_norm\.',
-        r'model.vision_tower.\1_attention.kv.0.',
-    ),
-    (
-        r'model\.vision\.(local|global)_attention\.kv_proj\.',
-        r'model.vision_tower.\1_attention.kv.1.',
-    ),
-    (
-        r'model\.vision\.(local|global)_attention\.out_proj\.',
-        r'model.vision_tower.\1_attention.proj.',
-    ),
-    (r'model\.vision\.projector\.mlp\.', 'model.mm_projector.'),
-    (r'model\.vision\.', 'model.vision_tower.'),
-    (r'align\.norms\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.0.'),
-    (r'align\.projections\.(\d+)\.', r'model.vision_tower_compressor.norm_layer.\1.1.'),
-    (r'align\.teacher\.', 'model.vision_clip.backbone.vision_model.'),
-    (r'align\.', 'model.vision_tower_compressor.'),
-    (r'model\.language_model\.', 'model.'),
-]
-
-
-def to_reference_names(name: str) -> str:
-    "The original's name of one of our parameters (the aligner's under `align.`)."
-    return next((re.sub('^' + a, b, name) for a, b in _BACK if re.match(a, name)), name)
-
-
-def to_reference(model: VLMForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The model's (and its aligner's, when there is one) tensors under the original's names; a head
-    tied to the embedding is left out, as in every safetensors file."""
-    state, front = dict(model.state_dict()), model.config.vision_config
-    if model.lm_head.weight is model.get_input_embeddings().weight:
-        del state['lm_head.weight']
-    if 'align' in getattr(model, 'loss_terms', {}):
-        state |= {
-            f'align.{k}': v
-            for k, v in model.loss_terms['align'].state_dict().items()
-            if not k.endswith('position_ids')
-        }
-    out = {to_reference_names(k): v for k, v in state.items()}
-    if front['projector'] != 'linear':
-        return out
-    return {k.replace('mm_projector.0.', 'mm_projector.'): v for k, v in out.items()}
-
-
-def from_reference(
-    state_dict: Mapping[str, torch.Tensor], spec: Mapping
-) -> VLMForConditionalGeneration:
-    """The model of an original checkpoint, float32; with the aligner in `model.loss_terms` when the
-    checkpoint and `spec` have the teacher.
-
-    `spec`: `config` (Llama settings), `front_end` (settings of `PatchFrontEnd`), `image_token_id`
-    (a token the text does not use: the original marks images with -200), and for the aligner
-    `teacher` (CLIP vision settings), `canvas` (px of the student's square). A head tied to the
-    embedding may be missing. Raises ValueError naming missing, unknown or contradicting tensors."""
-    state = {k: v.float() for k, v in from_reference_names(state_dict).items()}
-    llm = LlamaForCausalLM(LlamaConfig(**spec['config'])).float()
-    if not 0 <= spec['image_token_id'] < llm.config.vocab_size:
-        raise ValueError(f'image_token_id {spec["image_token_id"]} is not in the vocabulary')
-    front = build_front_end({'type': 'eve', **spec['front_end']}, llm.config.hidden_size)
-    model = assemble(llm, front, spec['image_token_id'])
-    if llm.config.tie_word_embeddings:
-        table = state.get('model.language_model.embed_tokens.weight')
-        head = state.setdefault('lm_head.weight', table)
-        if head is None or not torch.equal(head, table):
-            raise ValueError(
-                'from_reference: lm_head.weight differs from embed_tokens.weight, but the '
-                'configuration ties '
-                'them: set tie_word_embeddings=False'
-            )
-    _load(model, {k: v for k, v in state.items() if not k.startswith('align.')}, 'model')
-    align = {k.removeprefix('align.'): v for k, v in state.items() if k.startswith('align.')}
-    if align and spec.get('teacher') is not None:
-        teacher, front = (
-            CLIPVisionModel(CLIPVisionConfig(**spec['teacher'])).float(),
-            model.config.vision_config,
-        )
-        view = ImageTransform()
-        term = PatchAligner(
-            llm.config.hidden_size,
-            llm.config.num_hidden_layers,
-            teacher,
-            spec['image_token_id'],
-            _stride(front),
-            grid_ratio(spec['canvas'], _stride(front), teacher.config),
-            view,
-            view,
-            spec.get('select_layer', -2),
-        )
-        _load(term, align, 'aligner')
-        model.loss_terms = dict(align=term)
-    return model
-
-
-def _load(module, state, what):
-    missing, unknown = module.load_state_dict(state, strict=False)
-    missing = [k for k in missing if not k.endswith('position_ids')]
-    if missing or unknown:
-        raise ValueError(
-            f'from_reference: {what} misses {missing[:3]}, does not know {unknown[:3]}'
-        )

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['PUBLISHED_REGIONS', 'SHARE', 'PAPER_SCALES', 'Importance', 'METHOD', 'published_share', 'decoder_depth', 'recipe',
            'meta_vlm', 'lora_counts', 'backward_depth', 'calibration_batches', 'prune_outside', 'heal_stage',
-           'retention', 'run_costs', 'retention_report', 'from_reference']
+           'retention', 'run_costs', 'retention_report']
 
 # %% ../../nbs/methods/50_visual_region.ipynb #b5bfe5e7
-import json, re
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn, Tensor
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -392,49 +392,6 @@ def retention_report(
     cost = pd.DataFrame({name: pd.Series(c) for name, c in zip(('region', 'all_layers'), costs)})
     whole = pd.concat([scored, cost.assign(retention=cost.region / cost.all_layers)])
     return whole.rename(columns=dict(retention='ratio'))
-
-# %% ../../nbs/methods/50_visual_region.ipynb #9d73c02e
-def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> PreTrainedModel:
-    """A float32 `LlamaForCausalLM` from original names. `spec['config']`: configuration arguments;
-    `spec['lora']['scaling']` (or alpha and r): merges the tensors `layers.N.<module>.lora_A/lora_B`
-    in `state_dict`.
-
-    Raises ValueError naming unexpected, missing or unpaired tensors."""
-    config = LlamaConfig(
-        **{'tie_word_embeddings': 'lm_head.weight' not in state_dict, **spec['config']}
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    adapters = {k: v.float() for k, v in state_dict.items() if '.lora_' in k}
-    weights = {k: v.float() for k, v in state_dict.items() if '.lora_' not in k}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if missing := [
-        k for k in missing if not (config.tie_word_embeddings and k == 'lm_head.weight')
-    ]:
-        raise ValueError(f'from_reference: missing {missing[:3]}')
-    if unexpected:
-        raise ValueError(
-            f'from_reference: unexpected {unexpected[:3]}; convert multimodal checkpoints with '
-            'vlmbench.models.convert'
-        )
-    if adapters:
-        _merge(model, adapters, spec.get('lora') or {})
-    return model
-
-
-@torch.no_grad()
-def _merge(model, adapters, lora):
-    if 'scaling' not in lora and not {'alpha', 'r'} <= set(lora):
-        raise ValueError("from_reference: adapters need spec['lora']['scaling'], or alpha and r")
-    scaling = lora.get('scaling') or lora['alpha'] / lora['r']
-    for k, a in adapters.items():
-        if k.endswith('lora_B'):
-            continue
-        m = re.fullmatch(r'layers\.(\d+)\.(.+)\.lora_A', k)
-        if m is None or (b := adapters.get(k[:-1] + 'B')) is None:
-            raise ValueError(
-                f'from_reference: {k} has no partner or another form than layers.N.module.lora_A'
-            )
-        model.model.layers[int(m[1])].get_submodule(m[2]).weight.add_(scaling * b @ a)
 
 # %% ../../nbs/methods/50_visual_region.ipynb #b4ab8313
 METHOD = Method(recipe)

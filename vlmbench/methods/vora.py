@@ -4,32 +4,20 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'FINETUNE', 'DATA', 'PAPER_SCALE', 'PAPER_SCALES', 'METHOD', 'recipe', 'build', 'losses', 'after_stage',
-           'before_stage', 'configure', 'meta_vora', 'from_reference_name', 'to_reference_name', 'to_reference',
-           'from_reference', 'aimv2_from_remote', 'aimv2_to_remote', 'distillation_to_reference',
-           'distillation_from_reference', 'frame_indices', 'SampleFrames', 'truncate_turns', 'image_runs',
-           'export_language_model']
+           'before_stage', 'configure', 'meta_vora', 'frame_indices', 'SampleFrames', 'truncate_turns', 'image_runs']
 
 # %% ../../nbs/methods/30_vora.ipynb #8ee6c1b5
 import random
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn, Tensor
 from transformers import (
-    Aimv2VisionConfig,
-    Aimv2VisionModel,
     AutoConfig,
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Qwen2Config,
 )
 
 from ..data.collate import truncate
@@ -370,217 +358,6 @@ def meta_vora(recipe: Recipe, scale: Scale) -> VLMForConditionalGeneration:
     with torch.device('meta'):
         return VLMForConditionalGeneration(config)
 
-# %% ../../nbs/methods/30_vora.ipynb #e4dc0ab7
-_FRONT = {
-    'vision_embedding.patchifier.proj.': 'model.vision.proj.',
-    'vision_embedding.patchifier.norm.': 'model.vision.norm.',
-    'vision_embedding.pos_embed': 'model.vision.pos_embed',
-    'vision_embedding.out_proj.': 'model.vision.out_proj.',
-    'llm.lm_head.': 'lm_head.',
-    'llm.model.': 'model.language_model.',
-}
-
-
-def from_reference_name(name: str) -> str:
-    "The name here of an original parameter. Raises ValueError for unknown names."
-    for old, new in _FRONT.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    raise ValueError(f'{name} is no parameter of a VoRA model')
-
-
-def to_reference_name(name: str) -> str:
-    "The inverse of `from_reference_name`."
-    for old, new in _FRONT.items():
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    raise ValueError(f'{name} has no counterpart in the original')
-
-
-def to_reference(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
-    """The model's tensors under the original names; a head tied to the embedding is left out, as
-    there."""
-    tied = model.lm_head.weight is model.get_input_embeddings().weight
-    return {
-        to_reference_name(n): p.detach()
-        for n, p in model.state_dict().items()
-        if not (tied and n.startswith('lm_head.'))
-    }
-
-# %% ../../nbs/methods/30_vora.ipynb #9e21a449
-def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping) -> VLMForConditionalGeneration:
-    """A float32 VLM from original names, with the original's quirks (sliced positions, the language
-    model's eps in the patch norm, extra biases).
-
-    `spec`: `llm` (Qwen2 arguments), `teacher` (for `image_size`, `patch_size`),
-    `vision_embedding_intermediate_size`, `lora` (`layers`, `r`, `scale`, `target_modules`), and
-    optionally `image_token_id` (default 0) and `mask` ('bidirectional' or 'default'). Without A and
-    B in `state_dict` the model is the merged one. `aux_vision.*` is left aside. Raises ValueError
-    naming missing and unexpected tensors."""
-    kept = {k: v for k, v in state_dict.items() if not k.startswith('aux_vision.')}
-    llm, merged = Qwen2Config(**spec['llm']), not any('.lora_A.' in k for k in kept)
-    mask = spec.get('mask', 'bidirectional')
-    if mask not in ('bidirectional', 'default'):
-        raise ValueError(f"spec['mask'] must be 'bidirectional' or 'default', got {mask!r}")
-    targets = sorted(t.rpartition('.')[2] for t in spec['lora']['target_modules'])
-    lora = LoRASettings(
-        spec['lora']['layers'] if spec['lora']['layers'] != 'all' else llm.num_hidden_layers,
-        spec['lora']['r'] if spec['lora']['r'] > 0 else 1,
-        float(spec['lora'].get('scale', 1.0)),
-        targets,
-        'zero',
-        merged=merged,
-    )
-    front = dict(
-        type='vora',
-        patch_size=spec['teacher']['patch_size'],
-        image_size=spec['teacher']['image_size'],
-        width=spec['vision_embedding_intermediate_size'],
-        norm_eps=llm.rms_norm_eps,
-        positions='reference',
-        lora=lora.to_dict(),
-    )
-    model = (
-        VLMForConditionalGeneration(
-            VLMConfig(
-                text_config=llm,
-                vision_config=front,
-                image_token_id=spec.get('image_token_id', 0),
-                bidirectional_images=mask == 'bidirectional',
-            )
-        )
-        .float()
-        .eval()
-    )
-    missing, unexpected = model.load_state_dict(
-        {from_reference_name(k): v.float() for k, v in kept.items()}, strict=False
-    )
-    if missing := [k for k in missing if not (llm.tie_word_embeddings and k == 'lm_head.weight')]:
-        raise ValueError(f'from_reference: missing {missing[:3]}')
-    if unexpected:
-        raise ValueError(f'from_reference: unexpected {unexpected[:3]}')
-    return model
-
-
-_BLOCK = {
-    'attn.proj.': 'attention.out_proj.',
-    'norm_1.': 'rms_norm1.',
-    'norm_2.': 'rms_norm2.',
-    'mlp.fc1.': 'ffn.gate_proj.',
-    'mlp.fc3.': 'ffn.up_proj.',
-    'mlp.fc2.': 'ffn.down_proj.',
-}
-_STEM = {
-    'preprocessor.patchifier.proj.': 'embeddings.patch_embed.',
-    'preprocessor.patchifier.norm.': 'embeddings.rms_norm.',
-    'trunk.post_trunk_norm.': 'rms_norm.',
-}
-
-
-def aimv2_from_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of AIMv2's remote code under transformers' names (fused query, key, value split in
-    that order)."""
-    out = {}
-    for k, v in state_dict.items():
-        if k == 'preprocessor.pos_embed':
-            out['embeddings.position_embedding.weight'] = v[0]
-            continue
-        if stem := next((s for s in _STEM if k.startswith(s)), None):
-            out[_STEM[stem] + k.removeprefix(stem)] = v
-            continue
-        if not k.startswith('trunk.blocks.'):
-            raise ValueError(f'{k} is no tensor of AIMv2')
-        _, _, i, rest = k.split('.', 3)
-        if rest.startswith('attn.qkv.'):
-            last = rest.rpartition('.')[2]
-            out |= {
-                f'encoder.layers.{i}.attention.{n}_proj.{last}': t
-                for n, t in zip('qkv', v.chunk(3))
-            }
-            continue
-        if (old := next((b for b in _BLOCK if rest.startswith(b)), None)) is None:
-            raise ValueError(f'{k} is no tensor of AIMv2')
-        out[f'encoder.layers.{i}.{_BLOCK[old]}{rest.removeprefix(old)}'] = v
-    return out
-
-
-def aimv2_to_remote(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "The inverse of `aimv2_from_remote`: query, key and value fused again."
-    out = {}
-    for k, v in state_dict.items():
-        if k == 'embeddings.position_embedding.weight':
-            out['preprocessor.pos_embed'] = v[None]
-            continue
-        if old := next((o for o, n in _STEM.items() if k.startswith(n)), None):
-            out[old + k.removeprefix(_STEM[old])] = v
-            continue
-        if not k.startswith('encoder.layers.'):
-            raise ValueError(f'{k} is no tensor of AIMv2')
-        _, _, i, rest = k.split('.', 3)
-        if m := re.fullmatch(r'attention\.([qkv])_proj\.(\w+)', rest):
-            if m[1] == 'q':
-                parts = [state_dict[f'encoder.layers.{i}.attention.{n}_proj.{m[2]}'] for n in 'qkv']
-                out[f'trunk.blocks.{i}.attn.qkv.{m[2]}'] = torch.cat(parts)
-            continue
-        if (old := next((o for o, n in _BLOCK.items() if rest.startswith(n)), None)) is None:
-            raise ValueError(f'{k} is no tensor of AIMv2')
-        out[f'trunk.blocks.{i}.{old}{rest.removeprefix(_BLOCK[old])}'] = v
-    return out
-
-
-def distillation_to_reference(term: BlockwiseDistillation) -> dict[str, Tensor]:
-    """Teacher and heads under the original names `aux_vision.*`; the inverse of
-    `distillation_from_reference`."""
-    teacher = {n: p.detach() for n, p in term.teacher.named_parameters()}
-    if term.teacher.config.model_type == 'aimv2_vision_model':
-        teacher = aimv2_to_remote(teacher)
-    else:
-        teacher = {f'vision_model.{n}': p for n, p in teacher.items()}
-    heads = {f'aux_vision.aux_layer_{n}': p.detach() for n, p in term.heads.named_parameters()}
-    return {f'aux_vision.aux_model.{n}': p for n, p in teacher.items()} | heads
-
-
-def distillation_from_reference(
-    state_dict: Mapping[str, Tensor], spec: Mapping, kind: str = 'aimv2', pairing: str = 'reference'
-) -> BlockwiseDistillation:
-    """Teacher and heads from the original names `aux_vision.*`. `kind`: 'aimv2' (`spec['teacher']`)
-    or 'clip' (`spec['clip_teacher']`). Raises ValueError naming tensors that do not fit."""
-    if kind not in ('aimv2', 'clip'):
-        raise ValueError(f"kind must be 'aimv2' or 'clip', got {kind!r}")
-    found = {
-        k.removeprefix('aux_vision.aux_model.'): v.float()
-        for k, v in state_dict.items()
-        if k.startswith('aux_vision.aux_model.')
-    }
-    if kind == 'aimv2':
-        teacher = Aimv2VisionModel(Aimv2VisionConfig(**spec['teacher'], use_head=False))
-        found = aimv2_from_remote(found)
-    else:
-        teacher = CLIPVisionModel(
-            CLIPVisionConfig(
-                **{k: v for k, v in spec['clip_teacher'].items() if k != 'skip_aux_cls'}
-            )
-        )
-        found = {k.removeprefix('vision_model.'): v for k, v in found.items()}
-    if wrong := sorted(set(found) ^ {n for n, _ in teacher.named_parameters()}):
-        raise ValueError(f'distillation_from_reference: {wrong[:3]} do not fit the teacher')
-    teacher.load_state_dict(found, strict=False)
-    term = BlockwiseDistillation(
-        teacher.float(),
-        spec['llm']['hidden_size'],
-        spec['llm']['num_hidden_layers'],
-        pairing=pairing,
-        positions='reference',
-    )
-    term.heads.load_state_dict(
-        {
-            k.removeprefix('aux_vision.aux_layer_'): v.float()
-            for k, v in state_dict.items()
-            if k.startswith('aux_vision.aux_layer_')
-        }
-    )
-    return term
-
 # %% ../../nbs/methods/30_vora.ipynb #6405ee4f
 def frame_indices(frames: int, segments: int, rng: random.Random | None = None) -> list[int]:
     """One frame of each of `segments` equal strata: the first, or a random one with `rng`
@@ -639,38 +416,3 @@ def image_runs(image_ids: Tensor) -> Tensor:
     image = image_ids >= 0
     start = image & ~nn.functional.pad(image, (1, 0))[:, :-1]
     return torch.where(image, start.flatten().cumsum(0).reshape(image.shape) - 1, -1)
-
-# %% ../../nbs/methods/30_vora.ipynb #7245642b
-def export_language_model(
-    model: VLMForConditionalGeneration, tokenizer, folder: str | Path
-) -> Path:
-    """Write the merged language model as a folder that plain transformers loads, with the tokenizer
-    and the patch embedding (`vision_embedding.safetensors`, original names).
-
-    Raises ValueError while LoRA is unmerged, or when extra biases are left, which the plain
-    architecture does not have."""
-    if left := vision_lora_layers(model):
-        m = next(iter(left.values()))
-        raise ValueError(
-            'extra biases are left, which a plain language model does not have: train with '
-            'extra_bias=none, or write a VLM folder (vlmbench export without --language-model)'
-            if m.settings.merged
-            else 'LoRA is not merged: call merge_vision_lora(model) first'
-        )
-    folder = Path(folder)
-    with torch.device('meta'):
-        llm = AutoModelForCausalLM.from_config(model.config.text_config)
-    setattr(llm, llm.base_model_prefix, model.model.language_model)
-    llm.set_output_embeddings(model.lm_head)
-    llm.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    save_file(
-        {
-            k: v.contiguous()
-            for k, v in to_reference(model).items()
-            if k.startswith('vision_embedding.')
-        },
-        folder / 'vision_embedding.safetensors',
-    )
-    return folder

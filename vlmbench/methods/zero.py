@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['PAPER_SCALES', 'FRONT_END', 'ON_SURROGATE', 'METHOD', 'default_ranges', 'split', 'last_third', 'trained', 'recipe',
-           'graft_onto', 'zero', 'paper_vlm', 'language_parameters', 'from_original', 'to_original', 'load_original',
-           'from_reference']
+           'graft_onto', 'zero', 'paper_vlm', 'language_parameters']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
-import re, warnings
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 from transformers import AutoConfig
 
 from .recipes import Method, base_model, encoder_model
-from .zero_parts import Balanced, TiledEncoder, Wrapped, family_of, family_tokenizer
+from .zero_parts import Balanced, Wrapped, family_of, family_tokenizer
 from vlmbench.models.depth import (
     PUBLISHED_SPLITS,
     build_surrogate,
@@ -503,117 +502,3 @@ def language_parameters(model: nn.Module) -> int:
     return sum(
         p.numel() for p in {id(p): p for m in (d.stack, d.head) for p in m.parameters()}.values()
     )
-
-# %% ../../nbs/methods/40_zero.ipynb #71355141
-_NAMES = (
-    ('embd_soi', 'model.vision.soi'),
-    ('embd_eoi', 'model.vision.eoi'),
-    ('adapter.', 'model.vision.projector.mlp.'),
-    ('encoder.vision_model.', 'model.vision.tower.'),
-    ('decoder.model.', 'model.language_model.'),
-    ('decoder.lm_head.', 'lm_head.'),
-)
-
-
-def _rename(name, pairs):
-    for old, new in pairs:
-        if name == old or old.endswith('.') and name.startswith(old):
-            return new + name[len(old) :]
-    return None
-
-
-def from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Tensors under our names. Raises ValueError naming what zero's checkpoints do not hold."
-    if bad := [n for n in state_dict if _rename(n, _NAMES) is None]:
-        raise ValueError(
-            f'{bad[:3]} are no names of a zero checkpoint (encoder., adapter., decoder., embd_soi, '
-            'embd_eoi)'
-        )
-    return {_rename(n, _NAMES): t for n, t in state_dict.items() if not n.endswith('.position_ids')}
-
-
-def to_original(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the original names: a state dict's, or those of a model's parameters that train
-    (what a checkpoint holds; a tied head once)."""
-    if isinstance(source, nn.Module):
-        source = {n: p.detach() for n, p in source.named_parameters() if p.requires_grad}
-    back = tuple((new, old) for old, new in _NAMES)
-    if bad := [n for n in source if _rename(n, back) is None]:
-        raise ValueError(f'{bad[:3]} have no name in a zero checkpoint')
-    return {_rename(n, back): t for n, t in source.items()}
-
-
-@torch.no_grad()
-def load_original(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Load an original checkpoint, whole or partial, into `model` in place; returns our names of
-    what was loaded.
-
-    Raises ValueError for names or shapes that the model does not have: a stage-1 file with a
-    translator needs the surrogate."""
-    have, load = dict(model.named_parameters()), from_original(state_dict)
-    if (
-        'lm_head.weight' in load and 'lm_head.weight' not in have
-    ):  # tied: the same tensor again, or another model
-        head, table = load.pop('lm_head.weight'), 'model.language_model.embed_tokens.weight'
-        if table not in load or not torch.equal(head, load[table]):
-            raise ValueError(
-                'the checkpoint has a head of its own, but this model ties it to the embedding'
-            )
-    if bad := [n for n in load if n not in have]:
-        raise ValueError(
-            f'{bad[:3]} are not in this model; a file with a translator belongs to the surrogate, '
-            'not to '
-            'the full model'
-        )
-    if bad := [
-        f'{n} {tuple(t.shape)} -> {tuple(have[n].shape)}'
-        for n, t in load.items()
-        if t.shape != have[n].shape
-    ]:
-        raise ValueError(f'shapes differ: {bad[:3]}')
-    for n, t in load.items():
-        have[n].copy_(t)
-    return list(load)
-
-# %% ../../nbs/methods/40_zero.ipynb #8f7c514d
-_SPECS = dict(llama=('llama', 'translators_range'), qwen=('qwen3', 'qwen_range'))
-
-
-def from_reference(
-    state_dict: Mapping[str, Tensor],
-    spec: Mapping,
-    surrogate: bool = False,
-    family: str = 'llama',
-    image_token_id: int | None = None,
-    encoder_shave_last_n_layers: int = -1,
-    ignore_encoder_cls_token: bool = False,
-    reference: bool = True,
-) -> VLMForConditionalGeneration:
-    """A float32 VLM from a complete set of original tensors. `spec`: configuration arguments under
-    `family` ('llama' or 'qwen') and 'clip', `adapter_mlp_depth`, and the ranges a surrogate
-    replaces.
-
-    Raises ValueError for missing, unexpected or misshapen tensors and an unknown family."""
-    if family not in _SPECS:
-        raise ValueError(f'family {family!r}: expected one of {list(_SPECS)}')
-    kind, ranges = _SPECS[family]
-    n = encoder_shave_last_n_layers
-    front = dict(
-        FRONT_END,
-        type='encoder_tiles',
-        select_layers=[-n if n > 1 else -1],
-        keep_cls=not ignore_encoder_cls_token,
-        projector='linear'
-        if spec['adapter_mlp_depth'] == 1
-        else f'mlp{spec["adapter_mlp_depth"]}x_gelu',
-        backbone=dict(spec['clip'], model_type='clip_vision_model'),
-    )
-    text = dict(
-        spec[family], model_type=kind, bos_token_id=None, eos_token_id=None, pad_token_id=None
-    )
-    config = VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id)
-    model = VLMForConditionalGeneration(config).float().eval()
-    loaded = set(load_original(model, {k: v.float() for k, v in state_dict.items()}))
-    if missing := [k for k, _ in model.named_parameters() if k not in loaded]:
-        raise ValueError(f'from_reference: missing {list(to_original(dict.fromkeys(missing[:3])))}')
-    return build_surrogate(model, spec[ranges], reference=reference).eval() if surrogate else model

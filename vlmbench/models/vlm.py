@@ -31,9 +31,9 @@ from ..data.template import IMAGE
 from vlmbench.models.modeling import (
     VLMConfig,
     VLMForConditionalGeneration,
-    VLMModel,
-    VLMModelOutput,
-    VLMOutput,
+    VLMModel,  # noqa: F401
+    VLMModelOutput,  # noqa: F401
+    VLMOutput,  # noqa: F401
 )
 from .processor import VLMProcessor
 from vlmbench.models.vision import (

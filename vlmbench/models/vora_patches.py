@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .vision import FRONT_ENDS, FrontEnd, _by_size
-from .vision_lora import LoRASettings, VisionLoRALinear, add_vision_lora
+from .vision_lora import LoRASettings, add_vision_lora
 
 # %% ../../nbs/models/42_vora_patches.ipynb #86f1ef86
 class VoRARMSNorm(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['BenchRun', 'plan_bench', 'reusable', 'Clock', 'minutes', 'bench']
 
 # %% ../../nbs/run/20_bench.ipynb #dfbb5c99
-import sys, time
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence

@@ -20,7 +20,7 @@ import pandas as pd
 from ..evaluate.results import load_results
 from ..evaluate.stats import holm, minimum_detectable, paired_bootstrap, seeds_interval
 from .bench import BenchRun, Clock, minutes, reusable
-from .manifest import EXIT_CODES, Manifest
+from .manifest import Manifest
 from .parameters import ParameterError
 
 # %% ../../nbs/run/25_claims.ipynb #0f7857f1

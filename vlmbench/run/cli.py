@@ -194,7 +194,7 @@ def cost(
 ) -> None:
     """What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer,
     counted without weights."""
-    from vlmbench.methods.planner import Data, cost_figure, inference, plan, readable
+    from vlmbench.cost.planner import Data, cost_figure, inference, plan, readable
 
     try:
         data = Data(text_tokens=text, targets=targets)
@@ -417,7 +417,7 @@ def convert(
 ) -> None:
     """Write a published folder (original layout, LoRA release) or a run's model as one that
     transformers loads."""
-    from vlmbench.methods.load import convert as write
+    from vlmbench.checkpoints.load import convert as write
 
     typer.echo(_refusing(write, folder, out, vision, base, template))
 
@@ -440,7 +440,7 @@ def export(
 ) -> None:
     """Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain
     language model."""
-    from vlmbench.methods.vora_export import export_merged
+    from vlmbench.checkpoints.vora_export import export_merged
 
     typer.echo(_refusing(export_merged, model, out, language_model))
 

@@ -13,7 +13,7 @@ import threading, time, traceback, uuid, warnings
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Iterator, Mapping
 
 import filelock, psutil
 
