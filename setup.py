@@ -1,9 +1,11 @@
 """Packaging: every fact about the project is read from settings.ini, nothing is written twice."""
 
+import ast
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 parser = ConfigParser(
     delimiters=['='], interpolation=None
@@ -19,7 +21,26 @@ extras = {
     for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant')
 }
 
+
+def built_in(module: str) -> list[str]:
+    "The table BUILT_IN of a module, read without importing it, as entry points."
+    source = (Path(__file__).parent / cfg['lib_name'] / module).read_text(encoding='utf8')
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'BUILT_IN':
+            return [f'{name}={value}' for name, value in ast.literal_eval(node.value).items()]
+    raise SystemExit(f'{module} declares no BUILT_IN')
+
+
+class WithoutIndex(build_py):
+    "The package without nbdev's index of symbols, which serves only those who write notebooks."
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[1] != '_modidx']
+
+
 setup(
+    cmdclass={'build_py': WithoutIndex},
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
@@ -56,6 +77,8 @@ setup(
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'papermill.engine': ['vlmbench=vlmbench.run.engine:VlmbenchEngine'],
+        'vlmbench.methods': built_in('methods/recipes.py'),
+        'vlmbench.front_ends': built_in('models/vision.py'),
     },
     zip_safe=False,
 )

@@ -16,7 +16,8 @@ from vlmbench.methods.recipes import get_method
 from vlmbench.cost.shapes import model_from_shapes
 from vlmbench.speed.measures import PeakMemory
 from vlmbench.train.prepare import prepare
-from vlmbench.train.recipe import get_scale, override
+from vlmbench.train.scale import get_scale
+from vlmbench.train.recipe import override
 
 SCALE = override(
     get_scale('tiny'),

@@ -12,7 +12,7 @@ from vlmbench.methods.recipes import get_method, get_recipe
 from vlmbench.run.engine import find_notebook, run_notebook
 from vlmbench.run.manifest import Manifest
 from vlmbench.run.parameters import load_notebook
-from vlmbench.train.recipe import get_scale
+from vlmbench.train.scale import get_scale
 
 
 def declared():

@@ -5,11 +5,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmbench.cost.counter import Meter, Workload, _batch, training_cost
-from vlmbench.cost.planner import Data, any_scale, inference, plan, stage_models
+from vlmbench.cost.planner import Data, inference, plan, stage_models
+from vlmbench.methods.recipes import find_scale
 from vlmbench.methods.recipes import get_method
 from vlmbench.cost.shapes import model_from_shapes
 from vlmbench.train.prepare import prepare
-from vlmbench.train.recipe import RecipeError, get_scale, override
+from vlmbench.train.recipe import RecipeError, override
+from vlmbench.train.scale import get_scale
 
 TINY = get_scale('tiny')
 MID = override(
@@ -205,11 +207,11 @@ def test_what_was_grafted_answers_with_every_layer():
 def test_published_sizes_without_weights():
     scale = 'llama-3.1-70b'
     method = get_method('zero', ('stages=("adapt","encoder","decoder")',))
-    recipe = method.recipe(any_scale(scale))
+    recipe = method.recipe(find_scale(scale))
     sizes = [
         sum(p.numel() for p in model.model.language_model.parameters())
         + sum(p.numel() for p in model.lm_head.parameters())
-        for stage, model, _ in stage_models(recipe, method, any_scale(scale))
+        for stage, model, _ in stage_models(recipe, method, find_scale(scale))
         if stage is not None
     ]
     assert [round(s / 1e9, 2) for s in sizes] == [38.04, 38.04, 70.55]

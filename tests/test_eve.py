@@ -23,7 +23,8 @@ from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, reci
 from vlmbench.checkpoints.eve_names import from_reference, to_reference, uncanvas
 from vlmbench.checkpoints.eve import CheckpointFormatError, load_release
 from vlmbench.checkpoints.load import load_vlm
-from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe, model_config
+from vlmbench.train.scale import base_model
+from vlmbench.methods.recipes import find_scale, get_method, get_recipe, model_config
 from vlmbench.cost.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner, grid_ratio
 from vlmbench.models.patch import GridLayout
@@ -32,7 +33,8 @@ from vlmbench.models.vlm import VLMForConditionalGeneration, assemble, module_gr
 from vlmbench.run.pipeline import build, fit
 from vlmbench.train.prepare import merge_lora, prepare
 from vlmbench.train.process import Preempted
-from vlmbench.train.recipe import Recipe, RecipeError, Stage, get_scale, lora, override
+from vlmbench.train.recipe import Recipe, RecipeError, Stage, lora, override
+from vlmbench.train.scale import get_scale
 
 FRONT, IMAGE = dict(type='eve', channels=16, patch_stride=2, heads=4), 29
 FRONTS = dict(eve=FRONT, eve_v2=dict(type='eve_v2', channels=16, patch_stride=2))

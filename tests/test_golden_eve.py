@@ -31,7 +31,7 @@ from vlmbench.checkpoints.eve_names import (
 from vlmbench.methods.eve import recipe
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.prepare import prepare
-from vlmbench.train.recipe import get_scale
+from vlmbench.train.scale import get_scale
 
 ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden')) / 'eve'
 CASES, SETS, MARK = sorted(ROOT.glob('case_*')), ('std', 'hd'), -200

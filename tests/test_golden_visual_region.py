@@ -31,7 +31,7 @@ from vlmbench.analysis.streams import make_states, residual_states, scores, stre
 from vlmbench.analysis.trajectory import LENS, LogitLens, Trajectory
 from vlmbench.analysis.weights import lora_update, parameter_change
 from vlmbench.checkpoints.visual_region import from_reference
-from vlmbench.methods.visual_region import prune_outside
+from vlmbench.analysis.prune import prune_outside
 from vlmbench.models.depth import find_decoder, prune
 
 ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden')) / 'visual_region'

@@ -23,7 +23,8 @@ from vlmbench.checkpoints.vora_names import (
     to_reference,
     to_reference_name,
 )
-from vlmbench.methods.vora import frame_indices, image_runs, truncate_turns
+from vlmbench.data.frames import frame_indices
+from vlmbench.methods.vora import image_runs, truncate_turns
 from vlmbench.models.masks import allowed, image_ids_of
 from vlmbench.models.vision_lora import (
     LoRASettings,

@@ -19,18 +19,18 @@ from vlmbench.data.image import ImageTransform, best_grid, mean_color, pad_to_sq
 from vlmbench.data.record import Turn
 from vlmbench.data.template import encode
 from vlmbench.checkpoints.zero import from_reference, load_original, to_original
+from vlmbench.models.families import FAMILIES
+from vlmbench.models.tiles import StackedTiles
+from vlmbench.distill.balance import balance_weights
 from vlmbench.methods.zero_parts import (
-    FAMILIES,
-    StackedTiles,
-    balance_weights,
     loglikelihood,
-    mix_order,
     pope_answer,
     reference_batch,
     reference_length_order,
     vllm_state,
-    wrap_question,
 )
+from vlmbench.data.mix_rows import mix_order
+from vlmbench.data.wrapper import wrap_question
 from vlmbench.models.depth import depth_of, find_decoder, fingerprint, graft
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.loop import lr_factor, train

@@ -17,9 +17,10 @@ from vlmbench.analysis.similarity import full_attentions
 from vlmbench.analysis.streams import scores, stream
 from vlmbench.analysis.weights import lora_update, parameter_change
 from vlmbench.methods.recipes import get_method
-from vlmbench.methods.visual_region import prune_outside
+from vlmbench.analysis.prune import prune_outside
 from vlmbench.models.depth import build_surrogate, prune, slice_layers, surrogate_map
-from vlmbench.train.recipe import RecipeError, get_scale
+from vlmbench.train.recipe import RecipeError
+from vlmbench.train.scale import get_scale
 
 MODEL, BATCH = decoder(), batch()
 UNLABELLED = {k: v for k, v in BATCH.items() if k != 'labels'}

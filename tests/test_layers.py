@@ -20,7 +20,7 @@ from vlmbench.methods.recipes import get_method
 from vlmbench.models.depth import prune
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.manifest import Manifest
-from vlmbench.train.recipe import get_scale
+from vlmbench.train.scale import get_scale
 
 WORDS = ['red', 'blue', 'small', 'large', 'green', 'two']
 

@@ -4,15 +4,13 @@ round-trip."""
 import pytest
 from hypothesis import given, strategies as st
 
+from vlmbench.options import OptionType, check_value, parse_text
 from vlmbench.run.parameters import (
     ParameterError,
-    ParamType,
     check_parameters,
-    check_value,
     load_notebook,
     notebook_parameters,
     parse_assignments,
-    parse_text,
     read_parameters,
 )
 
@@ -65,7 +63,7 @@ def test_a_faulty_declaration_is_refused_with_its_place(source, why):
         ('steps', '1_000', 1000),
         ('steps', '-2', -2),
         ('quick', 'true', True),
-        ('quick', 'off', False),
+        ('quick', 'No', False),
         ('name', 'a=b', 'a=b'),
         ('name', '7', '7'),
         ('name', '', ''),
@@ -97,6 +95,8 @@ def test_text_is_read_by_the_declared_type(name, text, value):
         ('lr', True),
         ('lr', float('nan')),
         ('quick', 'maybe'),
+        ('quick', 'off'),
+        ('quick', '0'),
         ('quick', ''),
         ('quick', 1),
         ('name', 7),
@@ -132,13 +132,13 @@ def test_all_faults_are_reported_at_once_with_the_nearest_name():
 )
 def test_text_of_a_value_reads_back_as_the_value(value):
     kind = type(value).__name__
-    assert parse_text(str(value), ParamType(kind)) == value
+    assert parse_text(str(value), OptionType(kind)) == value
 
 
 @given(st.lists(st.integers()))
 def test_lists_read_back_in_both_spellings(values):
-    assert parse_text(','.join(map(str, values)), ParamType('list[int]')) == values
-    assert parse_text(str(values), ParamType('list[int]')) == values
+    assert parse_text(','.join(map(str, values)), OptionType('list[int]')) == values
+    assert parse_text(str(values), OptionType('list[int]')) == values
 
 
 @given(
@@ -146,7 +146,7 @@ def test_lists_read_back_in_both_spellings(values):
 )
 def test_any_text_is_either_read_or_refused(text, kind):
     try:
-        value = check_value(text, ParamType(kind))
+        value = check_value(text, OptionType(kind))
     except ValueError:
         return
     assert type(value).__name__ == kind.split('[')[0]

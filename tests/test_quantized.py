@@ -17,7 +17,8 @@ from vlmbench.models.quantized import (
     quantization_config,
     quantized_modules,
 )
-from vlmbench.train.recipe import RecipeError, get_scale
+from vlmbench.train.recipe import RecipeError
+from vlmbench.train.scale import get_scale
 
 needs_bnb = pytest.mark.skipif(
     importlib.util.find_spec('bitsandbytes') is None, reason='bitsandbytes: vlmbench[quant]'

@@ -15,10 +15,8 @@ from vlmbench.models.vlm import module_groups
 from vlmbench.train.prepare import layer_index, lora_modules, merge_lora, prepare
 from vlmbench.train.recipe import (
     GROUPS,
-    SCALES,
     Recipe,
     RecipeError,
-    Scale,
     Stage,
     Tune,
     frozen,
@@ -27,6 +25,7 @@ from vlmbench.train.recipe import (
     lora,
     override,
 )
+from vlmbench.train.scale import SCALES, Scale
 
 rates = st.none() | st.floats(1e-6, 1.0)
 blocks = st.integers(1, 40) | st.sets(st.integers(0, 40), min_size=1, max_size=5).map(tuple)
@@ -303,7 +302,7 @@ def test_every_published_recipe_states_its_global_batch():
 
 def test_groups_of_like_length_are_one_global_batch():
     from vlmbench.data.record import Sample, Turn
-    from vlmbench.run.pipeline import grouped_order
+    from vlmbench.data.sources import grouped_order
 
     samples = [
         Sample(str(i), [Turn('user', 'a ' * (i + 1)), Turn('assistant', 'b')]) for i in range(24)

@@ -10,11 +10,14 @@ from PIL import Image
 from vlmbench.data.quarantine import Quarantine
 from vlmbench.data.region_rows import DrawRegions, sample_from_region_row
 from vlmbench.data.world import WorldSize, load_world, write_world
-from vlmbench.methods.recipes import base_model, get_recipe
+from vlmbench.train.scale import base_model
+from vlmbench.methods.recipes import get_recipe
 from vlmbench.models.vlm import build_vlm
-from vlmbench.run.pipeline import Transformed, grouped_order, stage_samples
+from vlmbench.run.pipeline import Transformed
+from vlmbench.data.sources import grouped_order, open_samples
 from vlmbench.train.loop import make_loader
-from vlmbench.train.recipe import RecipeError, Stage, full, get_scale, override
+from vlmbench.train.recipe import RecipeError, Stage, full, override
+from vlmbench.train.scale import get_scale
 
 ROWS = 24
 
@@ -112,7 +115,7 @@ def test_text_and_none_leave_the_picture(world, processor, stage):
 
 @pytest.mark.parametrize('grouping', ['length', 'modality'])
 def test_grouping(world, processor, stage, grouping):
-    samples = stage_samples(
+    samples = open_samples(
         world, 'region_train*2+text_train*1+vqa_train*1', parse=sample_from_region_row
     )
     one = override(stage, dict(packing=False, grouping=grouping, batch_rows=4))
@@ -245,7 +248,7 @@ def mixed(tmp_path):
 
 
 def test_a_published_file_is_read_and_drawn(mixed):
-    samples = stage_samples(mixed(PUBLISHED), 'mix', parse=DrawRegions.parse)
+    samples = open_samples(mixed(PUBLISHED), 'mix', parse=DrawRegions.parse)
     old = json.dumps([samples[i].meta for i in range(len(samples))], sort_keys=True)
     for s in samples:
         out = DrawRegions()(s)
@@ -287,7 +290,7 @@ def test_a_published_file_is_read_and_drawn(mixed):
 )
 def test_bad_published_rows_name_the_row(mixed, change, match):
     row = next(r for r in PUBLISHED if r['id'] == change['id']) | change
-    samples = stage_samples(mixed([row]), 'mix', parse=DrawRegions.parse)
+    samples = open_samples(mixed([row]), 'mix', parse=DrawRegions.parse)
     with pytest.raises(ValueError, match=match):
         DrawRegions(kinds=('mask',) if 'segmentations' in change else DrawRegions().kinds)(
             samples[0]
@@ -296,7 +299,7 @@ def test_bad_published_rows_name_the_row(mixed, change, match):
 
 def test_a_point_on_a_box_is_refused_never_replaced(mixed):
     own = next(r for r in PUBLISHED if r['id'] == 'own-1')
-    sample = stage_samples(mixed([own]), 'mix', parse=DrawRegions.parse)[0]
+    sample = open_samples(mixed([own]), 'mix', parse=DrawRegions.parse)[0]
     with pytest.raises(ValueError, match=r'mix.json:\d: a point marker needs a segmentation'):
         DrawRegions(kinds=('point',))(sample)
     for seed in range(30):
@@ -312,7 +315,7 @@ def test_bad_rows_of_a_run_are_listed_and_replaced(mixed, processor, stage, tmp_
     good = [dict(PUBLISHED[-3], id=f'own-{i}') for i in range(4)]
     bad = dict(PUBLISHED[-3], id='own-bad', regions=[dict(box=[900, 5, 990, 20])])
     quarantine = Quarantine(path=tmp_path / 'quarantine.json', cap=1.0)
-    samples = stage_samples(mixed([*good, bad]), 'mix', quarantine, DrawRegions.parse)
+    samples = open_samples(mixed([*good, bad]), 'mix', quarantine, DrawRegions.parse)
     batches = take(
         make_loader(
             Transformed(samples, DrawRegions()),

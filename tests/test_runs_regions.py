@@ -180,7 +180,7 @@ def test_evaluate_draws_the_regions_of_questions_as_training_did(variant, asked,
     from vlmbench.data.world import WorldSize, write_world
     from vlmbench.methods.recipes import get_method
     from vlmbench.run.pipeline import build
-    from vlmbench.train.recipe import get_scale
+    from vlmbench.train.scale import get_scale
 
     sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(region_train=4, region_test=4)
     world = write_world(tmp_path / 'world', sizes=WorldSize(**sizes))
@@ -212,8 +212,9 @@ def test_rows_that_become_questions_when_drawn_have_a_majority_answer(tmp_path):
     from vlmbench.data.region_rows import DrawRegions
     from vlmbench.data.world import WorldSize, write_world
     from vlmbench.methods.recipes import get_method
-    from vlmbench.run.pipeline import assess, build, load_tasks
-    from vlmbench.train.recipe import get_scale
+    from vlmbench.evaluate.assess import assess, load_tasks
+    from vlmbench.run.pipeline import build
+    from vlmbench.train.scale import get_scale
 
     sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(region_train=4, region_test=4)
     world = write_world(tmp_path / 'world', sizes=WorldSize(**sizes))
@@ -242,7 +243,8 @@ def test_any_method_learns_from_marked_rows_when_told_how(tmp_path):
     from vlmbench.data.world import WorldSize, write_world
     from vlmbench.methods.recipes import get_method, get_recipe
     from vlmbench.run.pipeline import build, fit
-    from vlmbench.train.recipe import RecipeError, get_scale
+    from vlmbench.train.recipe import RecipeError
+    from vlmbench.train.scale import get_scale
 
     sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(caption_train=4, region_train=8)
     world, scale = write_world(tmp_path / 'world', sizes=WorldSize(**sizes)), get_scale('tiny')

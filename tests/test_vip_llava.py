@@ -19,7 +19,8 @@ from vlmbench.methods.vip_llava import (
     projector_size,
     recipe,
 )
-from vlmbench.train.recipe import RecipeError, get_scale
+from vlmbench.train.recipe import RecipeError
+from vlmbench.train.scale import get_scale
 
 
 def test_registered():

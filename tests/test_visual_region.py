@@ -23,11 +23,9 @@ from vlmbench.methods.visual_region import (
     decoder_depth,
     heal_stage,
     meta_vlm,
-    prune_outside,
-    retention,
-    retention_report,
-    run_costs,
 )
+from vlmbench.analysis.prune import prune_outside
+from vlmbench.evaluate.retention import retention, retention_report, run_costs
 from vlmbench.methods.visual_region import recipe as region_recipe
 from vlmbench.models.depth import (
     build_surrogate,
@@ -41,7 +39,8 @@ from vlmbench.models.depth import (
 from vlmbench.models.vision import backbone_dict
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, module_groups
 from vlmbench.train.prepare import lora_modules, merge_lora, prepare
-from vlmbench.train.recipe import RecipeError, Stage, full, get_scale, layers, lora
+from vlmbench.train.recipe import RecipeError, Stage, full, layers, lora
+from vlmbench.train.scale import get_scale
 
 IMG = 4
 CLIP = CLIPVisionConfig(

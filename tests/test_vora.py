@@ -27,14 +27,9 @@ from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.checkpoints.vora_export import export_language_model
 from vlmbench.checkpoints.load import LoadError, load_vlm
-from vlmbench.methods.recipes import base_model, find_scale, get_method, get_recipe
-from vlmbench.methods.vora import (
-    LOSSES,
-    METHOD,
-    PAPER_SCALE,
-    meta_vora,
-    recipe,
-)
+from vlmbench.train.scale import base_model
+from vlmbench.methods.recipes import find_scale, get_method, get_recipe
+from vlmbench.methods.vora import LOSSES, METHOD, PAPER_SCALE, meta_vora, recipe
 from vlmbench.checkpoints.vora_names import from_reference_name, to_reference, to_reference_name
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
@@ -42,9 +37,11 @@ from vlmbench.models.vlm import assemble, load_tower
 from vlmbench.models.vora_patches import VoRAFrontEnd, init_from_teacher
 from vlmbench.run.cli import app
 from vlmbench.run.parameters import ParameterError
-from vlmbench.run.pipeline import build, fit, stage_samples
+from vlmbench.run.pipeline import build, fit
+from vlmbench.data.sources import open_samples
 from vlmbench.train.process import Preempted
-from vlmbench.train.recipe import RecipeError, Scale, get_scale, override
+from vlmbench.train.recipe import RecipeError, override
+from vlmbench.train.scale import Scale, get_scale
 
 LORA = dict(layers=2, r=4)
 close = lambda a, b, atol=1e-5: torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
@@ -369,7 +366,7 @@ def test_records_of_frames_train_with_their_pictures(tmp_path, end):
                 ),
                 tmp_path / f'{name}.parquet',
             )
-    samples = stage_samples(tmp_path, 'caption_train')
+    samples = open_samples(tmp_path, 'caption_train')
     assert [len(s.images) for s in samples] == [2, 1, 0] and samples[0].turns[0].text.startswith(
         '1s: <image>; 2s: <image>; '
     )

@@ -41,24 +41,18 @@ from vlmbench.methods.zero import (
 )
 from vlmbench.checkpoints.zero import from_original, from_reference, load_original, to_original
 from vlmbench.methods.zero import recipe as recipe_of
-from vlmbench.methods.zero_parts import (
-    FAMILIES,
-    WRAPPERS,
-    Balanced,
-    balance_weights,
-    family_of,
-    get_family,
-    mix_order,
-    mix_rows,
-    reference_length_order,
-    vllm_state,
-)
+from vlmbench.models.families import FAMILIES, family_of, get_family
+from vlmbench.data.wrapper import WRAPPERS
+from vlmbench.distill.balance import Balanced, balance_weights
+from vlmbench.data.mix_rows import mix_order, mix_rows
+from vlmbench.methods.zero_parts import reference_length_order, vllm_state
 from vlmbench.models.depth import causal_lm, depth_of, find_decoder, fingerprint
 from vlmbench.models.vlm import VLMForConditionalGeneration, module_groups
 from vlmbench.run.pipeline import build, fit
 from vlmbench.train.loop import train
 from vlmbench.train.prepare import lora_modules, prepare
-from vlmbench.train.recipe import RecipeError, Scale, Stage, full, get_scale
+from vlmbench.train.recipe import RecipeError, Stage, full
+from vlmbench.train.scale import Scale, get_scale
 
 GOLDEN = Path(__file__).parent / 'golden' / 'zero' / 'common'
 PUBLISHED = {

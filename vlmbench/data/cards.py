@@ -94,6 +94,12 @@ class Card:
     path: Path
 
     @property
+    def data_names(self) -> dict[str, float]:
+        """Names that stages use for (parts of) this data, with the share of rows that have a
+        picture."""
+        return dict(self.front.get('data_names', {}))
+
+    @property
     def files(self) -> list[dict]:
         "The files a local copy holds, in card order."
         return self.front['files']
@@ -215,6 +221,12 @@ def front_problems(front: dict) -> list[str]:
         isinstance(front.get('known_faults'), list),
         "known_faults: expected a list ([] or ['unknown'] are fine)",
     )
+    names = front.get('data_names', {})
+    need(
+        isinstance(names, dict) and all(_is_share(share) for share in names.values()),
+        'data_names: expected names of data, each with the share of its rows that have a picture, '
+        'between 0 and 1',
+    )
     files = front.get('files')
     need(
         isinstance(files, list) and all(isinstance(f, dict) for f in files),
@@ -226,6 +238,10 @@ def front_problems(front: dict) -> list[str]:
     return bad
 
 # %% ../../nbs/data/70_cards.ipynb #82c7b062
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _file_problems(f: dict) -> Iterator[str]:
     known = {
         'path',

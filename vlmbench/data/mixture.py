@@ -8,6 +8,7 @@ __all__ = ['interleave_evenly', 'mixture_draws', 'length_groups', 'Shuffled', 'E
 
 # %% ../../nbs/data/40_mixture.ipynb #4d801698
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 import numpy as np
@@ -401,3 +402,25 @@ class Mixture(Sequence):
     def draws(self) -> dict[str, int]:
         "Draws per epoch of every source"
         return dict(zip(self.sources, self.order.draws))
+
+    @staticmethod
+    def parse(text: str) -> dict[str, float]:
+        """The sources that a stage's data names, and their weights: `'vqa*9+text*1'` ->
+        `{'vqa': 9.0, 'text': 1.0}`; a name alone weighs 1. Raises ValueError for a bad weight or a
+        name given twice."""
+        weights: dict[str, float] = {}
+        for part in text.split('+'):
+            name, star, weight = (word.strip() for word in part.partition('*'))
+            try:
+                value = float(weight) if star else 1.0
+            except ValueError:
+                value = math.nan
+            if not 0 < value < math.inf:
+                raise ValueError(
+                    f'data {text!r}: {weight!r} is no weight above 0; write name*9+other*1'
+                )
+            if not name or name in weights:
+                fault = f'names {name!r} twice: give it one weight' if name else 'has an empty name'
+                raise ValueError(f'data {text!r} {fault}')
+            weights[name] = value
+        return weights

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'ROLES', 'READERS', 'Turn', 'ImageRef', 'Sample', 'parse_turns', 'allowed_roots', 'sample_from_llava',
-           'sample_from_vora', 'sample_from_row', 'read_llava', 'read_vora', 'read_regions', 'read_index',
-           'read_records', 'Records', 'to_llava_row', 'write_llava', 'image_first']
+           'sample_from_vora', 'sample_from_row', 'frames_prompt', 'read_llava', 'read_vora', 'read_regions',
+           'read_index', 'read_records', 'Records', 'to_llava_row', 'write_llava', 'image_first']
 
 # %% ../../nbs/data/00_record.ipynb #1cf083d5
 import inspect, json, os
@@ -288,7 +288,7 @@ def sample_from_vora(
     frames = frames or []
     turns, dropped = parse_turns(conversation, first_turn)
     first = next(i for i, t in enumerate(turns) if t.role == 'user')
-    prompt, text = _frames_prompt(len(frames)), turns[first].text
+    prompt, text = frames_prompt(len(frames)), turns[first].text
     if frames:
         if '<video>' in text:
             text = text.replace('<video>', prompt, 1)
@@ -318,7 +318,7 @@ def sample_from_row(row: dict, image_root=None, allow_absolute: bool = False, **
     )
 
 
-def _frames_prompt(n):
+def frames_prompt(n):
     return (
         IMAGE_TOKEN * n
         if n < 2

@@ -11,6 +11,8 @@ import hashlib, json, random, re, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import ClassVar
+
 import numpy as np
 from PIL import Image
 from .image import ImageError, resolve_path
@@ -31,6 +33,7 @@ from vlmbench.data.overlay import (
 )
 from .record import BadRecord, Region, Sample, Turn, sample_from_llava
 from .region import parse_regions
+from .transform import Transform
 
 # %% ../../nbs/data/32_region_rows.ipynb #92c8d009
 @dataclass(frozen=True)
@@ -617,7 +620,7 @@ def _seed(*parts) -> int:
 
 
 @dataclass(frozen=True)
-class DrawRegions:
+class DrawRegions(Transform):
     """sample -> sample with its regions drawn and named; samples without regions pass unchanged,
     the given one is never modified. Bad rows raise `BadRecord` naming row and reason.
 
@@ -627,6 +630,8 @@ class DrawRegions:
     for smaller pictures (down to 112), whose strokes would vanish. `reference`: with the published
     faults. Markers depend on `rng` (a numpy generator, one a draw) and the sample's id, without it
     on `seed`, `epoch` and the id."""
+
+    per_draw: ClassVar[bool] = True
 
     kinds: tuple[str, ...] = tuple(MARKERS)
     color: str | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .terms import LossTerm
 from ..models.vision import num_prefix_tokens, patch_grid, _by_size
 from ..models.vora_patches import POSITIONS, VoRARMSNorm, position_table
 
@@ -77,7 +78,7 @@ def pairs_of(
     return out if mode == 'block_wise' else out[-1:]
 
 # %% ../../nbs/distill/10_blockwise.ipynb #eae7105a
-class BlockwiseDistillation(nn.Module):
+class BlockwiseDistillation(nn.Module, LossTerm):
     """`LossTerm`: mean over heads of the cosine distance between teacher and student, summed over
     image tokens.
 

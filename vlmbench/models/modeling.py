@@ -28,14 +28,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .masks import attention_mask as build_mask, document_positions, image_ids_of
-from .vision import FrontEnd, build_front_end, front_end_class
+from .vision import FrontEnd, build_front_end, front_end_part
 
 # %% ../../nbs/models/18_modeling.ipynb #158c42f9
 class VLMConfig(PreTrainedConfig):
     """Config of a VLM: `text_config` (transformers config or its dict), `vision_config` (front-end
     dict with `type`), `image_token_id` (the token whose places image features take),
     `bidirectional_images` (tokens of one image see each other both ways), `lm_head_bias`,
-    `tie_word_embeddings` (taken from the text config unless given)."""
+    `tie_word_embeddings` (taken from the text config unless given), `front_end_package` (the
+    package that a front end of others comes from)."""
 
     model_type = 'vlmbench'
     sub_configs = {'text_config': AutoConfig}
@@ -46,6 +47,7 @@ class VLMConfig(PreTrainedConfig):
     bidirectional_images: bool = False
     lm_head_bias: bool = False
     tie_word_embeddings: bool | None = None
+    front_end_package: str | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
@@ -54,7 +56,9 @@ class VLMConfig(PreTrainedConfig):
         elif self.text_config is None:
             self.text_config = AutoConfig.for_model('llama')
         if self.vision_config is not None:
-            self.vision_config = front_end_class(self.vision_config).resolve(self.vision_config)
+            part = front_end_part(self.vision_config, self.front_end_package)
+            self.front_end_package = None if part.package == 'vlmbench' else part.package
+            self.vision_config = part.load().resolve(self.vision_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from .vision import FRONT_ENDS, FrontEnd, Linear, Projector, by_onednn, linear
+from .vision import FrontEnd, Linear, Projector, by_onednn, linear
 
 # %% ../../nbs/models/40_patch.ipynb #9a77f467
 class PoolingAttention(nn.Module):
@@ -175,8 +175,16 @@ class PatchFrontEnd(FrontEnd):
                 if not getattr(v, '_is_hf_initialized', False):
                     nn.init.normal_(v)
 
+    # a planner's pictures have sizes but no values: grids stay real, on the CPU
+    grids_on_cpu = False
+
+    def on_shapes(self) -> None:
+        "Grids of pictures stay on the CPU, where they have values."
+        self.grids_on_cpu = True
+
     def layout(self, sizes: list, device='cpu') -> GridLayout:
         "The `GridLayout` of images of `sizes` `[(height, width), ...]` in px."
+        device = 'cpu' if self.grids_on_cpu else device
         return GridLayout([self.grid(self.config, int(h), int(w)) for h, w in sizes], device)
 
     def forward(self, pixel_values, image_sizes=None):
@@ -196,9 +204,6 @@ class PatchFrontEnd(FrontEnd):
             x
         )  # index_select: its gradients add up in one order on any number of threads
         return x.index_select(0, lay.source().to(x.device)), lay.tokens
-
-
-FRONT_ENDS['eve'] = PatchFrontEnd
 
 # %% ../../nbs/models/40_patch.ipynb #55cf950c
 def _patches(self, pixels, lay):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .patch import PatchFrontEnd
-from .vision import FRONT_ENDS, FrontEnd
+from .vision import FrontEnd
 
 # %% ../../nbs/models/41_patch_v2.ipynb #2f123532
 class PatchFrontEndV2(FrontEnd):
@@ -79,6 +79,3 @@ class PatchFrontEndV2(FrontEnd):
         both = torch.stack([self.class_embedding, self.split_embedding]).to(x)
         x = torch.cat([x, both[:1].expand(len(sizes), -1), both[1:]])
         return x.index_select(0, lay.source().to(x.device)), lay.tokens
-
-
-FRONT_ENDS['eve_v2'] = PatchFrontEndV2

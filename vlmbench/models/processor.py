@@ -7,6 +7,8 @@ __all__ = ['stack_images', 'picture_of', 'VLMProcessor']
 
 # %% ../../nbs/models/15_processor.ipynb #dac3d074
 import os
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -98,11 +100,7 @@ class VLMProcessor(ProcessorMixin):
     `transform`: an `ImageTransform` or its dict. `front_end`: the front-end dict of the model's
     config (`vision_config`), which says how many tokens an image costs. `image_token`: the
     tokenizer's token that stands for one image feature; text always writes `<image>`. `template`:
-    name of the chat template used by `encode` and `apply_chat_template`. `teacher_view`: set while
-    a stage trains under a teacher that needs other pixels of each picture: a function from picture
-    to tensor."""
-
-    teacher_view = None
+    name of the chat template used by `encode` and `apply_chat_template`."""
 
     def __init__(
         self,
@@ -149,10 +147,11 @@ class VLMProcessor(ProcessorMixin):
             self._counts[size] = num_image_tokens(self.front_end, *size)
         return self._counts[size]
 
-    def load(self, image) -> list[dict]:
+    def load(self, image, views: Mapping[str, Callable] | None = None) -> list[dict]:
         """`[{pixel_values, size, tokens}]` of a PIL image, `ImageRef`, path, URL, data URL, encoded
-        bytes, array or tensor (`picture_of`); several entries when the transform cuts tiles; with a
-        `teacher_view` its result too, as `teacher_values`. Raises `ImageError`."""
+        bytes, array or tensor (`picture_of`); several entries when the transform cuts tiles.
+        `views`: further keys, each with a function from the picture to a tensor (what a teacher
+        sees of it). Raises `ImageError`."""
         image = picture_of(image)
         if not isinstance(image, (str, bytes, bytearray, os.PathLike, Image.Image)) and not hasattr(
             image, 'path'
@@ -164,7 +163,7 @@ class VLMProcessor(ProcessorMixin):
             )
         web = isinstance(image, str) and image.startswith(('http://', 'https://', 'data:'))
         picture = load_image(_fetch_image(image) if web else image)
-        more = {} if self.teacher_view is None else dict(teacher_values=self.teacher_view(picture))
+        more = {key: view(picture) for key, view in (views or {}).items()}
         return [
             dict(p, tokens=self.num_image_tokens(*p['size']), **more)
             for p in self.transform(picture)
@@ -339,20 +338,21 @@ def encode(
     template: str | ChatTemplate | None = None,
     targets: str = 'answers',
     add_generation_prompt: bool = False,
+    views: Mapping[str, Callable] | None = None,
 ) -> Encoded:
     """`sample` as an `Encoded`: ids, labels, `image_ids` and `images` (`pixel_values`, `size`), one
     entry per picture or tile.
 
     `template` defaults to the processor's. With `add_generation_prompt` the conversation must end
-    with a user turn: the prompt to generate from. Raises `ImageError` for pictures that cannot be
-    read, `ValueError` when slots and images differ."""
+    with a user turn: the prompt to generate from. `views`: see `load`. Raises `ImageError` for
+    pictures that cannot be read, `ValueError` when slots and images differ."""
     template = template if template is not None else self.template
     if template is None:
         raise ValueError(
             'no chat template: pass template=, or give the processor one (VLMProcessor(..., '
             'template=))'
         )
-    images = [self.load(i) for i in sample.images]
+    images = [self.load(image, views) for image in sample.images]
     out = _encode_turns(
         sample.turns,
         self.tokenizer,

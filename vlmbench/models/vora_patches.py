@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .vision import FRONT_ENDS, FrontEnd, _by_size
+from .vision import FrontEnd, _by_size
 from .vision_lora import LoRASettings, add_vision_lora
 
 # %% ../../nbs/models/42_vora_patches.ipynb #86f1ef86
@@ -124,6 +124,15 @@ class VoRAFrontEnd(FrontEnd):
             + position_table(self.pos_embed, grid, self.config['positions']).to(x.dtype)
         )
 
+    def on_shapes(self) -> None:
+        "Refuses LoRA on image tokens only: which tokens it meets depends on their values."
+        if (self.config['lora'] or {}).get('tokens') == 'image':
+            raise ValueError(
+                'a cost plan cannot follow LoRA on image tokens only (which tokens it meets '
+                'depends '
+                "on their values): plan it with tokens='all'"
+            )
+
     def adapt(self, language_model: nn.Module) -> None:
         if self.config['lora'] is not None:
             self._gate = add_vision_lora(
@@ -149,9 +158,6 @@ def _grid(config: dict, height: int, width: int) -> tuple[int, int]:
             f"positions='reference'"
         )
     return height // p, width // p
-
-
-FRONT_ENDS['vora'] = VoRAFrontEnd
 
 # %% ../../nbs/models/42_vora_patches.ipynb #041b4537
 def position_table(

@@ -17,6 +17,7 @@ from torch import nn
 from .prepare import TrainPlan
 
 # %% ../../nbs/train/08_guard.ipynb #7d631814
+# groups that only a picture reaches: a step without one says nothing about them
 IMAGE_GROUPS = ('vision', 'projector')
 
 
@@ -44,41 +45,57 @@ class GradientAudit:
             return False
         groups = list(trained) if self.step is None else self.waiting
         self.step, self.waiting = step, []
-        for g in groups:
-            alive = False
-            for n, p in trained[g].items():
-                if p.grad is None:
-                    self.missing.append(n)
-                elif not p.grad.any():
-                    self.zero.append(n)
-                else:
-                    alive = True
-            if alive or not trained[g]:
+        for group in groups:
+            missing, zero = _without_gradient(trained[group])
+            alive = len(missing) + len(zero) < len(trained[group])
+            if not alive and group in IMAGE_GROUPS and not images and trained[group]:
+                self._wait_for(group)
                 continue
-            if g in IMAGE_GROUPS and not images:
-                gone = set(trained[g])
-                self.waiting.append(g)
-                self.missing = [n for n in self.missing if n not in gone]
-                self.zero = [n for n in self.zero if n not in gone]
-                warnings.warn(
-                    f'gradient audit: step {step} had no images, so group {g!r} is judged at the '
-                    'first step '
-                    f'that has some'
-                )
-            else:
+            if not alive and trained[group]:
                 raise NoGradient(
-                    f'group {g!r} should train {len(trained[g])} tensors (e.g. '
-                    f'{next(iter(trained[g]))}) and none of them received a '
-                    f'gradient in step {step}. Is it part of the forward pass, and do its outputs '
-                    f'reach the loss? Freeze it with '
-                    f'trains.{g}=frozen() if it is not meant to train'
+                    f'group {group!r} should train {len(trained[group])} tensors (e.g. '
+                    f'{next(iter(trained[group]))}) and none of them received a gradient in step '
+                    f'{step}. Is it part of the forward pass, and do its outputs reach the loss? '
+                    f'Freeze it with trains.{group}=frozen() if it is not meant to train'
                 )
+            self.missing += missing
+            self.zero += zero
         if self.missing:
             warnings.warn(
                 f'gradient audit: {len(self.missing)} trained tensors received no gradient: '
                 f'{self.missing[:6]}'
             )
         return True
+
+    def _wait_for(self, group: str) -> None:
+        self.waiting.append(group)
+        warnings.warn(
+            f'gradient audit: step {self.step} had no images, so group {group!r} is judged at the '
+            'first step that has some'
+        )
+
+    def close(self, trained: Mapping[str, Mapping[str, nn.Parameter]], stage: str) -> None:
+        """The verdict at the end of `stage`: groups that still wait never saw a picture. Raises
+        NoGradient where nothing else trained, so that the stage did nothing; warns where something
+        did."""
+        if not self.waiting:
+            return
+        groups = ' and '.join(map(repr, self.waiting))
+        message = (
+            f'stage {stage!r} has ended and no step had a picture, so group {groups} never '
+            'received '
+            'a gradient: give it data with pictures, or freeze what it cannot train'
+        )
+        if all(group in self.waiting for group, tensors in trained.items() if tensors):
+            raise NoGradient(message)
+        warnings.warn(message)
+
+
+def _without_gradient(tensors: Mapping[str, nn.Parameter]) -> tuple[list[str], list[str]]:
+    "Names of the parameters that have no gradient, and of those whose gradient is all zero."
+    missing = [name for name, p in tensors.items() if p.grad is None]
+    zero = [name for name, p in tensors.items() if p.grad is not None and not p.grad.any()]
+    return missing, zero
 
 # %% ../../nbs/train/08_guard.ipynb #4435a2d6
 def samples_at(batch: Mapping[str, Any], mask: torch.Tensor) -> list[str]:

@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .recipe import Stage, Tune, _hint, _need, block_ranges
+from .recipe import Stage, Tune, block_ranges, nearest_hint, need
 
 # %% ../../nbs/train/05_prepare.ipynb #15675c3e
 @dataclass
@@ -44,7 +44,7 @@ def _blocks(group, tune, names, at):
     have = sorted({i for n in names if (i := layer_index(n)) is not None})
     if tune.layers is None:
         return tuple(have)
-    _need(
+    need(
         have,
         f'{at}: group {group!r} has no numbered blocks, so layers={tune.layers!r} selects nothing; '
         'use full()',
@@ -52,7 +52,7 @@ def _blocks(group, tune, names, at):
     want = tuple(range(tune.layers)) if isinstance(tune.layers, int) else tune.layers
     gone = [i for i in want if i not in have]
     what = f'first {tune.layers} blocks' if isinstance(tune.layers, int) else f'blocks {gone}'
-    _need(
+    need(
         not gone,
         f'{at}: group {group!r} has {len(have)} blocks ({block_ranges(have)}), so {what} do not '
         'exist',
@@ -63,18 +63,19 @@ def _blocks(group, tune, names, at):
 def _lora_targets(model, group, tune, names, blocks, at):
     owners = {n.rpartition('.')[0] for n in names}
     linear = [n for n, m in model.named_modules() if n in owners and isinstance(m, nn.Linear)]
-    _need(linear, f'{at}: lora needs linear modules and group {group!r} has none; use full()')
+    need(linear, f'{at}: lora needs linear modules and group {group!r} has none; use full()')
     if tune.targets is not None:
         last = sorted({n.rpartition('.')[2] for n in linear})
         for t in tune.targets:
-            _need(
+            need(
                 t in last,
-                f'{at}: group {group!r} has no linear module {t!r}{_hint(t, last)}; it has {last}',
+                f'{at}: group {group!r} has no linear module {t!r}{nearest_hint(t, last)}; it has '
+                f'{last}',
             )
         linear = [n for n in linear if n.rpartition('.')[2] in tune.targets]
     if tune.layers is not None:
         linear = [n for n in linear if layer_index(n) in blocks]
-    _need(
+    need(
         linear,
         f'{at}: lora targets {tune.targets} select no module in blocks {block_ranges(blocks)} of '
         'group '
@@ -99,7 +100,7 @@ def _inject(model, group, tune, targets, seed, at):
     if hasattr(model, 'peft_config'):
         del model.peft_config
     new = set(lora_modules(model)) - before
-    _need(
+    need(
         new == set(targets),
         f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets '
         f'in group {group!r}',
@@ -202,14 +203,14 @@ def prepare(
 
         groups = module_groups(model)
     at = f'stage {stage.name!r}'
-    _need(
+    need(
         not lora_modules(model),
         f'{at}: the model still carries LoRA of an earlier stage; call merge_lora(model) first',
     )
     chosen = []
     for group, tune in stage.trains.items():
         named = dict(groups.get(group, ()))
-        _need(
+        need(
             named or not tune.trains,
             f'{at}: group {group!r} has no parameters of its own in this model'
             + (' (tied to the embedding: train embed instead)' if group == 'lm_head' else '')

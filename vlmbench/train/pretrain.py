@@ -28,7 +28,7 @@ from vlmbench.data.scene import (
 )
 from ..data.world import geometry, render, scene_samples
 from ..models.vlm import build_vlm
-from .loop import train_recipe
+from .stages import BareRecipe, RunState, run_stages
 from .optimizer import make_optimizer
 from .recipe import Recipe, Stage, full
 
@@ -160,13 +160,13 @@ def pretrain_llm(
     samples: int = 1_000_000,
     hidden: int = 96,
     layers: int = 8,
-    **kwargs,
+    **settings,
 ):
     """`(language model, tokenizer, stage results)` trained on text scenes of `config` by the
     ordinary loop, resumable in `out`.
 
     The loop trains VLMs, so the language model sits in one whose (unused) vision front end is
-    frozen. `kwargs` go to `train_recipe`."""
+    frozen. `settings` go to `run_stages`."""
     tokenizer = world_tokenizer()
     llm = base_llm(len(tokenizer), hidden, layers, seed=seed)
     model, processor = build_vlm(
@@ -176,17 +176,10 @@ def pretrain_llm(
         copying=TextScenes(config, 'train', samples, copying=0.6),
         scenes=TextScenes(config, 'train', samples, copying=0.05),
     )
-    results = train_recipe(
-        model,
-        processor,
-        language_recipe(steps, warm_steps, rows),
-        data,
-        out,
-        seed=seed,
-        precision=precision,
-        **kwargs,
-    )
-    return llm.eval(), tokenizer, results
+    recipe = language_recipe(steps, warm_steps, rows)
+    state = RunState(recipe, seed=seed, model=model, processor=processor)
+    trained = run_stages(BareRecipe(), state, data, out, precision=precision, **settings)
+    return llm.eval(), tokenizer, trained.stages
 
 # %% ../../nbs/train/40_pretrain.ipynb #f0413ccf
 PHRASE_WORDS = SHAPES + DIGITS + tuple(COLORS) + SIZES + PLACES
