@@ -469,7 +469,7 @@ def _image_processor(transform: ImageTransform):
         'crop or squash'
     )
 
-
+# %% ../../nbs/checkpoints/20_llava.ipynb #676db0cc
 def save_transformers(
     model: VLMForConditionalGeneration, processor: VLMProcessor, folder: str | Path
 ) -> Path:
