@@ -25,6 +25,7 @@ from vlmbench.data.image import ImageTransform
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.models.vision_lora import LoRASettings
 from vlmbench.models.vlm import build_vlm
+from vlmbench.run.engine import run_notebook
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
 TEXT = SMALL | dict(vocab_size=len(world_tokenizer()), num_hidden_layers=2, num_key_value_heads=2)
@@ -277,3 +278,19 @@ def test_a_loaded_model_with_weights_that_have_no_values():
     with torch.device('meta'):  # one that has none at all is there to be counted
         llm = AutoModelForCausalLM.from_config(llm.config)
     build_vlm(llm, None, FRONTS['eve'], world_tokenizer(), 'world', ImageTransform('pad', 16))
+
+
+# -------------------------------------------------------------------------------------------------
+# runs
+def test_an_evaluation_of_such_a_folder_fails(tmp_path, capfd):
+    for part in built('llava'):
+        part.save_pretrained(tmp_path / 'm')
+    whole = load_file(tmp_path / 'm' / 'model.safetensors')
+    rest = {n: t for n, t in whole.items() if 'projector' not in n}
+    save_file(rest, tmp_path / 'm' / 'model.safetensors', metadata=dict(format='pt'))
+    given = dict(model=str(tmp_path / 'm'), limit=1)
+    assert run_notebook('evaluate', given, tmp_path / 'run', progress=False) == 1
+    manifest = json.loads((tmp_path / 'run' / 'manifest.json').read_text())
+    assert manifest['status'] == 'failed' and not manifest['results']
+    assert re.search(r'LoadError: .*/m lacks 4 weights .*projector', manifest['reason'])
+    assert 'failed in cell' in capfd.readouterr().err
