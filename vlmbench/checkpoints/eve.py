@@ -115,7 +115,7 @@ def term_from_reference(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any
         spec['image_token_id'],
         stride,
         grid_ratio(spec['canvas'], stride, teacher),
-        select_layer=spec.get('select_layer', -2),
+        select_layer=spec.get('select_layer', -2),  # the last but one, as released
     )
     published = {n: t for n, t in state_dict.items() if n.startswith((_ALIGNER, _TEACHER))}
     ALIGNER.fill(term, published)

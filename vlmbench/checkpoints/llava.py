@@ -118,6 +118,7 @@ def from_reference(
         backbone=clip,
     )
     text = {'model_type': 'llama', 'tie_word_embeddings': False, **spec['llm']}
+    # transformers 5 keeps the base of the rotation in a field of its own
     text['rope_parameters'] = dict(rope_type='default', rope_theta=text.pop('rope_theta', 10000.0))
     config = VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id)
     model = VLMForConditionalGeneration(config).float().eval()
@@ -230,6 +231,7 @@ def _adapted(folder: Path, base: str | Path | None, dtype: torch.dtype) -> PreTr
         ) from None
     adapted = get_peft_model(llm, PeftConfig.from_pretrained(str(folder)))
     factors = load_peft_weights(str(folder), 'cpu')
+    # the factors that the configuration asks for, under the names that files have
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if missing := [name for name in expected if name not in factors]:
         raise CheckpointFormatError(f'{folder}: adapter: missing {few(missing)}: give all of it')
@@ -254,6 +256,7 @@ def _language_of(
         return llm, read_weights(folder), [], AutoTokenizer.from_pretrained(folder)
     llm = _adapted(folder, base, dtype)
     trained = read_weights(folder / 'non_lora_trainables.bin')
+    # peft's two levels around the model
     state = {name.removeprefix('base_model.model.'): t for name, t in trained.items()}
     words = folder if any(folder.glob('tokenizer*')) else llm.name_or_path
     return llm, state, list(names_in_vlm(llm)), AutoTokenizer.from_pretrained(words)
@@ -328,7 +331,7 @@ def from_transformers(theirs: PreTrainedModel) -> VLMForConditionalGeneration:
         raise CheckpointFormatError(
             f'model_type={config.model_type!r} is neither llava nor vipllava'
         )
-    with torch.device('meta'):
+    with torch.device('meta'):  # a shell, which gets the modules of theirs
         model = VLMForConditionalGeneration(
             VLMConfig(
                 text_config=config.text_config,
@@ -339,6 +342,7 @@ def from_transformers(theirs: PreTrainedModel) -> VLMForConditionalGeneration:
         )
     model.model.vision.tower = theirs.model.vision_tower
     model.model.language_model, model.lm_head = theirs.model.language_model, theirs.lm_head
+    # assign: the very tensors, under our names
     projector = below(TRANSFORMERS.read(theirs.state_dict()), 'model.vision.projector.')
     model.model.vision.projector.load_state_dict(projector, assign=True)
     # this switch of transformers means that the last hidden state is not the normalised one
@@ -438,7 +442,7 @@ def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
     a front end that they cannot hold."""
     _check_fits(model.config)
     config = _their_config(model.config)
-    with torch.device('meta'):
+    with torch.device('meta'):  # a shell again: nothing is allocated or drawn
         theirs = AutoModelForImageTextToText.from_config(config)
     theirs.model.vision_tower, theirs.lm_head = model.model.vision.tower, model.lm_head
     theirs.model.language_model = model.model.language_model

@@ -38,6 +38,7 @@ class LoadError(ValueError):
 def _refusal(folder: Path, error: Exception, what: str) -> LoadError:
     "`error` as a `LoadError` that names the folder once."
     why = str(error)
+    # errors of a conversion begin in the folder already
     return LoadError(why if why.startswith(str(folder)) else f'{folder} {what}: {why}')
 
 # %% ../../nbs/checkpoints/80_load.ipynb #1f7f47e0
@@ -164,6 +165,7 @@ def load_vlm(
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise _refusal(folder, e, 'is not a model that can answer') from e
+    # a device map has put every module where it belongs
     return (model if 'device_map' in settings else model.to(device)).eval(), processor
 
 # %% ../../nbs/checkpoints/80_load.ipynb #8b43f3ab

@@ -57,6 +57,7 @@ class Names:
 
 
 def _translate(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    # sorted() keeps the order of equally long patterns, so the first pair wins among them
     for source, target in sorted(pairs, key=lambda pair: -len(pair[0])):
         if match := _compiled(source).match(name):
             return target.format(*match.groups()) + name[match.end() :]
@@ -145,6 +146,7 @@ def load_exactly(
     def said(name: str) -> str:
         return (names and names.theirs(name)) or name
 
+    # by first names, so that a head given alone, or left out, counts for its embedding
     given = {first.get(name, name) for name in (*state, *already)}
     missing = [said(name) for name in own_tensors(module) if name not in given]
     unknown = [said(name) for name in state if name not in have]
@@ -154,6 +156,7 @@ def load_exactly(
         if name in have and tensor.shape != have[name].shape
     ]
     _refuse(what, missing, unknown, misshapen, advice)
+    # not strict, for `already` and tied names; what strict would find is refused above
     module.load_state_dict(state, strict=False)
     return list(state)
 

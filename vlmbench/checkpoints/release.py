@@ -42,7 +42,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     are read as tensors only. Raises `CheckpointFormatError`."""
     path = Path(path)
     shards = sorted(path.glob('*.safetensors')) or sorted(path.glob('*.bin'))
-    files = [path] if path.is_file() else shards
+    files = [path] if path.is_file() else shards  # pickles only where there is nothing else
     if not files:
         raise CheckpointFormatError(f'{path} holds no weights (*.safetensors, *.bin)')
     state = {}
@@ -104,11 +104,12 @@ def build_release(
         state = names.read(published)
     except CheckpointFormatError as e:
         raise CheckpointFormatError(f'{folder}: {e}') from None
-    language = names_in_vlm(llm)
+    language = names_in_vlm(llm)  # the part of `state` that is the language model's own
     own = {language[name]: tensor for name, tensor in state.items() if name in language}
     kept = [language[name] for name in held if name in language]
     load_exactly(llm, own, f'{folder}: language model', kept)
     model, processor = build_vlm(llm, **settings)
+    # LoRA factors and extra biases that the front end put into the blocks are in the rest, too
     rest = {name: tensor for name, tensor in state.items() if name not in language}
     load_exactly(model, rest, f'{folder}: vision', [*language, *held], names)
     return model, processor

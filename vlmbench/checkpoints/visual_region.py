@@ -60,6 +60,7 @@ def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) ->
     tied = 'lm_head.weight' not in state_dict
     config = LlamaConfig(**{'tie_word_embeddings': tied, **spec['config']})
     model = LlamaForCausalLM(config).float().eval()
+    # the update is computed in float32, whatever the file has
     state = {name: tensor.float() for name, tensor in VISUAL_REGION.read(state_dict).items()}
     factors = {n: t for n, t in state.items() if n.endswith(('.lora_A', '.lora_B'))}
     weights = {name: tensor for name, tensor in state.items() if name not in factors}

@@ -143,6 +143,7 @@ def from_reference(
     if mask not in ('bidirectional', 'default'):
         raise ValueError(f"spec['mask'] must be 'bidirectional' or 'default', got {mask!r}")
     llm = Qwen2Config(**spec['llm'])
+    # only the factors tell: a merged checkpoint has the same names otherwise
     merged = not any(name.endswith('.lora_A.weight') for name in state_dict)
     front = dict(
         type='vora',
@@ -232,6 +233,7 @@ def release_lora(
         return lora_settings({**published, 'r': rank}, depth, rank < 1, bias)
     if not layers:
         return None
+    # without the configuration's word: as many layers as have anything of their own
     rank, merged = next(iter(ranks), 1), not ranks
     return LoRASettings(1 + max(layers), rank, 1.0, sorted(targets), bias, merged=merged)
 
@@ -285,6 +287,7 @@ def load_release(
         front_end=front,
         tokenizer=AutoTokenizer.from_pretrained(folder),
         template=template or 'chatml',
+        # black borders, as in training; the released preprocessor file crops
         transform=ImageTransform('pad', side, CLIP_MEAN, CLIP_STD, patch, background=(0, 0, 0)),
         bidirectional_images=True,
     )
