@@ -16,15 +16,21 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from published_inputs import uncanvas
 from vlmbench.data.collate import collate_padded
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, recipe, transform_of
-from vlmbench.checkpoints.eve_names import from_reference, to_reference, uncanvas
-from vlmbench.checkpoints.eve import CheckpointFormatError, load_release
+from vlmbench.checkpoints.eve import (
+    from_reference,
+    load_release,
+    term_to_reference,
+    to_reference,
+)
 from vlmbench.checkpoints.load import load_vlm
 from vlmbench.train.scale import base_model
 from vlmbench.methods.recipes import find_scale, get_method, get_recipe, model_config
+from vlmbench.checkpoints.names import CheckpointFormatError
 from vlmbench.cost.shapes import model_from_shapes
 from vlmbench.distill.align import PatchAligner, grid_ratio
 from vlmbench.models.patch import GridLayout
@@ -577,8 +583,8 @@ def test_a_released_folder_loads_and_answers(tmp_path, kind):
             patch_size=4,
         )
     )
-    source.loss_terms = dict(align=PatchAligner(16, 4, teacher, IMAGE, 8))
-    state = {k: v.clone() for k, v in to_reference(source).items()}
+    aligner = term_to_reference(PatchAligner(16, 4, teacher, IMAGE, 8))
+    state = {k: v.clone() for k, v in (to_reference(source) | aligner).items()}
     state |= {
         k.replace('vision_clip', 'vision_tower_compressor.clip_layer'): v.clone()
         for k, v in state.items()

@@ -15,18 +15,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pillow_order import resize_as_pillow_13
+from published_inputs import canvas, uncanvas
 from test_template import load_sp, sentencepiece_like
 from vlmbench.data.image import ImageTransform, to_tensor
 from vlmbench.data.record import Turn
 from vlmbench.data.template import encode, target_texts
 from vlmbench.distill.align import TeacherView
 from vlmbench.evaluate.scorers import MultipleChoice, POPE, get_scorer
-from vlmbench.checkpoints.eve_names import (
-    canvas,
+from vlmbench.checkpoints.eve import (
+    ALIGNER,
     from_reference,
+    names_of,
+    term_from_reference,
+    term_to_reference,
     to_reference,
-    to_reference_names,
-    uncanvas,
 )
 from vlmbench.methods.eve import recipe
 from vlmbench.models.vlm import module_groups
@@ -45,6 +47,11 @@ def setting(meta, default, *names):
     or beside it."""
     places = meta['config'], meta['config'].get('llm', {}), meta
     return next((p[n] for n in names for p in places if isinstance(p, dict) and n in p), default)
+
+
+def published(model):
+    "The table of published names for `model`."
+    return names_of(model.config.vision_config)
 
 
 @lru_cache
@@ -103,7 +110,10 @@ class Case:
 
     @lru_cache
     def model(self, name):
-        return from_reference(self.weights, self.spec | dict(canvas=self.meta[name]['image_size']))
+        spec = self.spec | dict(canvas=self.meta[name]['image_size'])
+        model = from_reference(self.weights, spec)
+        model.loss_terms = dict(align=term_from_reference(self.weights, spec))
+        return model
 
     def canvases(self, name):
         u8, mask = self.x[f'{name}.image_u8'], self.x[f'{name}.image_mask']
@@ -177,14 +187,8 @@ class Case:
         term.zero_grad()
         align = term(out, batch) / max(1, term.count(batch))
         (out.loss + align).backward()
-        grads = {
-            n: p.grad
-            for n, p in [
-                *model.named_parameters(),
-                *((f'align.{n}', p) for n, p in term.named_parameters()),
-            ]
-        }
-        grads = {to_reference_names(n): g for n, g in grads.items()}
+        grads = published(model).write({n: p.grad for n, p in model.named_parameters()})
+        grads |= ALIGNER.write({n: p.grad for n, p in term.named_parameters()})
         if self.tied:
             grads['lm_head.weight'] = grads['model.embed_tokens.weight']
         return out, align.detach(), grads
@@ -425,14 +429,16 @@ def test_stages_train_the_reference_names(case, stage):
     scale = replace(scale, llm_config=scale.llm_config | dict(tie_word_embeddings=case.tied))
     model, ours = case.model('std'), recipe(scale).stage(stage)
     plan, term = prepare(model, ours, module_groups(model)), model.loss_terms['align']
-    heads = [f'align.{n}' for n, p in term.named_parameters() if p.requires_grad]
+    heads = ALIGNER.write({n: p for n, p in term.named_parameters() if p.requires_grad})
     alias = {'lm_head.weight'} if case.tied else set()
-    assert {to_reference_names(n) for n in [*plan.trainable, *heads]} == set(
+    assert {*published(model).write(plan.trainable), *heads} == set(
         case.stages[stage]['trainable']
     ) - alias
     rate = {
-        to_reference_names(n): g['lr'] for g in plan.optimizer_groups() for n in g['param_names']
-    } | {to_reference_names(n): ours.lr for n in heads}
+        published(model).theirs(n): g['lr']
+        for g in plan.optimizer_groups()
+        for n in g['param_names']
+    } | {n: ours.lr for n in heads}
     decay = {g['weight_decay'] for g in plan.optimizer_groups()}
     theirs = {
         n: g['lr'] for g in case.stages[stage]['groups'] for n in g['names'] if n not in alias
@@ -444,7 +450,8 @@ def test_stages_train_the_reference_names(case, stage):
 
 
 def test_names_convert_both_ways(case):
-    back = to_reference(case.model('std'))
+    model = case.model('std')
+    back = to_reference(model) | term_to_reference(model.loss_terms['align'])
     assert set(back) == set(case.weights) - ({'lm_head.weight'} if case.tied else set())
     assert all(torch.equal(v, case.weights[k].float()) for k, v in back.items())
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from pillow_order import resize_as_pillow_13, vertical_first
+from published_inputs import splice
 from safetensors.torch import load_file
 
 from vlmbench.data.image import ImageTransform
-from vlmbench.checkpoints.llava_names import (
-    convert_keys,
+from vlmbench.checkpoints.llava import (
+    TRANSFORMERS,
+    VIP_LLAVA,
     from_reference,
-    load_stage1,
-    splice,
-    stage1_state,
+    load_projector,
+    to_reference,
 )
 from vlmbench.train.prepare import lora_modules, prepare
 from vlmbench.train.recipe import Stage, full, lora
@@ -98,9 +99,7 @@ def test_gradients(case):
     model.model.vision.tower.requires_grad_(False)
     model.zero_grad()
     forward(case, grad=True)[1].loss.backward()
-    grads = convert_keys(
-        {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, 'ours', 'reference'
-    )
+    grads = VIP_LLAVA.write({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for k in io:
         if k.startswith('grad.'):
             close(grads['model.' + k.removeprefix('grad.')], io[k], 1e-5)
@@ -147,7 +146,7 @@ def test_optimizer_groups_and_lora(case):
         )
         named, ours = dict(model.named_parameters()), {}
         for g in prepare(model, stage).optimizer_groups():
-            names = convert_keys({n: named[n] for n in g['param_names']}, 'ours', 'reference')
+            names = VIP_LLAVA.write({n: named[n] for n in g['param_names']})
             ours.setdefault((g['lr'], g['weight_decay']), set()).update(names)
         theirs = {(1e-3 if g['lr'] is None else g['lr'], g['weight_decay']): g for g in want}
         assert set(ours) == set(theirs)
@@ -159,15 +158,20 @@ def test_optimizer_groups_and_lora(case):
     )
 
 
+def stage1_state(model):
+    "What the original saves after its first stage."
+    return {k: v for k, v in to_reference(model).items() if k.startswith('model.mm_projector.')}
+
+
 def test_stage1_file(case):
     spec, _, weights, model = load(case)
     state = stage1_state(model)
     assert sorted(state) == spec['stage1_saved_keys']
     other = from_reference({k: v + ('mm_projector' in k) for k, v in weights.items()}, spec)
-    load_stage1(other, {'base_model.' + k: v for k, v in state.items()})
+    load_projector(other, {'base_model.' + k: v for k, v in state.items()})
     assert all(torch.equal(v, stage1_state(other)[k]) for k, v in state.items())
     with pytest.raises(ValueError, match='no projector weights'):
-        load_stage1(other, {'lm_head.weight': weights['lm_head.weight']})
+        load_projector(other, {'lm_head.weight': weights['lm_head.weight']})
     with pytest.raises(ValueError, match='missing'):
         from_reference({k: v for k, v in weights.items() if 'final_linear.2' not in k}, spec)
 
@@ -213,7 +217,7 @@ def test_transformers_parity(case):
     used = set(io['input_ids'].flatten().tolist())
     image_id = next(i for i in range(spec['llm']['vocab_size'] - 1, 0, -1) if i not in used)
     ours = from_reference(weights, spec, image_token_id=image_id)
-    state = convert_keys(ours.state_dict(), 'ours', 'transformers')
+    state = TRANSFORMERS.write(ours.state_dict())
     assert all(
         state[h].equal(weights[r].float())
         for r, h in spec['hf_key_map'].items()

@@ -16,12 +16,12 @@ from vlmbench.data.image import ImageError, ImageTransform, native_size, pad_to_
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.template import encode, get_template
 from vlmbench.distill.blockwise import teacher_states
-from vlmbench.checkpoints.vora_names import (
-    distillation_from_reference,
-    distillation_to_reference,
+from vlmbench.checkpoints.vora import (
+    VORA,
     from_reference,
+    term_from_reference,
+    term_to_reference,
     to_reference,
-    to_reference_name,
 )
 from vlmbench.data.frames import frame_indices
 from vlmbench.methods.vora import image_runs, truncate_turns
@@ -77,7 +77,7 @@ class Case:
         )
 
     def term(self, **kw):
-        return distillation_from_reference(self.w, self.spec, **kw)
+        return term_from_reference(self.w, self.spec, **kw)
 
     def batch(self, name, frames=None, per_image=None):
         """The original's batch in this package's terms: every slot is as many image tokens as its
@@ -164,7 +164,7 @@ def test_teacher_and_heads_both_ways(case):
             if k.startswith('weights.')
         }
     for kind, theirs in kinds.items():
-        back = distillation_to_reference(distillation_from_reference(theirs, case.spec, kind))
+        back = term_to_reference(term_from_reference(theirs, case.spec, kind))
         theirs = {k: v for k, v in theirs.items() if not k.endswith('position_ids')}
         assert back.keys() == theirs.keys() and all(
             torch.equal(v, theirs[k].float()) for k, v in back.items()
@@ -194,7 +194,7 @@ def test_initialisation_as_published(case):
         k.removeprefix('patchifier.') for k in facts['reuse_copied_keys']
     )
     assert (
-        sorted(f'{to_reference_name(n)}.bias' for n, m in layers.items() if m.extra)
+        sorted(f'{VORA.theirs(n)}.bias' for n, m in layers.items() if m.extra)
         == facts['extra_random_bias_params']
     )
     assert (
@@ -332,7 +332,7 @@ def test_gradients(case):
     batch, model, term = case.batch('mix'), case.model(), case.term()
     stage = Stage('pretrain', dict(vision=full(), projector=full()), 'any', lr=1e-3, steps=1)
     plan = prepare(model, stage)
-    named = {to_reference_name(n): p for n, p in plan.trainable.items()}
+    named = {VORA.theirs(n): p for n, p in plan.trainable.items()}
     named |= {
         f'aux_vision.aux_layer_{n.removeprefix("heads.")}': p
         for n, p in term.named_parameters()
@@ -479,7 +479,7 @@ def test_merge(case):
     again = from_reference(named, {**case.spec, 'image_token_id': case.image_token})
     close(run(again, batch).logits[real], out.logits[real], 1e-6)
     stage = Stage('finetune', dict(vision=full(), projector=full()), 'any', lr=1e-3, steps=1)
-    assert sorted(map(to_reference_name, prepare(model, stage).trainable)) == sorted(
+    assert sorted(map(VORA.theirs, prepare(model, stage).trainable)) == sorted(
         case.meta['trainable_finetune_as_coded']
     )
 
@@ -522,7 +522,7 @@ def test_clip_teacher(case):
     aux_weights = {
         k.removeprefix('weights.'): v for k, v in clip.items() if k.startswith('weights.')
     }
-    term = distillation_from_reference(aux_weights, case.spec, 'clip')
+    term = term_from_reference(aux_weights, case.spec, 'clip')
     batch, out, _ = mix(case)
     losses = aux(term, out, batch)
     close(losses, clip['aux_losses'], LOSS)

@@ -18,10 +18,10 @@ from vlmbench.data.collate import collate_padded
 from vlmbench.data.image import ImageTransform, best_grid, mean_color, pad_to_square, CLIP_MEAN
 from vlmbench.data.record import Turn
 from vlmbench.data.template import encode
-from vlmbench.checkpoints.zero import from_reference, load_original, to_original
 from vlmbench.models.families import FAMILIES
 from vlmbench.models.tiles import StackedTiles
 from vlmbench.distill.balance import balance_weights
+from vlmbench.checkpoints.zero import ZERO, from_reference, load_trained, to_reference
 from vlmbench.methods.zero_parts import (
     loglikelihood,
     pope_answer,
@@ -466,7 +466,7 @@ def published_groups(plan, stage):
     out = [set(), set(), set()]
     for g in plan.optimizer_groups():
         group, decays = g['name'].split('.')
-        for n in to_original(dict(zip(g['param_names'], g['params']))):
+        for n in ZERO.write(dict(zip(g['param_names'], g['params']))):
             encoder = stage == 'pretrain' if 'post_layernorm' in n else group == 'vision'
             out[2 if encoder else 0 if decays == 'decay' else 1].add(n)
     return out
@@ -485,7 +485,7 @@ def test_gradients(folder):
         model.train()(
             **{k: v for k, v in batch.items() if k not in ('sample_ids', 'n_targets')}
         ).loss.backward()
-        grads = to_original({n: p.grad for n, p in plan.trainable.items()})
+        grads = ZERO.write({n: p.grad for n, p in plan.trainable.items()})
         norms = m['grad_norms'][name]
         assert set(grads) == set(norms), name
         for k, v in norms.items():
@@ -525,7 +525,7 @@ def chained(folder, tmp_path):
         if name == 's3':
             carried = {k: v for k, v in carried.items() if not k.startswith('decoder.')}
         if carried:
-            load_original(model, carried)
+            load_trained(model, carried)
         total = r['micro_batches'] // r['accum']
         warm = int(max(3.05 * total // 100, r['warmup_steps']))
         stage = a_stage(
@@ -562,7 +562,7 @@ def chained(folder, tmp_path):
         for p in result.audit.missing:
             raise AssertionError(f'{p} got no gradient')
         prepare(model, stage, module_groups(model))
-        final = {k: v.clone() for k, v in to_original(model).items()}
+        final = {k: v.clone() for k, v in to_reference(model).items()}
         yield name, r, [x * r['accum'] for x in losses], result, final, model
         carried = {**carried, **final}
 
@@ -642,12 +642,12 @@ def trained_pair(folder):
         k.removeprefix(f'{s}.final.'): v for k, v in golden.items() if k.startswith(f'{s}.final.')
     }
     before = fingerprint(find_decoder(full_model).stack)
-    load_original(pair, part('s1'))
-    load_original(pair, part('s2'))
+    load_trained(pair, part('s1'))
+    load_trained(pair, part('s2'))
     graft(full_model, pair)
     assert fingerprint(find_decoder(full_model).stack) == before
     again = reference_model(folder)
-    load_original(again, part('s2'))  # only the trained tensors: the same model
+    load_trained(again, part('s2'))  # only the trained tensors: the same model
     assert fingerprint(again) == fingerprint(full_model)
     return full_model, pair
 
@@ -682,7 +682,7 @@ def test_graft(folder):
                 LOGITS * 2,
             )
     with pytest.raises(ValueError, match='belongs to the surrogate'):
-        load_original(whole, {'decoder.model.layers.99.mlp.up_proj.weight': torch.zeros(1)})
+        load_trained(whole, {'decoder.model.layers.99.mlp.up_proj.weight': torch.zeros(1)})
 
 
 def questions(folder, embeds):
@@ -823,7 +823,7 @@ def test_names_convert_both_ways(folder):
     weights, model = read(folder, 'weights'), shared(folder)
     for p in model.parameters():
         p.requires_grad_(True)
-    back = to_original(model)
+    back = to_reference(model)
     assert set(back) == {k for k in weights if not k.endswith('position_ids')}
     for k, v in back.items():
         assert torch.equal(v, weights[k]), k

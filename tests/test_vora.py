@@ -25,12 +25,12 @@ from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.data.collate import collate_packed
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.checkpoints.vora_export import export_language_model
+from vlmbench.checkpoints.export import export_language_model
 from vlmbench.checkpoints.load import LoadError, load_vlm
 from vlmbench.train.scale import base_model
 from vlmbench.methods.recipes import find_scale, get_method, get_recipe
 from vlmbench.methods.vora import LOSSES, METHOD, PAPER_SCALE, meta_vora, recipe
-from vlmbench.checkpoints.vora_names import from_reference_name, to_reference, to_reference_name
+from vlmbench.checkpoints.vora import VORA, to_reference
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
 from vlmbench.models.vlm import assemble, load_tower
@@ -143,7 +143,7 @@ def test_published_counts(r, billions):
 
 def test_names_both_ways():
     for name in to_reference(vlm(lora=dict(LORA, extra_bias='zero'))):
-        assert to_reference_name(from_reference_name(name)) == name
+        assert VORA.theirs(VORA.ours(name)) == name
 
 
 def test_published_settings():

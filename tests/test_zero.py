@@ -39,7 +39,7 @@ from vlmbench.methods.zero import (
     split,
     zero,
 )
-from vlmbench.checkpoints.zero import from_original, from_reference, load_original, to_original
+from vlmbench.checkpoints.zero import ZERO, from_reference, load_trained, to_reference
 from vlmbench.methods.zero import recipe as recipe_of
 from vlmbench.models.families import FAMILIES, family_of, get_family
 from vlmbench.data.wrapper import WRAPPERS
@@ -85,11 +85,11 @@ def test_published_sizes_and_freeze_tables(name):
         and abs(table['projector'] / 1e6 - adapter) < 0.06
         and not table[['vision', 'embed', 'norm', 'lm_head']].any()
     )
-    assert {n.split('.layers.')[1].split('.')[0] for n in to_original(vlm) if 'decoder.' in n} == {
+    assert {n.split('.layers.')[1].split('.')[0] for n in to_reference(vlm) if 'decoder.' in n} == {
         str(cut)
     }
     prepare(vlm, recipe.stage('encoder'), module_groups(vlm))
-    keys = to_original(vlm)
+    keys = to_reference(vlm)
     assert {n.split('.layers.')[1].split('.')[0] for n in keys if '.layers.' in n} == {
         str(i) for i in range(16, 24)
     }
@@ -196,7 +196,7 @@ def test_a_family_decides_the_placeholder_and_original_files_fit(llama_scale, tm
     trained_elsewhere = {
         f'decoder.{k}': v + 1 for k, v in llm.state_dict().items()
     }  # a stage-3 file
-    load_original(model, trained_elsewhere)
+    load_trained(model, trained_elsewhere)
     assert torch.equal(model.lm_head.weight, llm.lm_head.weight + 1)
     processor.save_pretrained(tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path).image_token == family.placeholder
@@ -549,7 +549,7 @@ def an_original(spec=SPEC, seed=0):
     model = from_reference_skeleton(spec)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.1
-    return to_original(dict(model.named_parameters())), model
+    return ZERO.write(dict(model.named_parameters())), model
 
 
 def from_reference_skeleton(spec):
@@ -585,7 +585,7 @@ def test_from_reference_with_tied_head_scaled_rope_and_deep_adapter():
     part = {k: v + 1 for k, v in state.items() if k.startswith(('embd', 'adapter'))} | {
         'decoder.model.layers.2.mlp.up_proj.weight': torch.zeros(32, 24)
     }
-    assert len(load_original(surrogate, part)) == len(part)
+    assert len(load_trained(surrogate, part)) == len(part)
     assert (
         not find_decoder(surrogate).layers[2].mlp.up_proj.weight.any()
         and find_decoder(model).layers[2].mlp.up_proj.weight.any()
@@ -595,19 +595,19 @@ def test_from_reference_with_tied_head_scaled_rope_and_deep_adapter():
 def test_bad_checkpoints():
     state, model = an_original()
     with pytest.raises(ValueError, match='no names of a zero checkpoint'):
-        from_original({'vision_tower.x': torch.zeros(1)})
+        ZERO.read({'vision_tower.x': torch.zeros(1)})
     with pytest.raises(ValueError, match='missing.*adapter.4.bias'):
         from_reference({k: v for k, v in state.items() if k != 'adapter.4.bias'}, SPEC)
     with pytest.raises(ValueError, match='shapes differ'):
-        load_original(model, {'embd_soi': torch.zeros(1, 5)})
+        load_trained(model, {'embd_soi': torch.zeros(1, 5)})
     with pytest.raises(ValueError, match='not in this model'):
-        load_original(model, {'decoder.model.layers.6.mlp.up_proj.weight': torch.zeros(32, 24)})
+        load_trained(model, {'decoder.model.layers.6.mlp.up_proj.weight': torch.zeros(32, 24)})
     with pytest.raises(ValueError, match='a head of its own'):
         from_reference({**state, 'decoder.lm_head.weight': torch.zeros(64, 24)}, SPEC)
     with pytest.raises(ValueError, match="family 'gemma'"):
         from_reference(state, SPEC, family='gemma')
     with pytest.raises(ValueError, match='have no name'):
-        to_original({'model.other.x': torch.zeros(1)})
+        ZERO.write({'model.other.x': torch.zeros(1)})
 
 
 # --------------------------------------------------------------------------------------------------

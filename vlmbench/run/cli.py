@@ -499,7 +499,7 @@ def export(
 ) -> None:
     """Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain
     language model."""
-    from vlmbench.checkpoints.vora_export import export_merged
+    from vlmbench.checkpoints.export import export_merged
 
     typer.echo(_refusing(export_merged, model, out, language_model))
 
