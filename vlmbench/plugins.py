@@ -79,7 +79,8 @@ class PartGroup:
         clashes."""
         offered = self.offered()
         if name not in offered:
-            raise PluginError(f'unknown {self.kind} {name!r}; there are {", ".join(offered)}')
+            known = ', '.join(offered)
+            raise PluginError(f'unknown {self.kind} {name!r}; {self.kind}s are {known}')
         parts = offered[name]
         if len(parts) > 1:
             packages = ' and '.join(f'{part.package} ({part.value})' for part in parts)

@@ -387,7 +387,8 @@ class EncoderFrontEnd(FrontEnd):
                     nn.init.normal_(v, std=self.hidden_size**-0.5)
 
     def forward(self, pixel_values, image_sizes=None):
-        feats = [self._encode(*group) for group in _by_size(pixel_values, image_sizes)]
+        groups = _by_size(pixel_values, image_sizes)
+        feats = [(self.encode(pixels), index) for pixels, index in groups]
         if len(feats) == 1 and feats[0][1] is None:
             out = feats[0][0]  # the usual case: one size, no reordering
         else:
@@ -400,12 +401,14 @@ class EncoderFrontEnd(FrontEnd):
         counts = torch.tensor([len(f) for f in out], device=pixel_values.device)
         return (out.flatten(0, 1) if isinstance(out, torch.Tensor) else torch.cat(out)), counts
 
-    def _encode(self, pixels: torch.Tensor, index: list[int] | None):
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`[pictures, tokens, hidden]` of pictures of one size, `[pictures, channels, height,
+        width]`."""
         x = self.projector(self._shuffle(self.select(pixels), pixels))
         if self.config['boundary']:
             soi, eoi = (v.expand(len(x), 1, -1).to(x.dtype) for v in (self.soi, self.eoi))
             x = torch.cat([soi, x, eoi], 1)
-        return x, index
+        return x
 
 
 _POST_NORMS = ('post_layernorm', 'layernorm', 'rms_norm', 'norm')

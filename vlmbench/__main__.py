@@ -1,0 +1,5 @@
+"""`python -m vlmbench ...` is the command `vlmbench ...`, for environments without its script."""
+
+from vlmbench.run.cli import main
+
+main()
