@@ -459,8 +459,8 @@ BARS: dict[
     'generation': ('generation: batch of 8 / one by one, tokens per second', 'at least', 1.0),
     'overlay': ('loading a picture and drawing the slowest marker / loading it', 'at most', 2.0),
     'patches': (
-        'EVE patch embedding, forward and backward: image by image / ours, half the published '
-        'widths (512 to 2,048)',
+        'FLOPs of EVE patch embedding, forward and backward: image by image / ours, half the '
+        'published widths (512 to 2,048)',
         'at least',
         2.0,
     ),
