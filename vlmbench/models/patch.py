@@ -173,7 +173,9 @@ class PatchFrontEnd(FrontEnd):
                     nn.init.normal_(v)
 
     def layout(self, sizes: list, device='cpu') -> GridLayout:
-        "The `GridLayout` of images of `sizes` `[(height, width), ...]` in px."
+        """The `GridLayout` of images of `sizes` `[(height, width), ...]` in px, on `device`; the
+        grid is read by value, so it stays on the CPU where a cost plan runs on shapes alone."""
+        device = 'cpu' if torch.device(device).type == 'meta' else device
         return GridLayout([self.grid(self.config, int(h), int(w)) for h, w in sizes], device)
 
     def forward(self, pixel_values, image_sizes=None):
