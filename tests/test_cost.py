@@ -9,6 +9,8 @@ from vlmbench.cost.planner import Data, inference, plan, stage_models
 from vlmbench.methods.recipes import find_scale
 from vlmbench.methods.recipes import get_method
 from vlmbench.cost.shapes import model_from_shapes
+from vlmbench.models.vlm import module_groups
+from vlmbench.train.metrics import FlopModel
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import RecipeError, override
 from vlmbench.train.scale import get_scale
@@ -233,3 +235,27 @@ def test_bad_input_is_refused():
             call()
     with pytest.raises(ValueError, match='at least 1'):
         Workload(0, 4)
+
+
+@pytest.mark.parametrize(
+    'name,variant,lora_',
+    [
+        ('llava', (), False),
+        ('llava', ('llm=lora',), True),
+        ('visual_region', ('tune=full', 'projector=frozen', 'where=[2, 3]'), False),
+        ('visual_region', ('projector=frozen', 'where=[4]'), True),
+    ],
+)
+def test_the_meter_of_a_run_and_the_planner_count_the_same_text(name, variant, lora_):
+    """Rows of text without a picture, every key allowed (the planner counts whole rows, a run's
+    meter the pairs that a mask leaves): not an operation apart. Of the lowest block that LoRA
+    adapts the meter takes the way back as a whole, though no gradient leaves it."""
+    recipe, work = get_method(name, variant).recipe(MID), Workload(3, 40, targets=30)
+    model, stage = model_from_shapes(recipe, MID), recipe.stage('instruct')
+    groups = module_groups(model)
+    meter = FlopModel(prepare(model, stage, groups), groups)
+    cost = training_cost(model, work, kernel='eager')
+    step = meter.step(dict(tokens=3 * 40, targets=work.targets, pairs=3 * 40 * 40))
+    assert (step.forward, step.weights) == (cost.forward, cost.weights)
+    block = cost.parts['layers']['forward'] // MID.llm_config['num_hidden_layers']
+    assert 0 <= step.inputs - cost.inputs < (block if lora_ else 1)

@@ -665,8 +665,8 @@ def test_a_released_folder_loads_and_answers(tmp_path, kind):
 
 
 def test_a_wide_patch_layer_does_not_depend_on_threads_or_neighbours(two_threads):
-    """Wide enough for the products that become convolutions: the same values as with one thread,
-    the same gradients every time."""
+    """Wide enough for products that several threads share: the same values as with one thread, the
+    same gradients every time."""
     from vlmbench.models.vision import build_front_end
 
     torch.manual_seed(0)

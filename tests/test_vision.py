@@ -19,12 +19,9 @@ from transformers import (
 from vlmbench.models.vision import (
     FRONT_ENDS,
     FrontEnd,
-    Linear,
     Projector,
     backbone_dict,
     build_front_end,
-    by_onednn,
-    linear,
     num_image_tokens,
     num_prefix_tokens,
     patch_grid,
@@ -276,57 +273,3 @@ def test_a_method_adds_its_front_end_by_exact_name():
             build_front_end(dict(type='mean', size=2), 8)
     finally:
         del FRONT_ENDS['mean']
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.sampled_from([(1,), (255,), (256,), (2, 130), (0,)]),
-    groups=st.sampled_from([1, 2, 8]),
-    wide=st.sampled_from([16, 64, 136]),
-    out=st.sampled_from([16, 128, 264]),
-    bias=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-def test_linear_is_the_product_of_every_block_and_its_gradient(
-    rows, groups, wide, out, bias, dtype
-):
-    rng = torch.Generator().manual_seed(0)
-    x, w, b = (
-        torch.randn(*s, generator=rng, dtype=dtype).requires_grad_()
-        for s in ((*rows, wide), (out, wide // groups), (out,))
-    )
-    y = linear(x, w, b if bias else None, groups)
-    parts = zip(x.split(wide // groups, -1), w.split(out // groups))
-    want = torch.cat([p @ m.mT for p, m in parts], -1) + (b if bias else 0)
-    grad = torch.randn(*want.shape, generator=rng, dtype=dtype)
-    used = [x, w] + [b] * bias
-    for a, e in zip(
-        (y, *torch.autograd.grad(y, used, grad)), (want, *torch.autograd.grad(want, used, grad))
-    ):
-        torch.testing.assert_close(a, e, atol=2e-4, rtol=1e-4)
-
-
-def test_large_products_are_convolutions_and_come_out_the_same_again(threads):
-    x, layer = torch.randn(300, 128), Linear(128, 128)
-    fast = threads > 1 and torch.backends.mkldnn.is_available()
-    assert by_onednn(300, x, layer.weight) == fast and not by_onednn(255, x, layer.weight)
-    assert not by_onednn(300, x.double(), layer.weight) and not by_onednn(300, x, layer.weight[:8])
-    with torch.autocast('cpu', torch.bfloat16):
-        assert not by_onednn(300, x, layer.weight) and layer(x).dtype == torch.bfloat16
-
-    def grads():
-        layer.zero_grad()
-        layer(x).square().sum().backward()
-        return [p.grad.clone() for p in layer.parameters()]
-
-    first = grads()
-    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, grads()))
-    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))

@@ -1,4 +1,5 @@
-"""A resampler behind the encoder: learned queries read the patches, so a picture costs few tokens."""
+"""A resampler behind the encoder: learned queries read the patches, so a picture costs few
+tokens."""
 
 from dataclasses import dataclass, replace
 

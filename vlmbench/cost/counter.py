@@ -8,10 +8,9 @@ __all__ = ['KERNELS', 'Workload', 'Meter', 'Precision', 'image_tokens', 'StepCos
 
 # %% ../../nbs/cost/10_counter.ipynb #6e7b859e
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn, Tensor
@@ -28,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # %% ../../nbs/cost/10_counter.ipynb #fbf3d172
 from ..models import modeling
 from ..models.modeling import VLMForConditionalGeneration
+from ..train.flops import Flops, product_flops
 
 # %% ../../nbs/cost/10_counter.ipynb #1621622b
 @dataclass(frozen=True)
@@ -55,13 +55,12 @@ class Workload:
         if self.targets > self.rows * (self.tokens - 1):
             raise ValueError(
                 f'workload: {self.targets} targets, but {self.rows} x {self.tokens} positions '
-                'predict at '
-                f'most {self.rows * (self.tokens - 1)}'
+                f'predict at most {self.rows * (self.tokens - 1)}'
             )
 
 # %% ../../nbs/cost/10_counter.ipynb #e9e3e469
 _aten = torch.ops.aten
-_OPERANDS = {
+_OPERANDS = {  # which arguments of a product are its operands
     _aten.mm: (0, 1),
     _aten.addmm: (1, 2),
     _aten.bmm: (0, 1),
@@ -72,13 +71,14 @@ _FUSED = {_aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_produ
 
 
 class Meter(TorchDispatchMode):
-    """Counts FLOPs (`flops[part]`: a Counter of forward, inputs, weights; `backward`) and the bytes
-    of living tensors (`live`, `peak`) on `device`, apart from `known` tensors (weights)."""
+    """Counts FLOPs (`flops` of every part of the model in the forward pass, with what they say of
+    the way back; `backward`, what it took) and the bytes of living tensors (`live`, `peak`) on
+    `device`, apart from `known` tensors (weights)."""
 
     def __init__(self, known: Iterable[Tensor] = (), device: str = 'meta'):
         super().__init__()
         self.device, self.part, self.phase = device, 'layers', 'forward'
-        self.flops: dict[str, Counter] = {}
+        self.flops: dict[str, Flops] = {}
         self.backward = self.live = self.peak = 0
         self.weights = {t.untyped_storage()._cdata for t in known}
         self.alive = dict.fromkeys(self.weights, 0)
@@ -97,15 +97,17 @@ class Meter(TorchDispatchMode):
         if self.phase == 'backward':
             self.backward += n
             return
-        c = self.flops.setdefault(self.part, Counter())
-        c['forward'] += n
+        self.flops[self.part] = self.flops.get(self.part, Flops()) + self._products(op, args, n)
+
+    def _products(self, op, args, n):
+        "FLOPs of an operation that takes `n` in the forward pass, with those of its way back."
         if not torch.is_grad_enabled():
-            return
-        if op in _FUSED and any(t.requires_grad for t in args[:3]):
-            c['inputs'] += 5 * n // 2  # scores once more
-        for i in _OPERANDS.get(op, ()):
-            if args[i].requires_grad:
-                c['weights' if args[i].untyped_storage()._cdata in self.weights else 'inputs'] += n
+            return Flops(n)
+        if op in _FUSED:  # two products; the way back has four, and computes the scores once more
+            return Flops(n, 5 * n // 2 if any(t.requires_grad for t in args[:3]) else 0)
+        operands = [args[i] for i in _OPERANDS.get(op, ()) if args[i].requires_grad]
+        weights = sum(t.untyped_storage()._cdata in self.weights for t in operands)
+        return product_flops(n, len(operands) - weights, weights)
 
     def _watch(self, t):
         storage = t.untyped_storage()
@@ -373,7 +375,9 @@ class StepCost:
 
 
 def _size(tensors):
-    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    "Bytes of the storages of `tensors`, each once."
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 # %% ../../nbs/cost/10_counter.ipynb #adba8b32
 def training_cost(
@@ -396,59 +400,67 @@ def training_cost(
     everything = [model, *(t for t in (terms or {}).values() if isinstance(t, nn.Module))]
     params = {id(p): p for m in everything for p in m.parameters()}
     static = [*params.values(), *(b for m in everything for b in m.buffers())]
-    if any(p.device.type != 'meta' for p in params.values()):
+    trained = _check(params.values(), precision)
+    image_tokens(model, work)
+    model.train()
+    meter, pass_ = Meter(static), (model, work, terms or {}, precision, kernel)
+    with _kernel(model, kernel):
+        activations = _step(*pass_, meter)
+        peak = (
+            max(meter.peak, _peak_beside_gradients(pass_, static, trained))
+            if accumulates
+            else meter.peak
+        )
+    total = sum(meter.flops.values(), Flops())
+    # below 0 where no loss depends on an output, above where products were computed again
+    surplus = meter.backward - total.inputs - total.weights
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    state = 2 * gradients if state_bytes is None else state_bytes
+    for p in trained:
+        p.grad = None
+    return StepCost(
+        forward=total.forward,
+        inputs=total.inputs + min(0, surplus),
+        weights=total.weights,
+        recomputed=max(0, surplus),
+        weights_bytes=_size(static),
+        gradients=gradients,
+        optimizer=state,
+        activations=activations,
+        peak=_size(static) + state + peak,
+        parameters=sum(p.numel() for p in params.values()),
+        trained=sum(p.numel() for p in trained),
+        parts={part: asdict(flops) for part, flops in meter.flops.items()},
+    )
+
+
+def _check(params, precision):
+    "The parameters that train, without gradients."
+    if any(p.device.type != 'meta' for p in params):
         raise ValueError(
             'training_cost counts models on the meta device: build the model under '
             'torch.device("meta")'
         )
     if precision not in ('fp32', 'bf16'):
         raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-    trained = [p for p in params.values() if p.requires_grad]
+    trained = [p for p in params if p.requires_grad]
     if not trained:
         raise ValueError('nothing trains: every parameter is frozen')
     for p in trained:
         p.grad = None
-    image_tokens(model, work)
-    model.train()
-    meter, runs = Meter(static), 2 if accumulates else 1
-    with _kernel(model, kernel):
-        for i in range(runs):
-            counted = meter if not i else Meter(static)
-            if i:
-                counted.live = counted.peak = _size([p.grad for p in trained if p.grad is not None])
-            if i:
-                counted.alive |= {
-                    p.grad.untyped_storage()._cdata: 0 for p in trained if p.grad is not None
-                }
-            alive = _step(model, work, terms or {}, precision, kernel, counted)
-            if not i:
-                activations = alive
-            meter.peak = max(meter.peak, counted.peak)
-    total = sum(meter.flops.values(), Counter())
-    surplus = (
-        meter.backward - total['inputs'] - total['weights']
-    )  # below 0: outputs that no loss depends on
-    total['inputs'] += min(0, surplus)
-    size, grads = _size(static), sum(p.numel() * p.element_size() for p in trained)
-    state = 2 * grads if state_bytes is None else state_bytes
-    for p in trained:
-        p.grad = None
-    return StepCost(
-        total['forward'],
-        total['inputs'],
-        total['weights'],
-        max(0, surplus),
-        size,
-        grads,
-        state,
-        activations,
-        size + state + meter.peak,
-        sum(p.numel() for p in params.values()),
-        sum(p.numel() for p in trained),
-        {k: dict(v) for k, v in meter.flops.items()},
-    )
+    return trained
 
 
+def _peak_beside_gradients(pass_, static, trained):
+    "Peak memory of a second micro-batch, which the gradients of the first one wait through."
+    gradients = [p.grad for p in trained if p.grad is not None]
+    meter = Meter(static)
+    meter.live = meter.peak = _size(gradients)
+    meter.alive |= {g.untyped_storage()._cdata: 0 for g in gradients}
+    _step(*pass_, meter)
+    return meter.peak
+
+# %% ../../nbs/cost/10_counter.ipynb #191665fc
 def _step(model, work, terms, precision, kernel, meter):
     half = Precision(meter) if precision == 'bf16' else None
     with meter, half or nullcontext():
@@ -543,25 +555,24 @@ def inference_cost(
         )
         meter.part = 'lm_head'
         model.lm_head(out.last_hidden_state[:, -1:])
-    seen = meter.flops.get('vision', Counter())['forward']
+    seen = meter.flops.get('vision', Flops()).forward
     return InferenceCost(
-        seen,
-        done - seen,
-        _forward(meter) - done,
-        _size(static),
-        size,
-        _size(static) + meter.peak,
-        work.tokens,
-        n,
-        sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        vision=seen,
+        prefill=done - seen,
+        per_token=_forward(meter) - done,
+        weights_bytes=_size(static),
+        cache=size,
+        peak=_size(static) + meter.peak,
+        tokens=work.tokens,
+        image_tokens=n,
+        parameters=sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
     )
 
 
 def _forward(meter):
-    return sum(c['forward'] for c in meter.flops.values())
+    return sum(flops.forward for flops in meter.flops.values())
 
 
 def _cache_bytes(cache):
-    return sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
-    )
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in tensors)

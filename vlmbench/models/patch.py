@@ -6,12 +6,10 @@
 __all__ = ['PoolingAttention', 'GridLayout', 'PatchFrontEnd']
 
 # %% ../../nbs/models/40_patch.ipynb #9675db15
-from itertools import groupby
-
 import torch
 from torch import nn
 
-from .vision import FrontEnd, Linear, Projector, by_onednn, linear
+from .vision import FrontEnd, Projector
 
 # %% ../../nbs/models/40_patch.ipynb #9a77f467
 class PoolingAttention(nn.Module):
@@ -28,11 +26,11 @@ class PoolingAttention(nn.Module):
             (channels if scale == 'width' else channels // heads) ** -0.5,
         )
         self.q_norm, self.kv_norm = nn.LayerNorm(channels, eps=eps), nn.LayerNorm(channels, eps=eps)
-        self.q_proj = Linear(channels, channels, bias=False)
+        self.q_proj = nn.Linear(channels, channels, bias=False)
         self.kv_proj = nn.Linear(
             channels, 2 * channels, bias=False
         )  # first half keys, second half values
-        self.out_proj = Linear(channels, channels)
+        self.out_proj = nn.Linear(channels, channels)
 
     def forward(
         self, query: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None = None
@@ -45,16 +43,15 @@ class PoolingAttention(nn.Module):
             if type(kv) is nn.Linear
             else kv(torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)).T
         )  # LoRA's update is in what the layer computes
-        to_key, to_value = weight.chunk(2)  # heads of rows, [channels, channels]
-        q = linear(
-            self.q_proj(self.q_norm(query)) * self.scale,
-            to_key.unflatten(0, (heads, -1)).mT.flatten(0, 1),
-            groups=heads,
-        )
-        scores = q.unflatten(-1, (heads, -1)) @ f.mT  # [sets, heads, keys]
+        # rows of the weight are channels of the projection, heads one after the other
+        to_key, to_value = weight.unflatten(0, (2, heads, -1))  # [heads, width, channels]
+        q = (self.q_proj(self.q_norm(query)) * self.scale).unflatten(-1, (heads, -1))
+        q = torch.einsum('shw, hwc -> shc', q, to_key)
+        scores = q @ f.mT  # [sets, heads, keys]
         if valid is not None:
             scores = scores.masked_fill(~valid[:, None], float('-inf'))
-        return self.out_proj(linear((scores.softmax(-1) @ f).flatten(1), to_value, groups=heads))
+        values = torch.einsum('shc, hwc -> shw', scores.softmax(-1) @ f, to_value)
+        return self.out_proj(values.flatten(1))
 
 # %% ../../nbs/models/40_patch.ipynb #37f2bef6
 class GridLayout:
@@ -175,16 +172,10 @@ class PatchFrontEnd(FrontEnd):
                 if not getattr(v, '_is_hf_initialized', False):
                     nn.init.normal_(v)
 
-    # a planner's pictures have sizes but no values: grids stay real, on the CPU
-    grids_on_cpu = False
-
-    def on_shapes(self) -> None:
-        "Grids of pictures stay on the CPU, where they have values."
-        self.grids_on_cpu = True
-
     def layout(self, sizes: list, device='cpu') -> GridLayout:
-        "The `GridLayout` of images of `sizes` `[(height, width), ...]` in px."
-        device = 'cpu' if self.grids_on_cpu else device
+        """The `GridLayout` of images of `sizes` `[(height, width), ...]` in px, on `device`; the
+        grid is read by value, so it stays on the CPU where a cost plan runs on shapes alone."""
+        device = 'cpu' if torch.device(device).type == 'meta' else device
         return GridLayout([self.grid(self.config, int(h), int(w)) for h, w in sizes], device)
 
     def forward(self, pixel_values, image_sizes=None):
@@ -207,43 +198,26 @@ class PatchFrontEnd(FrontEnd):
 
 # %% ../../nbs/models/40_patch.ipynb #55cf950c
 def _patches(self, pixels, lay):
-    """`pixels` `[images, 3, H, W]` -> the embedded patches of every window, `[windows, k * k,
-    channels]`, on a GPU at once, elsewhere one part for every run of equal grids."""
+    """`pixels` `[images, 3, H, W]` -> the embedded patches of the windows of all images, `[windows,
+    k * k, channels]`. A convolution whose kernel is its stride is a product with cut patches, so
+    only the windows of `lay` are cut out and multiplied, not the rest of the canvas."""
     k, p = self.config['conv_stride'], self.config['patch_stride']
-    side, weight = k * p, self.patch_embedding.weight.flatten(1)
-    cut = lambda x: (
-        x.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p)).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    )  # [image, row, col, k, k, 3, p, p]
-    pixels = pixels.to(weight.dtype)
-    if pixels.is_cuda:
-        x = cut(pixels[..., : pixels.shape[-2] // side * side, : pixels.shape[-1] // side * side])
-        if len(lay.image) != x.shape[:3].numel():
-            x = x[lay.image, lay.row, lay.column]
-        yield linear(x.reshape(len(lay.image), k * k, -1), weight)
-        return
-    at = 0
-    for (h, w), same in groupby(zip(lay.rows.tolist(), lay.columns.tolist())):
-        n = len(list(same))
-        x, windows = pixels[at : at + n, :, : h * side, : w * side], n * h * w
-        if by_onednn(windows * k * k, x, weight):
-            yield linear(cut(x).reshape(windows, k * k, -1), weight)
-        else:
-            yield (
-                self.patch_embedding(x)
-                .unflatten(3, (w, k))
-                .unflatten(2, (h, k))
-                .permute(0, 2, 4, 3, 5, 1)
-                .reshape(windows, k * k, -1)
-            )
-        at += n
+    weight = self.patch_embedding.weight.flatten(1)
+    height, width = (n // (k * p) * (k * p) for n in pixels.shape[-2:])
+    x = pixels[..., :height, :width].to(weight.dtype)
+    x = x.unflatten(3, (-1, k, p)).unflatten(2, (-1, k, p))
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # [images, rows, columns, k, k, 3, p, p]
+    if len(lay.image) != x.shape[:3].numel():
+        x = x[lay.image, lay.row, lay.column]
+    return nn.functional.linear(x.reshape(len(lay.image), k * k, -1), weight)
 
 
 def _pool(self, pixels, lay):
     """`pixels` `[images, 3, H, W]` -> `[windows, channels]`: patches embedded, each k x k window
     pooled by attention over its mean."""
-    return torch.cat(
-        [(mean := f.mean(1)) + self.local_attention(mean, f) for f in self.patches(pixels, lay)]
-    )
+    patches = self.patches(pixels, lay)
+    mean = patches.mean(1)
+    return mean + self.local_attention(mean, patches)
 
 
 def _look(self, windows, lay):

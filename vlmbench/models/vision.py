@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'FRONT_ENDS', 'FrontEnd', 'front_end_part', 'front_end_class', 'build_front_end', 'num_image_tokens',
-           'by_onednn', 'linear', 'Linear', 'Projector', 'tower_config', 'backbone_dict', 'patch_grid',
-           'num_prefix_tokens', 'EncoderFrontEnd', 'blocks_of', 'drop_blocks']
+           'Projector', 'tower_config', 'backbone_dict', 'patch_grid', 'num_prefix_tokens', 'EncoderFrontEnd',
+           'blocks_of', 'drop_blocks']
 
 # %% ../../nbs/models/00_vision.ipynb #2b80df31
 import inspect, json, re
@@ -122,49 +122,6 @@ def num_image_tokens(config: dict, height: int, width: int) -> int:
     return cls.count(cls.resolve(config), int(height), int(width))
 
 # %% ../../nbs/models/00_vision.ipynb #29832631
-def by_onednn(rows: int, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` computes a product of `rows` rows with `weight` as a convolution: in fp32 on
-    a CPU with several threads, from 256 rows and 16,384 weights."""
-    return (
-        rows >= 256
-        and weight.numel() >= 2**14
-        and x.device.type == 'cpu'
-        and x.dtype == weight.dtype == torch.float32
-        and torch.get_num_threads() > 1
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled('cpu')
-    )
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, groups: int = 1
-) -> torch.Tensor:
-    """`x` `[..., in]` times `weight` `[out, in / groups]`, plus `bias` -> `[..., out]`. `groups`:
-    the inputs and the outputs fall into so many blocks, each with its own rows of `weight`."""
-    if by_onednn(x.shape[:-1].numel(), x, weight):
-        pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(
-            0, 3, 1, 2
-        )  # [1, in, rows, 1], channels last
-        y = nn.functional.conv2d(pixels, weight[:, :, None, None], bias, groups=groups)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
-    if groups == 1:
-        return nn.functional.linear(x, weight, bias)
-    blocks = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)
-    y = (
-        torch.bmm(blocks, weight.unflatten(0, (groups, -1)).mT.to(blocks))
-        .transpose(0, 1)
-        .reshape(*x.shape[:-1], len(weight))
-    )
-    return y if bias is None else y + bias
-
-
-class Linear(nn.Linear):
-    "`torch.nn.Linear` with the products of `linear`."
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class Projector(nn.Module):
     """Optional LayerNorm, then `identity`, `linear` or `mlpNx_gelu` from `in_features` to
     `out_features` channels: `[..., in] -> [..., out]`."""
@@ -204,8 +161,8 @@ def _mlp(kind: str, d_in: int, d_out: int) -> list[nn.Module]:
         raise ValueError(
             f"projector {kind!r} is not one of 'identity', 'linear', 'mlpNx_gelu' (N = 1, 2, ...)"
         )
-    return [Linear(d_in, d_out)] + [
-        m for _ in range(depth - 1) for m in (nn.GELU(), Linear(d_out, d_out))
+    return [nn.Linear(d_in, d_out)] + [
+        m for _ in range(depth - 1) for m in (nn.GELU(), nn.Linear(d_out, d_out))
     ]
 
 # %% ../../nbs/models/00_vision.ipynb #28bc640c

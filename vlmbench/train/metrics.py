@@ -15,8 +15,10 @@ from typing import Any
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import nn
 
+from .flops import Flops, attention_flops, product_flops
 from .prepare import TrainPlan, layer_index
 
 # %% ../../nbs/train/06_metrics.ipynb #d3708f02
@@ -274,92 +276,94 @@ def batch_counts(batch: Mapping[str, Any], patch: int | None = None) -> dict[str
 # %% ../../nbs/train/06_metrics.ipynb #8f89122f
 FLOP_CONVENTION = (
     '2 per multiply-add; matrix parameters x tokens (vision: patches, projector: image tokens, '
-    'head: '
-    'target tokens) + 4 x width per '
-    'allowed query-key pair and block; backward +1x where a gradient '
-    'passes, +1x for trained weights; no recomputation'
+    'head: target tokens) + 4 x width per allowed query-key pair and block; backward +1x where a '
+    'gradient passes, +1x for trained weights; no recomputation'
 )
+_ORDER = dict(vision=0, projector=1, embed=1, layers=2, norm=3, lm_head=4)  # of the forward pass
+_UNITS = dict(vision='patches', projector='image_tokens', layers='tokens', lm_head='targets')
+_BLOCKS = 'model.language_model.'
 
 
+def _place(group: str, name: str) -> tuple[int, int]:
+    "Where a parameter stands in the forward pass: its group, and its block or -1."
+    block = layer_index(name) if group in ('vision', 'layers') else None
+    return _ORDER[group], -1 if block is None else block
+
+
+def _block_numbers(names) -> list[int]:
+    return sorted({layer_index(n) for n in names} - {None})
+
+# %% ../../nbs/train/06_metrics.ipynb #71556366
 class FlopModel:
     """FLOPs of a training step from `batch_counts`; built once per stage from the plan and the
-    module groups."""
+    module groups. `per`: `Flops` of each unit; `patch`: stride of the vision tower in pixels."""
 
     def __init__(self, plan: TrainPlan, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]]):
-        model, trained = plan.model, set(plan.trainable)
-        order = dict(vision=0, projector=1, embed=1, layers=2, norm=3, lm_head=4)
-        rank = lambda g, n: (
-            order[g],
-            layer_index(n) if g in ('vision', 'layers') and layer_index(n) is not None else -1,
-        )
-        inside = lambda n: n.startswith(
-            'model.language_model.'
-        )  # a front end's parts in the decoder blocks
-        named = [
-            ('layers' if g == 'vision' and inside(n) else g, n, p)
-            for g, ps in groups.items()
-            for n, p in ps
-        ]
-        lora_ = [
-            (g.group, n, p) for g in plan.groups for n, p in g.trained.items() if '.lora_' in n
-        ]
-        first = min((rank(g.group, n) for g in plan.groups for n in g.trained), default=(9, 0))
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        alive = {n.replace('.base_layer.', '.') for n in trained}
-        self.per = dict.fromkeys(
-            ('patches', 'image_tokens', 'tokens', 'targets', 'pairs', 'patch_pairs'), 0
-        )
-        unit = dict(vision='patches', projector='image_tokens', layers='tokens', lm_head='targets')
-        passes = lambda r: r > first or r == first and r[1] >= 0
-        for g, n, p in [*named, *lora_]:
-            if g in unit and p.ndim >= 2 and id(p) not in tables:
-                self.per[unit[g]] += 2 * p.numel() * (1 + passes(rank(g, n)) + (n in alive))
-        head = model.get_output_embeddings()
-        if head is not None and id(head.weight) in tables:
-            self.per['targets'] += (
-                2
-                * head.weight.numel()
-                * (1 + passes((4, -1)) + any(head.weight is p for p in plan.trainable.values()))
-            )
-        text = model.config.get_text_config()
-        width = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
-        for i in sorted(
-            {
-                layer_index(n)
-                for _, n, _ in named
-                if layer_index(n) is not None and _is(groups, 'layers', n)
-            }
-        ):
-            self.per['pairs'] += 4 * width * text.num_attention_heads * (3 if passes((2, i)) else 1)
-        conv = next(
-            (
-                m
-                for m in model.modules()
-                if isinstance(m, nn.Conv2d)
-                and any(m.weight is p for _, p in groups.get('vision', ()))
-            ),
-            None,
-        )
-        self.patch = conv.stride[0] if conv is not None else None
-        for i in (
-            sorted(
-                {
-                    layer_index(n)
-                    for n, _ in groups.get('vision', ())
-                    if layer_index(n) is not None and not inside(n)
-                }
-            )
-            if conv is not None
-            else ()
-        ):
-            self.per['patch_pairs'] += 4 * conv.out_channels * (3 if passes((0, i)) else 1)
+        units = ('patches', 'image_tokens', 'tokens', 'targets', 'pairs', 'patch_pairs')
+        self.per = dict.fromkeys(units, Flops())
+        places = [_place(g.group, name) for g in plan.groups for name in g.trained]
+        self.first = min(places, default=(9, 0))
+        tables = {id(m.weight) for m in plan.model.modules() if isinstance(m, nn.Embedding)}
+        self._add_matrices(plan, groups, tables)
+        self._add_tied_head(plan, tables)
+        self._add_attention(plan.model, groups)
+
+    def _passes(self, place: tuple[int, int]) -> bool:
+        """Whether a gradient passes through what stands at `place`: above the first trained
+        parameter, and within its block; a group without blocks has nothing below itself."""
+        return place > self.first or (place == self.first and place[1] >= 0)
 
     def __call__(self, counts: Mapping[str, int]) -> int:
-        return sum(self.per[k] * counts.get(k, 0) for k in self.per)
+        return self.step(counts).total
+
+    def step(self, counts: Mapping[str, int]) -> Flops:
+        return sum((flops * counts.get(unit, 0) for unit, flops in self.per.items()), Flops())
+
+# %% ../../nbs/train/06_metrics.ipynb #fa114e04
+@patch
+def _add_matrices(self: FlopModel, plan: TrainPlan, groups: Mapping, tables: set[int]) -> None:
+    trained = {name.replace('.base_layer.', '.') for name in plan.trainable}
+    matrices = [
+        ('layers' if group == 'vision' and name.startswith(_BLOCKS) else group, name, p)
+        for group, named in groups.items()
+        for name, p in named
+    ]
+    for g in plan.groups:
+        matrices += [(g.group, name, p) for name, p in g.trained.items() if '.lora_' in name]
+    for group, name, p in matrices:
+        if group in _UNITS and p.ndim >= 2 and id(p) not in tables:
+            passes = self._passes(_place(group, name))
+            self.per[_UNITS[group]] += product_flops(2 * p.numel(), passes, name in trained)
 
 
-def _is(groups, group, name):
-    return any(name == n for n, _ in groups[group])
+@patch
+def _add_tied_head(self: FlopModel, plan: TrainPlan, tables: set[int]) -> None:
+    "A head that shares the embedding's table, which is no product where tokens are looked up."
+    head = plan.model.get_output_embeddings()
+    if head is None or id(head.weight) not in tables:
+        return
+    trains = any(head.weight is p for p in plan.trainable.values())
+    passes = self._passes(_place('lm_head', 'lm_head.weight'))
+    self.per['targets'] += product_flops(2 * head.weight.numel(), passes, trains)
+
+
+@patch
+def _add_attention(self: FlopModel, model: nn.Module, groups: Mapping) -> None:
+    text = model.config.get_text_config()
+    head_dim = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
+    for i in _block_numbers(name for name, _ in groups['layers']):
+        passes = self._passes((_ORDER['layers'], i))
+        self.per['pairs'] += attention_flops(head_dim * text.num_attention_heads, passes)
+    vision = groups.get('vision', ())
+    seen = {id(p) for _, p in vision}
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d) and id(m.weight) in seen)
+    embedding = next(convolutions, None)  # of the patches, the first to meet pixels
+    self.patch = None if embedding is None else embedding.stride[0]
+    if embedding is None:
+        return
+    for i in _block_numbers(name for name, _ in vision if not name.startswith(_BLOCKS)):
+        passes = self._passes((_ORDER['vision'], i))
+        self.per['patch_pairs'] += attention_flops(embedding.out_channels, passes)
 
 # %% ../../nbs/train/06_metrics.ipynb #f6d3c2d8
 DATASHEET_TFLOPS = {
