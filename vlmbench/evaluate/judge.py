@@ -20,7 +20,7 @@ __all__ = ['HEADER', 'PUBLISHED_PROMPT_SHA256', 'EXAMPLES', 'PROMPT', 'JudgeErro
 
 # %% ../../nbs/evaluate/44_judge.ipynb #430ec720
 from .generate import GenerationLog
-from .scorers import normalise
+from .answers import final_answer, normalise
 
 # %% ../../nbs/evaluate/44_judge.ipynb #4a5245fa
 class JudgeError(RuntimeError):
@@ -290,7 +290,7 @@ def parse_grade(text: str, reference: bool = False) -> float | None:
     before the first space, as the published script reads it: nothing, where a reply begins with
     one."""
     try:
-        score = float(text.split(' ')[0] if reference else text.split()[0])
+        score = float(text.split(' ')[0] if reference else final_answer(text).split()[0])
     except (ValueError, IndexError):
         return None
     return score if 0 <= score <= 1 else None
@@ -339,6 +339,8 @@ class ChatJudge:
     ) -> Grade:
         "Grade of one answer; `plain`: the benchmark's question without the split's marker words."
         calls, last = [], len(self.temperatures) - 1
+        if not self.reference:
+            prediction = final_answer(prediction)
         for n, temperature in enumerate(self.temperatures):
             asked = plain if self.reference and n and plain is not None else question
             row = open_row(asked, truth, prediction, self.reference)
@@ -385,6 +387,7 @@ class ExactJudge:
         self, question: str, truth: str, prediction: str, plain: str | None = None
     ) -> Grade:
         "Grade of one answer; the question is not looked at."
+        prediction = final_answer(prediction)
         said = normalise(prediction)
 
         def inside(part):

@@ -21,6 +21,7 @@ from ..data.record import BadRecord, ImageRef, Sample, Turn
 from ..data.rows import iter_rows
 from .judge import PUBLISHED_PROMPT_SHA256, ExactJudge, Graded, Grades
 from .results import Results
+from .answers import final_answer
 from .scorers import Scorer, row_answers
 from .tasks import Task
 
@@ -139,9 +140,10 @@ class VipExact(Scorer):
 
     contains: bool = False
     name: ClassVar[str] = 'vip_exact'
+    version: ClassVar[str] = '2'
 
     def parse(self, prediction, row):
-        return ' '.join(str(prediction).split())
+        return ' '.join(final_answer(prediction).split())
 
     def score(self, prediction, row):
         return ExactJudge(self.contains)('', row_answers(row)[0], str(prediction)).score
