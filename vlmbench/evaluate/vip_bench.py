@@ -79,7 +79,7 @@ def read_vip_meta(path: str | Path) -> dict[str, tuple[str, str, tuple[str, ...]
     if not path.exists():
         raise FileNotFoundError(f'{path} is missing: it holds the answers and capabilities')
     try:
-        rows = json.loads(path.read_text(encoding='utf8'))
+        rows = json.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as e:
         raise BadRecord(f'{path}: not JSON: {e}') from None
     if not isinstance(rows, dict) or not rows:
