@@ -14,6 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmbench.evaluate.captions import Caption
+from vlmbench.evaluate.judge import ExactJudge, parse_grade
+from vlmbench.evaluate.region_tasks import PlainMatch
 from vlmbench.evaluate.scorers import (
     ANLS,
     MME,
@@ -30,6 +33,7 @@ from vlmbench.evaluate.scorers import (
     parse_yes_no,
     vqa_normalise,
 )
+from vlmbench.evaluate.vip_bench import VipExact
 
 WORDS = st.text(alphabet=string.ascii_letters + string.digits + " .,;!?'/-()", max_size=25)
 
@@ -140,6 +144,123 @@ def test_exact_match_agrees_with_lmms_eval():
     for said, truth in pairs:
         theirs = ref([said], [truth], ignore_case=True, ignore_punctuation=True)['exact_match']
         assert gqa.score(said, dict(answers=[truth])) == theirs, (said, truth)
+
+
+# what another sign makes of an answer, and what only decorates it
+OTHER_NUMBERS = [
+    ('-5', '5'),
+    ('− 5', '5'),
+    ('-2.5', '2.5'),
+    ('1.5', '15'),
+    ('3.14', '314'),
+    ('0.75', '75'),
+    ('10', '1.0'),
+    ('1,5', '15'),
+    ('1/2', '12'),
+    ('10:30', '1030'),
+    ('5-7', '57'),
+    ('1e-5', '1e5'),
+    ('-5 °C', '5 °C'),
+    ('50%', '50'),
+    ('$1.50', '$150'),
+    ('>5', '<5'),
+    ('x = -7', 'x = 7'),
+    ('C++', 'C'),
+    ('C#', 'C'),
+    ('B+', 'B-'),
+    ('60 km/h', '60 kmh'),
+    ('5²', '52'),
+    ('192.168.1.1', '19216811'),
+]
+SAME_ANSWERS = [
+    ('5.', '5'),
+    ('+5', '5'),
+    ('1,234,567', '1234567'),
+    ('"1,000".', '1000'),
+    ('.5', '0.5'),
+    ('(-5)', '−5'),
+    ('50 %', '50%'),
+    ('**red**', 'Red!'),
+    ('a t-shirt', 'TShirt'),
+    ("the dog's", 'dogs'),
+    ('５', '5'),
+]
+
+
+@pytest.mark.parametrize('said, truth', OTHER_NUMBERS)
+def test_another_number_is_another_answer(said, truth):
+    assert ExactMatch().score(said, dict(answers=[truth])) == 0
+    assert ExactMatch().score(truth, dict(answers=[said])) == 0
+    assert ExactJudge()('q', truth, said).score == 0
+    assert get_scorer('gqa').score(said, dict(answers=[truth])) == 0
+
+
+@pytest.mark.parametrize('said, truth', SAME_ANSWERS)
+def test_decoration_makes_no_other_answer(said, truth):
+    assert ExactMatch().score(said, dict(answers=[truth])) == 1
+    assert ExactJudge()('q', truth, said).score == 1
+
+
+@given(st.text(alphabet='ab12the ' + string.punctuation + '−½²。', max_size=9))
+def test_normalise_is_idempotent_with_every_sign(text):
+    for reference in (False, True):
+        once = normalise(text, reference=reference)
+        assert normalise(once, reference=reference) == once and bool(once) == bool(text.strip())
+
+
+def test_the_published_exact_match_drops_every_sign():
+    published = ExactMatch(reference=True)
+    assert published.spec == 'exact_match/2[reference=True]'
+    for said, truth in (('-5', '5'), ('1.5', '15'), ('C++', 'C'), ('10:30', '1030')):
+        assert published.score(said, dict(answers=[truth])) == 1
+
+
+# ---------------------------------------------------------------- thoughts
+
+THOUGHTS = [
+    '<think>{}</think>{}',
+    '<think>\n{}\n</think>\n\n{}',
+    '{}</think>{}',
+    '<thinking>{}</thinking>{}',
+    '<THINK>{}</THINK>{}',
+    '<thought>{}</thought> {}',
+    '<reasoning>{}</reasoning>{}',
+    '<|begin_of_thought|>{}<|end_of_thought|>{}',
+    '<|begin_of_thought|>{}<|end_of_thought|><|begin_of_solution|>{}<|end_of_solution|>',
+    '◁think▷{}◁/think▷{}',
+    '[THINK]{}[/THINK]{}',
+    '<seed:think>{}</seed:think>{}',
+    '<think>{}</think><answer>{}</answer>',
+    '<think>first</think><think>{}</think>{}',
+]
+
+
+@pytest.mark.parametrize('form', THOUGHTS)
+def test_only_what_follows_the_thoughts_is_graded(form):
+    four = ['cat', 'dog', 'bird', 'fish']
+    assert parse_choice(form.format('Is it A? No, B.', 'C'), four) == 'C'
+    assert parse_yes_no(form.format('There is no dog? wait', 'Yes')) == 'yes'
+    assert MME().score(form.format('no', 'Yes'), dict(answers=['Yes'])) == 1
+    assert ExactMatch().score(form.format('it looks red', 'red'), dict(answers=['red'])) == 1
+    assert VQASoft().score(form.format('blue', 'red'), dict(answers=['red'] * 10)) == 1
+    assert ANLS().score(form.format('blue', 'red'), dict(answers=['red'])) == 1
+    assert Relaxed().score(form.format('12', '20'), dict(answers=['20'])) == 1
+    assert Caption().score(form.format('a blue dog', 'a red dog'), dict(answers=['red dog'])) == 1
+    assert ExactJudge(contains=True)('q', 'red', form.format('red', 'blue')).score == 0
+    assert VipExact().score(form.format('blue', 'red'), dict(answers=['red'])) == 1
+    assert parse_grade(form.format('0.1 perhaps', '0.7')) == 0.7
+
+
+@pytest.mark.parametrize('begun', ['<think>', '<thinking>', '<|begin_of_thought|>', '◁think▷'])
+def test_thoughts_that_never_end_hold_no_answer(begun):
+    assert parse_choice(f'{begun}The answer is B. But', ['cat', 'dog']) == ''
+    assert parse_yes_no(f'{begun}yes, I think') == ''
+    assert ExactMatch().score(f'{begun}red', dict(answers=['red'])) == 0
+
+
+def test_published_rules_read_the_thoughts_too():
+    assert POPE(reference=True).parse('<think>no</think> no') == 'no'
+    assert PlainMatch().score('<think>x</think>red', dict(answers=['red'])) == 0
 
 
 # ---------------------------------------------------------------- VQA
@@ -285,6 +406,91 @@ FORMS = [
     '**B**',
     'A or C? The answer is B',
 ]
+
+
+OPTION_TEXTS = [
+    ('Sample A', ['Sample B', 'Sample A'], 'B'),
+    ('sample a.', ['Sample B', 'Sample A'], 'B'),
+    ('The answer is Sample A.', ['Sample B', 'Sample A'], 'B'),
+    ('Vitamin C', ['Vitamin A', 'Vitamin B', 'Vitamin D', 'Vitamin C'], 'D'),
+    ('It is hepatitis B, not hepatitis A', ['Hepatitis A', 'Hepatitis C', 'Hepatitis B'], 'C'),
+    ('D. rerio', ['C. elegans', 'D. rerio'], 'B'),
+    ('Both A and C', ['rain', 'both A and C', 'snow'], 'B'),
+    ('A. Sample B', ['Sample B', 'Sample A'], 'A'),
+    ('E', ['Vitamin E', 'w', 'x', 'y', 'z'], 'E'),
+    ('-5', ['5', '-5'], 'B'),
+    ('The answer is 1.5', ['15', '1.5', '1', '5'], 'B'),
+    ('A cat.', ['a dog', 'a cat'], 'B'),
+]
+STATEMENTS = [
+    'The correct answer is B. Option A is wrong.',
+    'Answer: B\nExplanation: option C is a distractor, option D is wrong.',
+    'The answer is B. Choosing A would be a mistake.',
+    'Answer: B. One might choose option D instead.',
+    'B\n\nI did not select A since it is a cat.',
+    'I choose B. Option A shows a cat.',
+    'A is incorrect. B is correct. C is incorrect.',
+    'Options C and D are distractors; select B.',
+    'Answer: A dog.',
+    "It isn't A, it's B.",
+    '**Answer: (B)**',
+    r'Hence $\boxed{\text{B}}$.',
+]
+OTHER_SCRIPTS = [
+    '故选B。',
+    '答案是B',
+    '答案：Ｂ',
+    '答案（Ｂ）。选项A是错误的',
+    '正确选项是B',
+    '不选A，应选B',
+    '本题选b。',
+    '答えはBです。Aではありません。',
+    '正解：B',
+    '정답은 B입니다. A는 틀렸습니다.',
+    '「B」',
+    'คำตอบคือB',
+    'ОтветB',
+    'الجوابB',
+    'La réponse est B.',
+]
+
+
+@pytest.mark.parametrize('reply, options, letter', OPTION_TEXTS)
+def test_an_options_own_letter_is_no_choice(reply, options, letter):
+    assert parse_choice(reply, options) == letter
+
+
+@pytest.mark.parametrize('reply', STATEMENTS + OTHER_SCRIPTS)
+def test_what_is_stated_counts(reply):
+    assert parse_choice(reply, ['cat', 'dog', 'bird', 'fish']) == 'B'
+
+
+FORMS_OF_A_LETTER = [
+    'The answer is {}.',
+    'Answer: {}',
+    'the correct answer is ({})',
+    'my choice is {}!',
+    '({})',
+    '{}.',
+    '{})',
+    '答案是{}',
+    '故选{}。',
+]
+
+
+@pytest.mark.parametrize('form', FORMS_OF_A_LETTER)
+def test_every_letter_in_either_case(form):
+    options = [f'thing {k}' for k in range(10)]
+    for letter in string.ascii_uppercase[:10]:
+        wide = chr(ord(letter) - ord('A') + 0xFF21)
+        for written in (letter, letter.lower(), wide):
+            assert parse_choice(form.format(written), options) == letter
+
+
+def test_an_article_or_a_pronoun_is_no_choice():
+    ten = [f'thing {k}' for k in range(10)]
+    for reply in ('The answer is a dog.', 'A dog', 'It is a thing', 'I do not know'):
+        assert parse_choice(reply, ten) == ''
 
 
 @pytest.mark.parametrize('reply', FORMS)

@@ -5,12 +5,14 @@ import base64
 import io
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmbench.data.image import load_image
 from vlmbench.data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
 from vlmbench.data.world import WorldSize, write_world
 from vlmbench.evaluate.results import majority_baseline, score_predictions
@@ -278,3 +280,182 @@ def test_index_answers_reach_the_scorer_as_letters(tmp_path):
     )  # no options are shown: the number is meant
     with pytest.raises(ValueError, match='sqa/0.*answer 7 is no index into 3 choices'):
         rows_task('sqa', [rows[0] | dict(answer=7)], 'choice', tmp_path)
+
+
+# --- cells of public rows as other programs leave them
+
+OPTIONS = [
+    "['a cat', 'a dog']",
+    '["a cat", "a dog"]',
+    "['a cat' 'a dog']",
+    "('a cat', 'a dog')",
+    "array(['a cat', 'a dog'], dtype=object)",
+    "[np.str_('a cat'), np.str_('a dog')]",
+    "{'A': 'a cat', 'B': 'a dog'}",
+    'A. a cat\nB. a dog',
+    '(A) a cat\n(B) a dog',
+    ['a cat', 'a dog'],
+    ('a cat', 'a dog'),
+    np.array(['a cat', 'a dog']),
+    np.array(['a cat', 'a dog'], dtype=object),
+    dict(A='a cat', B='a dog'),
+    dict(label=['A', 'B'], text=['a cat', 'a dog']),
+    [dict(label='A', text='a cat'), dict(label='B', text='a dog')],
+]
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=repr)
+@pytest.mark.parametrize('column', ['options', 'choices'])
+def test_options_in_every_spelling(options, column, tmp_path):
+    row = {'id': 1, 'question': 'Which?', 'answer': 'B', column: options}
+    item = rows_task('t', [row], 'choice', tmp_path).items[0]
+    assert item.turns[-1].text.splitlines()[1:3] == ['A. a cat', 'B. a dog']
+    scorer = rows_task('t', [row], 'choice', tmp_path).scorer
+    assert [scorer.score(said, item.row) for said in ('B', 'a dog', 'A')] == [1, 1, 0]
+
+
+@pytest.mark.parametrize('options', ['red, blue', '[]', "['one']", None, 'A. red', 3])
+def test_options_that_are_no_list_are_refused(options, tmp_path):
+    row = dict(id=1, question='Which?', answer='B', options=options)
+    with pytest.raises(ValueError, match=r"t row 0: .*'options', 'question'"):
+        rows_task('t', [row], 'choice', tmp_path)
+    assert rows_task('t', [row], 'exact', tmp_path).items[0].question == 'Which?'
+
+
+def test_ten_lettered_columns(tmp_path):
+    letters = 'ABCDEFGHIJ'
+    row = dict(id=1, question='Which?', answer='J') | {c: f'thing {c}' for c in letters}
+    item = rows_task('t', [row], 'choice', tmp_path).items[0]
+    assert list(item.choices) == list(letters) and 'J. thing J' in item.turns[-1].text
+
+
+def test_parquet_and_pandas_rows_of_mmmu(tmp_path):
+    picture = dict(bytes=PNG.getvalue(), path='a.png')
+    row = dict(
+        id='v1', question='Is <image 1> or <image 3>?', options="['<image 2>', 'x']", answer='A'
+    )
+    row |= {f'image_{k}': picture if k < 4 else None for k in range(1, 8)}
+    pd.DataFrame([row]).to_parquet(tmp_path / 'm.parquet')
+    frame = pd.read_parquet(tmp_path / 'm.parquet')
+    for rows in (read_rows(tmp_path / 'm.parquet'), frame.to_dict('records')):
+        item = rows_task('mmmu', rows, 'choice', tmp_path).items[0]
+        text = item.turns[-1].text
+        assert len(item.images) == 3 and text.count('<image>') == 3 and '<image 1>' not in text
+        assert text.startswith('<image>\n<image>\n<image>\nIs image 1 or image 3?')
+        assert 'A. image 2' in text and item.images[0].load().size == (30, 20)
+
+
+def test_open_questions_have_several_answers(tmp_path):
+    row = dict(id=1, question='How many?', answer="['24/7', '3.429']", options='[]')
+    item = rows_task('t', [row], 'exact', tmp_path).items[0]
+    assert item.answers == ('24/7', '3.429')
+    for answer, want in (
+        (np.array(['a', 'b']), ('a', 'b')),
+        (np.int64(3), ('3',)),
+        ('[1, 2]', ('[1, 2]',)),
+    ):
+        made = rows_task('t', [row | dict(answer=answer)], 'exact', tmp_path)
+        assert made.items[0].answers == want
+
+
+PICTURES = {
+    'path': ('a.png', 1),
+    'list': (['a.png', 'b.png'], 2),
+    'tuple': (('a.png',), 1),
+    'array': (np.array(['a.png', 'b.png']), 2),
+    'text': ("['a.png', 'b.png']", 2),
+    'bytes': (PNG.getvalue(), 1),
+    'dictionary': (dict(bytes=PNG.getvalue(), path=None), 1),
+    'dictionaries': ([dict(bytes=PNG.getvalue(), path=None)] * 2, 2),
+    'base64': (base64.b64encode(PNG.getvalue()).decode(), 1),
+    'address': ('data:image/png;base64,' + base64.b64encode(PNG.getvalue()).decode(), 1),
+    'picture': (Image.new('RGB', (30, 20)), 1),
+    'pictures': ([Image.new('RGB', (30, 20))] * 3, 3),
+    'pixels': (np.zeros((20, 30, 3), np.uint8), 1),
+    'reference': (ImageRef('a.png', None), 1),
+}
+
+
+@pytest.mark.parametrize('column', ['image', 'images', 'image_1'])
+@pytest.mark.parametrize('form', PICTURES)
+def test_pictures_in_every_form(column, form, tmp_path, monkeypatch):
+    for name in ('a.png', 'b.png'):
+        (tmp_path / name).write_bytes(PNG.getvalue())
+    monkeypatch.chdir(tmp_path)
+    value, n = PICTURES[form]
+    item = rows_task(
+        't', [{'id': 1, 'question': 'What?', 'answer': 'red', column: value}], 'exact', tmp_path
+    ).items[0]
+    assert len(item.images) == n and item.turns[-1].text == '<image>\n' * n + 'What?'
+    assert all(i.size == (30, 20) for i in (load_image(i) for i in item.images))
+
+
+@pytest.mark.parametrize(
+    'question, shown',
+    [
+        ('<image>\nWhat?', '<image>\nWhat?'),
+        ('What is <image> here?', 'What is <image> here?'),
+        ('<IMAGE> What?', '<image> What?'),
+        ('What is in <image 1>?', '<image>\nWhat is in the image?'),
+        ('What is in <image_1>?', '<image>\nWhat is in the image?'),
+        ('What?', '<image>\nWhat?'),
+    ],
+)
+def test_one_mark_for_a_picture(question, shown, tmp_path):
+    row = dict(id=1, question=question, answer='red', image='a.png')
+    assert rows_task('t', [row], 'exact', tmp_path).items[0].turns[-1].text == shown
+
+
+@pytest.mark.parametrize(
+    'row, why',
+    [
+        (dict(image='a.png', question='<image> <image>'), 'has 2 <image> but the row has 1'),
+        (dict(question='<image> What?'), 'has 1 <image> but the row has 0'),
+        (dict(question='<image 1> What?'), 'names <image 1>'),
+        (dict(image_1='a.png', question='<image 2>?'), 'names <image 2>'),
+        (dict(image=dict(bytes=None, path=None)), 'without bytes or path'),
+        (dict(image='a.png', images=['b.png']), 'hold different pictures'),
+        (dict(image=1.5), 'float is no picture'),
+    ],
+)
+def test_pictures_that_do_not_fit_are_refused(row, why, tmp_path):
+    with pytest.raises(ValueError, match=f't row 0: .*{why}.*it has .*answer'):
+        rows_task('t', [dict(id=1, question='What?', answer='red') | row], 'exact', tmp_path)
+
+
+def test_keys_choose_the_picture_columns(tmp_path):
+    row = dict(id=1, question='What?', answer='red', image='a.png', images=['b.png'], extra='c.png')
+
+    def paths(image):
+        task = rows_task('t', [row], 'exact', tmp_path, keys=dict(image=image))
+        return [i.path for i in task.items[0].images]
+
+    assert (paths('extra'), paths('images')) == (['c.png'], ['b.png'])
+    assert paths(('image', 'extra')) == ['a.png', 'c.png']
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_byte_order_marks(encoding, tmp_path):
+    row, line = (
+        dict(id='7', question='wör?', answer='a'),
+        '{"id":"7","question":"wör?","answer":"a"}',
+    )
+    texts = {
+        'r.json': f'[{line}]',
+        'lines.json': f'{line}\n{line}',
+        'r.jsonl': f'{line}\n\n',
+        'r.tsv': 'id\tquestion\tanswer\n7\twör?\ta\n',
+        'r.csv': 'id,question,answer\n7,wör?,a\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        assert read_rows(tmp_path / name)[0] == row, name
+    (tmp_path / 'q.json').write_bytes('{"questions": [{"question_id": 1}]}'.encode(encoding))
+    notes = '{"annotations": [{"question_id": 1, "answers": ["a"]}]}'
+    (tmp_path / 'n.json').write_bytes(notes.encode(encoding))
+    assert read_rows(tmp_path / 'q.json', tmp_path / 'n.json')[0]['answers'] == ['a']
+
+
+def test_a_line_separator_inside_a_json_string(tmp_path):
+    (tmp_path / 'r.jsonl').write_text('{"question": "a\u2028b"}\n', encoding='utf8')
+    assert read_rows(tmp_path / 'r.jsonl') == [dict(question='a\u2028b')]

@@ -22,6 +22,7 @@ from vlmbench.evaluate.vip_bench import (
     judged,
     published_scores,
     read_vip_bench,
+    read_vip_meta,
     to_grade,
     vip_bench_task,
 )
@@ -220,6 +221,13 @@ def test_the_offline_judge_agrees_with_the_tasks_own_scores(bench):
 def test_bad_copies_name_file_and_row(tmp_path, faults, match):
     with pytest.raises(BadRecord, match=match):
         read_vip_bench(write(tmp_path, **faults))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_metadata(bench):
+    meta = bench / 'vip-bench-meta-data.json'
+    plain = read_vip_meta(meta)
+    meta.write_bytes(b'\xef\xbb\xbf' + meta.read_bytes())
+    assert read_vip_meta(meta) == plain
 
 
 def test_missing_files_and_settings(bench):

@@ -14,7 +14,8 @@ from typing import ClassVar
 __all__ = ['CAPTION_METRICS', 'check_caption_metrics', 'caption_scores', 'word_f1', 'Caption']
 
 # %% ../../nbs/evaluate/12_captions.ipynb #6526e440
-from .scorers import Scorer, normalise, row_answers
+from .answers import final_answer, normalise
+from .scorers import Scorer, row_answers
 
 # %% ../../nbs/evaluate/12_captions.ipynb #b310fe63
 CAPTION_METRICS = ('meteor', 'cider')
@@ -105,13 +106,14 @@ class Caption(Scorer):
 
     metrics: tuple[str, ...] = CAPTION_METRICS
     name: ClassVar[str] = 'caption'
+    version: ClassVar[str] = '2'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
-        return ' '.join(str(prediction).split())
+        return ' '.join(final_answer(prediction).split())
 
     def score(self, prediction, row):
-        return max(word_f1(str(prediction), a) for a in row_answers(row))
+        return max(word_f1(final_answer(prediction), a) for a in row_answers(row))
 
     def summary(self, frame):
         return caption_scores(

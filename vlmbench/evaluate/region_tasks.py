@@ -432,7 +432,7 @@ def vote(members: Sequence[Results], task: Task, condition: str = 'ensemble') ->
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #08fb4106
 @lru_cache(maxsize=2)
 def _instances(path: str) -> dict:
-    with open(path, encoding='utf8') as f:
+    with open(path, encoding='utf-8-sig') as f:
         return json.load(f)
 
 

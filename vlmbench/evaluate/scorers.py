@@ -4,17 +4,20 @@
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #fbb4920d
 from __future__ import annotations
-import re, string, unicodedata
+import re
 from collections import Counter
 from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, ClassVar, Mapping, Sequence
+from typing import Any, ClassVar, Mapping
 import pandas as pd
 
 # %% auto #0
-__all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'normalise', 'ExactMatch', 'vqa_normalise', 'VQASoft',
-           'parse_yes_no', 'POPE', 'MME', 'parse_choice', 'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS',
-           'Relaxed', 'get_scorer']
+__all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'ExactMatch', 'vqa_normalise', 'VQASoft', 'parse_yes_no', 'POPE',
+           'MME', 'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed', 'get_scorer']
+
+# %% ../../nbs/evaluate/10_scorers.ipynb #8a406eda
+from .answers import final_answer, normalise
+from .choices import lettered_options, parse_choice
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #42e699f6
 @dataclass(frozen=True)
@@ -64,34 +67,25 @@ def row_answers(row: Mapping[str, Any]) -> list[str]:
         )
     return out
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #f29aeadb
-_PUNCT = str.maketrans('', '', string.punctuation)
-_ARTICLES = {'a', 'an', 'the'}
-
-
-def normalise(text: str, articles: bool = False) -> str:
-    """Lower case, NFKC, no ASCII punctuation, single spaces; drops a/an/the unless `articles`.
-    Never turns something into nothing."""
-    words = unicodedata.normalize('NFKC', str(text)).lower().split()
-    bare = ' '.join(w for w in (x.translate(_PUNCT) for x in words) if w) or ' '.join(words)
-    return bare if articles else ' '.join(w for w in bare.split() if w not in _ARTICLES) or bare
-
 # %% ../../nbs/evaluate/10_scorers.ipynb #563ecff7
 @dataclass(frozen=True)
 class ExactMatch(Scorer):
     """1 if the normalised prediction equals a normalised answer, else 0. `articles=True` keeps
-    a/an/the (GQA)."""
+    a/an/the (GQA). `reference=True` is the published rule: no punctuation at all, thoughts read as
+    part of the answer."""
 
     articles: bool = False
+    reference: bool = False
     name: ClassVar[str] = 'exact_match'
+    version: ClassVar[str] = '2'
 
     def parse(self, prediction, row):
-        return normalise(prediction, self.articles)
+        said = prediction if self.reference else final_answer(prediction)
+        return normalise(said, self.articles, self.reference)
 
     def score(self, prediction, row):
-        return float(
-            self.parse(prediction, row) in {normalise(a, self.articles) for a in row_answers(row)}
-        )
+        truths = {normalise(a, self.articles, self.reference) for a in row_answers(row)}
+        return float(self.parse(prediction, row) in truths)
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6c4bc15b
 _CONTRACTIONS = """
@@ -111,6 +105,7 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 _RESTORE = {w[:i] + w[i + 1 :]: w for w in _CONTRACTIONS for i, c in enumerate(w) if c == "'"} | {
     "somebody'd": 'somebodyd'
 }
+_ARTICLES = {'a', 'an', 'the'}
 _NUMBERS = {
     w: str(i) for i, w in enumerate('zero one two three four five six seven eight nine ten'.split())
 } | {'none': '0'}
@@ -140,9 +135,11 @@ class VQASoft(Scorer):
 
     tokenize: bool = False
     name: ClassVar[str] = 'vqa_soft'
+    version: ClassVar[str] = '2'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
+        prediction = final_answer(prediction)
         if self.tokenize:
             prediction = (
                 prediction.lower().replace(',', '').replace('?', '').replace("'s", " 's").strip()
@@ -174,7 +171,7 @@ _NEGATION, _YES = (
 def parse_yes_no(text: str) -> str:
     """'yes', 'no' or '' from the first sentence of `text`; a leading yes or no decides, then a
     negation, then a yes."""
-    first = re.split(r'[.!?\n]', text.strip(), maxsplit=1)[0]
+    first = re.split(r'[.!?。\n]', final_answer(text).strip(), maxsplit=1)[0]
     lead = re.match(r'\W*(yes|no|y|n)\b', first, re.I)
     if lead:
         return 'yes' if lead[1][0] in 'yY' else 'no'
@@ -193,6 +190,7 @@ class POPE(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'pope'
+    version: ClassVar[str] = '2'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -238,9 +236,10 @@ class MME(Scorer):
     accuracy, accuracy_plus, `score/<category>` in [0, 200], `perception` and `cognition` sums."""
 
     name: ClassVar[str] = 'mme'
+    version: ClassVar[str] = '2'
 
     def parse(self, prediction, row=None):
-        text = prediction.lower().strip().replace('.', '')
+        text = final_answer(prediction).lower().strip().replace('.', '')
         if text in ('y', 'n', 'yes', 'no'):
             return {'y': 'yes', 'n': 'no'}.get(text, text)
         return 'yes' if 'yes' in text[:4] else 'no' if len(text) > 1 and 'no' in text[:4] else ''
@@ -268,51 +267,6 @@ class MME(Scorer):
             **{f'score/{c}': float(v) for c, v in cats.items()},
         )
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #8eb604c3
-_ANNOUNCED = (
-    r'\b(?:answer|option|choice|choose|select|pick)(?:\s+is|\s+would\s+be)?\s*:?\s*'
-    r'(?:option\s+)?[(\[*"\']*'
-)
-
-
-def _options(choices) -> dict[str, str]:
-    return (
-        dict(choices)
-        if isinstance(choices, Mapping)
-        else dict(zip(string.ascii_uppercase, choices))
-    )
-
-
-def parse_choice(text: str, choices: Sequence[str] | Mapping[str, str]) -> str:
-    """Option letter named by `text`, or ''. `choices`: option texts in order (lettered from A) or a
-    letter -> text mapping."""
-    opts = _options(choices)
-    text, letters = text.strip(), ''.join(opts)
-    if m := re.fullmatch(rf'[\s(\[*"\']*([{letters}])[\s)\].:,;*"\']*', text, re.I):
-        return m[1].upper()
-    if m := re.match(rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:])(?!\w)', text):
-        return m[1]
-    if m := re.match(rf'\(([{letters}])\)', text, re.I):
-        return m[1].upper()
-    said = re.findall(rf'{_ANNOUNCED}([{letters}])\b(?![\'’])', text, re.I)
-    said = [s for s in said if s.isupper()] or [s.upper() for s in said if s != 'a']
-    if said:
-        return said[-1]
-    alone = {
-        m[1]
-        for m in re.finditer(
-            rf'(?<![\w\'’])([{letters}])\b(?![\'’])(?!(?<=A)\s+(?!and\b|or\b)[a-z])', text
-        )
-    }
-    if len(alone) == 1:
-        return alone.pop()
-    plain = f' {normalise(text, True)} '
-    for inside in (lambda o: f' {o} ' == plain, lambda o: f' {o} ' in plain):
-        hits = [k for k, v in opts.items() if inside(normalise(v, True))]
-        if len(hits) == 1:
-            return hits[0]
-    return ''
-
 # %% ../../nbs/evaluate/10_scorers.ipynb #e32dcef2
 def index_letters(row: Mapping[str, Any]) -> Any:
     """A row's `answers` with integers, which are 0-based indices into its `choices` (ScienceQA), as
@@ -325,7 +279,7 @@ def index_letters(row: Mapping[str, Any]) -> Any:
         return [index_letters({**row, 'answers': a}) for a in answers]
     if not isinstance(answers, Integral) or isinstance(answers, bool):
         return answers
-    letters = list(_options(choices))
+    letters = list(lettered_options(choices))
     if not 0 <= answers < len(letters):
         raise ValueError(
             f'row {row.get("id", "?")!r}: answer {answers} is no index into {len(letters)} choices '
@@ -345,6 +299,7 @@ class MultipleChoice(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
+    version: ClassVar[str] = '2'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')
@@ -352,7 +307,7 @@ class MultipleChoice(Scorer):
             raise ValueError(
                 f"row {row.get('id', '?')!r}: multiple choice needs two or more 'choices'"
             )
-        return _options(c)
+        return lettered_options(c)
 
     def truth(self, row) -> str:
         "The right option's letter."
@@ -412,10 +367,11 @@ class ANLS(Scorer):
 
     threshold: float = 0.5
     name: ClassVar[str] = 'anls'
+    version: ClassVar[str] = '2'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
-        return ' '.join(prediction.lower().split())
+        return ' '.join(final_answer(prediction).lower().split())
 
     def score(self, prediction, row):
         said = self.parse(prediction)
@@ -439,12 +395,14 @@ class Relaxed(Scorer):
 
     tolerance: float = 0.05
     name: ClassVar[str] = 'relaxed'
+    version: ClassVar[str] = '2'
 
     def parse(self, prediction, row=None):
-        return prediction.strip().lower()
+        return final_answer(prediction).strip().lower()
 
     def score(self, prediction, row):
-        said, value = self.parse(prediction), _number(prediction)
+        said = self.parse(prediction)
+        value = _number(said)
 
         def right(answer):
             ref = _number(answer)

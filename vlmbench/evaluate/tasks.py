@@ -4,18 +4,31 @@
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #a683d6fc
 from __future__ import annotations
-import base64, csv, hashlib, json, re
+import hashlib, json, re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+
 # %% auto #0
-__all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'image_key', 'lettered', 'apply_prompt', 'sample_items', 'Task', 'load_task',
-           'world_tasks', 'read_rows', 'rows_task']
+__all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'lettered', 'apply_prompt', 'sample_items', 'Task', 'load_task', 'world_tasks',
+           'rows_task']
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #f301b4e2
-from ..data.record import ImageRef, Quarantine, Sample, Turn, allowed_roots, read_records
+from ..data.record import IMAGE_TOKEN, Quarantine, Sample, Turn, allowed_roots, read_records
+from vlmbench.evaluate.benchmark_rows import (
+    IMAGE_COLUMNS,
+    image_key,
+    is_missing,
+    mark_pictures,
+    name_pictures,
+    read_rows,  # noqa: F401 - part of this module's interface
+    row_choices,
+    row_pictures,
+    row_truths,
+)
 from .scorers import MultipleChoice, Scorer, get_scorer, index_letters, row_answers
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #82297d90
@@ -51,17 +64,6 @@ class Item:
     def sample(self) -> Sample:
         "The question as a sample without an answer: what a processor encodes."
         return Sample(self.id, list(self.turns), list(self.images), list(self.regions))
-
-
-def image_key(image) -> str:
-    "Name of a picture: its `key` or path, or a hash of its pixels where it has none."
-    if isinstance(key := getattr(image, 'key', None), str):
-        return key
-    path = getattr(image, 'path', None) or (image if isinstance(image, (str, Path)) else None)
-    if path:
-        return str(path)
-    data = getattr(image, 'data', None) or f'{image.mode}{image.size}'.encode() + image.tobytes()
-    return 'pixels-' + hashlib.sha256(data).hexdigest()[:16]
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #bc2e786d
 _MARKERS = re.compile(r'\s*(?:<image>\s?)+')
@@ -297,82 +299,87 @@ KINDS: dict[str, tuple[str, str]] = {  # kind: (scorer, prompt)
     ),
 }
 
-
-def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[dict[str, Any]]:
-    """Rows of a benchmark file: a JSON list, {'data': [...]} or {'questions': [...]}, {id: row}
-    (GQA), JSONL, CSV/TSV or parquet. `annotations` (VQA v2): a JSON with 'annotations', joined on
-    question_id."""
-    path = Path(path)
-    if path.suffix in ('.tsv', '.csv'):
-        csv.field_size_limit(2**31 - 1)
-        with open(path, newline='', encoding='utf8') as f:
-            return list(csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ','))
-    if path.suffix == '.parquet':
-        import pyarrow.parquet as pq
-
-        return pq.read_table(path).to_pylist()
-    text = path.read_text(encoding='utf8')
-    if path.suffix == '.jsonl':
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as e:
-        if 'Extra data' not in e.msg:
-            raise ValueError(f'{path}: not JSON: {e}') from None
-        return [
-            json.loads(line) for line in text.splitlines() if line.strip()
-        ]  # POPE: .json, one row a line
-    if isinstance(rows, dict):
-        inner = next(
-            (rows[k] for k in ('data', 'questions') if isinstance(rows.get(k), list)), None
-        )
-        if inner is not None:
-            rows = inner
-        elif all(isinstance(v, dict) for v in rows.values()):
-            rows = [dict(v, id=k) for k, v in rows.items()]
-        else:
-            rows = [rows]  # JSON Lines with one line
-    if annotations is None:
-        return rows
-    truth = {
-        a['question_id']: a
-        for a in json.loads(Path(annotations).read_text(encoding='utf8'))['annotations']
-    }
-    absent = [r['question_id'] for r in rows if r['question_id'] not in truth]
-    if absent:
-        raise ValueError(
-            f'{annotations}: no annotation for {len(absent)} question(s), first {absent[0]}'
-        )
-    return [{**r, **truth[r['question_id']]} for r in rows]
-
 # %% ../../nbs/evaluate/00_tasks.ipynb #cbac1bd2
 _KEYS = dict(
     id=('question_id', 'questionId', 'id', 'index', 'qid'),
     question=('question', 'text', 'query'),
     answers=('answers', 'answer', 'label', 'target'),
-    image=('image', 'image_path', 'imgname', 'image_id', 'imageId'),
+    image=IMAGE_COLUMNS,
     question_type=('question_type', 'answer_type', 'category', 'type'),
     group=('group',),
     choices=('choices', 'options'),
 )
 
 
-def _image(value, root, folder_name: Callable | None):
-    """A row's picture: a path, PIL, {'bytes': ...} of a parquet file, or base64 text of a TSV
-    (MMBench)."""
-    if isinstance(value, Mapping):
-        value = value.get('bytes') or value.get('path')
-    if isinstance(value, str) and len(value) > 1000:
-        value = base64.b64decode(value)
-    if isinstance(value, bytes):
-        return ImageRef('', None, value)
-    return (
-        value
-        if hasattr(value, 'convert')
-        else ImageRef(folder_name(value) if folder_name else str(value), root)
+def _cells(row: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """A row's cells by what they mean: the first filled column of each kind, or the one that `keys`
+    names. Pictures are read apart."""
+
+    def cell(meaning):
+        names = (keys[meaning],) if meaning in keys else _KEYS[meaning]
+        return next((row[n] for n in names if not is_missing(row.get(n))), None)
+
+    cells = {meaning: cell(meaning) for meaning in _KEYS if meaning != 'image'}
+    for need in ('question', 'answers'):
+        if cells[need] is None:
+            raise ValueError(f'no {need}')
+    letters = {c: row[c] for c in 'ABCDEFGHIJ' if not is_missing(row.get(c)) and row[c] != 'nan'}
+    if cells['choices'] is None:
+        cells['choices'] = letters or None
+    kinds = cells['question_type']
+    if isinstance(kinds, (list, tuple, np.ndarray)):
+        cells['question_type'] = '+'.join(map(str, kinds))
+    return cells
+
+# %% ../../nbs/evaluate/00_tasks.ipynb #0806beaa
+def _shown_choices(value: Any, places: Mapping[int, int]) -> Any:
+    "The options in a cell, ready to be shown."
+    if value is None:
+        raise ValueError('no choices')
+    choices = row_choices(value)
+    if len(choices) < 2:
+        raise ValueError(f"multiple choice needs two or more 'choices', the row has {choices!r}")
+    texts = choices.items() if isinstance(choices, Mapping) else enumerate(choices)
+    named = {k: name_pictures(t, places) if isinstance(t, str) else t for k, t in texts}
+    if any(isinstance(t, str) and IMAGE_TOKEN in t for t in named.values()):
+        raise ValueError(f'the choices {list(named.values())!r} hold {IMAGE_TOKEN}')
+    return named if isinstance(choices, Mapping) else list(named.values())
+
+
+def _benchmark_sample(
+    row: Mapping[str, Any],
+    number: int,
+    kind: str,
+    options: bool,
+    root: Any,
+    keys: Mapping[str, str],
+    image_name: Callable[[Any], str] | None,
+    source: str,
+) -> Sample:
+    "One row of a benchmark as a sample; raises ValueError saying what is wrong with it."
+    cells = _cells(row, keys)
+    images, places = row_pictures(row, root, image_name, keys.get('image'))
+    choices = _shown_choices(cells['choices'], places) if options else cells['choices']
+    text = mark_pictures(name_pictures(str(cells['question']), places), len(images))
+    group, ident = cells['group'], number if cells['id'] is None else cells['id']
+    if kind == 'mme':  # two questions share a picture and an id
+        ident = f'{ident}/{number}'
+        if group is None and images:
+            group = image_key(images[0])
+    truth = dict(
+        answers=row_truths(cells['answers']),
+        choices=choices if kind == 'choice' else None,
+        id=f'{source}/{number}',
     )
+    meta = dict(
+        question_type=cells['question_type'],
+        answers=row_answers(dict(answers=index_letters(truth))),
+        choices=choices,
+        group=group,
+    )
+    return Sample(str(ident), [Turn('user', text)], images, source=source, meta=meta)
 
-
+# %% ../../nbs/evaluate/00_tasks.ipynb #78da1ec9
 def rows_task(
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -385,56 +392,25 @@ def rows_task(
 ) -> Task:
     """Task from benchmark `rows` (dictionaries) of a `kind` in `KINDS`. `roots`: as in
     `load_task`. `keys` maps id, question, answers, image, question_type, group, choices to
-    column names where the usual ones do not fit; `image_name` turns a row's image id into a path
-    under `image_root`. MME rows without 'group' are paired by their picture. Raises ValueError
-    naming row and columns."""
+    column names where the usual ones do not fit (image: to several names, where pictures stand in
+    several columns); `image_name` turns a row's image id into a path under `image_root`. Pictures
+    are also found in `images` and in `image_1`, `image_2`, ... MME rows without 'group' are paired
+    by their picture. Raises ValueError naming row and columns."""
     if kind not in KINDS:
         raise ValueError(f'kind={kind!r} is unknown: use one of {", ".join(KINDS)}')
     if unknown := set(keys or {}) - set(_KEYS):
         raise ValueError(f'keys names {sorted(unknown)}; known are {", ".join(_KEYS)}')
-    scorer, prompt = KINDS[kind]
+    scorer, prompt = kwargs.pop('scorer', KINDS[kind][0]), kwargs.pop('prompt', KINDS[kind][1])
+    options = '{choices}' in prompt or isinstance(get_scorer(scorer), MultipleChoice)
     root = allowed_roots(str(image_root), roots)
-
-    def get(row, what):
-        names = (keys[what],) if keys and what in keys else _KEYS[what]
-        return next((row[n] for n in names if row.get(n) not in (None, '', [])), None)
-
     samples = []
     for n, row in enumerate(rows):
-        v = {k: get(row, k) for k in _KEYS}
-        for need in ('question', 'answers'):
-            if v[need] is None:
-                raise ValueError(
-                    f'{name} row {n}: no {need}; it has {sorted(row)}; name the column in '
-                    f'keys={{{need!r}: ...}}'
-                )
-        letters = {c: row[c] for c in 'ABCDEFGH' if row.get(c) not in (None, '', 'nan')}
-        choices = v['choices'] if v['choices'] is not None else letters or None
-        if isinstance(v['question_type'], (list, tuple)):
-            v['question_type'] = '+'.join(map(str, v['question_type']))
-        images = [] if v['image'] is None else [_image(v['image'], root, image_name)]
-        group = (
-            v['group']
-            if v['group'] is not None or kind != 'mme'
-            else image_key(images[0])
-            if images
-            else None
-        )
-        ident = f'{v["id"] if v["id"] is not None else n}' + f'/{n}' * (
-            kind == 'mme'
-        )  # MME: one id for both questions
-        truth = dict(
-            answers=v['answers'], choices=choices if kind == 'choice' else None, id=f'{name}/{n}'
-        )
-        answers = row_answers(dict(answers=index_letters(truth)))
-        meta = dict(question_type=v['question_type'], answers=answers, choices=choices, group=group)
-        samples.append(
-            Sample(
-                ident,
-                [Turn('user', '<image>\n' * len(images) + str(v['question']))],
-                images,
-                source=name,
-                meta=meta,
-            )
-        )
-    return Task(name, samples, kwargs.pop('scorer', scorer), kwargs.pop('prompt', prompt), **kwargs)
+        try:
+            sample = _benchmark_sample(row, n, kind, options, root, keys or {}, image_name, name)
+        except ValueError as e:
+            raise ValueError(
+                f'{name} row {n}: {e}; it has {sorted(map(str, row))}; keys={{...}} says which '
+                'columns to read'
+            ) from None
+        samples.append(sample)
+    return Task(name, samples, scorer, prompt, **kwargs)

@@ -21,6 +21,7 @@ from ..data.record import BadRecord, ImageRef, Sample, Turn
 from ..data.rows import iter_rows
 from .judge import PUBLISHED_PROMPT_SHA256, ExactJudge, Graded, Grades
 from .results import Results
+from .answers import final_answer
 from .scorers import Scorer, row_answers
 from .tasks import Task
 
@@ -78,7 +79,7 @@ def read_vip_meta(path: str | Path) -> dict[str, tuple[str, str, tuple[str, ...]
     if not path.exists():
         raise FileNotFoundError(f'{path} is missing: it holds the answers and capabilities')
     try:
-        rows = json.loads(path.read_text(encoding='utf8'))
+        rows = json.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as e:
         raise BadRecord(f'{path}: not JSON: {e}') from None
     if not isinstance(rows, dict) or not rows:
@@ -139,9 +140,10 @@ class VipExact(Scorer):
 
     contains: bool = False
     name: ClassVar[str] = 'vip_exact'
+    version: ClassVar[str] = '2'
 
     def parse(self, prediction, row):
-        return ' '.join(str(prediction).split())
+        return ' '.join(final_answer(prediction).split())
 
     def score(self, prediction, row):
         return ExactJudge(self.contains)('', row_answers(row)[0], str(prediction)).score
