@@ -370,11 +370,11 @@ def terms(self: Zero, state: RunState) -> None:
     "The balanced loss, which ends a segment at the template's end of a turn."
     if 'balance' not in dict(state.stage.losses):
         return
-    template = get_template(state.stage.template or state.scale.template)
-    ends = [piece.text for piece in template.answer if piece.special]
-    tokenizer = state.processor.tokenizer
-    # a planner has no tokenizer: the term costs the same whatever the token
-    stop = 0 if state.weightless else tokenizer.convert_tokens_to_ids(ends[-1])
+    stop = 0  # a planner has no tokenizer: the term costs the same whatever the token
+    if not state.weightless:
+        template = get_template(state.stage.template or state.scale.template)
+        ends = [piece.text for piece in template.answer if piece.special]
+        stop = state.processor.tokenizer.convert_tokens_to_ids(ends[-1])
     state.terms['balance'] = Balanced(stop)
 
 # %% ../../nbs/methods/40_zero.ipynb #bd622f2f
