@@ -23,6 +23,7 @@ from torch import nn
 
 from ..data.mixture import Mixture, StatefulSampler
 from ..data.packing import BatchLoader
+from ..data.progress import progress
 from ..data.quarantine import Quarantine, TooManyBadRecords
 from ..data.sources import StageData
 from ..distill.terms import LossTerm
@@ -45,7 +46,6 @@ from vlmbench.train.metrics import (
     FLOP_CONVENTION,
     FlopModel,
     MetricLog,
-    ProgressLine,
     batch_counts,
     make_tracker,
     peak_flops,
@@ -301,11 +301,14 @@ class Trainer:
         return self.summary()
 
     @property
+    def spent(self) -> int:
+        "What is used up of the stage's budget, in target tokens or in steps."
+        return self.seen_targets if self.stage.budget_targets else self.step
+
+    @property
     def used(self) -> float:
-        "Share of the stage's budget that is used up, in target tokens or in steps."
-        if self.stage.budget_targets:
-            return self.seen_targets / self.stage.budget_targets
-        return self.step / self.stage.steps
+        "The same as a share of the budget; 1 when it is used up."
+        return self.spent / (self.stage.budget_targets or self.stage.steps)
 
 # %% ../../nbs/train/10_loop.ipynb #a87ff2a0
 @patch
@@ -439,7 +442,16 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
     device, world = self.ranks.device, self.ranks.world
     self.peak, peak_source = peak_flops(device, self.precision)
     self.table = self.plan.table()
-    self.progress = ProgressLine(self.progress_seconds if self.main else None)
+    in_targets = self.stage.budget_targets is not None
+    self.progress = progress(
+        self.stage.budget_targets or self.stage.steps,
+        self.stage.name,
+        'targets' if in_targets else 'steps',
+        initial=self.spent,
+        seconds=self.progress_seconds if self.main else None,
+        summary=True,
+    )
+    cleanup.callback(self.progress.close)
     if not self.main:
         return
     if self.progress_seconds is not None:
@@ -614,7 +626,8 @@ def record(self: Trainer, row: dict, last: bool) -> None:
     "Log the step, show progress, run the callbacks that are due."
     if self.main:
         self.log.log(row)
-    self.progress(row, self.used, last)
+    shown = dict(step=self.step, loss=row['loss'], grad=row['grad_norm'])
+    self.progress.update(self.spent, **shown, **{'tok/s': row['tokens_per_s']})
     report = StepReport(
         self.step, self.seen_targets, row, self.model, self.processor, self.plan, self.out_dir
     )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'FLOP_CONVENTION', 'DATASHEET_TFLOPS', 'MetricLog', 'flatten', 'read_metrics', 'Tracker',
-           'TensorBoardTracker', 'TrackioTracker', 'WandbTracker', 'make_tracker', 'ProgressLine', 'clock',
-           'peak_memory', 'batch_counts', 'FlopModel', 'peak_flops']
+           'TensorBoardTracker', 'TrackioTracker', 'WandbTracker', 'make_tracker', 'peak_memory', 'batch_counts',
+           'FlopModel', 'peak_flops']
 
 # %% ../../nbs/train/06_metrics.ipynb #9e85112e
 import json, math, os, re, resource, sys, time, warnings
@@ -189,39 +189,6 @@ def make_tracker(
     return TRACKERS[name](out_dir, project, run or Path(out_dir).name, dict(config or {}))
 
 # %% ../../nbs/train/06_metrics.ipynb #2974da4d
-class ProgressLine:
-    "Print `step loss speed eta` at most every `seconds` seconds (0: every step; None: never)."
-
-    def __init__(self, seconds: float | None = 10.0, out=None):
-        self.seconds, self.out, self.last, self.began = seconds, out, -math.inf, None
-
-    def __call__(self, row: Mapping[str, Any], done: float, last: bool = False) -> None:
-        """`done`: fraction of the budget. The estimate of the time left uses the run's own pace
-        since it started or resumed."""
-        now = time.perf_counter()
-        if self.began is None:
-            self.began = (now, done)
-        if self.seconds is None or not last and now - self.last < self.seconds:
-            return
-        self.last = now
-        print(
-            f'step {row["step"]:>6}  {done:6.1%}  loss {row["loss"]:.4f}  grad '
-            f'{row["grad_norm"]:.2f}  '
-            f'{row["tokens_per_s"]:,.0f} tok/s'
-            f'  eta {clock(row["eta_s"])}',
-            file=self.out or sys.stdout,
-            flush=True,
-        )
-
-
-def clock(seconds: float | None) -> str:
-    "Seconds as h:mm:ss ('?' when unknown)."
-    if seconds is None or not math.isfinite(seconds):
-        return '?'
-    s = int(seconds)
-    return f'{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}'
-
-
 def peak_memory() -> dict[str, float]:
     """Peak resident memory of this process and, where there is one, peak allocated CUDA memory, in
     MB (10^6 bytes)."""
