@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../../nbs/cost/10_counter.ipynb #fbf3d172
 from ..models import modeling
-from ..models.modeling import VLMForConditionalGeneration
+from ..models.modeling import VLMForConditionalGeneration, VLMOutput
 from ..train.flops import Flops, product_flops
 
 # %% ../../nbs/cost/10_counter.ipynb #1621622b
@@ -294,10 +294,10 @@ def _mask(model, work, dtype, kernel, device):
 
 # %% ../../nbs/cost/10_counter.ipynb #c9771a82
 def _decode(model, meter, batch, mask=None, hidden_states=False, cache=None, use_cache=False):
-    "Embedding, front end and decoder: the language model's output."
+    "Embedding, front end and decoder: the language model's output, and the image features."
     ids = batch['input_ids']
     table = model.get_input_embeddings()
-    embeds, slots = table(ids.to(table.weight.device)), None
+    embeds, slots, features = table(ids.to(table.weight.device)), None, None
     if 'pixel_values' in batch:
         meter.part = 'vision'
         features, _ = model.get_image_features(batch['pixel_values'])
@@ -312,7 +312,7 @@ def _decode(model, meter, batch, mask=None, hidden_states=False, cache=None, use
     places = (
         None if mask is None else torch.empty(ids.shape, dtype=torch.long, device=embeds.device)
     )
-    return model.model.language_model(
+    decoded = model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=places,
@@ -320,6 +320,7 @@ def _decode(model, meter, batch, mask=None, hidden_states=False, cache=None, use
         use_cache=use_cache,
         output_hidden_states=hidden_states,
     )
+    return decoded, features
 
 
 def _loss(model, hidden, work):
@@ -466,13 +467,18 @@ def _step(model, work, terms, precision, kernel, meter):
     with meter, half or nullcontext():
         batch = _batch(model, work, 'meta')
         dtype = torch.bfloat16 if half else next(model.parameters()).dtype
-        out = _decode(model, meter, batch, _mask(model, work, dtype, kernel, 'meta'), bool(terms))
+        mask = _mask(model, work, dtype, kernel, 'meta')
+        decoded, features = _decode(model, meter, batch, mask, bool(terms))
         meter.part = 'lm_head'
-        loss = _loss(model, out.last_hidden_state, work)
+        loss = _loss(model, decoded.last_hidden_state, work)
         meter.part = 'losses'
+        # what a loss term reads of the model in training
+        out = VLMOutput(
+            loss=loss, hidden_states=decoded.hidden_states, image_hidden_states=features
+        )
         for term in terms.values():
             loss = loss + term(out, batch)
-        del out
+        del decoded, features, out
         if half:
             half.leave()
         activations, meter.phase = meter.live, 'backward'
@@ -542,7 +548,7 @@ def inference_cost(
             kernel,
             'meta',
         )
-        out = _decode(model, meter, batch, mask, use_cache=True)
+        out, _ = _decode(model, meter, batch, mask, use_cache=True)
         model.lm_head(out.last_hidden_state[:, -1:])
         cache = out.past_key_values
         size, done = _cache_bytes(cache), _forward(meter)
