@@ -25,7 +25,7 @@ from vlmbench.models.vlm import (
     VLMForConditionalGeneration,
     assemble,
 )
-from ..methods.eve import _stride
+from ..methods.eve import stride_of
 
 # %% ../../nbs/checkpoints/30_eve_names.ipynb #55de4b52
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -204,8 +204,8 @@ def from_reference(
             llm.config.num_hidden_layers,
             teacher,
             spec['image_token_id'],
-            _stride(front),
-            grid_ratio(spec['canvas'], _stride(front), teacher.config),
+            stride_of(front),
+            grid_ratio(spec['canvas'], stride_of(front), teacher.config),
             view,
             view,
             spec.get('select_layer', -2),
