@@ -20,27 +20,25 @@ from published_inputs import uncanvas
 from vlmbench.data.collate import collate_padded
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.methods.eve import METHOD, after_stage, before_stage, losses, recipe, transform_of
+from vlmbench.methods.eve import EVE, transform_of
 from vlmbench.checkpoints.eve import (
     from_reference,
     load_release,
     term_to_reference,
     to_reference,
 )
-from vlmbench.checkpoints.load import load_vlm
-from vlmbench.train.scale import base_model
-from vlmbench.methods.recipes import find_scale, get_method, get_recipe, model_config
 from vlmbench.checkpoints.names import CheckpointFormatError
-from vlmbench.cost.shapes import model_from_shapes
+from vlmbench.checkpoints.load import load_vlm
+from vlmbench.train.scale import base_model, get_scale
+from vlmbench.methods.recipes import find_scale, get_method, get_recipe
 from vlmbench.distill.align import PatchAligner, grid_ratio
 from vlmbench.models.patch import GridLayout
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vlm import VLMForConditionalGeneration, assemble, module_groups
-from vlmbench.run.pipeline import build, fit
 from vlmbench.train.prepare import merge_lora, prepare
 from vlmbench.train.process import Preempted
 from vlmbench.train.recipe import Recipe, RecipeError, Stage, lora, override
-from vlmbench.train.scale import get_scale
+from vlmbench.train.stages import run_stages
 
 FRONT, IMAGE = dict(type='eve', channels=16, patch_stride=2, heads=4), 29
 FRONTS = dict(eve=FRONT, eve_v2=dict(type='eve_v2', channels=16, patch_stride=2))
@@ -201,12 +199,15 @@ def test_lora_reaches_every_linear_layer_of_the_patch_embedding():
 
 
 def test_saved_folder_holds_neither_teacher_nor_aligner(tmp_path):
-    scale = get_scale('tiny')
-    model, processor = build(METHOD, recipe(scale), scale)
-    term = losses(model, processor, recipe(scale).stages[0], scale)['align']
-    assert (
-        losses(model, processor, recipe(scale).stages[1], scale)['align'] is term
-    )  # the stages share it
+    scale, method = get_scale('tiny'), EVE()
+    state = method.start(method.recipe(scale), scale)
+    model, processor = state.model, state.processor
+    state.stage = state.recipe.stages[0]
+    method.terms(state)
+    term = state.terms['align']
+    state.stage = state.recipe.stages[1]
+    method.terms(state)
+    assert state.terms['align'] is term  # the stages share it
     model.save_pretrained(tmp_path / 'm')
     processor.save_pretrained(tmp_path / 'm')
     again = VLMForConditionalGeneration.from_pretrained(tmp_path / 'm')
@@ -223,20 +224,20 @@ def test_saved_folder_holds_neither_teacher_nor_aligner(tmp_path):
 
 
 def test_registered_with_the_controls_budget_and_paper_counts():
-    assert get_method('eve') is METHOD
+    assert get_method('eve') == EVE()
     control = get_method('llava').recipe(get_scale('tiny'))
-    for r in (recipe(get_scale('tiny')), recipe(get_scale('tiny'), prealign=False)):
+    for r in (EVE().recipe(get_scale('tiny')), EVE(prealign=False).recipe(get_scale('tiny'))):
         assert sum(s.budget_targets for s in r.stages) == sum(
             s.budget_targets for s in control.stages
         )
     scale = get_scale('paper')
-    groups = module_groups(model_from_shapes(recipe(scale), scale))
+    groups = module_groups(scale.weightless(EVE().recipe(scale)))
     count = {g: sum(p.numel() for _, p in ps) for g, ps in groups.items()}
     assert count['vision'] == 9_003_008 and count['projector'] == 20_979_712
     assert (
         sum(count[g] for g in ('embed', 'layers', 'norm', 'lm_head')) == 6_738_415_616
     )  # Vicuna-7B
-    bare = recipe(get_scale('tiny'), align=False)
+    bare = EVE(align=False).recipe(get_scale('tiny'))
     assert all(s.losses == () for s in bare.stages)
 
 
@@ -283,7 +284,8 @@ def test_an_empty_canvas_gives_whole_windows_only():
 
 def test_published_settings():
     "Global batch on any number of ranks, length and grouping rules of the released scripts."
-    paper, hd = recipe(get_scale('paper')), recipe(get_scale('paper'), hd=True).stage('finetune_hd')
+    paper = EVE().recipe(get_scale('paper'))
+    hd = EVE(hd=True).recipe(get_scale('paper')).stage('finetune_hd')
     assert [s.global_rows for s in (*paper.stages, hd)] == [512, 512, 128, 128]
     assert [s.over(32).accumulation for s in (*paper.stages, hd)] == [1, 1, 1, 2] and paper.stages[
         0
@@ -297,23 +299,23 @@ def test_published_settings():
         get_scale('paper'),
         llm_config=get_scale('paper').llm_config | dict(tie_word_embeddings=True),
     )
-    assert not recipe(tied).stage('pretrain').trains['lm_head'].trains
+    assert not EVE().recipe(tied).stage('pretrain').trains['lm_head'].trains
 
 
 @pytest.mark.parametrize(
     'scale, canvas, stride',
     [
-        (dataclasses.replace(get_scale('paper'), name='mine'), 672, 14),
+        (dataclasses.replace(get_scale('paper'), name='mine', like='paper'), 672, 14),
         (find_scale('vip_llava:llama-3-8b'), 672, 14),
         (find_scale('vora_paper'), 896, 14),
-        (dataclasses.replace(get_scale('small'), name='x'), 224, 8),
-        (dataclasses.replace(get_scale('tiny'), name='y'), 64, 4),
+        (dataclasses.replace(get_scale('small'), name='x', like='small'), 224, 8),
+        (dataclasses.replace(get_scale('tiny'), name='y', like='tiny'), 64, 4),
     ],
 )
 def test_strides_and_canvas_follow_the_teacher_of_any_scale(scale, canvas, stride):
-    r = recipe(scale)
+    r = EVE().recipe(scale)
     assert (r.canvas, r.front_end['patch_stride']) == (canvas, stride)
-    assert grid_ratio(r.canvas, 2 * stride, model_config(scale, 'vision')) == 1
+    assert grid_ratio(r.canvas, 2 * stride, scale.tower_config) == 1
 
 
 def test_the_canvas_is_an_option_and_on_record():
@@ -322,7 +324,7 @@ def test_the_canvas_is_an_option_and_on_record():
     assert (
         plan.canvas == plan.to_dict()['canvas'] == 128 and Recipe.from_dict(plan.to_dict()) == plan
     )
-    model, processor = build(METHOD, plan, tiny)
+    processor = get_method('eve', ['canvas=128']).start(plan, tiny).processor
     assert (
         processor.transform.size == 128
         and processor.load(Image.new('RGB', (64, 64)))[0]['tokens'] == 1 + 16 * 17
@@ -355,7 +357,27 @@ def test_longer_rows_make_room_for_a_picture_that_was_refused(name, stages):
     assert [s.max_tokens for s in plan.stages] == [1200] * len(stages)
 
 
-def test_a_row_too_short_for_a_late_stage_is_refused_before_the_first(tmp_path):
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    return write_world(
+        tmp_path_factory.mktemp('eve') / 'world',
+        WorldConfig(),
+        WorldSize(
+            caption_train=12,
+            vqa_train=12,
+            vqa_val=0,
+            vqa_test=0,
+            text_train=6,
+            text_test=0,
+            region_train=0,
+            region_test=0,
+            probe_train=0,
+            probe_test=0,
+        ),
+    )
+
+
+def test_a_row_too_short_for_a_late_stage_is_refused_before_the_first(world, tmp_path):
     tiny, trained = get_scale('tiny'), []
     for change in ('finetune.max_tokens=60', 'finetune_hd.max_tokens=200'):
         variant = ['hd=True'] if 'hd' in change else []
@@ -367,12 +389,11 @@ def test_a_row_too_short_for_a_late_stage_is_refused_before_the_first(tmp_path):
             {f'stages.{name}.max_tokens': int(change.split('=')[1])},
         )
         with pytest.raises(RecipeError, match=wanted):
-            fit(
-                METHOD,
-                plan,
-                tiny,
-                *build(METHOD, plan, tiny),
-                tmp_path,
+            method = get_method('eve', variant)
+            run_stages(
+                method,
+                method.start(plan, tiny),
+                world,
                 tmp_path / 'out',
                 lambda r: trained.append(r),
             )
@@ -382,11 +403,14 @@ def test_a_row_too_short_for_a_late_stage_is_refused_before_the_first(tmp_path):
 def test_patches_of_eve_v2():
     "Any ratio at the area of a square; no aligner; a model that loads again."
     tiny = get_scale('tiny')
-    plan = recipe(tiny, patches='eve_v2', align=False)
-    model, processor = build(METHOD, plan, tiny)
+    method = EVE(patches='eve_v2', align=False)
+    state = method.start(method.recipe(tiny), tiny)
+    model, processor = state.model, state.processor
     assert [p['size'] for p in processor.load(Image.new('RGB', (90, 40)))] == [(48, 96)]
     assert processor.load(Image.new('RGB', (64, 64)))[0]['tokens'] == 1 + 8 * 9
-    assert METHOD.losses(model, processor, plan.stages[0], tiny) == {}
+    state.stage = state.recipe.stages[0]
+    method.terms(state)
+    assert state.terms == {}
     groups = module_groups(model)
     assert {n.split('.')[2] for n, _ in groups['vision']} == {
         'patch_embedding',
@@ -399,29 +423,30 @@ def test_patches_of_eve_v2():
 def test_the_aligner_follows_the_runs_seed():
     tiny, drawn = get_scale('tiny'), {}
     for key, seed in (('a', 3), ('b', 3), ('c', 4)):
-        model, processor = build(METHOD, recipe(tiny), tiny, seed)
-        drawn[key] = losses(model, processor, recipe(tiny).stages[0], tiny)[
-            'align'
-        ].input_layer.weight
+        state = EVE().start(EVE().recipe(tiny), tiny, seed)
+        state.stage = state.recipe.stages[0]
+        EVE().terms(state)
+        drawn[key] = state.terms['align'].input_layer.weight
     assert torch.equal(drawn['a'], drawn['b']) and not torch.equal(drawn['a'], drawn['c'])
 
 
 def test_twice_the_canvas_in_the_last_stage():
     """Four times the windows, averaged onto the teacher's patches; the teacher gets its own view of
     every picture."""
-    tiny = get_scale('tiny')
-    plan = recipe(tiny, hd=True)
-    model, processor = build(METHOD, plan, tiny)
+    tiny, method = get_scale('tiny'), EVE(hd=True)
+    state = method.start(method.recipe(tiny), tiny)
+    processor = state.processor
     picture = (
         Image.effect_mandelbrot((60, 60), (-2, -1.5, 1, 1.5), 40).convert('RGB').resize((60, 38))
     )
     sample = Sample('a', [Turn('user', '<image> what'), Turn('assistant', 'red')], [picture])
     seen = []
-    for stage in plan.stages[1:]:
-        model, now = before_stage(model, processor, stage, tiny)
-        term = losses(model, now, stage, tiny)['align']
-        batch = collate_padded([now.encode(sample)], 0)
-        out = model(
+    for state.stage in state.recipe.stages[1:]:
+        method.before_stage(state)
+        method.terms(state)
+        term = state.terms['align']
+        batch = collate_padded([state.processor.encode(sample, views=term.views)], 0)
+        out = state.model(
             **{
                 k: v
                 for k, v in batch.items()
@@ -436,10 +461,10 @@ def test_twice_the_canvas_in_the_last_stage():
             assert (own - batch['teacher_values']).abs().mean() < 0.1 * batch[
                 'teacher_values'
             ].std()
-        model, now = after_stage(model, now, stage, tiny)
-        assert 'teacher_values' not in now.encode(sample).images[0]
+        method.after_stage(state)
+        assert 'teacher_values' not in state.processor.encode(sample).images[0]
     assert seen == [([[48, 64]], 1, False), ([[96, 128]], 2, True)]
-    assert processor.transform.size == 64 and now.transform.size == 128
+    assert processor.transform.size == 64 and state.processor.transform.size == 128
 
 
 class Stop:
@@ -464,26 +489,11 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def test_a_run_stopped_in_any_stage_ends_as_if_it_had_not_been(tmp_path, two_threads):
+def test_a_run_stopped_in_any_stage_ends_as_if_it_had_not_been(world, tmp_path, two_threads):
     """All stages with the aligner, the last at twice the canvas: the same weights of model and
     aligner, bit for bit."""
-    world = write_world(
-        tmp_path / 'world',
-        WorldConfig(),
-        WorldSize(
-            caption_train=12,
-            vqa_train=12,
-            vqa_val=0,
-            vqa_test=0,
-            text_train=6,
-            text_test=0,
-            region_train=0,
-            region_test=0,
-            probe_train=0,
-            probe_test=0,
-        ),
-    )
-    tiny, plan = get_scale('tiny'), recipe(get_scale('tiny'), hd=True)
+    tiny, method = get_scale('tiny'), EVE(hd=True)
+    plan = method.recipe(tiny)
     plan = override(
         plan,
         {
@@ -494,28 +504,25 @@ def test_a_run_stopped_in_any_stage_ends_as_if_it_had_not_been(tmp_path, two_thr
     )
 
     def run(out, stop=None):
-        (model, processor), taught = build(METHOD, plan, tiny, 5), {}
+        state, taught = method.start(plan, tiny, 5), {}
 
         def keep(result):
             taught.update(
-                {f'align.{k}': v.clone() for k, v in model.loss_terms['align'].state_dict().items()}
+                {f'align.{k}': v.clone() for k, v in state.terms['align'].state_dict().items()}
             )
 
-        done = fit(
-            METHOD,
-            plan,
-            tiny,
-            model,
-            processor,
+        done = run_stages(
+            method,
+            state,
             world,
             out,
             keep,
-            seed=5,
             stop_flag=stop or Stop(99),
             progress_seconds=None,
         )
         assert [r.step for r in done.stages] == [2, 2, 2] and done.processor.transform.size == 128
         assert not hasattr(done.model, 'loss_terms')  # the teacher is gone before the questions
+        assert state.terms == {}
         return done.model.state_dict() | taught
 
     want = run(tmp_path / 'whole')
@@ -529,27 +536,31 @@ def test_a_run_stopped_in_any_stage_ends_as_if_it_had_not_been(tmp_path, two_thr
 @pytest.mark.parametrize(
     'options, match',
     [
-        (dict(align='no'), 'align must be True or False'),
-        (dict(hd=1), 'hd must be'),
-        (dict(patches='fuyu'), 'patches must be one of'),
+        (dict(align='lots'), "option 'align' must be bool, got 'lots': write true or false"),
+        (dict(hd=1), "option 'hd' must be bool, got 1"),
+        (dict(patches='fuyu'), "option 'patches' must be .*: choose one of eve, eve_v2"),
         (dict(patches='eve_v2'), 'set align=False'),
     ],
 )
 def test_bad_options(options, match):
     with pytest.raises(RecipeError, match=match):
-        recipe(get_scale('tiny'), **options)
+        EVE(**options).recipe(get_scale('tiny'))
 
 
 def test_bad_settings_are_refused_before_training():
     tiny = get_scale('tiny')
     with pytest.raises(RecipeError, match='no multiple of 28'):
         transform_of(680, 28)
-    r = dataclasses.replace(recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=5))
+    r = dataclasses.replace(
+        EVE().recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=5)
+    )
     with pytest.raises(RecipeError, match='no multiple of the stride'):
-        build(METHOD, r, tiny)
-    r = dataclasses.replace(recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=8))
+        EVE().start(r, tiny)
+    r = dataclasses.replace(
+        EVE().recipe(tiny), front_end=dict(type='eve', channels=96, patch_stride=8)
+    )
     with pytest.raises(RecipeError, match='teacher grid not matching'):
-        build(METHOD, r, tiny)
+        EVE().start(r, tiny)
     with pytest.raises(RecipeError, match='takes .* tokens, but a row holds max_tokens=512'):
         get_recipe('eve', tiny, variant=['canvas=2240'])
     for wrong, text in (

@@ -30,7 +30,7 @@ from vlmbench.checkpoints.eve import (
     term_to_reference,
     to_reference,
 )
-from vlmbench.methods.eve import recipe
+from vlmbench.methods.eve import EVE
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.prepare import prepare
 from vlmbench.train.scale import get_scale
@@ -427,7 +427,7 @@ def test_generation(case):
 def test_stages_train_the_reference_names(case, stage):
     scale = get_scale('paper')
     scale = replace(scale, llm_config=scale.llm_config | dict(tie_word_embeddings=case.tied))
-    model, ours = case.model('std'), recipe(scale).stage(stage)
+    model, ours = case.model('std'), EVE().recipe(scale).stage(stage)
     plan, term = prepare(model, ours, module_groups(model)), model.loss_terms['align']
     heads = ALIGNER.write({n: p for n, p in term.named_parameters() if p.requires_grad})
     alias = {'lm_head.weight'} if case.tied else set()

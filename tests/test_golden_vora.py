@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from vlmbench.data.image import ImageError, ImageTransform, native_size, pad_to_square
 from vlmbench.data.record import sample_from_vora
-from vlmbench.data.template import encode, get_template
+from vlmbench.data.collate import truncate
+from vlmbench.data.template import IGNORE, Encoded, encode, get_template
 from vlmbench.distill.blockwise import teacher_states
 from vlmbench.checkpoints.vora import (
     VORA,
@@ -24,7 +25,6 @@ from vlmbench.checkpoints.vora import (
     to_reference,
 )
 from vlmbench.data.frames import frame_indices
-from vlmbench.methods.vora import image_runs, truncate_turns
 from vlmbench.models.masks import allowed, image_ids_of
 from vlmbench.models.vision_lora import (
     LoRASettings,
@@ -40,6 +40,26 @@ ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden'))
 CASES = sorted(ROOT.glob('case_*'))
 LOSS, LOGITS, EMBEDS = 1e-5, 2e-4, 1e-5
 SLOT = -200
+
+
+def image_runs(image_ids):
+    """`image_ids` `[batch, tokens]` (-1 text) with the images of every unbroken run joined into
+    one, as in the original's mask."""
+    image = image_ids >= 0
+    start = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]
+    return torch.where(image, start.flatten().cumsum(0).reshape(image.shape) - 1, -1)
+
+
+def truncate_turns(turns, max_tokens, eos, mode='qa'):
+    """(ids, labels) of (prompt, answer) ids, each answer closed by `eos`, at most `max_tokens`.
+    'qa' drops whole later turns that do not fit; a first turn that is too long, and any turn in
+    mode 'text', is cut and closed. A stage with `too_long='turns'` does the former to every
+    sample."""
+    ids = [t for prompt, answer in turns for t in (*prompt, *answer, eos)]
+    labels = [t for prompt, answer in turns for t in (*[IGNORE] * len(prompt), *answer, eos)]
+    doc = Encoded(torch.tensor(ids), torch.tensor(labels), torch.full((len(ids),), -1))
+    short = truncate(doc, max_tokens, 'turns' if mode == 'qa' else 'close')
+    return short.input_ids.tolist(), short.labels.tolist()
 
 
 def close(a, b, atol, rtol=0.0):

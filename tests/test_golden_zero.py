@@ -2,7 +2,7 @@
 grafting, generation, orders (VLMBENCH_GOLDEN, default tests/golden). Layer maps, surrogate logits
 and the prediction trajectory are in test_golden_zero_layers."""
 
-import json, math, os, re
+import json, os, re
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,13 +22,7 @@ from vlmbench.models.families import FAMILIES
 from vlmbench.models.tiles import StackedTiles
 from vlmbench.distill.balance import balance_weights
 from vlmbench.checkpoints.zero import ZERO, from_reference, load_trained, to_reference
-from vlmbench.methods.zero_parts import (
-    loglikelihood,
-    pope_answer,
-    reference_batch,
-    reference_length_order,
-    vllm_state,
-)
+from vlmbench.evaluate.scorers import POPE
 from vlmbench.data.mix_rows import mix_order
 from vlmbench.data.wrapper import wrap_question
 from vlmbench.models.depth import depth_of, find_decoder, fingerprint, graft
@@ -36,6 +30,7 @@ from vlmbench.models.vlm import module_groups
 from vlmbench.train.loop import lr_factor, train
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import Stage, full, layers
+from zero_reference import loglikelihood, reference_batch, reference_length_order
 
 ROOT = Path(os.environ.get('VLMBENCH_GOLDEN', Path(__file__).parent / 'golden')) / 'zero'
 CASES = sorted(ROOT.glob('case_*'))
@@ -753,7 +748,11 @@ def test_greedy_generation(folder):
     for which in ('graft', 'srgt'):
         for i, response in enumerate(m['eval'][which]['responses']):
             said = texts[which, str(i)]
-            assert response in (said, said.strip(), pope_answer(said)), (which, i, said)
+            assert response in (said, said.strip(), POPE(reference=True).parse(said)), (
+                which,
+                i,
+                said,
+            )
         assert all(not s['do_sample'] and s['num_beams'] == 1 for s in m['eval'][which]['sampling'])
 
 
@@ -797,26 +796,6 @@ def test_length_grouped_order(folder):
             )
             == want
         ), key
-
-
-def test_vllm_layout(folder):
-    llama = meta(folder)['spec']['llama']
-    state = {
-        k.removeprefix('decoder.'): v
-        for k, v in read(folder, 'weights').items()
-        if k.startswith('decoder.')
-    }
-    if llama.get('tie_word_embeddings'):
-        state['lm_head.weight'] = state['model.embed_tokens.weight']
-    for key, tensors in json.loads((folder / 'vllm_fused.json').read_text()).items():
-        tp, rank = map(int, re.fullmatch(r'tp(\d+)\.rank(\d+)', key).groups())
-        ours = vllm_state(state, llama['num_key_value_heads'], tp, rank)
-        for name, want in tensors.items():
-            t = ours[name].double()
-            assert list(t.shape) == want['shape'], (key, name)
-            assert math.isclose(t.sum(), want['sum'], abs_tol=1e-3) and math.isclose(
-                t.abs().sum(), want['abs'], abs_tol=1e-3 * max(1, want['abs'] / 100)
-            ), (key, name)
 
 
 def test_names_convert_both_ways(folder):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.world import asset_path
 from vlmbench.evaluate.harness import COLUMNS, harness_model, run_harness
-from vlmbench.methods.zero_parts import loglikelihood
+from zero_reference import loglikelihood
 from vlmbench.models.depth import build_surrogate
 from vlmbench.models.vlm import build_vlm
 

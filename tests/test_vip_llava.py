@@ -7,24 +7,21 @@ import pytest
 import torch
 
 from vlmbench.data.record import Region, Sample, Turn
-from vlmbench.methods.recipes import RECIPES, find_scale, get_method, get_recipe
+from vlmbench.methods.recipes import METHODS, find_scale, get_method, get_recipe
 from vlmbench.methods.vip_llava import (
     FEATURE_LAYERS,
-    METHOD,
     PAPER_SCALES,
-    PAPER_WIDTHS,
+    ViPLLaVA,
     feature_layers,
     front_end,
-    paper_vlm,
-    projector_size,
-    recipe,
 )
 from vlmbench.train.recipe import RecipeError
 from vlmbench.train.scale import get_scale
+from vlmbench.train.stages import RunState, stage_processor
 
 
 def test_registered():
-    assert 'vip_llava' in RECIPES and get_method('vip_llava') is METHOD
+    assert 'vip_llava' in METHODS.offered() and get_method('vip_llava') == ViPLLaVA()
 
 
 @pytest.mark.parametrize(
@@ -37,11 +34,14 @@ def test_registered():
     ],
 )
 def test_published_projector_sizes(name, size):
-    assert projector_size(PAPER_WIDTHS[name]) == size
+    "LayerNorm over five states of the tower, and two linear layers into the embedding space."
+    scale = PAPER_SCALES[name]
+    fused, width = 5 * scale.tower_config.hidden_size, scale.decoder_config.hidden_size
+    assert 2 * fused + (fused + 1) * width + (width + 1) * width == size
 
 
 def test_paper_recipe():
-    r = recipe(get_scale('paper'))
+    r = ViPLLaVA().recipe(get_scale('paper'))
     assert [s.lr for s in r.stages] == [1e-3, 2e-5, 2e-7] and [s.template for s in r.stages] == [
         'llava_plain',
         'llava_v1',
@@ -53,15 +53,15 @@ def test_paper_recipe():
     )
     trained = [[g for g, t in s.trains.items() if t.trains] for s in r.stages]
     assert trained == [['projector']] + [['projector', 'embed', 'layers', 'norm', 'lm_head']] * 2
-    l = recipe(get_scale('paper'), 'lora').stage('region')
+    l = ViPLLaVA(llm='lora').recipe(get_scale('paper')).stage('region')
     assert (l.trains['layers'].r, l.trains['layers'].alpha, l.trains['layers'].dropout) == (
         128,
         256,
         0.05,
     )
     assert (l.lr_of('layers'), l.lr_of('projector'), l.lr_of('embed')) == (2e-4, 2e-5, None)
-    with pytest.raises(RecipeError, match="llm must be one of 'full', 'lora'"):
-        recipe(get_scale('tiny'), 'both')
+    with pytest.raises(RecipeError, match="option 'llm' must be .*'full', 'lora'.*, got 'both'"):
+        ViPLLaVA(llm='both').recipe(get_scale('tiny'))
 
 
 @pytest.mark.parametrize('name', PAPER_SCALES)
@@ -78,9 +78,9 @@ def test_paper_stages_train_as_published(name, variant):
         'vip-llava_stage2_mix',
         'vip-llava_stage3_mix',
     ]
-    assert {s.packing for s in recipe(get_scale('tiny')).stages} == {True} and not recipe(
-        get_scale('tiny')
-    ).stages[0].gradient_checkpointing
+    tiny = ViPLLaVA().recipe(get_scale('tiny'))
+    assert {s.packing for s in tiny.stages} == {True}
+    assert not tiny.stages[0].gradient_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_the_first_stage_fits_pictures_its_own_way(scale, variant, modes):
     from vlmbench.data.image import ImageTransform
 
     scale, method = find_scale(scale), get_method('vip_llava', variant)
-    given = processor = SimpleNamespace(
-        transform=ImageTransform(scale.image_mode, scale.image_size)
-    )
-    seen = []
-    for s in method.recipe(scale).stages:
-        _, processor = method.before_stage(None, processor, s, scale)
+    given = SimpleNamespace(transform=ImageTransform(scale.image_mode, scale.image_size))
+    state, seen = RunState(method.recipe(scale), scale, processor=given), []
+    for state.stage in state.recipe.stages:
+        method.before_stage(state)
+        processor = stage_processor(state)
         seen.append(processor.transform.mode)
+        assert state.processor is given
     assert (
         seen == modes
         and given.transform.mode == scale.image_mode
@@ -121,7 +121,7 @@ def test_quantization_is_an_option(monkeypatch):
     )
     method = get_method('vip_llava', ['load=4bit', 'quant_type=fp4', 'double_quant=False'])
     with pytest.raises(KeyboardInterrupt):
-        method.build(method.recipe(get_scale('tiny')), get_scale('tiny'), 0)
+        method.start(method.recipe(get_scale('tiny')), get_scale('tiny'))
     assert seen == dict(quant_type='fp4', double_quant=False)
 
 
@@ -183,7 +183,8 @@ def test_transform_draws_markers():
         [Image.new('RGB', (64, 64))],
         [Region((9.0, 9.0, 40.0, 40.0))],
     )
-    out = METHOD.transform(s)
+    draw = ViPLLaVA().transform(RunState())
+    out = draw(s)
     assert (
         out.images[0].getbbox()
         and '<region>' not in out.turns[0].text
@@ -191,7 +192,7 @@ def test_transform_draws_markers():
         and '<region>' in s.turns[0].text
     )
     plain = Sample('y', s.turns[1:], [])
-    assert METHOD.transform(plain) is plain
+    assert draw(plain) is plain
 
 
 @pytest.mark.parametrize(
@@ -213,14 +214,13 @@ def test_paper_base_models(name, template, rows, size):
     assert {(s.batch_rows, s.over(8).accumulation) for s in r.stages[1:]} == {rows} and [
         s.global_rows for s in r.stages
     ] == [256, 128, 128]
-    model = paper_vlm(scale)
+    model = scale.weightless(r)
     assert (
         sum(p.numel() for p in model.model.vision.projector.parameters()) == size
         and model.device.type == 'meta'
     )
-    assert (
-        sum(p.numel() for p in paper_vlm(scale, 'last').model.vision.projector.parameters()) < size
-    )
+    last = scale.weightless(ViPLLaVA(layers='last').recipe(scale))
+    assert sum(p.numel() for p in last.model.vision.projector.parameters()) < size
 
 
 def test_unknown_scales_and_options():
@@ -235,8 +235,8 @@ def test_unknown_scales_and_options():
         ('encoder=half', "'frozen', 'full'"),
         ('pictures=tiles', "'pad', 'crop', 'squash'"),
         ('quant_type=int4', "'nf4', 'fp4'"),
-        ('double_quant=1.5', 'True, False'),
-        ('reference=yes', 'True, False'),
+        ('double_quant=1.5', 'must be bool, .* write true or false'),
+        ('reference=lots', 'must be bool, .* write true or false'),
         ('kinds=rectangle+star', 'kinds are rectangle'),
     ):
         with pytest.raises(RecipeError, match=match):
@@ -247,11 +247,10 @@ def test_unknown_scales_and_options():
 
 def test_options_reach_recipe_and_drawing():
     m = get_method('vip_llava', ['regions=text', 'layers=last', 'kinds=mask contour+arrow'])
-    assert m.transform.how == 'text' and m.transform.kinds == ('mask contour', 'arrow')
-    assert (
-        not m.transform.reference
-        and get_method('vip_llava', ['reference=True']).transform.reference
-    )
+    drawn = m.transform(RunState())
+    assert drawn.how == 'text' and drawn.kinds == ('mask contour', 'arrow')
+    assert not drawn.reference
+    assert get_method('vip_llava', ['reference=True']).transform(RunState()).reference
     assert (
         m.recipe(get_scale('tiny')).front_end['select_layers'] == [4]
         and m.recipe(get_scale('tiny')).front_end['projector_norm']

@@ -15,18 +15,15 @@ from vlmbench.analysis.importance import BlockInfluence, region
 from vlmbench.analysis.streams import scores, stream
 from vlmbench.analysis.suite import streaming_metrics
 from vlmbench.analysis.weights import lora_update
-from vlmbench.methods.recipes import RECIPES, find_scale, get_method, get_recipe
+from vlmbench.methods.recipes import BUILT_IN, find_scale, get_method, get_recipe
 from vlmbench.methods.visual_region import (
-    METHOD,
     PUBLISHED_REGIONS,
+    VisualRegion,
     backward_depth,
-    decoder_depth,
     heal_stage,
-    meta_vlm,
 )
 from vlmbench.analysis.prune import prune_outside
 from vlmbench.evaluate.retention import retention, retention_report, run_costs
-from vlmbench.methods.visual_region import recipe as region_recipe
 from vlmbench.models.depth import (
     build_surrogate,
     causal_lm,
@@ -212,10 +209,10 @@ def test_any_importance_ranks_the_layers():
 
 
 def test_healing_trains_what_it_says():
-    plan = heal_stage(METHOD.recipe(get_scale('tiny')), 0.25)
+    plan = heal_stage(VisualRegion().recipe(get_scale('tiny')), 0.25)
     assert (
         plan.budget_targets
-        == METHOD.recipe(get_scale('tiny')).stage('instruct').budget_targets // 4
+        == VisualRegion().recipe(get_scale('tiny')).stage('instruct').budget_targets // 4
         and plan.name == 'heal'
     )
     model, _ = prune_outside(vlm(), [0, 4], 2, [padded()])
@@ -223,13 +220,15 @@ def test_healing_trains_what_it_says():
         n for n, _ in model.named_parameters() if 'projector' in n
     }
     every = prepare(
-        model, heal_stage(METHOD.recipe(get_scale('tiny')), 0.25, 'full'), module_groups(model)
+        model,
+        heal_stage(VisualRegion().recipe(get_scale('tiny')), 0.25, 'full'),
+        module_groups(model),
     ).trainable
     assert any('language_model.layers.3.' in n for n in every) and not any(
         'tower' in n or 'embed' in n for n in every
     )
     with pytest.raises(RecipeError, match="'projector' or 'full'"):
-        heal_stage(METHOD.recipe(get_scale('tiny')), tune='lora')
+        heal_stage(VisualRegion().recipe(get_scale('tiny')), tune='lora')
 
 
 def test_retention_report_reads_two_runs(tmp_path):
@@ -323,8 +322,8 @@ def test_back_propagation_stops_below_the_region():
 
 def test_registered_with_the_controls_budget():
     assert (
-        RECIPES['visual_region'] == 'vlmbench.methods.visual_region'
-        and get_method('visual_region') is METHOD
+        BUILT_IN['visual_region'] == 'vlmbench.methods.visual_region:VisualRegion'
+        and get_method('visual_region') == VisualRegion()
     )
     for scale in ('tiny', 'small', 'paper'):
         ours, control = (
@@ -338,7 +337,7 @@ def test_registered_with_the_controls_budget():
         ]
         assert ours.front_end == control.front_end and ours.stage('align') == control.stage('align')
         tune = ours.stage('instruct').trains['layers']
-        want = region('sparse_uniform', 0.25, decoder_depth(get_scale(scale)))
+        want = region('sparse_uniform', 0.25, get_scale(scale).decoder_config.num_hidden_layers)
         assert tune.how == 'lora' and tune.layers == tuple(want)
     assert (
         get_recipe('visual_region', get_scale('paper')).stage('instruct').trains['layers'].layers
@@ -352,14 +351,14 @@ def test_registered_with_the_controls_budget():
         (dict(where=[32]), 'layer 32 does not exist'),
         (dict(where='best'), 'unknown strategy'),
         (dict(share=33), 'k=33 layers'),
-        (dict(tune='qlora'), "'lora' or 'full'"),
-        (dict(projector='half'), "projector must be 'full' or 'frozen'"),
+        (dict(tune='qlora'), "option 'tune' must be .*: choose one of lora, full"),
+        (dict(train_projector='half'), "'train_projector' must be .*: choose one of full, frozen"),
         (dict(where=[1, 1]), 'listed twice'),
     ],
 )
 def test_bad_regions(kw, message):
     with pytest.raises(RecipeError, match=message):
-        region_recipe(get_scale('paper'), **kw)
+        VisualRegion(**kw).recipe(get_scale('paper'))
 
 
 def test_a_region_chosen_by_importance_becomes_a_recipe():
@@ -372,9 +371,8 @@ def test_a_region_chosen_by_importance_becomes_a_recipe():
         module_groups(model),
     )
     assert {int(n.split('.layers.')[1].split('.')[0]) for n in plan.trainable} == set(chosen)
-    assert region_recipe(get_scale('small'), chosen).stage('instruct').trains[
-        'layers'
-    ].layers == tuple(chosen)
+    tune = VisualRegion(where=chosen).recipe(get_scale('small')).stage('instruct')
+    assert tune.trains['layers'].layers == tuple(chosen)
 
 
 @pytest.mark.parametrize('suffix', ['csv', 'parquet'])
@@ -393,14 +391,14 @@ def test_a_table_of_scores_becomes_a_recipe(tmp_path, suffix):
         ('block_influence', 'names 2 of its scores'),
     ):
         with pytest.raises(RecipeError, match=message):
-            region_recipe(get_scale('tiny'), str(path), metric=metric)
+            VisualRegion(where=str(path), metric=metric).recipe(get_scale('tiny'))
     with pytest.raises(RecipeError, match='the decoder has 32'):
-        region_recipe(get_scale('paper'), str(path), metric='block_influence:all')
+        VisualRegion(where=str(path), metric='block_influence:all').recipe(get_scale('paper'))
     with pytest.raises(RecipeError, match='goes with a table'):
-        region_recipe(get_scale('tiny'), 'top', metric='taylor')
+        VisualRegion(where='top', metric='taylor').recipe(get_scale('tiny'))
     pd.DataFrame(dict(a=[1])).to_csv(tmp_path / 'other.csv')
     with pytest.raises(RecipeError, match='no columns'):
-        region_recipe(get_scale('tiny'), str(tmp_path / 'other.csv'), metric='a')
+        VisualRegion(where=str(tmp_path / 'other.csv'), metric='a').recipe(get_scale('tiny'))
 
 
 @pytest.mark.parametrize(
@@ -419,7 +417,7 @@ def test_the_papers_four_models_are_scales(name, layers_, size, projector, lora_
     assert (
         find_scale(name) is scale
         and len(tune.trains['layers'].layers) == size
-        and decoder_depth(scale) == layers_
+        and scale.decoder_config.num_hidden_layers == layers_
     )
     assert (align.lr, align.global_rows, tune.global_rows, tune.max_tokens) == (
         1e-3,
@@ -433,7 +431,7 @@ def test_the_papers_four_models_are_scales(name, layers_, size, projector, lora_
         tune.trains['layers'].r,
         tune.trains['layers'].alpha,
     ) == (2e-4, 2e-5, 128, 256)
-    model = meta_vlm(scale)
+    model = scale.weightless(recipe)
     plan = prepare(model, tune, module_groups(model)).table().set_index('group')
     assert [round(plan.trainable[g] / 1e6, 1) for g in ('projector', 'layers')] == [
         projector,

@@ -2,7 +2,6 @@
 training on text alone, bad input."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
@@ -27,9 +26,8 @@ from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.checkpoints.export import export_language_model
 from vlmbench.checkpoints.load import LoadError, load_vlm
-from vlmbench.train.scale import base_model
 from vlmbench.methods.recipes import find_scale, get_method, get_recipe
-from vlmbench.methods.vora import LOSSES, METHOD, PAPER_SCALE, meta_vora, recipe
+from vlmbench.methods.vora import LOSSES, PAPER_SCALE, VoRA
 from vlmbench.checkpoints.vora import VORA, to_reference
 from vlmbench.models.vision import build_front_end
 from vlmbench.models.vision_lora import LoRASettings, merge_vision_lora, vision_lora_layers
@@ -37,11 +35,11 @@ from vlmbench.models.vlm import assemble, load_tower
 from vlmbench.models.vora_patches import VoRAFrontEnd, init_from_teacher
 from vlmbench.run.cli import app
 from vlmbench.run.parameters import ParameterError
-from vlmbench.run.pipeline import build, fit
 from vlmbench.data.sources import open_samples
 from vlmbench.train.process import Preempted
 from vlmbench.train.recipe import RecipeError, override
-from vlmbench.train.scale import Scale, get_scale
+from vlmbench.train.scale import Scale, base_model, get_scale
+from vlmbench.train.stages import RunState, run_stages
 
 LORA = dict(layers=2, r=4)
 close = lambda a, b, atol=1e-5: torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
@@ -133,7 +131,7 @@ def test_text_alone_trains_under_gradient_checkpointing():
 
 @pytest.mark.parametrize('r, billions', [(1024, 2.21), (512, 1.11)])
 def test_published_counts(r, billions):
-    model = meta_vora(recipe(PAPER_SCALE, r=r), PAPER_SCALE)
+    model = PAPER_SCALE.weightless(VoRA(r=r).recipe(PAPER_SCALE))
     count = sum(
         p.numel() for m in vision_lora_layers(model).values() for p in m.vision_parameters()
     )
@@ -147,7 +145,7 @@ def test_names_both_ways():
 
 
 def test_published_settings():
-    pre, tune = recipe(PAPER_SCALE).stages
+    pre, tune = VoRA().recipe(PAPER_SCALE).stages
     assert (pre.lr, pre.schedule, pre.global_rows, round(pre.warmup_ratio * pre.steps)) == (
         2e-4,
         'constant',
@@ -171,26 +169,24 @@ def test_published_settings():
         143_359 * 256,
         'caption_train*5+text_train*1',
     )  # 30.4M and 6.3M
-    few = recipe(PAPER_SCALE, data='I8M').stage('pretrain')
+    few = VoRA(data='I8M').recipe(PAPER_SCALE).stage('pretrain')
     assert (few.steps, few.data, few.global_rows, round(few.warmup_ratio * few.steps)) == (
         31_250,
         'caption_train',
         256,
         100,
     )
-    with pytest.raises(RecipeError, match="data must be one of .*'I8M'"):
-        recipe(PAPER_SCALE, data='I8')
-    assert recipe(get_scale('paper')).section.endswith('other base models') and recipe(
-        PAPER_SCALE
-    ).section.endswith('released configurations')
+    with pytest.raises(RecipeError, match="option 'data' must be .*'I8M'.*, got 'I8'"):
+        VoRA(data='I8').recipe(PAPER_SCALE)
+    assert VoRA().recipe(get_scale('paper')).section.endswith('other base models')
+    assert VoRA().recipe(PAPER_SCALE).section.endswith('released configurations')
     assert find_scale('vora_paper') is find_scale('vora:vora_paper') is PAPER_SCALE
     assert {g for g, t in pre.trains.items() if t.trains} == {'vision', 'projector'}
     assert all(t.trains for t in tune.trains.values())
-    coded = recipe(PAPER_SCALE, finetune='as_coded', extra_bias='reference_random').stage(
-        'finetune'
-    )
+    coded = VoRA(finetune='as_coded', extra_bias='reference_random').recipe(PAPER_SCALE)
+    coded = coded.stage('finetune')
     assert {g for g, t in coded.trains.items() if t.trains} == {'vision', 'projector'}
-    assert recipe(get_scale('tiny'), distill='none').stage('pretrain').losses == ()
+    assert VoRA(distill='none').recipe(get_scale('tiny')).stage('pretrain').losses == ()
 
 
 @pytest.mark.parametrize(
@@ -199,19 +195,19 @@ def test_published_settings():
         (dict(layers=9), 'has 8'),
         (dict(layers=0), 'layers must be'),
         (dict(r=0), 'r must be'),
-        (dict(r=True), 'r must be'),
-        (dict(distill='all'), 'distill must be'),
-        (dict(finetune='some'), 'finetune must'),
-        (dict(bidirectional='no'), 'True or False'),
-        (dict(anyres=1), 'anyres must'),
-        (dict(positions='sines'), 'positions must be'),
-        (dict(extra_bias='ones'), 'extra_bias'),
-        (dict(tokens='text'), 'lora.tokens'),
+        (dict(r=True), "option 'r' must be"),
+        (dict(distill='all'), "option 'distill' must be"),
+        (dict(finetune='some'), "option 'finetune' must"),
+        (dict(bidirectional='lots'), "option 'bidirectional' .* write true or false"),
+        (dict(anyres=1), "option 'anyres' must"),
+        (dict(positions='sines'), "option 'positions' must be"),
+        (dict(extra_bias='ones'), "option 'extra_bias' must be"),
+        (dict(tokens='text'), "option 'tokens' must be"),
     ],
 )
 def test_bad_recipes(kw, match):
     with pytest.raises(RecipeError, match=match):
-        recipe(get_scale('tiny'), **kw)
+        VoRA(**kw).recipe(get_scale('tiny'))
 
 
 def test_bad_scales_and_losses():
@@ -223,12 +219,14 @@ def test_bad_scales_and_losses():
         with pytest.raises(RecipeError, match=match):
             get_recipe('vora', Scale.from_dict({**tiny, **change}))
     scale = get_scale('tiny')
-    given = recipe(scale)
+    given = VoRA().recipe(scale)
     with pytest.raises(RecipeError, match="teacher's patches"):
-        METHOD.build(override(given, {'front_end.patch_size': 16}), scale, 0)
-    stage = override(given, {'stages.pretrain.losses': (('every_block', 1.0),)}).stage('pretrain')
+        VoRA().start(override(given, {'front_end.patch_size': 16}), scale)
+    state = VoRA().start(given, scale)
+    changed = override(given, {'stages.pretrain.losses': (('every_block', 1.0),)})
+    state.stage = changed.stage('pretrain')
     with pytest.raises(RecipeError, match="no loss 'every_block'"):
-        METHOD.losses(None, None, stage, scale)
+        VoRA().terms(state)
     assert set(LOSSES) >= {'block_wise', 'last_block'}
 
 
@@ -255,7 +253,7 @@ def world(tmp_path_factory):
 def run(world, out, stop=None, before=None, **options):
     "Two steps of both stages; `before` is called with the model before each stage."
     tiny = get_scale('tiny')
-    plan = recipe(tiny, r=4, **options)
+    plan = VoRA(r=4, **options).recipe(tiny)
     plan = override(
         plan,
         {
@@ -264,26 +262,23 @@ def run(world, out, stop=None, before=None, **options):
             for k, v in dict(steps=2, batch_rows=1).items()
         },
     )
-    model, processor = build(METHOD, plan, tiny, 5)
 
-    def watch(model, processor, stage, scale):
-        if before is not None:
-            before[stage.name] = {n: p.detach().clone() for n, p in model.state_dict().items()}
-        return METHOD.before_stage(model, processor, stage, scale)
+    class Watched(VoRA):
+        def before_stage(self, state):
+            if before is not None:
+                weights = state.model.state_dict().items()
+                before[state.stage.name] = {n: p.detach().clone() for n, p in weights}
+            return super().before_stage(state)
 
-    done = fit(
-        replace(METHOD, before_stage=watch),
-        plan,
-        tiny,
-        model,
-        processor,
+    method = Watched(r=4, **options)
+    return run_stages(
+        method,
+        method.start(plan, tiny, 5),
         world,
         out,
-        seed=5,
         stop_flag=stop or Stop(99),
         progress_seconds=None,
     )
-    return done
 
 
 def test_finetuning_as_coded_trains_the_embedding_and_the_extra_biases_only(world, tmp_path):
@@ -381,8 +376,9 @@ def test_frames_of_a_clip_are_sampled():
     method = get_method('vora', ['frames=2'])
     assert (
         method.recipe(get_scale('tiny')).notes.endswith('2 frames of a clip')
-        and get_method('vora').transform is None
+        and get_method('vora').transform(RunState()) is None
     )
+    sampled = method.transform(RunState())
     clip = lambda n, text: sample_from_vora(
         dict(
             id='c',
@@ -390,12 +386,12 @@ def test_frames_of_a_clip_are_sampled():
             conversations=[{'from': 'human', 'value': text}, {'from': 'gpt', 'value': 'a circle'}],
         )
     )
-    few = method.transform(clip(6, 'what ?'))
+    few = sampled(clip(6, 'what ?'))
     assert [i.path for i in few.images] == ['0.png', '3.png'] and few.turns[
         0
     ].text == '1s: <image>; 2s: <image>; \nwhat ?'
     drawn = {
-        tuple(i.path for i in method.transform(clip(6, 'what ?'), np.random.default_rng(s)).images)
+        tuple(i.path for i in sampled(clip(6, 'what ?'), np.random.default_rng(s)).images)
         for s in range(60)
     }
     assert {a for a, _ in drawn} == {'0.png', '1.png', '2.png'} and {b for _, b in drawn} == {
@@ -403,10 +399,10 @@ def test_frames_of_a_clip_are_sampled():
         '4.png',
         '5.png',
     }
-    one = get_method('vora', ['frames=1']).transform(clip(3, 'what ?'))
+    one = get_method('vora', ['frames=1']).transform(RunState())(clip(3, 'what ?'))
     assert one.turns[0].text == '<image>what ?' and len(one.images) == one.n_slots == 1
     for kept in (clip(2, 'what ?'), clip(1, 'what ?'), clip(3, '<image> or <image> or <image> ?')):
-        assert method.transform(kept) == kept
+        assert sampled(kept) == kept
     with pytest.raises(RecipeError, match='frames must be a whole number'):
         get_recipe('vora', get_scale('tiny'), variant=['frames=-1'])
     with pytest.raises(RecipeError, match="no option 'frame'"):
@@ -419,13 +415,11 @@ def test_a_row_too_short_for_the_last_stage_is_refused_before_the_first(world, t
         RecipeError, match="in stage 'finetune' a picture of 64x64 px .* takes 64 tokens"
     ):
         get_recipe('vora', tiny, overrides=['stages.finetune.max_tokens=60'])
-    plan = override(recipe(tiny), {'stages.finetune.max_tokens': 60})
+    plan = override(VoRA().recipe(tiny), {'stages.finetune.max_tokens': 60})
     with pytest.raises(RecipeError, match="'finetune'"):
-        fit(
-            METHOD,
-            plan,
-            tiny,
-            *build(METHOD, plan, tiny),
+        run_stages(
+            VoRA(),
+            VoRA().start(plan, tiny),
             world,
             tmp_path / 'r',
             lambda r: trained.append(r),
@@ -486,21 +480,23 @@ def test_the_embedding_of_a_teacher_of_native_resolution_is_copied():
 def test_the_patch_embedding_may_start_as_drawn():
     tiny, tower = get_scale('tiny'), load_tower(base_model(get_scale('tiny').vision), torch.float32)
     for init, same in (('teacher', True), ('own', False)):
-        model, _ = build(METHOD, get_recipe('vora', tiny, variant=[f'init={init}']), tiny)
+        method = get_method('vora', [f'init={init}'])
+        model = method.start(method.recipe(tiny), tiny).model
         assert (
             torch.equal(model.model.vision.proj.weight, tower.embeddings.patch_embedding.weight)
             == same
         )
-    with pytest.raises(RecipeError, match="init must be one of .*'own'"):
-        recipe(tiny, init='none')
+    with pytest.raises(RecipeError, match="option 'init' must be .*'own'"):
+        VoRA(init='none').recipe(tiny)
 
 
 def test_the_heads_follow_the_runs_seed():
     tiny, drawn = get_scale('tiny'), []
     for seed in (3, 3, 4):
-        model, processor = build(METHOD, recipe(tiny), tiny, seed)
-        term = METHOD.losses(model, processor, recipe(tiny).stages[0], tiny)['block_wise']
-        drawn.append(term.heads[0][1].weight)
+        state = VoRA().start(VoRA().recipe(tiny), tiny, seed)
+        state.stage = state.recipe.stages[0]
+        VoRA().terms(state)
+        drawn.append(state.terms['block_wise'].heads[0][1].weight)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -534,7 +530,8 @@ def test_frames_of_a_clip_with_their_time_stamps():
     """Each frame is an image of its own between time stamps: it sees itself both ways, earlier
     frames, and no later one."""
     tiny = get_scale('tiny')
-    model, processor = build(METHOD, recipe(tiny), tiny)
+    state = VoRA().start(VoRA().recipe(tiny), tiny)
+    model, processor = state.model, state.processor
     frames = [Image.new('RGB', (64, 64), c) for c in ('red', 'green', 'blue')]
     sample = sample_from_vora(
         dict(
@@ -582,7 +579,8 @@ def test_frames_of_a_clip_with_their_time_stamps():
 def test_the_merged_model_is_an_ordinary_folder(tmp_path):
     "A plain causal language model and its tokenizer, which write what the VLM writes."
     tiny = get_scale('tiny')
-    model, processor = build(METHOD, recipe(tiny), tiny)
+    state = VoRA().start(VoRA().recipe(tiny), tiny)
+    model, processor = state.model, state.processor
     awake(model)
     merge_vision_lora(model)
     folder = export_language_model(model, processor.tokenizer, tmp_path / 'plain')
@@ -675,9 +673,9 @@ def test_export_on_the_command_line(tmp_path):
     is said, and nothing is written."""
 
     def trained(name, **options):
-        model, processor = build(
-            METHOD, recipe(get_scale('tiny'), r=4, **options), get_scale('tiny')
-        )
+        tiny, method = get_scale('tiny'), VoRA(r=4, **options)
+        state = method.start(method.recipe(tiny), tiny)
+        model, processor = state.model, state.processor
         awake(model)
         for part in (model, processor):
             part.save_pretrained(tmp_path / name / 'model')

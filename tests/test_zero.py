@@ -27,32 +27,31 @@ from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.template import Encoded
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.methods.recipes import RECIPES, get_method, get_recipe, scaled_budget
+from vlmbench.methods.base import Method
+from vlmbench.methods.recipes import BUILT_IN, get_method, get_recipe, scaled_budget
 from vlmbench.methods.zero import (
-    METHOD,
+    FRONT_END,
     PAPER_SCALES,
+    Zero,
     default_ranges,
     graft_onto,
     language_parameters,
     last_third,
-    paper_vlm,
     split,
-    zero,
 )
 from vlmbench.checkpoints.zero import ZERO, from_reference, load_trained, to_reference
-from vlmbench.methods.zero import recipe as recipe_of
 from vlmbench.models.families import FAMILIES, family_of, get_family
 from vlmbench.data.wrapper import WRAPPERS
 from vlmbench.distill.balance import Balanced, balance_weights
 from vlmbench.data.mix_rows import mix_order, mix_rows
-from vlmbench.methods.zero_parts import reference_length_order, vllm_state
-from vlmbench.models.depth import causal_lm, depth_of, find_decoder, fingerprint
-from vlmbench.models.vlm import VLMForConditionalGeneration, module_groups
-from vlmbench.run.pipeline import build, fit
+from vlmbench.models.depth import build_surrogate, causal_lm, depth_of, find_decoder, fingerprint
+from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, module_groups
 from vlmbench.train.loop import train
 from vlmbench.train.prepare import lora_modules, prepare
 from vlmbench.train.recipe import RecipeError, Stage, full
 from vlmbench.train.scale import Scale, get_scale
+from vlmbench.train.stages import RunState, run_stages
+from zero_reference import reference_length_order
 
 GOLDEN = Path(__file__).parent / 'golden' / 'zero' / 'common'
 PUBLISHED = {
@@ -69,10 +68,12 @@ PUBLISHED = {
 def test_published_sizes_and_freeze_tables(name):
     depth, cut, whole, surrogate, adapter, layer = PUBLISHED[name]
     scale = PAPER_SCALES[name]
-    vlm, recipe = paper_vlm(scale), recipe_of(scale, stages=('adapt', 'encoder', 'decoder'))
+    recipe = Zero(stages=('adapt', 'encoder', 'decoder')).recipe(scale)
+    full_model = scale.weightless(recipe)
+    vlm = build_surrogate(full_model, default_ranges(scale))
     assert vlm.device.type == 'meta'
     assert (
-        round(language_parameters(paper_vlm(scale, ())) / 1e9, 2) == whole
+        round(language_parameters(full_model) / 1e9, 2) == whole
         and round(language_parameters(vlm) / 1e9, 2) == surrogate
     )
     assert depth_of(vlm).kept == (*range(cut + 1), depth - 1) and depth_of(vlm).translators == (
@@ -105,7 +106,7 @@ def test_published_sizes_and_freeze_tables(name):
 
 
 def test_published_training_settings():
-    r = recipe_of(PAPER_SCALES['llama-3.1-8b'], stages=('adapt', 'encoder', 'decoder'))
+    r = Zero(stages=('adapt', 'encoder', 'decoder')).recipe(PAPER_SCALES['llama-3.1-8b'])
     assert [(s.lr, s.steps, s.global_rows, s.targets) for s in r.stages] == [
         (1e-4, 4393, 256, 'special'),
         (5e-5, 4880, 128, 'special'),
@@ -116,19 +117,19 @@ def test_published_training_settings():
         s.weight_decay == 0 and s.clip == 1 and s.betas == (0.9, 0.999) and s.max_tokens == 4096
         for s in r.stages
     )
-    theirs = recipe_of(PAPER_SCALES['llama-3.1-8b'], reference=True)
+    theirs = Zero(reference=True).recipe(PAPER_SCALES['llama-3.1-8b'])
     assert [(s.schedule, s.reduction, round(s.warmup_ratio * s.steps)) for s in theirs.stages] == [
         ('cosine_recursive', 'micro', 133),
         ('cosine_recursive', 'micro', 148),
     ]
-    baseline = recipe_of(PAPER_SCALES['llama-3.1-8b'], ranges=())
+    baseline = Zero(ranges=()).recipe(PAPER_SCALES['llama-3.1-8b'])
     assert (
         baseline.stage('encoder').lr == 2e-4 and not baseline.stage('adapt').trains['layers'].trains
     )
 
 
 def test_every_scale_has_a_recipe_with_the_budget_of_the_control():
-    assert RECIPES['zero'] == 'vlmbench.methods.zero' and get_method('zero') is METHOD
+    assert BUILT_IN['zero'] == 'vlmbench.methods.zero:Zero' and get_method('zero') == Zero()
     for name in ('tiny', 'small', 'paper'):
         ours, control = (
             get_recipe('zero', get_scale(name)),
@@ -164,21 +165,22 @@ def llama_scale(tmp_path_factory):
     CLIPVisionModel(
         CLIPVisionConfig(num_hidden_layers=1, image_size=32, patch_size=8, **size)
     ).save_pretrained(root / 'vit')
-    return Scale('mini', str(root / 'llm'), str(root / 'vit'), 32, 'zero_llama3'), llm
+    return Scale('mini', str(root / 'llm'), str(root / 'vit'), 32, 'zero_llama3', like='tiny'), llm
 
 
 def test_a_family_decides_the_placeholder_and_original_files_fit(llama_scale, tmp_path):
     scale, llm = llama_scale
-    family, recipe = get_family('llama'), METHOD.recipe(scale)
+    family, recipe = get_family('llama'), Zero().recipe(scale)
     with pytest.warns(UserWarning, match='published with wrapped questions.*wrap=True'):
-        build(METHOD, recipe, scale)
+        Zero().start(recipe, scale)
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # nothing is added to the tokenizer or the embedding
         warnings.filterwarnings('ignore', message='no preprocessor_config')
-        model, processor = build(get_method('zero', ['wrap=True']), recipe, scale)
+        state = get_method('zero', ['wrap=True']).start(recipe, scale)
+    model, processor = state.model, state.processor
     tokenizer = processor.tokenizer
     assert (
-        family_of(scale) is family
+        family_of(scale.template) is family
         and processor.image_token == family.placeholder
         and tokenizer.pad_token == family.pad
     )
@@ -189,7 +191,7 @@ def test_a_family_decides_the_placeholder_and_original_files_fit(llama_scale, tm
         [Turn('user', '<image>\nWhat colour is it?'), Turn('assistant', 'Red.')],
         [Image.new('RGB', (32, 32))],
     )
-    doc = processor.encode(get_method('zero', ['wrap=True']).transform(sample))
+    doc = processor.encode(get_method('zero', ['wrap=True']).transform(state)(sample))
     assert (doc.input_ids == 5).sum() == model.model.vision.num_tokens(
         32, 32
     ) and 'hat colour' in tokenizer.decode(doc.input_ids)
@@ -205,15 +207,14 @@ def test_a_family_decides_the_placeholder_and_original_files_fit(llama_scale, tm
 def test_a_model_of_another_family_is_refused_and_the_world_has_none(llama_scale):
     scale, _ = llama_scale
     with pytest.raises(RecipeError, match="has no .*im_end.*family 'qwen3' needs"):
-        build(METHOD, METHOD.recipe(scale), replace(scale, template='zero_qwen'))
+        Zero().start(Zero().recipe(scale), replace(scale, template='zero_qwen'))
     tiny = get_scale('tiny')
-    assert family_of(tiny) is None
-    ours, plain = (
-        build(m, METHOD.recipe(tiny), tiny) for m in (METHOD, replace(METHOD, build=None))
-    )
+    assert family_of(tiny.template) is None
+    ours, plain = Zero().start(Zero().recipe(tiny), tiny), RunState(Zero().recipe(tiny), tiny)
+    Method.build(Zero(), plain)
     assert (
-        fingerprint(ours[0]) == fingerprint(plain[0])
-        and ours[1].image_token == plain[1].image_token == '<image>'
+        fingerprint(ours.model) == fingerprint(plain.model)
+        and ours.processor.image_token == plain.processor.image_token == '<image>'
     )
 
 
@@ -256,7 +257,7 @@ def bases(tmp_path_factory):
             probe_test=0,
         ),
     )
-    return root, Scale('mini', str(root / 'llm'), str(root / 'vit'), 64, 'world')
+    return root, Scale('mini', str(root / 'llm'), str(root / 'vit'), 64, 'world', like='tiny')
 
 
 def run(bases, method, out, budget=0.01):
@@ -264,27 +265,14 @@ def run(bases, method, out, budget=0.01):
     recipe = scaled_budget(method.recipe(scale), budget)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model, processor = build(method, recipe, scale)
-        before = fingerprint(find_decoder(model).stack)
-        return (
-            model,
-            before,
-            fit(
-                method,
-                recipe,
-                scale,
-                model,
-                processor,
-                root / 'world',
-                out,
-                device='cpu',
-                progress_seconds=None,
-            ),
-        )
+        state = method.start(recipe, scale, device='cpu')
+        model, before = state.model, fingerprint(find_decoder(state.model).stack)
+        done = run_stages(method, state, root / 'world', out, progress_seconds=None)
+        return model, before, done
 
 
 def test_a_run_grafts_and_leaves_the_language_model_alone(bases, tmp_path):
-    start, before, fitted = run(bases, METHOD, tmp_path)
+    start, before, fitted = run(bases, Zero(), tmp_path)
     assert len(find_decoder(fitted.model)) == 6 and not depth_of(fitted.model).translators
     assert (
         fingerprint(find_decoder(fitted.model).stack)
@@ -322,7 +310,7 @@ def test_a_run_grafts_and_leaves_the_language_model_alone(bases, tmp_path):
 def test_the_pair_stays_a_surrogate_and_exports_plainly(bases, tmp_path):
     _, _, fitted = run(
         bases,
-        zero(grafts=False, stages=('language', 'adapt', 'encoder'), balance=True),
+        Zero(grafts=False, stages=('language', 'adapt', 'encoder'), balance=True),
         tmp_path / 'run',
     )
     pair = fitted.model
@@ -342,19 +330,20 @@ def test_the_pair_stays_a_surrogate_and_exports_plainly(bases, tmp_path):
     loaded = VLMForConditionalGeneration.from_pretrained(tmp_path / 'vlm').eval()
     assert depth_of(loaded) == depth_of(pair) and fingerprint(loaded) == fingerprint(pair)
     with pytest.raises(ValueError, match='cut from another language model'):
-        graft_onto(str(bases[0] / 'other'), pair, fitted.processor)
+        state = RunState(Zero().recipe(bases[1]), bases[1], model=pair, processor=fitted.processor)
+        graft_onto(str(bases[0] / 'other'), state)
 
 
 def test_stopped_between_stages_a_run_goes_on(bases, tmp_path):
-    _, _, first = run(bases, METHOD, tmp_path)
+    _, _, first = run(bases, Zero(), tmp_path)
     _, _, second = run(
-        bases, METHOD, tmp_path
+        bases, Zero(), tmp_path
     )  # every stage is found finished, and the graft is made again
     assert fingerprint(first.model) == fingerprint(second.model)
 
 
 def test_the_baseline_trains_on_the_full_model(bases, tmp_path):
-    _, before, fitted = run(bases, zero(ranges=()), tmp_path)
+    _, before, fitted = run(bases, Zero(ranges=()), tmp_path)
     assert (
         len(find_decoder(fitted.model)) == 6
         and fingerprint(find_decoder(fitted.model).stack) == before
@@ -381,7 +370,7 @@ def test_another_language_model_stands_in_and_the_graft_leaves_both_alone(bases,
         != before
     )
     assert fingerprint(pair.model.model.vision) == fingerprint(fitted.model.model.vision)
-    _, _, own = run(bases, METHOD, tmp_path / 'own')
+    _, _, own = run(bases, Zero(), tmp_path / 'own')
     assert fingerprint(own.model.model.vision) != fingerprint(pair.model.model.vision)
 
 
@@ -396,7 +385,7 @@ def test_variants_name_the_options_of_the_recipe(bases):
         .notes.startswith('the encoder trains on the full language model')
     )
     assert get_method('zero', ["stages=['encoder']"]).recipe(scale).stages[0].budget_targets == sum(
-        s.budget_targets for s in METHOD.recipe(scale).stages
+        s.budget_targets for s in Zero().recipe(scale).stages
     )
     for variant, says in (
         (['range=[]'], 'no option'),
@@ -411,10 +400,10 @@ def test_variants_name_the_options_of_the_recipe(bases):
 
 
 def test_lora_of_the_decoder_freezes_its_base(bases):
-    recipe = recipe_of(bases[1], stages=('adapt', 'encoder', 'decoder'), use_lora=True)
+    recipe = Zero(stages=('adapt', 'encoder', 'decoder'), use_lora=True).recipe(bases[1])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model, _ = build(METHOD, recipe, bases[1])
+        model = Zero().start(recipe, bases[1]).model
     plan = prepare(model, recipe.stage('decoder'), module_groups(model))
     inside = [n for n in plan.trainable if 'language_model' in n]
     assert (
@@ -553,8 +542,6 @@ def an_original(spec=SPEC, seed=0):
 
 
 def from_reference_skeleton(spec):
-    from vlmbench.methods.zero import FRONT_END, VLMConfig
-
     front = dict(
         FRONT_END,
         type='encoder_tiles',
@@ -618,26 +605,28 @@ def test_bad_checkpoints():
         ([range(4, 9)], 'leaves the decoder'),
         ([[2, 4]], 'not consecutive'),
         ([[3]], 'at least 2'),
-        (range(4, 7), 'flat list'),
+        (range(4, 7), 'every item must be list.int.'),
         ([[1, 2], [2, 3]], 'in two ranges'),
         ([range(-1, 3)], 'leaves the decoder'),
     ],
 )
 def test_bad_ranges_are_refused_before_anything_runs(ranges, says):
     with pytest.raises(RecipeError, match=says):
-        zero(ranges=ranges).recipe(get_scale('tiny'))
+        Zero(ranges=ranges).recipe(get_scale('tiny'))
 
 
 def test_bad_settings():
     tiny = get_scale('tiny')
     for call, says in (
-        (lambda: recipe_of(tiny, stages=('encoder', 'adapt')), 'in this order'),
-        (lambda: recipe_of(tiny, stages=()), 'some of'),
-        (lambda: recipe_of(tiny, stages=('train',)), 'some of'),
-        (lambda: recipe_of(tiny, reference=True), 'published scale'),
-        (lambda: recipe_of(tiny, ranges=(), stages=('language',)), 'builds none'),
-        (lambda: get_family('phi'), 'unknown model family'),
-        (lambda: paper_vlm(tiny), 'no shapes'),
+        (lambda: Zero(stages=('encoder', 'adapt')).recipe(tiny), 'in this order'),
+        (lambda: Zero(stages=()).recipe(tiny), 'some of'),
+        (lambda: Zero(stages=('train',)).recipe(tiny), 'some of'),
+        (lambda: Zero(reference=True).recipe(tiny), 'published scale'),
+        (lambda: Zero(ranges=(), stages=('language',)).recipe(tiny), 'builds none'),
+        (
+            lambda: replace(tiny, llm='/nowhere').weightless(Zero().recipe(tiny)),
+            'no configuration of /nowhere',
+        ),
         (
             lambda: default_ranges(
                 replace(
@@ -678,7 +667,7 @@ def test_bad_settings():
         (lambda: mix_order([0, 0]), 'above 0'),
         (lambda: mix_rows([dict(image='genqa/1.jpg')], [{}]), 'also a picture folder'),
         (lambda: reference_length_order([1, 0], 2, 2), 'none of them 0'),
-        (lambda: vllm_state({}, 2, 2, 2), 'rank=2'),
+        (lambda: get_family('phi'), 'unknown model family'),
     ):
         with pytest.raises(ValueError, match=says):
             call()

@@ -108,12 +108,6 @@ def reference_batch(
     )
 
 
-def pope_answer(text: str) -> str:
-    "'no' if the first sentence has the word no, No or not, else 'yes'."
-    words = text.split('.')[0].replace(',', '').split(' ')
-    return 'no' if {'No', 'no', 'not'} & set(words) else 'yes'
-
-
 @torch.no_grad()
 def loglikelihood(
     model: nn.Module, tokenizer, context: str, continuation: str, prefix_id: int

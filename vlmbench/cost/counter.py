@@ -467,12 +467,13 @@ def _step(model, work, terms, precision, kernel, meter):
     with meter, half or nullcontext():
         batch = _batch(model, work, 'meta')
         dtype = torch.bfloat16 if half else next(model.parameters()).dtype
-        mask = _mask(model, work, dtype, kernel, 'meta')
-        decoded, features = _decode(model, meter, batch, mask, bool(terms))
+        decoded, features = _decode(
+            model, meter, batch, _mask(model, work, dtype, kernel, 'meta'), bool(terms)
+        )
         meter.part = 'lm_head'
         loss = _loss(model, decoded.last_hidden_state, work)
         meter.part = 'losses'
-        # what a loss term reads of the model in training
+        # what a loss term reads of the model in training; nothing else keeps it alive
         out = VLMOutput(
             loss=loss, hidden_states=decoded.hidden_states, image_hidden_states=features
         )

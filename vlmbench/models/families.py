@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 @dataclass(frozen=True)
 class Family:
     """What zero needs to know about a language model family; `wrap`: questions about pictures are
-    wrapped (`zero_parts.wrap_question`)."""
+    wrapped (`vlmbench.data.wrapper`)."""
 
     name: str
     template: str
@@ -46,7 +46,7 @@ def get_family(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(
             f'zero: unknown model family {name!r}; there are {list(FAMILIES)}. See "Add a model '
-            'family" in nbs/methods/42_zero_parts.ipynb'
+            'family" in nbs/models/24_families.ipynb'
         )
     return FAMILIES[name]
 

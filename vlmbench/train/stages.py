@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunState', 'Hooks', 'BareRecipe', 'check_room', 'check_eyes', 'check_stages', 'world_size', 'RunResult', 'run_stages',
-           'train_stage', 'stage_processor']
+           'forget_terms', 'train_stage', 'stage_processor']
 
 # %% ../../nbs/train/25_stages.ipynb #4a7923b5
 import copy, os
@@ -171,8 +171,9 @@ def run_stages(
     """Runs all stages of `state.recipe` on `state.model`, with data from `folder` (or samples in
     memory by a stage's `data`), into `out/stages/<stage>`. `on_stage` is called after each;
     `roots`: further folders that pictures may lie in; `bad_rows`: largest share of unusable rows;
-    `settings` go to `train` (precision, stop_flag, callbacks, ...). Loss terms, and the teachers in
-    them, are gone at the end. Raises what `check_stages` and `train` raise."""
+    `settings` go to `train` (precision, stop_flag, callbacks, ...). A loss term, and the teacher in
+    it, is gone after the last stage that declares it. Raises what `check_stages` and `train`
+    raise."""
     out = Path(out)
     check_stages(hooks, state, folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,8 @@ def run_stages(
     if state.scale is not None:
         plan |= dict(scale=state.scale.to_dict())
     write_json(out / 'recipe.json', plan)
-    result = RunResult(state.model, state.processor)
+    # the model of the beginning is not held: a stage may put a smaller one in its place
+    result = RunResult(None, None)
     for stage in state.recipe.stages:
         state.stage = stage
         place = out / 'stages' / stage.name
@@ -193,8 +195,17 @@ def run_stages(
         if on_stage is not None:
             on_stage(trained)
         hooks.after_stage(state)
+        forget_terms(state)
     result.model, result.processor = state.model, state.processor
     return result
+
+
+def forget_terms(state: RunState) -> None:
+    "Drops the loss terms, and the teachers in them, that no stage after `state.stage` declares."
+    stages = state.recipe.stages
+    later = stages[stages.index(state.stage) + 1 :]
+    needed = {name for stage in later for name, _ in stage.losses}
+    state.terms = {name: term for name, term in state.terms.items() if name in needed}
 
 # %% ../../nbs/train/25_stages.ipynb #b70eb619
 def train_stage(
