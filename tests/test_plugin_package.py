@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from vlmbench.plugins import PluginError
+from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.models.vlm import VLMConfig
+from vlmbench.plugins import PluginError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(__file__).parent / 'resampler'
-TINY = ['budget=0.005', 'limit=8', 'blind=no']
+TINY = ['budget=0.005', 'data=world', 'blind=no']
 
 
 def test_the_package_is_as_short_as_promised():
@@ -40,7 +41,12 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
-    return tmp_path_factory.mktemp('elsewhere')  # another working directory than the checkout
+    "Another working directory than the checkout, with a small world in it."
+    folder = tmp_path_factory.mktemp('elsewhere')
+    none = dict(vqa_val=0, region_train=0, region_test=0, probe_train=0, probe_test=0)
+    few = dict(caption_train=100, vqa_train=200, vqa_test=8, text_train=50, text_test=8)
+    write_world(folder / 'world', WorldConfig(), WorldSize(**few, **none))
+    return folder
 
 
 def command(environment, work, *words, ok=True):
@@ -76,15 +82,17 @@ def test_it_trains_and_answers_in_a_new_process(environment, work, trained):
     assert (trained / 'model' / 'model.safetensors').exists()
     config = (trained / 'model' / 'config.json').read_text()
     assert '"front_end_package": "vlmbench-resampler"' in config
-    picture = next((work / 'runs' / 'world-default').rglob('*.png'))
+    picture = next((work / 'world').rglob('*.png'))
     answer = command(
         environment, work, 'chat', trained, '--image', picture, '--question', 'what is red ?'
     )
     assert answer.strip()
-    asked = command(environment, work, 'run', 'evaluate', f'model={trained}', 'limit=8', 'blind=no')
+    asked = command(
+        environment, work, 'run', 'evaluate', f'model={trained}', 'data=world', 'blind=no'
+    )
     assert 'vqa_test' in asked
     layers = command(
-        environment, work, 'run', 'layers', f'model={trained}', 'limit=8', 'out=layers'
+        environment, work, 'run', 'layers', f'model={trained}', 'data=world', 'out=layers'
     )
     assert 'report.html' in layers
 
@@ -119,7 +127,7 @@ def test_the_bench_compares_it_with_the_control(environment, work, trained):
         '--budget',
         '0.002',
         '--data',
-        work / 'runs' / 'world-default',
+        'world',
         '--quiet',
     )
     report = (work / 'runs' / 'bench' / 'report.html').read_text(encoding='utf8')

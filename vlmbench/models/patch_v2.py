@@ -47,10 +47,9 @@ class PatchFrontEndV2(FrontEnd):
                 raise ValueError(f'{k} must be a positive integer, got {c[k]!r}')
         return c
 
-    # rows of windows as in EVE's patch embedding, which also knows what a planner needs
+    # rows of windows as in EVE's patch embedding
     grid, count = staticmethod(PatchFrontEnd.grid), staticmethod(PatchFrontEnd.count)
-    layout, on_shapes = PatchFrontEnd.layout, PatchFrontEnd.on_shapes
-    grids_on_cpu = PatchFrontEnd.grids_on_cpu
+    layout = PatchFrontEnd.layout
 
     def init_weights(self, module: nn.Module) -> None:
         "PyTorch's defaults; class and split token from N(0, 1 / hidden)."
