@@ -39,7 +39,7 @@ from vlmbench.data.overlay import (
 from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
-from ..evaluate.generate import _stop_ids, prompt_inputs, written_stop
+from ..evaluate.prompts import prompt_inputs, stop_ids, written_stop
 from ..checkpoints.load import LoadError, load_vlm, takes_settings
 from ..models.quantized import quantization_config
 from ..models.vlm import model_name
@@ -370,7 +370,7 @@ class ChatModel:
             name,
             threading.Lock(),
         )
-        self.stops, self.written = _stop_ids(model, processor), written_stop(processor)
+        self.stops, self.written = stop_ids(model, processor), written_stop(processor)
 
     @classmethod
     def load(

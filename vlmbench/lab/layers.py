@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
@@ -43,7 +44,7 @@ from vlmbench.analysis.trajectory import (
     transition_point,
 )
 from ..analysis.weights import lora_update, parameter_change
-from .page import esc, html_page, html_table, number, wide
+from .page import Section, html_page, html_table, number, wide
 from .plots import PALETTE, _figure, save_png, style, to_svg
 from ..models.depth import find_decoder
 
@@ -548,7 +549,55 @@ def figures(measured: LayerScores, chosen: Mapping[str, Any]) -> dict[str, tuple
         out['stability'] = 'How much data is enough?', stability_figure(measured)
     return out
 
+# %% ../../nbs/lab/15_layers.ipynb #f1530a42
+def _layer_tiles(measured: LayerScores, chosen: Mapping[str, Any]) -> list[tuple[str, str]]:
+    "The numbers at the top of the page."
+    tiles = [
+        ('decoder layers', str(measured.depth)),
+        ('samples', number(measured.samples)),
+        ('tokens', number(measured.tokens)),
+        ('region', ', '.join(map(str, chosen['where']))),
+    ]
+    if measured.base is not None:
+        tiles += [
+            ('loss on answers', f'{measured.base.value:.3f}'),
+            ('answer tokens right', f'{measured.base.accuracy:.1%}'),
+        ]
+    if measured.transition:
+        by_hand = '' if measured.picked is None else f' (picked: {measured.picked})'
+        tiles.append((f'suggested transition{by_hand}', f'layer {measured.transition.layer}'))
+    return tiles
 
+
+def _layer_sections(
+    measured: LayerScores, chosen: Mapping[str, Any], drawn: Mapping[str, tuple[str, Figure]]
+) -> list[Section]:
+    "A section per figure, the greedy removal as a table, and the ranks of all layers."
+    sections = []
+    for name, (heading, figure) in drawn.items():
+        content = wide(to_svg(figure, f'fig-{name}', heading))
+        if name == 'region':
+            variant = json.dumps(chosen['variant'])
+            command = f"vlmbench run train recipe=visual_region 'variant={variant}'"
+            content = Markup('<pre>{}</pre>').format(command) + content
+        sections.append(Section(name, heading, _NOTES.get(name, ''), content))
+    if (greedy := measured.greedy) is not None:
+        steps = [('nothing', greedy.base.value), *zip(map(str, greedy.order), greedy.loss)]
+        rows = [[layer, f'{loss:.3f}'] for layer, loss in steps]
+        table = html_table(['removed', 'loss on answers'], rows)
+        sections.append(Section('greedy', 'Greedy removal', _NOTES['greedy'], table))
+    ranks = {name: r.rank(ascending=False).astype(int) for name, r in measured.rankings.items()}
+    top = pd.DataFrame(ranks)
+    bold = Markup('<b>{}</b>')
+    rows = []
+    for name in top:
+        cells = [bold.format(rank) if rank <= measured.k else str(rank) for rank in top[name]]
+        rows.append([name, *cells])
+    note = f'1 is the most important layer; the top {measured.k} are bold.'
+    table = html_table(['score', *map(str, top.index)], rows)
+    return [*sections, Section('ranks', 'Ranks', note, table)]
+
+# %% ../../nbs/lab/15_layers.ipynb #ae594a79
 def write_layer_report(
     measured: LayerScores,
     chosen: Mapping[str, Any],
@@ -565,56 +614,11 @@ def write_layer_report(
     measured.frame.to_csv(folder / 'scores.csv', index=False)
     measured.agreement.to_csv(folder / 'agreement.csv', index=False)
     (folder / 'region.json').write_text(json.dumps(chosen, indent=1), encoding='utf8')
-    for name, (_, fig) in drawn.items():
-        save_png(fig, folder / 'figures' / f'{name}.png', dpi=110)
-    tiles = [
-        ('decoder layers', str(measured.depth)),
-        ('samples', number(measured.samples)),
-        ('tokens', number(measured.tokens)),
-        ('region', ', '.join(map(str, chosen['where']))),
-    ]
-    if measured.base is not None:
-        tiles += [
-            ('loss on answers', f'{measured.base.value:.3f}'),
-            ('answer tokens right', f'{measured.base.accuracy:.1%}'),
-        ]
-    if measured.transition:
-        by_hand = '' if measured.picked is None else f' (picked: {measured.picked})'
-        tiles.append((f'suggested transition{by_hand}', f'layer {measured.transition.layer}'))
-    sections = []
-    for name, (heading, fig) in drawn.items():
-        content = wide(to_svg(fig, f'fig-{name}', heading))
-        if name == 'region':
-            command = (
-                f"vlmbench run train recipe=visual_region 'variant={json.dumps(chosen['variant'])}'"
-            )
-            content = f'<pre>{esc(command)}</pre>' + content
-        sections.append((name, heading, _NOTES.get(name, ''), content))
-    if (g := measured.greedy) is not None:
-        steps = [('nothing', g.base.value), *zip(map(str, g.order), g.loss)]
-        sections.append(
-            (
-                'greedy',
-                'Greedy removal',
-                _NOTES['greedy'],
-                html_table(
-                    ['removed', 'loss on answers'], [[layer, f'{v:.3f}'] for layer, v in steps]
-                ),
-            )
-        )
-    top = pd.DataFrame({n: r.rank(ascending=False) for n, r in measured.rankings.items()}).astype(
-        int
-    )
-    rows = [[esc(n), *(f'<b>{v}</b>' if v <= measured.k else str(v) for v in top[n])] for n in top]
-    sections.append(
-        (
-            'ranks',
-            'Ranks',
-            f'1 is the most important layer; the top {measured.k} are bold.',
-            html_table(['score', *map(str, top.index)], rows),
-        )
-    )
-    foot = 'Not measured: ' + esc('; '.join(measured.left_out)) + '.' if measured.left_out else ''
+    for name, (_, figure) in drawn.items():
+        save_png(figure, folder / 'figures' / f'{name}.png', dpi=110)
+    foot = f'Not measured: {"; ".join(measured.left_out)}.' if measured.left_out else ''
+    sections = _layer_sections(measured, chosen, drawn)
     page = folder / 'report.html'
-    page.write_text(html_page(title, lead, tiles, sections, foot), encoding='utf8')
+    text = html_page(title, lead, _layer_tiles(measured, chosen), sections, foot)
+    page.write_text(text, encoding='utf8')
     return page
