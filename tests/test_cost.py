@@ -9,7 +9,6 @@ from vlmbench.cost.planner import Data, any_scale, inference, plan, stage_models
 from vlmbench.methods.recipes import get_method
 from vlmbench.cost.shapes import model_from_shapes
 from vlmbench.models.vlm import module_groups
-from vlmbench.train.flops import Flops
 from vlmbench.train.metrics import FlopModel
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import RecipeError, get_scale, override
