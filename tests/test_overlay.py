@@ -13,8 +13,9 @@ from vlmbench.data.overlay import (
     PALETTE,
     Marker,
     _widened,
-    draw_marker,
+    bezier,
     canvas,
+    draw_marker,
     joint_markers,
     region_text,
     sample_alpha,
@@ -206,6 +207,19 @@ def test_no_color_kind_pair_twice():
     assert any(
         c is None for _, c, _ in joint_markers(random.Random(0), ['rectangle'], 12)
     )  # nine names, then none
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_a_scribble_is_its_segments_drawn_one_by_one(seed):
+    rng = random.Random(seed)
+    size = rng.randint(30, 700), rng.randint(30, 700)
+    points = [(rng.uniform(-9, size[0]), rng.uniform(-9, size[1])) for _ in range(4)]
+    marker = Marker('scribble', tuple(points), rng.randint(1, 9), samples=rng.randint(2, 900))
+    want = Image.new('RGBA', size)
+    curve = bezier(points, marker.samples)
+    for a, b in zip(curve, curve[1:]):
+        ImageDraw.Draw(want).line([a, b], fill=(255, 0, 0, 99), width=marker.width)
+    assert canvas(marker, size, 'red', 99).tobytes() == want.tobytes()
 
 
 def test_bad_input():

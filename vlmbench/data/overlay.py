@@ -11,6 +11,7 @@ __all__ = ['MARKERS', 'PALETTE', 'ANCHOR', 'STYLES', 'DATASET_KINDS', 'check_kin
 import math, random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 from shapely import Polygon, unary_union
@@ -101,16 +102,20 @@ def unit(size: tuple[int, int], anchor: int = ANCHOR) -> float:
     return max(size) / anchor
 
 
+@lru_cache(maxsize=8)
+def _cubic_weights(n: int) -> np.ndarray:
+    """What each of four control points weighs at `n` places of a curve, `[4, n]`; in Python's own
+    powers, which numpy's may miss by a last digit."""
+    places = [i / max(n - 1, 1) for i in range(n)]
+    weights = [((1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3) for t in places]
+    return np.array(weights).T
+
+
 def bezier(control: Sequence[tuple[float, float]], n: int) -> list[tuple[float, float]]:
     "`n` points of the cubic curve with four control points, ends included."
-    out = []
-    for i in range(n):
-        t = i / max(n - 1, 1)
-        w = ((1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3)
-        out.append(
-            (sum(a * p[0] for a, p in zip(w, control)), sum(a * p[1] for a, p in zip(w, control)))
-        )
-    return out
+    a, b, c, d = _cubic_weights(n)
+    x, y = (a * p0 + b * p1 + c * p2 + d * p3 for p0, p1, p2, p3 in zip(*control))
+    return list(zip(x.tolist(), y.tolist()))
 
 # %% ../../nbs/data/30_overlay.ipynb #0cd45c07
 def _polygons(region: Region):
@@ -325,9 +330,8 @@ def canvas(
     elif m.kind == 'scribble' and not m.samples:
         d.line(points, fill=ink, width=m.width, joint='curve')
     elif m.kind == 'scribble':
-        curve = bezier(points, m.samples)
-        for a, b in zip(curve, curve[1:]):
-            d.line([a, b], fill=ink, width=m.width)
+        # without `joint` one line of many points is its segments, drawn one by one
+        d.line(bezier(points, m.samples), fill=ink, width=m.width)
     elif m.kind == 'mask':
         for p in m.polygons:
             d.polygon([tuple(q) for q in p], outline=None, fill=ink)
