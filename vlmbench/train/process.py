@@ -18,15 +18,15 @@ from torch import nn
 
 # %% ../../nbs/train/09_process.ipynb #efdd01a2
 class Preempted(SystemExit):
-    """The run was asked to stop and left a checkpoint (`path`); as an uncaught exception it ends
-    the process with code 75."""
+    """The run was asked to stop and left a checkpoint (at `path`, where there is one file of it);
+    as an uncaught exception it ends the process with code 75."""
 
-    def __init__(self, reason: str, path: Path | None = None):
+    def __init__(self, reason: str = 'stopped by a signal', path: Path | None = None):
         super().__init__(75)
         self.reason, self.path = reason, path
 
     def __str__(self):
-        return f'{self.reason}; resume from {self.path}'
+        return self.reason if self.path is None else f'{self.reason}; resume from {self.path}'
 
 
 class StopFlag:
