@@ -405,9 +405,9 @@ def after_stage(self: Zero, state: RunState) -> None:
 def _around(where: str, state: RunState) -> nn.Module:
     "A VLM of the language model `where` with a copy of the vision side of `state.model`."
     if state.weightless:
-        text = read_config(where, state.scale.name).to_dict()
-        if where == state.scale.llm:
-            text = state.scale.llm_settings()
+        text = None  # the scale's own language model
+        if where != state.scale.llm:
+            text = read_config(where, state.scale.name).to_dict()
         return state.scale.weightless(state.recipe, text)
     model, processor = state.model, state.processor
     settings = {k: v for k, v in model.config.vision_config.items() if k != 'backbone'}
