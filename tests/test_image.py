@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from pillow_order import resize_as_pillow_13
 from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -34,6 +34,7 @@ from vlmbench.data.image import (
     resolve_path,
     to_rgb,
     to_tensor,
+    upright,
 )
 from vlmbench.data.record import ImageRef
 
@@ -456,3 +457,99 @@ def test_vora_preprocessing_is_black_pad_and_clip():
     assert torch.equal(
         ours['pixel_values'], processor(padded, return_tensors='pt')['pixel_values'][0]
     )
+
+
+# --- orientation
+
+
+def oriented(format, number, img=None):
+    "An encoded picture whose EXIF data has orientation `number`."
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return encoded(
+        img or noise(), format, exif=exif, **({'lossless': True} if format == 'WEBP' else {})
+    )
+
+
+def xmp_oriented(number):
+    "A PNG that tells its orientation in XMP alone."
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt('XML:com.adobe.xmp', f'<rdf:Description tiff:Orientation="{number}"/>')
+    return encoded(noise(), 'PNG', pnginfo=info)
+
+
+@pytest.mark.parametrize('number', range(1, 9))
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP', 'TIFF', 'XMP', 'RGBA', 'P', 'L', 'I;16'])
+def test_every_door_gives_the_same_upright_pixels(tmp_path, format, number):
+    "Mirrored orientations too, in every mode that is converted; `ImageOps` is the judge."
+    if format == 'XMP':
+        data = xmp_oriented(number)
+    elif format in ('RGBA', 'P', 'L'):
+        data = oriented('PNG', number, noise().convert(format))
+    elif format == 'I;16':
+        grey = np.random.default_rng(0).integers(0, 65536, (30, 40), dtype=np.uint16)
+        data = oriented('PNG', number, Image.fromarray(grey))
+    else:
+        data = oriented(format, number)
+    (tmp_path / 'p').write_bytes(data)
+    stored = Image.open(io.BytesIO(data))
+    stored.load()
+    want = np.asarray(to_rgb(ImageOps.exif_transpose(stored)))
+    upright_size = (30, 40) if number > 4 else (40, 30)
+    opened = Image.open(tmp_path / 'p')
+    doors = [
+        data,
+        bytearray(data),
+        tmp_path / 'p',
+        str(tmp_path / 'p'),
+        ImageRef('p', str(tmp_path)),
+        ImageRef('', None, data),
+        Image.open(tmp_path / 'p'),
+        opened.copy(),
+        opened,
+    ]
+    for door in doors:
+        got = load_image(door)
+        assert got.size == upright_size and np.array_equal(np.asarray(got), want), door
+        again = load_image(got)  # what was turned is not turned twice
+        assert np.array_equal(np.asarray(again), want), door
+    assert opened.getexif().get(0x0112) == stored.getexif().get(
+        0x0112
+    )  # the caller's own is left as it was
+    assert upright(opened).size == upright_size
+    for mode in ('squash', 'pad', 'crop', 'any_aspect', 'native', 'area', 'tiles'):
+        transform = ImageTransform(mode, 28, patch=14, min_pixels=1, grid=((28, 56), (56, 28)))
+        for a, b in zip(
+            transform(Image.open(tmp_path / 'p')), transform(load_image(data)), strict=True
+        ):
+            assert a['size'] == b['size'] and torch.equal(a['pixel_values'], b['pixel_values'])
+        for a, b in zip(transform.resize(opened), transform.resize(upright(opened)), strict=True):
+            assert a.size == b.size and a.tobytes() == b.tobytes()
+    assert torch.equal(to_tensor(opened), to_tensor(Image.fromarray(want)))
+
+
+def test_the_stored_orientation_can_be_kept():
+    data = oriented('JPEG', 6)
+    for door in (data, Image.open(io.BytesIO(data))):
+        lying = load_image(door, exif=False)
+        assert lying.size == (40, 30) and load_image(lying).size == (40, 30)  # and it stays so
+
+
+@pytest.mark.parametrize('number', [0, 9, 300, 'x'])
+def test_an_orientation_nobody_defined_changes_nothing(number):
+    img = noise()
+    img.getexif()[0x0112] = number
+    assert load_image(img).size == (40, 30)
+
+
+def test_an_opened_picture_that_is_cut_has_a_reason():
+    with pytest.raises(ImageError, match='truncated: picture of 40 x 30 pixels'):
+        load_image(Image.open(io.BytesIO(encoded(noise(), 'PNG')[:-1000])))
+
+
+@pytest.mark.parametrize('what', [None, 3, {}, [], object()])
+def test_what_is_no_picture_is_named(what):
+    with pytest.raises(ImageError, match=f'{type(what).__name__} is no picture; give'):
+        load_image(what)

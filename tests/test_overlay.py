@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from vlmbench.data.overlay import (
     MARKERS,
@@ -242,3 +242,15 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=match):
             bad()
+
+
+@pytest.mark.parametrize('number', range(1, 9))
+def test_markers_lie_on_the_upright_picture(number):
+    "An opened phone photo is marked where its viewer shows the object."
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels)
+    photo.getexif()[0x0112] = number
+    box = Marker('rectangle', ((2, 3), (9, 12)), 2)
+    got, want = (draw_marker(i, box, 'red') for i in (photo, ImageOps.exif_transpose(photo)))
+    assert got.size == want.size and got.tobytes() == want.tobytes()
+    assert photo.size == (24, 16)

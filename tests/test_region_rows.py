@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlmbench.data.overlay import MARKERS, PALETTE
-from vlmbench.data.record import BadRecord, Region, Sample, Turn
+from vlmbench.data.record import BadRecord, ImageRef, Region, Sample, Turn
 from vlmbench.data.region_rows import (
     _FLICKR_ASK,
     _LEAD,
@@ -422,3 +422,23 @@ def test_bad_settings_and_dataset_rows():
         build_row(dict(id='refcocog-1'), random.Random(0))
     with pytest.raises(BadRecord, match='side file'):
         build_row(dict(id='vcr-1'), random.Random(0))
+
+
+@pytest.mark.parametrize('how', ['overlay', 'text', 'none'])
+@pytest.mark.parametrize('number', [3, 5, 6, 8])
+def test_regions_lie_on_the_upright_picture(tmp_path, how, number):
+    "A file and the same file opened: boxes are pixels of the picture as it is seen."
+    photo = Image.new('RGB', (64, 40), (20, 30, 40))
+    photo.paste('white', (0, 0, 9, 9))
+    exif = Image.Exif()
+    exif[0x0112] = number
+    photo.save(tmp_path / 'p.png', exif=exif)
+    draw = DrawRegions(how=how)
+    ask = [Turn('user', '<image>\nwhat is <region> ?'), Turn('assistant', 'a cup')]
+    ways = ImageRef('p.png', str(tmp_path)), Image.open(tmp_path / 'p.png')
+    by_file, opened = (
+        draw(Sample('a', ask, [way], [Region((2.0, 20.0, 30.0, 38.0))])) for way in ways
+    )
+    assert by_file.turns == opened.turns
+    assert by_file.images[0].size == ((40, 64) if number > 4 else (64, 40))
+    assert by_file.images[0].tobytes() == opened.images[0].tobytes()

@@ -1,6 +1,7 @@
 """The VLM: packing isolation, masks, generation, loss, checkpointing, precision, peft, saving,
 groups."""
 
+import base64
 import copy
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -25,9 +26,10 @@ from transformers import (
 )
 
 import vlmbench.models.modeling as modeling
-from vlmbench.data.image import ImageError, ImageTransform
+from vlmbench.data.image import ImageError, ImageTransform, load_image
 from vlmbench.data.packing import collate_packed, collate_padded
-from vlmbench.data.record import Sample, Turn
+from vlmbench.data.record import ImageRef, Sample, Turn
+from vlmbench.evaluate.generate import prompt_inputs
 from vlmbench.models.processor import VLMProcessor
 from vlmbench.models.vision import backbone_dict
 from vlmbench.models.vlm import (
@@ -798,6 +800,49 @@ def test_arrays_and_tensors_are_pictures(processor):
     ):
         with pytest.raises(ImageError, match=message):
             processor(text='<image>', images=wrong)
+
+
+def phone_photo(folder, number=6):
+    "A file of 24 x 16 stored pixels whose EXIF data says how to turn them."
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = number
+    Image.fromarray(pixels).save(folder / f'{number}.png', exif=exif)
+    return folder / f'{number}.png'
+
+
+@pytest.mark.parametrize('number', range(1, 9))
+def test_a_photo_is_upright_whatever_the_way_in(processor, tmp_path, number):
+    path = phone_photo(tmp_path, number)
+    processor.transform = ImageTransform('any_aspect', 48, patch=8)
+    seen = ImageOps.exif_transpose(Image.open(path))
+    want = processor(text='<image>', images=np.asarray(seen))
+    assert want['image_sizes'].tolist() == [[48, 32] if number > 4 else [32, 48]]
+    talk = [Turn('user', '<image> what')]
+    url = 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
+    for way in (
+        path,
+        str(path),
+        path.read_bytes(),
+        url,
+        ImageRef(path.name, str(tmp_path)),
+        Image.open(path),
+        load_image(Image.open(path)),
+        torch.tensor(np.asarray(seen)),
+    ):
+        sample = Sample('a', talk, [way])
+        message = dict(role='user', content=[dict(type='image', image=way)])
+        got = [
+            processor(text='<image>', images=way)['pixel_values'],
+            processor.image_processor(way)['pixel_values'],
+            processor.encode(sample).images[0]['pixel_values'][None],
+            prompt_inputs(processor, [sample])['pixel_values'],
+        ]
+        if isinstance(way, (str, Image.Image)):
+            chat = processor.apply_chat_template([message], tokenize=True, return_dict=True)
+            got.append(chat['pixel_values'])
+        for pixels in got:
+            assert torch.equal(pixels, want['pixel_values']), way
 
 
 @pytest.mark.parametrize('token', ['<image>', '<|system|>'])

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'HALF', 'RESAMPLE', 'NEXT_GRID', 'MODES', 'ImageError',
-           'ImageWarning', 'resolve_path', 'to_rgb', 'load_image', 'to_tensor', 'squash', 'mean_color', 'pad_to_square',
-           'crop', 'best_grid', 'tiles', 'any_aspect_size', 'any_aspect', 'equal_area_size', 'equal_area',
-           'native_size', 'native', 'ImageTransform', 'from_image_processor']
+           'ImageWarning', 'resolve_path', 'to_rgb', 'upright', 'load_image', 'to_tensor', 'squash', 'mean_color',
+           'pad_to_square', 'crop', 'best_grid', 'tiles', 'any_aspect_size', 'any_aspect', 'equal_area_size',
+           'equal_area', 'native_size', 'native', 'ImageTransform', 'from_image_processor']
 
 # %% ../../nbs/data/20_image.ipynb #9997f75b
 import io, math, os, stat, struct, warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFile
+from .record import ImageRef
 
 # %% ../../nbs/data/20_image.ipynb #a6771355
 class ImageError(ValueError):
@@ -163,9 +165,31 @@ def _orientation(img, note):
         struct.error,
     ):
         exif = {}
-    if not exif and len(img.info.get('exif', b'')) > 20:
+    if note and not exif and len(img.info.get('exif', b'')) > 20:
         note('unreadable EXIF, orientation ignored')
     return exif.get(0x0112, 1)
+
+
+# where Pillow looks for an orientation, and what it copies from a picture to those made of it
+_EXIF_KEYS = ('exif', 'Raw profile type exif', 'xmp', 'XML:com.adobe.xmp')
+
+
+def upright(
+    img: Image.Image, exif: bool = True, note: Callable[[str], None] | None = None
+) -> Image.Image:
+    """The picture turned and mirrored as its EXIF orientation says, and the tag removed; `img`
+    itself where there is nothing to do, which is never changed. `exif=False` removes the tag and
+    keeps the pixels as they are stored. `note` is told about unreadable EXIF data."""
+    img.load()  # Pillow turns a TIFF itself when it decodes it
+    turn = _TURN.get(_orientation(img, note or _warn))
+    return img if turn is None else _turned(img, turn if exif else None)
+
+
+def _turned(img, turn):
+    out = img.copy() if turn is None else img.transpose(turn)
+    for key in _EXIF_KEYS:
+        out.info.pop(key, None)
+    return out
 
 # %% ../../nbs/data/20_image.ipynb #97441085
 def load_image(
@@ -178,17 +202,27 @@ def load_image(
 ) -> Image.Image:
     """The picture of `ref` as an RGB `PIL.Image`, fully decoded and upright.
 
-    `ref`: an `ImageRef`, a path (below `root`, where given), encoded bytes, or a `PIL.Image`
-    (converted only). `max_pixels`: width times height above it is refused. `background`: see
-    `to_rgb`. `exif=False` keeps the stored orientation. `note` is told about each fallback (first
-    frame of an animation); by default it is a warning. Raises `ImageError`."""
+    `ref`: an `ImageRef`, a path (below `root`, where given), encoded bytes, or a `PIL.Image` (also
+    one that `Image.open` has not decoded yet). `max_pixels`: width times height above it is refused
+    (not of a `PIL.Image`). `background`: see `to_rgb`. `exif=False` keeps the stored orientation.
+    `note` is told about each fallback (first frame of an animation); by default it is a warning.
+    Raises `ImageError`."""
     note = note or _warn
     if isinstance(ref, Image.Image):
-        return to_rgb(ref, background)
-    path, data = getattr(ref, 'path', ref), getattr(ref, 'data', None)
-    root = getattr(ref, 'root', None) if root is None else root
-    if isinstance(ref, (bytes, bytearray)):
+        name = f'picture of {ref.width} x {ref.height} pixels'
+        with _decoding(name):
+            return _finish(ref, background, exif, note)
+    if isinstance(ref, ImageRef):
+        path, data, root = ref.path, ref.data, ref.root if root is None else root
+    elif isinstance(ref, (bytes, bytearray)):
         path, data = '', bytes(ref)
+    elif isinstance(ref, (str, os.PathLike)):
+        path, data = ref, None
+    else:
+        raise ImageError(
+            f'bad image: {type(ref).__name__} is no picture; give an ImageRef, a path, encoded '
+            'bytes or a PIL image'
+        )
     name = str(path) or 'embedded picture'
     if data is not None:
         return _decode(io.BytesIO(data), name, len(data), max_pixels, background, exif, note)
@@ -207,14 +241,46 @@ def load_image(
         raise ImageError(f'unreadable: {str(full)[:200]}: {e.strerror or e}') from None
 
 # %% ../../nbs/data/20_image.ipynb #aea3fe0c
+def _finish(img, background, exif, note):
+    "Decode, convert to RGB and turn a picture that was opened."
+    img.load()
+    turn = _TURN.get(_orientation(img, note if exif else None))
+    img = to_rgb(img, background)
+    return img if turn is None else _turned(img, turn if exif else None)
+
+
+@contextmanager
+def _decoding(name: str, n_bytes: int | None = None, head: bytes = b''):
+    """Turn whatever a decoder raises in the block into an `ImageError` that says what is wrong with
+    the picture called `name`, of `n_bytes` beginning with `head`."""
+    size = '' if n_bytes is None else f' ({n_bytes:,} bytes)'
+    try:
+        yield
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        if kind := next((kind for magic, kind in _MAGIC if head.startswith(magic)), None):
+            raise ImageError(
+                f'damaged: {name}{size} starts as {kind} but its header is broken'
+            ) from None
+        raise ImageError(f'not an image: {name} is {_what_is(head)}') from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ImageError(f'too large: {name}: {e}') from None
+    except Exception as e:  # decoders raise nearly anything on damaged bytes
+        cut = isinstance(e, EOFError) or 'truncated' in str(e) or 'end of' in str(e)
+        what = 'truncated' if cut else 'damaged'
+        raise ImageError(f'{what}: {name}{size}: {type(e).__name__}: {e}') from e
+
+
 def _decode(file, name, n_bytes, max_pixels, background, exif, note):
+    "The picture in a binary `file` of `n_bytes`, its size checked before any pixel is decoded."
     if not n_bytes:
         raise ImageError(f'empty: {name} has zero bytes')
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         note('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: cut pictures pass as grey')
     head = file.read(512)
     file.seek(0)
-    try:
+    with _decoding(name, n_bytes, head):
         img = Image.open(file, formats=_formats())
         w, h = img.size
         if w * h > max_pixels:
@@ -225,24 +291,7 @@ def _decode(file, name, n_bytes, max_pixels, background, exif, note):
             raise ImageError(f'empty: {name} has {w} x {h} pixels')
         if getattr(img, 'n_frames', 1) > 1 and img.format != 'MPO':
             note('animated or multi-page picture, first frame used')
-        img.load()
-        turn = _TURN.get(_orientation(img, note)) if exif else None
-        img = to_rgb(img, background)
-    except ImageError:
-        raise
-    except Image.UnidentifiedImageError:
-        if kind := next((kind for magic, kind in _MAGIC if head.startswith(magic)), None):
-            raise ImageError(
-                f'damaged: {name} ({n_bytes:,} bytes) starts as {kind} but its header is broken'
-            ) from None
-        raise ImageError(f'not an image: {name} is {_what_is(head)}') from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ImageError(f'too large: {name}: {e}') from None
-    except Exception as e:  # decoders raise nearly anything on damaged bytes
-        cut = isinstance(e, EOFError) or 'truncated' in str(e) or 'end of' in str(e)
-        what = 'truncated' if cut else 'damaged'
-        raise ImageError(f'{what}: {name} ({n_bytes:,} bytes): {type(e).__name__}: {e}') from e
-    return img if turn is None else img.transpose(turn)
+        return _finish(img, background, exif, note)
 
 # %% ../../nbs/data/20_image.ipynb #c8c5bd96
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -259,7 +308,7 @@ def _table(mean, std):
 def to_tensor(img: Image.Image, mean=CLIP_MEAN, std=CLIP_STD) -> torch.Tensor:
     """float32 `[3, H, W]`: `(pixel / 255 - mean) / std` per channel, the same bits as transformers'
     PIL processors."""
-    pixels = np.asarray(to_rgb(img))
+    pixels = np.asarray(to_rgb(upright(img)))
     table = _table(tuple(mean), tuple(std))
     return torch.from_numpy(np.stack([table[c][pixels[:, :, c]] for c in range(3)]))
 
@@ -461,11 +510,12 @@ class ImageTransform:
         `ImageError` for slivers."""
         return [
             dict(pixel_values=to_tensor(i, self.mean, self.std), size=(i.height, i.width))
-            for i in self.resize(to_rgb(img))
+            for i in self.resize(to_rgb(upright(img)))
         ]
 
     def resize(self, img: Image.Image) -> list[Image.Image]:
         "The pictures before normalisation: what the model sees, for looking at."
+        img = upright(img)
         multiple = self.multiple or self.patch
         if self.mode == 'tiles':
             return tiles(img, self.size, self.grid, self.resample)

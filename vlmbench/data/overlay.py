@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 from shapely import Polygon, unary_union
+from .image import upright
 from .region import Region
 
 # %% ../../nbs/data/30_overlay.ipynb #6a63f36b
@@ -359,7 +360,9 @@ def canvas(
 def draw_marker(
     image: Image.Image, marker: Marker, color: str | Sequence[int], alpha: int = 128
 ) -> Image.Image:
-    "A new RGB picture with `marker` blended onto `image`."
+    """A new RGB picture with `marker` blended onto `image`, which is turned upright first: markers
+    are stated in pixels of the picture as it is seen."""
+    image = upright(image)
     layer, out = canvas(marker, image.size, color, alpha), image.convert('RGB')
     if box := layer.getbbox():
         out.paste(

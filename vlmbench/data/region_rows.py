@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image
-from .image import ImageError, resolve_path
+from .image import ImageError, load_image, resolve_path, upright
 from vlmbench.data.overlay import (
     ANCHOR,
     DATASET_KINDS,
@@ -554,7 +554,8 @@ def draw_marks(
     width: float | None = None,
     anchor: int = ANCHOR,
 ) -> Image.Image:
-    "A new picture with every mark sampled and blended in order."
+    "A new picture, upright, with every mark sampled and blended in order."
+    image = upright(image)
     for m in marks:
         alpha = sample_alpha(rng, m.kind) if m.alpha is None else m.alpha
         image = draw_marker(
@@ -694,7 +695,8 @@ class DrawRegions(Transform):
             if len(sample.images) != 1:
                 raise BadRecord(f'{at}: {len(sample.images)} images; a row with regions has one')
             image = sample.images[0]
-            image = (image if isinstance(image, Image.Image) else image.load()).convert('RGB')
+            image = load_image(image) if isinstance(image, Image.Image) else image.load()
+            image = image.convert('RGB')
             marks, turns = self.build(sample, own, image.size)
             if self.how == 'overlay':
                 image = draw_marks(image, marks, own, anchor=self.anchor_of(image.size))

@@ -6,7 +6,6 @@
 __all__ = ['stack_images', 'picture_of', 'VLMProcessor']
 
 # %% ../../nbs/models/15_processor.ipynb #dac3d074
-import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -153,14 +152,6 @@ class VLMProcessor(ProcessorMixin):
         `views`: further keys, each with a function from the picture to a tensor (what a teacher
         sees of it). Raises `ImageError`."""
         image = picture_of(image)
-        if not isinstance(image, (str, bytes, bytearray, os.PathLike, Image.Image)) and not hasattr(
-            image, 'path'
-        ):
-            raise ImageError(
-                f'bad image: {type(image).__name__} is no picture; give a PIL image, path, URL, '
-                'encoded '
-                'bytes, array or tensor'
-            )
         web = isinstance(image, str) and image.startswith(('http://', 'https://', 'data:'))
         picture = load_image(_fetch_image(image) if web else image)
         more = {key: view(picture) for key, view in (views or {}).items()}
