@@ -17,7 +17,7 @@ from ..options import check_options, literal_or_text, parse_assignment
 from ..plugins import PartGroup, PluginError
 from ..train.recipe import Recipe, RecipeError, override
 from ..train.scale import SCALES, Scale, read_scale
-from ..train.stages import RunState, check_room
+from ..train.stages import RunState, check_pictures
 
 # %% ../../nbs/methods/00_recipes.ipynb #b990b012
 BUILT_IN = {
@@ -150,8 +150,8 @@ def get_recipe(
     variant: Sequence[str] = (),
 ) -> Recipe:
     """The recipe of method `name` at `scale` with the options of `variant`, its budget multiplied,
-    single settings overridden, and checked (`check_room`). Raises `RecipeError`."""
+    single settings overridden, and checked (`check_pictures`). Raises `RecipeError`."""
     method = get_method(name, variant)
     recipe = override(scaled_budget(method.recipe(scale), budget), parse_overrides(overrides))
-    check_room(method, RunState(recipe, scale))
+    check_pictures(method, RunState(recipe, scale))
     return recipe
