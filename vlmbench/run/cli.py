@@ -253,7 +253,7 @@ def cost(
 ) -> None:
     """What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer,
     counted without weights."""
-    from vlmbench.cost.planner import Data, cost_figure, inference, plan, readable
+    from vlmbench.cost.planner import Data, cost_figure, inference, layout, plan, readable
 
     try:
         data = Data(text_tokens=text, targets=targets, images=images)
@@ -261,10 +261,14 @@ def cost(
             recipe, scale, variant or (), rows, data, precision, budget=budget, ranks=ranks
         )
         answer = inference(recipe, scale, variant or ())
+        said = layout(recipe, scale, variant or (), budget, ranks)
     except ValueError as e:
         raise ParameterError(str(e)) from None
+    typer.echo(f'{recipe} at {scale}, as published or as its level says\n')
+    typer.echo(_aligned(said))
     typer.echo(
-        f'{recipe} at {scale}: a micro-batch of each stage, {text} tokens of text a sample; total: '
+        f'\n{recipe} at {scale}: a micro-batch of each stage, {text} tokens of text a sample; '
+        'total: '
         'the whole stage\n'
     )
     typer.echo(readable(stages).set_index('stage').T.rename_axis(None, axis=1).to_string())
