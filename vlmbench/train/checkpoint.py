@@ -276,78 +276,87 @@ def save_state(
     (`best`: 'min' or 'max'). `agree(ok)` combines the ranks' verdicts (all of them call it); False
     on one rank makes all raise. Keeps the last `keep_last` states and the best. Raises
     CheckpointError when writing fails; earlier states stay intact."""
-    folder = _folder(out_dir)
-    tmp, final = folder / f'.tmp-step-{step:08d}', folder / f'step-{step:08d}'
+    header = dict(step=step, world=world, metric=metric, best=best, identity=identity)
+    writer = _StateWriter(Path(out_dir), header, rank, agree)
+    weights, optimizer = _whole(weights, rank), _whole(optimizer, rank)
+    writer.attempt(writer.begin)
+    writer.attempt(lambda: writer.write(weights, optimizer, shared, local))
+    writer.attempt(lambda: writer.finish(keep_last))
+    return writer.final
 
-    def attempt(work):
+
+@dataclass
+class _StateWriter:
+    """Writes one state beside its place and renames it; what fails on one rank stops all of
+    them."""
+
+    out_dir: Path
+    header: Mapping[str, Any]
+    rank: int
+    agree: Callable[[bool], bool]
+
+    def __post_init__(self):
+        self.folder, step = _folder(self.out_dir), self.header['step']
+        self.temporary = self.folder / f'.tmp-step-{step:08d}'
+        self.final = self.folder / f'step-{step:08d}'
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        "Do `work`; raises CheckpointError on all ranks when it fails on one of them."
         error = None
         try:
             work()
         except Exception as e:
             error = e  # whatever it is: all ranks must hear of it, then it is raised
-        if not agree(error is None):
-            if rank == 0:
-                shutil.rmtree(tmp, ignore_errors=True)
-            kept = _states(out_dir)
-            disk = error is None or isinstance(error, (OSError, SafetensorError))
-            raise CheckpointError(
-                f'could not write {final}: {error or "another rank failed"}. '
-                + (
-                    f'The previous state {kept[0]} is intact. '
-                    if kept
-                    else 'No earlier state exists. '
-                )
-                + 'Free space or choose another out_dir, then resume.' * disk
-            ) from error
-
-    weights, optimizer = _whole(weights, rank), _whole(optimizer, rank)
-
-    def begin():
-        if rank:
+        if self.agree(error is None):
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob('.tmp-*'):
+        if self.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        kept = _states(self.out_dir)
+        intact = (
+            f'The previous state {kept[0]} is intact. ' if kept else 'No earlier state exists. '
+        )
+        disk = error is None or isinstance(error, (OSError, SafetensorError))
+        advice = 'Free space or choose another out_dir, then resume.' if disk else ''
+        raise CheckpointError(
+            f'could not write {self.final}: {error or "another rank failed"}. {intact}{advice}'
+        ) from error
+
+    def begin(self) -> None:
+        if self.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob('.tmp-*'):
             shutil.rmtree(old)
-        tmp.mkdir()
+        self.temporary.mkdir()
 
-    def write():
-        tree, tensors = split_state(local)
-        _write_json(tmp / f'rank-{rank:05d}.json', tree)
-        _write_tensors(tmp / f'rank-{rank:05d}.safetensors', tensors)
-        if rank:
+    def write(self, weights: Mapping, optimizer: Mapping, shared: Any, local: Any) -> None:
+        "This rank's tree; on rank 0 also what is equal on all ranks."
+        self._tree(f'rank-{self.rank:05d}', local)
+        if self.rank:
             return
-        _write_tensors(tmp / 'weights.safetensors', weights)
-        _write_tensors(tmp / 'optimizer.safetensors', optimizer)
-        tree, tensors = split_state(shared)
-        _write_json(tmp / 'shared.json', tree)
-        _write_tensors(tmp / 'shared.safetensors', tensors)
+        _write_tensors(self.temporary / 'weights.safetensors', weights)
+        _write_tensors(self.temporary / 'optimizer.safetensors', optimizer)
+        self._tree('shared', shared)
 
-    def finish():
-        if rank:
+    def _tree(self, name: str, values: Any) -> None:
+        tree, tensors = split_state(values)
+        _write_json(self.temporary / f'{name}.json', tree)
+        _write_tensors(self.temporary / f'{name}.safetensors', tensors)
+
+    def finish(self, keep_last: int) -> None:
+        "The manifest with every file's hash, the rename, and the states that are kept."
+        if self.rank:
             return
         files = {
-            p.name: dict(size=p.stat().st_size, sha256=_sha256(p)) for p in sorted(tmp.iterdir())
+            path.name: dict(size=path.stat().st_size, sha256=_sha256(path))
+            for path in sorted(self.temporary.iterdir())
         }
-        _write_json(
-            tmp / 'manifest.json',
-            dict(
-                format=FORMAT,
-                step=step,
-                world=world,
-                metric=metric,
-                best=best,
-                identity=identity,
-                files=files,
-            ),
-        )
-        if final.exists():
-            os.rename(final, folder / f'.tmp-replaced-{step:08d}')
-        publish(tmp, final)
-        _prune(out_dir, keep_last, best)
-
-    for work in (begin, write, finish):
-        attempt(work)
-    return final
+        manifest = dict(format=FORMAT, **self.header, files=files)
+        _write_json(self.temporary / 'manifest.json', manifest)
+        if self.final.exists():
+            os.rename(self.final, self.folder / f'.tmp-replaced-{self.header["step"]:08d}')
+        publish(self.temporary, self.final)
+        _prune(self.out_dir, keep_last, self.header['best'])
 
 # %% ../../nbs/train/20_checkpoint.ipynb #7b6012a7
 def _manifest(path):
@@ -372,12 +381,15 @@ def best_state(out_dir: str | Path, best: str = 'min') -> Path | None:
     has one."""
     if best not in ('min', 'max'):
         raise ValueError(f"best must be 'min' or 'max', got {best!r}")
-    scored = [
-        (m['metric'], p)
-        for p in _states(out_dir)
-        if not state_problem(p, hashes=False) and (m := _manifest(p))['metric'] is not None
-    ]
-    return (min if best == 'min' else max)(scored, key=lambda x: x[0])[1] if scored else None
+    scored = {}
+    for path in _states(out_dir):
+        metric = None if state_problem(path, hashes=False) else _manifest(path)['metric']
+        if metric is not None:
+            scored[path] = metric
+    if not scored:
+        return None
+    # of equal ones the newest, which stands first
+    return (min if best == 'min' else max)(scored, key=scored.get)
 
 # %% ../../nbs/train/20_checkpoint.ipynb #ff52d9bc
 def state_problem(path: str | Path, hashes: bool = True) -> str | None:
@@ -536,10 +548,11 @@ def export(
                 lora_alpha=first.lora_alpha[adapter],
                 target_modules=sorted(mine),
             )
+            own = [f'{name}.lora_' for name in mine]
             tensors = {
                 f'base_model.model.{n.replace(f".{adapter}.", ".")}': t.contiguous()
                 for n, t in model.state_dict().items()
-                if any(n.startswith(f'{o}.lora_') for o in mine)
+                if n.startswith(tuple(own))
             }
             config.save_pretrained(tmp / adapter)
             save_file(tensors, tmp / adapter / 'adapter_model.safetensors')

@@ -177,55 +177,73 @@ def diagnose(
 
     `loss_of(batch)` runs forward and returns the loss. Gradients in `.grad` are cleared. An empty
     list: nothing found when run again."""
-    for n, p in plan.model.named_parameters():
-        if _bad(p):
-            return [dict(rank=rank, micro=None, tensor=f'weight {n}', samples=[])]
-    out = []
-    for i, batch in enumerate(micro):
-        found = []
+    for name, parameter in plan.model.named_parameters():
+        if _bad(parameter):
+            return [dict(rank=rank, micro=None, tensor=f'weight {name}', samples=[])]
+    found = []
+    for number, batch in enumerate(micro):
+        search = _Search(plan, batch)
+        search.run(loss_of)
+        if search.first is not None:
+            found.append(dict(rank=rank, micro=number, **search.first))
+    _clear_gradients(plan)
+    return found
 
-        def note(tensor, x):
-            if found:
-                return
-            mask = _positions(x, batch)
-            samples = list(batch.get('sample_ids', ())) if mask is None else samples_at(batch, mask)
-            found.append(dict(rank=rank, micro=i, tensor=tensor, samples=samples))
 
-        def watch(name):
-            def hook(module, args, kwargs, output):
-                for x in output if isinstance(output, (tuple, list)) else [output]:
-                    if _bad(x):
-                        note(f'output of {name}', x)
+def _clear_gradients(plan: TrainPlan) -> None:
+    for parameter in plan.trainable.values():
+        parameter.grad = None
 
-            return hook
 
-        for k, v in batch.items():
-            if _bad(v):
-                note(f'input {k}', v)
+class _Search:
+    "Runs one micro-batch again and keeps the first tensor that is not finite."
+
+    def __init__(self, plan: TrainPlan, batch: Mapping[str, Any]):
+        self.plan, self.batch = plan, batch
+        self.first: dict[str, Any] | None = None
+
+    def note(self, tensor: str, values: torch.Tensor) -> None:
+        "Keep `tensor` with the samples under its bad values, unless an earlier one was bad."
+        if self.first is not None:
+            return
+        mask = _positions(values, self.batch)
+        samples = list(self.batch.get('sample_ids', ()))
+        if mask is not None:
+            samples = samples_at(self.batch, mask)
+        self.first = dict(tensor=tensor, samples=samples)
+
+    def watch(self, name: str) -> Callable:
+        def hook(module, args, kwargs, output):
+            for values in output if isinstance(output, (tuple, list)) else [output]:
+                if _bad(values):
+                    self.note(f'output of {name}', values)
+
+        return hook
+
+    def run(self, loss_of: Callable[[Mapping[str, Any]], torch.Tensor]) -> None:
+        for key, values in self.batch.items():
+            if _bad(values):
+                self.note(f'input {key}', values)
         handles = [
-            m.register_forward_hook(watch(n), with_kwargs=True)
-            for n, m in plan.model.named_modules()
-            if n
+            module.register_forward_hook(self.watch(name), with_kwargs=True)
+            for name, module in self.plan.model.named_modules()
+            if name
         ]
         try:
-            for p in plan.trainable.values():
-                p.grad = None
-            loss = loss_of(batch)
+            _clear_gradients(self.plan)
+            loss = loss_of(self.batch)
             if _bad(loss):
-                note('loss', loss)
-            if not found and loss.requires_grad:
-                loss.backward()
-                bad = [n for n, p in plan.trainable.items() if p.grad is not None and _bad(p.grad)]
-                if bad:
-                    note(
-                        f'gradient of {bad[0]}'
-                        + (f' and {len(bad) - 1} more' if len(bad) > 1 else ''),
-                        loss,
-                    )
+                self.note('loss', loss)
+            if self.first is None and loss.requires_grad:
+                self.backward(loss)
         finally:
-            for h in handles:
-                h.remove()
-        out += found
-    for p in plan.trainable.values():
-        p.grad = None
-    return out
+            for handle in handles:
+                handle.remove()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        trained = self.plan.trainable.items()
+        bad = [name for name, p in trained if p.grad is not None and _bad(p.grad)]
+        if bad:
+            more = f' and {len(bad) - 1} more' if len(bad) > 1 else ''
+            self.note(f'gradient of {bad[0]}{more}', loss)

@@ -41,7 +41,8 @@ def layer_index(name: str) -> int | None:
 
 def _blocks(group, tune, names, at):
     "The block numbers `tune` selects among `names`; an error if one does not exist."
-    have = sorted({i for n in names if (i := layer_index(n)) is not None})
+    numbers = {layer_index(name) for name in names}
+    have = sorted(numbers - {None})
     if tune.layers is None:
         return tuple(have)
     need(
@@ -202,58 +203,72 @@ def prepare(
         from vlmbench.models.vlm import module_groups
 
         groups = module_groups(model)
-    at = f'stage {stage.name!r}'
     need(
         not lora_modules(model),
-        f'{at}: the model still carries LoRA of an earlier stage; call merge_lora(model) first',
+        f'stage {stage.name!r}: the model still carries LoRA of an earlier stage; call '
+        'merge_lora(model) first',
     )
-    chosen = []
-    for group, tune in stage.trains.items():
-        named = dict(groups.get(group, ()))
-        need(
-            named or not tune.trains,
-            f'{at}: group {group!r} has no parameters of its own in this model'
-            + (' (tied to the embedding: train embed instead)' if group == 'lm_head' else '')
-            + '; set it to frozen()',
-        )
-        blocks = _blocks(group, tune, named, at) if tune.trains and named else ()
-        targets = _lora_targets(model, group, tune, named, blocks, at) if tune.how == 'lora' else ()
-        chosen.append((group, tune, named, blocks, targets))
-    for i, (group, tune, _, _, targets) in enumerate(chosen):
-        if targets:
-            _inject(model, group, tune, targets, seed + i, at)
-    for m in lora_modules(model).values():
-        m.set_adapter(list(m.lora_A))
-    for p in model.parameters():
-        p.requires_grad_(False)
-    plans = []
-    for group, tune, named, blocks, targets in chosen:
-        extra = (
-            {
-                n: p
-                for t in targets
-                for n, p in model.named_parameters()
-                if n.startswith(f'{t}.lora_')
-            }
-            if targets
-            else {}
-        )
-        if tune.how == 'full':
-            trained = named
-        elif tune.how == 'layers':
-            trained = {n: p for n, p in named.items() if layer_index(n) in blocks}
-        else:
-            trained = extra
-        for p in trained.values():
-            p.requires_grad_(True)
-        plans.append(
-            GroupPlan(
-                group,
-                tune,
-                stage.lr_of(group),
-                sum(p.numel() for p in [*named.values(), *extra.values()]),
-                trained,
-                blocks if tune.trains else (),
-            )
-        )
-    return TrainPlan(model, stage, plans)
+    chosen = [
+        _choose(model, stage, group, tune, dict(groups.get(group, ())))
+        for group, tune in stage.trains.items()
+    ]
+    for i, choice in enumerate(chosen):
+        if choice.targets:
+            at = f'stage {stage.name!r}'
+            _inject(model, choice.group, choice.tune, choice.targets, seed + i, at)
+    for module in lora_modules(model).values():
+        module.set_adapter(list(module.lora_A))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return TrainPlan(model, stage, [_unfreeze(model, stage, choice) for choice in chosen])
+
+
+@dataclass(frozen=True)
+class _Choice:
+    "What a stage means by one group: its parameters, the blocks, and the linear modules for LoRA."
+
+    group: str
+    tune: Tune
+    named: Mapping[str, nn.Parameter]
+    blocks: tuple[int, ...]
+    targets: Sequence[str]
+
+
+def _choose(
+    model: nn.Module, stage: Stage, group: str, tune: Tune, named: Mapping[str, nn.Parameter]
+) -> _Choice:
+    "Checked before anything is changed. Raises RecipeError naming stage and group."
+    at = f'stage {stage.name!r}'
+    tied = ' (tied to the embedding: train embed instead)' if group == 'lm_head' else ''
+    need(
+        named or not tune.trains,
+        f'{at}: group {group!r} has no parameters of its own in this model{tied}; set it to '
+        'frozen()',
+    )
+    blocks = _blocks(group, tune, named, at) if tune.trains and named else ()
+    targets = _lora_targets(model, group, tune, named, blocks, at) if tune.how == 'lora' else ()
+    return _Choice(group, tune, named, blocks, targets)
+
+
+def _unfreeze(model: nn.Module, stage: Stage, choice: _Choice) -> GroupPlan:
+    "Sets `requires_grad` where the group trains; returns what does."
+    adapters = tuple(f'{target}.lora_' for target in choice.targets)
+    factors = {}
+    if adapters:
+        factors = {n: p for n, p in model.named_parameters() if n.startswith(adapters)}
+    if choice.tune.how == 'full':
+        trained = choice.named
+    elif choice.tune.how == 'layers':
+        trained = {n: p for n, p in choice.named.items() if layer_index(n) in choice.blocks}
+    else:
+        trained = factors
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return GroupPlan(
+        choice.group,
+        choice.tune,
+        stage.lr_of(choice.group),
+        sum(p.numel() for p in [*choice.named.values(), *factors.values()]),
+        trained,
+        choice.blocks if choice.tune.trains else (),
+    )
