@@ -8,10 +8,12 @@ __all__ = ['GRADIENT', 'token_losses', 'NotLayerwise', 'Loss', 'answer_loss', 'A
 
 # %% ../../nbs/analysis/14_ablation.ipynb #55ea0207
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -30,87 +32,70 @@ from .weights import check_same_base, layer_weights
 from ..models.depth import Decoder, check_layers, find_decoder
 
 # %% ../../nbs/analysis/14_ablation.ipynb #ad4cd7b5
-def _answers(batch, decoder):
-    tokens = batch_tokens(batch, decoder)
-    if 'answer_predicting' not in tokens.masks:
-        raise ValueError(
-            'the loss is taken on answer tokens and needs labels, and the batch has none'
-        )
-    mask = tokens.masks['answer_predicting']
-    return mask, tokens.targets[mask], tokens.samples[mask]
-
-
 def token_losses(
     hidden: Tensor, target: Tensor, decoder: Decoder, chunk: int = 2**23
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and correctness `[tokens]` of residual streams `[tokens, hidden]`, at most
     `chunk` logits at a time."""
-    parts = []
-    for h, t in zip(hidden.split(n := max(1, chunk // decoder.config.vocab_size)), target.split(n)):
+    if not len(target):
+        return hidden.new_zeros(0), hidden.new_zeros(0)
+    losses, right, step = [], [], max(1, chunk // decoder.config.vocab_size)
+    for h, t in zip(hidden.split(step), target.split(step)):
         logits = decoder.logits(decoder.norm(h)).float()
-        parts.append(
-            (F.cross_entropy(logits, t, reduction='none'), (logits.argmax(-1) == t).float())
-        )
-    return (
-        tuple(torch.cat(p) for p in zip(*parts))
-        if parts
-        else (hidden.new_zeros(0), hidden.new_zeros(0))
-    )
+        losses.append(F.cross_entropy(logits, t, reduction='none'))
+        right.append((logits.argmax(-1) == t).float())
+    return torch.cat(losses), torch.cat(right)
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """The positions of a batch that predict an answer token: `place` in the flattened batch,
+    `target` and `sample`, each `[tokens]`."""
+
+    place: Tensor
+    target: Tensor
+    sample: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping, decoder: Decoder) -> '_Answers':
+        tokens = batch_tokens(batch, decoder)
+        if 'answer_predicting' not in tokens.masks:
+            raise ValueError(
+                'the loss is taken on answer tokens and needs labels, and the batch has none'
+            )
+        # places instead of a mask: a mask would be searched, and a GPU waited for, at every use
+        place = tokens.masks['answer_predicting'].flatten().nonzero()[:, 0]
+        return cls(place, tokens.targets.flatten()[place], tokens.samples.flatten()[place])
+
+    def among(self, hidden: Tensor) -> Tensor:
+        "Their states `[tokens, hidden]` of a stream `[batch, positions, hidden]`."
+        return hidden.flatten(0, 1)[self.place]
+
+# %% ../../nbs/analysis/14_ablation.ipynb #149e4dc7
 class NotLayerwise(ValueError):
     """A model that does more than hand the residual stream from layer to layer; its layers cannot
     be run on their own."""
 
 
 class _Prefix:
-    def __init__(self, model, batch, decoder, skip=()):
-        self.d = decoder
-        batch = {k: v.to(decoder.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        self.mask, self.target, self.sample = _answers(batch, decoder)
-        cap, out = capture(model, batch, skip, decoder)
-        states = cap.states()
-        check_head(states[-1], out, decoder)
-        self.layers, self.kwargs, self.last = tuple(cap.layers), cap.kwargs, states[-1]
-        self.enters, self.leaves = (
-            dict(zip(self.layers, states)),
-            {i: x for i, (x, _) in cap.left.items()},
-        )
+    "One forward pass of a batch: `enters` and `leaves` by layer, `last` the stream after all."
 
-    def check(self, rerun=True):
-        """NotLayerwise unless what leaves a layer enters the next and (`rerun`) a second call of
-        all layers agrees."""
-        name = type(self.d.model).__name__
-        for i, j in zip(self.layers, self.layers[1:]):
-            if self.leaves[i] is not self.enters[j] and not torch.equal(
-                self.leaves[i], self.enters[j]
-            ):
-                raise NotLayerwise(
-                    f'{name} changes the residual stream between layers {i} and {j} (Qwen3-VL adds '
-                    'image features there): losses without a layer would be wrong; '
-                    'answer_loss(skip=) '
-                    'runs the whole model'
-                )
-        if not rerun or not self.mask.any():
-            return
-        again, scale = (
-            self.run(self.enters[self.layers[0]], self.layers)[self.mask],
-            self.last[self.mask].abs().max(),
-        )
-        if (off := (again - self.last[self.mask]).abs().max()) > 1e-2 * scale:
-            raise NotLayerwise(
-                f'the layers of {name} give other states when they are called a second time (off '
-                'by '
-                f'{off:.3g}): they keep a state between calls, such as a cache; answer_loss(skip=) '
-                'runs the whole model'
-            )
+    def __init__(self, model, batch, decoder, skip=()):
+        batch = {k: v.to(decoder.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self.decoder, self.answers = decoder, _Answers.of(batch, decoder)
+        passed, out = capture(model, batch, skip, decoder)
+        states = passed.states()
+        check_head(states[-1], out, decoder)
+        self.layers, self.kwargs, self.last = tuple(passed.layers), passed.kwargs, states[-1]
+        self.enters = dict(zip(self.layers, states))
+        self.leaves = {i: x for i, (x, _) in passed.left.items()}
 
     def run(self, h, layers, swap=None):
         """State after `layers`, starting from `h`; `swap` = {layer: tensors} replaces the
         parameters of a layer."""
         for i in layers:
             args, kwargs = self.kwargs[i]
-            layer = self.d.layers[i]
+            layer = self.decoder.layers[i]
             if swap and i in swap:
                 h = functional_call(layer, dict(swap[i]), (h, *args), kwargs)
             else:
@@ -118,17 +103,42 @@ class _Prefix:
             if not isinstance(h, Tensor):
                 raise ValueError(
                     f'{type(layer).__name__} returns {type(h).__name__}, not a tensor: layers that '
-                    'pass '
-                    'more than the residual stream cannot be dropped one by one'
+                    'pass more than the residual stream cannot be dropped one by one'
                 )
         return h
 
     def losses(self, h):
-        return token_losses(h[self.mask], self.target, self.d)
+        "Cross-entropy and correctness of every answer token for the stream `h` after all layers."
+        return token_losses(self.answers.among(h), self.answers.target, self.decoder)
 
     def without(self, layer):
         "Token losses without `layer`: its input goes straight to the layers above."
         return self.losses(self.run(self.enters[layer], [i for i in self.layers if i > layer]))
+
+# %% ../../nbs/analysis/14_ablation.ipynb #82005c25
+@patch
+def check(self: _Prefix, rerun: bool = True) -> None:
+    """NotLayerwise unless what leaves a layer enters the next and (`rerun`) a second call of all
+    layers agrees."""
+    name = type(self.decoder.model).__name__
+    for i, j in zip(self.layers, self.layers[1:]):
+        left, entered = self.leaves[i], self.enters[j]
+        if left is not entered and not torch.equal(left, entered):
+            raise NotLayerwise(
+                f'{name} changes the residual stream between layers {i} and {j} (Qwen3-VL adds '
+                'image features there): losses without a layer would be wrong; '
+                'answer_loss(skip=) runs the whole model'
+            )
+    last = self.answers.among(self.last)
+    if not rerun or not len(last):
+        return
+    again = self.answers.among(self.run(self.enters[self.layers[0]], self.layers))
+    if (off := (again - last).abs().max()) > 1e-2 * last.abs().max():
+        raise NotLayerwise(
+            f'the layers of {name} give other states when they are called a second time (off by '
+            f'{off:.3g}): they keep a state between calls, such as a cache; '
+            'answer_loss(skip=) runs the whole model'
+        )
 
 # %% ../../nbs/analysis/14_ablation.ipynb #b4851a3a
 @dataclass(frozen=True)
@@ -142,16 +152,18 @@ class Loss:
     accuracy: float
 
 
-def _loss(moments, i=0):
-    value, se, n = moments.pooled()
-    return Loss(value[i, 0].item(), se[i, 0].item(), n, value[i, 1].item())
+def _loss(moments: Moments) -> Loss:
+    "The loss of the first of the variants in `moments`."
+    value, error, n = moments.pooled()  # [variants, 2]: cross-entropy, correctness
+    return Loss(value[0, 0].item(), error[0, 0].item(), n, value[0, 1].item())
 
 
-def _pool(moments: Moments, parts: Sequence[tuple[Tensor, Tensor]], sample: Tensor):
-    moments.add(torch.stack([torch.stack(p, -1) for p in parts], 1), sample)
+def _stack(variants: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    "Losses and correctness of several variants of a model, `[tokens, variants, 2]`."
+    return torch.stack([torch.stack(variant, -1) for variant in variants], 1)
 
 
-def _finish(moments):
+def _with_answers(moments: Moments) -> Moments:
     if not moments.samples:
         raise ValueError('no batch held an answer token: every label is -100')
     return moments
@@ -161,12 +173,12 @@ def _finish(moments):
 def answer_loss(model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int] = ()) -> Loss:
     """Loss of `model` on the answer tokens of all batches, with the layers `skip` left out. Raises
     ValueError without labels."""
-    d, m = find_decoder(model), Moments()
+    decoder, moments = find_decoder(model), Moments()
     with evaluating(model):
         for batch in batches:
-            p = _Prefix(model, batch, d, skip)
-            _pool(m, [p.losses(p.last)], p.sample)
-    return _loss(_finish(m))
+            prefix = _Prefix(model, batch, decoder, skip)
+            moments.add(_stack([prefix.losses(prefix.last)]), prefix.answers.sample)
+    return _loss(_with_answers(moments))
 
 # %% ../../nbs/analysis/14_ablation.ipynb #dc9e575b
 @dataclass(frozen=True)
@@ -177,23 +189,33 @@ class Ablation:
     base: Loss
 
 
-def _ablation(name, layers, m: Moments, deltas: Moments):
-    value, se, n = m.pooled()
-    change, change_se, _ = deltas.pooled()
-    ratio = change[:, 0].exp()
-    out = rows(f'{name}_loss', 'answer', (value[1:, 0], se[1:, 0], n), layers)
-    out += rows(f'{name}_delta', 'answer', (change[:, 0], change_se[:, 0], n), layers)
-    out += rows(f'{name}_ppl_ratio', 'answer', (ratio, ratio * change_se[:, 0], n), layers)
-    out += rows(f'{name}_accuracy_delta', 'answer', (change[:, 1], change_se[:, 1], n), layers)
-    return Ablation(tidy(out), _loss(m))
+class _Variants:
+    "Losses of variants of a model, each for a layer, beside those of the whole model."
 
+    def __init__(self):
+        self.losses, self.changes = Moments(), Moments()
 
-def _add_variants(parts, sample, m, deltas):
-    table = torch.stack([torch.stack(p, -1) for p in parts], 1)
-    m.add(table, sample)
-    deltas.add(table[:, 1:] - table[:, :1], sample)
+    def add(self, whole: tuple[Tensor, Tensor], variants: list, sample: Tensor) -> None:
+        table = _stack([whole, *variants])
+        self.losses.add(table, sample)
+        self.changes.add(table[:, 1:] - table[:, :1], sample)
 
+    def ablation(self, name: str, layers: Sequence[int]) -> Ablation:
+        value, error, n = _with_answers(self.losses).pooled()
+        change, change_error, _ = self.changes.pooled()
+        ratio = change[:, 0].exp()
+        columns = {
+            'loss': (value[1:, 0], error[1:, 0]),
+            'delta': (change[:, 0], change_error[:, 0]),
+            'ppl_ratio': (ratio, ratio * change_error[:, 0]),
+            'accuracy_delta': (change[:, 1], change_error[:, 1]),
+        }
+        records = []
+        for column, of_layers in columns.items():
+            records += rows(f'{name}_{column}', 'answer', (*of_layers, n), layers)
+        return Ablation(tidy(records), _loss(self.losses))
 
+# %% ../../nbs/analysis/14_ablation.ipynb #4381efd4
 @torch.no_grad()
 def drop_one(
     model: nn.Module, batches: Iterable[Mapping], layers: Sequence[int] | None = None
@@ -204,14 +226,15 @@ def drop_one(
     Source: Shortened LLaMA (arXiv 2402.02834). Cost: one forward plus (L-1)/2 forwards for all
     layers, and one more on the first batch as a check. Raises ValueError without labels and
     `NotLayerwise` for models such as Qwen3-VL."""
-    d, m, deltas = find_decoder(model), Moments(), Moments()
-    layers = range(len(d)) if layers is None else check_layers(layers, len(d))
+    decoder, variants = find_decoder(model), _Variants()
+    layers = range(len(decoder)) if layers is None else check_layers(layers, len(decoder))
     with evaluating(model):
         for batch in batches:
-            p = _Prefix(model, batch, d)
-            p.check(rerun=not m.samples)
-            _add_variants([p.losses(p.last), *(p.without(i) for i in layers)], p.sample, m, deltas)
-    return _ablation('drop_one', layers, _finish(m), deltas)
+            prefix = _Prefix(model, batch, decoder)
+            prefix.check(rerun=not variants.losses.samples)
+            without = [prefix.without(i) for i in layers]
+            variants.add(prefix.losses(prefix.last), without, prefix.answers.sample)
+    return variants.ablation('drop_one', layers)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #0d474e9c
 @dataclass(frozen=True)
@@ -239,15 +262,15 @@ def greedy_drop(
     candidates: layers that may go (default: all but the first `protect_first` and last
     `protect_last`). Batches are read once per removal. Raises ValueError if k exceeds the
     candidates, for one-shot iterators, or without labels, and `NotLayerwise` as `drop_one` does."""
-    d = find_decoder(model)
-    left = list(
-        range(protect_first, len(d) - protect_last)
-        if candidates is None
-        else check_layers(candidates, len(d), 'candidates')
-    )
-    if k > len(left) or k >= len(d):
+    decoder = find_decoder(model)
+    depth = len(decoder)
+    if candidates is None:
+        left = list(range(protect_first, depth - protect_last))
+    else:
+        left = list(check_layers(candidates, depth, 'candidates'))
+    if k > len(left) or k >= depth:
         raise ValueError(
-            f'k={k} layers cannot be removed: {len(left)} of {len(d)} layers are candidates'
+            f'k={k} layers cannot be removed: {len(left)} of {depth} layers are candidates'
         )
     if iter(batches) is batches:
         raise ValueError(
@@ -256,13 +279,14 @@ def greedy_drop(
     gone, losses, base = [], [], None
     with evaluating(model):
         for _ in range(k):
-            m = Moments()
+            moments = Moments()
             for batch in batches:
-                p = _Prefix(model, batch, d, gone)
-                p.check(rerun=base is None and not m.samples)
-                _pool(m, [p.losses(p.last), *(p.without(i) for i in left)], p.sample)
-            value = _finish(m).pooled()[0][:, 0]
-            base = base or _loss(m)
+                prefix = _Prefix(model, batch, decoder, gone)
+                prefix.check(rerun=base is None and not moments.samples)
+                variants = [prefix.losses(prefix.last), *(prefix.without(i) for i in left)]
+                moments.add(_stack(variants), prefix.answers.sample)
+            value = _with_answers(moments).pooled()[0][:, 0]
+            base = base or _loss(moments)
             best = int(value[1:].argmin())
             losses.append(value[1 + best].item())
             gone.append(left.pop(best))
@@ -283,62 +307,66 @@ def revert_one(
 
     Raises ValueError for checkpoints of different bases (names, shapes, or unrelated weights unless
     `related=False`) and without labels."""
-    d, m, deltas = find_decoder(tuned), Moments(), Moments()
-    layers = range(len(d)) if layers is None else check_layers(layers, len(d))
+    decoder, variants = find_decoder(tuned), _Variants()
+    layers = range(len(decoder)) if layers is None else check_layers(layers, len(decoder))
     new = layer_weights(tuned)
     old = layer_weights(base, prefix, new)
     check_same_base(new, old, related)
     with evaluating(tuned):
         for batch in batches:
-            p, parts = _Prefix(tuned, batch, d), []
-            p.check(rerun=not m.samples)
+            passed = _Prefix(tuned, batch, decoder)
+            passed.check(rerun=not variants.losses.samples)
+            reverted = []
             for i in layers:
-                swap = {
-                    i: {
-                        k: v.to(d.device, next(d.layers[i].parameters()).dtype)
-                        for k, v in old[i].items()
-                    }
-                }
-                parts.append(p.losses(p.run(p.enters[i], range(i, len(d)), swap)))
-            _add_variants([p.losses(p.last), *parts], p.sample, m, deltas)
-    return _ablation('revert_one', layers, _finish(m), deltas)
+                dtype = next(decoder.layers[i].parameters()).dtype
+                weights = {k: v.to(decoder.device, dtype) for k, v in old[i].items()}
+                state = passed.run(passed.enters[i], range(i, len(decoder)), {i: weights})
+                reverted.append(passed.losses(state))
+            variants.add(passed.losses(passed.last), reverted, passed.answers.sample)
+    return variants.ablation('revert_one', layers)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #dab4511c
 def split_samples(batch: Mapping) -> list[dict]:
     """The rows of a batch as batches of one sample. Raises ValueError for packed rows or image
     tensors that cannot be assigned to rows."""
-    n = len(batch.get('input_ids', batch.get('inputs_embeds')))
-    if (doc := batch.get('document_ids')) is not None and any(
-        len(r[r >= 0].unique()) > 1 for r in doc
-    ):
+    n = len(batch['input_ids'] if 'input_ids' in batch else batch['inputs_embeds'])
+    documents, ids = batch.get('document_ids'), batch.get('image_ids')
+    if documents is not None and any(len(row[row >= 0].unique()) > 1 for row in documents):
         raise ValueError(
             'the batch packs several documents into a row: per-sample gradients need one sample '
             'per row'
         )
     if n == 1:
         return [dict(batch)]
-    ids, pixels, out = batch.get('image_ids'), batch.get('pixel_values'), []
+    pixels = batch.get('pixel_values')
     if pixels is not None and ids is None and len(pixels) != n:
         raise ValueError(
             f'{len(pixels)} images for {n} rows and no image_ids: pass batches of one sample'
         )
+    samples = []
     for i in range(n):
-        row = {
-            k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == n else v
-            for k, v in batch.items()
-        }
+        sample = {k: v[i : i + 1] if _is_per_row(v, n) else v for k, v in batch.items()}
         if ids is not None:
-            mine = ids[i][ids[i] >= 0].unique()
-            row['image_ids'] = torch.where(
-                ids[i : i + 1] >= 0, torch.searchsorted(mine, ids[i : i + 1].contiguous()), -1
-            )
             for k in ('pixel_values', 'image_sizes'):
-                if batch.get(k) is not None and len(mine):
-                    row[k] = batch[k][mine.to(batch[k].device)]
-                else:
-                    row.pop(k, None)
-        out.append(row)
-    return out
+                sample.pop(k, None)
+            sample |= _images_of_row(batch, ids[i : i + 1])
+        samples.append(sample)
+    return samples
+
+
+def _is_per_row(value, rows):
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+
+
+def _images_of_row(batch, ids):
+    "The images that a row `[1, tokens]` of image numbers shows, numbered anew; no key without any."
+    mine = ids[ids >= 0].unique()
+    images = dict(image_ids=torch.where(ids >= 0, torch.searchsorted(mine, ids.contiguous()), -1))
+    for k in ('pixel_values', 'image_sizes'):
+        given = batch.get(k)
+        if given is not None and len(mine):
+            images[k] = given[mine.to(given.device)]
+    return images
 
 # %% ../../nbs/analysis/14_ablation.ipynb #b29d3c28
 GRADIENT = (
@@ -355,66 +383,139 @@ GRADIENT = (
 )
 
 
+def _total(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float64)
+
+
 class _Gradients:
     """Per-weight sums over units (token-weighted, plain, squared) and per-layer scalars, fed by
-    post-accumulate hooks that free each gradient."""
+    post-accumulate hooks that free each gradient. `weights`: by (layer, name)."""
 
-    def __init__(self, weights, device):
+    def __init__(self, weights: Mapping[tuple[int, str], nn.Parameter]):
+        zeros = lambda: {k: torch.zeros_like(p, dtype=torch.float32) for k, p in weights.items()}
         self.weights, self.tokens, self.units = weights, 0, 0
-        make = lambda: {k: torch.zeros_like(p, dtype=torch.float32) for k, p in weights.items()}
-        self.weighted, self.plain, self.square = make(), make(), make()
+        self.weighted, self.plain, self.square = zeros(), zeros(), zeros()
         self.sizes, self.scalars = [], {}  # tokens per unit; per layer and unit, see `_hook`
         self.handles = [
             p.register_post_accumulate_grad_hook(self._hook(k)) for k, p in weights.items()
         ]
 
     def _hook(self, key):
+        layer, _ = key
+
         def hook(p):
-            g = p.grad.detach().float()
+            w, g = p.detach().float(), p.grad.detach().float()
+            wg = w * g
             self.weighted[key] += self.now * g
             self.plain[key] += g
             self.square[key] += g * g
-            wg, total = p.detach().float() * g, lambda x: x.sum(dtype=torch.float64)
-            sums = torch.stack([total(wg.abs()), total(g * g), total(wg), total(wg * wg)]).cpu()
-            self.row[key[0]] = self.row.get(key[0], 0.0) + sums
+            sums = torch.stack([_total(wg.abs()), _total(g * g), _total(wg), _total(wg * wg)])
+            self.row[layer] = self.row.get(layer, 0.0) + sums.cpu()
             p.grad = None
 
         return hook
 
-    def add(self, loss, tokens):
+    def add(self, loss: Tensor, tokens: int) -> None:
         "Back-propagate the token-mean loss of one unit."
         self.now, self.row = tokens, {}
         loss.backward()
         self.tokens, self.units = self.tokens + tokens, self.units + 1
         self.sizes.append(tokens)
-        for l, sums in self.row.items():
-            self.scalars.setdefault(l, []).append(sums)
+        for layer, sums in self.row.items():
+            self.scalars.setdefault(layer, []).append(sums)
 
-    def of(self, layer):
-        "Sums of |w g|, g^2, w g and (w g)^2 over the weights of a layer, each float64 `[units]`."
+    def of(self, layer: int) -> Tensor:
+        "Sums of |w g|, g^2, w g and (w g)^2 over the weights of a layer, float64 `[4, units]`."
         return torch.stack(self.scalars[layer]).T
 
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
 # %% ../../nbs/analysis/14_ablation.ipynb #3a91d2a8
-def _layer_gradients(acc, layer):
-    s, t = dict.fromkeys(GRADIENT, 0.0), lambda x: x.sum(dtype=torch.float64).item()
-    for key, p in acc.weights.items():
+def _layer_gradients(sums: _Gradients, layer: int) -> dict[str, float]:
+    score = dict.fromkeys(GRADIENT, 0.0)
+    for key, p in sums.weights.items():
         if key[0] != layer:
             continue
-        w, g, f = p.detach().float(), acc.weighted[key] / acc.tokens, acc.square[key] / acc.units
-        wg = w * g
-        s['taylor'] += t(wg.abs())
-        s['taylor_signed'] += t(wg)
-        s['taylor_squared'] += t(wg * wg)
-        s['taylor_summed'] += t((w * acc.plain[key]).abs())
-        s['grad_norm'] += t(g * g)
-        s['pruner_second'] += t(w * w * f)
-        s['pruner_mixed'] += t((wg - w * w * f / 2).abs())
-    s['grad_norm'] **= 0.5
-    absolute, fisher, _, _ = acc.of(layer)
-    s['taylor_absolute'], s['fisher'] = absolute.sum().item(), fisher.mean().item()
-    return s
+        w, g, f = (
+            p.detach().float(),
+            sums.weighted[key] / sums.tokens,
+            sums.square[key] / sums.units,
+        )
+        wg, second = w * g, w * w * f
+        score['taylor'] += _total(wg.abs()).item()
+        score['taylor_signed'] += _total(wg).item()
+        score['taylor_squared'] += _total(wg * wg).item()
+        score['taylor_summed'] += _total((w * sums.plain[key]).abs()).item()
+        score['grad_norm'] += _total(g * g).item()
+        score['pruner_second'] += _total(second).item()
+        score['pruner_mixed'] += _total((wg - second / 2).abs()).item()
+    score['grad_norm'] **= 0.5
+    absolute, fisher, _, _ = sums.of(layer)
+    score['taylor_absolute'], score['fisher'] = absolute.sum().item(), fisher.mean().item()
+    return score
 
 
+def _error_of_mean(x: Tensor, weight: Tensor) -> float:
+    "Standard error of the mean of `x` `[units]` weighted by `weight`; NaN for one unit."
+    n, mean = len(x), (weight * x).sum() / weight.sum()
+    if n < 2:
+        return float('nan')
+    squares = (weight * (x - mean)).square().sum() * n / (n - 1)
+    return squares.sqrt().item() / weight.sum().item()
+
+
+def _layer_errors(sums: _Gradients, layer: int) -> dict[str, float]:
+    tokens = torch.tensor(sums.sizes, dtype=torch.float64)
+    absolute, fisher, signed, second = sums.of(layer)
+    once = torch.ones_like(tokens)
+    return dict(
+        taylor_absolute=_error_of_mean(absolute, once) * sums.units,
+        fisher=_error_of_mean(fisher, once),
+        pruner_second=_error_of_mean(second, once),
+        taylor_signed=_error_of_mean(signed, tokens),
+    )
+
+
+def _gradient_frame(sums: _Gradients, layers: Sequence[int]) -> pd.DataFrame:
+    table = {i: _layer_gradients(sums, i) for i in layers}
+    total = sum(score['taylor'] for score in table.values())
+    for score in table.values():
+        score['snip'] = score['taylor'] / total if total else float('nan')
+    errors, nan = {i: _layer_errors(sums, i) for i in layers}, float('nan')
+    return tidy(
+        Record(name, 'answer', i, table[i][name], errors[i].get(name, nan), sums.units)
+        for name in GRADIENT
+        for i in layers
+    )
+
+# %% ../../nbs/analysis/14_ablation.ipynb #56abf01a
+@contextmanager
+def _only_these_train(model: nn.Module, chosen: Iterable[nn.Parameter]):
+    ids = {id(p) for p in chosen}
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(id(p) in ids)
+            p.grad = None
+        yield
+    finally:
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad
+
+
+def _add_unit(sums, model, batch, decoder):
+    batch = {k: v.to(decoder.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    answers = _Answers.of(batch, decoder)
+    if not len(answers.target):
+        return
+    hidden = capture(model, batch, (), decoder)[0].states()[-1]
+    losses, _ = token_losses(answers.among(hidden), answers.target, decoder)
+    sums.add(losses.mean(), len(answers.target))
+
+# %% ../../nbs/analysis/14_ablation.ipynb #b93b743a
 def gradient_scores(
     model: nn.Module,
     batches: Iterable[Mapping],
@@ -436,80 +537,27 @@ def gradient_scores(
         raise ValueError(f"unit must be 'sample' or 'batch', got {unit!r}")
     if weights not in ('all', 'matrices'):
         raise ValueError(f"weights must be 'all' or 'matrices', got {weights!r}")
-    d = find_decoder(model)
-    layers = tuple(range(len(d))) if layers is None else check_layers(layers, len(d))
+    decoder = find_decoder(model)
+    depth = len(decoder)
+    layers = tuple(range(depth)) if layers is None else check_layers(layers, depth)
     chosen = {
-        (l, n): p
-        for l in layers
-        for n, p in d.layers[l].named_parameters()
+        (i, name): p
+        for i in layers
+        for name, p in decoder.layers[i].named_parameters()
         if weights == 'all' or p.ndim > 1
     }
-    if bad := [f'{l}.{n}' for (l, n), p in chosen.items() if not p.is_floating_point()]:
+    if bad := [f'{i}.{name}' for (i, name), p in chosen.items() if not p.is_floating_point()]:
         raise ValueError(
             f'weights {bad[:3]} are quantised and have no gradient: load the model without '
             'quantisation'
         )
-    flags, grads = (
-        [(p, p.requires_grad) for p in model.parameters()],
-        [(p, p.grad) for p in model.parameters()],
-    )
-    ids, acc = {id(p) for p in chosen.values()}, None
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in ids)
-            p.grad = None
-        acc = _Gradients(chosen, d.device)
+    with _only_these_train(model, chosen.values()), ExitStack() as stack:
+        sums = _Gradients(chosen)
+        stack.callback(sums.close)
         with evaluating(model), torch.enable_grad():
             for batch in batches:
                 for part in split_samples(batch) if unit == 'sample' else [batch]:
-                    _unit_gradient(model, part, d, acc)
-        if not acc.units:
+                    _add_unit(sums, model, part, decoder)
+        if not sums.units:
             raise ValueError('no batch held an answer token: every label is -100')
-        return _gradient_frame(acc, layers)
-    finally:
-        for h in acc.handles if acc else ():
-            h.remove()
-        for (p, flag), (_, grad) in zip(flags, grads):
-            p.requires_grad_(flag)
-            p.grad = grad
-
-# %% ../../nbs/analysis/14_ablation.ipynb #56abf01a
-def _unit_gradient(model, batch, d, acc):
-    batch = {k: v.to(d.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    mask, target, _ = _answers(batch, d)
-    if not len(target):
-        return
-    hidden = capture(model, batch, (), d)[0].states()[-1]
-    acc.add(token_losses(hidden[mask], target, d)[0].mean(), len(target))
-
-
-def _gradient_frame(acc, layers):
-    table = {l: _layer_gradients(acc, l) for l in layers}
-    total = sum(s['taylor'] for s in table.values())
-    for s in table.values():
-        s['snip'] = s['taylor'] / total if total else float('nan')
-    sizes = torch.tensor(acc.sizes, dtype=torch.float64)
-
-    def error(x, weight=torch.ones_like(sizes)):
-        "Of the weighted mean over units."
-        n, mean = len(x), (weight * x).sum() / weight.sum()
-        if n < 2:
-            return float('nan')
-        return (
-            (weight * (x - mean)).square().sum() * n / (n - 1)
-        ).sqrt().item() / weight.sum().item()
-
-    se = {}
-    for l in layers:
-        absolute, fisher, signed, second = acc.of(l)
-        se[l] = dict(
-            taylor_absolute=error(absolute) * acc.units,
-            fisher=error(fisher),
-            pruner_second=error(second),
-            taylor_signed=error(signed, sizes),
-        )
-    return tidy(
-        Record(k, 'answer', l, table[l][k], se[l].get(k, float('nan')), acc.units)
-        for k in GRADIENT
-        for l in layers
-    )
+        return _gradient_frame(sums, layers)

@@ -321,7 +321,7 @@ def stream_speed(
         each={name: ratio(took[name], took['plain']) for name in alone},
     )
 
-# %% ../../nbs/speed/20_methods.ipynb #275765f6
+# %% ../../nbs/speed/20_methods.ipynb #968f61b7
 def drop_one_speed(
     layers: int = 12,
     hidden: int = 256,
@@ -333,7 +333,7 @@ def drop_one_speed(
     **sizes: Any,
 ) -> dict[str, Any]:
     """Drop-one over the forwards of all pruned models on the same `batches`; the first of them is
-    checked by a further pass."""
+    checked by a further pass. `planned`: the ratio in FLOPs."""
     model = analysis_model(layers, hidden, vocab, device)
     made = [analysis_batch(vocab, seed=i, **sizes) for i in range(batches)]
     data = [{k: v.to(device) for k, v in batch.items()} for batch in made]
@@ -346,10 +346,15 @@ def drop_one_speed(
 
     work = dict(drop=lambda: drop_one(model, data), naive=naive)
     took = time_in_turns(work, rounds, device, clock)
+    model.set_attn_implementation('eager')  # products that the counter knows on every device
+    for m in pruned:
+        m.set_attn_implementation('eager')
+    count = {name: _gflops(f) for name, f in work.items()}
     return dict(
         ours=milliseconds(took['drop']),
         baseline=milliseconds(took['naive']),
         ratio=ratio(took['drop'], took['naive']),
+        planned=count['drop'] / count['naive'],
     )
 
 # %% ../../nbs/speed/20_methods.ipynb #0bb2f9a3
