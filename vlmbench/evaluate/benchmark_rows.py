@@ -227,7 +227,8 @@ def _cell_pictures(value: Any) -> list:
 def picture_columns(row: Mapping[str, Any]) -> list[list[str]]:
     "The groups of columns that hold pictures of a row: a single one, a list, the numbered ones."
     held = {name for name, value in row.items() if not is_missing(value)}
-    numbered = {int(m[1]): name for name in held if (m := _NUMBERED.fullmatch(str(name)))}
+    matches = [_NUMBERED.fullmatch(str(name)) for name in held]
+    numbered = {int(m[1]): m[0] for m in matches if m}
     groups = [
         [name for name in IMAGE_COLUMNS if name in held][:1],
         [name for name in IMAGE_LISTS if name in held][:1],

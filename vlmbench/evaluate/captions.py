@@ -57,18 +57,17 @@ def caption_scores(
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    def clean(text):
-        return (
-            ' '.join(text.replace('|||', ' ').split()) or '.'
-        )  # METEOR's separator; no empty lines
-
-    def rows(texts):
-        return {i: [dict(caption=clean(t)) for t in ts] for i, ts in enumerate(texts)}
+    def tokenized(texts):
+        "{item: captions} as the metrics read them, from the captions of every item."
+        rows = {}
+        for item, captions in enumerate(texts):
+            # ||| separates METEOR's fields, and an empty line would shift all that follow
+            cleaned = [' '.join(c.replace('|||', ' ').split()) or '.' for c in captions]
+            rows[item] = [dict(caption=c) for c in cleaned]
+        return PTBTokenizer().tokenize(rows)
 
     try:
-        truth, said = (
-            PTBTokenizer().tokenize(rows(t)) for t in (references, [[p] for p in predictions])
-        )
+        truth, said = tokenized(references), tokenized([[p] for p in predictions])
     except OSError as e:
         raise RuntimeError(f'the Penn Treebank tokenizer (Java) does not run: {e}') from e
     made = dict(meteor=_meteor, cider=lambda *texts: Cider().compute_score(*texts)[0])

@@ -275,9 +275,10 @@ class Grades:
     def published(self) -> dict[str, dict[str, list]]:
         """{id: {model, content, score}} with one entry a run: the layout of ViP-Bench's own grade
         file."""
-        order = list(dict.fromkeys(self.frame['item']))
-        groups = dict(list(self.frame.sort_values('run').groupby('item')))
-        return {i: {k: groups[i][k].tolist() for k in ('model', 'content', 'score')} for i in order}
+        columns = ['model', 'content', 'score']
+        ordered = self.frame.sort_values('run', kind='stable')
+        grades = dict(list(ordered.groupby('item')[columns]))
+        return {item: grades[item].to_dict('list') for item in self.frame['item'].unique()}
 
 # %% ../../nbs/evaluate/44_judge.ipynb #ae0461d4
 def _each(one: Callable, todo: Sequence[tuple], workers: int, keep: Callable) -> None:

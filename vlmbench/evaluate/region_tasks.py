@@ -30,7 +30,7 @@ from vlmbench.data.overlay import (
 from ..data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
 from ..data.region import parse_region
 from ..data.region_rows import Mark, build_row, dataset_of, draw_marks, vcr_side_file
-from ..data.rows import iter_rows
+from ..data.rows import RawRow, iter_rows
 from .captions import Caption, check_caption_metrics
 from .results import Results, score_predictions
 from .scorers import ExactMatch, MultipleChoice, Scorer, row_answers
@@ -283,6 +283,22 @@ def draw_kinds(name: str, draws: int, kinds: Sequence[str] = ()) -> list[str | N
     return [turn[i % len(turn)] for i in range(draws)]
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #657899b6
+def _row_sample(
+    name: str, raw: RawRow, path: Path, image_root: str | Path, opened: bool, how: Mapping[str, Any]
+) -> Sample:
+    """The sample of one row. `opened`: open its pictures too, since bad ones show only when they
+    are marked. Raises ValueError saying what is wrong."""
+    if raw.error:
+        raise BadRecord(raw.error)
+    if not isinstance(raw.value, dict):
+        raise BadRecord(f'the row is {type(raw.value).__name__}, not an object')
+    where = f'{path.name}:{raw.number}'
+    sample = _build(name, SETS[name], raw.value, image_root, where=where, **how)
+    for picture in sample.images if opened else ():
+        picture.load()
+    return sample
+
+
 def region_task(
     name: str,
     path: str | Path,
@@ -314,24 +330,14 @@ def region_task(
         check_caption_metrics(scorer.metrics)
     if not path.exists():
         raise FileNotFoundError(f'{path} is missing: it holds the questions of {name}')
+    how = dict(seed=seed, alpha=alpha, kind=kind, reference=reference, question=question)
     for raw in iter_rows(path):
         if limit and len(samples) >= limit:
             break
         if quarantine is not None:
             quarantine.seen()
         try:
-            if raw.error:
-                raise BadRecord(raw.error)
-            if not isinstance(raw.value, dict):
-                raise BadRecord(f'the row is {type(raw.value).__name__}, not an object')
-            where = f'{path.name}:{raw.number}'
-            sample = _build(
-                name, spec, raw.value, image_root, seed, alpha, kind, reference, question, where
-            )
-            if quarantine is not None:
-                for picture in sample.images:
-                    picture.load()  # bad ones show only when they are marked
-            samples.append(sample)
+            samples.append(_row_sample(name, raw, path, image_root, quarantine is not None, how))
         except ValueError as e:
             ident = raw.value.get('id') if isinstance(raw.value, dict) else None
             if quarantine is None:

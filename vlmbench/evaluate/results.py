@@ -404,6 +404,43 @@ def accuracy_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+class _NotComparable(Exception):
+    "Why two methods are not compared."
+
+
+def _paired_row(frame: pd.DataFrame, a: str, b: str, level: float) -> dict[str, Any]:
+    "Methods `a` and `b` on one task, over the seeds that both have."
+    fa, fb = frame[frame['method'] == a], frame[frame['method'] == b]
+    common = sorted(set(fa['seed']) & set(fb['seed']))
+    if not common:
+        raise _NotComparable('share no seed')
+    fa, fb = fa[fa['seed'].isin(common)], fb[fb['seed'].isin(common)]
+    if len({*fa['prompt_hash'], *fb['prompt_hash']}) > 1:
+        raise _NotComparable('answered different prompts')
+    (x, clusters, _), (y, _, _) = _matrix(fa), _matrix(fb)  # [seeds, items]
+    exact = np.nan
+    if len(common) > 1:
+        d = seeds_interval(x - y, clusters, level, null=0.0)
+    else:
+        d = paired_bootstrap(x[0], y[0], clusters, level)
+        if np.isin([x, y], (0, 1)).all():
+            exact = mcnemar(x[0], y[0]).p
+    return dict(
+        task=frame['task'].iloc[0],
+        a=a,
+        b=b,
+        seeds=len(common),
+        n=x.shape[1],
+        difference=d.mean,
+        low=d.low,
+        high=d.high,
+        p=d.p,
+        mcnemar_p=exact,
+        detectable=minimum_detectable(d.se, df=d.df),
+        interval=d.method,
+    )
+
+
 def paired_table(
     frame: pd.DataFrame, level: float = 0.95, baseline: str | None = None
 ) -> pd.DataFrame:
@@ -420,57 +457,12 @@ def paired_table(
             else [(a, b) for k, b in enumerate(methods) for a in methods[k + 1 :]]
         )
         for a, b in pairs:
-            fa, fb = f[f['method'] == a], f[f['method'] == b]
-            common = sorted(set(fa['seed']) & set(fb['seed']))
-            if not common:
-                left_out.append(f'{task}: {a} and {b} share no seed')
-                continue
-            fa, fb = (x[x['seed'].isin(common)] for x in (fa, fb))
-            hashes = set(fa['prompt_hash']) | set(fb['prompt_hash'])
-            if len(hashes) > 1:
-                left_out.append(f'{task}: {a} and {b} answered different prompts')
-                continue
-            (x, clusters, _), (y, _, _) = _matrix(fa), _matrix(fb)
-            d = (
-                seeds_interval(x - y, clusters, level, null=0.0)
-                if len(common) > 1
-                else paired_bootstrap(x[0], y[0], clusters, level)
-            )
-            exact = (
-                mcnemar(x[0], y[0]).p
-                if len(common) == 1 and np.isin([x, y], (0, 1)).all()
-                else np.nan
-            )
-            rows.append(
-                dict(
-                    task=task,
-                    a=a,
-                    b=b,
-                    seeds=len(common),
-                    n=x.shape[1],
-                    difference=d.mean,
-                    low=d.low,
-                    high=d.high,
-                    p=d.p,
-                    mcnemar_p=exact,
-                    detectable=minimum_detectable(d.se, df=d.df),
-                    interval=d.method,
-                )
-            )
-    columns = [
-        'task',
-        'a',
-        'b',
-        'seeds',
-        'n',
-        'difference',
-        'low',
-        'high',
-        'p',
-        'mcnemar_p',
-        'detectable',
-        'interval',
-    ]
+            try:
+                rows.append(_paired_row(f, a, b, level))
+            except _NotComparable as e:
+                left_out.append(f'{task}: {a} and {b} {e}')
+    facts = ['task', 'a', 'b', 'seeds', 'n']
+    columns = [*facts, 'difference', 'low', 'high', 'p', 'mcnemar_p', 'detectable', 'interval']
     out = pd.DataFrame(rows, columns=columns)
     out['p_holm'] = holm(out['p'])
     out.attrs['left_out'] = left_out

@@ -92,6 +92,17 @@ def _pick(value, i: int, n: int):
     return value[i]
 
 
+def _question_facts(sample: Sample, type_key: str, n: int, n_questions: int) -> dict[str, Any]:
+    "What `meta` says about the n-th question of a sample; raises ValueError naming the sample."
+    meta = sample.meta
+    of_type = meta.get(type_key, meta.get(f'{type_key}s'))  # a list has a plural name
+    given = {name: meta.get(name) for name in ('answers', 'choices', 'group')}
+    try:
+        return {k: _pick(v, n, n_questions) for k, v in ({type_key: of_type} | given).items()}
+    except ValueError as e:
+        raise ValueError(f'sample {sample.id!r} ({sample.source}): {e}') from None
+
+
 def sample_items(
     sample: Sample,
     prompt: str = '{question}',
@@ -106,52 +117,38 @@ def sample_items(
     (`index_letters`). Raises ValueError naming the sample."""
     system = tuple(t for t in sample.turns[:1] if t.role == 'system')
     turns = sample.turns[len(system) :]
-    asked = [i for i, t in enumerate(turns) if t.role == 'user']
-    if not asked:
+    questions = [i for i, turn in enumerate(turns) if turn.role == 'user']
+    if not questions:
         raise ValueError(
             f'sample {sample.id!r} ({sample.source}) has no user turn: nothing is asked'
         )
-    given = {
-        **sample.meta,
-        type_key: sample.meta.get(type_key, sample.meta.get(f'{type_key}s')),
-    }  # a list has a plural name
-    key = sample.meta.get('cluster') or (
-        image_key(sample.images[0]) if sample.images else sample.id
-    )
+    cluster = sample.meta.get('cluster')
+    if not cluster:
+        cluster = image_key(sample.images[0]) if sample.images else sample.id
     marks, items = '<image>\n' * len(sample.images), []
-    for n, i in enumerate(asked):
-        try:
-            meta = {
-                k: _pick(given.get(k), n, len(asked))
-                for k in (type_key, 'answers', 'choices', 'group')
-            }
-        except ValueError as e:
-            raise ValueError(f'sample {sample.id!r} ({sample.source}): {e}') from None
-        reply = (
-            turns[i + 1].text if i + 1 < len(turns) and turns[i + 1].role == 'assistant' else None
-        )
-        truth = dict(
-            meta, id=sample.id, answers=meta['answers'] if meta['answers'] is not None else reply
-        )
-        answers = row_answers(truth | dict(answers=index_letters(truth)) if indexed else truth)
+    for n, i in enumerate(questions):
+        facts = _question_facts(sample, type_key, n, len(questions))
+        if facts['answers'] is None and i + 1 < len(turns) and turns[i + 1].role == 'assistant':
+            facts['answers'] = turns[i + 1].text
+        if indexed:
+            facts['answers'] = index_letters(facts | dict(id=sample.id))
         text = turns[i].text
-        if n and not history:
+        if n and not history:  # the pictures stood in front of the first question
             text = marks + text.replace('<image>', '').strip()
         before = tuple(turns[:i]) if history else ()
-        user = Turn('user', apply_prompt(prompt, text, meta['choices']))
-        name = f'{sample.id}/{n}' if len(asked) > 1 else str(sample.id)
+        user = Turn('user', apply_prompt(prompt, text, facts['choices']))
         items.append(
             Item(
-                name,
-                (*system, *before, user),
-                tuple(sample.images),
-                tuple(answers),
-                str(meta[type_key] or 'all'),
-                meta['choices'],
-                None if meta['group'] is None else str(meta['group']),
-                str(key),
-                text.replace('<image>', '').strip(),
-                tuple(sample.regions),
+                id=f'{sample.id}/{n}' if len(questions) > 1 else str(sample.id),
+                turns=(*system, *before, user),
+                images=tuple(sample.images),
+                answers=tuple(row_answers(facts | dict(id=sample.id))),
+                question_type=str(facts[type_key] or 'all'),
+                choices=facts['choices'],
+                group=None if facts['group'] is None else str(facts['group']),
+                cluster=str(cluster),
+                question=text.replace('<image>', '').strip(),
+                regions=tuple(sample.regions),
             )
         )
     return items
@@ -201,23 +198,20 @@ class Task:
         if twice:
             raise ValueError(
                 f'task {self.name}: {len(twice)} question ids appear twice, first {twice[0]!r}; '
-                'ids pair '
-                f'results'
+                'ids pair results'
             )
         return items
 
     @cached_property
     def prompt_hash(self) -> str:
         "Hash of all a model sees (turns and picture names; not the pixels)."
-        return _digest(
-            [
-                i.id,
-                [[t.role, t.text] for t in i.turns],
-                [image_key(x) for x in i.images],
-                [[r.box, r.polygons] for r in i.regions],
-            ]
-            for i in self.items
-        )
+
+        def seen(item):
+            turns = [[turn.role, turn.text] for turn in item.turns]
+            regions = [[region.box, region.polygons] for region in item.regions]
+            return [item.id, turns, [image_key(x) for x in item.images], regions]
+
+        return _digest(map(seen, self.items))
 
     @cached_property
     def content_hash(self) -> str:

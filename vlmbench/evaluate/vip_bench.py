@@ -191,20 +191,18 @@ def group_scores(items: Sequence[VipItem], grades: Grades, by: str = 'capability
     """Table with name, n, score (mean over runs, percent), std (population, over runs) and `run0`,
     `run1`, ...; `by`: 'capability' (of the six, those that occur) or 'combination'; the last row is
     the total."""
-    scores = 100 * grades.matrix([i.id for i in items])
+    scores = 100 * grades.matrix([i.id for i in items])  # [items, runs]
     if by == 'capability':
-        names = [c for c in CAPABILITIES if any(c in i.capabilities for i in items)]
+        groups = [item.capabilities for item in items]
+        names = [c for c in CAPABILITIES if c in set().union(*groups)]
     elif by == 'combination':
-        names = list(dict.fromkeys(i.combination for i in items))
+        groups = [(item.combination,) for item in items]
+        names = list(dict.fromkeys(item.combination for item in items))
     else:
         raise ValueError(f"by={by!r} is unknown: use 'capability' or 'combination'")
-
-    def member(i, name):
-        return name in i.capabilities if by == 'capability' else name == i.combination
-
     rows = []
     for name in [*names, 'total']:
-        keep = np.array([name == 'total' or member(i, name) for i in items])
+        keep = np.array([name == 'total' or name in group for group in groups])
         runs = scores[keep].mean(0)
         rows.append(
             dict(

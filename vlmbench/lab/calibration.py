@@ -166,7 +166,12 @@ def _foreign(processor, sample, most):
 def _pad(rows, tokenizer):
     width = max(r['input_ids'].shape[1] for r in rows)
     fill = dict(input_ids=tokenizer.pad_token_id or 0, attention_mask=0, labels=-100)
-    return {
-        k: torch.cat([nn.functional.pad(r[k], (0, width - r[k].shape[1]), value=v) for r in rows])
-        for k, v in fill.items()
-    }
+
+    def padded(name):
+        widened = [
+            nn.functional.pad(row[name], (0, width - row[name].shape[1]), value=fill[name])
+            for row in rows
+        ]
+        return torch.cat(widened)
+
+    return {name: padded(name) for name in fill}

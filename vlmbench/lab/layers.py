@@ -116,6 +116,57 @@ def _sizes(n: int) -> list[int]:
     return sorted(out)
 
 
+def _what_the_data_has(
+    model: nn.Module, batches: Sequence[Mapping], left: list[str]
+) -> tuple[bool, bool]:
+    """Whether there are labels, and image tokens to be told from text; what is missing goes to
+    `left`."""
+    config = model.config
+    image_id = getattr(config, 'image_token_id', getattr(config, 'image_token_index', None))
+    labelled = [batch['labels'] for batch in batches if batch.get('labels') is not None]
+    labels = any((rows != -100).any() for rows in labelled)
+    image = any('pixel_values' in batch for batch in batches) and image_id is not None
+    if not labels:
+        left.append('drop one, gradient scores, answers: the data has no labels')
+    if not image:
+        left.append('everything about image tokens: the data has no pictures')
+    return labels, image
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    "Whether LoRA adapters are in the model, not merged."
+    return any('lora_A' in name.split('.') for name, _ in model.named_parameters())
+
+
+def _weight_frames(model: nn.Module, base: Any, adapted: bool, left: list[str]) -> list:
+    "How far the weights went: the adapters' update norms, or the change against `base`."
+    if adapted and base is not None:
+        left.append('parameter change, put back to the base: adapters are not merged')
+    if adapted:
+        return [lora_update(model, base=base)]
+    return [] if base is None else [parameter_change(model, base)]
+
+
+def _ablations(
+    model: nn.Module, batches: Sequence[Mapping], base: Any, greedy: int, left: list[str]
+) -> tuple[list, Any, Any]:
+    """Tables of losses with each layer left out and (with `base`) put back, the whole model's loss,
+    and the `greedy` removal of so many layers."""
+    frames, loss, gone = [], None, None
+    try:
+        ablation = drop_one(model, batches)
+        frames.append(ablation.frame)
+        loss = ablation.base
+        if base is not None:
+            frames.append(revert_one(model, base, batches).frame)
+        if greedy:
+            gone = greedy_drop(model, batches, greedy)
+    except NotLayerwise as e:
+        left.append(f'drop one, put back to the base, greedy removal: {e}')
+        loss = answer_loss(model, batches)
+    return frames, loss, gone
+
+# %% ../../nbs/lab/15_layers.ipynb #fb1f7eb8
 def measure(
     model: nn.Module,
     batches: Sequence[Mapping],
@@ -132,49 +183,25 @@ def measure(
     merged give their update norms instead. `greedy`: layers to remove one after the other. `share`:
     size of the region for top-k overlaps. What cannot be measured is listed in `left_out`. Raises
     ValueError for a `picked` layer that does not exist and for checkpoints of different bases."""
-    decoder, left = find_decoder(model), []
-    depth, k = (
-        len(decoder),
-        max(1, round(share * len(decoder)) if isinstance(share, float) else share),
-    )
+    depth, left = len(find_decoder(model)), []
+    k = max(1, round(share * depth) if isinstance(share, float) else share)
     if picked is not None and not 0 <= picked < depth:
         raise ValueError(f'picked={picked}: the decoder has layers 0..{depth - 1}')
     if not 1 <= k <= depth:
         raise ValueError(f'share={share}: {k} layers cannot be chosen from {depth}')
-    image_id = getattr(
-        model.config, 'image_token_id', getattr(model.config, 'image_token_index', None)
-    )
-    labels = any((b['labels'] != -100).any() for b in batches if b.get('labels') is not None)
-    image = any('pixel_values' in b for b in batches) and image_id is not None
-    if not labels:
-        left.append('drop one, gradient scores, answers: the data has no labels')
-    if not image:
-        left.append('everything about image tokens: the data has no pictures')
+    labels, image = _what_the_data_has(model, batches, left)
     metrics = streaming_metrics(labels, image)
-    total = sum(len(b['input_ids']) for b in batches)
+    total = sum(len(batch['input_ids']) for batch in batches)
     result = stream(model, batches, metrics, snapshots=_sizes(total))
-    frames, loss, gone = [result.frame], None, None
-    adapted = any(hasattr(m, 'lora_A') for m in model.modules())
-    if adapted:
-        frames.append(lora_update(model, base=base))
-    elif base is not None:
-        frames.append(parameter_change(model, base))
-    if adapted and base is not None:
-        left.append('parameter change, put back to the base: adapters are not merged')
+    adapted = _is_adapted(model)
+    frames = [result.frame, *_weight_frames(model, base, adapted, left)]
+    loss, gone = None, None
     if greedy and not (labels and drop):
         left.append('greedy removal: it needs labels and drop')
     if labels and drop:
-        try:
-            ablation = drop_one(model, batches)
-            frames.append(ablation.frame)
-            loss = ablation.base
-            if base is not None and not adapted:
-                frames.append(revert_one(model, base, batches).frame)
-            if greedy:
-                gone = greedy_drop(model, batches, greedy)
-        except NotLayerwise as e:
-            left.append(f'drop one, put back to the base, greedy removal: {e}')
-            loss = answer_loss(model, batches)
+        put_back = None if adapted else base
+        ablated, loss, gone = _ablations(model, batches, put_back, greedy, left)
+        frames += ablated
     if labels and gradients:
         frames.append(gradient_scores(model, batches, unit='batch'))
     frame = pd.concat(frames, ignore_index=True)

@@ -11,6 +11,7 @@ from typing import Any, Mapping, Sequence
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -62,7 +63,8 @@ _STYLE = {
 
 def method_colors(methods: Sequence[str]) -> dict[str, str]:
     "A colour per method: the known recipes have fixed ones, others take the free colours in order."
-    free = [c for c in PALETTE if c not in {METHOD_COLORS.get(m) for m in methods}] or list(PALETTE)
+    taken = {METHOD_COLORS.get(m) for m in methods}
+    free = [c for c in PALETTE if c not in taken] or list(PALETTE)
     new = [m for m in dict.fromkeys(methods) if m not in METHOD_COLORS]
     return {
         m: METHOD_COLORS[m] if m in METHOD_COLORS else free[new.index(m) % len(free)]
@@ -137,6 +139,47 @@ def _pretty(name: str) -> str:
     return str(name).replace('_', ' ')
 
 
+def _majority_marks(ax: Axes, table: pd.DataFrame, rows: dict[str, int]) -> None:
+    "A stroke per question type at what the most frequent answer would get."
+    majority = table[table['condition'] == 'majority'].drop_duplicates('question_type')
+    for n, (_, r) in enumerate(majority.iterrows()):
+        y = rows[r['question_type']]
+        label = 'majority answer' if not n else None
+        strokes = [y - 0.42, y + 0.42]
+        ax.plot([r['score']] * 2, strokes, color=BASELINE, lw=1.6, label=label, zorder=2)
+
+
+def _method_marks(
+    ax: Axes, table: pd.DataFrame, methods: Sequence[str], rows: dict[str, int]
+) -> None:
+    "A dot with its interval per method and question type, and a hollow one for the blind model."
+    colors, gap = method_colors(methods), 0.8 / max(len(methods), 1)
+    hollow, filled = dict(marker='D', ms=4.2, mfc='none'), dict(marker='o', ms=5.2)
+    for k, method in enumerate(methods):
+        offset = 0.4 - gap / 2 - k * gap
+        for condition, marker in (('blind', hollow), ('image', filled)):
+            part = table[(table['method'] == method) & (table['condition'] == condition)]
+            if not len(part):
+                continue
+            x, seen, errors = part['score'].to_numpy(), condition == 'image', None
+            if seen:
+                errors = np.maximum([x - part['low'], part['high'] - x], 0)
+            ax.errorbar(
+                x,
+                np.array([rows[t] + offset for t in part['question_type']]),
+                xerr=errors,
+                color=colors[method],
+                elinewidth=2,
+                capsize=0,
+                zorder=3,
+                ls='none',
+                **marker,
+                label=_pretty(method) if seen else None,
+            )
+    if (table['condition'] == 'blind').any():
+        ax.plot([], [], color=BASELINE, ls='none', label='blind (no picture)', **hollow)
+
+
 def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float = 11.2) -> Figure:
     """`accuracy_table` of one task: methods as dots with intervals per question type, blind and
     majority baselines behind them."""
@@ -147,61 +190,17 @@ def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float =
     shown = table[table['condition'] == 'image']
     types = sorted(t for t in table['question_type'].unique() if t != 'all') + ['all']
     types = [t for t in types if not (len(types) == 2 and t == 'all')]
+    table = table[table['question_type'].isin(types)]
     methods = list(dict.fromkeys(shown['method']))
-    colors, gap, hollow = (
-        method_colors(methods),
-        0.8 / max(len(methods), 1),
-        dict(marker='D', ms=4.2, mfc='none'),
-    )
+    rows = {t: len(types) - 1 - i for i, t in enumerate(types)}
     with style():
         fig, axes = _figure(width, 1.0 + 0.34 * len(types) + 0.13 * len(types) * len(methods))
         ax = axes[0][0]
-        at = {t: len(types) - 1 - i for i, t in enumerate(types)}
-        if 'all' in at:
+        if 'all' in rows:
             ax.axhspan(-0.5, 0.5, color=_GRID, alpha=0.35, lw=0)
-        maj = table[table['condition'] == 'majority'].drop_duplicates('question_type')
-        for n, (_, r) in enumerate(maj[maj['question_type'].isin(at)].iterrows()):
-            y = at[r['question_type']]
-            ax.plot(
-                [r['score']] * 2,
-                [y - 0.42, y + 0.42],
-                color=BASELINE,
-                lw=1.6,
-                label='majority answer' if not n else None,
-                zorder=2,
-            )
-        for k, m in enumerate(methods):
-            off = 0.4 - gap / 2 - k * gap
-            for cond, kw in (('blind', hollow), ('image', dict(marker='o', ms=5.2))):
-                part = table[
-                    (table['method'] == m)
-                    & (table['condition'] == cond)
-                    & table['question_type'].isin(at)
-                ]
-                if not len(part):
-                    continue
-                x, y = (
-                    part['score'].to_numpy(),
-                    np.array([at[t] + off for t in part['question_type']]),
-                )
-                err = (
-                    np.maximum([x - part['low'], part['high'] - x], 0) if cond == 'image' else None
-                )
-                ax.errorbar(
-                    x,
-                    y,
-                    xerr=err,
-                    color=colors[m],
-                    elinewidth=2,
-                    capsize=0,
-                    zorder=3,
-                    ls='none',
-                    **kw,
-                    label=_pretty(m) if cond == 'image' else None,
-                )
-        if (table['condition'] == 'blind').any():
-            ax.plot([], [], color=BASELINE, ls='none', label='blind (no picture)', **hollow)
-        ax.set_yticks(list(at.values()), [_pretty(t) for t in at])
+        _majority_marks(ax, table, rows)
+        _method_marks(ax, table, methods, rows)
+        ax.set_yticks(list(rows.values()), [_pretty(t) for t in rows])
         ax.set_ylim(-0.5, len(types) - 0.5)
         ax.set_xlim(-0.02, 1.02)
         ax.xaxis.set_major_formatter(PercentFormatter(1))

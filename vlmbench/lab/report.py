@@ -286,10 +286,13 @@ def collect_examples(
         for card in run.cards.values()
         if card.get('condition') == 'image' and card.get('examples')
     ]
-    ids = {example['id'] for _, card in cards for example in card['examples']}
+    ids = set()
+    for _, card in cards:
+        ids.update(example['id'] for example in card['examples'])
     asked = real[real['id'].isin(ids)].drop_duplicates(['task', 'id', 'method'])
     items = dict(list(asked.groupby(['task', 'id'])))
-    order = {m: n for n, m in enumerate(dict.fromkeys(run.method for run in runs))}
+    methods = dict.fromkeys(run.method for run in runs)
+    order = dict(zip(methods, range(len(methods))))
     found: dict[tuple, dict] = {}
     for folder, card in cards:
         root = folder.resolve()

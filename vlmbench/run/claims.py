@@ -179,6 +179,34 @@ def _scores(frame: pd.DataFrame, claim: Claim, arm: str) -> pd.DataFrame:
     return part.pivot(index='seed', columns='id', values='score')
 
 
+def _claim_row(
+    claim: Claim, better: np.ndarray, worse: np.ndarray, clusters: list, level: float
+) -> dict[str, Any]:
+    "A claim's row from the scores [seeds, items] of its two arms."
+    if len(better) > 1:
+        d = seeds_interval(better - worse, clusters, level, null=0.0)
+    else:
+        d = paired_bootstrap(better[0], worse[0], clusters, level)
+    return dict(
+        claim=claim.name,
+        says=claim.says,
+        better=claim.better,
+        worse=claim.worse,
+        task=claim.task,
+        types=', '.join(claim.types) or 'all',
+        better_score=float(better.mean()),
+        worse_score=float(worse.mean()),
+        difference=d.mean,
+        low=d.low,
+        high=d.high,
+        p=d.p,
+        detectable=minimum_detectable(d.se, df=d.df),
+        seeds=len(better),
+        n=better.shape[1],
+        verdict='holds' if d.low > 0 else 'reversed' if d.high < 0 else 'not shown',
+    )
+
+
 def claims_table(
     claims: Sequence[Claim], folders: Sequence[str | Path], level: float = 0.95
 ) -> pd.DataFrame:
@@ -199,60 +227,12 @@ def claims_table(
             raise ValueError(
                 f'{c.name}: {c.better} and {c.worse} answered different items of {c.task}'
             )
-        clusters = (
-            frame[frame['task'] == c.task]
-            .drop_duplicates('id')
-            .set_index('id')
-            .loc[a.columns, 'cluster']
-            .tolist()
-        )
-        x = a.to_numpy(float) - b[a.columns].to_numpy(float)
-        if len(seeds) > 1:
-            d = seeds_interval(x, clusters, level, null=0.0)
-        else:
-            d = paired_bootstrap(
-                a.to_numpy(float)[0], b[a.columns].to_numpy(float)[0], clusters, level
-            )
-        verdict = 'holds' if d.low > 0 else 'reversed' if d.high < 0 else 'not shown'
-        rows.append(
-            dict(
-                claim=c.name,
-                says=c.says,
-                better=c.better,
-                worse=c.worse,
-                task=c.task,
-                types=', '.join(c.types) or 'all',
-                better_score=float(a.to_numpy().mean()),
-                worse_score=float(b.to_numpy().mean()),
-                difference=d.mean,
-                low=d.low,
-                high=d.high,
-                p=d.p,
-                detectable=minimum_detectable(d.se, df=d.df),
-                seeds=len(seeds),
-                n=x.shape[1],
-                verdict=verdict,
-            )
-        )
-    columns = [
-        'claim',
-        'says',
-        'better',
-        'worse',
-        'task',
-        'types',
-        'better_score',
-        'worse_score',
-        'difference',
-        'low',
-        'high',
-        'p',
-        'p_holm',
-        'detectable',
-        'seeds',
-        'n',
-        'verdict',
-    ]
+        by_item = frame[frame['task'] == c.task].drop_duplicates('id').set_index('id')
+        clusters = by_item.loc[a.columns, 'cluster'].tolist()
+        rows.append(_claim_row(c, a.to_numpy(float), b[a.columns].to_numpy(float), clusters, level))
+    scores = ['better_score', 'worse_score', 'difference', 'low', 'high', 'p', 'p_holm']
+    arms = ['claim', 'says', 'better', 'worse', 'task', 'types']
+    columns = [*arms, *scores, 'detectable', 'seeds', 'n', 'verdict']
     out = pd.DataFrame(rows)
     if len(out):
         out['p_holm'] = holm(out['p'])
@@ -323,9 +303,8 @@ def stored_claims(name: str, start: str | Path = '.') -> StoredClaims:
     """The run stored in `figures/<name>` of the checkout around `start`. Raises `FileNotFoundError`
     where there is none."""
     start = Path(start).resolve()
-    folder = next(
-        (f for p in (start, *start.parents) if (f := p / 'figures' / name).is_dir()), None
-    )
+    around = [place / 'figures' / name for place in (start, *start.parents)]
+    folder = next((place for place in around if place.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
             f'no figures/{name} around {start}: vlmbench run {name}, then '
