@@ -5,21 +5,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmbench.cost.counter import Meter, Workload, _batch, training_cost
-from vlmbench.cost.planner import Data, inference, plan, stage_models
-from vlmbench.methods.recipes import find_scale
-from vlmbench.methods.recipes import get_method
-from vlmbench.cost.shapes import model_from_shapes
+from vlmbench.cost.planner import Data, inference, plan, stage_states
+from vlmbench.methods.recipes import find_scale, get_method
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.metrics import FlopModel
 from vlmbench.train.prepare import prepare
 from vlmbench.train.recipe import RecipeError, override
 from vlmbench.train.scale import get_scale
+from vlmbench.train.stages import RunState
 
 TINY = get_scale('tiny')
 MID = override(
     TINY,
     dict(
         name='mid',
+        like='tiny',
         llm_config=dict(
             model_type='llama',
             hidden_size=256,
@@ -72,12 +72,11 @@ def pair(name, variant, scale, stage):
     recipe = method.recipe(scale)
     out = []
     for device in ('meta', 'cpu'):
-        model = model_from_shapes(recipe, scale, device)
-        s = recipe.stage(stage)
-        if method.before_stage is not None:
-            model, _ = method.before_stage(model, None, s, scale)
-        prepare(model, s)
-        out.append(model)
+        state = RunState(recipe, scale, model=scale.weightless(recipe, device=device))
+        state.stage = recipe.stage(stage)
+        method.before_stage(state)
+        prepare(state.model, state.stage)
+        out.append(state.model)
     return out
 
 
@@ -87,7 +86,7 @@ CASES = [
     ('llava', ('llm=lora',), 'instruct'),
     ('zero', (), 'adapt'),
     ('zero', (), 'encoder'),
-    ('visual_region', ('where=[2]', 'projector=frozen'), 'instruct'),
+    ('visual_region', ('where=[2]', 'train_projector=frozen'), 'instruct'),
     ('visual_region', ('tune=full',), 'instruct'),
 ]
 
@@ -149,7 +148,10 @@ def test_back_propagation_stops_at_the_lowest_trained_layer():
     inputs = [
         training_cost(
             pair(
-                'visual_region', (f'where=[{i}]', 'projector=frozen', 'tune=full'), MID, 'instruct'
+                'visual_region',
+                (f'where=[{i}]', 'train_projector=frozen', 'tune=full'),
+                MID,
+                'instruct',
             )[0],
             work,
         ).inputs
@@ -211,10 +213,10 @@ def test_published_sizes_without_weights():
     method = get_method('zero', ('stages=("adapt","encoder","decoder")',))
     recipe = method.recipe(find_scale(scale))
     sizes = [
-        sum(p.numel() for p in model.model.language_model.parameters())
-        + sum(p.numel() for p in model.lm_head.parameters())
-        for stage, model, _ in stage_models(recipe, method, find_scale(scale))
-        if stage is not None
+        sum(p.numel() for p in state.model.model.language_model.parameters())
+        + sum(p.numel() for p in state.model.lm_head.parameters())
+        for state, prepared in stage_states(method, recipe, find_scale(scale))
+        if prepared is not None
     ]
     assert [round(s / 1e9, 2) for s in sizes] == [38.04, 38.04, 70.55]
 
@@ -228,7 +230,7 @@ def test_bad_input_is_refused():
         (lambda: inference('eve', 'tiny', size=(60, 60)), 'multiple'),
         (
             lambda: plan('llava', 'tiny', overrides=['stages.align.losses=["x"]']),
-            'no shapes are known',
+            "declares loss 'x', which llava does not make; it makes none",
         ),
     ):
         with pytest.raises(RecipeError, match=words):

@@ -7,18 +7,22 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from train_stubs import RowLoader, a_stage, encode, packed_loader, run, tiny_vlm
 from vlmbench.data.packing import collate_packed, pack
+from vlmbench.data.record import Sample, Turn
+from vlmbench.distill.terms import LossTerm
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.checkpoint import best_state, latest, load_state
 from vlmbench.train.guard import NoGradient, NonFiniteLoss
-from vlmbench.train.loop import Callback, lr_factor, train, train_recipe
+from vlmbench.train.loop import Callback, lr_factor, train
 from vlmbench.train.metrics import read_metrics
 from vlmbench.train.prepare import lora_modules
 from vlmbench.train.recipe import Recipe, RecipeError, Stage, full, lora
+from vlmbench.train.stages import BareRecipe, RunState, run_stages
 
 
 class Rows:
@@ -87,7 +91,7 @@ def test_reported_loss_is_the_mean_over_all_targets(tmp_path):
     )
 
 
-class FeatureNorm(nn.Module):
+class FeatureNorm(nn.Module, LossTerm):
     """A stand-in for distillation: squared error of a trained head on the image features, one
     element per image token."""
 
@@ -243,20 +247,20 @@ def test_audit_waits_for_images_and_refuses_a_dead_group(tmp_path):
 
 
 def test_a_text_only_step_leaves_a_lone_projector_alone(tmp_path):
-    "Nothing that trains is reached: no gradient, no update, no decay, and the run goes on."
+    """Nothing that trains is reached: no gradient, no update, no decay; the run goes on to the end
+    of its budget and says there that it trained nothing."""
     model = tiny_vlm()
     before = [p.clone() for p in model.parameters()]
-    _, result = run(
-        tmp_path,
-        model=model,
-        stage=a_stage('frozen', 2, weight_decay=0.5),
-        loader=packed_loader(images=False),
-    )
-    assert (
-        result.done
-        and result.audit.waiting == ['projector']
-        and list(result.history.grad_norm) == [0, 0]
-    )
+    with pytest.raises(NoGradient, match="no step had a picture, so group 'projector' never"):
+        run(
+            tmp_path,
+            model=model,
+            stage=a_stage('frozen', 2, weight_decay=0.5),
+            loader=packed_loader(images=False),
+        )
+    state = load_state(latest(tmp_path))
+    assert state.step == 2 and state.shared['audit']['waiting'] == ['projector']
+    assert list(read_metrics(tmp_path).grad_norm) == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
@@ -454,27 +458,25 @@ def test_stages_in_a_row_merge_lora_and_skip_what_is_done(tmp_path):
         ),
     )
 
+    seen = [Sample('a', [Turn('user', '<image>')], [Image.new('RGB', (4, 4))])]
+
     def go():
         model = tiny_vlm()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            results = train_recipe(
-                model,
-                None,
-                recipe,
-                dict(a=None, b=None),
+            done = run_stages(
+                BareRecipe(),
+                RunState(recipe, model=model, device='cpu'),
+                dict(a=seen, b=seen),
                 tmp_path,
                 loader=packed_loader(),
-                device='cpu',
                 progress_seconds=None,
             )
-        return model, results
+        return model, done.stages
 
     one, results = go()
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [
-        '0-align',
-        '1-tune',
-    ] and not lora_modules(one)
+    assert [p.name for p in sorted((tmp_path / 'stages').iterdir())] == ['align', 'tune']
+    assert not lora_modules(one)
     changed = {
         n
         for (n, p), q in zip(one.named_parameters(), tiny_vlm().parameters())

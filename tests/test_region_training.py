@@ -13,8 +13,7 @@ from vlmbench.data.world import WorldSize, load_world, write_world
 from vlmbench.train.scale import base_model
 from vlmbench.methods.recipes import get_recipe
 from vlmbench.models.vlm import build_vlm
-from vlmbench.run.pipeline import Transformed
-from vlmbench.data.sources import grouped_order, open_samples
+from vlmbench.data.sources import StageData, grouped_order, open_samples
 from vlmbench.train.loop import make_loader
 from vlmbench.train.recipe import RecipeError, Stage, full, override
 from vlmbench.train.scale import get_scale
@@ -43,7 +42,7 @@ def stage():
 
 def loader(world, processor, stage, seed=0, transform=DrawRegions()):
     return make_loader(
-        Transformed(load_world(world, 'region_train'), transform), processor, stage, seed
+        StageData(load_world(world, 'region_train'), transform), processor, stage, seed
     )
 
 
@@ -119,7 +118,7 @@ def test_grouping(world, processor, stage, grouping):
         world, 'region_train*2+text_train*1+vqa_train*1', parse=sample_from_region_row
     )
     one = override(stage, dict(packing=False, grouping=grouping, batch_rows=4))
-    order = grouped_order(samples, one, DrawRegions().turns)
+    order = grouped_order(samples, grouping, one.step_rows(1), DrawRegions().turns)
     words, n = dict(enumerate(order.lengths)), len(order)
     assert (
         min(words.values()) > 10
@@ -138,7 +137,7 @@ def test_grouping(world, processor, stage, grouping):
             {order.has_image[i] for i in g} for g in groups[:-2]
         ]  # what is left over is mixed at the end
         assert all(len(k) == 1 for k in kinds) and len({next(iter(k)) for k in kinds}) == 2
-    batch = take(make_loader(Transformed(samples, DrawRegions(), order), processor, one), 1)[0]
+    batch = take(make_loader(StageData(samples, DrawRegions(), order), processor, one), 1)[0]
     assert len(batch['sample_ids']) == 4 and batch['sample_ids'] == [
         samples[int(i)].id for i in order(0, 0)[:4]
     ]
@@ -147,7 +146,9 @@ def test_grouping(world, processor, stage, grouping):
 def test_grouping_needs_padding():
     with pytest.raises(RecipeError, match='needs packing=False'):
         Stage('s', dict(layers=full(1e-3)), 'x', steps=1, grouping='length')
-    with pytest.raises(RecipeError, match="'length' or 'modality'"):
+    with pytest.raises(
+        RecipeError, match="grouping must be one of .*'length', 'modality'.*, got 'size'"
+    ):
         Stage('s', dict(layers=full(1e-3)), 'x', steps=1, grouping='size', packing=False)
 
 
@@ -318,7 +319,7 @@ def test_bad_rows_of_a_run_are_listed_and_replaced(mixed, processor, stage, tmp_
     samples = open_samples(mixed([*good, bad]), 'mix', quarantine, DrawRegions.parse)
     batches = take(
         make_loader(
-            Transformed(samples, DrawRegions()),
+            StageData(samples, DrawRegions()),
             processor,
             override(stage, dict(batch_rows=1)),
             quarantine=quarantine,

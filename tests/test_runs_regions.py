@@ -179,17 +179,17 @@ def test_evaluate_draws_the_regions_of_questions_as_training_did(variant, asked,
     "`variant`: of the run that trained the model; None: a folder that no run left."
     from vlmbench.data.world import WorldSize, write_world
     from vlmbench.methods.recipes import get_method
-    from vlmbench.run.pipeline import build
     from vlmbench.train.scale import get_scale
 
     sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(region_train=4, region_test=4)
     world = write_world(tmp_path / 'world', sizes=WorldSize(**sizes))
     method, scale = get_method('vip_llava'), get_scale('tiny')
-    for part in build(method, method.recipe(scale), scale):
+    state = method.start(method.recipe(scale), scale)
+    for part in (state.model, state.processor):
         part.save_pretrained(tmp_path / 'run' / 'model')
     if variant is not None:
         said = dict(notebook='train', parameters=dict(recipe='vip_llava', variant=variant))
-        (tmp_path / 'run' / 'manifest.json').write_text(json.dumps(said))
+        (tmp_path / 'run' / 'manifest.json').write_text(json.dumps(said | dict(status='completed')))
     params = dict(
         model=str(tmp_path / 'run'),
         data=str(world),
@@ -213,7 +213,6 @@ def test_rows_that_become_questions_when_drawn_have_a_majority_answer(tmp_path):
     from vlmbench.data.world import WorldSize, write_world
     from vlmbench.methods.recipes import get_method
     from vlmbench.evaluate.assess import assess, load_tasks
-    from vlmbench.run.pipeline import build
     from vlmbench.train.scale import get_scale
 
     sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(region_train=4, region_test=4)
@@ -225,9 +224,10 @@ def test_rows_that_become_questions_when_drawn_have_a_majority_answer(tmp_path):
     ]
     (world / 'region_train.json').write_text(json.dumps(published))
     method, scale = get_method('vip_llava'), get_scale('tiny')
-    both = build(method, method.recipe(scale), scale)
+    state = method.start(method.recipe(scale), scale)
     assess(
-        *both,
+        state.model,
+        state.processor,
         load_tasks(world, ['region_test']),
         world,
         tmp_path / 'out',
@@ -242,9 +242,10 @@ def test_any_method_learns_from_marked_rows_when_told_how(tmp_path):
     from vlmbench.data.region_rows import DrawRegions
     from vlmbench.data.world import WorldSize, write_world
     from vlmbench.methods.recipes import get_method, get_recipe
-    from vlmbench.run.pipeline import build, fit
+    from vlmbench.data.sources import DataError
     from vlmbench.train.recipe import RecipeError
     from vlmbench.train.scale import get_scale
+    from vlmbench.train.stages import RunState, run_stages
 
     sizes = dict.fromkeys(WorldSize.__dataclass_fields__, 0) | dict(caption_train=4, region_train=8)
     world, scale = write_world(tmp_path / 'world', sizes=WorldSize(**sizes)), get_scale('tiny')
@@ -259,24 +260,21 @@ def test_any_method_learns_from_marked_rows_when_told_how(tmp_path):
             get_method(name, variant),
             get_recipe(name, scale, overrides=settings, variant=variant),
         )
-        return fit(
+        return run_stages(
             method,
-            plan,
-            scale,
-            *build(method, plan, scale),
+            method.start(plan, scale, device='cpu'),
             world,
             tmp_path / '-'.join([name, *variant]),
-            device='cpu',
             progress_seconds=None,
         )
 
     with pytest.raises(
-        RecipeError, match=r'region_train refer to <region>.*variant=\["regions=overlay"\]'
+        DataError, match=r'region_train refer to <region>.*variant=\["regions=overlay"\]'
     ):
         run('llava')
     assert not (tmp_path / 'llava' / 'stages').exists()  # said before anything trains
     assert [r.step for r in run('llava', ['regions=overlay']).stages] == [1, 1]
-    assert isinstance(get_method('eve', ['regions=none']).transform, DrawRegions)
+    assert isinstance(get_method('eve', ['regions=none']).transform(RunState()), DrawRegions)
     with pytest.raises(RecipeError, match='changes its samples already'):
         get_method('zero', ['wrap=True', 'regions=text'])
     with pytest.raises(RecipeError, match='options are llm, regions'):

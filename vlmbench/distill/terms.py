@@ -13,7 +13,7 @@ import torch
 
 # %% ../../nbs/distill/02_terms.ipynb #ad1bd705
 class LossTerm:
-    """An extra loss. Inherit it, beside `nn.Module` where the term has weights; its own weight in
+    """An extra loss. Inherit it, after `nn.Module` where the term has weights; its own weight in
     the total stands in `Stage.losses`.
 
     `forward_kwargs`: what the forward pass needs, such as `dict(output_hidden_states=True)`.
