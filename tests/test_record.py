@@ -1,8 +1,9 @@
 """Records: row streams, readers, quarantine, writing; what is in equals what comes out plus what is
 listed."""
 
-import io, json, math, os, pickle, string, subprocess, sys
+import io, itertools, json, math, os, pickle, string, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from vlmbench.data.record import (
     write_llava,
 )
 from vlmbench.data.region import parse_regions
+from vlmbench.data.region_rows import sample_from_region_row
 from vlmbench.data.rows import RowIndex, file_format, iter_rows
 from vlmbench.evaluate.tasks import load_task, rows_task
 
@@ -286,7 +288,7 @@ def test_leading_answer_is_dropped_and_noted(tmp_path):
         assert [len(records[i].turns) for i in range(4)] == [2, 2, 2, 2]
     assert q.notes == {'dropped leading assistant turn': 3}  # rows, however often they are read
     plain = Records(
-        tmp_path / 'b.json', quarantine=q, parse=lambda row, root, source, where: row['id']
+        tmp_path / 'b.json', quarantine=q, parse=lambda row, root, source, where, note: row['id']
     )
     assert plain[2] == 2
 
@@ -532,6 +534,232 @@ def test_published_region_rows(tmp_path):
 def test_bad_regions_have_a_reason(bad):
     with pytest.raises(BadRecord, match='bad region|wrong type'):
         parse_regions(bad)
+
+
+# --- columns of other tools
+
+
+TALK = [{'from': 'human', 'value': 'What?'}, {'from': 'gpt', 'value': 'Red'}]
+
+
+def one_row(folder, row, read=read_records, **kwargs):
+    "What a reader makes of a file with this row: the sample (None: a bad row) and its quarantine."
+    (folder / 'one.jsonl').write_text(json.dumps({'id': 1, **row}))
+    q = Quarantine(cap=1.0)
+    samples = list(read(folder / 'one.jsonl', folder, q, **kwargs))
+    return (samples or [None])[0], q
+
+
+def all_readers(folder, row):
+    "The same row through every door of training; each must agree with the first."
+    sample, q = one_row(folder, row)
+    more = Quarantine(cap=1.0)
+    records = [
+        Records(folder / 'one.jsonl', folder, more, parse=parse)
+        for parse in (sample_from_llava, sample_from_row, sample_from_region_row)
+    ]
+    for door in records:
+        if sample is None:
+            with pytest.raises(BadRecord):
+                door[0]
+        else:
+            assert (door[0].turns, door[0].images) == (sample.turns, sample.images)
+    if sample is not None:
+        assert more.notes == q.notes  # once a row, however many read it
+    return sample, q
+
+
+@pytest.mark.parametrize('talk', ['conversations', 'messages'])
+@pytest.mark.parametrize('many', [False, True])
+@pytest.mark.parametrize(
+    'key',
+    'images image_path image_paths imagePath image-file img img_path pictures picture photo pic '
+    'Image IMAGES image_filename image_name image_list'.split(),
+)
+def test_a_picture_without_a_mark_is_put_first_whatever_its_column(tmp_path, key, many, talk):
+    row = {talk: TALK, key: ['a.png'] if many else 'a.png'}
+    sample, q = all_readers(tmp_path, row)
+    assert sample.images == [ImageRef('a.png', str(tmp_path))] and key not in sample.meta
+    assert sample.turns[0].text == '<image>\nWhat?' and q.notes == {'prepended missing <image>': 1}
+    marked = [{'from': 'human', 'value': 'What is <image>?'}, TALK[1]]
+    sample, q = all_readers(tmp_path, {**row, talk: marked})
+    assert sample.turns[0].text == 'What is <image>?' and len(sample.images) == 1 and not q.notes
+    with pytest.raises(BadRecord, match=f"0 <image> in the text but 1 images under '{key}'"):
+        sample_from_llava(row, missing_mark='error')
+
+
+@pytest.mark.parametrize('marks', [0, 1, 3])
+@pytest.mark.parametrize('key', ['image', 'images', 'image_paths', 'pictures'])
+def test_several_pictures_need_their_marks(tmp_path, key, marks):
+    talk = [{'from': 'human', 'value': '<image>' * marks + 'What?'}, TALK[1]]
+    _, q = all_readers(tmp_path, {'conversations': talk, key: ['a.png', 'b.png']})
+    assert f"{marks} <image> in the text but 2 images under '{key}'" in q.records[0]['reason']
+
+
+def test_encoded_pictures_of_a_column(tmp_path):
+    data = io.BytesIO()
+    Image.new('RGB', (4, 4), 'red').save(data, 'PNG')
+    struct = {'bytes': data.getvalue(), 'path': 'a.png'}
+    cells = dict(images=[[struct]], image_bytes=[data.getvalue()], picture=[struct])
+    for (key, cell), text in itertools.product(cells.items(), (False, True)):
+        talk = json.dumps(TALK) if text else TALK  # parquet files often hold JSON as text
+        table = pa.table({'id': [1], key: cell, 'conversations': [talk]})
+        pq.write_table(table, tmp_path / 'p.parquet')
+        q = Quarantine()
+        records = Records(tmp_path / 'p.parquet', tmp_path, q, parse=sample_from_row)
+        assert records[0].images[0].load().getpixel((1, 1)) == (255, 0, 0), key
+        assert records[0].n_slots == 1 and q.notes == {'prepended missing <image>': 1}
+
+
+@pytest.mark.parametrize(
+    'cell',
+    [
+        {'foto': 'a.png'},
+        {'file_name': 'coco/a.JPG'},
+        {'anything': ['a.webp']},
+        {'x': {'path': 'a.png', 'bytes': None}},
+        {'screenshot': 'data:image/png;base64,AAAA'},
+        {'image_url': 'http://x/a'},
+        {'image_urls': ['http://x/a.png']},
+        {'image_base64': 'iVBORw0KGgo'},
+        {'image_1': 'a.png'},
+        {'image_1': 'a', 'image_2': 'b'},
+        {'video': 'a.mp4'},
+        {'videos': ['a']},
+        {'audio': 'a.wav'},
+        {'frames': 'a.mp4'},
+        {'images': 'http://x/a.png'},
+        {'images': ['../a.png']},
+        {'image_path': '/etc/passwd'},
+        {'images': [3]},
+    ],
+)
+def test_a_picture_that_is_not_read_is_a_bad_row_that_names_its_column(tmp_path, cell):
+    _, q = all_readers(tmp_path, {'conversations': TALK, **cell})
+    reason = q.records[0]['reason']
+    assert any(k in reason for k in cell) or 'image path' in reason or 'root' in reason
+    bare = [TALK[0] | cell, TALK[1]]  # Ollama's messages carry their own
+    _, q = one_row(tmp_path, {'conversations': bare})
+    if 'frames' not in cell:
+        assert f'{next(iter(cell))!r} of turn 0 names a picture' in q.records[0]['reason']
+
+
+@pytest.mark.parametrize(
+    'cell',
+    [
+        {'images': []},
+        {'images': None},
+        {'image_path': ''},
+        {'picture': {'bytes': None, 'path': None}},
+        {'image_id': 17},
+        {'image_id': 'coco-17'},
+        {'image_width': 640},
+        {'images': 0},
+        {'has_image': False},
+        {'image_source': 'none'},
+        {'caption': 'The file is called\na.png'},
+        {'id': 'train/a.jpg'},
+        {'source': 'a.jpg'},
+        {'frames': []},
+        {'video': None},
+    ],
+)
+def test_text_rows_stay_text_rows(tmp_path, cell):
+    row = {'conversations': TALK, **cell}
+    sample, q = one_row(tmp_path, row)
+    assert sample is not None and sample.images == [] and not q.notes, q.records
+    assert sample_from_row({'id': 1, **row}).turns == sample.turns
+
+
+@pytest.mark.parametrize(
+    'cell, ok',
+    [
+        ({'images': ['a.png']}, True),
+        ({'image_name': 'a.png'}, True),
+        ({'image_path': '/d/coco/a.png'}, True),
+        ({'image_url': 'http://x/b.png'}, True),
+        ({'images': 'http://x/b.png'}, True),
+        ({'mask': 'a_mask.png'}, True),
+        ({'images': ['a.png', 'b.png']}, False),
+        ({'image_path': 'b.png'}, False),
+        ({'picture': 'b.png'}, False),
+        ({'image_2': 'b.png'}, False),
+        ({'image_2': 'coco/a.png'}, True),
+        ({'frames': ['b.png']}, False),
+    ],
+)
+def test_a_second_column_may_not_contradict_the_first(tmp_path, cell, ok):
+    sample, q = one_row(tmp_path, {**row(0, 'coco/a.png'), **cell}, read_llava)
+    assert (sample is not None) == ok, q.records
+    if ok:
+        assert [i.path for i in sample.images] == ['coco/a.png'] and not q.notes
+    else:
+        assert f'{next(iter(cell))!r}' in q.records[0]['reason']
+
+
+def test_vora_rows_with_pictures_elsewhere(tmp_path):
+    "`frames` that are null or missing say nothing about the other columns."
+    for frames in ({'frames': None}, {'frames': []}):
+        sample, q = one_row(
+            tmp_path, {'conversations': TALK, **frames, 'images': ['a.png']}, read_vora
+        )
+        assert sample.n_slots == len(sample.images) == 1 and len(q.notes) == 1
+        marked = row(0, 'a.png', **frames)
+        assert len(one_row(tmp_path, marked, read_vora)[0].images) == 1
+    both = {'conversations': TALK, 'frames': ['a.png'], 'image': 'b.png'}
+    assert "'frames' and 'image'" in one_row(tmp_path, both, read_vora)[1].records[0]['reason']
+    film = {'conversations': TALK, 'frames': ['a.png'], 'video': 'a.mp4'}
+    assert one_row(tmp_path, film, read_vora)[0].meta == {'video': 'a.mp4'}
+
+
+def test_what_a_reader_gives_can_be_written_and_read_again(tmp_path):
+    rows = [
+        {'id': '1', 'conversations': TALK, 'images': ['a.png'], 'system': 'Be brief.'},
+        {'id': '2', **row(2), 'image_url': 'http://x/a.jpg', 'image_name': 'a.jpg'},
+    ]
+    (tmp_path / 'a.json').write_text(json.dumps(rows))
+    samples = list(read_llava(tmp_path / 'a.json'))
+    write_llava(samples, tmp_path / 'b.json')
+    again = list(read_llava(tmp_path / 'b.json'))
+    assert [(s.turns, s.images, s.meta) for s in again] == [
+        (s.turns, s.images, s.meta) for s in samples
+    ]
+    for meta in ({'images': ['b.png']}, {'system': 'Be long.'}):
+        with pytest.raises(ValueError, match='of another row|different pictures'):
+            to_llava_row(replace(samples[0], meta=meta))
+        with pytest.raises(ValueError, match='of another row'):
+            to_llava_row(Sample('x', [Turn('user', 'Hi')], meta=meta))
+
+
+@pytest.mark.parametrize(
+    'key', ['system', 'system_prompt', 'systemPrompt', 'system_message', 'System']
+)
+def test_a_system_column_opens_the_conversation(tmp_path, key):
+    prompt = 'Answer in French.'
+    sample, q = all_readers(tmp_path, {'conversations': TALK, key: prompt})
+    assert sample.turns == [Turn('system', prompt), Turn('user', 'What?'), Turn('assistant', 'Red')]
+    assert key not in sample.meta and not q.notes
+    said = [{'from': 'system', 'value': prompt + '\n'}, *TALK]
+    assert len(all_readers(tmp_path, {'conversations': said, key: prompt})[0].turns) == 3
+    said[0] = {'from': 'system', 'value': 'Be brief.'}
+    _, q = all_readers(tmp_path, {'conversations': said, key: prompt})
+    assert f'{key!r} differs from the system turn' in q.records[0]['reason']
+    for empty in ('', '  ', None):
+        assert len(all_readers(tmp_path, {'conversations': TALK, key: empty})[0].turns) == 2
+    for wrong in (3, [prompt], {'text': prompt}):
+        assert all_readers(tmp_path, {'conversations': TALK, key: wrong})[0] is None
+    both = {'conversations': TALK, key: prompt, 'system_text': 'Be brief.'}
+    assert 'differ; keep one' in all_readers(tmp_path, both)[1].records[0]['reason']
+    vora = {'conversations': TALK, 'frames': ['a.png'], key: prompt}
+    sample, _ = one_row(tmp_path, vora, read_vora)
+    assert [t.text for t in sample.turns] == [prompt, '<image>What?', 'Red']
+    region = {'conversations': TALK, key: prompt, 'image': 'a.png', 'bboxes': [[0, 0, 9, 9]]}
+    sample, _ = one_row(tmp_path, region, read_regions, missing_mark='prepend')
+    assert [t.text for t in sample.turns] == [prompt, '<image>\nWhat?', 'Red']
+    del region['conversations']
+    assert one_row(tmp_path, region, read_regions)[0] is None
+    with pytest.raises(BadRecord, match=key):
+        sample_from_region_row({**region, 'id': 'v7w-1'})
 
 
 # --- index of ids

@@ -11,8 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,11 +27,13 @@ from transformers import (
     Qwen3Config,
     pipeline,
 )
+from transformers.pipelines.image_text_to_text import Chat
 
 import vlmbench.models.modeling as modeling
 from vlmbench.data.image import ImageError, ImageTransform, load_image
 from vlmbench.data.packing import collate_packed, collate_padded
 from vlmbench.data.record import ImageRef, Sample, Turn
+from vlmbench.data.template import TEMPLATES, from_messages, get_template
 from vlmbench.evaluate.generate import prompt_inputs
 from vlmbench.models.processor import VLMProcessor
 from vlmbench.models.vision import backbone_dict
@@ -950,3 +955,147 @@ def test_pipeline_in_batches_answers_as_one_by_one(processor, tmp_path):
     ask.save_pretrained(tmp_path / 'again')
     assert VLMProcessor.from_pretrained(tmp_path / 'again').transform == processor.transform
     assert ask.image_processor([picture('red')] * 2)['pixel_values'].shape == (2, 3, 16, 16)
+
+
+# --- begin tokens
+
+
+BEGINS = {
+    'none': {},
+    'post-processor': dict(single='<s> $A'),
+    'post-processor with end': dict(single='<s> $A </s>'),
+    'add_bos_token': dict(add_bos_token=True),
+    'add_eos_token too': dict(add_bos_token=True, add_eos_token=True),
+    'another begin token': dict(single='<|begin_of_text|> $A'),
+    'no begin token': dict(bos_token=None),
+}
+MARKS = (
+    '<s> </s> <image> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> '
+    '<|im_start|> <|im_end|> <|system|> <|user|> <|assistant|> <|end|>'
+).split()
+
+
+def begin_processor(begin, template=None, chat_template=None):
+    "A byte-level tokenizer that adds begin tokens in one of the ways of `BEGINS`."
+    settings = dict(BEGINS[begin])
+    tok = Tokenizer(BPE())
+    tok.pre_tokenizer, tok.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=320,
+        show_progress=False,
+        initial_alphabet=ByteLevel.alphabet(),
+        special_tokens=MARKS,
+    )
+    tok.train_from_iterator(['USER: hi ASSISTANT: yes what colour'], trainer)
+    if single := settings.pop('single', None):
+        special = [(m, MARKS.index(m)) for m in ('<s>', '</s>', '<|begin_of_text|>')]
+        tok.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        **dict(bos_token='<s>', eos_token='</s>', pad_token='</s>') | settings,
+        additional_special_tokens=MARKS,
+        chat_template=chat_template,
+    )
+    front = dict(type='encoder', backbone=backbone_dict(CLIP))
+    return VLMProcessor(fast, ImageTransform('squash', 16, patch=8), front, template=template)
+
+
+def valid(batch):
+    "The ids of every row without the padding."
+    return [
+        i[m.bool()].tolist()
+        for i, m in zip(batch['input_ids'], batch['attention_mask'], strict=True)
+    ]
+
+
+@pytest.mark.parametrize('begin', BEGINS)
+@pytest.mark.parametrize('template', list(TEMPLATES))
+def test_every_road_to_a_prompt_has_the_same_begin_token(begin, template):
+    p = begin_processor(begin, template)
+    red = picture('red')
+    asked = [[('user', '<image>what')], [('user', '<image>what colour is it')]]
+    if not get_template(template).captions:
+        asked[1] = [('system', 'hi'), *asked[1], ('assistant', 'yes'), ('user', 'hi')]
+    messages = [
+        [
+            dict(
+                role=role,
+                content=[
+                    *[dict(type='image', image=red)] * ('<image>' in text),
+                    dict(type='text', text=text.replace('<image>', '')),
+                ],
+            )
+            for role, text in talk
+        ]
+        for talk in asked
+    ]
+    want = []
+    for talk in messages:
+        turns = from_messages(talk, get_template(template).image_sep)
+        want.append(
+            p.encode(Sample('s', turns, [red]), add_generation_prompt=True).input_ids.tolist()
+        )
+    texts = p.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    for side in ('left', 'right'):
+        pad = dict(padding=True, padding_side=side)
+        one_step = p.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors='pt',
+            processor_kwargs=dict(pad),  # which it changes
+        )
+        two_steps = p(images=[[red], [red]], text=texts, **pad)
+        explicit = p(images=[[red], [red]], text=texts, add_special_tokens=True, **pad)
+        for road in (one_step, two_steps, explicit):
+            assert valid(road) == want
+    assert [p(images=red, text=t)['input_ids'][0].tolist() for t in texts] == want
+    bos = p.tokenizer.bos_token_id
+    for ids in want:
+        assert ids[:2].count(bos) <= 1
+
+
+@pytest.mark.parametrize('begin', BEGINS)
+@pytest.mark.parametrize('writes', [True, False])
+def test_a_tokenizers_own_template_gets_one_begin_token_both_ways(begin, writes):
+    own = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}"
+    p = begin_processor(begin, chat_template=('{{ bos_token }}' if writes else '') + own)
+    talk = [dict(role='user', content=[dict(type='text', text='hi')])]
+    one = p.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors='pt')
+    two = p(text=p.apply_chat_template(talk, tokenize=False))
+    assert one['input_ids'].tolist() == two['input_ids'].tolist()
+    ids, bos = two['input_ids'][0].tolist(), p.tokenizer.bos_token_id
+    assert ids.count(bos) == (bos is not None and (writes or begin in _ADDS))
+
+
+_ADDS = ('post-processor', 'post-processor with end', 'add_bos_token', 'add_eos_token too')
+
+
+def test_raw_text_still_gets_what_the_tokenizer_adds():
+    for template in (None, 'vicuna_v1', 'chatml'):
+        p = begin_processor('post-processor', template)
+        plain = p(text='hi')['input_ids'][0].tolist()
+        assert plain == p.tokenizer('hi')['input_ids'] and plain[0] == 0
+        bare = p(text='hi', add_special_tokens=False)['input_ids'][0].tolist()
+        assert bare == plain[1:]
+
+
+def test_the_pipeline_sends_the_prompt_that_training_had(tmp_path):
+    p, model = begin_processor('post-processor', 'vicuna_v1'), vlm()
+    model.resize_token_embeddings(len(p.tokenizer))
+    model.config.image_token_id = p.image_token_id
+    ask = pipeline('image-text-to-text', model=model, processor=p, device='cpu')
+    talk = [
+        dict(
+            role='user',
+            content=[dict(type='image', image=picture('red')), dict(type='text', text='hi')],
+        )
+    ]
+    sent = ask.preprocess(Chat(talk))
+    turns = from_messages(talk, '\n')
+    want = p.encode(Sample('s', turns, [picture('red')]), add_generation_prompt=True)
+    assert sent['input_ids'][0].tolist() == want.input_ids.tolist()
+    text = p.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    sent = ask.preprocess(dict(images=picture('red'), text=text))
+    assert sent['input_ids'][0].tolist() == want.input_ids.tolist()

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from .columns import picture_column
+
 # %% ../../nbs/data/42_mix_rows.ipynb #31d07576
 def mix_order(sizes: Sequence[int]) -> np.ndarray:
     """Source number of every item of the evenly spaced stream, `[sum(sizes)]`; ties go to the first
@@ -30,11 +32,12 @@ def mix_rows(
 ) -> list[dict]:
     """Rows with pictures and rows of text as one evenly spaced list, each with its source (`ds`)
     and place in it (`index`). Rows without a picture in `rows` are left out (they are the text part
-    of a picture data set)."""
+    of a picture data set). Raises `BadRecord` for a row whose picture is in a column that is not
+    read."""
     folds: dict[str, list] = {}
     for r in rows:
-        if r.get('image'):
-            folds.setdefault(str(r['image']).split('/')[0], []).append(r)
+        if pictures := picture_column(r)[1]:
+            folds.setdefault(str(pictures[0]).split('/')[0], []).append(r)
     if text_name in folds:
         raise ValueError(
             f'mix_rows: {text_name!r} is also a picture folder; choose another text_name'

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from .columns import system_column
 from .image import ImageError, load_image, resolve_path, upright
 from vlmbench.data.overlay import (
     ANCHOR,
@@ -588,6 +589,8 @@ def sample_from_region_row(row: dict, image_root=None, **kw) -> Sample:
         return sample_from_llava(
             row, image_root, **({'missing_mark': 'prepend'} if marked else {}) | kw
         )
+    if prompt := system_column(row)[0]:
+        raise BadRecord(f'system prompt: {prompt!r} has one, but rows of {row["id"]!r} ask without')
     plain = {k: row[k] for k in ('id', 'image', 'full_path', 'source') if k in row}
     sample = sample_from_llava(
         {**plain, 'conversations': [{'from': 'human', 'value': '<image>'}]}, image_root, **kw

@@ -168,6 +168,17 @@ class ChatTemplate:
         `add_special_tokens=False`"""
         return ''.join(s.text for s in self.spans(turns, add_generation_prompt, bos, eos))
 
+    def begins(self, text: str, bos: str = '<s>', eos: str = '</s>') -> bool:
+        """Whether `text` starts like a rendered conversation: then it holds all control tokens it
+        needs, and a tokenizer that would add a begin token of its own must not."""
+        own = {BOS: bos, EOS: eos}
+        for role in (self.system, self.user):
+            if CONTENT in role:
+                before = [Span(self.bos, special=True), *role[: role.index(CONTENT)]]
+                if text.startswith(''.join(own.get(s.text, s.text) for s in before)):
+                    return True
+        return False
+
     def jinja(self, mark_targets: bool = False) -> str:
         """transformers' chat template for the same string; `mark_targets` encloses targets in `{%
         generation %}` blocks"""

@@ -222,6 +222,17 @@ def _in_text(
     return out
 
 
+def _takes_special_tokens(processor: 'VLMProcessor', text: str) -> bool:
+    """Whether the tokenizer may add tokens of its own to a text: not to one that begins with the
+    begin token, nor to a conversation as the processor's template renders it."""
+    tokenizer = processor.tokenizer
+    bos, eos = tokenizer.bos_token or '', tokenizer.eos_token or ''
+    if bos and text.startswith(bos):
+        return False
+    template = processor.template
+    return template is None or not get_template(template).begins(text, bos, eos)
+
+
 _PAD_OPTIONS = {'pad_to_multiple_of', 'return_attention_mask', 'verbose'}
 
 
@@ -245,7 +256,10 @@ def __call__(
     """`input_ids` and `attention_mask` `[batch, tokens]`, plus `pixel_values` and `image_sizes`
     when there are images.
 
-    `images`: one, a flat list in reading order, or a list per text (see `load`). `truncation` cuts
+    `images`: one, a flat list in reading order, or a list per text (see `load`).
+    `add_special_tokens`: whether the tokenizer adds the begin token it is set up for to raw text; a
+    conversation that the chat template rendered has its own already and never gets a second one, so
+    that its ids are those of `encode`. `truncation` cuts
     a text to `max_length` tokens (default: the tokenizer's) on the tokenizer's side, never into a
     picture. `return_offsets_mapping` adds each token's characters in the text as given, so
     `apply_chat_template(return_assistant_tokens_mask=True)` works
@@ -270,7 +284,7 @@ def __call__(
     found = [
         self.tokenizer(
             t.replace(IMAGE, self.image_token),
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=add_special_tokens and _takes_special_tokens(self, t),
             return_offsets_mapping=return_offsets_mapping,
         )
         for t in texts
