@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from vlmbench.methods.recipes import get_method, get_recipe
-from vlmbench.methods.vip_llava import build_quantized
 from vlmbench.models.quantized import (
     QuantizationError,
     check_quantized,
@@ -18,7 +17,7 @@ from vlmbench.models.quantized import (
     quantized_modules,
 )
 from vlmbench.train.recipe import RecipeError
-from vlmbench.train.scale import get_scale
+from vlmbench.train.scale import Scale, get_scale
 
 needs_bnb = pytest.mark.skipif(
     importlib.util.find_spec('bitsandbytes') is None, reason='bitsandbytes: vlmbench[quant]'
@@ -31,7 +30,7 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
         check_quantized('4bit', 'cpu')
     method = get_method('vip_llava', ['load=4bit'])
     with pytest.raises(QuantizationError, match='bitsandbytes'):
-        method.build(method.recipe(get_scale('tiny')), get_scale('tiny'), 0)
+        method.start(method.recipe(get_scale('tiny')), get_scale('tiny'))
 
 
 def test_without_cuda_the_device_is_named(monkeypatch):
@@ -84,7 +83,9 @@ def test_recipe(load):
         2e-7,
     )
     assert region.merge and not chat.merge
-    with pytest.raises(RecipeError, match="load must be one of '', '4bit', '8bit', got '2bit'"):
+    with pytest.raises(
+        RecipeError, match=r"option 'load' must be Literal\['', '4bit', '8bit'\], got '2bit'"
+    ):
         get_method('vip_llava', ['load=2bit'])
 
 
@@ -92,25 +93,16 @@ def test_recipe(load):
 @pytest.mark.parametrize('load', ['4bit', '8bit'])
 def test_train_and_fold_back(load, tmp_path):
     from vlmbench.data.world import WorldSize, write_world
-    from vlmbench.run.pipeline import fit
+    from vlmbench.train.stages import run_stages
 
     world = write_world(tmp_path / 'world', sizes=WorldSize(*[6] * 10))
     scale, method = get_scale('tiny'), get_method('vip_llava', [f'load={load}'])
     plan = get_recipe('vip_llava', scale, 0.0004, variant=[f'load={load}'])
-    model, processor = build_quantized(load, plan, scale, device='cpu')
+    state = method.start(plan, scale, device='cpu')
+    model = state.model
     assert len(quantized_modules(model)) == 8 * 7
     before = {n: dequantized(m) for n, m in quantized_modules(model).items()}
-    fitted = fit(
-        method,
-        plan,
-        scale,
-        model,
-        processor,
-        world,
-        tmp_path / 'run',
-        precision='bf16',
-        device='cpu',
-    )
+    fitted = run_stages(method, state, world, tmp_path / 'run', precision='bf16')
     assert fitted.model is model and not quantized_modules(model)
     after = {n: model.get_submodule(n).weight for n in before}
     assert all(w.dtype == torch.float32 and w.shape == before[n].shape for n, w in after.items())
@@ -125,16 +117,15 @@ def test_train_and_fold_back(load, tmp_path):
 
 def test_the_device_of_a_run_reaches_the_weights(monkeypatch):
     from vlmbench.methods import vip_llava
-    from vlmbench.run.pipeline import build
 
     asked = []
     monkeypatch.setattr(
         vip_llava, 'load_quantized', lambda where, load, device, **kw: asked.append(device)
     )
-    monkeypatch.setattr(vip_llava, 'encoder_model', lambda *args, **kw: (torch.nn.Module(), None))
+    monkeypatch.setattr(Scale, 'build', lambda *args, **kw: (torch.nn.Module(), None))
     method, scale = get_method('vip_llava', ['load=4bit']), get_scale('tiny')
     for device in ('cpu', None):
-        build(method, method.recipe(scale), scale, 0, device)
+        method.start(method.recipe(scale), scale, device=device)
     assert asked == ['cpu', None]
 
 
@@ -209,10 +200,10 @@ def test_the_embedded_model_chats(bits, tmp_path, capfd):
     from PIL import Image
     from vlmbench.data.template import Turn
     from vlmbench.demo.chat import ChatModel
-    from vlmbench.run.pipeline import build
 
     plan, scale = get_recipe('vip_llava', get_scale('tiny')), get_scale('tiny')
-    model, processor = build(get_method('vip_llava'), plan, scale, 0)
+    state = get_method('vip_llava').start(plan, scale)
+    model, processor = state.model, state.processor
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     chat = ChatModel.load(tmp_path, 'cpu', **{bits: True})
