@@ -362,7 +362,8 @@ def sample_from_row(row: dict, image_root=None, allow_absolute: bool = False, **
     )
 
 
-def frames_prompt(n):
+def frames_prompt(n: int) -> str:
+    "The marks of `n` frames before a question: one alone, several with their time stamps."
     return (
         IMAGE_TOKEN * n
         if n < 2
