@@ -39,7 +39,7 @@ def declared(scale, **given):
     names = dict(arms=[], seeds=3, prune=3, scale=scale) | given
     for source in cells:
         if source.startswith(
-            ('import ', 'at = ', 'strategies = ', 'STAND_IN = ', 'ZERO_CLAIMS = ')
+            ('import ', 'base_models = ', 'strategies = ', 'STAND_IN = ', 'ZERO_CLAIMS = ')
         ):
             exec(source, names)
     return names
@@ -152,7 +152,7 @@ def test_an_arm_that_does_not_exist_is_refused(bases, tmp_path):  # noqa: F811
 def test_variants_that_the_arms_name_reach_the_hooks():
     for a in declared('tiny')['ZERO']:
         if a.name == 'pair':
-            assert get_method(a.recipe, a.variant).after_stage.args[0] is False
+            assert get_method(a.recipe, a.variant).grafts is False
 
 
 def test_regions_chosen_by_measured_scores(bases, deep, tmp_path):  # noqa: F811

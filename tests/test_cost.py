@@ -244,8 +244,8 @@ def test_bad_input_is_refused():
     [
         ('llava', (), False),
         ('llava', ('llm=lora',), True),
-        ('visual_region', ('tune=full', 'projector=frozen', 'where=[2, 3]'), False),
-        ('visual_region', ('projector=frozen', 'where=[4]'), True),
+        ('visual_region', ('tune=full', 'train_projector=frozen', 'where=[2, 3]'), False),
+        ('visual_region', ('train_projector=frozen', 'where=[4]'), True),
     ],
 )
 def test_the_meter_of_a_run_and_the_planner_count_the_same_text(name, variant, lora_):

@@ -58,6 +58,7 @@ def bases(tmp_path_factory) -> Path:
         vision=str(root / 'vit'),
         image_size=64,
         template='world',
+        like='tiny',
     )
     (root / 'mini.json').write_text(json.dumps(scale))
     write_world(

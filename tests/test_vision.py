@@ -212,7 +212,7 @@ def test_projectors(kind, layers):
         (dict(pixel_shuffle=0), 'pixel_shuffle'),
         (dict(pixel_shuffle=3, keep_cls=True), 'keep_cls must be False'),
         (dict(selectlayers=[1]), "no setting 'selectlayers'"),
-        (dict(type='Encoder'), "'Encoder' is not known"),
+        (dict(type='Encoder'), "unknown vision front end 'Encoder'"),
     ],
 )
 def test_bad_settings_are_named(bad, message):
@@ -260,7 +260,7 @@ def test_a_method_adds_its_front_end_by_exact_name():
             x = torch.stack([p[:, :h, :w].mean((1, 2)) for p, (h, w) in zip(pixel_values, sizes)])
             return self.out(x * self.config['scale']), torch.ones(len(x), dtype=torch.long)
 
-    FRONT_ENDS['mean'] = Mean
+    FRONT_ENDS.register('mean', Mean)
     try:
         fe = build_front_end(dict(type='mean', scale=2.0), 8)
         features, counts = fe(torch.randn(2, 4, 9, 9), torch.tensor([[9, 9], [3, 5]]))
@@ -272,4 +272,4 @@ def test_a_method_adds_its_front_end_by_exact_name():
         with pytest.raises(ValueError, match="no setting 'size'"):
             build_front_end(dict(type='mean', size=2), 8)
     finally:
-        del FRONT_ENDS['mean']
+        FRONT_ENDS.made_here.pop('mean')

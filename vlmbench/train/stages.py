@@ -191,6 +191,7 @@ def run_stages(
         if on_stage is not None:
             on_stage(trained)
         hooks.after_stage(state)
+        forget_terms(state)
     result.model, result.processor = state.model, state.processor
     return result
 
@@ -237,7 +238,6 @@ def train_stage(
         device=state.device,
         **settings,
     )
-    forget_terms(state)
     quarantine.close()
     result.freeze_table.to_csv(place / 'freeze.csv', index=False)
     return result
