@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from io import TextIOBase
 from typing import Any, TextIO
 
 from tqdm.std import tqdm
@@ -52,7 +53,7 @@ class LogBar:
         name: str,
         unit: str,
         seconds: float,
-        out: TextIO,
+        out: TextIOBase,
         initial: float = 0,
         unit_scale: bool = False,
         summary: bool = False,
