@@ -78,7 +78,7 @@ def planned_peak(hidden: int = 512, layers: int = 10, rows: int = 8, tokens: int
         image_size=64,
         patch_size=8,
     )
-    sizes = dict(name='memory', llm_config=text, vision_config=tower)
+    sizes = dict(name='memory', like='tiny', llm_config=text, vision_config=tower)
     scale = override(get_scale('tiny'), sizes)
     recipe = get_method('llava').recipe(scale)
     shapes, model = (scale.weightless(recipe, device=device) for device in ('meta', 'cpu'))
