@@ -519,6 +519,29 @@ def test_a_token_across_the_start_of_an_answer_is_a_target():
     assert tok.convert_ids_to_tokens(e.labels[e.labels != IGNORE].tolist()) == ['▁It', '</s>']
 
 
+@pytest.mark.parametrize('answer,joined', [('\n\nRed', '\n\n'), ('\nRed', ''), ('Red', '')])
+@pytest.mark.parametrize('name', ['chatml', 'zero_qwen', 'mpt'])
+def test_an_answer_that_joins_the_end_of_its_prompt_is_announced(name, answer, joined):
+    """haotian-liu/LLaVA#1153: a token across the border is learnt but cannot follow the prompt"""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    joins = trainers.BpeTrainer(
+        vocab_size=300,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=['<|im_start|>', '<|im_end|>'],
+    )
+    trained.train_from_iterator(['a\n\n\nb assistant user', 'a\n\nb'] * 50, joins)
+    tok = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token='<|im_end|>')
+    talk = [Turn('user', 'q'), Turn('assistant', answer), Turn('user', 'q')]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        prompt = encode(talk[:1], tok, name, add_generation_prompt=True).input_ids
+        full = encode(talk, tok, name).input_ids
+    assert [repr(joined) in str(w.message) for w in said] == [True] * bool(joined)
+    assert torch.equal(full[: len(prompt)], prompt) == (not joined)
+
+
 def test_a_control_token_that_swallows_an_answers_space_is_not_a_target():
     tok = sentencepiece_like('legacy', rstrip=True)
     e = encode([Turn('user', 'the'), Turn('assistant', 'red')], tok, 'world')

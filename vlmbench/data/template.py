@@ -254,6 +254,19 @@ def _protected(tokenizer, names: frozenset[str]) -> tuple[Tokenizer, dict[str, i
     known[key] = copy, ids
     return known[key]
 
+# %% ../../nbs/data/10_template.ipynb #cbc57600
+def _say_joined(begin: np.ndarray, end: np.ndarray, starts: np.ndarray, text: str) -> None:
+    "Warn of each token `[begin, end)` that holds an answer's start (a place in `text`) inside."
+    for start, token in zip(starts, np.searchsorted(end, starts, side='right')):
+        if token < len(begin) and begin[token] < start:
+            joined = text[begin[token] : end[token]]
+            warnings.warn(
+                f'An answer begins inside the token {joined!r}, which also holds the end of its '
+                'prompt: it is learnt, but no answer to that prompt can start so. Strip the '
+                'whitespace that the answer begins with, or take another template.',
+                stacklevel=4,
+            )
+
 # %% ../../nbs/data/10_template.ipynb #537a13e3
 def _tokenise(spans: list[Span], tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "ids, target flags and, per control span, its token index"
@@ -277,6 +290,8 @@ def _tokenise(spans: list[Span], tokenizer) -> tuple[np.ndarray, np.ndarray, np.
             f'{type(tokenizer).__name__} does not keep control tokens apart in {text[:80]!r}'
         )
     flags[at] = target[special]
+    starts = (np.cumsum(size) - size)[[s.begins for s in spans]]
+    _say_joined(np.delete(begin, at), np.delete(end, at), starts, text)  # text tokens only
     return np.array(enc.ids), flags, at
 
 # %% ../../nbs/data/10_template.ipynb #71a173ba
@@ -343,7 +358,7 @@ def encode(
             )
         for i, text in enumerate(s.text.split(IMAGE)):
             parts += [(Span(image_token, special=True), True)] * bool(i) + [
-                (Span(text, s.target), False)
+                (Span(text, s.target, begins=s.begins and i == 0), False)
             ] * bool(text)
     missing = {s.text for s, _ in parts if s.special} - {
         *tokenizer.get_added_vocab(),

@@ -203,7 +203,7 @@ class ExactJudge:
 
     @property
     def spec(self) -> str:
-        return 'exact' + '[contains]' * self.contains
+        return 'exact/2' + '[contains]' * self.contains
 
     @property
     def prompt_sha256(self) -> str:
