@@ -126,6 +126,8 @@ class Meter(TorchDispatchMode):
 # %% ../../nbs/cost/10_counter.ipynb #3e431aa8
 _F = nn.functional
 _LOW = {
+    # SigLIP pools by it; its own products are not seen one by one
+    _F.multi_head_attention_forward,
     _F.linear,
     _F.conv2d,
     torch.matmul,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from .vlm import load_complete
 
 # %% ../../nbs/models/46_quantized.ipynb #4e123c63
 LOADS, QUANT_TYPES = ('4bit', '8bit'), ('nf4', 'fp4')
@@ -101,8 +102,12 @@ def load_quantized(
     """The causal language model at `path` with the linear layers of its blocks in `load`; `kw`: of
     `quantization_config`. Raises `QuantizationError`."""
     where, config = check_quantized(load, device), quantization_config(load, compute, **kw)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=config, dtype=compute, device_map={'': where}
+    model = load_complete(
+        AutoModelForCausalLM,
+        path,
+        quantization_config=config,
+        dtype=compute,
+        device_map={'': where},
     )
     return prepare_quantized(model).requires_grad_(False)
 
