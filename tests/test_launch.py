@@ -26,9 +26,8 @@ def on_two_ranks(function, tmp_path, **kwargs):
     return launch(
         f'train_stubs:{function}',
         dict(out=str(tmp_path / 'run'), **kwargs),
-        ranks=2,
+        layout=2,
         log_dir=tmp_path / 'logs',
-        cpu=True,
         threads=1,
         timeout=240,
         env=ENV,
@@ -96,7 +95,7 @@ PARENT = textwrap.dedent("""
     import sys
     from vlmbench.train.launch import launch
     folder = sys.argv[1]
-    launch('train_stubs:sleepy', dict(out=folder), ranks=2, log_dir=folder, cpu=True, threads=1)
+    launch('train_stubs:sleepy', dict(out=folder), layout=2, log_dir=folder, threads=1)
 """)
 
 
