@@ -30,7 +30,7 @@ from vlmbench.evaluate.stats import (
 from .tasks import Item, Task, image_key, sample_items
 from ..data.record import Sample
 
-# %% ../../nbs/evaluate/15_results.ipynb #4c44db12
+# %% ../../nbs/evaluate/15_results.ipynb #d93b120b
 COLUMNS = (
     'task',
     'condition',
@@ -55,6 +55,12 @@ def result_stem(task: str, condition: str = 'image') -> str:
     "File name of a result without its ending."
     return task if condition == 'image' else f'{task}@{condition}'
 
+# %% ../../nbs/evaluate/15_results.ipynb #4c44db12
+def _type_row(name: str, frame: pd.DataFrame, level: float) -> dict[str, Any]:
+    "The mean score of the questions in `frame`, with its interval."
+    i = bootstrap_ci(frame['score'], frame['cluster'].tolist(), level)
+    return dict(question_type=name, n=len(frame), score=i.mean, low=i.low, high=i.high)
+
 
 @dataclass
 class Results:
@@ -76,16 +82,8 @@ class Results:
 
     def by_type(self, level: float = 0.95) -> pd.DataFrame:
         "Per question type, then 'all': n, score, low, high."
-        parts = [(t, f) for t, f in self.frame.groupby('question_type', sort=True)] + [
-            ('all', self.frame)
-        ]
-        return pd.DataFrame(
-            [
-                dict(question_type=t, n=len(f), score=i.mean, low=i.low, high=i.high)
-                for t, f in parts
-                for i in [bootstrap_ci(f['score'], f['cluster'].tolist(), level)]
-            ]
-        )
+        parts = [*self.frame.groupby('question_type', sort=True), ('all', self.frame)]
+        return pd.DataFrame([_type_row(name, frame, level) for name, frame in parts])
 
     def summary(self, level: float = 0.95) -> dict[str, Any]:
         """What the JSON file holds: the header, n, accuracy with its interval, the table by
@@ -123,9 +121,10 @@ class Results:
             if not Path(f'{stem}{end}').exists():
                 raise FileNotFoundError(f'{stem}{end} is missing: no such result was saved')
         card = json.loads(Path(f'{stem}.json').read_text(encoding='utf8'))
+        # computed by `summary`, so not a part of the header
         made = {'task', 'condition', 'n', 'accuracy', 'interval', 'by_type'}
         frame = pd.read_parquet(f'{stem}.parquet')
-        frame['answers'] = frame['answers'].map(list)
+        frame['answers'] = frame['answers'].map(list)  # parquet gives arrays
         return cls(task, condition, frame, {k: v for k, v in card.items() if k not in made})
 
 # %% ../../nbs/evaluate/15_results.ipynb #e8eb600c
@@ -204,12 +203,13 @@ def majority_baseline(task: Task, train: Task | Iterable[Sample]) -> Results:
     def top(c: Counter) -> str:
         return min(c, key=lambda a: (-c[a], a))
 
+    # ties by the alphabet, so that the order of the training file does not matter
     best, overall = {t: top(c) for t, c in counts.items()}, top(sum(counts.values(), Counter()))
     unseen = Counter(i.question_type for i in task.items if i.question_type not in best)
     said = {i.id: best.get(i.question_type, overall) for i in task.items}
     return score_predictions(task, said, 'majority', dict(majority=best, unseen_types=dict(unseen)))
 
-
+# %% ../../nbs/evaluate/15_results.ipynb #6e2ef0ee
 def chance_baseline(
     task: Task, candidates: Callable[[Item], Sequence[str]], condition: str = 'chance'
 ) -> Results:
@@ -309,7 +309,7 @@ def run_facts(folder: str | Path) -> dict[str, Any]:
         missing=missing,
     )
 
-
+# %% ../../nbs/evaluate/15_results.ipynb #088676ec
 def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     """All result tables under the run folders as one tidy frame, with run, method and seed. A run
     without results is listed in `attrs`."""
@@ -362,12 +362,13 @@ def _matrix(frame: pd.DataFrame) -> tuple[np.ndarray, list[str], list[int]]:
 
 def _interval(frame: pd.DataFrame, level: float) -> Interval:
     scores, clusters, seeds = _matrix(frame)
+    # variance components need two of each, and scores that differ at all
     if len(seeds) > 1 and len(set(clusters)) > 1 and np.ptp(scores):
         i = seeds_interval(scores, clusters, level)
-        return replace(i, low=max(i.low, 0.0), high=min(i.high, 1.0))
+        return replace(i, low=max(i.low, 0.0), high=min(i.high, 1.0))  # t knows no bounds
     return bootstrap_ci(scores.mean(0), clusters, level)
 
-
+# %% ../../nbs/evaluate/15_results.ipynb #412393b4
 def accuracy_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """Per task, method, condition and question type ('all' included): seeds, n, score, low, high
     and how the interval was made."""
@@ -389,21 +390,11 @@ def accuracy_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
                     interval=i.method,
                 )
             )
-    columns = [
-        'task',
-        'method',
-        'condition',
-        'question_type',
-        'seeds',
-        'n',
-        'score',
-        'low',
-        'high',
-        'interval',
-    ]
+    facts = ['task', 'method', 'condition', 'question_type', 'seeds', 'n']
+    columns = [*facts, 'score', 'low', 'high', 'interval']
     return pd.DataFrame(rows, columns=columns)
 
-
+# %% ../../nbs/evaluate/15_results.ipynb #81026b88
 class _NotComparable(Exception):
     "Why two methods are not compared."
 
@@ -440,7 +431,7 @@ def _paired_row(frame: pd.DataFrame, a: str, b: str, level: float) -> dict[str, 
         interval=d.method,
     )
 
-
+# %% ../../nbs/evaluate/15_results.ipynb #cf6832a4
 def paired_table(
     frame: pd.DataFrame, level: float = 0.95, baseline: str | None = None
 ) -> pd.DataFrame:
