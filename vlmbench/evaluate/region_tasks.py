@@ -52,6 +52,7 @@ class Pointer:
         "Its geometry in a picture of `size` (width, height) px."
         r = unit(size)
         angle = math.atan2(self.tail[1] - self.tip[1], self.tail[0] - self.tip[0])
+        # at least 4 px to be seen, at most half the arrow
         head = min(max(int(12 * r), 4), math.dist(self.tail, self.tip) / 2)
 
         def wing(turn):
@@ -80,9 +81,8 @@ class MarkedImage(ImageRef):
     @property
     def key(self) -> str:
         "The path and a hash of the marks."
-        return (
-            f'{self.path}#{hashlib.sha256(repr((self.marks, self.seed)).encode()).hexdigest()[:12]}'
-        )
+        drawn = hashlib.sha256(repr((self.marks, self.seed)).encode()).hexdigest()
+        return f'{self.path}#{drawn[:12]}'
 
     def load(self, **kwargs) -> Image.Image:
         "The picture with its marks; raises `ImageError`, or ValueError for a region outside it."
@@ -265,13 +265,8 @@ def _build(
     return Sample(ident, [Turn('user', text)], [image], source=name, meta=known, where=where)
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #be70ef9a
-_ENSEMBLE = (
-    'rectangle',
-    'ellipse',
-    'arrow',
-    'triangle',
-    'scribble',
-)  # kinds that a box is enough for
+# kinds that a box is enough for
+_ENSEMBLE = ('rectangle', 'ellipse', 'arrow', 'triangle', 'scribble')
 
 
 def draw_kinds(name: str, draws: int, kinds: Sequence[str] = ()) -> list[str | None]:
@@ -282,7 +277,23 @@ def draw_kinds(name: str, draws: int, kinds: Sequence[str] = ()) -> list[str | N
     turn = [check_kind(k) for k in kinds] or [None, *(k for k in _ENSEMBLE if own != (k,))]
     return [turn[i % len(turn)] for i in range(draws)]
 
-# %% ../../nbs/evaluate/40_region_tasks.ipynb #657899b6
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #7afe1b0a
+def _merged(samples: Sequence[Sample]) -> list[Sample]:
+    """Rows about the same region of a picture as one question with all their expressions as
+    references."""
+    groups: dict[Any, list[Sample]] = {}
+    for s in samples:
+        groups.setdefault((s.images[0].path, s.images[0].marks[0].region.bounds), []).append(s)
+
+    def one(group):
+        first = group[0]
+        return replace(
+            first, meta=first.meta | dict(answers=[a for s in group for a in s.meta['answers']])
+        )
+
+    return [one(g) for g in groups.values()]
+
+
 def _row_sample(
     name: str, raw: RawRow, path: Path, image_root: str | Path, opened: bool, how: Mapping[str, Any]
 ) -> Sample:
@@ -298,7 +309,7 @@ def _row_sample(
         picture.load()
     return sample
 
-
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #657899b6
 def region_task(
     name: str,
     path: str | Path,
@@ -355,22 +366,6 @@ def region_task(
         scorer,
         max_new_tokens=spec.max_new_tokens,
     )
-
-
-def _merged(samples: Sequence[Sample]) -> list[Sample]:
-    """Rows about the same region of a picture as one question with all their expressions as
-    references."""
-    groups: dict[Any, list[Sample]] = {}
-    for s in samples:
-        groups.setdefault((s.images[0].path, s.images[0].marks[0].region.bounds), []).append(s)
-
-    def one(group):
-        first = group[0]
-        return replace(
-            first, meta=first.meta | dict(answers=[a for s in group for a in s.meta['answers']])
-        )
-
-    return [one(g) for g in groups.values()]
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #0ef43356
 def q_to_ar(answer: Results, rationale: Results) -> Results:
@@ -466,7 +461,7 @@ def coco_objects(path: str | Path) -> list[tuple[str, tuple[int, int], list[tupl
             raise BadRecord(f'{path} annotation {n}: {e}') from None
     return [pictures[i] for i in sorted(pictures)]
 
-# %% ../../nbs/evaluate/40_region_tasks.ipynb #c691d270
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #308e3be2
 def _pair(rng: random.Random, size, objects, min_share: float, min_length: float):
     """Two objects of different classes, large and far enough apart, neither centre inside the
     other's box; or None."""
@@ -495,7 +490,7 @@ def _pair(rng: random.Random, size, objects, min_share: float, min_length: float
     (a, x), (b, y) = rng.choice(pairs)
     return (a, center(x)), (b, center(y))
 
-
+# %% ../../nbs/evaluate/40_region_tasks.ipynb #c691d270
 def arrow_task(
     pictures: Sequence[tuple],
     image_root: str | Path,
@@ -518,7 +513,7 @@ def arrow_task(
     for file, size, objects in order:
         if pairs is not None and len(samples) >= 2 * pairs:
             break
-        own = random.Random(_seed(seed, file))
+        own = random.Random(_seed(seed, file))  # a picture's arrow is the same in any selection
         found = _pair(own, size, objects, min_share, min_length)
         if found is None:
             continue
