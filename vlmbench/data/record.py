@@ -305,7 +305,7 @@ def frames_prompt(n: int) -> str:
         return IMAGE_TOKEN * n
     return ''.join(f'{i}s: {IMAGE_TOKEN}; ' for i in range(1, n + 1)) + '\n'
 
-# %% ../../nbs/data/00_record.ipynb #f811bfda
+
 def sample_from_vora(
     row: dict,
     root=None,

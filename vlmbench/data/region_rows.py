@@ -246,98 +246,46 @@ def _flickr(row, rng, kinds, mark, reference):
 
 # %% ../../nbs/data/32_region_rows.ipynb #a5ac0be9
 _LEAD = (
-    'Looking at the source image, please answer this question:',
-    'Based on the source image, answer the following:',
-    'With the source image in mind, please respond to:',
-    'Judging from the source image, please answer:',
-    'Having looked at the source image, answer this:',
-    'Taking into account the source image, please answer:',
-    'After observing the source image, could you please answer the following:',
-    'From what the source image shows, please answer:',
-    'Using the source image as a reference, please respond to:',
-    'Considering the source image, what is your answer to this:',
-)
+    'Looking at the source image, please answer this question:|'
+    'Based on the source image, answer the following:|'
+    'With the source image in mind, please respond to:|'
+    'Judging from the source image, please answer:|'
+    'Having looked at the source image, answer this:|'
+    'Taking into account the source image, please answer:|'
+    'After observing the source image, could you please answer the following:|'
+    'From what the source image shows, please answer:|'
+    'Using the source image as a reference, please respond to:|'
+    'Considering the source image, what is your answer to this:'
+).split('|')
 _OFFER = (
-    'Available choices are as follows:',
-    'These are the choices:',
-    'Choose one of these options:',
-    'The options are:',
-    'Here are the possible answers:',
-    'Please pick one from the given possibilities:',
-    'Select one of the following:',
-    'You have the following selections:',
-    'Your choices are listed here:',
-    'You can select from these alternatives:',
-)
-
-# %% ../../nbs/data/32_region_rows.ipynb #78a14411
+    'Available choices are as follows:|These are the choices:|Choose one of these options:|'
+    'The options are:|Here are the possible answers:|'
+    'Please pick one from the given possibilities:|Select one of the following:|'
+    'You have the following selections:|Your choices are listed here:|'
+    'You can select from these alternatives:'
+).split('|')
 _WHY = (
-    'Why?',
-    'Why is that?',
-    'For what reason?',
-    'What speaks for it?',
-    'What is your reason?',
-    'Why do you believe that to be true?',
-    'On what basis?',
-    'How do you know?',
-    'What makes you sure?',
-    'How can you tell?',
-    'What shows it?',
-    'What did you conclude it from?',
-    'What is it based on?',
-    'What points to it?',
-    'Which details tell you so?',
-    'What supports your answer?',
-    'How did you find out?',
-    "What's the foundation of your assertion?",
-    "What's the source of your reasoning?",
-    'How do you justify it?',
-    'Why this answer?',
-    'What convinced you?',
-    'Can you give a reason?',
-    'Can you justify this?',
-    'Could you explain why?',
-    'Please explain why.',
-    'Please give your reason.',
-    'Please justify your answer.',
-    'State your reason.',
-    'Explain your answer.',
-    'What in the picture tells you so?',
-    'Where do you see that?',
-    'What backs this up?',
-    'What argues for this?',
-    'How would you argue for it?',
-    'What is your argument?',
-    'What gave it away?',
-    "What's the evidence that supports your view?",
-    'What brought you to this answer?',
-)
-
-# %% ../../nbs/data/32_region_rows.ipynb #fb2d4e6a
+    'Why?|Why is that?|For what reason?|What speaks for it?|What is your reason?|'
+    'Why do you believe that to be true?|On what basis?|How do you know?|What makes you sure?|'
+    'How can you tell?|What shows it?|What did you conclude it from?|What is it based on?|'
+    'What points to it?|Which details tell you so?|What supports your answer?|'
+    "How did you find out?|What's the foundation of your assertion?|"
+    "What's the source of your reasoning?|How do you justify it?|Why this answer?|"
+    'What convinced you?|Can you give a reason?|Can you justify this?|Could you explain why?|'
+    'Please explain why.|Please give your reason.|Please justify your answer.|State your reason.|'
+    'Explain your answer.|What in the picture tells you so?|Where do you see that?|'
+    'What backs this up?|What argues for this?|How would you argue for it?|'
+    "What is your argument?|What gave it away?|What's the evidence that supports your view?|"
+    'What brought you to this answer?'
+).split('|')
 _MOST = (
-    'The correct',
-    'The right',
-    'The proper',
-    'The most suitable',
-    'The final',
-    'The most likely',
-    'The one true',
-    'The matching',
-    'The fitting',
-    'The preferred',
-)
+    'The correct|The right|The proper|The most suitable|The final|The most likely|The one true|'
+    'The matching|The fitting|The preferred'
+).split('|')
 _SINCE = (
-    'My choice',
-    'The right one',
-    'This one',
-    'This one fits',
-    'That is it',
-    'It holds',
-    'I am sure',
-    'I choose it',
-    'I prefer it',
-    'It must be so',
-)
+    'My choice|The right one|This one|This one fits|That is it|It holds|I am sure|I choose it|'
+    'I prefer it|It must be so'
+).split('|')
 _PUNCT = (':', '.', ',', ';', ' -', ' =', ' :', '...')
 
 # %% ../../nbs/data/32_region_rows.ipynb #77016979
