@@ -55,7 +55,7 @@ TASKS = (
     'object-detection',
     'feature-extraction',
 )
-SIZES = {
+SIZES = {  # Hugging Face's names -> the first number of rows that is too large
     'n<1K': 1e3,
     '1K<n<10K': 1e4,
     '10K<n<100K': 1e5,
@@ -80,7 +80,7 @@ METHODS = 'vip_llava', 'eve', 'vora', 'zero', 'visual_region', 'llava'
 CARD_FORMATS = 'json', 'jsonl', 'parquet', 'tsv'
 CARD_READERS = 'llava', 'vora', 'region'
 
-
+# %% ../../nbs/data/70_cards.ipynb #4c26c4e4
 class CardError(ValueError):
     "A data card that cannot be used; the message lists every problem."
 
@@ -123,7 +123,10 @@ def _each(problem):
     def check(v):
         if not isinstance(v, list):
             return f'is {type(v).__name__}'
-        return next((f'item {i} {why}' for i, x in enumerate(v) if (why := problem(x))), None)
+        for i, item in enumerate(v):
+            if why := problem(item):
+                return f'item {i} {why}'
+        return None
 
     return check
 
@@ -162,101 +165,67 @@ def field_problem(row: dict, name: str, spec: str) -> tuple[str, str] | None:
 
 # %% ../../nbs/data/70_cards.ipynb #dfa3d2c5
 def _is_count(value):
+    # `type`, not `isinstance`: True is an int and no number of rows
     return value == 'unknown' or type(value) is int and value >= 0
 
 
-def front_problems(front: dict) -> list[str]:
-    "Everything that is wrong with a front matter, in words; an empty list for a valid one."
-    bad = []
-
-    def need(ok, text):
-        if not ok:
-            bad.append(text)
-
-    def listed(key, allowed):
-        value = front.get(key)
-        if not isinstance(value, list) or not value:
-            bad.append(f'{key}: expected a list with content, got {value!r}')
-        else:
-            bad.extend(
-                f'{key}: {v!r} is unknown; use one of {list(allowed)}'
-                for v in value
-                if v not in allowed
-            )
-
-    need(
-        front.get('license') in LICENSES,
-        f'license: {front.get("license")!r} is unknown; use one of {LICENSES}',
-    )
-    if front.get('license') == 'other':
-        need(front.get('license_name'), "license_name: name it, as license is 'other'")
-    need(
-        isinstance(front.get('pretty_name'), str) and front.get('pretty_name'),
-        'pretty_name: missing',
-    )
-    listed('task_categories', TASKS)
-    listed('language', ('en', 'zh', 'multilingual'))
-    listed('size_categories', SIZES)
-    listed('used_by', METHODS)
-    need(front.get('role') in ROLES, f'role: {front.get("role")!r} is unknown; use one of {ROLES}')
-    source = front.get('source') if isinstance(front.get('source'), dict) else {}
-    need(
-        source and set(source) <= set(SOURCES),
-        f'source: give one or more of {SOURCES} and nothing else',
-    )
-    size = front.get('size') if isinstance(front.get('size'), dict) else {}
-    for key in ('rows', 'images'):
-        need(
-            _is_count(size.get(key)),
-            f'size.{key}: expected a number or unknown, got {size.get(key)!r}',
-        )
-    if type(rows := size.get('rows')) is int and isinstance(front.get('size_categories'), list):
-        fits = any(
-            SIZES[c] / 10 * (c != 'n<1K') <= rows < SIZES[c]
-            for c in front['size_categories']
-            if c in SIZES
-        )
-        need(fits, f'size_categories: {rows:,} rows are outside {front["size_categories"]}')
-    need(
-        isinstance(front.get('known_faults'), list),
-        "known_faults: expected a list ([] or ['unknown'] are fine)",
-    )
-    names = front.get('data_names', {})
-    need(
-        isinstance(names, dict) and all(_is_share(share) for share in names.values()),
-        'data_names: expected names of data, each with the share of its rows that have a picture, '
-        'between 0 and 1',
-    )
-    files = front.get('files')
-    need(
-        isinstance(files, list) and all(isinstance(f, dict) for f in files),
-        'files: expected a list of file entries',
-    )
-    for f in files if isinstance(files, list) else []:
-        if isinstance(f, dict):
-            bad.extend(f'files: {f.get("path")}: {why}' for why in _file_problems(f))
-    return bad
-
-# %% ../../nbs/data/70_cards.ipynb #82c7b062
 def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+def _listed_problems(front: dict, key: str, allowed) -> Iterator[str]:
+    "What is wrong with a key that holds a list of known words."
+    value = front.get(key)
+    if not isinstance(value, list) or not value:
+        yield f'{key}: expected a list with content, got {value!r}'
+        return
+    for v in value:
+        if v not in allowed:
+            yield f'{key}: {v!r} is unknown; use one of {list(allowed)}'
+
+
+def _word_problems(front: dict) -> Iterator[str]:
+    "What is wrong with the words of a front matter: licence, name, tasks, role, source."
+    licence, role = front.get('license'), front.get('role')
+    if licence not in LICENSES:
+        yield f'license: {licence!r} is unknown; use one of {LICENSES}'
+    if licence == 'other' and not front.get('license_name'):
+        yield "license_name: name it, as license is 'other'"
+    if not isinstance(front.get('pretty_name'), str) or not front.get('pretty_name'):
+        yield 'pretty_name: missing'
+    yield from _listed_problems(front, 'task_categories', TASKS)
+    yield from _listed_problems(front, 'language', ('en', 'zh', 'multilingual'))
+    yield from _listed_problems(front, 'size_categories', SIZES)
+    yield from _listed_problems(front, 'used_by', METHODS)
+    if role not in ROLES:
+        yield f'role: {role!r} is unknown; use one of {ROLES}'
+    source = front.get('source') if isinstance(front.get('source'), dict) else {}
+    if not source or not set(source) <= set(SOURCES):
+        yield f'source: give one or more of {SOURCES} and nothing else'
+
+# %% ../../nbs/data/70_cards.ipynb #89c8f1f2
+def _size_problems(front: dict) -> Iterator[str]:
+    "What is wrong with the numbers of a front matter."
+    size = front.get('size') if isinstance(front.get('size'), dict) else {}
+    for key in ('rows', 'images'):
+        if not _is_count(size.get(key)):
+            yield f'size.{key}: expected a number or unknown, got {size.get(key)!r}'
+    rows, categories = size.get('rows'), front.get('size_categories')
+    if type(rows) is not int or not isinstance(categories, list):
+        return
+    known = [c for c in categories if c in SIZES]
+    # a category reaches from a tenth of its upper end, the smallest from nothing
+    if not any(SIZES[c] / 10 * (c != 'n<1K') <= rows < SIZES[c] for c in known):
+        yield f'size_categories: {rows:,} rows are outside {categories}'
+
+# %% ../../nbs/data/70_cards.ipynb #82c7b062
+_ENTRY_KEYS = frozenset('path format rows sha256 bytes images reader unique fields note'.split())
+
+
 def _file_problems(f: dict) -> Iterator[str]:
-    known = {
-        'path',
-        'format',
-        'rows',
-        'sha256',
-        'bytes',
-        'images',
-        'reader',
-        'unique',
-        'fields',
-        'note',
-    }
-    if set(f) - known:
-        yield f'unknown keys {sorted(set(f) - known)}'
+    "What is wrong with one entry of `files`."
+    if set(f) - _ENTRY_KEYS:
+        yield f'unknown keys {sorted(set(f) - _ENTRY_KEYS)}'
     path = f.get('path')
     if not isinstance(path, str) or os.path.isabs(path) or '..' in Path(path).parts:
         yield 'path must be relative to the folder'
@@ -279,6 +248,29 @@ def _file_problems(f: dict) -> Iterator[str]:
             yield f'unique: {f["unique"]!r} is not a field'
 
 
+def _content_problems(front: dict) -> Iterator[str]:
+    "What is wrong with what a front matter says of the data itself: faults, names, files."
+    if not isinstance(front.get('known_faults'), list):
+        yield "known_faults: expected a list ([] or ['unknown'] are fine)"
+    names, files = front.get('data_names', {}), front.get('files')
+    if not isinstance(names, dict) or not all(map(_is_share, names.values())):
+        yield (
+            'data_names: expected names of data, each with the share of its rows that have a '
+            'picture, between 0 and 1'
+        )
+    if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
+        yield 'files: expected a list of file entries'
+    for f in files if isinstance(files, list) else []:
+        if isinstance(f, dict):
+            for why in _file_problems(f):
+                yield f'files: {f.get("path")}: {why}'
+
+
+def front_problems(front: dict) -> list[str]:
+    "Everything that is wrong with a front matter, in words; an empty list for a valid one."
+    return [*_word_problems(front), *_size_problems(front), *_content_problems(front)]
+
+# %% ../../nbs/data/70_cards.ipynb #4079aa1d
 def cards_dir() -> Path:
     """The folder of the project's cards: beside the package in a checkout, inside it in an
     installed copy."""
@@ -348,7 +340,7 @@ class Report:
             lines + ([f'... and {hidden:,} more problems of these kinds'] if hidden > 0 else [])
         )
 
-
+# %% ../../nbs/data/70_cards.ipynb #fc7edb1e
 class _Problems:
     "Counts every problem and lists the first `limit` of each file and kind."
 
@@ -385,10 +377,10 @@ def _check_row(row, entry, roots, parse) -> Iterator[tuple[str, str]]:
     if not isinstance(row, dict):
         yield 'field type', f'the row is {type(row).__name__}, not an object'
         return
-    problems = [
-        p for name, spec in entry['fields'].items() if (p := field_problem(row, name, spec))
-    ]
+    answers = [field_problem(row, name, spec) for name, spec in entry['fields'].items()]
+    problems = [p for p in answers if p]
     yield from problems
+    # a reader would say the same of a wrong field again, in other words
     if parse and not problems:
         try:
             parse(row, roots)
@@ -412,7 +404,7 @@ _PARSE = dict(
     region=lambda row, root: sample_from_llava(row, root, missing_mark='prepend', need_turns=False),
 )
 
-
+# %% ../../nbs/data/70_cards.ipynb #42ad535c
 def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> dict:
     roots, parse = str(folder / entry.get('images', '.')), _PARSE.get(entry.get('reader'))
     n, opened, ids, kept, read_all, with_images = 0, 0, set(), [], True, 0
@@ -430,7 +422,7 @@ def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> d
             break
         if raw.error:
             found.add(file, 'unreadable', raw.error, raw.number)
-            n += not raw.fatal
+            n += not raw.fatal  # a damaged file ends here: its last entry is no row
             continue
         row, n = raw.value, n + 1
         id = str(row.get(entry.get('unique') or 'id', '')) if isinstance(row, dict) else ''
@@ -450,6 +442,7 @@ def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> d
                 kept.append((raw.number, id, refs))
             elif (k := rng.randrange(with_images)) < sample:
                 kept[k] = (raw.number, id, refs)
+    # in the order of the file, so that a report does not depend on the draws
     opened += sum(look(*k) for k in sorted(kept, key=lambda k: k[0]))
     return dict(rows=n, opened=opened, read_all=read_all)
 
@@ -462,6 +455,35 @@ def _sha256(path) -> str:
     return digest.hexdigest()
 
 
+def _check_entry(entry, folder, found, full, sample, rng, limit) -> dict:
+    "The summary row of one entry of a card; its problems go to `found`."
+    name, expected, n, opened, read_all = entry['path'], entry['rows'], 0, 0, True
+    paths = sorted(folder.glob(name)) if any(c in name for c in '*?[') else [folder / name]
+    paths = [p for p in paths if p.is_file()]
+    if not paths:
+        found.add(name, 'missing file', f'nothing matches {name} in {folder}')
+    said = entry.get('sha256', 'unknown')
+    for path in paths:
+        if said != 'unknown' and (got := _sha256(path)) != said:
+            file = str(path.relative_to(folder))
+            found.add(
+                name, 'hash', f'sha256 of {file} is {got[:12]}..., the card says {said[:12]}...'
+            )
+        one = _check_file(path, entry, name, folder, found, full, sample, rng, limit)
+        n, opened = n + one['rows'], opened + one['opened']
+        read_all = read_all and one['read_all']
+    if paths and read_all and expected != 'unknown' and n != expected:
+        found.add(name, 'row count', f'{n:,} rows, the card says {expected:,}')
+    expected = expected if read_all else f'{expected} (not judged)'
+    return dict(
+        file=name,
+        rows=n,
+        expected=expected,
+        pictures_opened=opened,
+        problems=found.of(name),
+    )
+
+# %% ../../nbs/data/70_cards.ipynb #121164b5
 def check(
     card: str | Path | Card,
     folder: str | Path,
@@ -477,7 +499,7 @@ def check(
     read only so many rows a file, the count is then not judged; `max_listed`: problems listed per
     file and kind. Raises `CardError` for a bad card."""
     card, folder = card if isinstance(card, Card) else load_card(card), Path(folder)
-    found, rng, summary = _Problems(max_listed), random.Random(seed), []
+    found, rng = _Problems(max_listed), random.Random(seed)
     columns = ['file', 'row', 'id', 'check', 'detail']
     if not folder.is_dir() or not card.files:
         what = (
@@ -490,45 +512,12 @@ def check(
             columns=columns,
         )
         return Report(card.name, str(folder), table, pd.DataFrame(), 2)
-    for entry in card.files:
-        name, expected, n, opened, read_all = entry['path'], entry['rows'], 0, 0, True
-        paths = sorted(folder.glob(name)) if any(c in name for c in '*?[') else [folder / name]
-        paths = [p for p in paths if p.is_file()]
-        if not paths:
-            found.add(name, 'missing file', f'nothing matches {name} in {folder}')
-        for path in paths:
-            file = str(path.relative_to(folder))
-            if (
-                entry.get('sha256', 'unknown') != 'unknown'
-                and (got := _sha256(path)) != entry['sha256']
-            ):
-                found.add(
-                    name,
-                    'hash',
-                    f'sha256 of {file} is {got[:12]}..., the card says {entry["sha256"][:12]}...',
-                )
-            one = _check_file(path, entry, name, folder, found, full, sample, rng, limit)
-            n, opened, read_all = (
-                n + one['rows'],
-                opened + one['opened'],
-                read_all and one['read_all'],
-            )
-        if paths and read_all and expected != 'unknown' and n != expected:
-            found.add(name, 'row count', f'{n:,} rows, the card says {expected:,}')
-        expected = expected if read_all else f'{expected} (not judged)'
-        summary.append(
-            dict(
-                file=name,
-                rows=n,
-                expected=expected,
-                pictures_opened=opened,
-                problems=found.of(name),
-            )
-        )
+    # one generator for all entries: the rows that are opened depend on the order of the card
+    summary = [_check_entry(entry, folder, found, full, sample, rng, limit) for entry in card.files]
     table = pd.DataFrame(found.rows, columns=columns)
     return Report(card.name, str(folder), table, pd.DataFrame(summary), int(bool(len(table))))
 
-
+# %% ../../nbs/data/70_cards.ipynb #a24801a3
 def check_command(
     card: str | Path,
     folder: str | Path,
@@ -548,19 +537,21 @@ def check_command(
     return report.status
 
 # %% ../../nbs/data/70_cards.ipynb #9382df2f
+def _overview(card: Card) -> dict:
+    "What the table of all cards says of one."
+    front = card.front
+    return dict(
+        name=card.name,
+        pretty_name=front['pretty_name'],
+        role=front['role'],
+        license=front['license'],
+        rows=front['size']['rows'],
+        used_by=', '.join(front['used_by']),
+    )
+
+
 def list_cards(folder: str | Path | None = None) -> pd.DataFrame:
     """A tidy table of all cards: name, pretty name, role, licence, rows, who uses them. Raises
     `CardError` at the first bad card."""
     cards = [load_card(p) for p in sorted(Path(folder or cards_dir()).glob('*.md'))]
-    keys = 'pretty_name', 'role', 'license'
-    return pd.DataFrame(
-        [
-            dict(
-                name=c.name,
-                **{k: c.front[k] for k in keys},
-                rows=c.front['size']['rows'],
-                used_by=', '.join(c.front['used_by']),
-            )
-            for c in cards
-        ]
-    )
+    return pd.DataFrame(list(map(_overview, cards)))

@@ -101,10 +101,11 @@ def _file_name(value) -> str | None:
 
 def _same(ours: list, other: list) -> bool:
     "Whether two cells may tell the same pictures: as far as file names can be compared."
-    names = [[_file_name(v) for v in values] for values in (ours, other)]
-    if None in names[1]:
+    names, other_names = list(map(_file_name, ours)), list(map(_file_name, other))
+    if None in other_names:
         return True
-    return len(ours) == len(other) and all(a is None or a == b for a, b in zip(*names))
+    pairs = zip(names, other_names)
+    return len(ours) == len(other) and all(a is None or a == b for a, b in pairs)
 
 
 _OWN = ('image', 'full_path')
@@ -125,6 +126,7 @@ def picture_column(row: Mapping[str, Any]) -> tuple[str, list]:
     for key, value in row.items():
         if key not in _OWN and _names_picture(key, value):
             found[key] = _as_list(value)
+    # `own` stands first in `found`, so LLaVA's column wins over a copy under another name
     key = next((k for k, values in found.items() if values), '')
     if not key:
         return '', _refuse_unread(row)

@@ -22,11 +22,12 @@ def mix_order(sizes: Sequence[int]) -> np.ndarray:
             f'mix_order: sizes {sizes.tolist()} must be numbers of items, some of them above 0'
         )
     source = np.repeat(np.arange(len(sizes)), sizes)
+    # how many items of its own source stand before each item
     taken = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     share = sizes / sizes.sum()
-    return source[np.lexsort((source, taken / share[source]))]
+    return source[np.lexsort((source, taken / share[source]))]  # sorted by the last key first
 
-
+# %% ../../nbs/data/42_mix_rows.ipynb #8ff71e88
 def mix_rows(
     rows: Iterable[Mapping], text: Iterable[Mapping] = (), seed: int = 0, text_name: str = 'genqa'
 ) -> list[dict]:
@@ -46,12 +47,14 @@ def mix_rows(
         folds[text_name] = text
     if not folds:
         raise ValueError('mix_rows: no row has a picture and there is no text')
-    perm = [
-        np.random.default_rng([seed, j]).permutation(len(f)) for j, f in enumerate(folds.values())
+    # a generator of its own for each source: another source changes nothing inside this one
+    nexts = [
+        iter(np.random.default_rng([seed, j]).permutation(len(f)).tolist())
+        for j, f in enumerate(folds.values())
     ]
-    nexts = [iter(p.tolist()) for p in perm]
     names, items = list(folds), list(folds.values())
-    return [
-        dict(items[j][i := next(nexts[j])], ds=names[j], index=i)
-        for j in mix_order([len(f) for f in items])
-    ]
+    mixed = []
+    for j in mix_order(list(map(len, items))):
+        i = next(nexts[j])
+        mixed.append(dict(items[j][i], ds=names[j], index=i))
+    return mixed

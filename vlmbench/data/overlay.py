@@ -54,7 +54,7 @@ DATASET_KINDS = {  # dataset (id prefix) -> kinds and style
     'vcr_qar': (('point',), 'constant'),
 }
 
-
+# %% ../../nbs/data/30_overlay.ipynb #37bcbf71
 def check_kind(kind: str) -> str:
     "`kind` itself; `ValueError` lists the kinds there are."
     if kind not in MARKERS:
@@ -148,13 +148,13 @@ def _widest_angle(a, b, c):
         return (
             math.degrees(math.acos(max(-1, min(1, (u[0] * v[0] + u[1] * v[1]) / n))))
             if n
-            else 180.0
+            else 180.0  # two corners coincide: no triangle at all
         )
 
     return max(angle(a, b, c), angle(b, c, a), angle(c, a, b))
 
-
-_WIDTHS = {
+# %% ../../nbs/data/30_overlay.ipynb #a34b7d05
+_WIDTHS = {  # kind -> least and greatest stroke, in units
     'rectangle': (2, 8),
     'ellipse': (2, 8),
     'triangle': (2, 8),
@@ -188,58 +188,33 @@ def check_region(region: Region, size: tuple[int, int], kind: str = 'rectangle')
         if not Polygon(list(zip(p[::2], p[1::2]))).area > 0:
             raise ValueError(f'a polygon of the region is empty (no area): {p[:8]}')
 
-
-def sample_marker(
-    rng: random.Random,
-    kind: str,
-    region: Region,
-    size: tuple[int, int],
-    width: float | None = None,
-    style: str = '',
-    anchor: int = ANCHOR,
-) -> Marker:
-    """A `Marker` of `kind` around `region` in a picture of `size` (width, height) px.
-
-    `width`: stroke in units instead of a drawn one. `style`: '' draws sizes at random, 'constant'
-    fixes them (rectangle, point). Raises `ValueError` as `check_region`."""
-    if style not in STYLES:
-        raise ValueError(f'style {style!r} is unknown; styles are {STYLES}')
-    check_region(region, size, kind)
-    r, polygons = unit(size, anchor), _polygons(region)
-    box = region.box if region.box is not None else region.bounds
-    shapes = [Polygon(p).buffer(0) for p in polygons]
-    picked = rng.choice(shapes) if shapes else None
-    union = unary_union(shapes) if shapes else Polygon(_box_polygon(box))
-    one = picked if picked is not None else Polygon(_box_polygon(box))
-    constant = style == 'constant'
-    if kind == 'point':
-        return _sample_point(rng, one, r, constant)
+# %% ../../nbs/data/30_overlay.ipynb #ab946d2c
+def _sample_width(rng, kind, r, width, constant) -> int:
+    """Stroke in px, at least 1; `r`: px of a unit; `width`: a stroke in units instead of a drawn
+    one."""
     if kind == 'rectangle' and constant:
-        w = max(int(3 * r), 1)
+        drawn = int(3 * r)
     else:
-        w = max(rng.randint(*(int(k * r) for k in _WIDTHS[kind])), 1)
-    if width is not None:
-        w = max(int(width * r), 1)
-    if kind == 'rectangle':
-        return Marker(kind, (tuple(box[:2]), tuple(box[2:])), w)
-    if kind == 'ellipse':
-        l, t, rr, b = union.bounds if shapes else box
-        s, cx, cy = rng.uniform(1, 1.5), (l + rr) / 2, (t + b) / 2
-        hw, hh = (rr - l) * s / 2, (b - t) * s / 2
-        return Marker(kind, ((cx - hw, cy - hh), (cx + hw, cy + hh)), w)
-    if kind == 'triangle':
-        for _ in range(200):
-            points = tuple(_point_in(rng, union) for _ in range(3))
-            if _widest_angle(*points) <= 150:
-                break
-        return Marker(kind, points, w)
-    if kind == 'scribble':
-        return Marker(
-            kind, tuple(_point_in(rng, one) for _ in range(4)), w, samples=max(int(1000 * r), 2)
-        )
-    if kind == 'arrow':
-        return _sample_arrow(rng, box, r, w)
-    return Marker(kind, width=w, polygons=tuple(map(tuple, polygons or [_box_polygon(box)])))
+        # drawn even where a width is asked for: what is drawn next must not depend on it
+        drawn = rng.randint(*(int(k * r) for k in _WIDTHS[kind]))
+    return max(drawn if width is None else int(width * r), 1)
+
+
+def _sample_ellipse(rng, bounds, w) -> Marker:
+    "An ellipse around the middle of `bounds`, up to half as large again."
+    l, t, r, b = bounds
+    s, cx, cy = rng.uniform(1, 1.5), (l + r) / 2, (t + b) / 2
+    hw, hh = (r - l) * s / 2, (b - t) * s / 2
+    return Marker('ellipse', ((cx - hw, cy - hh), (cx + hw, cy + hh)), w)
+
+
+def _sample_triangle(rng, area, w) -> Marker:
+    "Three points inside `area` that are not nearly on one line, as far as 200 draws find them."
+    for _ in range(200):
+        points = tuple(_point_in(rng, area) for _ in range(3))
+        if _widest_angle(*points) <= 150:
+            break
+    return Marker('triangle', points, w)
 
 
 def _sample_point(rng, area, r, constant):
@@ -249,6 +224,7 @@ def _sample_point(rng, area, r, constant):
     even = rng.random() < 0.5
     aspect = 1.0 if even or constant else rng.uniform(0.5, 2)
     l, t, rr, b = area.bounds
+    # around the middle of the bounds; after the last draw the point stays where it fell
     for _ in range(11):
         x, y = (
             rng.gauss((l + rr) / 2, math.sqrt((rr - l) / 8)),
@@ -277,6 +253,47 @@ def _sample_arrow(rng, box, r, w):
     wing = lambda a: (tip[0] + h * math.cos(a), tip[1] + h * math.sin(a))
     head = wing(angle + math.pi / 3), tip, wing(angle - math.pi / 3)
     return Marker('arrow', tuple(shaft), w, head=head, filled=rng.random() < 0.5)
+
+# %% ../../nbs/data/30_overlay.ipynb #1fb627c4
+def sample_marker(
+    rng: random.Random,
+    kind: str,
+    region: Region,
+    size: tuple[int, int],
+    width: float | None = None,
+    style: str = '',
+    anchor: int = ANCHOR,
+) -> Marker:
+    """A `Marker` of `kind` around `region` in a picture of `size` (width, height) px.
+
+    `width`: stroke in units instead of a drawn one. `style`: '' draws sizes at random, 'constant'
+    fixes them (rectangle, point). Raises `ValueError` as `check_region`."""
+    if style not in STYLES:
+        raise ValueError(f'style {style!r} is unknown; styles are {STYLES}')
+    check_region(region, size, kind)
+    r, polygons = unit(size, anchor), _polygons(region)
+    box = region.box if region.box is not None else region.bounds
+    shapes = [Polygon(p).buffer(0) for p in polygons]  # buffer(0) mends outlines that cross
+    # a shape is drawn for every kind, used or not: the published order of the draws
+    picked = rng.choice(shapes) if shapes else None
+    union = unary_union(shapes) if shapes else Polygon(_box_polygon(box))
+    one = picked if picked is not None else Polygon(_box_polygon(box))
+    constant = style == 'constant'
+    if kind == 'point':
+        return _sample_point(rng, one, r, constant)
+    w = _sample_width(rng, kind, r, width, constant)
+    if kind == 'rectangle':
+        return Marker(kind, (tuple(box[:2]), tuple(box[2:])), w)
+    if kind == 'ellipse':
+        return _sample_ellipse(rng, union.bounds if shapes else box, w)
+    if kind == 'triangle':
+        return _sample_triangle(rng, union, w)
+    if kind == 'scribble':
+        control = tuple(_point_in(rng, one) for _ in range(4))
+        return Marker(kind, control, w, samples=max(int(1000 * r), 2))
+    if kind == 'arrow':
+        return _sample_arrow(rng, box, r, w)
+    return Marker(kind, width=w, polygons=tuple(map(tuple, polygons or [_box_polygon(box)])))
 
 # %% ../../nbs/data/30_overlay.ipynb #c5f31c1e
 def _together(values, width):
@@ -310,6 +327,30 @@ def _widened(polygon, width, size):
     return Image.fromarray(out)
 
 # %% ../../nbs/data/30_overlay.ipynb #b8c01bda
+def _draw_contours(layer: Image.Image, m: Marker, ink: tuple):
+    "The outlines of a marker, each shifted by up to `m.width` px in both directions, on `layer`."
+    d, steps = ImageDraw.Draw(layer), range(-m.width, m.width + 1)
+    for p in m.polygons:
+        outline = sum(map(math.dist, p, (*p[1:], p[0])))  # px
+        # drawing every shift writes more pixels than the layer has: widen the outline instead
+        if len(steps) ** 2 * outline > 2 * layer.width * layer.height:
+            layer.paste(ink, mask=_widened(p, m.width, layer.size))
+            continue
+        for dx in steps:
+            for dy in steps:
+                d.polygon([(x + dx, y + dy) for x, y in p], outline=ink)
+
+
+def _draw_arrow(d: ImageDraw.ImageDraw, m: Marker, ink: tuple):
+    "The shaft of an arrow and its head."
+    d.line([tuple(p) for p in m.points], fill=ink, width=m.width)
+    head = [tuple(p) for p in m.head]
+    if m.filled:
+        d.polygon(head, fill=ink)
+    else:
+        d.line(head, fill=ink, width=m.width)
+
+# %% ../../nbs/data/30_overlay.ipynb #360c26a8
 def canvas(
     marker: Marker, size: tuple[int, int], color: str | Sequence[int], alpha: int
 ) -> Image.Image:
@@ -337,21 +378,9 @@ def canvas(
         for p in m.polygons:
             d.polygon([tuple(q) for q in p], outline=None, fill=ink)
     elif m.kind == 'mask contour':
-        steps = range(-m.width, m.width + 1)
-        for p in m.polygons:
-            if len(steps) ** 2 * sum(map(math.dist, p, (*p[1:], p[0]))) > 2 * size[0] * size[1]:
-                layer.paste(ink, mask=_widened(p, m.width, size))
-                continue
-            for dx in steps:
-                for dy in steps:
-                    d.polygon([(x + dx, y + dy) for x, y in p], outline=ink)
+        _draw_contours(layer, m, ink)
     elif m.kind == 'arrow':
-        d.line(points, fill=ink, width=m.width)
-        head = [tuple(p) for p in m.head]
-        if m.filled:
-            d.polygon(head, fill=ink)
-        else:
-            d.line(head, fill=ink, width=m.width)
+        _draw_arrow(d, m, ink)
     else:
         check_kind(m.kind)
     return layer
@@ -364,7 +393,7 @@ def draw_marker(
     are stated in pixels of the picture as it is seen."""
     image = upright(image)
     layer, out = canvas(marker, image.size, color, alpha), image.convert('RGB')
-    if box := layer.getbbox():
+    if box := layer.getbbox():  # blending the drawn part only: the rest would stay as it is
         out.paste(
             Image.alpha_composite(out.crop(box).convert('RGBA'), layer.crop(box)).convert('RGB'),
             box[:2],

@@ -149,7 +149,7 @@ class Progress:
                 yield thing
                 self.update(done)
 
-
+# %% ../../nbs/data/02_progress.ipynb #312b01fa
 def progress(
     loop: Iterable | float | None,
     name: str,

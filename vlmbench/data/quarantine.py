@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 from scipy.special import bdtrc
 
-# %% ../../nbs/data/06_quarantine.ipynb #f54ab35a
+# %% ../../nbs/data/06_quarantine.ipynb #19dbd3eb
 class BadRecord(ValueError):
     "A row that cannot become a sample; the message is `category: detail`."
 
@@ -30,7 +31,7 @@ def _category(reason: str) -> str:
     "What stands before the first colon, behind a place such as `file.json row 7: `."
     return re.sub(r'^.* row \d+( \(id .*?\))?: ', '', reason).partition(': ')[0]
 
-
+# %% ../../nbs/data/06_quarantine.ipynb #f54ab35a
 class Quarantine:
     """Counts, lists and caps the rows that were left out.
 
@@ -55,7 +56,7 @@ class Quarantine:
         self.max_listed, self.allow_truncated = max_listed, allow_truncated
         self.n_seen, self.n_bad, self.n_drawn, self.n_bad_drawn = 0, 0, 0, 0
         self.records, self.reasons, self._notes, self._noted = [], Counter(), Counter(), {}
-        self._bad_rows, self._held = set(), False
+        self._bad_rows, self._held = set(), False  # rows that draws have met; inside `held`
 
     def seen(self, n: int = 1):
         "Count `n` rows that were looked at, good or bad."
@@ -70,21 +71,6 @@ class Quarantine:
             self.records.append(dict(source=str(source), row=row, id=id, reason=reason))
         if self._too_many() and not self._held:
             raise TooManyBadRecords(self.verdict())
-
-    def drawn(
-        self, n: int, bad: list[tuple[int, str | None, str]] = (), source: str = 'batch loader'
-    ):
-        """Count `n` draws, those of bad rows among them: `bad` holds (row, id, reason), a row's
-        first one is listed. Raises `TooManyBadRecords` (see `judge`)."""
-        self.n_drawn += n
-        self.n_bad_drawn += len(bad)
-        for row, id, reason in bad:
-            if row in self._bad_rows:
-                continue
-            self._bad_rows.add(row)
-            self.add(source, row, id, reason)
-        if bad:
-            self.judge()
 
     def note(self, what: str, n: int = 1, row: tuple[str, int] | None = None):
         """Count a fallback that kept the row (a dropped leading turn, the first frame of an
@@ -109,41 +95,6 @@ class Quarantine:
     def _too_many(self):
         return self.max_count is not None and self.n_bad > self.max_count
 
-    def verdict(self, fewest: int = _FEWEST) -> str | None:
-        "Why the rows are too bad, or None; shares are judged from `fewest` rows or draws on."
-        n, k, seen = self.n_drawn, self.n_bad_drawn, max(self.n_seen, self.n_bad)
-        read = self.n_bad - len(self._bad_rows)  # left out before anything was drawn
-        rows = seen >= fewest and read > self.cap * seen
-        draws = (
-            n >= fewest
-            and k > self.cap * n
-            and (self.n_bad > self.cap * seen or bdtrc(k - 1, n, self.cap) < ALPHA / (k * (k + 1)))
-        )
-        if not (rows or draws or self._too_many()):
-            return None
-        name = 'max_count' if self._too_many() else 'cap'
-        limit = f'max_count={self.max_count}' if self._too_many() else f'cap={self.cap:.2%}'
-        first = '\n'.join(
-            f'  {r["source"]} row {r["row"]} (id {r["id"]}): {r["reason"]}'
-            for r in self.records[:5]
-        )
-        return (
-            f'{self.n_bad:,} of {seen:,} rows are bad'
-            + f', met by {k:,} of {n:,} draws' * bool(n)
-            + f': more than '
-            f'{limit} allows. By reason: {self.summary()}. First ones:\n{first}\nRepair the data, '
-            'or accept the loss '
-            f'with a larger {name}: Quarantine({name}=...)'
-            + ', bad_rows of a run.'
-            * (name == 'cap')
-        )
-
-    def judge(self):
-        """Raise `TooManyBadRecords` with the verdict, if there is one; inside `held` nothing is
-        raised."""
-        if not self._held and (reason := self.verdict()):
-            raise TooManyBadRecords(reason)
-
     @contextmanager
     def held(self) -> Iterator[None]:
         "Count without raising: the caller asks `verdict(...)` where it can stop without a loss."
@@ -153,54 +104,69 @@ class Quarantine:
         finally:
             self._held = False
 
-    def to_dict(self) -> dict:
-        "Counts, notes and listed records, as `write` stores them."
-        return dict(
-            seen=self.n_seen,
-            drawn=self.n_drawn,
-            bad_draws=self.n_bad_drawn,
-            quarantined=self.n_bad,
-            by_reason=self.summary(),
-            notes=dict(self.notes.most_common()),
-            listed=len(self.records),
-            records=self.records,
-        )
+# %% ../../nbs/data/06_quarantine.ipynb #06e5bcb5
+@patch
+def verdict(self: Quarantine, fewest: int = _FEWEST) -> str | None:
+    "Why the rows are too bad, or None; shares are judged from `fewest` rows or draws on."
+    n, k, seen = self.n_drawn, self.n_bad_drawn, max(self.n_seen, self.n_bad)
+    read = self.n_bad - len(self._bad_rows)  # left out before anything was drawn
+    rows = seen >= fewest and read > self.cap * seen
+    draws = n >= fewest and k > self.cap * n and self._draws_prove(n, k, seen)
+    if not (rows or draws or self._too_many()):
+        return None
+    return self._explain(n, k, seen)
 
-    def write(self, path: str | Path):
-        "Store `to_dict` as JSON at `path`, atomically."
-        with _atomic(path) as f:
-            json.dump(self.to_dict(), f, indent=1, ensure_ascii=False)
 
-    def state_dict(self) -> dict:
-        "What `load_state_dict` needs to go on counting after a resume."
-        return self.to_dict() | dict(
-            notes=dict(self._notes),
-            bad_rows=sorted(self._bad_rows),
-            noted=[[*key, sorted(rows)] for key, rows in list(self._noted.items())],
-        )
+@patch
+def _draws_prove(self: Quarantine, n: int, k: int, seen: int) -> bool:
+    "Whether `k` bad ones among `n` draws are no bad luck with data within the cap."
+    # bdtrc(k - 1, n, cap) is P(X >= k); alpha / k(k + 1) sums to alpha over k = 1, 2, ...
+    return self.n_bad > self.cap * seen or bdtrc(k - 1, n, self.cap) < ALPHA / (k * (k + 1))
 
-    def load_state_dict(self, state: dict):
-        "Take over the counts and records of `state`."
-        self.n_seen, self.n_bad, self.records = (
-            state['seen'],
-            state['quarantined'],
-            list(state['records']),
-        )
-        self.n_drawn, self.n_bad_drawn, self._bad_rows = (
-            state['drawn'],
-            state['bad_draws'],
-            set(state['bad_rows']),
-        )
-        self.reasons, self._notes = Counter(state['by_reason']), Counter(state['notes'])
-        self._noted = {(what, file): set(rows) for what, file, rows in state['noted']}
 
-    def close(self, place: str = ''):
-        """Write the list (if `path` is set), then judge, whatever the number of rows; `place` ends
-        the message."""
-        if self.path is not None:
-            self.write(self.path)
-        if reason := self.verdict(0):
-            raise TooManyBadRecords('\n'.join([reason, place]).strip())
+@patch
+def _explain(self: Quarantine, n: int, k: int, seen: int) -> str:
+    "The verdict in words: how many rows are bad, why, the first ones, and what can be done."
+    name = 'max_count' if self._too_many() else 'cap'
+    limit = f'max_count={self.max_count}' if self._too_many() else f'cap={self.cap:.2%}'
+    first = '\n'.join(
+        f'  {r["source"]} row {r["row"]} (id {r["id"]}): {r["reason"]}' for r in self.records[:5]
+    )
+    met = f', met by {k:,} of {n:,} draws' if n else ''
+    option = ', bad_rows of a run.' if name == 'cap' else ''
+    return (
+        f'{self.n_bad:,} of {seen:,} rows are bad{met}: more than {limit} allows. '
+        f'By reason: {self.summary()}. First ones:\n{first}\nRepair the data, or accept the loss '
+        f'with a larger {name}: Quarantine({name}=...){option}'
+    )
+
+
+@patch
+def judge(self: Quarantine):
+    """Raise `TooManyBadRecords` with the verdict, if there is one; inside `held` nothing is
+    raised."""
+    if not self._held and (reason := self.verdict()):
+        raise TooManyBadRecords(reason)
+
+# %% ../../nbs/data/06_quarantine.ipynb #d65ae4fd
+@patch
+def drawn(
+    self: Quarantine,
+    n: int,
+    bad: list[tuple[int, str | None, str]] = (),
+    source: str = 'batch loader',
+):
+    """Count `n` draws, those of bad rows among them: `bad` holds (row, id, reason), a row's
+    first one is listed. Raises `TooManyBadRecords` (see `judge`)."""
+    self.n_drawn += n
+    self.n_bad_drawn += len(bad)
+    for row, id, reason in bad:
+        if row in self._bad_rows:
+            continue
+        self._bad_rows.add(row)
+        self.add(source, row, id, reason)
+    if bad:
+        self.judge()
 
 # %% ../../nbs/data/06_quarantine.ipynb #58b7bdd4
 class _atomic:
@@ -224,3 +190,55 @@ class _atomic:
             os.replace(self.temp, self.path)
         else:
             os.unlink(self.temp)
+
+# %% ../../nbs/data/06_quarantine.ipynb #15234084
+@patch
+def to_dict(self: Quarantine) -> dict:
+    "Counts, notes and listed records, as `write` stores them."
+    return dict(
+        seen=self.n_seen,
+        drawn=self.n_drawn,
+        bad_draws=self.n_bad_drawn,
+        quarantined=self.n_bad,
+        by_reason=self.summary(),
+        notes=dict(self.notes.most_common()),
+        listed=len(self.records),
+        records=self.records,
+    )
+
+
+@patch
+def write(self: Quarantine, path: str | Path):
+    "Store `to_dict` as JSON at `path`, atomically."
+    with _atomic(path) as f:
+        json.dump(self.to_dict(), f, indent=1, ensure_ascii=False)
+
+
+@patch
+def state_dict(self: Quarantine) -> dict:
+    "What `load_state_dict` needs to go on counting after a resume."
+    return self.to_dict() | dict(
+        notes=dict(self._notes),
+        bad_rows=sorted(self._bad_rows),
+        noted=[[*key, sorted(rows)] for key, rows in list(self._noted.items())],
+    )
+
+
+@patch
+def load_state_dict(self: Quarantine, state: dict):
+    "Take over the counts and records of `state`."
+    self.n_seen, self.n_bad = state['seen'], state['quarantined']
+    self.n_drawn, self.n_bad_drawn = state['drawn'], state['bad_draws']
+    self.records, self._bad_rows = list(state['records']), set(state['bad_rows'])
+    self.reasons, self._notes = Counter(state['by_reason']), Counter(state['notes'])
+    self._noted = {(what, file): set(rows) for what, file, rows in state['noted']}
+
+
+@patch
+def close(self: Quarantine, place: str = ''):
+    """Write the list (if `path` is set), then judge, whatever the number of rows; `place` ends
+    the message."""
+    if self.path is not None:
+        self.write(self.path)
+    if reason := self.verdict(0):
+        raise TooManyBadRecords('\n'.join([reason, place]).strip())

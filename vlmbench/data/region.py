@@ -24,10 +24,8 @@ class Region:
         "The box, or the bounds of all polygons."
         if self.box is not None:
             return self.box
-        xs, ys = (
-            [x for p in self.polygons for x in p[::2]],
-            [y for p in self.polygons for y in p[1::2]],
-        )
+        xs = [x for p in self.polygons for x in p[::2]]
+        ys = [y for p in self.polygons for y in p[1::2]]
         return min(xs), min(ys), max(xs), max(ys)
 
 # %% ../../nbs/data/07_region.ipynb #a3af6af6
@@ -42,8 +40,11 @@ def _text(value, what: str) -> str:
 
 
 def _numbers(value, what: str) -> tuple[float, ...]:
-    if not isinstance(value, (list, tuple)) or any(type(v) not in (int, float) for v in value):
+    if not isinstance(value, (list, tuple)) or any(
+        type(v) not in (int, float) for v in value
+    ):  # True is no number
         raise BadRecord(f'bad region: {what} is not a list of numbers')
+    # false for nan and infinity, too
     if not all(abs(v) < 1e7 for v in value):
         raise BadRecord(f'bad region: {what} holds a value that is no pixel position')
     return tuple(value)
@@ -81,7 +82,7 @@ def parse_region(box=None, polygons=None, label=None, what='region') -> Region:
         raise BadRecord(f'bad region: {what} has neither a box nor a polygon')
     return Region(box, tuple(flat), None if label is None else _text(label, f'the label of {what}'))
 
-
+# %% ../../nbs/data/07_region.ipynb #9c052117
 def parse_regions(row: dict) -> list[Region]:
     """All regions of a row: `regions`, or ViP-LLaVA's `bboxes` + `segmentations`, or `bbox` (one
     box, or boxes per phrase)."""
@@ -106,6 +107,7 @@ def parse_regions(row: dict) -> list[Region]:
         return [
             parse_region(b, p, what=f'bbox {i}') for i, (b, p) in enumerate(zip(boxes, polygons))
         ]
+    # Flickr30k Entities: one list of boxes for each phrase of the caption
     boxes = items('bbox')
     if boxes and not isinstance(boxes[0], list):
         return [parse_region(boxes, what='bbox')]

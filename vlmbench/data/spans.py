@@ -7,7 +7,8 @@ __all__ = ['IMAGE', 'BOS', 'EOS', 'CONTENT', 'TARGETS', 'Span', 'pieces', 'check
 
 # %% ../../nbs/data/08_spans.ipynb #d9d5b619
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from fastcore.basics import patch
 from .record import Turn
 
 # %% ../../nbs/data/08_spans.ipynb #ed87d843
@@ -19,12 +20,11 @@ BOS, EOS = '{bos}', '{eos}'  # stand for the tokenizer's own begin and end token
 @dataclass(frozen=True)
 class Span:
     """A piece of a rendered conversation: its text, whether the loss is taken on it, whether it is
-    one control token, and whether an answer begins here, where its generation prompt ends"""
+    one control token"""
 
     text: str
     target: bool = False
     special: bool = False
-    begins: bool = field(default=False, compare=False, repr=False)
 
 # %% ../../nbs/data/08_spans.ipynb #c5ecd0b2
 CONTENT = Span('{content}')
@@ -111,68 +111,6 @@ class ChatTemplate:
                 f'roles {", ".join(t.role for t in turns)}; use a chat template for conversations'
             )
 
-    def spans(
-        self,
-        turns: Sequence[Turn],  # [system], user, assistant, ...
-        add_generation_prompt: bool = False,  # end with an open assistant turn
-        bos: str = '<s>',
-        eos: str = '</s>',  # the tokenizer's own begin and end tokens
-        targets: str = 'answers',  # which tokens carry the loss: one of `TARGETS`
-    ) -> list[Span]:  # in order; their texts joined are the rendered string
-        "The conversation as spans; `ValueError` names the turn if the roles do not fit"
-        self.check(turns, add_generation_prompt)
-        if targets not in TARGETS:
-            raise ValueError(f'targets={targets!r}: expected one of {", ".join(TARGETS)}')
-        own = {BOS: bos, EOS: eos}
-        system = (
-            []
-            if turns[0].role == 'system' or not self.default_system
-            else [Turn('system', self.default_system)]
-        )
-        blocks, inside = [], []
-        for t in (*system, *turns):
-            text = IMAGE * t.text.count(IMAGE) if self.captions and t.role == 'user' else t.text
-            if t.role == 'system' and not text:
-                continue
-            role = dict(system=self.system, user=self.user, assistant=self.opening + self.answer)[
-                t.role
-            ]
-            block = [Span(text, p.target) if p.text == CONTENT.text else p for p in role]
-            if t.role == 'assistant':
-                first = len(self.opening)
-                block[first] = replace(block[first], begins=True)
-            if t.role == 'system' and self.system_inside:
-                inside = block
-                continue
-            if t.role == 'user':
-                at = role.index(CONTENT)
-                block[at:at] = inside
-                inside = []
-            blocks.append(block)
-        if add_generation_prompt:
-            blocks.append([Span(p.text, False, p.special) for p in self.opening])
-        res = [Span(own.get(self.bos, self.bos), special=True)]
-        for i, block in enumerate(blocks):
-            res += [Span(self.joiner)] * bool(i) + block
-
-        def final(i, s):
-            target = s.target or targets == 'all' or (targets == 'special' and s.special and i > 0)
-            text = own.get(s.text, s.text) if s.special else s.text
-            return Span(text, target, s.special, s.begins)
-
-        return [s for s in map(final, range(len(res)), res) if s.text]
-
-    def render(
-        self,
-        turns: Sequence[Turn],
-        add_generation_prompt: bool = False,
-        bos: str = '<s>',
-        eos: str = '</s>',
-    ) -> str:
-        """The conversation as one string, begin token included: tokenise it with
-        `add_special_tokens=False`"""
-        return ''.join(s.text for s in self.spans(turns, add_generation_prompt, bos, eos))
-
     def begins(self, text: str, bos: str = '<s>', eos: str = '</s>') -> bool:
         """Whether `text` starts like a rendered conversation: then it holds all control tokens it
         needs, and a tokenizer that would add a begin token of its own must not."""
@@ -189,87 +127,163 @@ class ChatTemplate:
         generation %}` blocks"""
         return _jinja(self, mark_targets)
 
+# %% ../../nbs/data/08_spans.ipynb #94a674ab
+@patch
+def _turn_spans(self: ChatTemplate, turns: Sequence[Turn]) -> list[list[Span]]:
+    "The spans of each turn, the default system turn included."
+    default = turns[0].role != 'system' and self.default_system
+    roles = dict(system=self.system, user=self.user, assistant=self.opening + self.answer)
+    blocks, inside = [], []  # `inside`: a system message on its way into the first user turn
+    for t in [Turn('system', self.default_system), *turns] if default else turns:
+        text = IMAGE * t.text.count(IMAGE) if self.captions and t.role == 'user' else t.text
+        if t.role == 'system' and not text:
+            continue
+        role = roles[t.role]
+        # compared by text: the content of an answer is a target, that of a question is not
+        block = [Span(text, p.target) if p.text == CONTENT.text else p for p in role]
+        if t.role == 'system' and self.system_inside:
+            inside = block
+            continue
+        if t.role == 'user':
+            at = role.index(CONTENT)
+            block[at:at] = inside
+            inside = []
+        blocks.append(block)
+    return blocks
+
+
+@patch
+def spans(
+    self: ChatTemplate,
+    turns: Sequence[Turn],  # [system], user, assistant, ...
+    add_generation_prompt: bool = False,  # end with an open assistant turn
+    bos: str = '<s>',
+    eos: str = '</s>',  # the tokenizer's own begin and end tokens
+    targets: str = 'answers',  # which tokens carry the loss: one of `TARGETS`
+) -> list[Span]:  # in order; their texts joined are the rendered string
+    "The conversation as spans; `ValueError` names the turn if the roles do not fit"
+    self.check(turns, add_generation_prompt)
+    if targets not in TARGETS:
+        raise ValueError(f'targets={targets!r}: expected one of {", ".join(TARGETS)}')
+    own = {BOS: bos, EOS: eos}
+    blocks = self._turn_spans(turns)
+    if add_generation_prompt:
+        blocks.append([Span(p.text, False, p.special) for p in self.opening])
+    res = [Span(own.get(self.bos, self.bos), special=True)]
+    for i, block in enumerate(blocks):
+        res += [Span(self.joiner)] * bool(i) + block
+
+    def final(i, s):
+        # the begin token (i = 0) has no token before it that could predict it
+        target = s.target or targets == 'all' or (targets == 'special' and s.special and i > 0)
+        return Span(own.get(s.text, s.text) if s.special else s.text, target, s.special)
+
+    return [s for s in map(final, range(len(res)), res) if s.text]
+
+
+@patch
+def render(
+    self: ChatTemplate,
+    turns: Sequence[Turn],
+    add_generation_prompt: bool = False,
+    bos: str = '<s>',
+    eos: str = '</s>',
+) -> str:
+    """The conversation as one string, begin token included: tokenise it with
+    `add_special_tokens=False`"""
+    return ''.join(s.text for s in self.spans(turns, add_generation_prompt, bos, eos))
+
 # %% ../../nbs/data/08_spans.ipynb #8bf93363
+_JINJA_OWN = {BOS: 'bos_token', EOS: 'eos_token'}
+
+
 def _quote(text: str) -> str:
     "A Jinja string literal"
     return "'" + text.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n') + "'"
 
 
-def _jinja(t: ChatTemplate, mark_targets: bool) -> str:
-    "The Jinja source of a template"
-    own = {BOS: 'bos_token', EOS: 'eos_token'}
+def _block(test: str, body: str) -> str:
+    "`body`, where `test` holds"
+    return '{% if ' + test + ' %}' + body + '{% endif %}'
 
-    def emit(spans, text='text'):
-        out, open_ = '', False
-        for s in spans:
-            if mark_targets and s.target != open_:
-                out, open_ = (
-                    out + ('{% endgeneration %}' if open_ else '{% generation %}'),
-                    s.target,
-                )
-            out += (
-                '{{ '
-                + (text if s.text == CONTENT.text else own.get(s.text, _quote(s.text)))
-                + ' }}'
-            )
-        return out + '{% endgeneration %}' * open_
 
-    def fail(message):
-        return '{{ raise_exception(' + _quote(message) + ') }}'
+def _fail(message: str) -> str:
+    return '{{ raise_exception(' + _quote(message) + ') }}'
 
-    image, block = _quote(IMAGE), lambda test, body: '{% if ' + test + ' %}' + body + '{% endif %}'
-    join = '{{ ns.joiner }}{% set ns.joiner = ' + _quote(t.joiner) + ' %}' if t.joiner else ''
-    slots = (
-        '{% set text = ' + image + ' * (text.split(' + image + ')|length - 1) %}'
-        if t.captions
-        else ''
+
+def _keep(text: str) -> str:
+    "Keep a system message until the first user turn"
+    return '{% set ns.system = ' + text + ' %}'
+
+
+def _emit(spans: Sequence[Span], text: str = 'text', mark_targets: bool = False) -> str:
+    "Print spans; `text`: the Jinja name of what stands for `CONTENT`"
+    out, is_open = '', False
+    for s in spans:
+        if mark_targets and s.target != is_open:
+            out += '{% endgeneration %}' if is_open else '{% generation %}'
+            is_open = s.target
+        shown = text if s.text == CONTENT.text else _JINJA_OWN.get(s.text, _quote(s.text))
+        out += '{{ ' + shown + ' }}'
+    return out + '{% endgeneration %}' * is_open
+
+# %% ../../nbs/data/08_spans.ipynb #bbeb93e1
+def _flat_macro(image_sep: str) -> str:
+    "The macro that makes one string of a message's content"
+    sep = _block(
+        "not loop.last and loop.nextitem['type'] == 'text'", '{{ ' + _quote(image_sep) + ' }}'
     )
-    sep = block(
-        "not loop.last and loop.nextitem['type'] == 'text'", '{{ ' + _quote(t.image_sep) + ' }}'
-    )
-    flat = (
-        '{% macro flat(content) %}{% if content is string %}{{ content }}{% else %}{% for item in '
-        'content %}'
-        "{% if item['type'] == 'image' %}{{ "
-        + image
+    return (
+        '{% macro flat(content) %}{% if content is string %}{{ content }}{% else %}'
+        "{% for item in content %}{% if item['type'] == 'image' %}{{ "
+        + _quote(IMAGE)
         + ' }}'
         + sep
-        + "{% else %}{{ item['text'] }}{% endif %}"
-        '{% endfor %}{% endif %}{% endmacro %}'
+        + "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
     )
-    single = (
-        block(
+
+
+def _opening(t: ChatTemplate, join: str, mark_targets: bool) -> str:
+    "What stands before the first message: a check, the begin token, the default system message"
+    out = ''
+    if t.captions:
+        out += _block(
             "messages|length > 2 or messages[0]['role'] == 'system'",
-            fail(f'template {t.name} holds one user turn and one caption'),
+            _fail(f'template {t.name} holds one user turn and one caption'),
         )
-        if t.captions
-        else ''
-    )
-    bos = '{{ ' + own.get(t.bos, _quote(t.bos)) + ' }}' if t.bos else ''
-    keep = lambda text: '{% set ns.system = ' + text + ' %}'
-    default = (
-        block(
-            "messages[0]['role'] != 'system'",
-            keep(_quote(t.default_system))
-            if t.system_inside
-            else join + emit(t.system, _quote(t.default_system)),
-        )
-        if t.default_system
-        else ''
-    )
-    at = t.user.index(CONTENT) if t.system_inside else 0
-    inside = block('ns.system', emit(t.system, 'ns.system') + keep("''")) if t.system_inside else ''
-    order = fail("roles are an optional first 'system', then 'user' and 'assistant' in turn")
+    if t.bos:
+        out += '{{ ' + _JINJA_OWN.get(t.bos, _quote(t.bos)) + ' }}'
+    if t.default_system:
+        text = _quote(t.default_system)
+        said = _keep(text) if t.system_inside else join + _emit(t.system, text, mark_targets)
+        out += _block("messages[0]['role'] != 'system'", said)
+    return out
+
+# %% ../../nbs/data/08_spans.ipynb #af807ff6
+def _jinja(t: ChatTemplate, mark_targets: bool) -> str:
+    "The Jinja source of a template"
+    image = _quote(IMAGE)
+    # `ns.joiner` is empty before the first turn and the joiner from then on
+    join = '{{ ns.joiner }}{% set ns.joiner = ' + _quote(t.joiner) + ' %}' if t.joiner else ''
+    slots, inside, at = '', '', 0
+    if t.captions:
+        slots = '{% set text = ' + image + ' * (text.split(' + image + ')|length - 1) %}'
+
+    def emit(spans, text='text'):
+        return _emit(spans, text, mark_targets)
+
+    if t.system_inside:
+        at = t.user.index(CONTENT)
+        inside = _block('ns.system', emit(t.system, 'ns.system') + _keep("''"))
+    order = _fail("roles are an optional first 'system', then 'user' and 'assistant' in turn")
     return (
-        flat
+        _flat_macro(t.image_sep)
         + "{% set ns = namespace(joiner='', next='user', system='') %}"
-        + single
-        + bos
-        + default
+        + _opening(t, join, mark_targets)
         + "{% for message in messages %}{% set text = flat(message['content']) %}{% set role = "
         "message['role'] %}"
         "{% if role == 'system' and loop.first %}"
-        + block('text', keep('text') if t.system_inside else join + emit(t.system))
+        + _block('text', _keep('text') if t.system_inside else join + emit(t.system))
         + '{% elif role != ns.next %}'
         + order
         + "{% elif role == 'user' %}{% set ns.next = 'assistant' %}"
@@ -279,9 +293,9 @@ def _jinja(t: ChatTemplate, mark_targets: bool) -> str:
         + inside
         + emit(t.user[at:])
         + "{% else %}{% set ns.next = 'user' %}"
-        + block(image + ' in text', fail(f'{IMAGE} in an assistant turn'))
+        + _block(image + ' in text', _fail(f'{IMAGE} in an assistant turn'))
         + join
         + emit(t.opening + t.answer)
         + '{% endif %}{% endfor %}'
-        + block('add_generation_prompt', join + emit([Span(s.text) for s in t.opening]))
+        + _block('add_generation_prompt', join + emit([Span(s.text) for s in t.opening]))
     )

@@ -340,6 +340,16 @@ def _function_name(function: Callable | None) -> str | None:
 def _log_path(folder: str | Path, task: str, condition: str) -> Path:
     return Path(folder) / f'{result_stem(task, condition)}.generations.jsonl'
 
+# %% ../../nbs/evaluate/20_generate.ipynb #e6bbe574
+def _open_log(
+    folder: str | Path | None, task: Task, condition: str, key: Mapping[str, Any], overwrite: bool
+) -> GenerationLog | None:
+    "The log of `task` under `condition` in `folder`, for answers made under `key`; None: no log."
+    if folder is None:
+        return None
+    asked = dict(task=task.name, prompt_hash=task.prompt_hash, condition=condition)
+    return GenerationLog(_log_path(folder, task.name, condition), asked | dict(key), overwrite)
+
 # %% ../../nbs/evaluate/20_generate.ipynb #4edb3e77
 def evaluate(
     model: Any,
@@ -381,22 +391,10 @@ def evaluate(
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         transform=_function_name(transform),
     )
-    asked = dict(
-        task=task.name, prompt_hash=task.prompt_hash, condition=condition, blind=blind, **sampled
-    )
-    store = None
-    if out_dir is not None:
-        store = GenerationLog(_log_path(out_dir, task.name, condition), asked | facts, overwrite)
-    interview = _Interview(
-        model,
-        processor,
-        task,
-        facts['max_new_tokens'],
-        blind,
-        transform,
-        (temperature, sample_seed) if sampled else None,
-        image_cache,
-    )
+    key = dict(blind=blind) | sampled | facts
+    store = _open_log(out_dir, task, condition, key, overwrite)
+    noise, longest = (temperature, sample_seed) if sampled else None, facts['max_new_tokens']
+    interview = _Interview(model, processor, task, longest, blind, transform, noise, image_cache)
     name = f'{task.name} {condition}'
     answers, measured = _answer_all(interview, store, name, batch_size, on_batch)
     header = facts | dict(seed=seed, batch_size=batch_size) | measured | sampled

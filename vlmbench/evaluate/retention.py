@@ -23,11 +23,11 @@ def retention(region_scores: Mapping[str, float], all_layers: Mapping[str, float
             f'the two runs have different tasks: {sorted(set(region_scores) ^ set(all_layers))}'
         )
     df = pd.DataFrame(dict(region=pd.Series(region_scores), all_layers=pd.Series(all_layers)))
-    df.loc['mean'] = df.mean()
+    df.loc['mean'] = df.mean()  # before the ratio: the ratio of means, not the mean of ratios
     df['retention'] = df.region / df.all_layers
     return df
 
-
+# %% ../../nbs/evaluate/35_retention.ipynb #84de07ad
 def run_costs(folder: str | Path, stage: str = 'instruct') -> dict[str, float]:
     """What a stage of a finished run took: trained weights in millions, seconds of all steps and
     the median of one, peak resident (and, where there is one, GPU) memory in MB."""
@@ -49,6 +49,15 @@ def run_costs(folder: str | Path, stage: str = 'instruct') -> dict[str, float]:
         **memory,
     )
 
+# %% ../../nbs/evaluate/35_retention.ipynb #6a09069b
+def _shown_scores(results: Mapping) -> dict[str, float]:
+    "The score on the real pictures of each task in a manifest's results."
+    scores = {}
+    for task, result in results.items():
+        if isinstance(result, Mapping) and 'image' in result:
+            scores[task] = result['image']
+    return scores
+
 
 def retention_report(
     region_run: str | Path, full_run: str | Path, stage: str = 'instruct'
@@ -60,17 +69,14 @@ def retention_report(
     for folder in map(Path, (region_run, full_run)):
         if not (folder / 'manifest.json').exists():
             raise FileNotFoundError(f'{folder}/manifest.json: not a run folder')
-        results = (
-            json.loads((folder / 'manifest.json').read_text(encoding='utf8')).get('results') or {}
-        )
-        scores_of.append(
-            {t: r['image'] for t, r in results.items() if isinstance(r, Mapping) and 'image' in r}
-        )
+        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf8'))
+        scores_of.append(_shown_scores(manifest.get('results') or {}))
         costs.append(run_costs(folder, stage))
     common = [t for t in scores_of[0] if t in scores_of[1]]
     if not common:
         raise ValueError(f'{region_run} and {full_run} answered no common task')
-    scored = retention(*({t: s[t] for t in common} for s in scores_of))
+    region, full = scores_of
+    scored = retention({t: region[t] for t in common}, {t: full[t] for t in common})
     cost = pd.DataFrame({name: pd.Series(c) for name, c in zip(('region', 'all_layers'), costs)})
     whole = pd.concat([scored, cost.assign(retention=cost.region / cost.all_layers)])
     return whole.rename(columns=dict(retention='ratio'))

@@ -37,6 +37,7 @@ class Interval:
 
 
 def _scores(x, name='scores') -> np.ndarray:
+    "The scores as numbers [items]; `ValueError` for none, or for one that is no number."
     x = np.asarray(x, float)
     if x.ndim != 1 or not len(x):
         raise ValueError(f'{name} must be a non-empty list of numbers, got shape {x.shape}')
@@ -54,6 +55,7 @@ def _sums(x: np.ndarray, clusters: Sequence | None) -> tuple[np.ndarray, np.ndar
         raise ValueError(
             f'{len(x)} scores but {len(clusters)} cluster names; one cluster name per score'
         )
+    # cluster names may be any hashable value: they are numbered in order of appearance
     codes = {}
     inv = np.fromiter((codes.setdefault(c, len(codes)) for c in clusters), int, len(x))
     return np.bincount(inv, x), np.bincount(inv).astype(float)
@@ -67,8 +69,9 @@ def clustered_se(scores, clusters: Sequence | None = None) -> float:
     if n < 2:
         return float('nan')
     s, k = _sums(x, clusters)
+    # the products of different items of one cluster: squared sums less squared items
     within = ((s - k * mean) ** 2).sum() - ((x - mean) ** 2).sum()
-    return float(np.sqrt(max(x.var(ddof=1) / n + within / n**2, 0)))
+    return float(np.sqrt(max(x.var(ddof=1) / n + within / n**2, 0)))  # rounding may leave -1e-20
 
 # %% ../../nbs/evaluate/30_stats.ipynb #e79869e5
 def _resampled_means(
@@ -79,7 +82,7 @@ def _resampled_means(
     if len(freq) <= max(len(s) // 8, 2):
         counts = rng.multinomial(len(s), freq / len(s), size=n_boot)
         return counts @ pairs[:, 0] / (counts @ pairs[:, 1])
-    out, block = np.empty(n_boot), max(1, 4_000_000 // len(s))
+    out, block = np.empty(n_boot), max(1, 4_000_000 // len(s))  # 32 MB of indices at a time
     for i in range(0, n_boot, block):
         pick = rng.integers(0, len(s), (min(block, n_boot - i), len(s)))
         out[i : i + block] = s[pick].sum(1) / k[pick].sum(1)
@@ -87,16 +90,18 @@ def _resampled_means(
 
 # %% ../../nbs/evaluate/30_stats.ipynb #2eaa343c
 def _jackknife(s, k):
+    "Means without each cluster in turn, [clusters]."
     return (s.sum() - s) / np.maximum(k.sum() - k, 1e-12)
 
 
 def _limits(boot, mean, s, k, level, method) -> tuple[float, float]:
+    "Lower and upper end of the interval of `level` from the resampled means `boot`."
     tail = (1 - level) / 2
     q = np.array([tail, 1 - tail])
     if method == 'bca':
-        z0 = _st.norm.ppf(
-            np.clip(((boot < mean).sum() + (boot <= mean).sum()) / (2 * len(boot)), 1e-9, 1 - 1e-9)
-        )
+        # resampled means that equal the mean count half: with 0/1 scores there are many
+        below = ((boot < mean).sum() + (boot <= mean).sum()) / (2 * len(boot))
+        z0 = _st.norm.ppf(np.clip(below, 1e-9, 1 - 1e-9))
         u = _jackknife(s, k)
         u = u.mean() - u
         a = (u**3).sum() / (6 * max((u**2).sum(), 1e-300) ** 1.5)
@@ -104,7 +109,7 @@ def _limits(boot, mean, s, k, level, method) -> tuple[float, float]:
         q = _st.norm.cdf(z0 + z / (1 - a * z))
     return tuple(float(v) for v in np.quantile(boot, q))
 
-
+# %% ../../nbs/evaluate/30_stats.ipynb #d054aa47
 def bootstrap_ci(
     scores,
     clusters: Sequence | None = None,
@@ -152,13 +157,16 @@ def _sign_flip_p(s: np.ndarray, n_perm: int, rng) -> float:
     if not len(size):
         return 1.0
     seen, hits = abs(s.sum()), 0
-    for i in range(0, n_perm, block := max(1, 4_000_000 // len(size))):
+    block = max(1, 4_000_000 // len(size))
+    for i in range(0, n_perm, block):
+        # of `freq` equal magnitudes, `ups` stay positive
         ups = rng.binomial(freq, 0.5, size=(min(block, n_perm - i), len(size)))
         hits += int((np.abs((2 * ups - freq) @ size) >= seen - 1e-9).sum())
-    return (hits + 1) / (n_perm + 1)
+    return (hits + 1) / (n_perm + 1)  # the observed signs count as one of the flips
 
 
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
+    "The scores of two methods, [items] each; `ValueError` for different numbers of items."
     a, b = _scores(a, 'a'), _scores(b, 'b')
     if len(a) == len(b):
         return a, b
@@ -168,7 +176,7 @@ def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
         f'order'
     )
 
-
+# %% ../../nbs/evaluate/30_stats.ipynb #e241cb1a
 def paired_bootstrap(
     a,
     b,
@@ -229,6 +237,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
     p = np.asarray(p, float)
     order = np.argsort(p)
     out = np.empty(len(p))
+    # the smallest p counts n times, the next n - 1 times ...; an adjusted p never falls
     out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return out
 
@@ -252,9 +261,8 @@ def seeds_interval(
     sums = [_sums(row, clusters) for row in x]
     k = sums[0][1]
     units = len(k)
-    u = (
-        np.stack([(s - k * mean) * units / n for s, _ in sums]) + mean
-    )  # equal-weight cluster units with the same mean
+    # [seeds, units]: one value a cluster, weighted so that their plain mean is that of all items
+    u = np.stack([(s - k * mean) * units / n for s, _ in sums]) + mean
     if units < 2:
         raise ValueError(
             'all items are in one cluster: no interval can be made from a single picture'
@@ -266,15 +274,11 @@ def seeds_interval(
         ms_seed = units * u.mean(1).var(ddof=1)
         rest = u - u.mean(0) - u.mean(1, keepdims=True) + u.mean()
         ms_rest = (rest**2).sum() / ((n_seed - 1) * (units - 1))
-        total = max(
-            ms_seed + ms_item - ms_rest, ms_item, ms_seed
-        )  # a negative component counts as zero
+        # an estimated part of the variance may be negative; it counts as zero
+        total = max(ms_seed + ms_item - ms_rest, ms_item, ms_seed)
         parts = (ms_seed**2 / (n_seed - 1) if total > ms_item else 0) + ms_item**2 / (units - 1)
-        var, df, how = (
-            total / (n_seed * units),
-            total**2 / parts if parts else np.inf,
-            'seeds x items',
-        )
+        var, how = total / (n_seed * units), 'seeds x items'
+        df = total**2 / parts if parts else np.inf
     se = float(np.sqrt(var))
     half = float(_st.t.ppf((1 + level) / 2, df)) * se
     base = (mean, mean - half, mean + half, se, n, units, level, how, float(df))
