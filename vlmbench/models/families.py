@@ -25,6 +25,7 @@ class Family:
     wrap: bool = False
 
 
+# placeholders are tokens that the published vocabularies reserve and no training text contains
 FAMILIES = {
     f.name: f
     for f in (
@@ -62,9 +63,8 @@ def family_tokenizer(family: Family, where: str | Path) -> PreTrainedTokenizerBa
     """The tokenizer of the language model `where`, padding with the family's token. Raises
     `ValueError` for one that lacks the family's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(where)
-    if lacking := [
-        t for t in (family.placeholder, family.eot, family.pad) if t not in tokenizer.get_vocab()
-    ]:
+    known = tokenizer.get_vocab()
+    if lacking := [t for t in (family.placeholder, family.eot, family.pad) if t not in known]:
         raise ValueError(
             f'zero: the tokenizer of {where} has no {lacking}, which family {family.name!r} needs: '
             'choose a language model of this family, or a scale with the template of its own'

@@ -9,7 +9,7 @@ __all__ = ['PatchFrontEndV2']
 import torch
 from torch import nn
 
-from .patch import PatchFrontEnd
+from .patch import PatchFrontEnd, sizes_of
 from .vision import FrontEnd
 
 # %% ../../nbs/models/41_patch_v2.ipynb #2f123532
@@ -25,18 +25,12 @@ class PatchFrontEndV2(FrontEnd):
 
     def __init__(self, config: dict, hidden_size: int):
         super().__init__(config, hidden_size)
-        p, k, width = (
-            self.config['patch_stride'],
-            self.config['conv_stride'],
-            self.config['channels'],
-        )
-        self.patch_embedding, self.projector = (
-            nn.Conv2d(3, width, p, p),
-            nn.Conv2d(width, hidden_size, k, k),
-        )
-        self.class_embedding, self.split_embedding = (
-            nn.Parameter(torch.empty(hidden_size)) for _ in range(2)
-        )
+        c = self.config
+        p, k, width = c['patch_stride'], c['conv_stride'], c['channels']
+        self.patch_embedding = nn.Conv2d(3, width, p, p)
+        self.projector = nn.Conv2d(width, hidden_size, k, k)
+        self.class_embedding = nn.Parameter(torch.empty(hidden_size))
+        self.split_embedding = nn.Parameter(torch.empty(hidden_size))
         self.init_weights(self)
 
     @classmethod
@@ -60,20 +54,12 @@ class PatchFrontEndV2(FrontEnd):
                     nn.init.normal_(v, std=self.hidden_size**-0.5)
 
     def forward(self, pixel_values, image_sizes=None):
-        canvas = pixel_values.shape[-2:]
-        sizes = [tuple(canvas)] * len(pixel_values) if image_sizes is None else image_sizes.tolist()
-        if len(sizes) != len(pixel_values):
-            raise ValueError(f'{len(pixel_values)} images, but image_sizes has {len(sizes)} rows')
-        if bad := [s for s in sizes if s[0] > canvas[0] or s[1] > canvas[1]]:
-            raise ValueError(
-                f'image_sizes has {tuple(bad[0])} (h, w), larger than the pixel tensor of '
-                f'{tuple(canvas)}'
-            )
+        sizes = sizes_of(pixel_values, image_sizes)
         lay = self.layout(sizes, pixel_values.device)
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        x = self.projector(nn.functional.gelu(x)).permute(0, 2, 3, 1)[
-            lay.image, lay.row, lay.column
-        ]
+        x = self.projector(nn.functional.gelu(x)).permute(0, 2, 3, 1)  # [images, h, w, hidden]
+        x = x[lay.image, lay.row, lay.column]  # [windows, hidden]: those inside the pictures
         both = torch.stack([self.class_embedding, self.split_embedding]).to(x)
         x = torch.cat([x, both[:1].expand(len(sizes), -1), both[1:]])
+        # index_select: its gradients add up in one order on any number of threads
         return x.index_select(0, lay.source().to(x.device)), lay.tokens

@@ -7,6 +7,8 @@ __all__ = ['stack_images', 'picture_of', 'VLMProcessor']
 
 # %% ../../nbs/models/15_processor.ipynb #dac3d074
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -27,11 +29,14 @@ def stack_images(images: list[dict]) -> dict[str, torch.Tensor]:
     `[images, 2]`; `{}` for no images."""
     if not images:
         return {}
-    sizes = torch.tensor([tuple(i['size']) for i in images])
-    pixels = [i['pixel_values'] for i in images]
+    sizes = torch.tensor([tuple(image['size']) for image in images])
     height, width = sizes.max(0).values.tolist()
-    pad = lambda p: torch.nn.functional.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]))
-    return dict(pixel_values=torch.stack([pad(p) for p in pixels]), image_sizes=sizes)
+    padded = []
+    for image in images:
+        pixels = image['pixel_values']  # [channels, h, w]
+        below, right = height - pixels.shape[-2], width - pixels.shape[-1]
+        padded.append(torch.nn.functional.pad(pixels, (0, right, 0, below)))
+    return dict(pixel_values=torch.stack(padded), image_sizes=sizes)
 
 # %% ../../nbs/models/15_processor.ipynb #6d112e41
 def picture_of(image):
@@ -43,6 +48,7 @@ def picture_of(image):
     if not isinstance(pixels, np.ndarray):
         return image
     what = f'bad array: an image of shape {pixels.shape} and type {pixels.dtype}'
+    # where both ends are 3 either layout could be meant, and channels last is taken
     if pixels.ndim == 3 and pixels.shape[0] == 3 != pixels.shape[-1]:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
@@ -58,7 +64,7 @@ def picture_of(image):
         raise ImageError(f'{what}; use uint8, or floats in 0..1')
     return Image.fromarray(np.ascontiguousarray(pixels))
 
-
+# %% ../../nbs/models/15_processor.ipynb #9a2b3309
 class _Images:
     """The processor's image side, for callers that look for one: a transformers pipeline with
     `batch_size` pads by its presence, and saves its parts one by one."""
@@ -70,7 +76,8 @@ class _Images:
 
     def __call__(self, images, **kwargs) -> BatchFeature:
         images = images if isinstance(images, (list, tuple)) else [images]
-        return BatchFeature(stack_images([p for i in images for p in self.processor.load(i)]))
+        parts = [part for image in images for part in self.processor.load(image)]
+        return BatchFeature(stack_images(parts))
 
     def fetch_images(self, images):
         return images
@@ -78,21 +85,32 @@ class _Images:
     def save_pretrained(self, folder, **kwargs):
         return self.processor.save_pretrained(folder, **kwargs)
 
-# %% ../../nbs/models/15_processor.ipynb #a42aa204
-_FLATTEN = (
-    "{%- set flat = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m['content'] is "
-    'string -%}'
-    """{%- set text = m['content'] -%}{%- else -%}{%- set parts = namespace(text='') -%}{%- for c in
-            m['content'] -%}"""
-    "{%- if c['type'] == 'image' -%}{%- set parts.text = parts.text + '<image>\\n' -%}"
-    "{%- else -%}{%- set parts.text = parts.text + c['text'] -%}{%- endif -%}{%- endfor -%}"
-    """{%- set text =
-            parts.text -%}{%- endif -%}"""
-    '{%- set flat.messages = flat.messages + [dict(m, content=text)] -%}{%- endfor -%}'
-    '{%- set messages = flat.messages -%}'
+# %% ../../nbs/models/15_processor.ipynb #f18dd162
+_FLATTEN = ''.join(
+    [
+        '{%- set flat = namespace(messages=[]) -%}',
+        '{%- for m in messages -%}',
+        "{%- if m['content'] is string -%}",
+        "{%- set text = m['content'] -%}",
+        '{%- else -%}',
+        "{%- set parts = namespace(text='') -%}",
+        "{%- for c in m['content'] -%}",
+        "{%- if c['type'] == 'image' -%}",
+        "{%- set parts.text = parts.text + '<image>\\n' -%}",
+        '{%- else -%}',
+        "{%- set parts.text = parts.text + c['text'] -%}",
+        '{%- endif -%}',
+        '{%- endfor -%}',
+        '{%- set text = parts.text -%}',
+        '{%- endif -%}',
+        # Jinja forgets what a loop assigns unless it is an attribute of a namespace
+        '{%- set flat.messages = flat.messages + [dict(m, content=text)] -%}',
+        '{%- endfor -%}',
+        '{%- set messages = flat.messages -%}',
+    ]
 )
 
-
+# %% ../../nbs/models/15_processor.ipynb #a42aa204
 class VLMProcessor(ProcessorMixin):
     """Tokenizer + image transform + token counts of the vision front end.
 
@@ -110,11 +128,9 @@ class VLMProcessor(ProcessorMixin):
         template=None,
         chat_template=None,
     ):
-        self.transform = (
-            transform
-            if isinstance(transform, ImageTransform)
-            else ImageTransform.from_dict(transform or {})
-        )
+        if not isinstance(transform, ImageTransform):
+            transform = ImageTransform.from_dict(transform or {})
+        self.transform = transform
         self.front_end, self.image_token, self.template = front_end, image_token, template
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -127,17 +143,15 @@ class VLMProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = self._default_chat_template(tokenizer, template)
         super().__init__(tokenizer, chat_template=chat_template)
-        self.tokenizer.padding_side = (
-            'left'  # generation needs it; a pipeline pads by what the tokenizer says
-        )
+        # generation continues at the right end; a pipeline pads by what the tokenizer says
+        self.tokenizer.padding_side = 'left'
 
     @staticmethod
     def _default_chat_template(tokenizer, template) -> str | None:
         if template is not None:
             return get_template(template).jinja(mark_targets=True)
-        return (
-            _FLATTEN + tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-        )
+        own = tokenizer.chat_template  # a dict of named templates stays with the tokenizer
+        return _FLATTEN + own if isinstance(own, str) else None
 
     def num_image_tokens(self, height: int, width: int) -> int:
         "Tokens an image of `height` x `width` pixels (after the transform) costs."
@@ -145,20 +159,6 @@ class VLMProcessor(ProcessorMixin):
         if size not in self._counts:
             self._counts[size] = num_image_tokens(self.front_end, *size)
         return self._counts[size]
-
-    def load(self, image, views: Mapping[str, Callable] | None = None) -> list[dict]:
-        """`[{pixel_values, size, tokens}]` of a PIL image, `ImageRef`, path, URL, data URL, encoded
-        bytes, array or tensor (`picture_of`); several entries when the transform cuts tiles.
-        `views`: further keys, each with a function from the picture to a tensor (what a teacher
-        sees of it). Raises `ImageError`."""
-        image = picture_of(image)
-        web = isinstance(image, str) and image.startswith(('http://', 'https://', 'data:'))
-        picture = load_image(_fetch_image(image) if web else image)
-        more = {key: view(picture) for key, view in (views or {}).items()}
-        return [
-            dict(p, tokens=self.num_image_tokens(*p['size']), **more)
-            for p in self.transform(picture)
-        ]
 
     @property
     def image_processor(self) -> _Images:
@@ -171,6 +171,22 @@ class VLMProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), 'transform': self.transform.to_dict()}
+
+# %% ../../nbs/models/15_processor.ipynb #dffb9352
+@patch
+def load(self: VLMProcessor, image, views: Mapping[str, Callable] | None = None) -> list[dict]:
+    """`[{pixel_values, size, tokens}]` of a PIL image, `ImageRef`, path, URL, data URL, encoded
+    bytes, array or tensor (`picture_of`); several entries when the transform cuts tiles.
+    `views`: further keys, each with a function from the picture to a tensor (what a teacher
+    sees of it). Raises `ImageError`."""
+    image = picture_of(image)
+    web = isinstance(image, str) and image.startswith(('http://', 'https://', 'data:'))
+    picture = load_image(_fetch_image(image) if web else image)
+    seen = {key: view(picture) for key, view in (views or {}).items()}
+    return [
+        dict(part, tokens=self.num_image_tokens(*part['size']), **seen)
+        for part in self.transform(picture)
+    ]
 
 # %% ../../nbs/models/15_processor.ipynb #42f6e910
 def _images_by_row(images, slots: list[int]) -> list[list]:
@@ -193,13 +209,13 @@ def _images_by_row(images, slots: list[int]) -> list[list]:
                 f'(slots per text: {slots})'
             )
         flat = iter(images)
-        rows = [[next(flat) for _ in range(n)] for n in slots]
+        rows = [list(islice(flat, n)) for n in slots]
     for i, (row, n) in enumerate(zip(rows, slots)):
         if len(row) != n:
             raise ValueError(f'text {i} has {n} {IMAGE} slots, but {len(row)} images')
     return rows
 
-
+# %% ../../nbs/models/15_processor.ipynb #ca5037ff
 def _times(ids: list[int], image_token_id: int, counts: list[int]) -> list[int]:
     "How often each id is written: the k-th image token `counts[k]` times, others once."
     counts = iter(counts)
@@ -210,16 +226,9 @@ def _repeat(values: list, times: list[int]) -> list:
     return [v for v, n in zip(values, times) for _ in range(n)]
 
 
-def _in_text(
-    spans: list[tuple[int, int]], is_image: list[bool], extra: int
-) -> list[tuple[int, int]]:
-    """Character spans of tokens in the text as given, where an image token was written with `extra`
-    characters more."""
-    out, n = [], 0
-    for (a, b), image in zip(spans, is_image):
-        out.append((a - n * extra, b - (n + image) * extra) if b > a else (0, 0))
-        n += image
-    return out
+def _cost(parts: list[dict]) -> int:
+    "Tokens of one picture: of all its tiles."
+    return sum(part['tokens'] for part in parts)
 
 
 def _takes_special_tokens(processor: 'VLMProcessor', text: str) -> bool:
@@ -232,10 +241,106 @@ def _takes_special_tokens(processor: 'VLMProcessor', text: str) -> bool:
     template = processor.template
     return template is None or not get_template(template).begins(text, bos, eos)
 
+# %% ../../nbs/models/15_processor.ipynb #6f5947eb
+@dataclass
+class _Row:
+    """A tokenised text: `ids` with one image token a picture, `times` each is written, and `spans`,
+    the characters of each id in the tokenised string (None: not asked for)."""
 
+    ids: list[int]
+    times: list[int]
+    spans: list[tuple[int, int]] | None
+
+    def written(self) -> list[int]:
+        "The ids that the model gets."
+        return _repeat(self.ids, self.times)
+
+
+def _tokenize(
+    processor: 'VLMProcessor', text: str, images: list[list[dict]], special: bool, offsets: bool
+) -> _Row:
+    """`text` with the loaded `images` (parts of each) as a `_Row`. Raises `ValueError` where the
+    tokenizer made another number of image tokens than there are images."""
+    found = processor.tokenizer(
+        text.replace(IMAGE, processor.image_token),
+        add_special_tokens=special and _takes_special_tokens(processor, text),
+        return_offsets_mapping=offsets,
+    )
+    ids = found['input_ids']
+    if (n := ids.count(processor.image_token_id)) != len(images):
+        raise ValueError(
+            f'{n} tokens {processor.image_token} after tokenising a text with {len(images)} '
+            f'{IMAGE} slots: {text[:80]!r}'
+        )
+    times = _times(ids, processor.image_token_id, [_cost(parts) for parts in images])
+    return _Row(ids, times, found['offset_mapping'] if offsets else None)
+
+# %% ../../nbs/models/15_processor.ipynb #0641dd8b
+def _cut(processor: 'VLMProcessor', rows: list[list[int]], truncation, max_length) -> slice:
+    """The positions of every row that stay. Raises `ValueError` where that would cut into a
+    picture."""
+    if not truncation or truncation == 'do_not_truncate':
+        return slice(None)
+    limit = max_length or processor.tokenizer.model_max_length
+    right = processor.tokenizer.truncation_side == 'right'
+    keep = slice(limit) if right else slice(-limit, None)
+    for k, row in enumerate(rows):
+        of_pictures = row.count(processor.image_token_id)
+        if of_pictures != row[keep].count(processor.image_token_id):
+            raise ValueError(
+                f'text {k} has {len(row)} tokens, {of_pictures} of them of pictures: '
+                f'max_length={limit} would cut into a picture; raise it or shorten the text'
+            )
+    return keep
+
+
+def _in_text(
+    spans: list[tuple[int, int]], is_image: list[bool], extra: int
+) -> list[tuple[int, int]]:
+    """Character spans of tokens in the text as given, where an image token was written with `extra`
+    characters more."""
+    out, n = [], 0
+    for (a, b), image in zip(spans, is_image):
+        # an empty span is a token that the tokenizer added: it stands nowhere in the text
+        out.append((a - n * extra, b - (n + image) * extra) if b > a else (0, 0))
+        n += image
+    return out
+
+
+def _offsets(
+    processor: 'VLMProcessor', row: _Row, keep: slice, length: int, padding_side: str
+) -> list[tuple[int, int]]:
+    "Character spans of a row cut to `keep` and padded to `length` tokens."
+    extra = len(processor.image_token) - len(IMAGE)
+    is_image = [i == processor.image_token_id for i in row.ids]
+    spans = _repeat(_in_text(row.spans, is_image, extra), row.times)[keep]
+    empty = [(0, 0)] * (length - len(spans))
+    return empty + spans if padding_side == 'left' else spans + empty
+
+# %% ../../nbs/models/15_processor.ipynb #8c2cc8cd
 _PAD_OPTIONS = {'pad_to_multiple_of', 'return_attention_mask', 'verbose'}
 
 
+def _check_call(processor: 'VLMProcessor', text, videos, audio, others: Mapping) -> None:
+    if unknown := sorted(others.keys() - _PAD_OPTIONS):
+        raise TypeError(
+            f'{type(processor).__name__} takes no {", ".join(unknown)}; known besides its '
+            f'arguments are {", ".join(sorted(_PAD_OPTIONS))}'
+        )
+    if videos is not None or audio is not None:
+        raise ValueError('videos and audio are not supported: give images')
+    if text is None:
+        raise ValueError('text is needed: write one <image> where each picture belongs')
+
+# %% ../../nbs/models/15_processor.ipynb #2d10f927
+def _load_rows(processor: 'VLMProcessor', images, texts: list[str]) -> list[list[list[dict]]]:
+    "For every text its images, each as its parts (one, or one per tile)."
+    rows = []
+    for row in _images_by_row(images, [text.count(IMAGE) for text in texts]):
+        rows.append([processor.load(image) for image in row])
+    return rows
+
+# %% ../../nbs/models/15_processor.ipynb #d700b8c1
 @patch
 def __call__(
     self: VLMProcessor,
@@ -253,66 +358,27 @@ def __call__(
     return_text_replacement_offsets: bool = False,
     **kwargs,
 ) -> BatchFeature:
-    """`input_ids` and `attention_mask` `[batch, tokens]`, plus `pixel_values` and `image_sizes`
-    when there are images.
+    """`input_ids`, `attention_mask` `[batch, tokens]`; with images `pixel_values`, `image_sizes`.
 
     `images`: one, a flat list in reading order, or a list per text (see `load`).
-    `add_special_tokens`: whether the tokenizer adds the begin token it is set up for to raw text; a
-    conversation that the chat template rendered has its own already and never gets a second one, so
-    that its ids are those of `encode`. `truncation` cuts
-    a text to `max_length` tokens (default: the tokenizer's) on the tokenizer's side, never into a
-    picture. `return_offsets_mapping` adds each token's characters in the text as given, so
+    `add_special_tokens`: whether raw text gets the tokenizer's begin token; a conversation rendered
+    by the chat template has its own and never gets a second. `truncation` cuts a text to
+    `max_length` tokens (default: the tokenizer's) on the tokenizer's side, never into a picture.
+    `return_offsets_mapping` adds each token's characters in the text as given, so that
     `apply_chat_template(return_assistant_tokens_mask=True)` works
     (`return_text_replacement_offsets` changes nothing: no text is replaced). Further keywords, of
     `tokenizer.pad`: pad_to_multiple_of, return_attention_mask, verbose. Raises `ValueError` when
     the number of `<image>` slots and images differ or a picture would be cut, `ImageError`,
     `TypeError` for other keywords."""
-    if unknown := sorted(kwargs.keys() - _PAD_OPTIONS):
-        raise TypeError(
-            f'{type(self).__name__} takes no {", ".join(unknown)}; known besides its arguments are '
-            f'{", ".join(sorted(_PAD_OPTIONS))}'
-        )
-    if videos is not None or audio is not None:
-        raise ValueError('videos and audio are not supported: give images')
-    if text is None:
-        raise ValueError('text is needed: write one <image> where each picture belongs')
+    _check_call(self, text, videos, audio, kwargs)
     texts = [text] if isinstance(text, str) else list(text)
+    pictures = _load_rows(self, images, texts)
     rows = [
-        [self.load(i) for i in row]
-        for row in _images_by_row(images, [t.count(IMAGE) for t in texts])
+        _tokenize(self, t, loaded, add_special_tokens, return_offsets_mapping)
+        for t, loaded in zip(texts, pictures)
     ]
-    found = [
-        self.tokenizer(
-            t.replace(IMAGE, self.image_token),
-            add_special_tokens=add_special_tokens and _takes_special_tokens(self, t),
-            return_offsets_mapping=return_offsets_mapping,
-        )
-        for t in texts
-    ]
-    ids = [f['input_ids'] for f in found]
-    for t, row, images_ in zip(texts, ids, rows):
-        if (n := row.count(self.image_token_id)) != len(images_):
-            raise ValueError(
-                f'{n} tokens {self.image_token} after tokenising a text with {len(images_)} '
-                f'{IMAGE} '
-                f'slots: {t[:80]!r}'
-            )
-    times = [
-        _times(i, self.image_token_id, [sum(p['tokens'] for p in image) for image in row])
-        for i, row in zip(ids, rows)
-    ]
-    ids, short = [_repeat(i, n) for i, n in zip(ids, times)], ids
-    limit = max_length or self.tokenizer.model_max_length
-    keep = slice(None)
-    if truncation and truncation != 'do_not_truncate':
-        keep = slice(limit) if self.tokenizer.truncation_side == 'right' else slice(-limit, None)
-        for k, row in enumerate(ids):
-            if row.count(self.image_token_id) != row[keep].count(self.image_token_id):
-                raise ValueError(
-                    f'text {k} has {len(row)} tokens, {row.count(self.image_token_id)} of them of '
-                    'pictures: '
-                    f'max_length={limit} would cut into a picture; raise it or shorten the text'
-                )
+    ids = [row.written() for row in rows]
+    keep = _cut(self, ids, truncation, max_length)
     batch = self.tokenizer.pad(
         dict(input_ids=[row[keep] for row in ids]),
         padding=padding,
@@ -322,18 +388,12 @@ def __call__(
         **kwargs,
     )
     if return_offsets_mapping:
-        extra, batch['offset_mapping'] = len(self.image_token) - len(IMAGE), []
-        for f, row, n, padded in zip(found, short, times, batch['input_ids']):
-            spans = _repeat(
-                _in_text(f['offset_mapping'], [i == self.image_token_id for i in row], extra), n
-            )[keep]
-            empty = [(0, 0)] * (len(padded) - len(spans))
-            batch['offset_mapping'].append(
-                empty + spans if padding_side == 'left' else spans + empty
-            )
-    return BatchFeature(
-        {**batch, **stack_images([p for row in rows for image in row for p in image])}
-    )
+        batch['offset_mapping'] = [
+            _offsets(self, row, keep, len(padded), padding_side)
+            for row, padded in zip(rows, batch['input_ids'])
+        ]
+    parts = [part for row in pictures for image in row for part in image]
+    return BatchFeature({**batch, **stack_images(parts)})
 
 # %% ../../nbs/models/15_processor.ipynb #d28a1fe0
 @patch
@@ -362,16 +422,16 @@ def encode(
         sample.turns,
         self.tokenizer,
         template,
-        [sum(p['tokens'] for p in i) for i in images],
+        [_cost(parts) for parts in images],
         self.image_token,
         targets,
         add_generation_prompt,
         sample.id,
     )
-    out.images = [{k: v for k, v in p.items() if k != 'tokens'} for i in images for p in i]
-    if len(out.images) > len(images):  # tiles: one id per pixel row
-        tokens = torch.tensor([p['tokens'] for i in images for p in i])
-        out.image_ids[out.image_ids >= 0] = torch.repeat_interleave(
-            torch.arange(len(tokens)), tokens
-        )
+    out.images = [part for parts in images for part in parts]
+    tokens = torch.tensor([part.pop('tokens') for part in out.images])
+    if len(out.images) > len(images):
+        # the template numbers pictures; the model sees every tile as an image of its own
+        index = torch.arange(len(tokens))
+        out.image_ids[out.image_ids >= 0] = torch.repeat_interleave(index, tokens)
     return out

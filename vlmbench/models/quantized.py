@@ -72,6 +72,7 @@ def prepare_quantized(model: nn.Module, repack: bool = False) -> nn.Module:
     when they answer. bitsandbytes' remark about casts, which it repeats at every product, is
     made once."""
     for m in quantized_modules(model).values():
+        # a layer that may not be repacked must lose the flag, or bitsandbytes repacks it
         if hasattr(m, 'support_avx512bf16_for_cpu'):
             fits = m.in_features % m.weight.blocksize == 0 and m.out_features % 32 == 0
             m.support_avx512bf16_for_cpu = repack and fits and m.support_avx512bf16_for_cpu
@@ -82,6 +83,8 @@ def prepare_quantized(model: nn.Module, repack: bool = False) -> nn.Module:
 
 
 class _Once(logging.Filter):
+    "Lets every message through once."
+
     def __init__(self):
         super().__init__()
         self.said = set()
@@ -131,6 +134,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
 
     found = quantized_modules(model)
     for name, m in found.items():
+        # peft keeps the layer it adapts under this name; layer and adapter are replaced together
         owner = name.removesuffix('.base_layer')
         lora = model.get_submodule(owner) if owner != name else None
         with torch.no_grad():
@@ -146,14 +150,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
                 plain.bias.copy_(m.bias)
         parent, _, last = owner.rpartition('.')
         setattr(model.get_submodule(parent), last, plain.requires_grad_(False))
-    configs = [
-        c for m in model.modules() if isinstance(c := getattr(m, 'config', None), PreTrainedConfig)
-    ]
-    for c in [
-        *configs,
-        *(t for c in configs if (t := getattr(c, 'text_config', None)) is not None),
-    ]:
-        c.__dict__.pop('quantization_config', None)
+    configs = [getattr(m, 'config', None) for m in model.modules()]
+    configs = [c for c in configs if isinstance(c, PreTrainedConfig)]
+    configs += [c.text_config for c in configs if getattr(c, 'text_config', None) is not None]
+    for config in configs:
+        config.__dict__.pop('quantization_config', None)
+    # transformers refuses to cast what still says that it is quantized
     for m in model.modules():
         for flag in (
             'is_quantized',

@@ -30,9 +30,11 @@ def _runs(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     index, changes = torch.arange(n, device=ids.device), ids[:, 1:] != ids[:, :-1]
     edge = changes.new_ones(batch, 1)
     begins, ends = torch.cat([edge, changes], 1), torch.cat([changes, edge], 1)
+    # a running maximum carries the last beginning to the right, a minimum the next end to the left
     first = torch.where(begins, index, 0).cummax(1).values
     stop = torch.where(ends, index + 1, n).flip(1).cummin(1).values.flip(1)
     row, at = (begins & (ids >= 0)).nonzero(as_tuple=True)
+    # one number per row and id: it appears twice where an id comes back after a gap
     names = row * (int(ids.max()) + 2) + ids[row, at]
     return first, stop, len(names.unique()) == len(names)
 
@@ -47,9 +49,9 @@ def intervals(
     padding with holes in them."""
     given = next(t for t in (document_ids, image_ids, padding_mask) if t is not None)
     real = torch.ones_like(given, dtype=torch.bool) if padding_mask is None else padding_mask.bool()
+    documents = torch.zeros_like(given, dtype=torch.long)
     if document_ids is not None:
-        real = real & (document_ids >= 0)
-    documents = torch.zeros_like(given, dtype=torch.long) if document_ids is None else document_ids
+        documents, real = document_ids, real & (document_ids >= 0)
     begin, end, whole = _runs(torch.where(real, documents, -1))
     index = torch.arange(given.shape[1], device=given.device).expand_as(given)
     first, stop = begin, index + 1
@@ -57,11 +59,10 @@ def intervals(
         _, image_end, one = _runs(image_ids)
         whole = whole and one
         stop = torch.where(image_ids >= 0, torch.minimum(image_end, end), stop)
-    return (
-        Intervals(torch.where(real, first, index), torch.where(real, stop, index + 1), real)
-        if whole
-        else None
-    )
+    if not whole:
+        return None
+    # padding attends to itself alone: a softmax over nothing would be nan
+    return Intervals(torch.where(real, first, index), torch.where(real, stop, index + 1), real)
 
 # %% ../../nbs/models/08_ragged.ipynb #ec7a5d2c
 class Piece(NamedTuple):
@@ -82,34 +83,38 @@ class Document(NamedTuple):
 
 def documents(i: Intervals) -> list[list[Document]]:
     "The documents of every row of intervals, in order."
+    row, begin, end, first, sees_to = _cuts(i)
+    out: list[list] = [[] for _ in i.first]
+    before = None  # row and first token of the document that the last piece belongs to
+    for r, b, e, f, s in zip(row, begin, end, first, sees_to):
+        if f < 0:
+            out[r].append(Document(e - b, ()))
+        else:
+            # positions inside the document; causal pieces see up to their own end
+            piece = Piece(b - f, e - f, (s or e) - f, not s)
+            earlier = out[r].pop().pieces if before == (r, f) else ()
+            out[r].append(Document(e - f, (*earlier, piece)))
+        before = (r, f)
+    return out
+
+
+def _cuts(i: Intervals) -> list[list[int]]:
+    """Row, begin, end, first key and last key plus one of every piece; first key -1 for padding,
+    last key 0 where the piece is causal."""
     index = torch.arange(i.first.shape[1], device=i.first.device)
-    kind = torch.where(
-        i.real, torch.where((i.stop > index + 1), i.stop, 0), -1
-    )  # -1 padding, 0 causal, end of image
-    last = i.real[:, 1:] & (i.stop[:, 1:] == kind[:, :-1])  # of an image, sees as the others
+    kind = torch.where(i.stop > index + 1, i.stop, 0)  # 0: sees no later token
+    kind = torch.where(i.real, kind, -1)
+    # the last token of an image sees no later one either, but sees as far as the rest of its image
+    last = i.real[:, 1:] & (i.stop[:, 1:] == kind[:, :-1])
     kind[:, 1:] = torch.where(last, i.stop[:, 1:], kind[:, 1:])
     first = torch.where(i.real, i.first, -1)
     new = torch.ones_like(i.real)
     new[:, 1:] = (kind[:, 1:] != kind[:, :-1]) | (first[:, 1:] != first[:, :-1])
     row, begin = new.nonzero(as_tuple=True)
-    end = torch.where(
-        torch.cat([row[1:] != row[:-1], row.new_ones(1).bool()]), len(index), begin.roll(-1)
-    )
-    out: list[list] = [[] for _ in i.first]
-    at = None
-    for r, b, e, f, k in zip(
-        *(t.tolist() for t in (row, begin, end, first[row, begin], kind[row, begin]))
-    ):
-        if f < 0:
-            out[r].append(Document(e - b, ()))
-        else:
-            piece = Piece(b - f, e - f, (k or e) - f, not k)
-            if at == (r, f):
-                out[r][-1] = Document(e - f, (*out[r][-1].pieces, piece))
-            else:
-                out[r].append(Document(e - f, (piece,)))
-        at = (r, f)
-    return out
+    # a piece ends where the next one of its row begins, the last one with the row
+    last_of_row = torch.cat([row[1:] != row[:-1], row.new_ones(1).bool()])
+    end = torch.where(last_of_row, len(index), begin.roll(-1))
+    return [t.tolist() for t in (row, begin, end, first[row, begin], kind[row, begin])]
 
 # %% ../../nbs/models/08_ragged.ipynb #e40364ab
 def dense(i: Intervals) -> torch.Tensor:
@@ -118,10 +123,8 @@ def dense(i: Intervals) -> torch.Tensor:
     if i.first.device.type != 'cpu':
         k = torch.arange(n, device=i.first.device)
         return (k < i.stop[:, None, :, None]) & (k >= i.first[:, None, :, None])
-    out, causal = (
-        torch.zeros(batch, 1, n, n, dtype=torch.bool),
-        torch.ones(n, n, dtype=torch.bool).tril_(),
-    )
+    out = torch.zeros(batch, 1, n, n, dtype=torch.bool)
+    causal = torch.ones(n, n, dtype=torch.bool).tril_()
     for row, docs in zip(out[:, 0], documents(i)):
         at = 0
         for d in docs:
@@ -129,9 +132,8 @@ def dense(i: Intervals) -> torch.Tensor:
             if not d.pieces:
                 block.fill_diagonal_(True)
             for p in d.pieces:
-                block[p.begin : p.end, : p.stop] = (
-                    causal[p.begin : p.end, : p.stop] if p.causal else True
-                )
+                seen = causal[p.begin : p.end, : p.stop] if p.causal else True
+                block[p.begin : p.end, : p.stop] = seen
             at += d.length
     return out
 
@@ -156,20 +158,23 @@ def ragged_attention(
 
     out = []
     for docs, *qkv in zip(rows, query.split(1), key.split(1), value.split(1), strict=True):
-        cut = (x.split([d.length for d in docs], 2) for x in qkv)
+        cut = [x.split(_lengths(docs), 2) for x in qkv]
         out.append(torch.cat([attend(*x, d.pieces) for d, *x in zip(docs, *cut)], 2))
     return torch.cat(out)
+
+
+def _lengths(docs: list[Document]) -> list[int]:
+    return [d.length for d in docs]
 
 
 def _piece(q, k, v, p: Piece, dropout_p, scale):
     if p.begin or p.stop < q.shape[2]:
         q, k, v = q[:, :, p.begin : p.end], k[:, :, : p.stop], v[:, :, : p.stop]
-    later = p.causal and p.begin > 0  # is_causal counts from the first key
-    mask = (
-        torch.ones(p.end - p.begin, p.stop, dtype=torch.bool, device=q.device).tril(p.begin)
-        if later
-        else None
-    )
+    # is_causal lines query 0 up with key 0, so a causal piece that begins later needs a mask
+    later, mask = p.causal and p.begin > 0, None
+    if later:
+        ones = torch.ones(p.end - p.begin, p.stop, dtype=torch.bool, device=q.device)
+        mask = ones.tril(p.begin)
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=p.causal and not later, scale=scale
     )
@@ -198,11 +203,13 @@ class RaggedMask(torch.Tensor):
         return dense(self.intervals)
 
     def __repr__(self, **kw) -> str:
-        return f'RaggedMask({[[d.length for d in r] for r in self.rows]})'
+        lengths = [_lengths(row) for row in self.rows]
+        return f'RaggedMask({lengths})'
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        # the one function that is told about pieces: everything else sees an ordinary tensor
         if func is scaled_dot_product_attention:
             return _answer(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -224,6 +231,8 @@ def _answer(
     scale: float | None = None,
     **kw: Any,
 ) -> torch.Tensor:
+    "`scaled_dot_product_attention(query, key, value, attn_mask, ...)`."
+    # pieces are cut for as many queries as keys and equal heads; other calls get the dense mask
     shape = (attn_mask.shape[0], attn_mask.shape[2])
     if (
         is_causal
@@ -236,7 +245,7 @@ def _answer(
     return ragged_attention(query, key, value, attn_mask.rows, dropout_p, scale)
 
 # %% ../../nbs/models/08_ragged.ipynb #cdd8961f
-PIECE = 8192  # pairs of tokens worth a call
+PIECE = 8192  # pairs of tokens that take as long as one more call
 
 
 def pays(mask: RaggedMask, piece: int = PIECE) -> bool:

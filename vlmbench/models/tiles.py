@@ -25,65 +25,56 @@ class TiledEncoder(EncoderFrontEnd):
         if width != side or height % side:
             raise ValueError(
                 f'encoder_tiles takes pictures of stacked {side}x{side} tiles, got '
-                f'{height}x{width} '
-                '(h x w)'
+                f'{height}x{width} (h x w)'
             )
-        return height // side * (
-            super().count({**config, 'boundary': False}, side, side)
-        ) + 2 * bool(config['boundary'])
+        # every tile costs what it costs alone, but the boundary is paid once
+        tile = super().count({**config, 'boundary': False}, side, side)
+        return height // side * tile + 2 * bool(config['boundary'])
 
     def forward(self, pixel_values, image_sizes=None):
         side = self.tower.config.image_size
-        heights = (
-            [pixel_values.shape[-2]] * len(pixel_values)
-            if image_sizes is None
-            else image_sizes[:, 0].tolist()
-        )
+        heights = [pixel_values.shape[-2]] * len(pixel_values)
+        if image_sizes is not None:
+            heights = image_sizes[:, 0].tolist()
         counts = torch.tensor(
             [self.num_tokens(h, pixel_values.shape[-1]) for h in heights],
             device=pixel_values.device,
         )
-        cut = torch.cat(
-            [
-                p[:, :h].unflatten(1, (h // side, side)).transpose(0, 1)
-                for p, h in zip(pixel_values, heights)
-            ]
-        )
+        cut = []
+        for picture, h in zip(pixel_values, heights):
+            stacked = picture[:, :h].unflatten(1, (h // side, side))  # [3, tiles, side, side]
+            cut.append(stacked.transpose(0, 1))
+        cut = torch.cat(cut)  # [tiles of all pictures, 3, side, side]
         x = self.projector(self._shuffle(self.select(cut), cut))
-        x = [p.flatten(0, 1) for p in x.split([h // side for h in heights])]
+        tiles_of = [h // side for h in heights]
+        x = [tokens.flatten(0, 1) for tokens in x.split(tiles_of)]
         if self.config['boundary']:
             x = [torch.cat([self.soi.to(p.dtype), p, self.eoi.to(p.dtype)]) for p in x]
         return torch.cat(x), counts
 
-
+# %% ../../nbs/models/43_tiles.ipynb #914d5993
 class StackedTiles(ImageTransform):
     """`ImageTransform(mode='tiles')` on a canvas of the mean colour, whose tiles come as one tall
     picture, the form `encoder_tiles` takes."""
 
     def resize(self, img):
         (h, w), (H, W) = (img.height, img.width), best_grid(img.height, img.width, self.grid)
-        new = (
-            (W, min(math.ceil(h * (W / w)), H))
-            if W / w < H / h
-            else (min(math.ceil(w * (H / h)), W), H)
-        )
+        # the published rounding, up to a whole pixel but never over the canvas
+        if W / w < H / h:
+            new = (W, min(math.ceil(h * (W / w)), H))
+        else:
+            new = (min(math.ceil(w * (H / h)), W), H)
         canvas = Image.new('RGB', (W, H), tuple(self.background or mean_color(self.mean)))
-        canvas.paste(
-            img.resize(new, RESAMPLE[self.resample]), ((W - new[0]) // 2, (H - new[1]) // 2)
-        )
-        shrunk = squash(
-            img, (min(h, self.size), min(w, self.size)), self.resample
-        )  # sides above the tile's shrink first
-        return [
-            squash(shrunk, self.size, self.resample),
-            *tiles(canvas, self.size, ((H, W),), self.resample)[1:],
-        ]
+        left, top = (W - new[0]) // 2, (H - new[1]) // 2
+        canvas.paste(img.resize(new, RESAMPLE[self.resample]), (left, top))
+        # sides longer than a tile shrink first, the others are stretched after: two resamplings,
+        # as published
+        shrunk = squash(img, (min(h, self.size), min(w, self.size)), self.resample)
+        cut = tiles(canvas, self.size, ((H, W),), self.resample)[1:]
+        return [squash(shrunk, self.size, self.resample), *cut]
 
     def __call__(self, img):
         parts = super().__call__(img)
-        return [
-            dict(
-                pixel_values=torch.cat([p['pixel_values'] for p in parts], 1),
-                size=(sum(p['size'][0] for p in parts), parts[0]['size'][1]),
-            )
-        ]
+        pixels = torch.cat([part['pixel_values'] for part in parts], 1)
+        height = sum(part['size'][0] for part in parts)
+        return [dict(pixel_values=pixels, size=(height, parts[0]['size'][1]))]

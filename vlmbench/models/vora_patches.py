@@ -10,10 +10,11 @@ import math
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .vision import FrontEnd, _by_size
+from .vision import FrontEnd, _by_size, _in_order
 from .vision_lora import LoRASettings, add_vision_lora
 
 # %% ../../nbs/models/42_vora_patches.ipynb #86f1ef86
@@ -72,22 +73,7 @@ class VoRAFrontEnd(FrontEnd):
     @classmethod
     def resolve(cls, config: dict) -> dict:
         c = super().resolve(config)
-        for k in ('patch_size', 'width', 'image_size'):
-            if isinstance(c[k], bool) or not isinstance(c[k], int) or c[k] < 1:
-                raise ValueError(
-                    f'front-end setting {k!r} must be a whole number above 0, got {c[k]!r}'
-                )
-        if c['image_size'] % c['patch_size']:
-            raise ValueError(
-                f"front-end setting 'image_size'={c['image_size']} is no multiple of "
-                f'patch_size={c["patch_size"]}'
-            )
-        if c['positions'] not in POSITIONS:
-            raise ValueError(
-                f"front-end setting 'positions' must be one of {POSITIONS}, got {c['positions']!r}"
-            )
-        if c['init'] not in INITS:
-            raise ValueError(f"front-end setting 'init' must be one of {INITS}, got {c['init']!r}")
+        _check_vora(c)
         if c['lora'] is not None:
             c['lora'] = LoRASettings.from_dict(c['lora']).to_dict()
         return c
@@ -102,35 +88,12 @@ class VoRAFrontEnd(FrontEnd):
         if module is self and not getattr(self.pos_embed, '_is_hf_initialized', False):
             nn.init.normal_(self.pos_embed, std=0.02)
 
-    def forward(self, pixel_values, image_sizes=None):
-        groups = _by_size(pixel_values, image_sizes)
-        feats = [(self._embed(pixels), index) for pixels, index in groups]
-        if feats[0][1] is None:
-            out = list(feats[0][0])
-        else:
-            out = [
-                f
-                for _, f in sorted(
-                    ((i, f) for x, index in feats for i, f in zip(index, x)), key=lambda p: p[0]
-                )
-            ]
-        return torch.cat(out), torch.tensor([len(f) for f in out], device=pixel_values.device)
-
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        grid = _grid(self.config, *pixels.shape[-2:])
-        x = self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
-        return self.out_proj(
-            self.norm(x)
-            + position_table(self.pos_embed, grid, self.config['positions']).to(x.dtype)
-        )
-
     def on_shapes(self) -> None:
         "Refuses LoRA on image tokens only: which tokens it meets depends on their values."
         if (self.config['lora'] or {}).get('tokens') == 'image':
             raise ValueError(
                 'a cost plan cannot follow LoRA on image tokens only (which tokens it meets '
-                'depends '
-                "on their values): plan it with tokens='all'"
+                "depends on their values): plan it with tokens='all'"
             )
 
     def adapt(self, language_model: nn.Module) -> None:
@@ -143,6 +106,25 @@ class VoRAFrontEnd(FrontEnd):
         if self._gate is not None:
             self._gate.mask = image_tokens
 
+# %% ../../nbs/models/42_vora_patches.ipynb #32b3d351
+def _check_vora(c: dict) -> None:
+    for k in ('patch_size', 'width', 'image_size'):
+        if isinstance(c[k], bool) or not isinstance(c[k], int) or c[k] < 1:
+            raise ValueError(
+                f'front-end setting {k!r} must be a whole number above 0, got {c[k]!r}'
+            )
+    if c['image_size'] % c['patch_size']:
+        raise ValueError(
+            f"front-end setting 'image_size'={c['image_size']} is no multiple of "
+            f'patch_size={c["patch_size"]}'
+        )
+    if c['positions'] not in POSITIONS:
+        raise ValueError(
+            f"front-end setting 'positions' must be one of {POSITIONS}, got {c['positions']!r}"
+        )
+    if c['init'] not in INITS:
+        raise ValueError(f"front-end setting 'init' must be one of {INITS}, got {c['init']!r}")
+
 
 def _grid(config: dict, height: int, width: int) -> tuple[int, int]:
     p = config['patch_size']
@@ -153,9 +135,8 @@ def _grid(config: dict, height: int, width: int) -> tuple[int, int]:
     if config['positions'] != 'reference' and (height % p or width % p):
         raise ValueError(
             f'an image of {height}x{width} pixels (h x w) is no multiple of the {p}x{p} patch: '
-            'resize it '
-            f"(ImageTransform(mode='native', patch={p})), or drop the remainder with "
-            f"positions='reference'"
+            f"resize it (ImageTransform(mode='native', patch={p})), or drop the remainder with "
+            "positions='reference'"
         )
     return height // p, width // p
 
@@ -173,9 +154,27 @@ def position_table(
         return table
     if how == 'reference' and rows * cols <= table.shape[1]:
         return table[:, : rows * cols]
+    # [1, width, side, side] in float32, which bilinear interpolation needs on a CPU
     x = table.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     x = nn.functional.interpolate(x, size=(rows, cols), mode='bilinear', align_corners=False)
     return x.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+# %% ../../nbs/models/42_vora_patches.ipynb #ec3d37aa
+@patch
+def forward(self: VoRAFrontEnd, pixel_values, image_sizes=None):
+    groups = _by_size(pixel_values, image_sizes)
+    made = [(self._embed(pixels), index) for pixels, index in groups]
+    of_image = list(made[0][0]) if made[0][1] is None else _in_order(made)
+    counts = [len(tokens) for tokens in of_image]
+    return torch.cat(of_image), torch.tensor(counts, device=pixel_values.device)
+
+
+@patch
+def _embed(self: VoRAFrontEnd, pixels: torch.Tensor) -> torch.Tensor:
+    grid = _grid(self.config, *pixels.shape[-2:])
+    x = self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # [n, N, width]
+    positions = position_table(self.pos_embed, grid, self.config['positions'])
+    return self.out_proj(self.norm(x) + positions.to(x.dtype))
 
 # %% ../../nbs/models/42_vora_patches.ipynb #9b2163b4
 def init_from_teacher(front: VoRAFrontEnd, teacher: PreTrainedModel) -> list[str]:
@@ -194,16 +193,15 @@ def init_from_teacher(front: VoRAFrontEnd, teacher: PreTrainedModel) -> list[str
     else:
         raise ValueError(
             f'the patch embedding of a {kind!r} tower cannot be copied; known are AIMv2 and '
-            'SigLIP: leave it at '
-            f"its own init (vora: variant=['init=own'])"
+            "SigLIP: leave it at its own init (vora: variant=['init=own'])"
         )
     if getattr(teacher.config, 'is_native', False):
         side = front.config['image_size']
         with torch.no_grad():
             blank = e.patch_embed.weight.new_zeros(1, 3, side, side)
-            found['pos_embed'] = e(blank) - e.rms_norm(
-                e.patch_embed(blank).flatten(2).transpose(1, 2)
-            )
+            # the embedding of a black picture without its patches: the positions alone
+            patches = e.rms_norm(e.patch_embed(blank).flatten(2).transpose(1, 2))
+            found['pos_embed'] = e(blank) - patches
     else:
         found['pos_embed'] = e.position_embedding.weight[None]
     own = dict(front.named_parameters())
@@ -211,8 +209,7 @@ def init_from_teacher(front: VoRAFrontEnd, teacher: PreTrainedModel) -> list[str
         if own[name].shape != value.shape:
             raise ValueError(
                 f'{name} has shape {tuple(own[name].shape)} and {tuple(value.shape)} in the '
-                'teacher: use '
-                f'its patch size, width and image size'
+                'teacher: use its patch size, width and image size'
             )
     with torch.no_grad():
         for name, value in found.items():

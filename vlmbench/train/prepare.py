@@ -162,17 +162,11 @@ class TrainPlan:
     def table(self) -> pd.DataFrame:
         """The freeze table: one row per module group (group, tune, blocks, parameters, trainable,
         share, lr)."""
-        rows = [
-            dict(
-                group=g.group,
-                tune=str(g.tune),
-                blocks=block_ranges(g.blocks),
-                parameters=g.parameters,
-                trainable=sum(p.numel() for p in g.trained.values()),
-                lr=g.lr,
-            )
-            for g in self.groups
-        ]
+        rows = []
+        for g in self.groups:
+            row = dict(group=g.group, tune=str(g.tune), blocks=block_ranges(g.blocks))
+            trainable = sum(p.numel() for p in g.trained.values())
+            rows.append(dict(row, parameters=g.parameters, trainable=trainable, lr=g.lr))
         df = pd.DataFrame(rows)
         df.insert(5, 'share', df.trainable / df.parameters.clip(lower=1))
         return df
