@@ -99,8 +99,9 @@ def prune_outside(
         order = prune_order(scores(frame, importance, token_set), region)[:k]
     return (prune(model, order) if order else model), order
 
-
+# %% ../../nbs/analysis/45_prune.ipynb #cf417795
 def _measured_order(model, region, k, batches, iterative, measure):
+    # original numbers; their index is the position in the decoder that is left
     left, gone, current = list(range(len(find_decoder(model)))), [], model
     while len(gone) < k:
         s = measure(current, batches)
@@ -108,7 +109,8 @@ def _measured_order(model, region, k, batches, iterative, measure):
             raise ValueError(
                 f'importance returned scores of {list(s.index)} for a decoder of {len(left)} layers'
             )
-        order = [left[i] for i in prune_order(s, [left.index(i) for i in region])]
+        kept = [left.index(layer) for layer in region]
+        order = [left[position] for position in prune_order(s, kept)]
         if not iterative:
             return order[:k]
         gone.append(order[0])

@@ -203,9 +203,9 @@ def collecting_rows(decoder: Decoder, collect):
     """Call `collect(layer, query, key, mask, scaling, extra)` for every attention call of the
     decoder's layers, which run on sdpa meanwhile."""
     watched = {id(m): i for i, layer in enumerate(decoder.layers) for m in layer.modules()}
-    configs = {
-        id(c): c for m in decoder.stack.modules() if (c := getattr(m, 'config', None)) is not None
-    }.values()
+    # modules share configs: by id, so that each is changed and put back once
+    owned = [getattr(module, 'config', None) for module in decoder.stack.modules()]
+    configs = {id(config): config for config in owned if config is not None}.values()
     before = [(c, c._attn_implementation) for c in configs]
     eager = decoder.config._attn_implementation == 'eager'
     local, plain = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS['sdpa']
@@ -320,9 +320,8 @@ def _update(self, states):
         )
     self.layers = tuple(l for l in states.layers if l in self.layer_rows)
     # [queries, layers, heads, 4]
-    mass, share = (
-        torch.stack([self.layer_rows[l][i] for l in self.layers], 1).double() for i in (0, 1)
-    )
+    masses, shares = zip(*(self.layer_rows[layer] for layer in self.layers))
+    mass, share = torch.stack(masses, 1).double(), torch.stack(shares, 1).double()
     mean = mass.mean(2)
     ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.0)
     row, col = self.chosen.nonzero(as_tuple=True)[0], self.queries[self.chosen]

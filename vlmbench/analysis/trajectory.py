@@ -39,13 +39,15 @@ def lens_values(states: States, mask: Tensor, chunk: int | None = None) -> dict[
             'the lens needs a target at every position; choose a *_predicting token set'
         )
     chunk = chunk or (2**18 if at.device.type == 'cpu' else 2**24)
-    parts = [
-        _lens_chunk([h[i] for h in states.hidden], states.targets[i], d)
-        for i in at.split(max(8, chunk // d.config.vocab_size))
-    ]
-    values = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
-    if parts:
-        states.cache['lens'] = (mask, values)
+    parts = []
+    for i in at.split(max(8, chunk // d.config.vocab_size)):
+        parts.append(_lens_chunk([h[i] for h in states.hidden], states.targets[i], d))
+    if not parts:
+        return {}
+    values = {}
+    for name in parts[0]:
+        values[name] = torch.cat([part[name] for part in parts])
+    states.cache['lens'] = (mask, values)
     return values
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #1451a987

@@ -106,29 +106,38 @@ def _described(folder):
     with torch.device('meta'):
         return layer_weights(auto.from_config(config))
 
+# %% ../../nbs/analysis/12_weights.ipynb #8ddd2cda
+def _without_adapters(layer):
+    "The weights of a layer under their plain names, whether or not adapters are put on."
+    return {
+        name.replace('.base_layer.', '.'): weight
+        for name, weight in layer.items()
+        if 'lora_' not in name
+    }
+
+
+def _same_names(layers, want):
+    return all(layers[number].keys() == want[number].keys() for number in want)
+
+
+def _same_shapes(source, layers, want):
+    for number, names in layers.items():
+        if any(source[full].shape != want[number][name].shape for name, full in names.items()):
+            return False
+    return True
+
 
 def _decoder_prefix(source, found, like):
     """The one prefix in `found` whose layers have the depth, names and shapes of `like`, whose
     adapters do not count."""
     fits = []
     if like is not None:
-        plain = lambda layer: {
-            k.replace('.base_layer.', '.'): v for k, v in layer.items() if 'lora_' not in k
-        }
-        want = {l: plain(layer) for l, layer in like.items()}
+        want = {number: _without_adapters(layer) for number, layer in like.items()}
         fits = [p for p, layers in found.items() if layers.keys() == want.keys()]
-        same = [p for p in fits if all(found[p][l].keys() == want[l].keys() for l in want)]
+        same = [prefix for prefix in fits if _same_names(found[prefix], want)]
         fits = same if same or len(fits) != 1 else fits  # other names: `check_same_base` names them
         if len(fits) > 1:
-            fits = [
-                p
-                for p in fits
-                if all(
-                    source[n].shape == want[l][k].shape
-                    for l in want
-                    for k, n in found[p][l].items()
-                )
-            ]
+            fits = [prefix for prefix in fits if _same_shapes(source, found[prefix], want)]
     if len(fits) == 1:
         return fits[0]
     reason = (

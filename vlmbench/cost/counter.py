@@ -572,7 +572,7 @@ def inference_cost(
         peak=_size(static) + meter.peak,
         tokens=work.tokens,
         image_tokens=n,
-        parameters=sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        parameters=sum(p.numel() for p in model.parameters()),  # tied weights count once
     )
 
 

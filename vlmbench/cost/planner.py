@@ -388,11 +388,11 @@ def cost_figure(plans: Mapping[str, pd.DataFrame], width: float = 11.2):
     for ax, colors, unit in zip(axes, kinds, ('FLOP', 'B')):
         left = [0.0] * len(rows)
         for k, color in colors.items():
-            v = [
-                getattr(r, k)
-                * (r.total / sum(getattr(r, x) for x in kinds[0]) if unit == 'FLOP' else 1)
-                for _, r in rows
-            ]
+            v = []
+            for _, r in rows:
+                # the parts are those of one micro-batch: scaled to `total`, the whole stage's
+                micro = sum(getattr(r, kind) for kind in kinds[0])
+                v.append(getattr(r, k) * (r.total / micro if unit == 'FLOP' else 1))
             ax.barh(
                 range(len(rows)),
                 v,

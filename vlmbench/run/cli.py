@@ -111,8 +111,17 @@ def runs_table(entries: Sequence[Mapping]) -> str:
         return tuple('' if c is None else str(c) for c in cells)
 
     rows = [head, *map(show, entries)]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
+    return '\n'.join(_columns(rows))
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    "Lines of left-aligned cells, two blanks between columns."
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append('  '.join(padded).rstrip())
+    return lines
 
 
 @app.command()
@@ -195,14 +204,10 @@ def method_page(name: str) -> str:
 
 def _aligned(table) -> str:
     "A table as left-aligned text, two blanks between columns."
-    rows = [
-        list(map(str, table.columns)),
-        *(map(str, row) for row in table.itertuples(index=False)),
-    ]
-    rows = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    texts = ['  '.join(cell.ljust(w) for cell, w in zip(row, widths)) for row in rows]
-    return '\n'.join('  ' + text.rstrip() for text in texts)
+    rows = [list(map(str, table.columns))]
+    for row in table.itertuples(index=False):
+        rows.append(list(map(str, row)))
+    return '\n'.join('  ' + line for line in _columns(rows))
 
 
 @app.command()

@@ -173,7 +173,9 @@ def parameter_help(declared: Mapping[str, Parameter]) -> str:
     rows = [(p.name, str(p.type), repr(p.default), p.help) for p in declared.values()]
     if not rows:
         return '(no parameters)'
-    w = [max(len(r[i]) for r in rows) for i in range(3)]
-    return '\n'.join(
-        '  '.join([*(r[i].ljust(w[i]) for i in range(3)), r[3]]).rstrip() for r in rows
-    )
+    widths = [max(map(len, column)) for column in list(zip(*rows))[:3]]
+    lines = []
+    for *cells, text in rows:  # the help stands last and is not padded
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        lines.append('  '.join([*padded, text]).rstrip())
+    return '\n'.join(lines)

@@ -194,8 +194,8 @@ SHAPES = ((672, 672), (504, 672), (672, 504), (392, 672), (672, 308), (84, 672))
 def mixed_pictures(images: int, canvas: int = 672) -> tuple[Tensor, Tensor]:
     """Noise in the top left corners of `images` canvases `[images, 3, canvas, canvas]`, and height
     and width of each in px: `SHAPES`, scaled to the canvas, sides multiples of 28."""
-    scaled = [[side * canvas // 672 // 28 * 28 for side in shape] for shape in SHAPES]
-    sizes = torch.tensor([scaled[i % len(scaled)] for i in range(images)])
+    shapes = torch.tensor(SHAPES) * canvas // 672 // 28 * 28
+    sizes = shapes[torch.arange(images) % len(SHAPES)]
     pixels = torch.zeros(images, 3, canvas, canvas)
     for picture, (height, width) in zip(pixels, sizes.tolist()):
         picture[:, :height, :width] = torch.randn(3, height, width)
@@ -336,7 +336,9 @@ def drop_one_speed(
     checked by a further pass. `planned`: the ratio in FLOPs."""
     model = analysis_model(layers, hidden, vocab, device)
     made = [analysis_batch(vocab, seed=i, **sizes) for i in range(batches)]
-    data = [{k: v.to(device) for k, v in batch.items()} for batch in made]
+    data = []
+    for batch in made:
+        data.append({name: tensor.to(device) for name, tensor in batch.items()})
     pruned = [prune(model, [i]) for i in range(layers)]
 
     def naive() -> None:
