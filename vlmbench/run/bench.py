@@ -92,6 +92,12 @@ def minutes(seconds: float | None) -> str:
     return '?' if seconds is None else f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 # %% ../../nbs/run/20_bench.ipynb #2b74efc4
+def _unfinished(run: BenchRun) -> bool:
+    "Whether the folder holds a run that stopped early: training goes on from its checkpoint."
+    old = Manifest(run.folder)
+    return old.path.exists() and old.status() in ('preempted', 'lost', 'failed')
+
+# %% ../../nbs/run/20_bench.ipynb #4e735d7d
 def bench(
     methods: Sequence[str],
     seeds: int = 1,
@@ -124,11 +130,9 @@ def bench(
             f'{head}: {minutes(time.perf_counter() - began)} min gone, about '
             f'{minutes(clock.left(runs[i:]))} min to go'
         )
-        start, old = time.perf_counter(), Manifest(r.folder)
-        unfinished = (
-            resume and old.path.exists() and old.status() in ('preempted', 'lost', 'failed')
-        )
-        code = run('train', r.params, r.folder, overwrite=not unfinished, progress=False, echo=echo)
+        start = time.perf_counter()
+        fresh = not (resume and _unfinished(r))
+        code = run('train', r.params, r.folder, overwrite=fresh, progress=False, echo=echo)
         if code in (EXIT_CODES['preempted'], EXIT_CODES['interrupted']):
             say(f'{head}: stopped; `vlmbench bench --resume` goes on from here')
             return code
@@ -140,19 +144,11 @@ def bench(
     good = [str(r.folder) for r in runs if r not in failed]
     if not good:
         return 1
-    code = run(
-        'compare',
-        dict(runs=good, report=str(out)),
-        out / 'compare',
-        overwrite=True,
-        progress=False,
-        echo=echo,
-    )
+    wanted = dict(runs=good, report=str(out))
+    code = run('compare', wanted, out / 'compare', overwrite=True, progress=False, echo=echo)
     for r in failed:
         say(f'FAILED: {r.method} seed {r.seed}, see {r.folder}')
     if not code:
-        say(
-            f'report: {(out / "report.html").resolve()} ({minutes(time.perf_counter() - began)} '
-            'min)'
-        )
+        took = minutes(time.perf_counter() - began)
+        say(f'report: {(out / "report.html").resolve()} ({took} min)')
     return 1 if failed or code else 0

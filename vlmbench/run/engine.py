@@ -111,6 +111,26 @@ def _run_folder(
     return parent if parent.resolve() != Path.cwd() else default_folder(name, full)
 
 
+def _started(
+    nb: Any, input_path: str | None, output_path: str | None, overwrite: bool
+) -> tuple[Manifest, dict, dict[str, Any]]:
+    """The manifest of a run that begins, what it holds, and the checked parameters. Raises
+    `ParameterError` for wrong ones and for a run folder that is taken."""
+    name = Path(input_path or 'notebook.ipynb').stem
+    declared = notebook_parameters(nb, name)
+    values = check_parameters(declared, nb.metadata.papermill.get('parameters', {}), name)
+    folder = _run_folder(name, declared, values, output_path)
+    if 'out' in declared:
+        values['out'] = str(folder)
+    manifest, full = Manifest(folder), {k: p.default for k, p in declared.items()} | values
+    told = dict(input=str(input_path), output=str(output_path), engine='vlmbench')
+    try:
+        state = manifest.start(name, full, overwrite, **told)
+    except RunFolderError as e:
+        raise ParameterError(str(e)) from None
+    return manifest, state, values
+
+# %% ../../nbs/run/00_engine.ipynb #d6af2b09
 def _inject(nb: Any, kernel_name: str, values: Mapping[str, Any]) -> None:
     """Rewrites papermill's injected cell with the checked, properly typed values (or adds it behind
     the declaration)."""
@@ -130,7 +150,7 @@ def _inject(nb: Any, kernel_name: str, values: Mapping[str, Any]) -> None:
         )
     nb.metadata.papermill['parameters'] = dict(values)
 
-
+# %% ../../nbs/run/00_engine.ipynb #834ba72b
 class VlmbenchEngine:
     """Papermill engine `vlmbench`: papermill's own, with checked parameters, forwarded signals and
     a run manifest."""
@@ -166,24 +186,7 @@ class VlmbenchEngine:
         `RunStopped`, `DeadKernelError`; a failing cell is raised by papermill itself."""
         from vlmbench.run.client import Signals
 
-        name = Path(input_path or 'notebook.ipynb').stem
-        declared = notebook_parameters(nb, name)
-        values = check_parameters(declared, nb.metadata.papermill.get('parameters', {}), name)
-        folder = _run_folder(name, declared, values, output_path)
-        if 'out' in declared:
-            values['out'] = str(folder)
-        manifest, full = Manifest(folder), {k: p.default for k, p in declared.items()} | values
-        try:
-            state = manifest.start(
-                name,
-                full,
-                overwrite,
-                input=str(input_path),
-                output=str(output_path),
-                engine='vlmbench',
-            )
-        except RunFolderError as e:
-            raise ParameterError(str(e)) from None
+        manifest, state, values = _started(nb, input_path, output_path, overwrite)
         status, reason, error, signals = 'failed', None, None, Signals(_grace(grace))
         heart = Heartbeat(manifest)
         heart.start()
@@ -201,14 +204,14 @@ class VlmbenchEngine:
             raise
         finally:
             heart.stop()
+            # data loader workers survive a kernel that was killed, and would hold its memory
             manifest.update(
                 signals=signals.received,
                 killed_processes=kill_run(state['id']),
                 missed_heartbeats=heart.missed,
             )
-            reason = (
-                manifest.read()['reason'] or reason
-            )  # the notebook's own word about its end comes first
+            # the notebook's own word about its end comes first
+            reason = manifest.read()['reason'] or reason
             manifest.finish(status, reason, 138 if _dead(error) and status == 'failed' else None)
         if status in ('preempted', 'interrupted'):
             raise RunStopped(status, reason)
@@ -216,9 +219,28 @@ class VlmbenchEngine:
             raise error
         return nb
 
-
+# %% ../../nbs/run/00_engine.ipynb #ad8530fc
 def _grace(seconds: float | None) -> float:
     return float(os.environ.get('VLMBENCH_GRACE', 300)) if seconds is None else seconds
+
+
+def _kernel_environment(manifest: Manifest, run_id: str) -> dict[str, str]:
+    "Our environment and where the notebook's `Run` finds its manifest."
+    return os.environ | {
+        'VLMBENCH_RUN_FOLDER': str(manifest.folder.resolve()),
+        'VLMBENCH_RUN_ID': run_id,
+        'VLMBENCH_NOTEBOOK': manifest.read()['notebook'],
+    }
+
+
+def _close_cells(nb: Any, man: Any) -> bool:
+    "Mark the cells that were not reached; returns whether every cell was executed."
+    states = [cell.metadata.papermill for cell in nb.cells]
+    finished = all(state['status'] == man.COMPLETED for state in states)
+    for state in states:  # papermill would call these completed
+        if state['status'] == man.PENDING:
+            state['status'] = 'not run'
+    return finished
 
 
 def _execute(
@@ -250,11 +272,7 @@ def _execute(
         progress_bar=progress_bar,
         autosave_cell_every=autosave_cell_every,
     )
-    env = os.environ | {
-        'VLMBENCH_RUN_FOLDER': str(manifest.folder.resolve()),
-        'VLMBENCH_RUN_ID': run_id,
-        'VLMBENCH_NOTEBOOK': manifest.read()['notebook'],
-    }
+    env = _kernel_environment(manifest, run_id)
     man.notebook_start()
     try:
         with (manifest.folder / 'output.log').open('a', encoding='utf8') as sink:
@@ -277,11 +295,7 @@ def _execute(
                     raise
                 client.error = e
     finally:
-        states = [c.metadata.papermill for c in nb.cells]
-        finished = all(s['status'] == man.COMPLETED for s in states)
-        for s in states:  # papermill would call these completed
-            if s['status'] == man.PENDING:
-                s['status'] = 'not run'
+        finished = _close_cells(nb, man)
         man.cleanup_pbar()
         man.notebook_complete()
     return client.error, finished
@@ -367,7 +381,7 @@ def run_notebook(
         )
     return 0
 
-
+# %% ../../nbs/run/00_engine.ipynb #b310d87b
 @contextmanager
 def _checked_already() -> Iterator[None]:
     """Without papermill's own remarks about parameters: its pattern knows fewer types than ours,
