@@ -53,6 +53,17 @@ _STREAMED = {
 }
 
 
+def _check_series(scores: pd.Series, depth: int, iterative: bool) -> None:
+    if iterative:
+        raise ValueError(
+            'scores given as a series cannot be measured again: iterative takes a function'
+        )
+    if sorted(scores.index) != list(range(depth)):
+        raise ValueError(
+            f'importance scores cover layers {list(scores.index)}, the decoder has 0..{depth - 1}'
+        )
+
+# %% ../../nbs/analysis/45_prune.ipynb #f5a6a05e
 def prune_outside(
     model: PreTrainedModel,
     region: Sequence[int],
@@ -78,15 +89,7 @@ def prune_outside(
             f'importance {importance!r}: expected one of {list(_STREAMED)}, a series, or a function'
         )
     if isinstance(importance, pd.Series):
-        if iterative:
-            raise ValueError(
-                'scores given as a series cannot be measured again: iterative takes a function'
-            )
-        if sorted(importance.index) != list(range(depth)):
-            raise ValueError(
-                f'importance scores cover layers {list(importance.index)}, the decoder has '
-                f'0..{depth - 1}'
-            )
+        _check_series(importance, depth, iterative)
         order = prune_order(importance, region)[:k]
     elif callable(importance):
         order = _measured_order(model, region, k, batches, iterative, importance)

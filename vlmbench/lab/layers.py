@@ -205,13 +205,8 @@ def measure(
         frames.append(gradient_scores(model, batches, unit='batch'))
     frame = pd.concat(frames, ignore_index=True)
     found = rankings(frame)
-    trajectory = next(m for m in metrics if isinstance(m, Trajectory))
+    curves, transition = _late_phase(metrics, left)
     similarity = next(m for m in metrics if isinstance(m, CKA))
-    curves = trajectory.curves if trajectory.count else {}
-    enough = curves and len(curves['vocabulary']) >= 4
-    # the transition is read from medians and spreads over samples: four at the least
-    if not enough:
-        left.append('the transition point: fewer than 4 samples with text')
     return LayerScores(
         frame,
         tuple(range(depth)),
@@ -223,12 +218,23 @@ def measure(
         found,
         agreement(found, k),
         _stable(result.snapshots, k),
-        transition_point(curves['vocabulary'], 0.02) if enough else None,
+        transition,
         picked,
         loss,
         gone,
         left,
     )
+
+# %% ../../nbs/lab/15_layers.ipynb #906f368e
+def _late_phase(metrics: Sequence, left: list[str]) -> tuple[dict, Transition | None]:
+    "The trajectory's curves, and the suggested transition where there are enough samples."
+    trajectory = next(m for m in metrics if isinstance(m, Trajectory))
+    curves = trajectory.curves if trajectory.count else {}
+    # the transition is read from medians and spreads over samples: four at the least
+    if not curves or len(curves['vocabulary']) < 4:
+        left.append('the transition point: fewer than 4 samples with text')
+        return curves, None
+    return curves, transition_point(curves['vocabulary'], 0.02)
 
 
 def _region_size(share: int | float, depth: int) -> int:
