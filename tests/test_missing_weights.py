@@ -23,6 +23,7 @@ from vlmbench.checkpoints import eve, llava, vora
 from vlmbench.checkpoints.load import LoadError, convert, load_vlm
 from vlmbench.data.image import ImageTransform
 from vlmbench.data.scene import world_tokenizer
+from vlmbench.lab.calibration import load_any
 from vlmbench.models.vision_lora import LoRASettings
 from vlmbench.models.vlm import build_vlm
 from vlmbench.run.engine import run_notebook
@@ -278,6 +279,36 @@ def test_a_loaded_model_with_weights_that_have_no_values():
     with torch.device('meta'):  # one that has none at all is there to be counted
         llm = AutoModelForCausalLM.from_config(llm.config)
     build_vlm(llm, None, FRONTS['eve'], world_tokenizer(), 'world', ImageTransform('pad', 16))
+
+
+# -------------------------------------------------------------------------------------------------
+# layer analysis
+def test_a_model_to_be_analysed(tmp_path):
+    language().save_pretrained(tmp_path / 'text')
+    world_tokenizer().save_pretrained(tmp_path / 'text')
+    for part in built('llava'):
+        part.save_pretrained(tmp_path / 'pictures')
+    for folder in ('text', 'pictures'):
+        refuses_each(tmp_path / folder, load=load_any, kind=ValueError)
+
+
+def test_adapters_to_be_analysed(tmp_path):
+    llm = language()
+    llm.save_pretrained(tmp_path / 'base')
+    world_tokenizer().save_pretrained(tmp_path / 'base')
+    adapted = get_peft_model(llm, LoraConfig(r=2, target_modules=['q_proj', 'up_proj']))
+    adapted.save_pretrained(tmp_path / 'lora')
+
+    def load(folder):
+        return load_any(tmp_path / 'base', adapters=folder)
+
+    refuses_each(
+        tmp_path / 'lora',
+        file='adapter_model.safetensors',
+        load=load,
+        kind=ValueError,
+        said=lambda name: name.removesuffix('.weight'),
+    )
 
 
 # -------------------------------------------------------------------------------------------------

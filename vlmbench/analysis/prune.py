@@ -53,6 +53,17 @@ _STREAMED = {
 }
 
 
+def _check_series(scores: pd.Series, depth: int, iterative: bool) -> None:
+    if iterative:
+        raise ValueError(
+            'scores given as a series cannot be measured again: iterative takes a function'
+        )
+    if sorted(scores.index) != list(range(depth)):
+        raise ValueError(
+            f'importance scores cover layers {list(scores.index)}, the decoder has 0..{depth - 1}'
+        )
+
+# %% ../../nbs/analysis/45_prune.ipynb #f5a6a05e
 def prune_outside(
     model: PreTrainedModel,
     region: Sequence[int],
@@ -78,15 +89,7 @@ def prune_outside(
             f'importance {importance!r}: expected one of {list(_STREAMED)}, a series, or a function'
         )
     if isinstance(importance, pd.Series):
-        if iterative:
-            raise ValueError(
-                'scores given as a series cannot be measured again: iterative takes a function'
-            )
-        if sorted(importance.index) != list(range(depth)):
-            raise ValueError(
-                f'importance scores cover layers {list(importance.index)}, the decoder has '
-                f'0..{depth - 1}'
-            )
+        _check_series(importance, depth, iterative)
         order = prune_order(importance, region)[:k]
     elif callable(importance):
         order = _measured_order(model, region, k, batches, iterative, importance)
@@ -99,8 +102,9 @@ def prune_outside(
         order = prune_order(scores(frame, importance, token_set), region)[:k]
     return (prune(model, order) if order else model), order
 
-
+# %% ../../nbs/analysis/45_prune.ipynb #cf417795
 def _measured_order(model, region, k, batches, iterative, measure):
+    # original numbers; their index is the position in the decoder that is left
     left, gone, current = list(range(len(find_decoder(model)))), [], model
     while len(gone) < k:
         s = measure(current, batches)
@@ -108,7 +112,8 @@ def _measured_order(model, region, k, batches, iterative, measure):
             raise ValueError(
                 f'importance returned scores of {list(s.index)} for a decoder of {len(left)} layers'
             )
-        order = [left[i] for i in prune_order(s, [left.index(i) for i in region])]
+        kept = [left.index(layer) for layer in region]
+        order = [left[position] for position in prune_order(s, kept)]
         if not iterative:
             return order[:k]
         gone.append(order[0])

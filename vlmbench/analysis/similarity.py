@@ -88,14 +88,17 @@ class CKA(StreamMetric):
                 continue
             mask = states.sets[k] & ~self._first(states) if self.drop_first else states.sets[k]
             at = mask.nonzero()[:, 0]
-            if len(at) < 4:
+            if len(at) < 4:  # the debiased estimator divides by n - 3
                 self.skipped[k] = self.skipped.get(k, 0) + 1
                 continue
             if self.max_tokens and len(at) > self.max_tokens:
                 chosen = np.sort(self.rng.choice(len(at), self.max_tokens, replace=False))
                 at = at[torch.from_numpy(chosen).to(at.device)]
+            # [states, tokens, hidden] -> biased and debiased HSIC, [2, states, states]
             h = torch.stack(hsic_matrices(torch.stack([s[at] for s in states.hidden])))
             total, batches, n, m = self.sums.get(k, (0.0, 0, 0, Moments()))
+            # the value is the ratio of sums over batches: a mean of ratios would be biased.
+            # The ratios of single batches serve for the standard error alone
             one = torch.stack([cka_from_hsic(h[0]), cka_from_hsic(h[1])])
             if one.isfinite().all():
                 m.add(one[None], torch.zeros(1, dtype=torch.long, device=h.device))
@@ -203,9 +206,9 @@ def collecting_rows(decoder: Decoder, collect):
     """Call `collect(layer, query, key, mask, scaling, extra)` for every attention call of the
     decoder's layers, which run on sdpa meanwhile."""
     watched = {id(m): i for i, layer in enumerate(decoder.layers) for m in layer.modules()}
-    configs = {
-        id(c): c for m in decoder.stack.modules() if (c := getattr(m, 'config', None)) is not None
-    }.values()
+    # modules share configs: by id, so that each is changed and put back once
+    owned = [getattr(module, 'config', None) for module in decoder.stack.modules()]
+    configs = {id(config): config for config in owned if config is not None}.values()
     before = [(c, c._attn_implementation) for c in configs]
     eager = decoder.config._attn_implementation == 'eager'
     local, plain = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS['sdpa']
@@ -261,22 +264,17 @@ class ImageAttention(StreamMetric):
         if not wanted.any():
             return
         count = wanted.sum(1)
-        at = (
-            torch.where(wanted, torch.arange(t, device=wanted.device), t)
-            .sort(1)
-            .values[:, : int(count.max())]
-        )
+        # positions of the wanted queries, [batch, most queries of a row], -1 where there are fewer
+        positions = torch.where(wanted, torch.arange(t, device=wanted.device), t).sort(1).values
+        at = positions[:, : int(count.max())]
         self.queries = torch.where(at < t, at, -1)
-        self.segments = torch.stack(
-            [s.float() for s in self._segments(tokens)], -1
-        )  # [batch, keys, 4]
+        segments = [segment.float() for segment in self._segments(tokens)]
+        self.segments = torch.stack(segments, -1)  # [batch, keys, 4]
         self.chosen = self.queries >= 0
 
     def _segments(self, tokens):
-        answer, after = (
-            tokens.masks.get('answer', torch.zeros_like(tokens.image)),
-            tokens.masks['text_after_image'],
-        )
+        after = tokens.masks['text_after_image']
+        answer = tokens.masks.get('answer', torch.zeros_like(tokens.image))
         rest = tokens.masks['text'] & ~answer
         return rest & ~after, tokens.image, rest & after, answer
 
@@ -297,14 +295,11 @@ class ImageAttention(StreamMetric):
                 visible = torch.arange(keys, device=at.device) <= at[..., None]
             else:
                 rows = _mask_rows(mask, at, keys)
-                visible = (
-                    rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
-                ).any(1)
-            share = (
-                visible.float()
-                @ self.segments[:, :keys]
-                / visible.sum(-1, keepdim=True).clamp(min=1)
-            )
+                if rows.dtype != torch.bool:  # an additive mask: hidden keys are near its minimum
+                    rows = rows > torch.finfo(rows.dtype).min / 2
+                visible = rows.any(1)
+            seen = visible.float() @ self.segments[:, :keys]  # [batch, queries, 4]
+            share = seen / visible.sum(-1, keepdim=True).clamp(min=1)
             self.shares[id(mask)] = mask, share[self.chosen]  # kept: the id stays its own
         return self.shares[id(mask)][1]
 
@@ -320,9 +315,8 @@ def _update(self, states):
         )
     self.layers = tuple(l for l in states.layers if l in self.layer_rows)
     # [queries, layers, heads, 4]
-    mass, share = (
-        torch.stack([self.layer_rows[l][i] for l in self.layers], 1).double() for i in (0, 1)
-    )
+    masses, shares = zip(*(self.layer_rows[layer] for layer in self.layers))
+    mass, share = torch.stack(masses, 1).double(), torch.stack(shares, 1).double()
     mean = mass.mean(2)
     ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.0)
     row, col = self.chosen.nonzero(as_tuple=True)[0], self.queries[self.chosen]

@@ -383,6 +383,7 @@ class _Capture:
         def hook(module, args, kwargs):
             x = args[0] if args else kwargs['hidden_states']
             self.fired.append(i)
+            # the tensor is kept, not copied; its version tells whether a layer wrote into it
             self.hidden[i] = x, x._version
             self.kwargs[i] = args[1:], {k: v for k, v in kwargs.items() if k != 'hidden_states'}
 
@@ -403,15 +404,14 @@ class _Capture:
         if tuple(self.fired) != tuple(self.layers):
             raise ValueError(
                 f'layers ran in the order {self.fired} instead of {list(self.layers)}: this model '
-                'does '
-                'not run each layer once'
+                'does not run each layer once'
             )
         kept = [*self.hidden.values(), self.left[self.layers[-1]]]
         if any(x._version != v for x, v in kept):
             raise ValueError('a layer changed its input in place; states are lost')
         return [x for x, _ in kept]
 
-
+# %% ../../nbs/analysis/00_streams.ipynb #def94613
 def capture(
     model: nn.Module, batch: Mapping, skip: Sequence[int] = (), decoder: Decoder | None = None
 ):

@@ -436,7 +436,7 @@ def training_cost(
         parts={part: asdict(flops) for part, flops in meter.flops.items()},
     )
 
-
+# %% ../../nbs/cost/10_counter.ipynb #68dc0c22
 def _check(params, precision):
     "The parameters that train, without gradients."
     if any(p.device.type != 'meta' for p in params):
@@ -518,7 +518,7 @@ class InferenceCost:
         "Everything for an answer of `new_tokens` tokens (the first comes with the prefill)."
         return self.vision + self.prefill + max(0, new_tokens - 1) * self.per_token
 
-
+# %% ../../nbs/cost/10_counter.ipynb #606275b6
 @torch.no_grad()
 def inference_cost(
     model: VLMForConditionalGeneration,
@@ -544,24 +544,15 @@ def inference_cost(
         batch = _batch(model, work, 'meta')
         if 'pixel_values' in batch:
             batch['pixel_values'] = batch['pixel_values'].to(model.dtype)
-        mask = _mask(
-            model,
-            Workload(1, work.tokens, images, height, width, packed=False),
-            model.dtype,
-            kernel,
-            'meta',
-        )
+        prompt = Workload(1, work.tokens, images, height, width, packed=False)
+        mask = _mask(model, prompt, model.dtype, kernel, 'meta')
         out, _ = _decode(model, meter, batch, mask, use_cache=True)
         model.lm_head(out.last_hidden_state[:, -1:])
         cache = out.past_key_values
+        # read before the next token: it would make the cache one longer
         size, done = _cache_bytes(cache), _forward(meter)
-        _decode(
-            model,
-            meter,
-            dict(input_ids=torch.zeros(1, 1, dtype=torch.long)),
-            cache=cache,
-            use_cache=True,
-        )
+        one_token = dict(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        _decode(model, meter, one_token, cache=cache, use_cache=True)
         meter.part = 'lm_head'
         model.lm_head(out.last_hidden_state[:, -1:])
     seen = meter.flops.get('vision', Flops()).forward
@@ -574,7 +565,7 @@ def inference_cost(
         peak=_size(static) + meter.peak,
         tokens=work.tokens,
         image_tokens=n,
-        parameters=sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        parameters=sum(p.numel() for p in model.parameters()),  # tied weights count once
     )
 
 

@@ -199,6 +199,7 @@ def plan(
         cost = training_cost(
             state.model, work, terms, precision, kernel, optimizer_bytes, accumulates
         )
+        # micro-batches in a step: a stage is counted with `rows` of a size that the caller chose
         micro = stage.accumulation * stage.batch_rows / work.rows
         steps = stage.steps or max(1, round(stage.budget_targets / (work.targets * micro * ranks)))
         table.append(
@@ -217,7 +218,7 @@ def plan(
         )
     return pd.DataFrame(table)
 
-
+# %% ../../nbs/cost/20_planner.ipynb #80a49e65
 def _check_plan(recipe: Recipe, rows: int | None, data: Any, ranks: int) -> None:
     stages = [stage.name for stage in recipe.stages]
     unknown = sorted(set(data) - set(stages)) if isinstance(data, Mapping) else []
@@ -248,6 +249,7 @@ def _state_bytes(prepared: TrainPlan, terms: Mapping[str, nn.Module]) -> int:
     for term in terms.values():
         if isinstance(term, nn.Module):
             heads += sum(p.numel() for p in term.parameters() if p.requires_grad)
+    # a moment is a float32 whatever the precision of the weights: 4 bytes
     if prepared.stage.optimizer == 'adamw':
         return 8 * (heads + sum(p.numel() for p in prepared.trainable.values()))
     group, total = prepared.group_of(), 8 * heads
@@ -388,11 +390,11 @@ def cost_figure(plans: Mapping[str, pd.DataFrame], width: float = 11.2):
     for ax, colors, unit in zip(axes, kinds, ('FLOP', 'B')):
         left = [0.0] * len(rows)
         for k, color in colors.items():
-            v = [
-                getattr(r, k)
-                * (r.total / sum(getattr(r, x) for x in kinds[0]) if unit == 'FLOP' else 1)
-                for _, r in rows
-            ]
+            v = []
+            for _, r in rows:
+                # the parts are those of one micro-batch: scaled to `total`, the whole stage's
+                micro = sum(getattr(r, kind) for kind in kinds[0])
+                v.append(getattr(r, k) * (r.total / micro if unit == 'FLOP' else 1))
             ax.barh(
                 range(len(rows)),
                 v,

@@ -58,7 +58,7 @@ def canvas_settings(height: int = 440) -> dict:
         hint='Now ask. A click on a marker below puts it into the question.',
     )
 
-
+# %% ../../nbs/demo/20_canvas.ipynb #e3c31468
 def data_url(image: Image.Image, longest: int = 1600) -> str:
     "`image` as a PNG data URL for display, no side above `longest` px."
     shown, out = image.convert('RGB'), io.BytesIO()
@@ -68,7 +68,7 @@ def data_url(image: Image.Image, longest: int = 1600) -> str:
     shown.save(out, 'PNG', compress_level=3)
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
 
-
+# %% ../../nbs/demo/20_canvas.ipynb #85b9654a
 def _prompt_from_mark(mark: Mapping) -> VisualPrompt:
     "A marker from one object of the canvas. Raises `ChatError` saying what is wrong with it."
     if not set(mark) <= {'kind', 'numbers', 'color', 'alpha'}:
@@ -317,7 +317,7 @@ class PointAndAsk:
             self.answer.value = _conversation(self.chat, told)
             self.go.disabled, self.stop.disabled = False, True
 
-
+# %% ../../nbs/demo/20_canvas.ipynb #761f0560
 def point_at_things(model: ChatModel | str | Path, image=None, **settings) -> PointAndAsk:
     """Canvas, question box and streaming answer for a notebook cell. `model`: a `ChatModel`, or the
     folder of one; `image`: a picture or its path. Raises `ImportError` naming the extra where

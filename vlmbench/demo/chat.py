@@ -120,6 +120,7 @@ def _check_form(kind, numbers):
 
 # %% ../../nbs/demo/00_chat.ipynb #a32fc822
 def _box_curve(l, t, r, b):
+    # a cubic Bezier: its inner control points lie half a height outside, the curve does not
     return (
         (l, (t + b) / 2),
         (l + (r - l) / 3, t - (b - t) / 2),
@@ -130,10 +131,8 @@ def _box_curve(l, t, r, b):
 
 def _arrow(tail, tip, width, u):
     length = math.dist(tail, tip)
-    angle, h = (
-        math.atan2(tail[1] - tip[1], tail[0] - tip[0]),
-        min(max(0.25 * length, 8 * u), length),
-    )
+    angle = math.atan2(tail[1] - tip[1], tail[0] - tip[0])
+    h = min(max(0.25 * length, 8 * u), length)  # a head that is seen, never longer than the arrow
     wing = lambda a: (tip[0] + h * math.cos(a), tip[1] + h * math.sin(a))
     return Marker(
         'arrow',
@@ -143,14 +142,15 @@ def _arrow(tail, tip, width, u):
         filled=True,
     )
 
-
+# %% ../../nbs/demo/00_chat.ipynb #2d054c00
 def to_marker(prompt: VisualPrompt, size: tuple[int, int]) -> Marker:
     """The overlay marker of `prompt` in a picture of `size` (width, height) px. Raises `ValueError`
     if it lies outside."""
-    kind, v, u = prompt.kind, prompt.numbers, unit(size)
+    kind, v, u = prompt.kind, prompt.numbers, unit(size)  # u: px in a unit of thickness
     w = max(int((prompt.width or _STROKE.get(kind, 0)) * u), 1)
     points = tuple(zip(v[::2], v[1::2]))
     xs, ys = v[::2], v[1::2]
+    # far outside: a mistake, or an attempt to make the drawing take all memory
     if any(not -n <= x <= 2 * n for values, n in ((xs, size[0]), (ys, size[1])) for x in values):
         raise ValueError(
             f'it reaches further outside the picture of {size[0]}x{size[1]} px than the picture is '
@@ -167,17 +167,13 @@ def to_marker(prompt: VisualPrompt, size: tuple[int, int]) -> Marker:
         x, y, radius = (xs[0] + xs[-1]) / 2, (ys[0] + ys[-1]) / 2, max((prompt.width or 8) * u, 1.5)
         return Marker(kind, ((x - radius, y - radius), (x + radius, y + radius)))
     if kind == 'triangle':
-        return Marker(
-            kind,
-            points if len(points) == 3 else (((v[0] + v[2]) / 2, v[1]), (v[0], v[3]), (v[2], v[3])),
-            w,
-        )
+        if len(points) == 2:  # of a box: apex in the middle of its top, base at its bottom
+            points = ((v[0] + v[2]) / 2, v[1]), (v[0], v[3]), (v[2], v[3])
+        return Marker(kind, points, w)
     if kind == 'scribble':
-        return (
-            Marker(kind, _box_curve(*v), w, samples=max(int(1000 * u), 2))
-            if len(v) == 4
-            else Marker(kind, points, w)
-        )
+        if len(v) == 4:
+            return Marker(kind, _box_curve(*v), w, samples=max(int(1000 * u), 2))
+        return Marker(kind, points, w)
     if kind == 'arrow':
         if len(v) == 4:
             return _arrow(points[0], points[1], w, u)
@@ -195,7 +191,7 @@ def to_marker(prompt: VisualPrompt, size: tuple[int, int]) -> Marker:
     check_region(Region(None, (flat,)), size, kind)
     return Marker(kind, width=w, polygons=(points,))
 
-
+# %% ../../nbs/demo/00_chat.ipynb #069dff8f
 def draw_prompts(image: Image.Image, prompts: Sequence[VisualPrompt]) -> Image.Image:
     "A new RGB picture with every marker blended in order. Raises `ValueError` naming the marker."
     for i, p in enumerate(prompts):
@@ -324,6 +320,7 @@ def _until(streamer, stop):
             yield said
             return
         n = next((n for n in range(len(stop) - 1, 0, -1) if said.endswith(stop[:n])), 0)
+        # the end may be the beginning of `stop`: it waits for the next piece
         held, said = said[len(said) - n :], said[: len(said) - n]
         yield said
     yield held
@@ -347,16 +344,14 @@ class _Sample(LogitsProcessor):
         self.temperature, self.rng = temperature, torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids, scores):
+        # drawn on the CPU: the same seed gives the same words on every device. At u = 0 or 1 the
+        # logarithms would be infinite
         u = torch.rand(scores.shape, generator=self.rng).clamp_(1e-20, 1 - 1e-7)
         return scores.float() / self.temperature - torch.log(-torch.log(u)).to(scores.device)
 
 # %% ../../nbs/demo/00_chat.ipynb #9a5ac633
-_FULL = (
-    'lm_head',
-    'model.vision',
-    'model.vision_tower',
-    'model.multi_modal_projector',
-)  # not in 4 or 8 bits
+# in full precision also under 4 or 8 bits: the head, and what makes image tokens
+_FULL = ('lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_projector')
 
 
 class ChatModel:
@@ -364,12 +359,8 @@ class ChatModel:
     asked."""
 
     def __init__(self, model, processor, name: str = 'model'):
-        self.model, self.processor, self.name, self._lock = (
-            model.eval(),
-            processor,
-            name,
-            threading.Lock(),
-        )
+        self.model, self.processor, self.name = model.eval(), processor, name
+        self._lock = threading.Lock()
         self.stops, self.written = stop_ids(model, processor), written_stop(processor)
 
     @classmethod
@@ -416,7 +407,7 @@ def _room(model, n: int, wanted: int) -> int:
         )
     return min(wanted, limit - n)
 
-
+# %% ../../nbs/demo/00_chat.ipynb #74aa8e7e
 @patch
 def stream(
     self: ChatModel,
@@ -435,7 +426,7 @@ def stream(
     def work():
         try:
             with self._lock, torch.inference_mode():
-                if halt.is_set():
+                if halt.is_set():  # the reader left while this question waited for the lock
                     return
                 inputs = prompt_inputs(self.processor, [Sample('chat', list(turns), list(images))])
                 inputs = {
@@ -444,7 +435,7 @@ def stream(
                 self.model.generate(
                     **inputs,
                     max_new_tokens=_room(self.model, inputs['input_ids'].shape[1], max_new_tokens),
-                    do_sample=False,
+                    do_sample=False,  # `_Sample` draws: the folder's top-k and top-p do not apply
                     num_beams=1,
                     eos_token_id=self.stops,
                     streamer=streamer,
@@ -468,6 +459,7 @@ def stream(
                 started = True
                 yield piece
     finally:
+        # also when the reader closed the generator: the lock has to be free afterwards
         halt.set()
         worker.join()
     if failed and isinstance(failed[0], RuntimeError):
@@ -584,10 +576,11 @@ def ask(self: Chat, question: str, **settings) -> Iterator[str]:
     the history when the answer is complete; a question that fails or is broken off leaves the
     history as it was. Raises `ChatError`."""
     asked, image = refer(question, self.prompts), self._marked
-    texts = [t for e in self.history for t in (('user', e.asked), ('assistant', e.answer))] + [
-        ('user', asked)
-    ]
-    if image is not None:
+    texts = []
+    for past in self.history:
+        texts += [('user', past.asked), ('assistant', past.answer)]
+    texts.append(('user', asked))
+    if image is not None:  # one picture, in front of the first question
         texts[0] = ('user', '<image>\n' + texts[0][1])
     turns = [Turn('system', self.system)] * bool(self.system) + [Turn(*t) for t in texts]
 

@@ -192,7 +192,7 @@ def _picture_column(do: _Handlers) -> tuple[Any, Any, Any]:
         )
     return canvas, upload, examples
 
-
+# %% ../../nbs/demo/10_serve.ipynb #04f1cc78
 def _conversations(do: _Handlers) -> tuple[list, list]:
     "For each side the choice of its model, and its conversation."
     gr, names, boxes, chats = do.gr, list(do.models), [], []
@@ -244,7 +244,7 @@ def _question_row(do: _Handlers) -> tuple[Any, Any, Any, Any]:
         new = gr.Button('New chat', scale=1, min_width=120, elem_id='new')
     return question, ask, stop, new
 
-
+# %% ../../nbs/demo/10_serve.ipynb #8603573e
 def _views(do: _Handlers) -> list:
     "For each side a gallery of what its model saw."
     gr, views = do.gr, []
@@ -312,7 +312,7 @@ def _wire_picture(do: _Handlers, visit: Any, column: tuple, question: Any, shown
     examples.select(open_example, [visit], opened, **_OWN)
     canvas.insert(insert, question, question, **_OWN)
 
-
+# %% ../../nbs/demo/10_serve.ipynb #0b4647bd
 def _chooser(do: _Handlers, side: str) -> Callable:
     def choose(name, visit):
         return do.choose(side, name, visit)
@@ -353,6 +353,7 @@ def build_page(
             [question, canvas, tokens, temperature, visit],
             [question, ask, stop, visit, *chats, *views],
             api_name='ask',
+            # one question at a time over all tabs: models share the device
             concurrency_limit=1,
             concurrency_id='answers',
             show_progress='hidden',

@@ -94,12 +94,9 @@ def _command(chat: Chat, line: str, say: Callable, alpha: int, width: float | No
         say(f'picture: {rest}, {chat.image.width} x {chat.image.height} px')
     elif word == 'region':
         spec, _, color = rest.partition(' ')
-        new = prompts_from_options(
-            [spec],
-            [color.strip()] if color else [list(PALETTE)[len(chat.prompts) % len(PALETTE)]],
-            alpha,
-            width,
-        )
+        # the next colour of the palette, as for regions given on the command line
+        following = list(PALETTE)[len(chat.prompts) % len(PALETTE)]
+        new = prompts_from_options([spec], [color.strip() or following], alpha, width)
         chat.mark(*chat.prompts, *new)
         say(f'marker {len(chat.prompts)}: {new[0].text()}')
     elif word == 'clear':
@@ -118,11 +115,11 @@ def _command(chat: Chat, line: str, say: Callable, alpha: int, width: float | No
         raise ChatError(f'/{word} is no command; /help lists them')
     return True
 
-
+# %% ../../nbs/demo/05_terminal.ipynb #4776f2d8
 def answer(chat: Chat, question: str, out=None, **settings) -> str:
     "Ask and print the answer as it streams; returns it."
     out = out or sys.stdout
-    pieces = chat.ask(question, **settings)
+    pieces = chat.ask(question, **settings)  # a refused question prints nothing
     if odd := unknown_words(chat.model, refer(question, chat.prompts)):
         print(f'(the model does not know the words: {", ".join(odd)})', file=out)
     print(f'{chat.model.name}> ', end='', file=out, flush=True)
@@ -135,7 +132,7 @@ def answer(chat: Chat, question: str, out=None, **settings) -> str:
     )
     return chat.history[-1].answer
 
-
+# %% ../../nbs/demo/05_terminal.ipynb #ca300990
 def converse(
     chat: Chat,
     lines: Iterable[str],
@@ -178,7 +175,7 @@ def _typed():
             print()
             return
 
-
+# %% ../../nbs/demo/05_terminal.ipynb #3cdfd4cf
 def chat_command(
     model: str | Path,
     image: str | Path | None = None,
@@ -208,11 +205,10 @@ def chat_command(
         raise ChatError('--region and --save need a picture: add --image FILE')
     if save:
         check_save(save, image)
-    chat = Chat(
-        None, open_picture(image), prompts, system, max_pixels
-    )  # bad pictures and markers end here,
+    # without its model yet: bad pictures and markers are refused here, then bad questions
+    chat = Chat(None, open_picture(image), prompts, system, max_pixels)
     for q in questions:
-        refer(q, prompts)  # and bad questions
+        refer(q, prompts)
     loaded = chat.model = ChatModel.load(
         model, device, load_4bit, load_8bit, device_map, template=template
     )

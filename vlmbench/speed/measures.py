@@ -299,7 +299,10 @@ def packing_speed(
 
     work = {way: partial(epoch, batches) for way, batches in ways.items()}
     took = time_in_turns(work, rounds, device, clock)
-    targets = {way: sum(int(b['n_targets']) for b in batches) for way, batches in ways.items()}
+    targets = dict.fromkeys(ways, 0)
+    for way, batches in ways.items():
+        targets[way] = sum(int(batch['n_targets']) for batch in batches)
+    # targets, not tokens: padding and prompts are work that teaches nothing
     rate = {way: targets[way] / statistics.median(took[way]) for way in ways}
     largest = {way: max(b, key=lambda batch: batch['input_ids'].numel()) for way, b in ways.items()}
     memory = {way: peak_mb(partial(step, batch), device) for way, batch in largest.items()}

@@ -33,10 +33,15 @@ def stream_peak(
 ) -> float:
     "Peak memory of this process in MB, weights included, for all metrics over so many `batches`."
     model = analysis_model(layers, hidden, vocab, device)
-    made = (analysis_batch(vocab, seed=i, **sizes) for i in range(batches))
-    placed = ({k: v.to(device) for k, v in batch.items()} for batch in made)
+
+    # a generator: a list would hold all batches at once, and the peak would grow with them
+    def placed():
+        for i in range(batches):
+            batch = analysis_batch(vocab, seed=i, **sizes)
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
     with PeakMemory(device) as memory:
-        stream(model, placed, streaming_metrics())
+        stream(model, placed(), streaming_metrics())
     return memory.mb + memory.start / 2**20
 
 
