@@ -7,7 +7,7 @@ __all__ = ['IMAGE', 'BOS', 'EOS', 'CONTENT', 'TARGETS', 'Span', 'pieces', 'check
 
 # %% ../../nbs/data/08_spans.ipynb #d9d5b619
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from .record import Turn
 
@@ -20,11 +20,12 @@ BOS, EOS = '{bos}', '{eos}'  # stand for the tokenizer's own begin and end token
 @dataclass(frozen=True)
 class Span:
     """A piece of a rendered conversation: its text, whether the loss is taken on it, whether it is
-    one control token"""
+    one control token, and whether an answer begins here, where its generation prompt ends"""
 
     text: str
     target: bool = False
     special: bool = False
+    begins: bool = field(default=False, compare=False, repr=False)
 
 # %% ../../nbs/data/08_spans.ipynb #c5ecd0b2
 CONTENT = Span('{content}')
@@ -141,6 +142,9 @@ def _turn_spans(self: ChatTemplate, turns: Sequence[Turn]) -> list[list[Span]]:
         role = roles[t.role]
         # compared by text: the content of an answer is a target, that of a question is not
         block = [Span(text, p.target) if p.text == CONTENT.text else p for p in role]
+        if t.role == 'assistant':
+            first = len(self.opening)
+            block[first] = replace(block[first], begins=True)
         if t.role == 'system' and self.system_inside:
             inside = block
             continue
@@ -176,7 +180,8 @@ def spans(
     def final(i, s):
         # the begin token (i = 0) has no token before it that could predict it
         target = s.target or targets == 'all' or (targets == 'special' and s.special and i > 0)
-        return Span(own.get(s.text, s.text) if s.special else s.text, target, s.special)
+        text = own.get(s.text, s.text) if s.special else s.text
+        return Span(text, target, s.special, s.begins)
 
     return [s for s in map(final, range(len(res)), res) if s.text]
 
