@@ -123,21 +123,24 @@ def assess(
     transform: Transform | None = None,
     check: Callable[[], None] | None = None,
     examples: int = 24,
+    ranks: Any = None,
     **settings: Any,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Asks every task and saves the results under `out/results`. Returns a tidy table (task,
     condition, question type, n, score, low, high) and the summary for the manifest: `score` of the
-    first task and, per task, its accuracies and `retention`. `settings` go to `evaluate`."""
+    first task and, per task, its accuracies and `retention`. `ranks` (all of whom call this) share
+    the questions; `settings` go to `evaluate`."""
     store, rows, summary = Path(out) / 'results', [], {}
     for name, task in tasks.items():
         shown = shown_as(task, transform)
-        ask = dict(out_dir=store, transform=shown, on_batch=checked(check), **settings)
+        ask = dict(out_dir=store, transform=shown, on_batch=checked(check), ranks=ranks, **settings)
         done = {'image': evaluate(model, processor, task, examples=examples, **ask)}
         if task.has_images and blind:
             done['blind'] = evaluate(model, processor, task, blind=True, **ask)
         majority = majority_of_training(task, name, folder, shown)
         if majority is not None:
-            majority.save(store)
+            if ranks is None or ranks.rank == 0:
+                majority.save(store)
             done['majority'] = majority
         entry: dict[str, Any] = {c: round(r.accuracy, 6) for c, r in done.items()}
         entry['n'] = len(task)

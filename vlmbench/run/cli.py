@@ -7,7 +7,7 @@ __all__ = ['app', 'data_app', 'run', 'runs_table', 'runs', 'bench', 'method_page
            'serve', 'convert', 'export', 'main']
 
 # %% ../../nbs/run/10_cli.ipynb #f535365b
-import json, sys
+import json, os, sys
 from pathlib import Path
 from typing import Annotated, Mapping, Optional, Sequence
 
@@ -74,15 +74,24 @@ def run(
             f'{path}\n' + parameter_help(notebook_parameters(load_notebook(path), path.stem))
         )
         return
-    raise typer.Exit(
-        run_notebook(
-            notebook,
-            parse_assignments(assignments or []),
-            overwrite=overwrite,
-            progress=not echo,
-            echo=echo,
-        )
+    rank = os.environ.get('RANK')  # set where torchrun, started by hand, started this
+    if rank not in (None, '0'):
+        from vlmbench.train.launch import follow
+
+        follow()
+        return
+    code = run_notebook(
+        notebook,
+        parse_assignments(assignments or []),
+        overwrite=overwrite,
+        progress=not echo,
+        echo=echo,
     )
+    if rank == '0' and code == 0:
+        from vlmbench.train.launch import end_following
+
+        end_following()
+    raise typer.Exit(code)
 
 # %% ../../nbs/run/10_cli.ipynb #7964d7e1
 def runs_table(entries: Sequence[Mapping]) -> str:
@@ -523,3 +532,8 @@ def main() -> None:
     except ParameterError as e:
         typer.echo(f'error: {e}', err=True)
         sys.exit(e.exit_code)
+
+# %% ../../nbs/run/10_cli.ipynb #e7a0eb1a
+#| eval: false
+if __name__ == '__main__':  # python -m vlmbench.run.cli
+    main()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'refuse_other_recipe', 'train_job', 'evaluate_job']
 
-# %% ../../nbs/run/15_jobs.ipynb #47dd0d32
+# %% ../../nbs/run/15_jobs.ipynb #01a5da34
 import json
 import time
 import warnings
@@ -25,7 +25,7 @@ from ..train.process import Preempted, Ranks, StopFlag
 from ..train.recipe import Recipe
 from ..train.stages import RunResult, run_stages
 
-# %% ../../nbs/run/15_jobs.ipynb #ff1368ac
+# %% ../../nbs/run/15_jobs.ipynb #e56c937f
 class Job:
     """A context in which one rank works in run folder `folder`. `ranks`: who works with it; `stop`:
     set by a signal, by the controller's stop file, or by `stop_flag` where the caller has one."""
@@ -73,7 +73,7 @@ def _add_phase(folder: Path, entry: dict) -> None:
     manifest = Manifest(folder)
     manifest.update(phases=[*manifest.read().get('phases', []), entry])
 
-# %% ../../nbs/run/15_jobs.ipynb #ad29c2fd
+# %% ../../nbs/run/15_jobs.ipynb #a2140a56
 def refuse_other_recipe(
     folder: str | Path, recipe: Recipe, allow_changed: Collection[str] = ()
 ) -> None:
@@ -97,7 +97,7 @@ def refuse_other_recipe(
 def _same(saved: Mapping, now: Mapping, allow: Collection[str], where: str | Path) -> None:
     check_identity(saved, now, allow, str(where))
 
-# %% ../../nbs/run/15_jobs.ipynb #56f0977d
+# %% ../../nbs/run/15_jobs.ipynb #b0b3fde5
 def train_job(
     settings: Mapping[str, Any], data: str, folder: str, stop_flag: Any = None
 ) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def train_job(
         questions, before = _questions(settings, data), {}
         if questions:
             with job.phase('before'):
-                ask = dict(batch_size=settings['batch_size'])
+                ask = dict(batch_size=settings['batch_size'], ranks=job.ranks)
                 before = ask_before(
                     state.model, state.processor, questions, folder, job.check, **ask
                 )
@@ -197,12 +197,13 @@ def _assess(
             before,
             transform,
             job.check,
+            ranks=job.ranks,
             batch_size=settings['batch_size'],
             seed=settings['seed'],
         )
     return dict(table=table.to_dict('records'), summary=summary)
 
-# %% ../../nbs/run/15_jobs.ipynb #2f15c3a0
+# %% ../../nbs/run/15_jobs.ipynb #aa232195
 def evaluate_job(
     settings: Mapping[str, Any], model: str, data: str, folder: str, stop_flag: Any = None
 ) -> dict[str, Any]:
@@ -224,6 +225,7 @@ def evaluate_job(
                 settings['blind'],
                 transform=transform,
                 check=job.check,
+                ranks=job.ranks,
                 batch_size=settings['batch_size'],
                 max_new_tokens=settings['max_new_tokens'],
                 seed=settings['seed'],
