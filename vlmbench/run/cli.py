@@ -533,7 +533,7 @@ def main() -> None:
         typer.echo(f'error: {e}', err=True)
         sys.exit(e.exit_code)
 
-# %% ../../nbs/run/10_cli.ipynb #e7a0eb1a
+# %% ../../nbs/run/10_cli.ipynb #17cded98
 #| eval: false
 if __name__ == '__main__':  # python -m vlmbench.run.cli
     main()

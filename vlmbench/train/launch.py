@@ -7,6 +7,7 @@ __all__ = ['LaunchError', 'Layout', 'find_layout', 'resolve', 'worker', 'leave',
            'launch', 'run_job', 'follow', 'end_following']
 
 # %% ../../nbs/train/30_launch.ipynb #78d48acf
+import atexit
 import ctypes
 import importlib
 import json
@@ -32,7 +33,7 @@ from torch.distributed import run as torchrun
 from ..data.files import write_json
 from .process import STOP_FILE, Preempted
 
-# %% ../../nbs/train/30_launch.ipynb #0db3a319
+# %% ../../nbs/train/30_launch.ipynb #6343d679
 class LaunchError(RuntimeError):
     "A layout that cannot be had, or a rank that failed: the message names which, and why."
 
@@ -52,7 +53,7 @@ class Layout:
         "Processes on all nodes."
         return self.gpus * self.nodes
 
-# %% ../../nbs/train/30_launch.ipynb #e1819e64
+# %% ../../nbs/train/30_launch.ipynb #3729a5b8
 def find_layout(gpus: int | None = None, nodes: int = 1, device: str | None = None) -> Layout:
     """The layout asked for. `gpus`: ranks on each node; None: every GPU that is visible, 1 on a
     CPU. `device`: 'cpu' keeps off the GPUs. Raises `LaunchError` for more ranks than GPUs, several
@@ -144,7 +145,7 @@ def leave() -> None:
         dist.barrier()
         dist.destroy_process_group()
 
-# %% ../../nbs/train/30_launch.ipynb #9805913e
+# %% ../../nbs/train/30_launch.ipynb #168187e2
 def agent() -> None:
     "torchrun (torch.distributed.run) that stops its ranks when the process that started it dies."
     _die_with_parent(signal.SIGTERM)
@@ -179,7 +180,7 @@ def _first_host() -> str:
     names = ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']]
     return subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()[0]
 
-# %% ../../nbs/train/30_launch.ipynb #f23d9d4d
+# %% ../../nbs/train/30_launch.ipynb #0e5e3a75
 def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -> dict[str, str]:
     """Variables that every rank inherits, beside those that torchrun sets; `threads`: of a rank
     (default: cores over ranks)."""
@@ -237,7 +238,7 @@ def launch(
         watch.print_new()
     return watch.result()
 
-# %% ../../nbs/train/30_launch.ipynb #65138b87
+# %% ../../nbs/train/30_launch.ipynb #8f1f2b46
 @contextmanager
 def _caught_signals(watch: '_Watch') -> Iterator[None]:
     "Signals to this process ask the ranks to stop; only a main thread can catch them."
@@ -335,7 +336,7 @@ class _Watch:
             f'{self.target}: rank {rank} of {self.layout.ranks} {how}; the end of {log}:\n{end}'
         )
 
-# %% ../../nbs/train/30_launch.ipynb #19412202
+# %% ../../nbs/train/30_launch.ipynb #cd0cbd0c
 def run_job(
     target: str,
     settings: Mapping[str, Any],
@@ -356,7 +357,7 @@ def run_job(
         value = resolve(target)(**settings, stop_flag=stop_flag)
     return json.loads(json.dumps(value))
 
-# %% ../../nbs/train/30_launch.ipynb #4754abf6
+# %% ../../nbs/train/30_launch.ipynb #c82b0d19
 _POLL = 0.2  # seconds between looks for the next job
 
 
@@ -373,7 +374,15 @@ def _lead(target: str, settings: Mapping[str, Any]) -> Any:
     store = _store()
     number = store.add('vlmbench/jobs', 1)
     store.set(f'vlmbench/job/{number}', json.dumps(dict(target=target, settings=dict(settings))))
+    if number == 1:
+        atexit.register(_leave_group)
     return resolve(target)(**settings)
+
+
+def _leave_group() -> None:
+    "Without a barrier: the other ranks end when they are told that there is no further job."
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def follow() -> None:
@@ -389,7 +398,7 @@ def follow() -> None:
             break
         else:
             time.sleep(_POLL)
-    leave()
+    _leave_group()
 
 
 def end_following() -> None:
