@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'LOST_SECONDS', 'ENVIRONMENT', 'PACKAGES', 'RunFolderError', 'write_json', 'redact',
-           'versions', 'git_state', 'code_state', 'host_facts', 'data_hashes', 'Manifest', 'Heartbeat',
+           'versions', 'git_state', 'code_state', 'host_facts', 'data_hashes', 'later_start', 'Manifest', 'Heartbeat',
            'default_folder', 'Stop', 'Run', 'read_runs']
 
 # %% ../../nbs/run/04_manifest.ipynb #4dd8dd39
@@ -304,7 +304,7 @@ def _alive(heartbeat: Path, pid: int | None, host: str | None) -> bool:
         return False
 
 
-def _restarted(recorded: Mapping[str, str], environ: Mapping[str, str] | None = None) -> bool:
+def later_start(recorded: Mapping[str, str], environ: Mapping[str, str] | None = None) -> bool:
     """Whether this process is a later start of the very Slurm job whose environment was
     `recorded`."""
     environ = os.environ if environ is None else environ
@@ -358,7 +358,7 @@ class Manifest:
             old, status = self.read(), self.status()
         except ValueError as e:
             raise RunFolderError(f'{self.path}: unreadable manifest ({e}); move it away') from None
-        if status == 'running' and _restarted(old.get('environment') or {}):
+        if status == 'running' and later_start(old.get('environment') or {}):
             status = 'lost'
         if status == 'running':
             raise RunFolderError(
