@@ -376,10 +376,10 @@ def submit(jobs: Sequence[NotebookJob], resources: Resources = Resources()) -> l
     return submitted
 
 
-def _write_record(folder: Path, job: NotebookJob, **facts: str) -> None:
+def _write_record(folder: Path, planned: NotebookJob, **facts: str) -> None:
     "`job.json` of a run folder."
-    name = Path(job.notebook).stem
-    known = dict(notebook=name, parameters=dict(job.params), submitted=time.time())
+    name = Path(planned.notebook).stem
+    known = dict(notebook=name, parameters=dict(planned.params), submitted=time.time())
     write_json(folder / JOB_FILE, known | facts)
 
 
