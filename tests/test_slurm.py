@@ -285,3 +285,18 @@ def test_a_read_only_folder_is_refused_before_anything_is_submitted(desk, small_
     said = desk.vlmbench('submit', STEPS, 'seed=0..2', f'out={small_disk}/run', code=2)
     assert 'Read-only' in said and 'nothing was submitted' in said
     assert desk.cluster.call('squeue', '-h', '-t', 'all') == before
+
+
+def test_a_bench_fans_out_and_is_compared(desk, bases):
+    "Two seeds as an array, the comparison after them; a second bench keeps what is completed."
+    words = ['bench', '--jobs', 'slurm', '--methods', 'llava', '--seeds', '2', '--out', 'b']
+    words += ['--scale', bases / 'mini.json', '--data', bases / 'world', '--budget', '0.004']
+    said = desk.vlmbench(*words)
+    jobs = re.findall(r'^(\d+(?:_\d+)?) ', said, re.M)
+    assert len(jobs) == 3 and f'cancel: scancel {jobs[0].split("_")[0]} {jobs[2]}' in said
+    assert desk.ended(jobs[2], 150) == 'COMPLETED', log(desk.folder / 'b' / 'compare')
+    assert Manifest(desk.folder / 'b' / 'llava-s1').status() == 'completed'
+    assert 'llava' in (desk.folder / 'b' / 'report.html').read_text()
+    assert 'completed run' in desk.vlmbench(*words, code=2)
+    (again,) = re.findall(r'^(\d+) ', desk.vlmbench(*words, '--resume'), re.M)
+    desk.cluster.call('scancel', again)

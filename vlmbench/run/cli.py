@@ -159,6 +159,27 @@ def runs(
     found = read_runs(folder)
     typer.echo(json.dumps(found, indent=1) if as_json else runs_table(found))
 
+# %% ../../nbs/run/10_cli.ipynb #030a0319
+_Sbatch = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar='NAME=VALUE', help='A further option of sbatch; repeat it.'),
+]
+
+
+def _sbatch_options(words: Sequence[str] | None) -> dict[str, str | bool]:
+    "`['qos=long', 'exclusive']` -> `{'qos': 'long', 'exclusive': True}`."
+    split = [word.lstrip('-').partition('=') for word in words or ()]
+    return {name: value if given else True for name, given, value in split}
+
+
+def _say_submitted(begun: Sequence, place: Path) -> None:
+    "Prints the jobs' numbers, folders and logs, and what to type next."
+    rows = [(job.job, str(job.folder), str(job.log)) for job in begun]
+    typer.echo(columns([('job', 'folder', 'log'), *rows]))
+    whole = ' '.join(dict.fromkeys(job.job.partition('_')[0] for job in begun))
+    one = f' (one of them: scancel {begun[0].job})' if len(begun) > 1 else ''
+    typer.echo(f'watch:  vlmbench runs --watch {place}\ncancel: scancel {whole}{one}')
+
 # %% ../../nbs/run/10_cli.ipynb #181e4910
 @app.command()
 def bench(
@@ -182,6 +203,13 @@ def bench(
     echo: Annotated[
         bool, typer.Option('--echo/--quiet', help='Pass the text of the runs through.')
     ] = True,
+    jobs: Annotated[
+        str, typer.Option(help='Where the runs go: local, one by one, or slurm, as an array.')
+    ] = 'local',
+    array: Annotated[
+        Optional[int], typer.Option(min=1, help='How many Slurm jobs run at once.')
+    ] = None,
+    sbatch: _Sbatch = None,
 ) -> None:
     "Train and evaluate every method with every seed on the embedded world, and write the report."
     from vlmbench.methods.recipes import BUILT_IN, METHODS
@@ -192,6 +220,16 @@ def bench(
     unknown = [m for m in chosen if m not in known]
     if unknown:
         raise ParameterError(f'unknown method(s) {", ".join(unknown)}; known: {", ".join(known)}')
+    if jobs not in ('local', 'slurm'):
+        raise ParameterError(f'--jobs {jobs}: choose one of local, slurm')
+    if jobs == 'slurm':
+        from vlmbench.run.submit import Resources, plan_bench_jobs, submit_bench
+
+        planned = plan_bench_jobs(chosen, seeds, out, resume, scale=scale, budget=budget, data=data)
+        _say_submitted(
+            submit_bench(planned, Resources(parallel=array, more=_sbatch_options(sbatch))), out
+        )
+        return
     raise typer.Exit(
         run_bench(
             chosen, seeds, out, resume=resume, echo=echo, scale=scale, budget=budget, data=data
@@ -567,10 +605,7 @@ def submit(
     requeues: Annotated[
         int, typer.Option(min=0, help='How often a job may go back into the queue.')
     ] = 50,
-    sbatch: Annotated[
-        Optional[list[str]],
-        typer.Option(metavar='NAME=VALUE', help='A further option of sbatch; repeat it.'),
-    ] = None,
+    sbatch: _Sbatch = None,
     dry_run: Annotated[
         bool, typer.Option('--dry-run', help='Print the sbatch file and leave.')
     ] = False,
@@ -580,12 +615,16 @@ def submit(
     from vlmbench.run.parameters import parse_assignments
     from vlmbench.run.submit import Resources, plan_jobs, sbatch_text, submit as hand_over
 
-    more = {}
-    for word in sbatch or []:
-        name, given, value = word.lstrip('-').partition('=')
-        more[name] = value if given else True
     resources = Resources(
-        partition, limit, nodes, gpus, cpus, memory, array, warning=warning, more=more
+        partition,
+        limit,
+        nodes,
+        gpus,
+        cpus,
+        memory,
+        array,
+        warning=warning,
+        more=_sbatch_options(sbatch),
     )
     given = parse_assignments(assignments or [])
     jobs = plan_jobs(notebook, given, requeues, nodes=nodes, gpus=gpus)
@@ -593,13 +632,8 @@ def submit(
         typer.echo(sbatch_text(jobs, resources))
         return
     begun = hand_over(jobs, resources)
-    rows = [('job', 'folder', 'log')]
-    rows += [(job.job, str(job.folder), str(job.log)) for job in begun]
-    typer.echo(columns(rows))
-    whole = begun[0].job.partition('_')[0]
-    place = begun[0].folder if len(begun) == 1 else begun[0].folder.parent
-    one = f' (one of them: scancel {begun[-1].job})' if len(begun) > 1 else ''
-    typer.echo(f'watch:  vlmbench runs --watch {place}\ncancel: scancel {whole}{one}')
+    first = begun[0].folder
+    _say_submitted(begun, first if len(begun) == 1 else first.parent)
 
 # %% ../../nbs/run/10_cli.ipynb #8d7b825d
 def main() -> None:

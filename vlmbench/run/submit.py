@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['REQUEUES', 'WARNING', 'JOB_FILE', 'sweep_values', 'requeue', 'NotebookJob', 'plan_jobs', 'slurm_minutes', 'Resources',
-           'sbatch_text', 'run_job', 'Submitted', 'submit', 'queue', 'progress', 'watched', 'unfinished']
+           'sbatch_text', 'run_job', 'Submitted', 'submit', 'queue', 'progress', 'watched', 'unfinished', 'BenchReport',
+           'plan_bench_jobs', 'submit_bench']
 
 # %% ../../nbs/run/30_submit.ipynb #57d508cb
 import csv, itertools, json, os, re, shlex, shutil, signal, subprocess, sys, time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,11 @@ def requeue(limit: int = REQUEUES) -> bool:
 # %% ../../nbs/run/30_submit.ipynb #9b81d32b
 @dataclass(frozen=True)
 class NotebookJob:
-    """One run of a notebook: `params` as typed texts, `folder` to run in (absolute), and how often
-    it may be requeued. Called on the node."""
+    """One run of a notebook: `params` as texts that were typed or as values, `folder` to run in
+    (absolute), and how often it may be requeued. Called on the node."""
 
     notebook: str
-    params: Mapping[str, str]
+    params: Mapping[str, Any]
     folder: str
     requeues: int = REQUEUES
 
@@ -141,11 +142,17 @@ def _folders(
         full = {k: p.default for k, p in declared.items()} | dict(runs[0])
         return [Path(out or default_folder(name, full)).absolute()]
     parent = Path(out or default_folder(name, {})).absolute()
-    swept = [k for k in runs[0] if len({run[k] for run in runs}) > 1]
-    names = [_slug({k: run[k] for k in swept}) for run in runs]
-    # values that differ only in characters that a folder's name lacks
-    counted = [f'{n}-{names[:i].count(n)}' if n in names[:i] else n for i, n in enumerate(names)]
-    return [parent / n for n in counted]
+    distinct = {k: {run[k] for run in runs} for k in runs[0]}
+    swept = [k for k, values in distinct.items() if len(values) > 1]
+    folders: list[Path] = []
+    for run in runs:
+        folder = parent / _slug({k: run[k] for k in swept})
+        # values that differ only in characters that a folder's name lacks
+        again = (folder.with_name(f'{folder.name}-{n}') for n in itertools.count(1))
+        folders.append(
+            folder if folder not in folders else next(p for p in again if p not in folders)
+        )
+    return folders
 
 
 def _expand(declared: Mapping[str, Parameter], given: Mapping[str, str], name: str) -> list[dict]:
@@ -447,3 +454,72 @@ def watched(root: str | Path) -> list[dict]:
 def unfinished(rows: Iterable[Mapping]) -> bool:
     "Whether any of the watched runs is still queued or running."
     return any(row['queue'] or row['status'] == 'running' for row in rows)
+
+# %% ../../nbs/run/30_submit.ipynb #759d232b
+class BenchReport(NotebookJob):
+    "The comparison at the end of a bench, of those among `params['runs']` that are completed then."
+
+    def __call__(self) -> int:
+        wanted = self.params['runs']
+        good = [run for run in wanted if _completed(run)]
+        for run in sorted(set(wanted) - set(good)):
+            print(f'FAILED: see {run}', flush=True)
+        if good:
+            NotebookJob(self.notebook, {**self.params, 'runs': good}, self.folder, self.requeues)()
+        if len(good) < len(wanted):
+            sys.exit(EXIT_CODES['failed'])
+        return 0
+
+
+def _completed(folder: str | Path) -> bool:
+    manifest = Manifest(folder)
+    return manifest.path.exists() and manifest.status() == 'completed'
+
+
+def plan_bench_jobs(
+    methods: Sequence[str],
+    seeds: int = 1,
+    out: str | Path = 'runs/bench',
+    resume: bool = False,
+    **params: Any,
+) -> list[NotebookJob]:
+    """The jobs of `vlmbench.run.bench.bench` with the same arguments, its comparison last. The
+    embedded world is written here, once; `resume` leaves out completed runs of the same code.
+    Raises `ParameterError`."""
+    from vlmbench.data.world import write_world
+    from vlmbench.run.bench import plan_bench, reusable
+
+    out = Path(out).absolute()
+    runs = plan_bench(methods, seeds, out, **params)
+    train, compare = find_notebook('train'), find_notebook('compare')
+    declared = notebook_parameters(load_notebook(train), train.stem)
+    jobs = []
+    for run in runs:
+        given = {k: v for k, v in run.params.items() if v is not None}
+        check_parameters(declared, given, train.stem)
+        if resume and reusable(run):
+            continue
+        try:
+            Manifest(run.folder).claim()
+        except RunFolderError as e:
+            raise ParameterError(str(e)) from None
+        jobs.append(NotebookJob(str(train.absolute()), given, str(run.folder)))
+    if not params.get('data'):
+        world = str(write_world(out / 'world'))
+        jobs = [replace(job, params={**job.params, 'data': world}) for job in jobs]
+    every = dict(runs=[str(run.folder) for run in runs], report=str(out))
+    return [*jobs, BenchReport(str(compare.absolute()), every, str(out / 'compare'))]
+
+
+def submit_bench(
+    jobs: Sequence[NotebookJob], resources: Resources = Resources()
+) -> list[Submitted]:
+    """Hands the runs of a bench to Slurm as one array, and its comparison to wait for them. Raises
+    `ParameterError` as `submit`."""
+    *runs, report = jobs
+    begun = submit(runs, resources) if runs else []
+    if begun:
+        first = begun[0].job.partition('_')[0]
+        resources = replace(resources, more={**resources.more, 'dependency': f'afterany:{first}'})
+    Manifest(report.folder).claim(overwrite=True)  # of an earlier bench
+    return [*begun, *submit([report], resources)]
