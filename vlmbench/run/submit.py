@@ -101,6 +101,8 @@ class NotebookJob:
 
     def __call__(self) -> int:
         "Runs and returns 0; leaves the process with the run's exit code where that is another."
+        # submitit passes over TERM; a job that is cancelled before its run begins should just end
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODES['preempted']))
         previous = Manifest(self.folder)
         if previous.path.exists():
             old = previous.read()
