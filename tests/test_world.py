@@ -252,7 +252,7 @@ def test_two_that_begin_together_leave_one_world(tmp_path, monkeypatch, locks):
 
     class NoLocks(filelock.FileLock):
         def acquire(self, *a, **k):
-            raise NotImplementedError('no locks on this file system')
+            raise OSError(37, 'No locks available')
 
     monkeypatch.setattr(world, '_write_split', write_split)
     if not locks:
