@@ -281,3 +281,21 @@ def test_default_folders_are_readable_and_fresh(tmp_path):
     assert not default_folder(
         'train', dict(recipe='llava', scale='tiny', seed=0), tmp_path
     ).exists()
+
+
+def test_only_a_later_start_of_the_same_job_takes_a_folder_that_looks_alive(tmp_path, monkeypatch):
+    "The first attempt's heartbeat is fresh, its process even alive."
+    folder = Manifest(tmp_path / 'r')
+    monkeypatch.setenv('SLURM_JOB_ID', '41')
+    monkeypatch.delenv('SLURM_RESTART_COUNT', raising=False)
+    first = folder.start('demo', {})
+    for job, restarts in (('41', '0'), ('42', '1')):
+        monkeypatch.setenv('SLURM_JOB_ID', job)
+        monkeypatch.setenv('SLURM_RESTART_COUNT', restarts)
+        with pytest.raises(RunFolderError, match='still going'):
+            folder.start('demo', {})
+    monkeypatch.setenv('SLURM_JOB_ID', '41')
+    second = folder.start('demo', {})
+    assert [(a['id'], a['status']) for a in second['attempts']] == [(first['id'], 'lost')]
+    with pytest.raises(RunFolderError, match='still going'):
+        folder.start('demo', {})

@@ -3,8 +3,11 @@ models, which must be good at their trade."""
 
 import json
 import os
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -231,6 +234,36 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'):
         write_world(tmp_path / 'w', WorldConfig(), WorldSize())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('locks', [True, False])
+def test_two_that_begin_together_leave_one_world(tmp_path, monkeypatch, locks):
+    "On a file system with locks one of them writes; without locks both do, and both go on."
+    import vlmbench.data.world as world
+
+    writes, meeting = [], threading.Barrier(2)
+    original = world._write_split
+
+    def write_split(folder, *rest):
+        writes.append(folder)
+        if not locks:
+            meeting.wait(60)
+        return original(folder, *rest)
+
+    class NoLocks(filelock.FileLock):
+        def acquire(self, *a, **k):
+            raise OSError(37, 'No locks available')
+
+    monkeypatch.setattr(world, '_write_split', write_split)
+    if not locks:
+        monkeypatch.setattr(world.filelock, 'FileLock', NoLocks)
+    sizes = WorldSize(2, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    with ThreadPoolExecutor(2) as pool:
+        begun = [pool.submit(write_world, tmp_path / 'w', WorldConfig(), sizes) for _ in range(2)]
+        assert [b.result(60) for b in begun] == [tmp_path / 'w'] * 2
+    assert len(set(writes)) == (1 if locks else 2)
+    assert len(load_world(tmp_path / 'w', 'caption_train')) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ['w']
 
 
 def test_the_shipped_language_model_reads():

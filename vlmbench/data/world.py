@@ -4,13 +4,16 @@
 
 # %% ../../nbs/data/60_world.ipynb #50b3d7fd
 from __future__ import annotations
+import contextlib
 import functools
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+import filelock
 import numpy as np
 from PIL import Image
 from .record import ImageRef, Region, Sample, Turn, read_llava, to_llava_row
@@ -242,33 +245,65 @@ def write_world(
     """Write the world as `folder/<kind>_<split>.json` with `folder/images/`; returns the folder.
     Raises `FileExistsError` for another world in the same place."""
     folder, want = Path(folder), dict(config=asdict(config), sizes=asdict(sizes), format=1)
+    if _holds_world(folder, want):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder):
+        if _holds_world(folder, want):  # another process wrote it meanwhile
+            return folder
+        # built beside the folder and renamed when complete: an interrupted world is never found
+        work, rows = folder.parent / f'.world-{uuid.uuid4().hex}', {}
+        work.mkdir()  # as readable as the umask says
+        try:
+            for name, n in asdict(sizes).items():
+                if n:
+                    rows[name] = _write_split(work, name, n, config)
+            (work / 'world.json').write_text(json.dumps({**want, 'rows': rows}, indent=1))
+            try:
+                if folder.exists():
+                    folder.rmdir()
+                work.rename(folder)
+            except OSError:
+                if not _holds_world(folder, want):
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _holds_world(folder: Path, want: dict) -> bool:
+    "Whether `folder` holds the wanted world; `FileExistsError` where it holds anything else."
     mark = folder / 'world.json'
     if mark.exists():
         have = json.loads(mark.read_text())
         if {k: have.get(k) for k in want} == want:
-            return folder
+            return True
         raise FileExistsError(
             f'{mark} holds a world with other settings; choose another folder or delete this one'
         )
-    if folder.exists() and any(folder.iterdir()):
+    # the folder may have been completed between the two looks
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
         raise FileExistsError(
             f'{folder} is not empty and holds no finished world; choose another folder'
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # built beside the folder and renamed when complete: an interrupted world is never found
-    work, rows = folder.parent / f'.world-{uuid.uuid4().hex}', {}
-    work.mkdir()  # as readable as the umask says
+    return mark.exists()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    "Holds the lock `.<name>.lock` beside `folder`, where the file system has locks."
+    lock = filelock.FileLock(folder.parent / f'.{folder.name}.lock', mode=0o666)
     try:
-        for name, n in asdict(sizes).items():
-            if n:
-                rows[name] = _write_split(work, name, n, config)
-        (work / 'world.json').write_text(json.dumps({**want, 'rows': rows}, indent=1))
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
+        lock.acquire()
+    except (RuntimeError, OSError):  # what filelock raises on a file system without locks
+        yield
+        return
+    try:
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+        # removed while held; one who still waits for this file finds the world when it gets it
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _write_split(folder: Path, name: str, n: int, config: WorldConfig) -> int:

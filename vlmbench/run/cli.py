@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'run', 'runs_table', 'runs', 'bench', 'method_page', 'methods', 'cost', 'check', 'world', 'chat',
-           'serve', 'convert', 'export', 'main']
+           'serve', 'convert', 'export', 'submit', 'main']
 
 # %% ../../nbs/run/10_cli.ipynb #f535365b
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 from typing import Annotated, Mapping, Optional, Sequence
 
@@ -133,18 +133,66 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def _watch(folder: Path, every: float) -> None:
+    "Prints queue and progress below `folder` every so many seconds while anything goes on there."
+    from vlmbench.run.submit import unfinished, watched
+
+    head, last = ('job', 'queue', 'where', 'status', 'progress', 'folder'), None
+    while True:
+        rows = watched(folder)
+        cells = [[str(row[name]) for name in head] for row in rows]
+        table = '\n'.join(_columns([head, *cells]))
+        if table != last:
+            if sys.stdout.isatty():
+                typer.clear()
+            typer.echo(f'{time.strftime("%H:%M:%S")}\n{table}')
+        if not unfinished(rows):
+            typer.echo('nothing is queued or running')
+            return
+        last = table
+        time.sleep(every)
+
+
 @app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help='Where to look, at any depth.')] = Path('runs'),
     as_json: Annotated[bool, typer.Option('--json', help='The manifests as a JSON list.')] = False,
+    watch: Annotated[
+        bool, typer.Option('--watch', help='Queue and progress, until nothing is going on.')
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help='Seconds between two looks.')] = 5.0,
 ) -> None:
-    "Table of past runs, newest first, from their manifests."
+    "Table of past runs, newest first, from their manifests; with --watch, of those going on."
     from vlmbench.run.manifest import read_runs
 
     if not folder.is_dir():
         raise ParameterError(f'{folder}: no such folder')
+    if watch:
+        _watch(folder, every)
+        return
     found = read_runs(folder)
     typer.echo(json.dumps(found, indent=1) if as_json else runs_table(found))
+
+# %% ../../nbs/run/10_cli.ipynb #030a0319
+_Sbatch = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar='NAME=VALUE', help='A further option of sbatch; repeat it.'),
+]
+
+
+def _sbatch_options(words: Sequence[str] | None) -> dict[str, str | bool]:
+    "`['qos=long', 'exclusive']` -> `{'qos': 'long', 'exclusive': True}`."
+    split = [word.lstrip('-').partition('=') for word in words or ()]
+    return {name: value if given else True for name, given, value in split}
+
+
+def _say_submitted(begun: Sequence, place: Path) -> None:
+    "Prints the jobs' numbers, folders and logs, and what to type next."
+    rows = [(job.job, str(job.folder), str(job.log)) for job in begun]
+    typer.echo('\n'.join(_columns([('job', 'folder', 'log'), *rows])))
+    whole = ' '.join(dict.fromkeys(job.job.partition('_')[0] for job in begun))
+    one = f' (one of them: scancel {begun[0].job})' if len(begun) > 1 else ''
+    typer.echo(f'watch:  vlmbench runs --watch {place}\ncancel: scancel {whole}{one}')
 
 # %% ../../nbs/run/10_cli.ipynb #181e4910
 @app.command()
@@ -169,6 +217,13 @@ def bench(
     echo: Annotated[
         bool, typer.Option('--echo/--quiet', help='Pass the text of the runs through.')
     ] = True,
+    jobs: Annotated[
+        str, typer.Option(help='Where the runs go: local, one by one, or slurm, as an array.')
+    ] = 'local',
+    array: Annotated[
+        Optional[int], typer.Option(min=1, help='How many Slurm jobs run at once.')
+    ] = None,
+    sbatch: _Sbatch = None,
 ) -> None:
     "Train and evaluate every method with every seed on the embedded world, and write the report."
     from vlmbench.methods.recipes import BUILT_IN, METHODS
@@ -179,6 +234,16 @@ def bench(
     unknown = [m for m in chosen if m not in known]
     if unknown:
         raise ParameterError(f'unknown method(s) {", ".join(unknown)}; known: {", ".join(known)}')
+    if jobs not in ('local', 'slurm'):
+        raise ParameterError(f'--jobs {jobs}: choose one of local, slurm')
+    if jobs == 'slurm':
+        from vlmbench.run.submit import Resources, plan_bench_jobs, submit_bench
+
+        planned = plan_bench_jobs(chosen, seeds, out, resume, scale=scale, budget=budget, data=data)
+        _say_submitted(
+            submit_bench(planned, Resources(parallel=array, more=_sbatch_options(sbatch))), out
+        )
+        return
     raise typer.Exit(
         run_bench(
             chosen, seeds, out, resume=resume, echo=echo, scale=scale, budget=budget, data=data
@@ -522,6 +587,65 @@ def export(
     from vlmbench.checkpoints.export import export_merged
 
     typer.echo(_refusing(export_merged, model, out, language_model))
+
+# %% ../../nbs/run/10_cli.ipynb #83ed34e1
+@app.command()
+def submit(
+    notebook: Annotated[str, typer.Argument(help='A name such as train, or a path to an .ipynb.')],
+    assignments: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar='NAME=VALUE...', help='Parameters; seed=0..4 or recipe=llava,eve is a sweep.'
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help='Nodes of each job.')] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help='GPUs of each node.')] = 0,
+    cpus: Annotated[Optional[int], typer.Option(min=1, help='CPU cores of each node.')] = None,
+    memory: Annotated[Optional[float], typer.Option(help='Memory of each node in GB.')] = None,
+    partition: Annotated[
+        Optional[str], typer.Option(help="Partition; default: the cluster's.")
+    ] = None,
+    limit: Annotated[
+        str, typer.Option('--time', help='Time of each start: 90, 2:00:00, 1-12:00:00.')
+    ] = '1-00:00:00',
+    array: Annotated[
+        Optional[int], typer.Option(min=1, help='How many jobs of a sweep run at once.')
+    ] = None,
+    warning: Annotated[
+        int, typer.Option(min=1, help='Seconds before its end at which a job saves.')
+    ] = 120,
+    requeues: Annotated[
+        int, typer.Option(min=0, help='How often a job may go back into the queue.')
+    ] = 50,
+    sbatch: _Sbatch = None,
+    dry_run: Annotated[
+        bool, typer.Option('--dry-run', help='Print the sbatch file and leave.')
+    ] = False,
+) -> None:
+    """Run a notebook as a Slurm job, or as one job for each value of a sweep; a job that Slurm
+    stops early is queued again and continues."""
+    from vlmbench.run.parameters import parse_assignments
+    from vlmbench.run.submit import Resources, plan_jobs, sbatch_text, submit as hand_over
+
+    resources = Resources(
+        partition,
+        limit,
+        nodes,
+        gpus,
+        cpus,
+        memory,
+        array,
+        warning=warning,
+        more=_sbatch_options(sbatch),
+    )
+    given = parse_assignments(assignments or [])
+    jobs = plan_jobs(notebook, given, requeues, nodes=nodes, gpus=gpus)
+    if dry_run:
+        typer.echo(sbatch_text(jobs, resources))
+        return
+    begun = hand_over(jobs, resources)
+    first = begun[0].folder
+    _say_submitted(begun, first if len(begun) == 1 else first.parent)
 
 # %% ../../nbs/run/10_cli.ipynb #8d7b825d
 def main() -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'LOST_SECONDS', 'ENVIRONMENT', 'PACKAGES', 'RunFolderError', 'write_json', 'redact',
-           'versions', 'git_state', 'code_state', 'host_facts', 'data_hashes', 'Manifest', 'Heartbeat',
+           'versions', 'git_state', 'code_state', 'host_facts', 'data_hashes', 'later_start', 'Manifest', 'Heartbeat',
            'default_folder', 'Stop', 'Run', 'read_runs']
 
 # %% ../../nbs/run/04_manifest.ipynb #4dd8dd39
@@ -76,6 +76,7 @@ ENVIRONMENT = (
     'OMP_WAIT_POLICY',
     'PYTHONHASHSEED',
     'RANK',
+    'SLURM_CLUSTER_NAME',
     'SLURM_JOB_ID',
     'SLURM_JOB_NAME',
     'SLURM_JOB_NUM_NODES',
@@ -298,6 +299,17 @@ def _alive(heartbeat: Path, pid: int | None, host: str | None) -> bool:
     except psutil.NoSuchProcess:
         return False
 
+
+def later_start(recorded: Mapping[str, str], environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is a later start of the very Slurm job whose environment was
+    `recorded`."""
+    environ = os.environ if environ is None else environ
+    # absent at a job's first start
+    before, now = (int(e.get('SLURM_RESTART_COUNT') or 0) for e in (recorded, environ))
+    names = ('SLURM_CLUSTER_NAME', 'SLURM_JOB_ID')
+    same = all(recorded.get(name) == environ.get(name) for name in names)
+    return bool(recorded.get('SLURM_JOB_ID')) and same and now > before
+
 # %% ../../nbs/run/04_manifest.ipynb #fa7d72d6
 class Manifest:
     "The `manifest.json` of the run in `folder`."
@@ -332,13 +344,16 @@ class Manifest:
     def claim(self, overwrite: bool = False) -> list[dict]:
         """Makes sure that a new attempt may use the folder; returns the summaries of earlier
         attempts. `overwrite` empties the folder of a finished run. Raises `RunFolderError` for a
-        living run, and for a completed one without `overwrite`."""
+        living run (unless this process is a later start of the same Slurm job), and for a completed
+        one without `overwrite`."""
         if not self.path.exists():
             return []
         try:
             old, status = self.read(), self.status()
         except ValueError as e:
             raise RunFolderError(f'{self.path}: unreadable manifest ({e}); move it away') from None
+        if status == 'running' and later_start(old.get('environment') or {}):
+            status = 'lost'
         if status == 'running':
             raise RunFolderError(
                 f'{self.folder}: a run is still going there (process {old.get("pid")}); '
