@@ -40,8 +40,8 @@ from vlmbench.train.checkpoint import (
     save_state,
     set_rng_state,
 )
-from .forward import Forward, match_terms
-from .guard import GradientAudit, NonFiniteLoss, diagnose
+from .forward import Forward, autocast, match_terms
+from .guard import GradientAudit, NoGradient, NonFiniteLoss
 from vlmbench.train.metrics import (
     FLOP_CONVENTION,
     FlopModel,
@@ -56,6 +56,7 @@ from .optimizer import lr_factor, make_optimizer
 from .prepare import TrainPlan, prepare
 from .process import Preempted, Ranks, StopFlag
 from .recipe import RecipeError, Stage
+from .sharding import Parallel, lay_out
 
 # %% ../../nbs/train/10_loop.ipynb #f901f597
 def take(
@@ -150,9 +151,9 @@ def set_aside_rng() -> Iterator[None]:
 def run_callbacks(
     callbacks: Sequence[Callback], report: StepReport, last: bool, monitor: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run the callbacks that are due: (event name, values) for each. The model is in evaluation
-    mode and the generators are untouched. Raises `RecipeError` where `monitor` names a number that
-    its callback does not return."""
+    """Run the callbacks that are due: (event name, values) for each. Every rank runs them. The
+    model is in evaluation mode and the generators are untouched. Raises `RecipeError` where
+    `monitor` names a number that its callback does not return."""
     for callback in callbacks:
         if not callback.due(report.step, last):
             continue
@@ -212,6 +213,8 @@ def settle_precision(model: nn.Module, trained: Mapping[str, nn.Parameter], prec
         )
 
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
+# raised by all ranks together, so that together they can still hand the model back
+_ON_ALL_RANKS = (Preempted, TooManyBadRecords, NonFiniteLoss, NoGradient)
 # what is counted of every micro-batch and summed over a step
 COUNTS = ('tokens', 'targets', 'pairs', 'images', 'image_tokens', 'patches', 'patch_pairs')
 
@@ -227,7 +230,8 @@ class Trainer:
     of a callback's number (`'eval/score'`) that decides which state is kept as the best (`best`:
     'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT
     are caught). `groups`: module groups (default `module_groups(model)`). `extra_losses`: the terms
-    that `stage.losses` declares."""
+    that `stage.losses` declares. `parallel`, `shard_ranks`, `offload`, `compile`: how several ranks
+    share the model while it trains (`Parallel`)."""
 
     model: nn.Module
     processor: Any
@@ -252,24 +256,37 @@ class Trainer:
     progress_seconds: float | None = 10.0
     allow_changed: Collection[str] = ()
     quarantine: Quarantine | None = None
+    parallel: str | None = None
+    shard_ranks: int | None = None
+    offload: bool = False
+    compile: bool | str = False
 
     def run(self) -> TrainResult:
         """Train until the budget is used up or the data ends. Raises Preempted and
         TooManyBadRecords (state saved), NonFiniteLoss, NoGradient, CheckpointError, RecipeError."""
         self.set_up()
         with ExitStack() as cleanup:
-            self.begin(cleanup)
-            while self.used < 1:
-                row, micro = self.step_once()
-                if row is None:  # the data has ended on some rank
-                    break
-                last = self.used >= 1
-                self.record(row, last)
-                self.save_when_due(last)
-            self.end()
+            try:
+                self.begin(cleanup)
+                self.steps()
+                self.end()
+            except _ON_ALL_RANKS:
+                self.layout.close()
+                raise
+            self.layout.close()
         if self.stage.merge:
             self.plan.merge()
         return self.summary()
+
+    def steps(self) -> None:
+        "One step after the other, each recorded and, where due, saved."
+        while self.used < 1:
+            row, micro = self.step_once()
+            if row is None:  # the data has ended on some rank
+                return
+            last = self.used >= 1
+            self.record(row, last)
+            self.save_when_due(last)
 
     @property
     def spent(self) -> int:
@@ -288,26 +305,40 @@ def set_up(self: Trainer) -> None:
     self.out_dir, self.ranks = Path(self.out_dir), Ranks(self.device)
     self.main = self.ranks.rank == 0
     self.stage = self.stage.over(self.ranks.world)
+    parallel = Parallel(self.parallel, self.shard_ranks, self.offload, self.compile)
+    sharded = parallel.over(self.ranks.world) in ('fsdp', 'hsdp')
     self.terms = match_terms(self.stage, self.extra_losses)
     if self.groups is None:
         self.groups = module_groups(self.model)
-    self.model.to(self.ranks.device).train()
+    if not sharded:  # shards go to the device one unit at a time
+        self.model.to(self.ranks.device)
+    self.model.train()
     self.plan = prepare(self.model, self.stage, self.groups, self.seed)
     if self.stage.gradient_checkpointing:
         self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    self.heads = self._trained_heads()
-    self.params = {**self.plan.trainable, **self.heads}
-    if not self.params:
+    heads = self._trained_heads()
+    trained = {**self.plan.trainable, **heads}
+    if not trained:
         raise RecipeError(f'stage {self.stage.name!r} trains nothing: every group is frozen')
-    settle_precision(self.model, self.params, self.precision)
+    settle_precision(self.model, trained, self.precision)
+    self.flops, self.table = FlopModel(self.plan, self.groups), self.plan.table()
+    self.identity = dict(
+        stage=self.stage.to_dict(),
+        seed=self.seed,
+        precision=self.precision,
+        base=fingerprint(self.model, trained),
+    )
+    forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
+    # from here on the tensors of the model may lie in shards
+    self.layout = lay_out(forward, self.plan, heads, self.ranks, parallel)
+    self.params = self.layout.params
     self.optimizer = self._make_optimizer()
     self.peak_lr = [group['lr'] for group in self.optimizer.param_groups]
-    self.forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
-    self.flops = FlopModel(self.plan, self.groups)
     if self.loader is None:
         self.loader = self._make_loader()
     self.count_names = [*COUNTS, *(f'losses.{name}' for name, _, _ in self.terms)]
-    self.audited = {g.group: g.trained for g in self.plan.groups} | dict(losses=self.heads)
+    trained = {group.group: group.trained for group in self.layout.plan.groups}
+    self.audited = trained | dict(losses=self.layout.heads)
     self.step, self.seen_targets = 0, 0
     self.metric, self.path, self.audit = None, None, GradientAudit()
 
@@ -326,9 +357,10 @@ def _trained_heads(self: Trainer) -> dict[str, nn.Parameter]:
 
 @patch
 def _make_optimizer(self: Trainer) -> torch.optim.Optimizer:
-    groups = self.plan.optimizer_groups()
-    if self.heads:
-        heads = dict(params=[*self.heads.values()], param_names=[*self.heads])
+    groups = self.layout.plan.optimizer_groups()
+    if self.layout.heads:
+        heads = self.layout.heads
+        heads = dict(params=[*heads.values()], param_names=[*heads])
         groups.append(dict(name='losses.', lr=self.stage.lr, weight_decay=0.0, **heads))
     fused = self.ranks.device.type in ('cpu', 'cuda')
     stage = self.stage
@@ -356,13 +388,6 @@ def _count(self: Trainer, batch: Mapping[str, Any]) -> dict[str, int]:
 @patch
 def begin(self: Trainer, cleanup: ExitStack) -> None:
     "Seed the generators or take up the newest state, open the metrics file, start the loader."
-    identity = dict(
-        stage=self.stage.to_dict(),
-        seed=self.seed,
-        precision=self.precision,
-        base=fingerprint(self.model, self.params),
-    )
-    self.identity = identity
     automatic = self.resume is None or self.resume == 'auto'
     found = latest(self.out_dir) if automatic else Path(self.resume)
     if self.resume is None and found:
@@ -412,7 +437,6 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
     "Print what trains, open `metrics.jsonl` and the trackers; rank 0 does both."
     device, world = self.ranks.device, self.ranks.world
     self.peak, peak_source = peak_flops(device, self.precision)
-    self.table = self.plan.table()
     in_targets = self.stage.budget_targets is not None
     self.progress = progress(
         self.stage.budget_targets or self.stage.steps,
@@ -455,17 +479,16 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
     started = time.perf_counter()
     micro, counts = take(self.batches, self.stage.accumulation, self._count)
     waited = time.perf_counter() - started
-    counts = self._over_ranks(counts, ended=not micro)
+    counts = self._over_ranks(counts, micro)
     if counts is None:
         self.ended = True
         return None, micro
     if not counts['targets']:
         ids = [batch.get('sample_ids') for batch in micro]
         raise RecipeError(f'step {self.step + 1}: no sample of {ids} has a target token')
-    parts = self._backward(micro, counts)
-    self.ranks.sum_gradients([*self.params.values()])
-    clip = self.stage.clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_([*self.params.values()], clip)
+    shares, most = self._shares(micro, counts), self.most_micro
+    parts = self.layout.backward(micro, shares, most, counts)
+    norm = self.layout.clip(self.stage.clip or math.inf)
     parts, norm = self._agree(parts, norm)
     if not all(map(math.isfinite, [norm, *parts])):
         self._stop_non_finite(micro, counts)
@@ -477,26 +500,16 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
 
 
 @patch
-def _over_ranks(self: Trainer, counts: Counter, ended: bool) -> dict[str, float] | None:
-    "`counts` summed over ranks; None when the data of one of them has ended."
+def _over_ranks(self: Trainer, counts: Counter, micro: list[dict]) -> dict[str, float] | None:
+    """`counts` summed over ranks; None when the data of one of them has ended. Sets `most_micro`:
+    the micro-batches of the rank that has most of them in this step."""
     own = [float(counts[name]) for name in self.count_names]
-    *totals, ended = self.ranks.sum(
-        torch.tensor([*own, float(ended)], dtype=torch.float64)
-    ).tolist()
+    have = [float(number < len(micro)) for number in range(self.stage.accumulation)]
+    totals = self.ranks.sum(torch.tensor([*own, *have], dtype=torch.float64)).tolist()
+    ranks = totals[len(own) :]
+    self.most_micro = sum(n > 0 for n in ranks)
+    ended = ranks[0] < self.ranks.world
     return None if ended else dict(zip(self.count_names, totals))
-
-
-@patch
-def _backward(self: Trainer, micro: list[dict], counts: Mapping[str, float]) -> torch.Tensor:
-    "Backward passes of all micro-batches; returns total loss and its parts, of this rank."
-    parts = 0
-    for batch, shares in zip(micro, self._shares(micro, counts)):
-        loss, losses = self.forward.losses(batch, shares)
-        # a text-only micro-batch does not reach a projector that trains alone
-        if loss.requires_grad:
-            loss.backward()
-        parts = parts + torch.stack([loss.detach().float(), *losses])
-    return parts
 
 
 @patch
@@ -541,11 +554,7 @@ def _update(self: Trainer, targets: int) -> None:
 @patch
 def _stop_non_finite(self: Trainer, micro: list[dict], counts: Mapping[str, float]) -> None:
     "Raises `NonFiniteLoss` on every rank, with what each of them found; written to nonfinite.json."
-
-    def total(batch):
-        return self.forward.losses(batch, counts)[0]
-
-    found = self.ranks.gather(diagnose(self.plan, micro, total, self.ranks.rank))
+    found = self.ranks.gather(self.layout.search(micro, counts, self.most_micro))
     report = list(itertools.chain.from_iterable(found))
     if not report:
         own = itertools.chain.from_iterable(batch.get('sample_ids', ()) for batch in micro)
@@ -599,15 +608,19 @@ def record(self: Trainer, row: dict, last: bool) -> None:
         self.log.log(row)
     shown = dict(step=self.step, loss=row['loss'], grad=row['grad_norm'])
     self.progress.update(self.spent, **shown, **{'tok/s': row['tokens_per_s']})
+    if not any(callback.due(self.step, last) for callback in self.callbacks):
+        return
+    model, plan = self.layout.model, self.layout.plan
     report = StepReport(
-        self.step, self.seen_targets, row, self.model, self.processor, self.plan, self.out_dir
+        self.step, self.seen_targets, row, model, self.processor, plan, self.out_dir
     )
     event, _, number = (self.monitor or '').partition('/')
-    for name, values in run_callbacks(self.callbacks, report, last, self.monitor):
-        if name == event:
-            self.metric = float(values[number])
-        if self.main:
-            self.log.log(dict(values, step=self.step, event=name))
+    with self.layout.whole(), autocast(self.ranks.device, self.precision):
+        for name, values in run_callbacks(self.callbacks, report, last, self.monitor):
+            if name == event:
+                self.metric = float(values[number])
+            if self.main:
+                self.log.log(dict(values, step=self.step, event=name))
 
 # %% ../../nbs/train/10_loop.ipynb #c79ce4af
 @patch

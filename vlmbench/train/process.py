@@ -7,14 +7,12 @@ __all__ = ['Preempted', 'StopFlag', 'Ranks']
 
 # %% ../../nbs/train/09_process.ipynb #21719f48
 import os, signal, threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch import nn
 
 # %% ../../nbs/train/09_process.ipynb #efdd01a2
 class Preempted(SystemExit):
@@ -91,32 +89,8 @@ class Ranks:
         return bool(ok) if self.world == 1 else self.sum(torch.tensor([float(not ok)])).item() == 0
 
     def gather(self, value: Any) -> list:
-        "`value` of every rank, in rank order (picklable; used for error reports)."
+        "`value` of every rank, in rank order (picklable; for reports and choices)."
         if self.world == 1:
             return [value]
         dist.all_gather_object(out := [None] * self.world, value)
         return out
-
-    def sum_gradients(self, params: Sequence[nn.Parameter], bucket: int = 2**24) -> None:
-        "Sum `.grad` over ranks in buckets of about `bucket` values."
-        if self.world == 1:
-            return
-        have = self.sum(torch.tensor([float(p.grad is not None) for p in params])).tolist()
-        grads = []
-        for p, n in zip(params, have):
-            if not n:
-                continue
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            grads.append(p.grad)
-        while grads:
-            take, size = [], 0
-            while grads and (
-                not take or size + grads[0].numel() <= bucket and grads[0].dtype == take[0].dtype
-            ):
-                take.append(grads.pop(0))
-                size += take[-1].numel()
-            flat = torch.cat([g.reshape(-1) for g in take])
-            dist.all_reduce(flat)
-            for g, part in zip(take, flat.split([g.numel() for g in take])):
-                g.copy_(part.view_as(g))
