@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HALF', 'COUNTS', 'take', 'make_loader', 'StepReport', 'Callback', 'set_aside_rng', 'run_callbacks', 'TrainResult',
-           'settle_precision', 'Trainer', 'train']
+           'settle_precision', 'storage_dtype', 'store_precision', 'Trainer', 'train']
 
 # %% ../../nbs/train/10_loop.ipynb #ece83bf1
 import itertools, json, math, random, time, warnings
@@ -212,6 +212,29 @@ def settle_precision(model: nn.Module, trained: Mapping[str, nn.Parameter], prec
             f'{len(half)} trained tensors were in half precision and now have fp32 master weights'
         )
 
+
+def storage_dtype(model: nn.Module) -> torch.dtype:
+    "The precision in which most of the model's values are stored."
+    stored: Counter = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            stored[parameter.dtype] += parameter.numel()
+    return max(stored, key=stored.get, default=torch.float32)
+
+
+def store_precision(model: nn.Module, stored: torch.dtype) -> None:
+    """The inverse of `settle_precision` for a model stored in half precision: what is in fp32
+    (master weights, new parts) goes to `stored`, in place and announced."""
+    if stored not in HALF:
+        return
+    wide = [p for p in model.parameters() if p.dtype == torch.float32]
+    for parameter in wide:
+        parameter.data = parameter.data.to(stored)
+    if wide:
+        warnings.warn(
+            f'{len(wide)} tensors went from fp32 to {stored}, in which the model is stored'
+        )
+
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
 # raised by all ranks together, so that together they can still hand the model back
 _ON_ALL_RANKS = (Preempted, TooManyBadRecords, NonFiniteLoss, NoGradient)
@@ -276,6 +299,7 @@ class Trainer:
             self.layout.close()
         if self.stage.merge:
             self.plan.merge()
+        store_precision(self.model, self.stored)
         return self.summary()
 
     def steps(self) -> None:
@@ -320,6 +344,7 @@ def set_up(self: Trainer) -> None:
     trained = {**self.plan.trainable, **heads}
     if not trained:
         raise RecipeError(f'stage {self.stage.name!r} trains nothing: every group is frozen')
+    self.stored = storage_dtype(self.model)
     settle_precision(self.model, trained, self.precision)
     self.flops, self.table = FlopModel(self.plan, self.groups), self.plan.table()
     self.identity = dict(
