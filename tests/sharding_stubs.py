@@ -164,3 +164,46 @@ def run_all(root, out, methods=tuple(METHODS), **settings):
         results[name] = dict(weights=weights, rows=rows, held=held)
     if rank == 0:
         torch.save(results, Path(out) / 'results.pt')
+
+
+class StopAfter:
+    "A stop flag that is set once `steps` steps have been made."
+
+    def __init__(self, steps):
+        self.steps, self.asked = steps, 0
+
+    def is_set(self):
+        self.asked += 1  # the loop asks once a step
+        return self.steps is not None and self.asked >= self.steps
+
+
+def elastic_run(out, stop_after=None, parallel=None, steps=6, accumulation=4):
+    "The tiny VLM on synthetic samples, each rank its part; notes the samples of every step."
+    import train_stubs
+
+    torch.set_num_threads(1)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    stage = train_stubs.a_stage('full', steps, accumulation=accumulation)
+    loader = train_stubs.packed_loader(600, rank=rank, world=world, rows=1)
+    noted, step_once = [], loop.Trainer.step_once
+
+    def noting(trainer):
+        row, micro = step_once(trainer)
+        noted.append([trainer.step, [i for batch in micro for i in batch['sample_ids']]])
+        return row, micro
+
+    loop.Trainer.step_once = noting
+    try:
+        train_stubs.run(
+            out,
+            dropout=0.0,
+            stage=stage,
+            loader=loader,
+            stop_flag=StopAfter(stop_after),
+            parallel=parallel,
+            save_every=None,
+        )
+    finally:
+        loop.Trainer.step_once = step_once
+        name = f'samples-{noted[0][0]}-{world}-{rank}.json' if noted else 'none.json'
+        (Path(out) / name).write_text(json.dumps(noted))

@@ -1,5 +1,5 @@
-"""A model stored in bf16 trains with fp32 master weights and comes back in bf16: it answers, and its
-folder has one dtype."""
+"""A model stored in bf16 trains with fp32 master weights and comes back in bf16: it answers, and
+its folder has one dtype."""
 
 import warnings
 

@@ -11,7 +11,7 @@ import itertools, json, math, random, time, warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,18 @@ from ..distill.terms import LossTerm
 from ..models.vlm import module_groups
 from vlmbench.train.checkpoint import (
     CheckpointError,
+    TrainState,
     fingerprint,
-    latest,
-    load_optimizer_tensors,
     load_state,
-    load_weights,
+    load_tensors,
     optimizer_tensors,
     rng_state,
     save_state,
     set_rng_state,
+    state_problem,
+    usable,
 )
+from .elastic import redeal, take_up
 from .forward import Forward, autocast, match_terms
 from .guard import GradientAudit, NoGradient, NonFiniteLoss
 from vlmbench.train.metrics import (
@@ -54,7 +56,7 @@ from vlmbench.train.metrics import (
 )
 from .optimizer import lr_factor, make_optimizer
 from .prepare import TrainPlan, prepare
-from .process import Preempted, Ranks, StopFlag
+from .process import FolderInUse, FolderLock, Preempted, Ranks, StopFlag
 from .recipe import RecipeError, Stage
 from .sharding import Parallel, lay_out
 
@@ -413,8 +415,8 @@ def _count(self: Trainer, batch: Mapping[str, Any]) -> dict[str, int]:
 @patch
 def begin(self: Trainer, cleanup: ExitStack) -> None:
     "Seed the generators or take up the newest state, open the metrics file, start the loader."
-    automatic = self.resume is None or self.resume == 'auto'
-    found = latest(self.out_dir) if automatic else Path(self.resume)
+    self._lock(cleanup)
+    found = self._find_state()
     if self.resume is None and found:
         raise CheckpointError(
             f'{self.out_dir} holds states of an earlier run (newest: {found.name}); '
@@ -445,16 +447,81 @@ def _seed_all(seed: int) -> None:
 
 
 @patch
+def _lock(self: Trainer, cleanup: ExitStack) -> None:
+    "Keep other trainings out of the folder. Raises `FolderInUse` on all ranks."
+    self.lock, refused = FolderLock(self.out_dir), None
+    if self.main:
+        try:
+            cleanup.enter_context(self.lock)
+        except FolderInUse as e:
+            refused = str(e)
+    if refused := self.ranks.gather(refused)[0]:
+        raise FolderInUse(refused)
+
+
+@patch
+def _find_state(self: Trainer) -> Path | None:
+    """The state to go on from, which rank 0 looks for and verifies. Raises CheckpointError on all
+    ranks."""
+    found, refused = None, None
+    if self.main:
+        try:
+            found = usable(self.out_dir) if self.resume in (None, 'auto') else Path(self.resume)
+            # `usable` has read every file already
+            problem = found and self.resume not in (None, 'auto') and state_problem(found)
+            refused = f'cannot load training state {found}: {problem}' if problem else None
+        except CheckpointError as e:
+            refused = str(e)
+    found, refused = self.ranks.gather((found, refused))[0]
+    if refused:
+        raise CheckpointError(refused)
+    return found
+
+
+@patch
 def _take_up(self: Trainer, found: Path) -> None:
-    "Weights, optimizer, data position, generators and counters of the state in folder `found`."
-    state = load_state(found, self.identity, self.allow_changed, self.ranks.rank, self.ranks.world)
-    load_weights(self.params, state.weights, str(found))
-    load_optimizer_tensors(self.optimizer, state.optimizer)
-    self.loader.load_state_dict(state.local['loader'])
-    set_rng_state(state.local['rng'])
+    """Weights, optimizer, data position, generators and counters of the state in folder `found`,
+    whatever number of ranks wrote it."""
+    rank, world = self.ranks.rank, self.ranks.world
+    allowed = [*self.allow_changed]
+    if self.stage.global_rows is not None:
+        allowed.append('stage.accumulation')  # follows from the number of ranks
+    state = load_state(
+        found, self.identity, allowed, rank, world, elastic=True, tensors=False, verify=False
+    )
+    self._keep_step_size(state)
+    if state.world == world:
+        take_up(self.loader, state.local['loader'])
+    else:
+        redeal(self.loader, [one['loader'] for one in state.every], rank, world)
+    load_tensors(found, self.params, self.optimizer)
+    if state.world == world:
+        set_rng_state(state.local['rng'])
+    elif self.main:
+        warnings.warn(
+            f'{found} was written by {state.world} ranks and {world} go on: samples are dealt and '
+            'packed anew from where they were, and dropout draws other numbers'
+        )
     self.step, self.path = state.step, found
     self.seen_targets, self.metric = state.shared['targets'], state.shared['metric']
     self.audit = GradientAudit(**state.shared['audit'])
+
+
+@patch
+def _keep_step_size(self: Trainer, state: TrainState) -> None:
+    """As many micro-batches a step as before, over all ranks. Raises CheckpointError naming the
+    numbers of ranks that can make them."""
+    micro = state.shared.get('micro', self.stage.accumulation * state.world)
+    if micro == self.stage.accumulation * self.ranks.world or 'stage' in self.allow_changed:
+        return
+    accumulation, rest = divmod(micro, self.ranks.world)
+    if rest:
+        fitting = [n for n in range(1, micro + 1) if micro % n == 0]
+        raise CheckpointError(
+            f'{state.path}: a step has {micro} micro-batches, which {self.ranks.world} ranks '
+            f'cannot share evenly: resume with a number of ranks among {fitting}'
+        )
+    self.stage = replace(self.stage, accumulation=accumulation)
 
 
 @patch
@@ -631,6 +698,7 @@ def record(self: Trainer, row: dict, last: bool) -> None:
     "Log the step, show progress, run the callbacks that are due."
     if self.main:
         self.log.log(row)
+        self.lock.beat()
     shown = dict(step=self.step, loss=row['loss'], grad=row['grad_norm'])
     self.progress.update(self.spent, **shown, **{'tok/s': row['tokens_per_s']})
     if not any(callback.due(self.step, last) for callback in self.callbacks):
@@ -653,6 +721,7 @@ def save(self: Trainer) -> Path:
     "Write a training state: trained weights, optimizer, data position, generators, counters."
     local = dict(rng=rng_state(), loader=self.loader.state_dict())
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
+    shared |= dict(micro=self.stage.accumulation * self.ranks.world)
     return save_state(
         self.out_dir,
         self.step,
@@ -667,6 +736,7 @@ def save(self: Trainer) -> Path:
         self.ranks.rank,
         self.ranks.world,
         self.ranks.agree,
+        shards=self.layout.shards,
     )
 
 

@@ -106,8 +106,8 @@ class Step(nn.Module):
 
 # %% ../../nbs/train/12_sharding.ipynb #8aa699d3
 class Single:
-    """One process. `plan`, `params`: what trains, by name, as the optimizer is to see it; `model`:
-    what a callback may call."""
+    """One process. `shards`: whether each rank has a part of every tensor. `plan`, `params`: what
+    trains, by name, as the optimizer is to see it; `model`: what a callback may call."""
 
     def __init__(
         self,
@@ -120,6 +120,8 @@ class Single:
         self.compute, self.ranks, self.parallel = forward, ranks, parallel
         self.model, self.plan, self.heads = forward.model, plan, dict(heads)
         self._open()
+
+    shards = False
 
     def _open(self) -> None:
         compile_blocks(self.model, self.parallel.compile)
@@ -297,6 +299,8 @@ def device_mesh(device: str, shape: tuple[int, ...]) -> DeviceMesh:
 # %% ../../nbs/train/12_sharding.ipynb #18c14949
 class Sharded(Single):
     "Weights, gradients and optimizer states in shards (FSDP2), over all ranks or those of a copy."
+
+    shards = True
 
     def _open(self) -> None:
         self.original, self.given = Step(self.compute), (self.plan, self.heads)
