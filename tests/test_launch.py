@@ -58,6 +58,14 @@ def test_two_ranks_equal_one(tmp_path, uninterrupted):
         load_state(uninterrupted.path, world=1)
 
 
+def test_a_rank_without_pictures_keeps_up_with_shards(tmp_path, uninterrupted):
+    "Under FSDP the rank of the text-only rows runs the front end along, on a blank picture."
+    on_two_ranks('two_rank_run', tmp_path, steps=4, parallel='fsdp')
+    sharded = load_state(latest(tmp_path / 'run'), world=2)
+    for name, tensor in sharded.weights.items():
+        assert torch.allclose(tensor, uninterrupted.weights[name], atol=2e-5), name
+
+
 def test_two_ranks_preempted_and_resumed_equal_uninterrupted(tmp_path, uninterrupted):
     """One rank is asked to stop: both save the same step and leave; started again, they end where
     an uninterrupted run ends."""
@@ -82,9 +90,10 @@ def test_sharded_tensors_are_saved_whole_and_put_back(tmp_path):
     assert state.optimizer['weight/exp_avg'].shape == (6, 4)
 
 
-def test_non_finite_on_one_rank_stops_both_with_the_sample_named(tmp_path):
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_non_finite_on_one_rank_stops_both_with_the_sample_named(tmp_path, parallel):
     with pytest.raises(LaunchError, match='NonFiniteLoss'):
-        on_two_ranks('two_rank_run', tmp_path, steps=3, poison=True)
+        on_two_ranks('two_rank_run', tmp_path, steps=3, poison=True, parallel=parallel)
     logs = [(tmp_path / 'logs' / f'rank-{r}.log').read_text() for r in (0, 1)]
     assert all('not finite in input pixel_values' in log for log in logs)
     assert '"s0"' in (tmp_path / 'run' / 'nonfinite.json').read_text()

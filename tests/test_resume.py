@@ -18,6 +18,7 @@ from vlmbench.data.quarantine import Quarantine, TooManyBadRecords
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
 from vlmbench.train.loop import Callback, Preempted, train
 from vlmbench.train.metrics import read_metrics
+from vlmbench.train.process import FolderInUse
 
 HERE = Path(__file__).parent
 
@@ -288,3 +289,41 @@ def test_too_many_bad_rows_stop_at_a_saved_state(tmp_path):
     assert 'missing: a.jpg' in (tmp_path / 'bad.json').read_text()
     _, b = run(tmp_path / 'b', steps=12, loader=loader(1.0), save_every=None)
     assert_same_state(a.checkpoint, b.checkpoint)
+
+
+def test_a_run_whose_states_are_all_damaged_does_not_start_over(tmp_path):
+    run(tmp_path, 'frozen', steps=4)
+    for state in (tmp_path / 'checkpoints').iterdir():
+        weights = state / 'weights.safetensors'
+        weights.write_bytes(weights.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match='(?s)step-00000004: weights.*step-00000002'):
+        run(tmp_path, 'frozen', steps=4)
+
+
+def test_a_broken_line_of_metrics_is_set_aside(tmp_path):
+    run(tmp_path, 'frozen', steps=2)
+    metrics = tmp_path / 'metrics.jsonl'
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'{"step": 2, "ev\xff\n{"step": 2')
+    with pytest.warns(UserWarning, match='line 5, 6 cannot be read'):
+        train(
+            tiny_vlm(0.1),
+            None,
+            a_stage('frozen', 2),
+            None,
+            tmp_path,
+            loader=packed_loader(),
+            device='cpu',
+            progress_seconds=None,
+        )
+    assert metrics.read_bytes() == whole
+    assert len((tmp_path / 'metrics.broken.jsonl').read_text().splitlines()) == 2
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
+    def again(moment):
+        with pytest.raises(FolderInUse, match='is training here'):
+            run(tmp_path, 'frozen', steps=2)
+
+    run(tmp_path, 'frozen', steps=2, callbacks=[Callback(again)])
+    assert not (tmp_path / 'train.lock').exists()

@@ -168,7 +168,7 @@ class StopAtBatch:
         return self.batches is not None and self.loader.i >= self.batches
 
 
-def two_rank_run(out, steps, stop_after=None, poison=False):
+def two_rank_run(out, steps, stop_after=None, poison=False, parallel=None):
     """What each of two ranks runs (started by `vlmbench.train.launch`); only rank 0 is asked to
     stop, or holds a poisoned image."""
     rank = int(os.environ['RANK'])
@@ -182,6 +182,7 @@ def two_rank_run(out, steps, stop_after=None, poison=False):
         loader=loader,
         save_every=None,
         stop_flag=stop,
+        parallel=parallel,
     )
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CheckpointError', 'split_state', 'join_state', 'rng_state', 'set_rng_state', 'fingerprint',
            'check_identity', 'optimizer_tensors', 'load_optimizer_tensors', 'publish', 'save_state', 'best_state',
-           'state_problem', 'latest', 'TrainState', 'load_state', 'load_weights', 'merged_state_dict', 'export']
+           'state_problem', 'usable', 'latest', 'TrainState', 'load_state', 'load_tensors', 'load_weights',
+           'merged_state_dict', 'export']
 
 # %% ../../nbs/train/20_checkpoint.ipynb #0d9a7ef9
 import hashlib, json, os, random, shutil, warnings
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -219,7 +222,8 @@ def _whole(tensors, rank):
 
 def _placed(t, like, copy=False):
     "The whole tensor `t` on the device of `like`, sharded as `like` is."
-    if not hasattr(like, 'full_tensor') or t.shape != like.shape:
+    sharded = hasattr(like, 'full_tensor') and not hasattr(t, 'full_tensor')
+    if not sharded or t.shape != like.shape:
         return t.to(like.device, copy=copy)
     from torch.distributed.tensor import distribute_tensor
 
@@ -229,6 +233,28 @@ def _placed(t, like, copy=False):
 def _write_tensors(path, tensors):
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
     _fsync(path)
+
+
+def _write_shards(folder, weights, optimizer):
+    "All ranks together; a tensor that is whole on each of them is written once."
+    tensors = {f'weights/{name}': t.detach() for name, t in weights.items()}
+    tensors |= {f'optimizer/{name}': t.detach() for name, t in optimizer.items()}
+    alone = not dist.is_initialized()
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone)
+    _fsync(folder)
+
+
+def _shapes(path):
+    "Name -> size of every tensor in the shards of a state."
+    stored = dcp.FileSystemReader(path / 'shards').read_metadata().state_dict_metadata
+    return {name: one.size for name, one in stored.items()}, stored
+
+
+def _read_shards(path, targets, alone):
+    "Fill `targets` (name -> tensor, sharded or whole) in place from the shards of a state."
+    reader = dcp.FileSystemReader(path / 'shards')
+    dcp.load(targets, storage_reader=reader, no_dist=alone)
+    return targets
 
 
 def publish(tmp: Path, final: Path) -> None:
@@ -267,6 +293,7 @@ def save_state(
     rank: int = 0,
     world: int = 1,
     agree: Callable[[bool], bool] = lambda ok: ok,
+    shards: bool = False,
 ) -> Path:
     """Write `out_dir/checkpoints/step-XXXXXXXX` atomically and return it.
 
@@ -274,11 +301,15 @@ def save_state(
     `shared`: any tree equal on all ranks (counters, schedule). `local`: this rank's tree
     (generators, sampler, half-filled pack). `metric`: score of this state for keeping the best
     (`best`: 'min' or 'max'). `agree(ok)` combines the ranks' verdicts (all of them call it); False
-    on one rank makes all raise. Keeps the last `keep_last` states and the best. Raises
-    CheckpointError when writing fails; earlier states stay intact."""
+    on one rank makes all raise. `shards`: every rank writes what it holds of `weights` and
+    `optimizer` (torch.distributed.checkpoint), and no rank ever holds the whole. Keeps the last
+    `keep_last` states and the best. Raises CheckpointError when writing fails; earlier states stay
+    intact."""
     header = dict(step=step, world=world, metric=metric, best=best, identity=identity)
+    header |= dict(tensors='shards' if shards else 'safetensors')
     writer = _StateWriter(Path(out_dir), header, rank, agree)
-    weights, optimizer = _whole(weights, rank), _whole(optimizer, rank)
+    if not shards:
+        weights, optimizer = _whole(weights, rank), _whole(optimizer, rank)
     writer.attempt(writer.begin)
     writer.attempt(lambda: writer.write(weights, optimizer, shared, local))
     writer.attempt(lambda: writer.finish(keep_last))
@@ -332,10 +363,14 @@ class _StateWriter:
     def write(self, weights: Mapping, optimizer: Mapping, shared: Any, local: Any) -> None:
         "This rank's tree; on rank 0 also what is equal on all ranks."
         self._tree(f'rank-{self.rank:05d}', local)
+        shards = self.header['tensors'] == 'shards'
+        if shards:
+            _write_shards(self.temporary / 'shards', weights, optimizer)
         if self.rank:
             return
-        _write_tensors(self.temporary / 'weights.safetensors', weights)
-        _write_tensors(self.temporary / 'optimizer.safetensors', optimizer)
+        if not shards:
+            _write_tensors(self.temporary / 'weights.safetensors', weights)
+            _write_tensors(self.temporary / 'optimizer.safetensors', optimizer)
         self._tree('shared', shared)
 
     def _tree(self, name: str, values: Any) -> None:
@@ -347,9 +382,12 @@ class _StateWriter:
         "The manifest with every file's hash, the rename, and the states that are kept."
         if self.rank:
             return
+        found = sorted(path for path in self.temporary.rglob('*') if path.is_file())
         files = {
-            path.name: dict(size=path.stat().st_size, sha256=_sha256(path))
-            for path in sorted(self.temporary.iterdir())
+            path.relative_to(self.temporary).as_posix(): dict(
+                size=path.stat().st_size, sha256=_sha256(path)
+            )
+            for path in found
         }
         manifest = dict(format=FORMAT, **self.header, files=files)
         _write_json(self.temporary / 'manifest.json', manifest)
@@ -412,6 +450,21 @@ def state_problem(path: str | Path, hashes: bool = True) -> str | None:
     return None
 
 
+def usable(out_dir: str | Path) -> Path | None:
+    """`latest`, for a run that is about to go on. Raises CheckpointError naming the states where
+    all that there are are damaged: going on would silently begin again at step 0."""
+    found = latest(out_dir)
+    states = _states(out_dir)
+    if found is None and states:
+        problems = '\n'.join(f'  {p}: {state_problem(p)}' for p in states)
+        raise CheckpointError(
+            f'{out_dir}: no training state can be used, and starting over would lose the run:\n'
+            f'{problems}\nRestore one of them from a copy, or remove the folder checkpoints to '
+            'start again at step 0'
+        )
+    return found
+
+
 def latest(out_dir: str | Path) -> Path | None:
     """The newest usable state under `out_dir`, None if there is none; every state passed over is
     announced with the reason."""
@@ -426,7 +479,8 @@ def latest(out_dir: str | Path) -> Path | None:
 # %% ../../nbs/train/20_checkpoint.ipynb #2e0c388f
 @dataclass
 class TrainState:
-    "What `load_state` returns: see the arguments of `save_state`."
+    """What `load_state` returns: see the arguments of `save_state`. `local` is this rank's tree;
+    `world`: how many ranks wrote the state; `every`: the trees of all of them."""
 
     path: Path
     step: int
@@ -434,6 +488,8 @@ class TrainState:
     optimizer: dict[str, torch.Tensor]
     shared: Any
     local: Any
+    world: int = 1
+    every: tuple = ()
 
 
 def load_state(
@@ -442,19 +498,25 @@ def load_state(
     allow_changed: Collection[str] = (),
     rank: int = 0,
     world: int = 1,
+    elastic: bool = False,
+    tensors: bool = True,
+    verify: bool = True,
 ) -> TrainState:
-    """Read a training state written by `save_state`, verifying every hash.
+    """Read a training state written by `save_state`, verifying every hash (unless told that this
+    has been done: `verify`).
 
     `identity` is compared with the saved one (None: not compared); `allow_changed` lists dotted
-    keys that may differ. Raises CheckpointError if the state is damaged, belongs to another run, or
-    was written by another number of ranks."""
+    keys that may differ. `elastic`: a state of another number of ranks will do; it then has no
+    `local`, but `every`. `tensors`: read weights and moments, whole; without, `load_tensors` reads
+    them in place. Raises CheckpointError if the state is damaged, belongs to another run, or was
+    written by another number of ranks."""
     path = Path(path)
-    if problem := state_problem(path):
+    if problem := state_problem(path, hashes=verify):
         raise CheckpointError(f'cannot load training state {path}: {problem}')
     m = _manifest(path)
     if identity is not None:
         check_identity(m['identity'], identity, allow_changed, f'training state {path}')
-    if m['world'] != world:
+    if m['world'] != world and not elastic:
         raise CheckpointError(
             f'training state {path} was written by {m["world"]} ranks and {world} are running: '
             f'every rank has its own place in the '
@@ -465,14 +527,72 @@ def load_state(
         with open(path / f'{name}.json', encoding='utf8') as f:
             return join_state(json.load(f), load_file(path / f'{name}.safetensors'))
 
-    return TrainState(
-        path,
-        m['step'],
-        load_file(path / 'weights.safetensors'),
-        load_file(path / 'optimizer.safetensors'),
-        tree('shared'),
-        tree(f'rank-{rank:05d}'),
+    read = _stored_tensors(path, m) if tensors else ({}, {})
+    local, every = None, ()
+    if m['world'] == world:
+        local = tree(f'rank-{rank:05d}')
+    else:
+        every = tuple(tree(f'rank-{r:05d}') for r in range(m['world']))
+    return TrainState(path, m['step'], *read, tree('shared'), local, m['world'], every)
+
+
+def _stored_tensors(path, manifest):
+    "Weights and moments of a state, whole."
+    if manifest.get('tensors', 'safetensors') == 'safetensors':
+        return tuple(load_file(path / f'{part}.safetensors') for part in ('weights', 'optimizer'))
+    stored = _shapes(path)[1]
+    targets = {n: torch.empty(t.size, dtype=t.properties.dtype) for n, t in stored.items()}
+    _read_shards(path, targets, alone=True)
+    split: dict[str, dict] = dict(weights={}, optimizer={})
+    for name, tensor in targets.items():
+        part, _, rest = name.partition('/')
+        split[part][rest] = tensor
+    return split['weights'], split['optimizer']
+
+
+def load_tensors(
+    path: str | Path, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Weights and moments of a state into `params` and `optimizer`, in place, whatever layout wrote
+    them and whatever layout reads them; all ranks take part. Raises CheckpointError where names or
+    shapes differ."""
+    path, manifest = Path(path), _manifest(path)
+    if manifest.get('tensors', 'safetensors') == 'safetensors':
+        weights, moments = _stored_tensors(path, manifest)
+        load_weights(params, weights, str(path))
+        load_optimizer_tensors(optimizer, moments)
+        return
+    shapes, stored = _shapes(path)
+    named = {n.removeprefix('weights/'): s for n, s in shapes.items() if n.startswith('weights/')}
+    _check_fit(params, named, str(path))
+    targets = {f'weights/{name}': params[name].detach() for name in named}
+    moments = {}
+    for key in shapes.keys() - targets.keys():
+        name = key.removeprefix('optimizer/').rpartition('/')[0]
+        like = params.get(name)
+        alike = like is not None and like.shape == shapes[key]
+        kind = stored[key].properties.dtype
+        new = torch.zeros_like(like, dtype=kind) if alike else torch.zeros(shapes[key], dtype=kind)
+        moments[key] = new.detach()
+    _read_shards(path, targets | moments, alone=not dist.is_initialized())
+    load_optimizer_tensors(
+        optimizer, {k.removeprefix('optimizer/'): moments[k] for k in sorted(moments)}
     )
+
+
+def _check_fit(params, shapes, where):
+    "Raises CheckpointError unless names and shapes of a state are those of `params`."
+    missing, extra = sorted({*params} - {*shapes}), sorted({*shapes} - {*params})
+    if missing or extra:
+        raise CheckpointError(
+            f'{where} does not fit what this stage trains: missing {missing[:4]}, '
+            f'unexpected {extra[:4]}'
+        )
+    for n, p in params.items():
+        if p.shape != shapes[n]:
+            raise CheckpointError(
+                f'{where}: {n} has shape {tuple(shapes[n])}, the model {tuple(p.shape)}'
+            )
 
 
 def load_weights(
@@ -481,18 +601,9 @@ def load_weights(
     where: str = 'the state',
 ) -> None:
     "Copy `tensors` into `params` in place; names and shapes must agree exactly."
-    missing, extra = sorted({*params} - {*tensors}), sorted({*tensors} - {*params})
-    if missing or extra:
-        raise CheckpointError(
-            f'{where} does not fit what this stage trains: missing {missing[:4]}, '
-            f'unexpected {extra[:4]}'
-        )
+    _check_fit(params, {name: t.shape for name, t in tensors.items()}, where)
     with torch.no_grad():
         for n, p in params.items():
-            if p.shape != tensors[n].shape:
-                raise CheckpointError(
-                    f'{where}: {n} has shape {tuple(tensors[n].shape)}, the model {tuple(p.shape)}'
-                )
             p.copy_(_placed(tensors[n], p))
 
 # %% ../../nbs/train/20_checkpoint.ipynb #e269457b

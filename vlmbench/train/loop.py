@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['HALF', 'COUNTS', 'take', 'make_loader', 'StepReport', 'Callback', 'set_aside_rng', 'run_callbacks', 'TrainResult',
-           'settle_precision', 'Trainer', 'train']
+           'settle_precision', 'storage_dtype', 'store_precision', 'Trainer', 'train']
 
 # %% ../../nbs/train/10_loop.ipynb #ece83bf1
 import itertools, json, math, random, time, warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,20 @@ from ..distill.terms import LossTerm
 from ..models.vlm import module_groups
 from vlmbench.train.checkpoint import (
     CheckpointError,
+    TrainState,
     fingerprint,
-    latest,
-    load_optimizer_tensors,
     load_state,
-    load_weights,
+    load_tensors,
     optimizer_tensors,
     rng_state,
     save_state,
     set_rng_state,
+    state_problem,
+    usable,
 )
-from .forward import Forward, match_terms
-from .guard import GradientAudit, NonFiniteLoss, diagnose
+from .elastic import redeal, take_up
+from .forward import Forward, autocast, match_terms
+from .guard import GradientAudit, NoGradient, NonFiniteLoss
 from vlmbench.train.metrics import (
     FLOP_CONVENTION,
     FlopModel,
@@ -54,8 +56,9 @@ from vlmbench.train.metrics import (
 )
 from .optimizer import lr_factor, make_optimizer
 from .prepare import TrainPlan, prepare
-from .process import Preempted, Ranks, StopFlag
+from .process import FolderInUse, FolderLock, Preempted, Ranks, StopFlag
 from .recipe import RecipeError, Stage
+from .sharding import Parallel, lay_out
 
 # %% ../../nbs/train/10_loop.ipynb #f901f597
 def take(
@@ -150,9 +153,9 @@ def set_aside_rng() -> Iterator[None]:
 def run_callbacks(
     callbacks: Sequence[Callback], report: StepReport, last: bool, monitor: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run the callbacks that are due: (event name, values) for each. The model is in evaluation
-    mode and the generators are untouched. Raises `RecipeError` where `monitor` names a number that
-    its callback does not return."""
+    """Run the callbacks that are due: (event name, values) for each. Every rank runs them. The
+    model is in evaluation mode and the generators are untouched. Raises `RecipeError` where
+    `monitor` names a number that its callback does not return."""
     for callback in callbacks:
         if not callback.due(report.step, last):
             continue
@@ -211,7 +214,32 @@ def settle_precision(model: nn.Module, trained: Mapping[str, nn.Parameter], prec
             f'{len(half)} trained tensors were in half precision and now have fp32 master weights'
         )
 
+
+def storage_dtype(model: nn.Module) -> torch.dtype:
+    "The precision in which most of the model's values are stored."
+    stored: Counter = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            stored[parameter.dtype] += parameter.numel()
+    return max(stored, key=stored.get, default=torch.float32)
+
+
+def store_precision(model: nn.Module, stored: torch.dtype) -> None:
+    """The inverse of `settle_precision` for a model stored in half precision: what is in fp32
+    (master weights, new parts) goes to `stored`, in place and announced."""
+    if stored not in HALF:
+        return
+    wide = [p for p in model.parameters() if p.dtype == torch.float32]
+    for parameter in wide:
+        parameter.data = parameter.data.to(stored)
+    if wide:
+        warnings.warn(
+            f'{len(wide)} tensors went from fp32 to {stored}, in which the model is stored'
+        )
+
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
+# raised by all ranks together, so that together they can still hand the model back
+_ON_ALL_RANKS = (Preempted, TooManyBadRecords, NonFiniteLoss, NoGradient)
 # what is counted of every micro-batch and summed over a step
 COUNTS = ('tokens', 'targets', 'pairs', 'images', 'image_tokens', 'patches', 'patch_pairs')
 
@@ -227,7 +255,8 @@ class Trainer:
     of a callback's number (`'eval/score'`) that decides which state is kept as the best (`best`:
     'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT
     are caught). `groups`: module groups (default `module_groups(model)`). `extra_losses`: the terms
-    that `stage.losses` declares."""
+    that `stage.losses` declares. `parallel`, `shard_ranks`, `offload`, `compile`: how several ranks
+    share the model while it trains (`Parallel`)."""
 
     model: nn.Module
     processor: Any
@@ -252,24 +281,38 @@ class Trainer:
     progress_seconds: float | None = 10.0
     allow_changed: Collection[str] = ()
     quarantine: Quarantine | None = None
+    parallel: str | None = None
+    shard_ranks: int | None = None
+    offload: bool = False
+    compile: bool | str = False
 
     def run(self) -> TrainResult:
         """Train until the budget is used up or the data ends. Raises Preempted and
         TooManyBadRecords (state saved), NonFiniteLoss, NoGradient, CheckpointError, RecipeError."""
         self.set_up()
         with ExitStack() as cleanup:
-            self.begin(cleanup)
-            while self.used < 1:
-                row, micro = self.step_once()
-                if row is None:  # the data has ended on some rank
-                    break
-                last = self.used >= 1
-                self.record(row, last)
-                self.save_when_due(last)
-            self.end()
+            try:
+                self.begin(cleanup)
+                self.steps()
+                self.end()
+            except _ON_ALL_RANKS:
+                self.layout.close()
+                raise
+            self.layout.close()
         if self.stage.merge:
             self.plan.merge()
+        store_precision(self.model, self.stored)
         return self.summary()
+
+    def steps(self) -> None:
+        "One step after the other, each recorded and, where due, saved."
+        while self.used < 1:
+            row, micro = self.step_once()
+            if row is None:  # the data has ended on some rank
+                return
+            last = self.used >= 1
+            self.record(row, last)
+            self.save_when_due(last)
 
     @property
     def spent(self) -> int:
@@ -288,26 +331,41 @@ def set_up(self: Trainer) -> None:
     self.out_dir, self.ranks = Path(self.out_dir), Ranks(self.device)
     self.main = self.ranks.rank == 0
     self.stage = self.stage.over(self.ranks.world)
+    parallel = Parallel(self.parallel, self.shard_ranks, self.offload, self.compile)
+    sharded = parallel.over(self.ranks.world) in ('fsdp', 'hsdp')
     self.terms = match_terms(self.stage, self.extra_losses)
     if self.groups is None:
         self.groups = module_groups(self.model)
-    self.model.to(self.ranks.device).train()
+    if not sharded:  # shards go to the device one unit at a time
+        self.model.to(self.ranks.device)
+    self.model.train()
     self.plan = prepare(self.model, self.stage, self.groups, self.seed)
     if self.stage.gradient_checkpointing:
         self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    self.heads = self._trained_heads()
-    self.params = {**self.plan.trainable, **self.heads}
-    if not self.params:
+    heads = self._trained_heads()
+    trained = {**self.plan.trainable, **heads}
+    if not trained:
         raise RecipeError(f'stage {self.stage.name!r} trains nothing: every group is frozen')
-    settle_precision(self.model, self.params, self.precision)
+    self.stored = storage_dtype(self.model)
+    settle_precision(self.model, trained, self.precision)
+    self.flops, self.table = FlopModel(self.plan, self.groups), self.plan.table()
+    self.identity = dict(
+        stage=self.stage.to_dict(),
+        seed=self.seed,
+        precision=self.precision,
+        base=fingerprint(self.model, trained),
+    )
+    forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
+    # from here on the tensors of the model may lie in shards
+    self.layout = lay_out(forward, self.plan, heads, self.ranks, parallel)
+    self.params = self.layout.params
     self.optimizer = self._make_optimizer()
     self.peak_lr = [group['lr'] for group in self.optimizer.param_groups]
-    self.forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
-    self.flops = FlopModel(self.plan, self.groups)
     if self.loader is None:
         self.loader = self._make_loader()
     self.count_names = [*COUNTS, *(f'losses.{name}' for name, _, _ in self.terms)]
-    self.audited = {g.group: g.trained for g in self.plan.groups} | dict(losses=self.heads)
+    trained = {group.group: group.trained for group in self.layout.plan.groups}
+    self.audited = trained | dict(losses=self.layout.heads)
     self.step, self.seen_targets = 0, 0
     self.metric, self.path, self.audit = None, None, GradientAudit()
 
@@ -326,9 +384,10 @@ def _trained_heads(self: Trainer) -> dict[str, nn.Parameter]:
 
 @patch
 def _make_optimizer(self: Trainer) -> torch.optim.Optimizer:
-    groups = self.plan.optimizer_groups()
-    if self.heads:
-        heads = dict(params=[*self.heads.values()], param_names=[*self.heads])
+    groups = self.layout.plan.optimizer_groups()
+    if self.layout.heads:
+        heads = self.layout.heads
+        heads = dict(params=[*heads.values()], param_names=[*heads])
         groups.append(dict(name='losses.', lr=self.stage.lr, weight_decay=0.0, **heads))
     fused = self.ranks.device.type in ('cpu', 'cuda')
     stage = self.stage
@@ -356,15 +415,8 @@ def _count(self: Trainer, batch: Mapping[str, Any]) -> dict[str, int]:
 @patch
 def begin(self: Trainer, cleanup: ExitStack) -> None:
     "Seed the generators or take up the newest state, open the metrics file, start the loader."
-    identity = dict(
-        stage=self.stage.to_dict(),
-        seed=self.seed,
-        precision=self.precision,
-        base=fingerprint(self.model, self.params),
-    )
-    self.identity = identity
-    automatic = self.resume is None or self.resume == 'auto'
-    found = latest(self.out_dir) if automatic else Path(self.resume)
+    self._lock(cleanup)
+    found = self._find_state()
     if self.resume is None and found:
         raise CheckpointError(
             f'{self.out_dir} holds states of an earlier run (newest: {found.name}); '
@@ -395,16 +447,81 @@ def _seed_all(seed: int) -> None:
 
 
 @patch
+def _lock(self: Trainer, cleanup: ExitStack) -> None:
+    "Keep other trainings out of the folder. Raises `FolderInUse` on all ranks."
+    self.lock, refused = FolderLock(self.out_dir), None
+    if self.main:
+        try:
+            cleanup.enter_context(self.lock)
+        except FolderInUse as e:
+            refused = str(e)
+    if refused := self.ranks.gather(refused)[0]:
+        raise FolderInUse(refused)
+
+
+@patch
+def _find_state(self: Trainer) -> Path | None:
+    """The state to go on from, which rank 0 looks for and verifies. Raises CheckpointError on all
+    ranks."""
+    found, refused = None, None
+    if self.main:
+        try:
+            found = usable(self.out_dir) if self.resume in (None, 'auto') else Path(self.resume)
+            # `usable` has read every file already
+            problem = found and self.resume not in (None, 'auto') and state_problem(found)
+            refused = f'cannot load training state {found}: {problem}' if problem else None
+        except CheckpointError as e:
+            refused = str(e)
+    found, refused = self.ranks.gather((found, refused))[0]
+    if refused:
+        raise CheckpointError(refused)
+    return found
+
+
+@patch
 def _take_up(self: Trainer, found: Path) -> None:
-    "Weights, optimizer, data position, generators and counters of the state in folder `found`."
-    state = load_state(found, self.identity, self.allow_changed, self.ranks.rank, self.ranks.world)
-    load_weights(self.params, state.weights, str(found))
-    load_optimizer_tensors(self.optimizer, state.optimizer)
-    self.loader.load_state_dict(state.local['loader'])
-    set_rng_state(state.local['rng'])
+    """Weights, optimizer, data position, generators and counters of the state in folder `found`,
+    whatever number of ranks wrote it."""
+    rank, world = self.ranks.rank, self.ranks.world
+    allowed = [*self.allow_changed]
+    if self.stage.global_rows is not None:
+        allowed.append('stage.accumulation')  # follows from the number of ranks
+    state = load_state(
+        found, self.identity, allowed, rank, world, elastic=True, tensors=False, verify=False
+    )
+    self._keep_step_size(state)
+    if state.world == world:
+        take_up(self.loader, state.local['loader'])
+    else:
+        redeal(self.loader, [one['loader'] for one in state.every], rank, world)
+    load_tensors(found, self.params, self.optimizer)
+    if state.world == world:
+        set_rng_state(state.local['rng'])
+    elif self.main:
+        warnings.warn(
+            f'{found} was written by {state.world} ranks and {world} go on: samples are dealt and '
+            'packed anew from where they were, and dropout draws other numbers'
+        )
     self.step, self.path = state.step, found
     self.seen_targets, self.metric = state.shared['targets'], state.shared['metric']
     self.audit = GradientAudit(**state.shared['audit'])
+
+
+@patch
+def _keep_step_size(self: Trainer, state: TrainState) -> None:
+    """As many micro-batches a step as before, over all ranks. Raises CheckpointError naming the
+    numbers of ranks that can make them."""
+    micro = state.shared.get('micro', self.stage.accumulation * state.world)
+    if micro == self.stage.accumulation * self.ranks.world or 'stage' in self.allow_changed:
+        return
+    accumulation, rest = divmod(micro, self.ranks.world)
+    if rest:
+        fitting = [n for n in range(1, micro + 1) if micro % n == 0]
+        raise CheckpointError(
+            f'{state.path}: a step has {micro} micro-batches, which {self.ranks.world} ranks '
+            f'cannot share evenly: resume with a number of ranks among {fitting}'
+        )
+    self.stage = replace(self.stage, accumulation=accumulation)
 
 
 @patch
@@ -412,7 +529,6 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
     "Print what trains, open `metrics.jsonl` and the trackers; rank 0 does both."
     device, world = self.ranks.device, self.ranks.world
     self.peak, peak_source = peak_flops(device, self.precision)
-    self.table = self.plan.table()
     in_targets = self.stage.budget_targets is not None
     self.progress = progress(
         self.stage.budget_targets or self.stage.steps,
@@ -455,17 +571,16 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
     started = time.perf_counter()
     micro, counts = take(self.batches, self.stage.accumulation, self._count)
     waited = time.perf_counter() - started
-    counts = self._over_ranks(counts, ended=not micro)
+    counts = self._over_ranks(counts, micro)
     if counts is None:
         self.ended = True
         return None, micro
     if not counts['targets']:
         ids = [batch.get('sample_ids') for batch in micro]
         raise RecipeError(f'step {self.step + 1}: no sample of {ids} has a target token')
-    parts = self._backward(micro, counts)
-    self.ranks.sum_gradients([*self.params.values()])
-    clip = self.stage.clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_([*self.params.values()], clip)
+    shares, most = self._shares(micro, counts), self.most_micro
+    parts = self.layout.backward(micro, shares, most, counts)
+    norm = self.layout.clip(self.stage.clip or math.inf)
     parts, norm = self._agree(parts, norm)
     if not all(map(math.isfinite, [norm, *parts])):
         self._stop_non_finite(micro, counts)
@@ -477,26 +592,16 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
 
 
 @patch
-def _over_ranks(self: Trainer, counts: Counter, ended: bool) -> dict[str, float] | None:
-    "`counts` summed over ranks; None when the data of one of them has ended."
+def _over_ranks(self: Trainer, counts: Counter, micro: list[dict]) -> dict[str, float] | None:
+    """`counts` summed over ranks; None when the data of one of them has ended. Sets `most_micro`:
+    the micro-batches of the rank that has most of them in this step."""
     own = [float(counts[name]) for name in self.count_names]
-    *totals, ended = self.ranks.sum(
-        torch.tensor([*own, float(ended)], dtype=torch.float64)
-    ).tolist()
+    have = [float(number < len(micro)) for number in range(self.stage.accumulation)]
+    totals = self.ranks.sum(torch.tensor([*own, *have], dtype=torch.float64)).tolist()
+    ranks = totals[len(own) :]
+    self.most_micro = sum(n > 0 for n in ranks)
+    ended = ranks[0] < self.ranks.world
     return None if ended else dict(zip(self.count_names, totals))
-
-
-@patch
-def _backward(self: Trainer, micro: list[dict], counts: Mapping[str, float]) -> torch.Tensor:
-    "Backward passes of all micro-batches; returns total loss and its parts, of this rank."
-    parts = 0
-    for batch, shares in zip(micro, self._shares(micro, counts)):
-        loss, losses = self.forward.losses(batch, shares)
-        # a text-only micro-batch does not reach a projector that trains alone
-        if loss.requires_grad:
-            loss.backward()
-        parts = parts + torch.stack([loss.detach().float(), *losses])
-    return parts
 
 
 @patch
@@ -541,11 +646,7 @@ def _update(self: Trainer, targets: int) -> None:
 @patch
 def _stop_non_finite(self: Trainer, micro: list[dict], counts: Mapping[str, float]) -> None:
     "Raises `NonFiniteLoss` on every rank, with what each of them found; written to nonfinite.json."
-
-    def total(batch):
-        return self.forward.losses(batch, counts)[0]
-
-    found = self.ranks.gather(diagnose(self.plan, micro, total, self.ranks.rank))
+    found = self.ranks.gather(self.layout.search(micro, counts, self.most_micro))
     report = list(itertools.chain.from_iterable(found))
     if not report:
         own = itertools.chain.from_iterable(batch.get('sample_ids', ()) for batch in micro)
@@ -597,17 +698,22 @@ def record(self: Trainer, row: dict, last: bool) -> None:
     "Log the step, show progress, run the callbacks that are due."
     if self.main:
         self.log.log(row)
+        self.lock.beat()
     shown = dict(step=self.step, loss=row['loss'], grad=row['grad_norm'])
     self.progress.update(self.spent, **shown, **{'tok/s': row['tokens_per_s']})
+    if not any(callback.due(self.step, last) for callback in self.callbacks):
+        return
+    model, plan = self.layout.model, self.layout.plan
     report = StepReport(
-        self.step, self.seen_targets, row, self.model, self.processor, self.plan, self.out_dir
+        self.step, self.seen_targets, row, model, self.processor, plan, self.out_dir
     )
     event, _, number = (self.monitor or '').partition('/')
-    for name, values in run_callbacks(self.callbacks, report, last, self.monitor):
-        if name == event:
-            self.metric = float(values[number])
-        if self.main:
-            self.log.log(dict(values, step=self.step, event=name))
+    with self.layout.whole(), autocast(self.ranks.device, self.precision):
+        for name, values in run_callbacks(self.callbacks, report, last, self.monitor):
+            if name == event:
+                self.metric = float(values[number])
+            if self.main:
+                self.log.log(dict(values, step=self.step, event=name))
 
 # %% ../../nbs/train/10_loop.ipynb #c79ce4af
 @patch
@@ -615,6 +721,7 @@ def save(self: Trainer) -> Path:
     "Write a training state: trained weights, optimizer, data position, generators, counters."
     local = dict(rng=rng_state(), loader=self.loader.state_dict())
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
+    shared |= dict(micro=self.stage.accumulation * self.ranks.world)
     return save_state(
         self.out_dir,
         self.step,
@@ -629,6 +736,7 @@ def save(self: Trainer) -> Path:
         self.ranks.rank,
         self.ranks.world,
         self.ranks.agree,
+        shards=self.layout.shards,
     )
 
 

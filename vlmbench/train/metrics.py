@@ -51,17 +51,30 @@ class MetricLog:
         warnings.warn(f'{self.path} belonged to an earlier run and is now {old.name}')
 
     def _cut(self, step):
-        lines = self.path.read_text(encoding='utf8').splitlines(keepends=True)
-        keep = [l for l in lines if l.endswith('\n') and json.loads(l)['step'] <= step]
+        data = self.path.read_bytes().decode('utf8', errors='replace')
+        lines = data.splitlines(keepends=True)
+        steps = [_step_of(line) for line in lines]
+        keep = [line for line, at in zip(lines, steps) if at is not None and at <= step]
         if len(keep) == len(lines):
             return
+        broken = {n: line for n, (line, at) in enumerate(zip(lines, steps), 1) if at is None}
+        if broken:
+            self._set_broken_aside(broken)
         tmp = self.path.with_suffix('.tmp')
         tmp.write_text(''.join(keep), encoding='utf8')
         os.replace(tmp, self.path)
-        warnings.warn(
-            f'{self.path}: dropped {len(lines) - len(keep)} lines after step {step}, where the run '
-            'resumes'
-        )
+        late = len(lines) - len(keep) - len(broken)
+        if late:
+            warnings.warn(
+                f'{self.path}: dropped {late} lines after step {step}, where the run resumes'
+            )
+
+    def _set_broken_aside(self, broken):
+        aside = self.path.with_name('metrics.broken.jsonl')
+        with open(aside, 'a', encoding='utf8') as f:
+            f.writelines(line.rstrip('\n') + '\n' for line in broken.values())
+        numbers = ', '.join(map(str, broken))
+        warnings.warn(f'{self.path}: line {numbers} cannot be read and is now in {aside.name}')
 
     def log(self, row: Mapping[str, Any]) -> None:
         "Append one row and mirror it. Rows are flushed at once, so a killed run loses none."
@@ -79,6 +92,15 @@ class MetricLog:
         self.file.close()
         for t in self.trackers:
             t.close()
+
+
+def _step_of(line: str) -> int | None:
+    "The step of a whole line of metrics, None for a broken one."
+    try:
+        step = json.loads(line)['step'] if line.endswith('\n') else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def flatten(row: Mapping[str, Any], at: str = '') -> dict[str, Any]:

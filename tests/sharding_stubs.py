@@ -1,0 +1,209 @@
+"""What the ranks of `test_sharding.py` run: all methods on tiny random models, with the same four
+micro-batches a step at every number of ranks."""
+
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from vlmbench.data.world import WorldConfig, WorldSize, write_world
+from vlmbench.data.scene import world_tokenizer
+from vlmbench.methods.recipes import get_method
+from vlmbench.train import loop
+from vlmbench.train.scale import Scale
+from vlmbench.train.sharding import local_bytes
+from vlmbench.train.stages import run_stages
+
+LANES = 4
+METHODS = {
+    'llava': {},
+    'llava_lora': dict(llm='lora'),
+    'vip_llava': {},
+    'visual_region': {},
+    'vora': {},
+    'eve': {},
+    'zero': {},
+}
+
+
+def write_bases(root):
+    "A world of a few rows, a four-block language model and a two-block tower, both random."
+    root, tokenizer = Path(root), world_tokenizer()
+    size = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = dict(num_hidden_layers=4, num_key_value_heads=1, head_dim=16)
+    llm = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **config, **size)
+    Qwen3ForCausalLM(llm).save_pretrained(root / 'llm')
+    tokenizer.save_pretrained(root / 'llm')
+    tower = SiglipVisionConfig(image_size=64, patch_size=16, num_hidden_layers=2, **size)
+    SiglipVisionModel(tower).save_pretrained(root / 'vit')
+    rows = dict(caption_train=12, vqa_train=16, text_train=12, region_train=12, vqa_test=2)
+    none = dict.fromkeys(WorldSize.__dataclass_fields__, 0)
+    write_world(root / 'world', WorldConfig(), WorldSize(**none | rows))
+
+
+def scale_of(root, dtype='float32'):
+    root = Path(root)
+    places = str(root / 'llm'), str(root / 'vit')
+    return Scale('mini', *places, 64, 'world', like='tiny', dtype=dtype)
+
+
+class Lanes:
+    """Micro-batches of four loaders in turn; a rank takes from the loaders that are its own, so the
+    micro-batches of a step are the same ones whatever the number of ranks."""
+
+    def __init__(self, make, rank, world):
+        share = LANES // world
+        lanes = range(rank * share, (rank + 1) * share)
+        self.loaders = [make(lane, LANES) for lane in lanes]
+        self.quarantine = None
+
+    def state_dict(self):
+        return dict(lanes=[loader.state_dict() for loader in self.loaders])
+
+    def load_state_dict(self, state):
+        for loader, one in zip(self.loaders, state['lanes']):
+            loader.load_state_dict(one)
+
+    def __iter__(self):
+        running = [iter(loader) for loader in self.loaders]
+        while True:
+            for batches in running:
+                yield next(batches)
+
+
+def make_lanes(trainer):
+    "In the place of `Trainer._make_loader`."
+    views = {}
+    for _, term, _ in trainer.terms:
+        views |= term.views
+
+    def make(lane, lanes):
+        return loop.make_loader(
+            trainer.data, trainer.processor, trainer.stage, trainer.seed, lane, lanes, None, views
+        )
+
+    return Lanes(make, trainer.ranks.rank, trainer.ranks.world)
+
+
+def short(recipe, world, steps):
+    "Every stage for `steps` steps of four micro-batches of a row."
+    # a gradient that is zero but for rounding must not become a step of full size
+    bound = dict(steps=steps, budget_targets=None, eps=1e-5)
+    bound |= dict(batch_rows=1, accumulation=LANES // world)
+    return replace(recipe, stages=tuple(replace(s, **bound) for s in recipe.stages))
+
+
+def two_tokens(report):
+    "A callback that generates: embedding, blocks and head, all ranks together."
+    prompt = torch.arange(5, 13)[None]
+    made = report.model.generate(input_ids=prompt, max_new_tokens=2, do_sample=False)
+    return dict(sum=int(made.sum()))
+
+
+def run_method(root, out, name, world, steps=2, dtype='float32', **settings):
+    "Train `name` on the tiny models; returns the end of `run_stages` and the bytes held."
+    method, held = get_method(name.split('_lora')[0], METHODS[name]), []
+    scale = scale_of(root, dtype)
+    recipe = short(method.recipe(scale), world, steps)
+    state = method.start(recipe, scale, device='cpu')
+
+    def measure(trainer, end=loop.Trainer.end):
+        moments = [t for s in trainer.optimizer.state.values() for t in s.values()]
+        weights = [*trainer.layout.model.parameters()]
+        held.append(local_bytes([*moments, *weights]))
+        end(trainer)
+
+    before = loop.Trainer._make_loader, loop.Trainer.end
+    loop.Trainer._make_loader, loop.Trainer.end = make_lanes, measure
+    callback = loop.Callback(two_tokens, name='words')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            ended = run_stages(
+                method,
+                state,
+                Path(root) / 'world',
+                Path(out) / name,
+                progress_seconds=None,
+                callbacks=[callback],
+                **settings,
+            )
+    finally:
+        loop.Trainer._make_loader, loop.Trainer.end = before
+    return ended, held
+
+
+def run_all(root, out, methods=tuple(METHODS), **settings):
+    "All methods in one layout; rank 0 leaves weights, histories and bytes in `out/results.pt`."
+    torch.set_num_threads(1)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    results = {}
+    for name in methods:
+        ended, held = run_method(root, out, name, world, **settings)
+        weights = dict(ended.model.named_parameters())
+        assert all(type(p) is torch.nn.Parameter for p in weights.values()), name
+        assert not any('FSDP' in type(m).__name__ for m in ended.model.modules()), name
+        rows = []
+        if rank == 0:
+            for stage in ended.stages:
+                lines = (stage.out_dir / 'metrics.jsonl').read_text().splitlines()
+                rows += [row for row in map(json.loads, lines) if row['event'] != 'run']
+        weights = {n: p.detach() for n, p in weights.items()}
+        results[name] = dict(weights=weights, rows=rows, held=held)
+    if rank == 0:
+        torch.save(results, Path(out) / 'results.pt')
+
+
+class StopAfter:
+    "A stop flag that is set once `steps` steps have been made."
+
+    def __init__(self, steps):
+        self.steps, self.asked = steps, 0
+
+    def is_set(self):
+        self.asked += 1  # the loop asks once a step
+        return self.steps is not None and self.asked >= self.steps
+
+
+def elastic_run(out, stop_after=None, parallel=None, steps=6, accumulation=4):
+    "The tiny VLM on synthetic samples, each rank its part; notes the samples of every step."
+    import train_stubs
+
+    torch.set_num_threads(1)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    stage = train_stubs.a_stage('full', steps, accumulation=accumulation)
+    loader = train_stubs.packed_loader(600, rank=rank, world=world, rows=1)
+    noted, step_once = [], loop.Trainer.step_once
+
+    def noting(trainer):
+        row, micro = step_once(trainer)
+        noted.append([trainer.step, [i for batch in micro for i in batch['sample_ids']]])
+        return row, micro
+
+    loop.Trainer.step_once = noting
+    try:
+        train_stubs.run(
+            out,
+            dropout=0.0,
+            stage=stage,
+            loader=loader,
+            stop_flag=StopAfter(stop_after),
+            parallel=parallel,
+            save_every=None,
+        )
+    finally:
+        loop.Trainer.step_once = step_once
+        name = f'samples-{noted[0][0]}-{world}-{rank}.json' if noted else 'none.json'
+        (Path(out) / name).write_text(json.dumps(noted))

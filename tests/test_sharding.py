@@ -1,0 +1,177 @@
+"""Every method trained by two and four processes ends where one process ends: under DDP, FSDP2 and
+HSDP, with the same losses, norms and weights."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharding_stubs import METHODS, elastic_run, run_all, write_bases
+from vlmbench.data.mixture import StatefulSampler
+from vlmbench.train.checkpoint import CheckpointError, latest, load_state
+from vlmbench.train.launch import LaunchError, launch
+from vlmbench.train.process import Preempted
+
+HERE = str(Path(__file__).parent)
+ENV = dict(PYTHONPATH=os.pathsep.join([HERE, os.environ.get('PYTHONPATH', '')]))
+LAYOUTS = {'ddp2': (2, 'ddp'), 'fsdp2': (2, 'fsdp'), 'fsdp4': (4, 'fsdp'), 'hsdp4': (4, 'hsdp')}
+
+
+def on_ranks(function, folder, ranks, **kwargs):
+    launch(
+        f'sharding_stubs:{function}',
+        kwargs,
+        ranks=ranks,
+        log_dir=folder / 'logs',
+        cpu=True,
+        threads=1,
+        timeout=400,
+        env=ENV,
+    )
+
+
+@pytest.fixture(scope='module')
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp('bases')
+    write_bases(root)
+    return root
+
+
+@pytest.fixture(scope='module')
+def one(bases, tmp_path_factory):
+    "What one process makes of every method."
+    out = tmp_path_factory.mktemp('one')
+    run_all(bases, out)
+    return torch.load(out / 'results.pt')
+
+
+@pytest.fixture(scope='module', params=LAYOUTS)
+def several(request, bases, tmp_path_factory):
+    "The same by several processes in one layout: (name, results)."
+    ranks, parallel = LAYOUTS[request.param]
+    out = tmp_path_factory.mktemp(request.param)
+    where = dict(root=str(bases), out=str(out))
+    on_ranks('run_all', out, ranks, parallel=parallel, **where)
+    return request.param, torch.load(out / 'results.pt')
+
+
+def distance(a, b):
+    """Relative to the norm of `b`. The bias of an attention's keys changes nothing, so it stays at
+    rounding errors of 1e-8 around zero; a norm below 0.01 counts as that."""
+    return float((a - b).norm() / b.norm().clamp(min=1e-2))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_several_processes_equal_one(one, several, method):
+    layout, results = several
+    ours, theirs = results[method], one[method]
+    assert len(ours['rows']) == len(theirs['rows'])
+    for a, b in zip(ours['rows'], theirs['rows']):
+        assert a['event'] == b['event']
+        if a['event'] == 'step':
+            for name in ('loss', 'grad_norm'):
+                assert a[name] == pytest.approx(b[name], rel=1e-5), (layout, name, a['step'])
+        if a['event'] == 'words':
+            assert a['sum'] == b['sum']
+        if a['event'] == 'audit':
+            assert a['missing'] == b['missing']
+    assert ours['weights'].keys() == theirs['weights'].keys()
+    for name, weight in ours['weights'].items():
+        assert distance(weight, theirs['weights'][name]) < 1e-5, (layout, name)
+
+
+def test_a_rank_holds_its_share(one, several):
+    layout, results = several
+    if layout != 'fsdp4':
+        pytest.skip('four shards')
+    for method in METHODS:
+        for shard, whole in zip(results[method]['held'], one[method]['held']):
+            assert shard <= 0.35 * whole, method
+
+
+def samples(out):
+    "The numbers of all samples that the steps of a run have taken."
+    found = []
+    for path in out.glob('samples-*.json'):
+        found += [int(i[1:]) for _, ids in json.loads(path.read_text()) for i in ids]
+    return found
+
+
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+    "Four ranks under FSDP, stopped after two steps, with half-filled packs on every rank."
+    out = tmp_path_factory.mktemp('stopped')
+    settings = dict(stop_after=2, parallel='fsdp', steps=4, accumulation=1)
+    with pytest.raises(Preempted):
+        on_ranks('elastic_run', out, 4, out=str(out / 'run'), **settings)
+    return out / 'run'
+
+
+def test_shards_are_read_whole(stopped):
+    state = latest(stopped)
+    assert (state / 'shards').is_dir() and not (state / 'weights.safetensors').exists()
+    read = load_state(state, world=4)
+    assert read.step == 2 and read.shared['micro'] == 4
+    moments = {k: t for k, t in read.optimizer.items() if k.endswith('/exp_avg')}
+    for name, moment in moments.items():
+        assert moment.shape == read.weights[name.removesuffix('/exp_avg')].shape
+    with pytest.raises(CheckpointError, match='written by 4 ranks'):
+        load_state(state, world=2)
+
+
+@pytest.mark.parametrize('ranks, parallel', [(4, 'fsdp'), (2, 'hsdp'), (2, 'ddp'), (1, None)])
+def test_four_shards_go_on_elsewhere(stopped, tmp_path, ranks, parallel):
+    """On as many ranks, on fewer, and on one: each sample once, and none is left out between the
+    first and the last that were drawn but those that still wait."""
+    out = tmp_path / 'run'
+    shutil.copytree(stopped, out)
+    settings = dict(out=str(out), parallel=parallel, steps=4, accumulation=1)
+    if ranks == 1:
+        elastic_run(**settings)
+    else:
+        on_ranks('elastic_run', tmp_path, ranks, **settings)
+    ended = load_state(latest(out), world=ranks, elastic=True)
+    assert ended.step == 4 and ended.shared['micro'] == 4
+    seen = samples(out)
+    assert len(seen) == len(set(seen))
+    every = ended.every or [ended.local]
+    if ranks == 4:  # as many ranks in the same layout: bit for bit
+        settings['out'] = str(tmp_path / 'whole')
+        on_ranks('elastic_run', tmp_path, ranks, **settings)
+        whole = load_state(latest(tmp_path / 'whole'), world=ranks)
+        assert all(torch.equal(t, ended.weights[n]) for n, t in whole.weights.items())
+        assert all(torch.equal(t, ended.optimizer[n]) for n, t in whole.optimizer.items())
+    if ranks == 1:
+        loader = every[0]['loader']
+        first, then = loader['sampler']['first'], loader['sampler']['then']
+        places = [*first, *range(then, 600)]
+        drawn = places[: loader['sampler']['position']]
+        used = {*range(then), *drawn} - {places[draw] for draw, _ in loader['waiting']}
+        order = StatefulSampler(600, seed=0)
+        assert set(seen) == {order.at(place) for place in used}
+
+
+def test_one_process_goes_on_as_shards(tmp_path):
+    "The reverse: a state of one process, in safetensors, is taken up by four shards."
+    out = tmp_path / 'run'
+    with pytest.raises(Preempted):
+        elastic_run(str(out), stop_after=2)
+    before = load_state(latest(out))
+    on_ranks('elastic_run', tmp_path, 4, out=str(out), parallel='fsdp', steps=6)
+    ended = load_state(latest(out), world=4)
+    assert before.step == 2 and ended.step == 6
+    seen = samples(out)
+    assert len(seen) == len(set(seen))
+    assert load_state(latest(out), world=4).shared['targets'] > before.shared['targets']
+
+
+def test_a_step_keeps_its_micro_batches(tmp_path):
+    "Three micro-batches of one process cannot be shared by two."
+    out = tmp_path / 'run'
+    with pytest.raises(Preempted):
+        elastic_run(str(out), stop_after=1, accumulation=3)
+    with pytest.raises(LaunchError, match=r'among \[1, 3\]'):
+        on_ranks('elastic_run', tmp_path, 2, out=str(out), accumulation=3)
