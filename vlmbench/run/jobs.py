@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'refuse_other_recipe', 'train_job', 'evaluate_job']
 
-# %% ../../nbs/run/15_jobs.ipynb #01a5da34
+# %% ../../nbs/run/15_jobs.ipynb #062a487e
 import json
 import time
 import warnings
@@ -25,7 +25,7 @@ from ..train.process import Preempted, Ranks, StopFlag
 from ..train.recipe import Recipe
 from ..train.stages import RunResult, run_stages
 
-# %% ../../nbs/run/15_jobs.ipynb #e56c937f
+# %% ../../nbs/run/15_jobs.ipynb #43a09ea0
 class Job:
     """A context in which one rank works in run folder `folder`. `ranks`: who works with it; `stop`:
     set by a signal, by the controller's stop file, or by `stop_flag` where the caller has one."""
@@ -73,7 +73,7 @@ def _add_phase(folder: Path, entry: dict) -> None:
     manifest = Manifest(folder)
     manifest.update(phases=[*manifest.read().get('phases', []), entry])
 
-# %% ../../nbs/run/15_jobs.ipynb #a2140a56
+# %% ../../nbs/run/15_jobs.ipynb #13b8acf3
 def refuse_other_recipe(
     folder: str | Path, recipe: Recipe, allow_changed: Collection[str] = ()
 ) -> None:
@@ -97,7 +97,7 @@ def refuse_other_recipe(
 def _same(saved: Mapping, now: Mapping, allow: Collection[str], where: str | Path) -> None:
     check_identity(saved, now, allow, str(where))
 
-# %% ../../nbs/run/15_jobs.ipynb #b0b3fde5
+# %% ../../nbs/run/15_jobs.ipynb #8b40ad6d
 def train_job(
     settings: Mapping[str, Any], data: str, folder: str, stop_flag: Any = None
 ) -> dict[str, Any]:
@@ -165,6 +165,9 @@ def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> R
             trackers=settings['trackers'],
             resume='auto' if settings['resume'] else None,
             allow_changed=settings['allow_changed'],
+            parallel=settings['parallel'],
+            offload=settings['offload'],
+            compile=settings['compile'],
         )
 
 
@@ -203,7 +206,7 @@ def _assess(
         )
     return dict(table=table.to_dict('records'), summary=summary)
 
-# %% ../../nbs/run/15_jobs.ipynb #aa232195
+# %% ../../nbs/run/15_jobs.ipynb #dcc6a8ba
 def evaluate_job(
     settings: Mapping[str, Any], model: str, data: str, folder: str, stop_flag: Any = None
 ) -> dict[str, Any]:
