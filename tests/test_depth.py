@@ -13,7 +13,7 @@ from vlmbench.models.depth import (
     check_layers,
     depth_of,
     find_decoder,
-    fingerprint,
+    weights_hash,
     graft,
     prune,
     shallow_copy,
@@ -99,18 +99,18 @@ def test_per_layer_settings_follow():
 
 def test_tensors_are_shared_but_not_the_configuration():
     model = decoder()
-    before = fingerprint(model)
+    before = weights_hash(model)
     small = prune(model, [2])
     assert small.model.layers[2].mlp.up_proj.weight is model.model.layers[3].mlp.up_proj.weight
     assert (
         (small.config is not model.config)
         and model.config.num_hidden_layers == 6
-        and fingerprint(model) == before
+        and weights_hash(model) == before
     )
     apart = prune(model, [2], share=False)
     with torch.no_grad():
         apart.model.embed_tokens.weight.add_(1)
-    assert fingerprint(model) == before
+    assert weights_hash(model) == before
 
 
 def test_tied_embeddings_stay_tied():
@@ -138,7 +138,7 @@ def test_records_compose(data):
 
 def test_training_a_surrogate_leaves_the_full_model_alone():
     model = decoder()
-    before, surrogate = fingerprint(model), build_surrogate(decoder(), [[2, 3, 4]])
+    before, surrogate = weights_hash(model), build_surrogate(decoder(), [[2, 3, 4]])
     surrogate = build_surrogate(model, [[2, 3, 4]])
     pos = depth_of(surrogate).translators
     assert pos == (2,) and torch.equal(
@@ -150,7 +150,7 @@ def test_training_a_surrogate_leaves_the_full_model_alone():
     surrogate(input_ids=IDS, labels=IDS).loss.backward()
     opt.step()
     trained, still = (m.model.layers[2].mlp.up_proj.weight for m in (surrogate, model))
-    assert fingerprint(model) == before and not torch.equal(trained, still)
+    assert weights_hash(model) == before and not torch.equal(trained, still)
 
 
 def test_a_second_slice_keeps_the_translators():
@@ -190,10 +190,10 @@ def test_maps_keep_everything_else(n, data):
 )
 def test_bad_ranges(ranges, k, message):
     model = decoder(8)
-    before = fingerprint(model)
+    before = weights_hash(model)
     with pytest.raises(ValueError, match=message):
         build_surrogate(model, ranges, k)
-    assert fingerprint(model) == before and model.config.num_hidden_layers == 8
+    assert weights_hash(model) == before and model.config.num_hidden_layers == 8
 
 
 def test_translator_rule_of_the_reference_needs_room():
@@ -303,12 +303,12 @@ def test_graft_moves_the_vision_side_only():
             *surrogate.model.vision_tower.parameters(),
         ):
             p.add_(0.5)
-    before, head = fingerprint(model.model.language_model), fingerprint(model.lm_head)
+    before, head = weights_hash(model.model.language_model), weights_hash(model.lm_head)
     report = graft(
         model,
         {n: p for n, p in surrogate.named_parameters() if 'projector' in n or 'layers.2.' in n},
     )
-    assert (fingerprint(model.model.language_model), fingerprint(model.lm_head)) == (before, head)
+    assert (weights_hash(model.model.language_model), weights_hash(model.lm_head)) == (before, head)
     assert all(
         'language_model.layers.2.' in n or 'vision_tower' in n or 'projector' in n
         for n in (*report.loaded, *report.left_out)
@@ -329,7 +329,7 @@ def test_graft_moves_the_vision_side_only():
 
 def test_a_failed_graft_writes_nothing():
     model = llava()
-    before = fingerprint(model)
+    before = weights_hash(model)
     good = {n: p + 1 for n, p in model.named_parameters() if 'projector' in n}
     for bad, message in (
         ({**good, 'model.soi': torch.ones(1)}, 'convert the checkpoint'),
@@ -338,7 +338,7 @@ def test_a_failed_graft_writes_nothing():
     ):
         with pytest.raises(ValueError, match=message):
             graft(model, bad)
-    assert fingerprint(model) == before
+    assert weights_hash(model) == before
 
 
 def test_causal_lm_of_a_vlm_is_plain(tmp_path):

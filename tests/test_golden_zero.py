@@ -25,7 +25,7 @@ from vlmbench.checkpoints.zero import ZERO, from_reference, load_trained, to_ref
 from vlmbench.evaluate.scorers import POPE
 from vlmbench.data.mix_rows import mix_order
 from vlmbench.data.wrapper import wrap_question
-from vlmbench.models.depth import depth_of, find_decoder, fingerprint, graft
+from vlmbench.models.depth import depth_of, find_decoder, weights_hash, graft
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.loop import lr_factor, train
 from vlmbench.train.prepare import prepare
@@ -636,14 +636,14 @@ def trained_pair(folder):
     part = lambda s: {
         k.removeprefix(f'{s}.final.'): v for k, v in golden.items() if k.startswith(f'{s}.final.')
     }
-    before = fingerprint(find_decoder(full_model).stack)
+    before = weights_hash(find_decoder(full_model).stack)
     load_trained(pair, part('s1'))
     load_trained(pair, part('s2'))
     graft(full_model, pair)
-    assert fingerprint(find_decoder(full_model).stack) == before
+    assert weights_hash(find_decoder(full_model).stack) == before
     again = reference_model(folder)
     load_trained(again, part('s2'))  # only the trained tensors: the same model
-    assert fingerprint(again) == fingerprint(full_model)
+    assert weights_hash(again) == weights_hash(full_model)
     return full_model, pair
 
 

@@ -29,7 +29,7 @@ from vlmbench.models.depth import (
     causal_lm,
     depth_of,
     find_decoder,
-    fingerprint,
+    weights_hash,
     graft,
     prune,
 )
@@ -258,7 +258,7 @@ def test_retention_report_reads_two_runs(tmp_path):
 
 def test_surrogate_and_graft_of_a_vlm():
     model = vlm(8)
-    before, head = fingerprint(model.model.language_model), fingerprint(model.lm_head)
+    before, head = weights_hash(model.model.language_model), weights_hash(model.lm_head)
     surrogate = build_surrogate(model, [range(3, 7)])
     with torch.no_grad():
         for p in (
@@ -268,8 +268,8 @@ def test_surrogate_and_graft_of_a_vlm():
             p.add_(0.1)
     report = graft(model, surrogate)
     assert all(n.startswith('model.vision.') for n in report.loaded) and not report.unchanged
-    assert fingerprint(model.model.vision) == fingerprint(surrogate.model.vision)
-    assert (fingerprint(model.model.language_model), fingerprint(model.lm_head)) == (before, head)
+    assert weights_hash(model.model.vision) == weights_hash(surrogate.model.vision)
+    assert (weights_hash(model.model.language_model), weights_hash(model.lm_head)) == (before, head)
     assert causal_lm(surrogate).config.num_hidden_layers == 5
 
 

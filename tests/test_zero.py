@@ -44,7 +44,7 @@ from vlmbench.models.families import FAMILIES, family_of, get_family
 from vlmbench.data.wrapper import WRAPPERS
 from vlmbench.distill.balance import Balanced, balance_weights
 from vlmbench.data.mix_rows import mix_order, mix_rows
-from vlmbench.models.depth import build_surrogate, causal_lm, depth_of, find_decoder, fingerprint
+from vlmbench.models.depth import build_surrogate, causal_lm, depth_of, find_decoder, weights_hash
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, module_groups
 from vlmbench.train.loop import train
 from vlmbench.train.prepare import lora_modules, prepare
@@ -213,7 +213,7 @@ def test_a_model_of_another_family_is_refused_and_the_world_has_none(llama_scale
     ours, plain = Zero().start(Zero().recipe(tiny), tiny), RunState(Zero().recipe(tiny), tiny)
     Method.build(Zero(), plain)
     assert (
-        fingerprint(ours.model) == fingerprint(plain.model)
+        weights_hash(ours.model) == weights_hash(plain.model)
         and ours.processor.image_token == plain.processor.image_token == '<image>'
     )
 
@@ -266,7 +266,7 @@ def run(bases, method, out, budget=0.01):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         state = method.start(recipe, scale, device='cpu')
-        model, before = state.model, fingerprint(find_decoder(state.model).stack)
+        model, before = state.model, weights_hash(find_decoder(state.model).stack)
         done = run_stages(method, state, root / 'world', out, progress_seconds=None)
         return model, before, done
 
@@ -275,9 +275,9 @@ def test_a_run_grafts_and_leaves_the_language_model_alone(bases, tmp_path):
     start, before, fitted = run(bases, Zero(), tmp_path)
     assert len(find_decoder(fitted.model)) == 6 and not depth_of(fitted.model).translators
     assert (
-        fingerprint(find_decoder(fitted.model).stack)
+        weights_hash(find_decoder(fitted.model).stack)
         == before
-        == fingerprint(find_decoder(start).stack)
+        == weights_hash(find_decoder(start).stack)
     )
     first, second = (r.freeze_table.set_index('group').trainable for r in fitted.stages)
     assert (
@@ -328,7 +328,7 @@ def test_the_pair_stays_a_surrogate_and_exports_plainly(bases, tmp_path):
         )
     pair.save_pretrained(tmp_path / 'vlm')
     loaded = VLMForConditionalGeneration.from_pretrained(tmp_path / 'vlm').eval()
-    assert depth_of(loaded) == depth_of(pair) and fingerprint(loaded) == fingerprint(pair)
+    assert depth_of(loaded) == depth_of(pair) and weights_hash(loaded) == weights_hash(pair)
     with pytest.raises(ValueError, match='cut from another language model'):
         state = RunState(Zero().recipe(bases[1]), bases[1], model=pair, processor=fitted.processor)
         graft_onto(str(bases[0] / 'other'), state)
@@ -339,14 +339,14 @@ def test_stopped_between_stages_a_run_goes_on(bases, tmp_path):
     _, _, second = run(
         bases, Zero(), tmp_path
     )  # every stage is found finished, and the graft is made again
-    assert fingerprint(first.model) == fingerprint(second.model)
+    assert weights_hash(first.model) == weights_hash(second.model)
 
 
 def test_the_baseline_trains_on_the_full_model(bases, tmp_path):
     _, before, fitted = run(bases, Zero(ranges=()), tmp_path)
     assert (
         len(find_decoder(fitted.model)) == 6
-        and fingerprint(find_decoder(fitted.model).stack) == before
+        and weights_hash(find_decoder(fitted.model).stack) == before
     )
 
 
@@ -354,9 +354,9 @@ def test_another_language_model_stands_in_and_the_graft_leaves_both_alone(bases,
     method = get_method('zero', [f'stand_in={bases[0] / "other"}'])
     start, before, fitted = run(bases, method, tmp_path / 'graft')
     assert (
-        fingerprint(find_decoder(fitted.model).stack)
+        weights_hash(find_decoder(fitted.model).stack)
         == before
-        == fingerprint(find_decoder(start).stack)
+        == weights_hash(find_decoder(start).stack)
     )
     assert all(not r.freeze_table.set_index('group').trainable['layers'] for r in fitted.stages)
     _, _, pair = run(
@@ -365,13 +365,13 @@ def test_another_language_model_stands_in_and_the_graft_leaves_both_alone(bases,
         tmp_path / 'pair',
     )
     assert (
-        fingerprint(find_decoder(pair.model).stack)
-        == fingerprint(Qwen3ForCausalLM.from_pretrained(bases[0] / 'other').model)
+        weights_hash(find_decoder(pair.model).stack)
+        == weights_hash(Qwen3ForCausalLM.from_pretrained(bases[0] / 'other').model)
         != before
     )
-    assert fingerprint(pair.model.model.vision) == fingerprint(fitted.model.model.vision)
+    assert weights_hash(pair.model.model.vision) == weights_hash(fitted.model.model.vision)
     _, _, own = run(bases, Zero(), tmp_path / 'own')
-    assert fingerprint(own.model.model.vision) != fingerprint(pair.model.model.vision)
+    assert weights_hash(own.model.model.vision) != weights_hash(pair.model.model.vision)
 
 
 def test_variants_name_the_options_of_the_recipe(bases):

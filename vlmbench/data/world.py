@@ -34,8 +34,8 @@ from vlmbench.data.scene import (
 )
 
 # %% auto #0
-__all__ = ['KINDS', 'digit_pool', 'shape_distance', 'geometry', 'coverage', 'render', 'region', 'scene_samples', 'WorldSize',
-           'write_world', 'load_world', 'asset_path']
+__all__ = ['KINDS', 'digit_pool', 'shape_distance', 'geometry', 'coverage', 'render', 'thing_region', 'scene_samples',
+           'WorldSize', 'write_world', 'load_world', 'asset_path']
 
 # %% ../../nbs/data/60_world.ipynb #69cd42dd
 @functools.lru_cache(maxsize=None)
@@ -111,7 +111,7 @@ def render(scene: Scene, config: WorldConfig = WorldConfig()) -> Image.Image:
     return Image.fromarray(np.clip(picture.round(), 0, 255).astype(np.uint8))
 
 # %% ../../nbs/data/60_world.ipynb #1d83e910
-def region(thing: Thing, scene: Scene) -> Region:
+def thing_region(thing: Thing, scene: Scene) -> Region:
     "Box (left, top, right, bottom) and convex polygon of an object, in px, labelled with its name."
     from shapely.geometry import MultiPoint
 
@@ -181,7 +181,7 @@ def _region_rows(scene: Scene, rng, sid: str, meta: dict, one_question: bool) ->
         ('color', 'what color is the object <region> ?', t.color),
         ('size', 'what size is the object <region> ?', t.size),
     ]
-    asks, regions = [asks[i] for i in rng.permutation(3)], [region(t, scene)]
+    asks, regions = [asks[i] for i in rng.permutation(3)], [thing_region(t, scene)]
     if one_question:
         kind, text, answer = asks[0]
         return [_one_question(sid, 0, kind, f'<image>\n{text}', answer, regions)]

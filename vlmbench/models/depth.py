@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_SPLITS', 'Decoder', 'find_decoder', 'Depth', 'depth_of', 'check_layers', 'shallow_copy', 'slice_layers',
-           'prune', 'SurrogateMap', 'surrogate_map', 'build_surrogate', 'Graft', 'graft', 'fingerprint', 'causal_lm']
+           'prune', 'SurrogateMap', 'surrogate_map', 'build_surrogate', 'Graft', 'graft', 'weights_hash', 'causal_lm']
 
 # %% ../../nbs/models/30_depth.ipynb #762e1721
 import copy, hashlib
@@ -407,7 +407,7 @@ def graft(target: nn.Module, source: nn.Module | Mapping[str, Tensor]) -> Graft:
     return Graft(tuple(load), tuple(n for n in outside if n not in load), left)
 
 # %% ../../nbs/models/30_depth.ipynb #01f20a9f
-def fingerprint(module: nn.Module) -> str:
+def weights_hash(module: nn.Module) -> str:
     "SHA-256 over names and bytes of a module's state."
     h = hashlib.sha256()
     for n, t in sorted(module.state_dict().items()):
