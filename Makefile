@@ -76,7 +76,8 @@ test-python: venv
 test-slurm: venv
 	@echo "== jobs on an emulated cluster"
 	$(PIP) --editable ".[slurm]"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1200 $(BIN)/python -m pytest -q -m slurm --durations=0 tests/test_slurm.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q \
+		-m slurm --durations=0 tests/test_slurm.py
 
 docs: venv
 	$(BIN)/python docs/build.py

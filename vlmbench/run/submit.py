@@ -11,6 +11,7 @@ __all__ = ['REQUEUES', 'WARNING', 'JOB_FILE', 'sweep_values', 'requeue', 'Notebo
 import csv, itertools, json, os, re, shlex, shutil, signal, subprocess, sys, time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,11 @@ def requeue(limit: int = REQUEUES) -> bool:
     if returns >= limit:
         print(f'job {job} came back {returns} times: not queued again', flush=True)
         return False
-    asked = subprocess.run(['scontrol', 'requeue', job], timeout=60, check=False)
-    done = asked.returncode == 0
+    try:
+        asked = subprocess.run(['scontrol', 'requeue', job], timeout=60, check=False)
+        done = asked.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        done = False
     print(f'job {job} {"is queued again" if done else "could not be queued again"}', flush=True)
     return done
 
@@ -144,7 +148,7 @@ def _folders(
         full = {k: p.default for k, p in declared.items()} | dict(runs[0])
         return [Path(out or default_folder(name, full)).absolute()]
     parent = Path(out or default_folder(name, {})).absolute()
-    distinct = {k: {run[k] for run in runs} for k in runs[0]}
+    distinct = {name: set(map(itemgetter(name), runs)) for name in runs[0]}
     swept = [k for k, values in distinct.items() if len(values) > 1]
     folders: list[Path] = []
     for run in runs:
