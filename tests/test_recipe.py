@@ -256,8 +256,7 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks():
     for ranks in (1, 2, 8, 32):
         on = stage.over(ranks)
         assert (
-            on.batch_rows * on.accumulation * ranks == 512 == on.step_rows(ranks)
-            and on.over(ranks) == on
+            on.batch_rows * on.accumulation * ranks == 512 == on.step_rows and on.over(ranks) == on
         )
     plain = dataclasses.replace(stage, global_rows=None, accumulation=3)
     assert plain.over(8) is plain and plain.step_rows(8) == 384
@@ -319,7 +318,7 @@ def test_groups_of_like_length_are_one_global_batch():
     )
 
     def groups(stage, ranks):
-        return grouped_order(samples, stage.grouping, stage.step_rows(ranks)).group
+        return grouped_order(samples, stage.grouping, stage.step_rows).group
 
     assert [groups(stage, ranks) for ranks in (1, 3)] == [2, 6]
     whole = dataclasses.replace(stage, global_rows=12)

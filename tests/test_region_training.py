@@ -118,7 +118,7 @@ def test_grouping(world, processor, stage, grouping):
         world, 'region_train*2+text_train*1+vqa_train*1', parse=sample_from_region_row
     )
     one = override(stage, dict(packing=False, grouping=grouping, batch_rows=4))
-    order = grouped_order(samples, grouping, one.step_rows(1), DrawRegions().turns)
+    order = grouped_order(samples, grouping, one.step_rows, DrawRegions().turns)
     words, n = dict(enumerate(order.lengths)), len(order)
     assert (
         min(words.values()) > 10

@@ -283,7 +283,7 @@ def layout(
                 data=stage.data,
                 trains=' '.join(groups),
                 rate=' '.join(sorted(rates)),
-                step_rows=stage.step_rows(ranks),
+                step_rows=stage.step_rows,
                 rows=f'{stage.batch_rows} x {stage.accumulation} x {ranks}',
                 tokens=stage.max_tokens,
                 pictures=stage.image_mode or scale.image_mode,

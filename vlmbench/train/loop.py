@@ -11,7 +11,7 @@ import itertools, json, math, random, time, warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from ..distill.terms import LossTerm
 from ..models.vlm import module_groups
 from vlmbench.train.checkpoint import (
     CheckpointError,
-    TrainState,
     fingerprint,
     load_state,
     load_tensors,
@@ -41,7 +40,7 @@ from vlmbench.train.checkpoint import (
     state_problem,
     usable,
 )
-from .elastic import redeal, take_up
+from .elastic import Lanes, redeal, take_up
 from .forward import Forward, autocast, match_terms
 from .guard import GradientAudit, NoGradient, NonFiniteLoss
 from vlmbench.train.metrics import (
@@ -330,7 +329,7 @@ def set_up(self: Trainer) -> None:
     "Everything that needs no state of an earlier run."
     self.out_dir, self.ranks = Path(self.out_dir), Ranks(self.device)
     self.main = self.ranks.rank == 0
-    self.stage = self.stage.over(self.ranks.world)
+    asked, self.stage = self.stage, self.stage.over(self.ranks.world)
     parallel = Parallel(self.parallel, self.shard_ranks, self.offload, self.compile)
     sharded = parallel.over(self.ranks.world) in ('fsdp', 'hsdp')
     self.terms = match_terms(self.stage, self.extra_losses)
@@ -350,7 +349,7 @@ def set_up(self: Trainer) -> None:
     settle_precision(self.model, trained, self.precision)
     self.flops, self.table = FlopModel(self.plan, self.groups), self.plan.table()
     self.identity = dict(
-        stage=self.stage.to_dict(),
+        stage=asked.to_dict(),  # on any number of ranks the same
         seed=self.seed,
         precision=self.precision,
         base=fingerprint(self.model, trained),
@@ -395,14 +394,21 @@ def _make_optimizer(self: Trainer) -> torch.optim.Optimizer:
 
 
 @patch
-def _make_loader(self: Trainer) -> BatchLoader:
+def _make_loader(self: Trainer) -> BatchLoader | Lanes:
+    """One loader for each of this rank's micro-batches. Micro-batch k of a step takes every K-th
+    sample of the order, whichever rank makes it: a step is the same on any number of ranks."""
     views: dict[str, Callable] = {}
     for _, term, _ in self.terms:
         views |= term.views
-    rank, world = self.ranks.rank, self.ranks.world
-    return make_loader(
-        self.data, self.processor, self.stage, self.seed, rank, world, self.quarantine, views
-    )
+    own = self.stage.accumulation
+    first, lanes = self.ranks.rank * own, self.ranks.world * own
+    made = [
+        make_loader(
+            self.data, self.processor, self.stage, self.seed, lane, lanes, self.quarantine, views
+        )
+        for lane in range(first, first + own)
+    ]
+    return made[0] if own == 1 else Lanes(made)
 
 
 @patch
@@ -431,7 +437,9 @@ def begin(self: Trainer, cleanup: ExitStack) -> None:
     # a generator in the place of a loader's iterator can be closed, a plain iterator cannot
     if isinstance(self.batches, Generator):
         cleanup.callback(self.batches.close)
-    self.bad_rows = self.loader.quarantine if isinstance(self.loader, BatchLoader) else None
+    self.bad_rows = (
+        self.loader.quarantine if isinstance(self.loader, (BatchLoader, Lanes)) else None
+    )
     if self.bad_rows is not None:
         cleanup.enter_context(self.bad_rows.held())
     self.stop = self.stop_flag
@@ -483,13 +491,10 @@ def _take_up(self: Trainer, found: Path) -> None:
     """Weights, optimizer, data position, generators and counters of the state in folder `found`,
     whatever number of ranks wrote it."""
     rank, world = self.ranks.rank, self.ranks.world
-    allowed = [*self.allow_changed]
-    if self.stage.global_rows is not None:
-        allowed.append('stage.accumulation')  # follows from the number of ranks
+    allowed = self.allow_changed
     state = load_state(
         found, self.identity, allowed, rank, world, elastic=True, tensors=False, verify=False
     )
-    self._keep_step_size(state)
     if state.world == world:
         take_up(self.loader, state.local['loader'])
     else:
@@ -499,29 +504,12 @@ def _take_up(self: Trainer, found: Path) -> None:
         set_rng_state(state.local['rng'])
     elif self.main:
         warnings.warn(
-            f'{found} was written by {state.world} ranks and {world} go on: samples are dealt and '
-            'packed anew from where they were, and dropout draws other numbers'
+            f'{found} was written by {state.world} ranks and {world} go on: the samples follow in '
+            'the same order, and dropout draws other numbers'
         )
     self.step, self.path = state.step, found
     self.seen_targets, self.metric = state.shared['targets'], state.shared['metric']
     self.audit = GradientAudit(**state.shared['audit'])
-
-
-@patch
-def _keep_step_size(self: Trainer, state: TrainState) -> None:
-    """As many micro-batches a step as before, over all ranks. Raises CheckpointError naming the
-    numbers of ranks that can make them."""
-    micro = state.shared.get('micro', self.stage.accumulation * state.world)
-    if micro == self.stage.accumulation * self.ranks.world or 'stage' in self.allow_changed:
-        return
-    accumulation, rest = divmod(micro, self.ranks.world)
-    if rest:
-        fitting = [n for n in range(1, micro + 1) if micro % n == 0]
-        raise CheckpointError(
-            f'{state.path}: a step has {micro} micro-batches, which {self.ranks.world} ranks '
-            f'cannot share evenly: resume with a number of ranks among {fitting}'
-        )
-    self.stage = replace(self.stage, accumulation=accumulation)
 
 
 @patch
@@ -721,7 +709,6 @@ def save(self: Trainer) -> Path:
     "Write a training state: trained weights, optimizer, data position, generators, counters."
     local = dict(rng=rng_state(), loader=self.loader.state_dict())
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
-    shared |= dict(micro=self.stage.accumulation * self.ranks.world)
     return save_state(
         self.out_dir,
         self.step,

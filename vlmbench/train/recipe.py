@@ -200,8 +200,8 @@ class Stage:
 
     Exactly one of `budget_targets` (target tokens over all ranks) and `steps` bounds it. One
     optimizer step sees `accumulation` micro-batches of `batch_rows` rows of at most `max_tokens`
-    tokens on every rank. `global_rows`: rows of one step over all ranks and micro-batches, from
-    which `over` makes `accumulation`; None: `accumulation` as it is, on every rank. `losses` names
+    tokens, over all ranks. `global_rows`: rows of one step, in the place of `accumulation`; `over`
+    says what of a step each rank makes. `losses` names
     the extra loss terms the method makes (a name, or a name with a weight: `('align', 0.5)`).
     `too_long`: what happens to samples beyond `max_tokens` ('error', 'truncate', 'turns': whole
     later turns go, 'skip'). `merge` folds LoRA back into the base at the end of the stage.
@@ -261,19 +261,22 @@ class Stage:
             return None
         return self.lr if tune.lr is None else tune.lr
 
-    def step_rows(self, ranks: int = 1) -> int:
-        "Rows of one optimizer step over `ranks` processes."
-        return self.global_rows or self.batch_rows * self.accumulation * ranks
+    @property
+    def step_rows(self) -> int:
+        "Rows of one optimizer step, over all ranks and micro-batches."
+        return self.global_rows or self.batch_rows * self.accumulation
 
     def over(self, ranks: int) -> 'Stage':
-        """The stage as each of `ranks` processes runs it: `accumulation` micro-batches make
-        `global_rows` rows a step. Raises RecipeError when no whole number does."""
-        if self.global_rows is None:
-            return self
-        micro_batches, rest = divmod(self.global_rows, self.batch_rows * ranks)
+        """The stage as each of `ranks` processes runs it: `accumulation` micro-batches of
+        `batch_rows` rows, or fewer where they do not divide, make `step_rows` rows a step. Raises
+        RecipeError naming the numbers of ranks that fit."""
+        share, rest = divmod(self.step_rows, ranks)
         if rest:
             _refuse_layout(self, ranks)
-        return dataclasses.replace(self, accumulation=micro_batches)
+        rows = max(n for n in range(1, min(self.batch_rows, share) + 1) if share % n == 0)
+        if rows != self.batch_rows and self.reduction == 'micro':
+            _refuse_layout(self, ranks)
+        return dataclasses.replace(self, batch_rows=rows, accumulation=share // rows)
 
     def to_dict(self) -> dict:
         return to_settings(self)
@@ -391,17 +394,15 @@ def _check_rates(stage: Stage) -> None:
 
 
 def _refuse_layout(stage: Stage, ranks: int) -> None:
-    "Says which rows a micro-batch could have for `global_rows` to be met on `ranks` processes."
-    share, left = divmod(stage.global_rows, ranks)
-    fitting = [n for n in range(1, min(stage.batch_rows, share) + 1) if share % n == 0]
-    if left or not fitting:
-        advice = f'use a number of ranks that divides {stage.global_rows}, or another global_rows'
-    else:
-        advice = f'set batch_rows={max(fitting)}'
+    "Says which numbers of ranks share the rows of a step."
+    whole = [n for n in range(1, stage.step_rows + 1) if stage.step_rows % n == 0]
+    why = f'{ranks} ranks cannot share them evenly'
+    if stage.reduction == 'micro':
+        whole = [n for n in whole if stage.step_rows // n % stage.batch_rows == 0]
+        why = f"its loss is a mean of micro-batches of {stage.batch_rows} rows (reduction='micro')"
     raise RecipeError(
-        f'stage {stage.name!r}: global_rows={stage.global_rows} is no multiple of batch_rows='
-        f'{stage.batch_rows} x {ranks} ranks = {stage.batch_rows * ranks} rows: {advice}; or set '
-        'accumulation, which takes the place of global_rows'
+        f'stage {stage.name!r}: a step has {stage.step_rows} rows, and on {ranks} ranks {why}: use '
+        f'{", ".join(map(str, whole))} ranks, or set global_rows'
     )
 
 # %% ../../nbs/train/00_recipe.ipynb #c0f9bd44
@@ -457,7 +458,7 @@ class Recipe:
         rows = []
         for stage in self.stages:
             bound = dict(budget_targets=stage.budget_targets, steps=stage.steps)
-            shape = dict(rows=stage.step_rows(), max_tokens=stage.max_tokens)
+            shape = dict(rows=stage.step_rows, max_tokens=stage.max_tokens)
             for group, tune in stage.trains.items():
                 if tune.trains:
                     trains = dict(group=group, tune=str(tune), lr=stage.lr_of(group))

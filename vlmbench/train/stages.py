@@ -222,7 +222,7 @@ def train_stage(
         quarantine,
         roots,
         stage.grouping,
-        stage.step_rows(world_size()),
+        stage.step_rows,
     )
     hooks.before_stage(state)
     hooks.terms(state)
