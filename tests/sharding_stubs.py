@@ -207,3 +207,32 @@ def elastic_run(out, stop_after=None, parallel=None, steps=6, accumulation=4):
         loop.Trainer.step_once = step_once
         name = f'samples-{noted[0][0]}-{world}-{rank}.json' if noted else 'none.json'
         (Path(out) / name).write_text(json.dumps(noted))
+
+
+def run_options(root, out):
+    "LLaVA under FSDP with every option, and ranks whose data end at different micro-batches."
+    import train_stubs
+
+    for name, options in dict(
+        bf16=dict(dtype='bfloat16', precision='bf16'),
+        offload=dict(offload=True),
+        compile=dict(compile='eager'),
+    ).items():
+        place = Path(out) / name
+        place.mkdir(parents=True, exist_ok=True)
+        run_all(root, place, ['llava'], parallel='fsdp', **options)
+    rank = int(os.environ['RANK'])
+    for parallel in ('ddp', 'fsdp'):
+        loader = train_stubs.RowLoader(rank, 2)
+        batches = iter(loader)
+        kept = [next(batches) for _ in range(4 - rank)]  # rank 1 has one less in the second step
+        loader.__class__ = type('Ending', (), dict(__iter__=lambda self: iter(kept)))
+        loader.state_dict = dict
+        train_stubs.run(
+            Path(out) / parallel,
+            dropout=0.0,
+            stage=train_stubs.a_stage('full', 4),
+            loader=loader,
+            parallel=parallel,
+            save_every=None,
+        )

@@ -8,7 +8,7 @@ __all__ = ['PARALLEL', 'LAYOUTS', 'Parallel', 'Step', 'Single', 'compile_blocks'
            'Sharded', 'lay_out']
 
 # %% ../../nbs/train/12_sharding.ipynb #8bbcf8f6
-import copy, os
+import copy, os, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -150,8 +150,10 @@ class Single:
         return torch.nn.utils.clip_grad_norm_([*self.params.values()], limit)
 
     def whole(self):
-        "Context in which `model` can be called, on every rank at once."
-        return nullcontext()
+        """Context in which `model` can be called, on every rank at once; compiled blocks run as
+        they are written, since answers come in too many shapes to compile."""
+        plain = self.parallel.compile
+        return torch.compiler.set_stance('force_eager') if plain else nullcontext()
 
     def search(self, micro: Sequence[Mapping], counts: Mapping[str, float], most: int):
         "What is not finite in the micro-batches of this rank (`diagnose`)."
@@ -303,6 +305,8 @@ class Sharded(Single):
     shards = True
 
     def _open(self) -> None:
+        # features and losses are views, and nothing here changes either of them in place
+        warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
         self.original, self.given = Step(self.compute), (self.plan, self.heads)
         self.step = shared_copy(self.original)
         self.mesh = device_mesh(self.ranks.device.type, self.parallel.shape(self.ranks.world))
@@ -365,7 +369,9 @@ class Sharded(Single):
         them in with weight zero, so that all ranks add up the same tensors."""
         self.reached[name] = self.reached.get(name, False) or value.requires_grad
         trained = [p for p in term.parameters() if p.requires_grad]
-        return value + 0 * sum(p.sum() for p in trained)
+        # the model's loss ties the term's backward pass to its inputs, before that of the blocks:
+        # without it a rank without elements would add up in another order, and all would wait
+        return value + 0 * args[0].loss + 0 * sum(p.sum() for p in trained)
 
 
 def _parameters(term: Any) -> list[tuple[str, nn.Parameter]]:
@@ -442,7 +448,8 @@ def clip(self: Sharded, limit: float) -> torch.Tensor:
 def whole(self: Sharded) -> Iterator[None]:
     self.model.unshard()  # embedding, norm and head, which callers reach without a forward pass
     try:
-        yield
+        with Single.whole(self):
+            yield
     finally:
         self.model.reshard()
 
