@@ -59,49 +59,11 @@ def scale_of(root, dtype='float32'):
     return Scale('mini', *places, 64, 'world', like='tiny', dtype=dtype)
 
 
-class Lanes:
-    """Micro-batches of four loaders in turn; a rank takes from the loaders that are its own, so the
-    micro-batches of a step are the same ones whatever the number of ranks."""
-
-    def __init__(self, make, rank, world):
-        share = LANES // world
-        lanes = range(rank * share, (rank + 1) * share)
-        self.loaders = [make(lane, LANES) for lane in lanes]
-        self.quarantine = None
-
-    def state_dict(self):
-        return dict(lanes=[loader.state_dict() for loader in self.loaders])
-
-    def load_state_dict(self, state):
-        for loader, one in zip(self.loaders, state['lanes']):
-            loader.load_state_dict(one)
-
-    def __iter__(self):
-        running = [iter(loader) for loader in self.loaders]
-        while True:
-            for batches in running:
-                yield next(batches)
-
-
-def make_lanes(trainer):
-    "In the place of `Trainer._make_loader`."
-    views = {}
-    for _, term, _ in trainer.terms:
-        views |= term.views
-
-    def make(lane, lanes):
-        return loop.make_loader(
-            trainer.data, trainer.processor, trainer.stage, trainer.seed, lane, lanes, None, views
-        )
-
-    return Lanes(make, trainer.ranks.rank, trainer.ranks.world)
-
-
-def short(recipe, world, steps):
+def short(recipe, steps):
     "Every stage for `steps` steps of four micro-batches of a row."
     # a gradient that is zero but for rounding must not become a step of full size
     bound = dict(steps=steps, budget_targets=None, eps=1e-5)
-    bound |= dict(batch_rows=1, accumulation=LANES // world)
+    bound |= dict(batch_rows=1, accumulation=LANES, global_rows=None)
     return replace(recipe, stages=tuple(replace(s, **bound) for s in recipe.stages))
 
 
@@ -112,11 +74,11 @@ def two_tokens(report):
     return dict(sum=int(made.sum()))
 
 
-def run_method(root, out, name, world, steps=2, dtype='float32', **settings):
+def run_method(root, out, name, steps=2, dtype='float32', stop_after=None, **settings):
     "Train `name` on the tiny models; returns the end of `run_stages` and the bytes held."
     method, held = get_method(name.split('_lora')[0], METHODS[name]), []
     scale = scale_of(root, dtype)
-    recipe = short(method.recipe(scale), world, steps)
+    recipe = short(method.recipe(scale), steps)
     state = method.start(recipe, scale, device='cpu')
 
     def measure(trainer, end=loop.Trainer.end):
@@ -125,8 +87,7 @@ def run_method(root, out, name, world, steps=2, dtype='float32', **settings):
         held.append(local_bytes([*moments, *weights]))
         end(trainer)
 
-    before = loop.Trainer._make_loader, loop.Trainer.end
-    loop.Trainer._make_loader, loop.Trainer.end = make_lanes, measure
+    before, loop.Trainer.end = loop.Trainer.end, measure
     callback = loop.Callback(two_tokens, name='words')
     try:
         with warnings.catch_warnings():
@@ -138,20 +99,20 @@ def run_method(root, out, name, world, steps=2, dtype='float32', **settings):
                 Path(out) / name,
                 progress_seconds=None,
                 callbacks=[callback],
+                stop_flag=StopAfter(stop_after),
                 **settings,
             )
     finally:
-        loop.Trainer._make_loader, loop.Trainer.end = before
+        loop.Trainer.end = before
     return ended, held
 
 
 def run_all(root, out, methods=tuple(METHODS), **settings):
     "All methods in one layout; rank 0 leaves weights, histories and bytes in `out/results.pt`."
     torch.set_num_threads(1)
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    results = {}
+    rank, results = int(os.environ.get('RANK', 0)), {}
     for name in methods:
-        ended, held = run_method(root, out, name, world, **settings)
+        ended, held = run_method(root, out, name, **settings)
         weights = dict(ended.model.named_parameters())
         assert all(type(p) is torch.nn.Parameter for p in weights.values()), name
         assert not any('FSDP' in type(m).__name__ for m in ended.model.modules()), name
@@ -167,7 +128,9 @@ def run_all(root, out, methods=tuple(METHODS), **settings):
 
 
 class StopAfter:
-    "A stop flag that is set once `steps` steps have been made."
+    "A stop flag that is set once `steps` steps have been made, and never for None."
+
+    reason = 'stopped by the test'
 
     def __init__(self, steps):
         self.steps, self.asked = steps, 0
@@ -183,7 +146,7 @@ def elastic_run(out, stop_after=None, parallel=None, steps=6, accumulation=4):
 
     torch.set_num_threads(1)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    stage = train_stubs.a_stage('full', steps, accumulation=accumulation)
+    stage = train_stubs.a_stage('full', steps, batch_rows=1, accumulation=accumulation)
     loader = train_stubs.packed_loader(600, rank=rank, world=world, rows=1)
     noted, step_once = [], loop.Trainer.step_once
 

@@ -16,6 +16,7 @@ from vlmbench.train.launch import LaunchError, launch
 from vlmbench.train.process import Preempted
 
 HERE = str(Path(__file__).parent)
+pytestmark = pytest.mark.ranks
 ENV = dict(PYTHONPATH=os.pathsep.join([HERE, os.environ.get('PYTHONPATH', '')]))
 LAYOUTS = {'ddp2': (2, 'ddp'), 'fsdp2': (2, 'fsdp'), 'fsdp4': (4, 'fsdp'), 'hsdp4': (4, 'hsdp')}
 
@@ -24,9 +25,8 @@ def on_ranks(function, folder, ranks, **kwargs):
     launch(
         f'sharding_stubs:{function}',
         kwargs,
-        ranks=ranks,
+        layout=ranks,
         log_dir=folder / 'logs',
-        cpu=True,
         threads=1,
         timeout=400,
         env=ENV,
@@ -104,7 +104,7 @@ def samples(out):
 def stopped(tmp_path_factory):
     "Four ranks under FSDP, stopped after two steps, with half-filled packs on every rank."
     out = tmp_path_factory.mktemp('stopped')
-    settings = dict(stop_after=2, parallel='fsdp', steps=4, accumulation=1)
+    settings = dict(stop_after=2, parallel='fsdp', steps=4)
     with pytest.raises(Preempted):
         on_ranks('elastic_run', out, 4, out=str(out / 'run'), **settings)
     return out / 'run'
@@ -114,7 +114,7 @@ def test_shards_are_read_whole(stopped):
     state = latest(stopped)
     assert (state / 'shards').is_dir() and not (state / 'weights.safetensors').exists()
     read = load_state(state, world=4)
-    assert read.step == 2 and read.shared['micro'] == 4
+    assert read.step == 2
     moments = {k: t for k, t in read.optimizer.items() if k.endswith('/exp_avg')}
     for name, moment in moments.items():
         assert moment.shape == read.weights[name.removesuffix('/exp_avg')].shape
@@ -128,13 +128,13 @@ def test_four_shards_go_on_elsewhere(stopped, tmp_path, ranks, parallel):
     first and the last that were drawn but those that still wait."""
     out = tmp_path / 'run'
     shutil.copytree(stopped, out)
-    settings = dict(out=str(out), parallel=parallel, steps=4, accumulation=1)
+    settings = dict(out=str(out), parallel=parallel, steps=4)
     if ranks == 1:
         elastic_run(**settings)
     else:
         on_ranks('elastic_run', tmp_path, ranks, **settings)
     ended = load_state(latest(out), world=ranks, elastic=True)
-    assert ended.step == 4 and ended.shared['micro'] == 4
+    assert ended.step == 4
     seen = samples(out)
     assert len(seen) == len(set(seen))
     every = ended.every or [ended.local]
@@ -168,10 +168,22 @@ def test_one_process_goes_on_as_shards(tmp_path):
     assert load_state(latest(out), world=4).shared['targets'] > before.shared['targets']
 
 
-def test_a_step_keeps_its_micro_batches(tmp_path):
-    "Three micro-batches of one process cannot be shared by two."
-    out = tmp_path / 'run'
+def test_rows_of_a_step_that_ranks_cannot_share(tmp_path):
+    with pytest.raises(LaunchError, match='a step has 3 rows, .*: use 1, 3 ranks'):
+        on_ranks('elastic_run', tmp_path, 2, out=str(tmp_path / 'run'), accumulation=3)
+
+
+@pytest.mark.parametrize('ranks, parallel', [(2, 'fsdp'), (1, None)])
+def test_lanes_go_on_exactly_on_other_ranks(bases, one, tmp_path, ranks, parallel):
+    """Four shards stop inside the first stage; two, or one process, end where one process ends that
+    was never stopped: the same micro-batches, half-filled packs included."""
+    where = dict(root=str(bases), out=str(tmp_path), methods=['llava'])
     with pytest.raises(Preempted):
-        elastic_run(str(out), stop_after=1, accumulation=3)
-    with pytest.raises(LaunchError, match=r'among \[1, 3\]'):
-        on_ranks('elastic_run', tmp_path, 2, out=str(out), accumulation=3)
+        on_ranks('run_all', tmp_path, 4, parallel='fsdp', stop_after=1, **where)
+    if ranks == 1:
+        run_all(**where)
+    else:
+        on_ranks('run_all', tmp_path, ranks, parallel=parallel, **where)
+    ended = torch.load(tmp_path / 'results.pt')['llava']['weights']
+    for name, weight in ended.items():
+        assert distance(weight, one['llava']['weights'][name]) < 1e-5, name

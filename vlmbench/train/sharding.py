@@ -409,9 +409,13 @@ def _forward(self: Sharded, batch: Mapping[str, Any], share: Mapping[str, float]
 def _forget(self: Sharded, counts: Mapping[str, float]) -> None:
     "Drop the zero gradients of what nothing in the whole step has reached."
     unseen = {} if counts['images'] else self.seeing
-    idle = {
-        name: p for name, p in self.heads.items() if not self.reached.get(name.split('.')[1], True)
-    }
+    # every rank must drop the same ones: what some rank's elements have reached stays on all
+    terms = {name: name.split('.')[1] for name in self.heads}
+    own = {term: float(self.reached.get(term, True)) for term in sorted(set(terms.values()))}
+    reached = dict(own)
+    if own:
+        reached = dict(zip(own, self.ranks.sum(torch.tensor([*own.values()])).tolist()))
+    idle = {name: self.heads[name] for name, term in terms.items() if not reached[term]}
     for parameter in [*unseen.values(), *idle.values()]:
         parameter.grad = None
 
