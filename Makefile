@@ -3,6 +3,7 @@
 #   make bench            train the control recipe on the embedded world, evaluate it, write report.html and figures
 #   make bench SEEDS=3    the same over three seeds; METHODS=llava,zero compares methods
 #   make test             the notebooks' own tests, then pytest
+#   make test-ranks       every method on two and four processes, compared with one
 #   make test-slurm       jobs on a Slurm that the tests start and stop (needs the right to install it)
 #   make docs             the documentation site in _site/ (warnings are errors)
 #   make lab              JupyterLab on 127.0.0.1
@@ -27,7 +28,7 @@ WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-notebooks test-python test-slurm docs lab figures speed export clean venv venv-core
+.PHONY: help bench test test-notebooks test-python test-ranks test-slurm docs lab figures speed export clean venv venv-core
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -72,6 +73,10 @@ test-notebooks: venv
 test-python: venv
 	@echo "== pytest"
 	OMP_NUM_THREADS=1 timeout --kill-after=30 2400 $(BIN)/python -m pytest -q --durations=10 $(WORKERS)
+
+test-ranks: venv
+	@echo "== several processes"
+	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 tests/test_sharding.py
 
 test-slurm: venv
 	@echo "== jobs on an emulated cluster"
