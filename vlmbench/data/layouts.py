@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DATA_FILES', 'PACKED_FILES', 'StoredRows', 'GzipRows', 'TarRows', 'is_saved', 'SavedRows', 'ParquetRows', 'open_rows']
 
-# %% ../../nbs/data/05b_layouts.ipynb #afa86ca2
+# %% ../../nbs/data/05b_layouts.ipynb #e447f50f
 import gzip, json, os, shutil, tarfile, tempfile, uuid, warnings, zlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +17,7 @@ from .quarantine import BadRecord
 from .row_cache import cache_place, open_row_index, scan_lock
 from .rows import RawRow
 
-# %% ../../nbs/data/05b_layouts.ipynb #b23538af
+# %% ../../nbs/data/05b_layouts.ipynb #1f4e4d93
 class StoredRows(Sequence):
     "Rows of one layout by number; a layout fills `numbers` and `errors` and defines `row(i)`."
 
@@ -31,9 +32,9 @@ class StoredRows(Sequence):
             return [self[j] for j in range(*i.indices(len(self)))]
         return self.row(range(len(self))[i])
 
+    @abstractmethod
     def row(self, i: int) -> Any:
         "Row `i`, parsed. Raises `BadRecord` with the reason where that is not possible."
-        raise NotImplementedError
 
     def damaged(self, what: str, error: Any) -> None:
         "List that rows from here on are lost."
@@ -41,7 +42,7 @@ class StoredRows(Sequence):
         lost = f'unreadable {what}: {reason}'
         self.errors.append(RawRow(len(self.numbers), error=lost, fatal=True))
 
-# %% ../../nbs/data/05b_layouts.ipynb #b7a4e708
+# %% ../../nbs/data/05b_layouts.ipynb #511a01cc
 def _unpack(path: Path, place: Path) -> Exception | None:
     "Unpack `path` to `place`; what is wrong with the archive, or None. A whole one is renamed."
     temporary = place.with_name(f'{place.name}.{uuid.uuid4().hex}.tmp')
@@ -110,7 +111,7 @@ class GzipRows(StoredRows):
         "Row `i`, parsed."
         return self.index[i]
 
-# %% ../../nbs/data/05b_layouts.ipynb #8cb7903e
+# %% ../../nbs/data/05b_layouts.ipynb #16539860
 def _sample_key(name: str) -> str:
     "The sample that a member of a webdataset tar belongs to."
     path = PurePosixPath(name)
@@ -190,7 +191,7 @@ class TarRows(StoredRows):
             raise BadRecord(f'truncated: {member[0]} of {self.path.name}')
         return data
 
-# %% ../../nbs/data/05b_layouts.ipynb #03251875
+# %% ../../nbs/data/05b_layouts.ipynb #190de588
 def is_saved(path: str | Path) -> bool:
     "Whether `path` is a folder that `Dataset.save_to_disk` wrote."
     return (Path(path) / 'state.json').is_file() and (Path(path) / 'dataset_info.json').is_file()
@@ -222,7 +223,7 @@ class SavedRows(StoredRows):
             ) from None
         return {key: value for key, value in cells.items() if value is not None}
 
-# %% ../../nbs/data/05b_layouts.ipynb #f6391775
+# %% ../../nbs/data/05b_layouts.ipynb #d94b3070
 class ParquetRows(StoredRows):
     "Rows of a parquet file, whose pictures may be inside as bytes."
 
@@ -238,7 +239,7 @@ class ParquetRows(StoredRows):
         except ValueError as e:
             raise BadRecord(str(e)) from None
 
-# %% ../../nbs/data/05b_layouts.ipynb #8308f3ab
+# %% ../../nbs/data/05b_layouts.ipynb #5f886b55
 DATA_FILES = ('.json', '.jsonl', '.parquet')
 PACKED_FILES = ('.json.gz', '.jsonl.gz', '.tar')
 
