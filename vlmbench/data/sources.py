@@ -45,7 +45,7 @@ def _is_data(path: Path) -> bool:
     "Whether a path has the name of a data file, and not that of a hidden one."
     return not path.name.startswith('.') and path.name.endswith((*DATA_FILES, *PACKED_FILES))
 
-# %% ../../nbs/data/75_sources.ipynb #3f3bb649
+# %% ../../nbs/data/75_sources.ipynb #3c41139e
 def _inside(folder: Path, name: str) -> Path:
     "`name` below `folder`. Raises `DataError` for one that leads out of it."
     if PurePath(name).is_absolute() or '..' in PurePath(name).parts:
@@ -312,12 +312,14 @@ def grouped_order(
 @dataclass
 class StageData:
     """What a stage is fed with: `samples`, the `transform` that changes each when it is drawn, the
-    `order` of the draws (None: the samples' own), and the `quarantine` that lists bad rows."""
+    `order` of the draws (None: the samples' own), the `quarantine` that lists bad rows, and the
+    number of `workers`, processes that encode (0: a thread of the training process)."""
 
     samples: Sequence[Sample]
     transform: Transform | None = None
     order: Any = None
     quarantine: Quarantine | None = None
+    workers: int = 0
 
 
 def open_stage_data(
@@ -328,13 +330,14 @@ def open_stage_data(
     roots: Sequence[str] = (),
     grouping: str | None = None,
     step_rows: int = 1,
+    workers: int = 0,
 ) -> StageData:
     """The `StageData` that a stage's `data` names in `folder`. `grouping`, `step_rows`: see
-    `grouped_order`. Raises `DataError` as `open_samples` does."""
+    `grouped_order`; `workers`: see `StageData`. Raises `DataError` as `open_samples` does."""
     parse = sample_from_row if transform is None else transform.parse
     samples = open_samples(folder, data, quarantine, parse, roots)
     order = None
     if grouping is not None:
         turns = None if transform is None else transform.turns
         order = grouped_order(samples, grouping, step_rows, turns)
-    return StageData(samples, transform, order, quarantine)
+    return StageData(samples, transform, order, quarantine, workers)
