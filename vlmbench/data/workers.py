@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Workers']
 
-# %% ../../nbs/data/49_workers.ipynb #da082f36
-import multiprocessing, os, queue, signal, threading, warnings
+# %% ../../nbs/data/49_workers.ipynb #75ac6bf1
+import io, multiprocessing, os, queue, signal, threading, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import torch
 
-# %% ../../nbs/data/49_workers.ipynb #8a8b8c0c
+# %% ../../nbs/data/49_workers.ipynb #180a26d7
 def _rebuild(array: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(array).view(dtype)
 
@@ -31,18 +32,47 @@ class _TensorPickler(ForkingPickler):
         return _rebuild, (plain.numpy(), value.dtype)
 
 
-def _sent(outcome: Any) -> bytes:
-    "An outcome as bytes; an exception that does not survive the journey, as text."
+def _pickled(outcome: Any) -> tuple[bytes, list[memoryview]]:
+    "`outcome` without the bytes of its tensors, and these."
+    file, buffers = io.BytesIO(), []
+    _TensorPickler(file, 5, True, buffers.append).dump(outcome)
+    return file.getvalue(), [buffer.raw() for buffer in buffers]
+
+
+def _sent(outcome: Any) -> tuple[bytes, list[memoryview]]:
+    "`_pickled`; an exception that does not survive the journey becomes its text."
     try:
-        data = _TensorPickler.dumps(outcome, 5)
+        data, buffers = _pickled(outcome)
         if isinstance(outcome, Exception):
-            ForkingPickler.loads(data)
-        return data
+            ForkingPickler.loads(data, buffers=buffers)
+        return data, buffers
     except Exception as e:  # whatever a pickle raises
         fault = outcome if isinstance(outcome, Exception) else e
-        return _TensorPickler.dumps(RuntimeError(f'{type(fault).__name__}: {fault}'), 5)
+        return _pickled(RuntimeError(f'{type(fault).__name__}: {fault}'))
 
-# %% ../../nbs/data/49_workers.ipynb #ca89b8b3
+# %% ../../nbs/data/49_workers.ipynb #c94dd580
+def _send(pipe: Any, data: bytes, buffers: list[memoryview]) -> None:
+    "Send what `_sent` made."
+    pipe.send((data, [len(buffer) for buffer in buffers]))
+    for buffer in buffers:
+        while len(buffer):
+            buffer = buffer[os.write(pipe.fileno(), buffer) :]
+
+
+def _receive(pipe: Any) -> Any:
+    "What was sent. Raises EOFError where the other side is gone."
+    data, sizes = pipe.recv()
+    buffers = [np.empty(size, np.uint8) for size in sizes]
+    for buffer in buffers:
+        rest = memoryview(buffer)
+        while len(rest):
+            count = os.readv(pipe.fileno(), [rest])
+            if not count:
+                raise EOFError
+            rest = rest[count:]
+    return ForkingPickler.loads(data, buffers=buffers)
+
+# %% ../../nbs/data/49_workers.ipynb #ff1aedc0
 _IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 _AHEAD = 4  # items that a worker has before it at most
 
@@ -57,7 +87,7 @@ def _serve(work: Callable[[Any], Any], pipe: Any, parent: int) -> None:
     def send() -> None:
         try:
             while True:
-                pipe.send_bytes(results.get())
+                _send(pipe, *results.get())
         except OSError:  # the parent takes no more
             os._exit(0)
 
@@ -76,7 +106,7 @@ def _serve(work: Callable[[Any], Any], pipe: Any, parent: int) -> None:
     except (EOFError, OSError):
         return
 
-# %% ../../nbs/data/49_workers.ipynb #c53d21a4
+# %% ../../nbs/data/49_workers.ipynb #9f086327
 class Workers:
     """`count` processes that call `work(item)`; `close` ends them. Copies of this process are made
     at once, so what `work` uses must be there. Needs a system that can fork."""
@@ -123,7 +153,7 @@ class Workers:
 
     def _take(self, number: int, item: Any) -> Any:
         try:
-            outcome = self.pipes[number].recv()
+            outcome = _receive(self.pipes[number])
         except (EOFError, OSError):
             raise self._died(number, item) from None
         if isinstance(outcome, Exception):
