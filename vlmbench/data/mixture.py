@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
+from .layouts import DATA_FILES, PACKED_FILES
 
 # %% ../../nbs/data/40_mixture.ipynb #bd94baf1
 def interleave_evenly(
@@ -370,13 +371,22 @@ def reshard_state(
     return [dict(states[0], world=world, rank=r, position=drawn // world) for r in range(world)]
 
 # %% ../../nbs/data/40_mixture.ipynb #6c43080a
+def _cut_weight(part: str) -> tuple[str, str, str]:
+    "Name, star and weight of one part of a stage's data; the last two are empty without a weight."
+    ends = (*DATA_FILES, *PACKED_FILES)
+    if part.endswith(ends):
+        return part, '', ''
+    name, star, weight = part.rpartition('*')
+    return (name, star, weight) if name.rstrip().endswith(ends) else part.partition('*')
+
+
 def _parse_weights(text: str) -> dict[str, float]:
     """The sources that a stage's data names, and their weights: `'vqa*9+text*1'` ->
     `{'vqa': 9.0, 'text': 1.0}`; a name alone weighs 1. Raises ValueError for a bad weight or a
     name given twice."""
     weights: dict[str, float] = {}
     for part in text.split('+'):
-        name, star, weight = (word.strip() for word in part.partition('*'))
+        name, star, weight = (word.strip() for word in _cut_weight(part.strip()))
         try:
             value = float(weight) if star else 1.0
         except ValueError:

@@ -15,7 +15,9 @@ import torch
 from fastcore.basics import patch
 from .collate import _n_tokens, _round_up, collate_packed, collate_padded, truncate
 from .mixture import StatefulSampler
+from .quarantine import Quarantine
 from .template import Encoded
+from .workers import Workers
 
 # %% ../../nbs/data/50_packing.ipynb #2ddaceb1
 def best_fit(
@@ -208,9 +210,11 @@ class BatchLoader:
         rng_seed: int | None = None,  # seed of the generators handed to `encode_fn`, one per draw
         prefetch: int = 0,  # batches made ahead in a thread, 0 = none
         workers: int = 1,  # threads that encode ahead, with `prefetch`
+        processes: int = 0,  # processes that encode ahead, in place of threads; 0 = none
     ):
         _check_policies(too_long=too_long, on_bad=on_bad, side=side)
         _check_sizes(max_tokens, batch_rows, batch_tokens, packing, prefetch, workers)
+        _check_processes(processes, workers)
         self.samples, self.encode_fn, self.sampler = samples, encode_fn, sampler
         self.max_tokens, self.batch_rows, self.packing = max_tokens, batch_rows, packing
         self.pad_id, self.buffer, self.batch_tokens = pad_id, buffer, batch_tokens
@@ -218,6 +222,7 @@ class BatchLoader:
         self.too_long, self.on_bad, self.errors = too_long, on_bad, errors
         self.require_targets, self.rng_seed = require_targets, rng_seed
         self.quarantine, self.prefetch, self.workers = quarantine, prefetch, workers
+        self.processes = processes
         self.wait_seconds, self.counts = 0.0, Counter()
         # where the loader stands: the next draw, and [draw, tokens] of the documents that wait
         self._at, self._start = (sampler.position, []), sampler.position
@@ -273,9 +278,9 @@ def _document(self: BatchLoader, k: int, index: int) -> tuple[Encoded | None, li
 # %% ../../nbs/data/50_packing.ipynb #e91f01de
 @patch
 def _documents(
-    self: BatchLoader, keys: Iterable[int]
+    self: BatchLoader, keys: Iterable[int], crew: Workers | None = None
 ) -> Iterator[tuple[int, Encoded | None, list]]:
-    "Documents of draws in order, encoded by `workers` threads where batches are made ahead"
+    "Documents of draws in order, encoded by the processes or threads that work ahead"
 
     def numbered():
         for k in keys:
@@ -284,6 +289,11 @@ def _documents(
             except IndexError:
                 return
 
+    if crew is not None:
+        for k, doc, events, notes in crew.map(numbered()):
+            self._replay(notes)
+            yield k, doc, events
+        return
     if not self.prefetch or self.workers == 1:
         for k, i in numbered():
             yield k, *self._document(k, i)
@@ -301,15 +311,60 @@ def _documents(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
+# %% ../../nbs/data/50_packing.ipynb #a9e5fad1
+@patch
+def _document_with_notes(self: BatchLoader, draw: tuple[int, int]) -> tuple:
+    "In a worker process: draw number, document, events and the notes that were made on the way."
+    notes: list = []
+
+    def note(self, what, n=1, row=None):
+        notes.append((what, n, row))
+
+    Quarantine.note = note  # in this process alone
+    doc, events = self._document(*draw)
+    return draw[0], doc, events, notes
+
+
+@patch
+def _replay(self: BatchLoader, notes: list) -> None:
+    "Count the notes of a worker process where its readers would have counted them."
+    place = self.quarantine
+    if place is None:
+        place = getattr(self.samples, 'quarantine', None)
+    if place is not None:
+        for note in notes:
+            place.note(*note)
+
+
+def _check_processes(processes: int, workers: int) -> None:
+    "Raise `ValueError` for a number of processes that is negative, or contradicts threads."
+    if processes < 0 or (processes and workers > 1):
+        raise ValueError(
+            f'processes={processes}: at least 0, and in place of threads (workers={workers})'
+        )
+
+
+def _pinned(source: Iterator[tuple]) -> Iterator[tuple]:
+    "What `_batches` gives, the tensors of its batches in pinned memory."
+    try:
+        for batch, after, events in source:
+            if batch is not None:
+                batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
+            yield batch, after, events
+    finally:
+        source.close()
+
 # %% ../../nbs/data/50_packing.ipynb #5e3cbe48
 @patch
-def _batches(self: BatchLoader, position: int, waiting: list) -> Iterator[tuple[dict, tuple, list]]:
+def _batches(
+    self: BatchLoader, position: int, waiting: list, crew: Workers | None = None
+) -> Iterator[tuple[dict, tuple, list]]:
     """(batch, state behind it, events) from a state on: next draw and [draw, tokens] of the
     waiting documents"""
     packer = Packer(self.max_tokens, self.batch_rows, self.buffer)
     held, events, after = {}, [], position
     # the state holds draw numbers: the documents that waited are encoded again
-    for k, doc, _ in self._documents([k for k, _ in waiting]):
+    for k, doc, _ in self._documents([k for k, _ in waiting], crew):
         held[k] = doc
         packer.push(k, doc.n_tokens)
     want = [tuple(w) for w in waiting]
@@ -321,7 +376,7 @@ def _batches(self: BatchLoader, position: int, waiting: list) -> Iterator[tuple[
             'encode_fn changed, or encode_fn is random (take its randomness from rng_seed)'
         )
     # an endless stream ends with the sampler's IndexError; 1 << 62 draws are never reached
-    stream, ended = self._documents(iter(range(position, 1 << 62))), False
+    stream, ended = self._documents(iter(range(position, 1 << 62)), crew), False
     pop = packer.pop if self.packing else lambda flush=False: self._padded(packer, flush)
     while True:
         while (rows := pop(flush=ended)) is None and not ended:
@@ -379,7 +434,11 @@ def __iter__(self: BatchLoader) -> Iterator[dict]:
     if self._ended:
         self._at, self._ended = (self._start, []), False
     self._turn += 1
-    turn, source = self._turn, self._batches(*self._at)
+    # processes are copied from this thread, before another one of the loader runs
+    crew = Workers(self._document_with_notes, self.processes) if self.processes else None
+    turn, source = self._turn, self._batches(*self._at, crew)
+    if crew is not None and torch.cuda.is_available():
+        source = _pinned(source)
     if self.prefetch:
         source = _in_background(source, self.prefetch)
     try:
@@ -397,7 +456,11 @@ def __iter__(self: BatchLoader) -> Iterator[dict]:
                 return
             yield batch
     finally:
+        if crew is not None:
+            crew.stop()  # a thread that waits for a document goes on
         source.close()
+        if crew is not None:
+            crew.close()
 
 
 @patch

@@ -16,8 +16,9 @@ from typing import Any
 from PIL import Image
 from .columns import is_empty, picture_column, refuse_pictures_in, system_column
 from .quarantine import BadRecord, Quarantine, _atomic
+from .layouts import open_rows
 from .region import Region, parse_regions, _text
-from .rows import RowIndex, iter_rows
+from .rows import iter_rows
 
 # %% ../../nbs/data/00_record.ipynb #e0348d62
 IMAGE_TOKEN = '<image>'
@@ -516,8 +517,7 @@ def read_records(
 
 # %% ../../nbs/data/00_record.ipynb #dd37c024
 class Records(Sequence):
-    """The rows of a JSON list, JSON Lines or parquet file as indexable samples, at most 24 bytes of
-    memory a row.
+    """The rows of a file of any layout (`open_rows`) as indexable samples.
 
     `parse(row, image_root, source=, where=, note=, **kwargs)` turns a row into a `Sample`: `source`
     is the file's stem, `where` the row's place for messages, `note(what)` counts a fallback that
@@ -535,7 +535,7 @@ class Records(Sequence):
         roots: Iterable[str | Path] = (),
         **kwargs,
     ):
-        self.index, self.parse, self.kwargs = RowIndex(path), parse, kwargs
+        self.index, self.parse, self.kwargs = open_rows(path), parse, kwargs
         self.root = allowed_roots(Path(path).parent if image_root is None else image_root, roots)
         self.quarantine = quarantine
         if quarantine is not None:

@@ -107,6 +107,7 @@ def make_loader(
         too_long=stage.too_long,
         quarantine=quarantine or data.quarantine,
         prefetch=4,
+        processes=data.workers,
         rng_seed=seed if transform is not None and transform.per_draw else None,
     )
 
