@@ -62,7 +62,7 @@ class Workload:
                 f'predict at most {self.rows * (self.tokens - 1)}'
             )
 
-# %% ../../nbs/cost/10_counter.ipynb #d60060de
+# %% ../../nbs/cost/10_counter.ipynb #82fa28f2
 _KNOWN: dict[tuple, tuple | None] = {}  # results by operation and operands; None: not to be kept
 
 
@@ -121,13 +121,14 @@ class Meter(TorchDispatchMode):
     """Counts FLOPs (`flops` of every part of the model in the forward pass, with what they say of
     the way back; `backward`, what it took) and the bytes of living tensors (`live`, `peak`) on
     `device`, apart from `known` tensors (weights). `kept`: bytes of finished gradients, `apart`:
-    the peak without them."""
+    the peak without them, `working`: without copies of weights either."""
 
     def __init__(self, known: Iterable[Tensor] = (), device: str = 'meta'):
         super().__init__()
         self.device, self.part, self.phase = device, 'layers', 'forward'
         self.flops: dict[str, Flops] = {}
         self.backward = self.live = self.peak = self.kept = self.apart = 0
+        self.working, self.copies = 0, {}
         self.weights = {t.untyped_storage()._cdata for t in known}
         self.alive = dict.fromkeys(self.weights, 0)
 
@@ -168,7 +169,15 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self._free, key).atexit = False
         self.live += n
         self.peak = max(self.peak, self.live)
-        self.apart = max(self.apart, self.live - self.kept)
+        apart = self.live - self.kept
+        self.apart = max(self.apart, apart)
+        self.working = max(self.working, apart - sum(self.copies.values()))
+
+    def copied(self, t: Tensor) -> None:
+        "`t` is a copy of a weight in another precision."
+        storage = t.untyped_storage()
+        self.weights.add(storage._cdata)
+        self.copies[storage._cdata] = storage.nbytes()
 
     def keep_gradient(self, parameter: Tensor) -> None:
         "The gradient of `parameter` is finished (a hook for torch, called once a parameter)."
@@ -176,6 +185,7 @@ class Meter(TorchDispatchMode):
 
     def _free(self, key):
         self.live -= self.alive.pop(key, 0)
+        self.copies.pop(key, None)
         self.weights.discard(key)
 
 # %% ../../nbs/cost/10_counter.ipynb #3e431aa8
@@ -236,7 +246,7 @@ class Precision(TorchFunctionMode):
             return self.cache[id(x)][1]
         y = x.to(dtype)
         if isinstance(x, nn.Parameter):
-            self.meter.weights.add(y.untyped_storage()._cdata)
+            self.meter.copied(y)
         if isinstance(x, nn.Parameter) and x.requires_grad and self.keeps:
             self.cache[id(x)] = x, y
         return y
@@ -412,7 +422,8 @@ class StepCost:
     """Cost of one micro-batch. FLOPs (2 per multiply-add; attention over full rows): `forward`,
     back to `inputs`, back to `weights`, `recomputed`; `parts`: the same by part of the model.
     Bytes: `weights_bytes` (all of them), `gradients`, `optimizer`, `activations` (alive when the
-    loss is known), `peak` (all together, at the worst moment of the step)."""
+    loss is known), `working` (at the worst moment, beside weights, their copies and finished
+    gradients), `peak` (all together, at the worst moment of the step)."""
 
     forward: int
     inputs: int
@@ -422,6 +433,7 @@ class StepCost:
     gradients: int
     optimizer: int
     activations: int
+    working: int
     peak: int
     parameters: int
     trained: int
@@ -487,6 +499,7 @@ def training_cost(
         gradients=gradients,
         optimizer=state,
         activations=activations,
+        working=meter.working,
         peak=_size(static) + state + peak,
         parameters=sum(p.numel() for p in params.values()),
         trained=sum(p.numel() for p in trained),
