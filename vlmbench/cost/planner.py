@@ -8,7 +8,7 @@ __all__ = ['LAYOUT', 'Data', 'ShapesProcessor', 'weightless_state', 'stage_state
 
 # %% ../../nbs/cost/20_planner.ipynb #6ceb724b
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -211,7 +211,7 @@ def _walk(
         terms = terms_on_shapes(method, state, work)
         table.append(stage_row(state, prepared, work, terms, precision, kernel, ranks))
 
-# %% ../../nbs/cost/20_planner.ipynb #19f3682d
+# %% ../../nbs/cost/20_planner.ipynb #c72a4b83
 LAYOUT = ('working', 'micro', 'bound', 'unit', 'root', 'teacher')
 
 
@@ -225,7 +225,7 @@ def stage_row(
     ranks: int = 1,
 ) -> dict[str, Any]:
     "One stage of `plan`, of a state and a plan that `stage_states` gave, on `ranks` processes."
-    stage = state.stage.over(ranks)
+    stage = _with_rows(state.stage, work.rows, ranks).over(ranks)
     optimizer_bytes, accumulates = _state_bytes(prepared, terms), stage.accumulation > 1
     cost = training_cost(state.model, work, terms, precision, kernel, optimizer_bytes, accumulates)
     # micro-batches in a step: a stage is counted with `rows` of a size that the caller chose
@@ -248,12 +248,23 @@ def stage_row(
     )
 
 
+def _with_rows(stage: Stage, rows: int | None, ranks: int) -> Stage:
+    "The stage with `rows` in a micro-batch, where a step of its own size can be made of them."
+    if not rows or not stage.global_rows or stage.global_rows % (rows * ranks):
+        return stage
+    return replace(stage, batch_rows=rows)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def _units(model: nn.Module, terms: Mapping[str, Any], width: int) -> dict[str, int]:
     "Bytes, `width` for each number, of the largest unit that FSDP gathers and of what stays whole."
     front = model.model.vision
     units = [*decoder_layers(model.model.language_model), *([] if front is None else [front])]
-    sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
-    root = max(0, sum(p.numel() for p in model.parameters()) - sum(sizes))
+    sizes = [*map(_numbers, units)]
+    root = max(0, _numbers(model) - sum(sizes))
     heads = [p for t in terms.values() if isinstance(t, nn.Module) for p in t.parameters()]
     teacher = sum(p.numel() * p.element_size() for p in heads if not p.requires_grad)
     return dict(unit=max(sizes) * width, root=root * width, teacher=teacher)
@@ -306,19 +317,20 @@ def layout(
     variant: Sequence[str] = (),
     budget: float = 1.0,
     ranks: int = 1,
+    rows: int | None = None,
 ) -> pd.DataFrame:
     """How the stages of a recipe run on `ranks` processes: `stage`, `data`, `rate` of each group
     that trains, `step_rows` over all ranks, `rows` as rows x micro-batches x ranks, `tokens` of a
-    row, `pictures` (encoder states and shape), `grouping`. Raises RecipeError for a layout that
-    does not fit."""
+    row, `pictures` (encoder states and shape), `grouping`. `rows`: of a micro-batch, as in `plan`.
+    Raises RecipeError for a layout that does not fit."""
     _, recipe, scale = _find(recipe, scale, variant, budget, ())
     states = recipe.front_end.get('select_layers')
-    rows = []
+    table = []
     for stage in recipe.stages:
-        stage = stage.over(ranks)
+        stage = _with_rows(stage, rows, ranks).over(ranks)
         groups = [group for group, tune in stage.trains.items() if tune.trains]
         rates = {f'{stage.lr_of(group):g}' for group in groups}
-        rows.append(
+        table.append(
             dict(
                 stage=stage.name,
                 data=stage.data,
@@ -332,7 +344,7 @@ def layout(
                 grouping=stage.grouping or '',
             )
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(table)
 
 # %% ../../nbs/cost/20_planner.ipynb #260108fc
 def inference(
@@ -392,7 +404,7 @@ def _answer(
         )
     )
 
-# %% ../../nbs/cost/20_planner.ipynb #c16f698a
+# %% ../../nbs/cost/20_planner.ipynb #fed431fd
 def survey(
     recipe: str | Recipe,
     scale: str | Scale = 'paper',

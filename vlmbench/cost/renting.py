@@ -6,7 +6,7 @@
 __all__ = ['GPUS', 'LAYOUTS', 'USABLE', 'MFU', 'GPU', 'find_gpu', 'shard_ranks', 'rank_memory', 'micro_batches', 'fitting',
            'smallest', 'hours', 'time_limit', 'renting']
 
-# %% ../../nbs/cost/40_renting.ipynb #3373968a
+# %% ../../nbs/cost/40_renting.ipynb #9d6e8286
 import math
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import pandas as pd
 from .planner import plan, si
 from ..train.recipe import RecipeError, nearest_hint
 
-# %% ../../nbs/cost/40_renting.ipynb #402d484e
+# %% ../../nbs/cost/40_renting.ipynb #26072312
 @dataclass(frozen=True)
 class GPU:
     "A GPU as its data sheet has it: `memory` in bytes, `flops` of dense 16-bit products a second."
@@ -46,7 +46,7 @@ def find_gpu(name: str) -> GPU:
         raise RecipeError(f'unknown GPU {name!r}; there are {known}{nearest_hint(name, GPUS)}')
     return GPUS[name.lower()]
 
-# %% ../../nbs/cost/40_renting.ipynb #2413aea3
+# %% ../../nbs/cost/40_renting.ipynb #fd662d24
 LAYOUTS = ('single', 'ddp', 'hsdp', 'fsdp')  # in the order in which one would choose them
 
 
@@ -90,7 +90,7 @@ def micro_batches(row: pd.Series, ranks: int) -> float:
     each, rest = divmod(round(row.micro * row.ranks), ranks)
     return 0 if rest else each
 
-# %% ../../nbs/cost/40_renting.ipynb #1d0aa13a
+# %% ../../nbs/cost/40_renting.ipynb #661d69eb
 USABLE = 0.9
 
 
@@ -121,7 +121,7 @@ def smallest(
         ranks *= 2
     return None
 
-# %% ../../nbs/cost/40_renting.ipynb #bc4b24ab
+# %% ../../nbs/cost/40_renting.ipynb #3870ee6a
 MFU = 0.4
 
 
@@ -137,7 +137,7 @@ def time_limit(expected: float) -> str:
     whole = math.ceil(1.25 * expected + 0.5)
     return f'{whole // 24}-{whole % 24:02d}:00:00'
 
-# %% ../../nbs/cost/40_renting.ipynb #6259719e
+# %% ../../nbs/cost/40_renting.ipynb #d41ae688
 def renting(
     stages: pd.DataFrame,
     gpu: str,

@@ -350,7 +350,7 @@ def cost(
             recipe, scale, variant or (), rows, data, precision, budget=budget, ranks=ranks
         )
         rented = None if gpu is None else renting(stages, gpu, ranks, price, mfu, per_node)
-        said = layout(recipe, scale, variant or (), budget, ranks)
+        said = layout(recipe, scale, variant or (), budget, ranks, rows)
     except ValueError as e:
         raise ParameterError(str(e)) from None
     typer.echo(f'{recipe} at {scale}, as published or as its level says\n')
