@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmbench.cost.counter import Meter, Workload, _batch, training_cost
 from vlmbench.cost.planner import Data, inference, plan, stage_states
+from vlmbench.cost.renting import micro_batches, rank_memory, renting
 from vlmbench.methods.recipes import find_scale, get_method
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.metrics import FlopModel
@@ -261,3 +262,35 @@ def test_the_meter_of_a_run_and_the_planner_count_the_same_text(name, variant, l
     assert (step.forward, step.weights) == (cost.forward, cost.weights)
     block = cost.parts['layers']['forward'] // MID.llm_config['num_hidden_layers']
     assert 0 <= step.inputs - cost.inputs < (block if lora_ else 1)
+
+
+def test_states_of_a_rank_fall_as_one_over_ranks():
+    stages = plan('llava', 'tiny').assign(ranks=1)
+    for row in stages.itertuples():
+        states = [rank_memory(row, 'fsdp', ranks)['states'] for ranks in (1, 2, 4, 16)]
+        assert states == pytest.approx([states[0] / n for n in (1, 2, 4, 16)])
+        kept = {rank_memory(row, 'ddp', ranks)['states'] for ranks in (2, 16)}
+        assert len(kept) == 1
+        assert rank_memory(row, 'hsdp', 16)['states'] == pytest.approx(states[0] / 8)
+
+
+def test_gradients_wait_whole_between_micro_batches():
+    row = plan('llava', 'tiny').assign(ranks=1).iloc[1]
+    several = row.copy()
+    several['micro'] = 4
+    more = rank_memory(several, 'fsdp', 4)['states'] - rank_memory(row, 'fsdp', 4)['states']
+    assert more == pytest.approx(row.gradients * 3 / 4)
+
+
+def test_a_step_of_published_size_is_cut_for_more_ranks():
+    row = plan('llava', 'tiny').assign(ranks=2, bound=True, micro=4).iloc[1]
+    assert [micro_batches(row, ranks) for ranks in (1, 2, 8, 16)] == [8, 4, 1, 0]
+
+
+def test_a_price_and_a_share_of_the_peak_must_be_possible():
+    stages = plan('llava', 'tiny')
+    for given, words in ((dict(price=-1), 'price'), (dict(mfu=0), 'share of the peak')):
+        with pytest.raises(RecipeError, match=words):
+            renting(stages, 'h100', **given)
+    with pytest.raises(RecipeError, match='unknown GPU'):
+        renting(stages, 'h1000')

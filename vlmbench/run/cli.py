@@ -326,21 +326,31 @@ def cost(
         Optional[str], typer.Option(help='fp32 or bf16; default: by the scale.')
     ] = None,
     budget: Annotated[float, typer.Option(help="Factor on every stage's budget.")] = 1.0,
+    gpu: Annotated[
+        Optional[str],
+        typer.Option(
+            help='Hours and memory on: v100, a100-40, a100-80, l40s, rtx4090, h100, h200.'
+        ),
+    ] = None,
+    price: Annotated[Optional[float], typer.Option(help='Of one GPU for an hour.')] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that is used.")] = 0.4,
+    per_node: Annotated[int, typer.Option(min=1, help='GPUs of a node.')] = 8,
     figure: Annotated[
         Optional[Path], typer.Option(help='Write the table as a figure, too (.png).')
     ] = None,
 ) -> None:
     """What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer,
     counted without weights."""
-    from vlmbench.cost.planner import Data, cost_figure, inference, layout, plan, readable
+    from vlmbench.cost.planner import Data, cost_figure, layout, readable, survey
+    from vlmbench.cost.renting import renting
 
     try:
         data = Data(text_tokens=text, targets=targets, images=images)
-        stages = plan(
+        stages, answer = survey(
             recipe, scale, variant or (), rows, data, precision, budget=budget, ranks=ranks
         )
-        answer = inference(recipe, scale, variant or ())
-        said = layout(recipe, scale, variant or (), budget, ranks)
+        rented = None if gpu is None else renting(stages, gpu, ranks, price, mfu, per_node)
+        said = layout(recipe, scale, variant or (), budget, ranks, rows)
     except ValueError as e:
         raise ParameterError(str(e)) from None
     typer.echo(f'{recipe} at {scale}, as published or as its level says\n')
@@ -353,6 +363,8 @@ def cost(
     typer.echo(readable(stages).set_index('stage').T.rename_axis(None, axis=1).to_string())
     typer.echo('\nan answer to one picture, 64 tokens of question, 32 of answer\n')
     typer.echo(readable(answer.drop('recipe').to_frame().T).T.to_string(header=False))
+    if rented is not None:
+        typer.echo(f'\nrented: {rented}')
     if figure is not None:
         from vlmbench.lab.plots import save_png
 
