@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED_REGIONS', 'SHARE', 'PAPER_SCALES', 'SETTINGS', 'published_
 from dataclasses import dataclass, replace
 from typing import Literal, Optional
 
+from fastcore.basics import patch
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,7 +72,7 @@ def published_share(scale: Scale) -> int | float:
     "Layers of the paper's region at `scale`: 9 of the 13B model's 40, else the share `SHARE`."
     return 9 if scale.name == 'llava-1.5-13b' else SHARE
 
-# %% ../../nbs/methods/50_visual_region.ipynb #78fde7b8
+# %% ../../nbs/methods/50_visual_region.ipynb #c1657877
 # r, alpha, dropout, lr: LoRA in the region; projector: its rate; full: rate of full tuning there
 SETTINGS = dict(
     tiny=dict(r=32, alpha=64, dropout=0.0, lr=4e-3, projector=1e-3, full=1e-3),
@@ -79,7 +80,7 @@ SETTINGS = dict(
     paper=dict(r=128, alpha=256, dropout=0.05, lr=2e-4, projector=2e-5, full=2e-5),
 )
 
-
+# %% ../../nbs/methods/50_visual_region.ipynb #78fde7b8
 @dataclass(frozen=True)
 class VisualRegion(Method):
     "Tune a quarter of the decoder layers, evenly spread, and prune outside them."
@@ -127,31 +128,35 @@ class VisualRegion(Method):
         except ValueError as e:
             raise RecipeError(f'visual_region: {e}') from None
 
-    def recipe(self, scale: Scale) -> Recipe:
-        "The control's alignment, then only the region and the projector."
-        control, depth = LLaVA().recipe(scale), scale.decoder_config.num_hidden_layers
-        chosen = self.region(scale)
-        instruct = replace(control.stage('instruct'), trains=self.trains(scale, chosen), lr=None)
-        named = self.where if isinstance(self.where, str) else 'explicit'
-        highest = f', highest {self.metric}' if self.metric else ''
-        return Recipe(
-            'visual_region',
-            (control.stage('align'), instruct),
-            control.front_end,
-            'sections 3 and 4, appendix on training details',
-            notes=f'{self.tune} in layers {chosen} of {depth} ({named}{highest})',
-        )
+# %% ../../nbs/methods/50_visual_region.ipynb #93170315
+@patch
+def trains(self: VisualRegion, scale: Scale, chosen: list[int]) -> dict[str, Tune]:
+    "The second stage: the region at its own rate, the projector at its."
+    s = self.settings_at(scale)
+    if self.tune == 'lora':
+        decoder = lora(s['r'], s['alpha'], chosen, s['dropout'], s['lr'])
+    else:
+        decoder = layers(chosen, s['full'])
+    if self.train_projector == 'frozen':
+        return dict(layers=decoder)
+    return dict(layers=decoder, projector=full(s['projector']))
 
-    def trains(self, scale: Scale, chosen: list[int]) -> dict[str, Tune]:
-        "The second stage: the region at its own rate, the projector at its."
-        s = self.settings_at(scale)
-        if self.tune == 'lora':
-            decoder = lora(s['r'], s['alpha'], chosen, s['dropout'], s['lr'])
-        else:
-            decoder = layers(chosen, s['full'])
-        if self.train_projector == 'frozen':
-            return dict(layers=decoder)
-        return dict(layers=decoder, projector=full(s['projector']))
+
+@patch
+def recipe(self: VisualRegion, scale: Scale) -> Recipe:
+    "The control's alignment, then only the region and the projector."
+    control, depth = LLaVA().recipe(scale), scale.decoder_config.num_hidden_layers
+    chosen = self.region(scale)
+    instruct = replace(control.stage('instruct'), trains=self.trains(scale, chosen), lr=None)
+    named = self.where if isinstance(self.where, str) else 'explicit'
+    highest = f', highest {self.metric}' if self.metric else ''
+    return Recipe(
+        'visual_region',
+        (control.stage('align'), instruct),
+        control.front_end,
+        'sections 3 and 4, appendix on training details',
+        notes=f'{self.tune} in layers {chosen} of {depth} ({named}{highest})',
+    )
 
 # %% ../../nbs/methods/50_visual_region.ipynb #2e13f78d
 def lora_counts(scale: Scale, r: int = 128) -> dict[str, int]:
