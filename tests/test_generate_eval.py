@@ -22,6 +22,7 @@ from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.template import CONTENT, get_template, pieces
 from vlmbench.data.world import WorldSize, write_world
 from vlmbench.demo.chat import ChatModel
+from vlmbench.evaluate.assess import load_tasks
 from vlmbench.evaluate.generate import (
     GenerationLog,
     blinded,
@@ -35,7 +36,7 @@ from vlmbench.evaluate.generate import (
     written_stop,
 )
 from vlmbench.evaluate.results import Results, compare, load_results, text_retention
-from vlmbench.evaluate.tasks import Task, world_tasks
+from vlmbench.evaluate.tasks import Task
 from vlmbench.models.vlm import build_vlm
 
 
@@ -44,7 +45,7 @@ def tasks(tmp_path_factory):
     folder = write_world(
         tmp_path_factory.mktemp('w') / 'w', sizes=WorldSize(0, 4, 0, 4, 4, 3, 0, 3, 0, 0)
     )
-    return world_tasks(folder)
+    return load_tasks(folder, ['vqa_test', 'text_test', 'region_test'])
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,9 @@ from PIL import Image
 
 from vlmbench.data.image import load_image
 from vlmbench.data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
+from vlmbench.data.sources import DataError
 from vlmbench.data.world import WorldSize, write_world
+from vlmbench.evaluate.assess import load_tasks
 from vlmbench.evaluate.results import majority_baseline, score_predictions
 from vlmbench.evaluate.tasks import (
     KINDS,
@@ -24,8 +26,10 @@ from vlmbench.evaluate.tasks import (
     read_rows,
     rows_task,
     sample_items,
-    world_tasks,
 )
+
+
+WORLD_TASKS = ('vqa_test', 'text_test', 'region_test')
 
 
 @pytest.fixture(scope='module')
@@ -35,9 +39,9 @@ def world(tmp_path_factory):
     )
 
 
-def test_world_tasks_answer_themselves(world):
-    tasks = world_tasks(world)
-    assert list(tasks) == ['vqa_test', 'text_test', 'region_test']
+def test_the_world_s_tasks_answer_themselves(world):
+    tasks = load_tasks(world, WORLD_TASKS)
+    assert tuple(tasks) == WORLD_TASKS
     for name, t in tasks.items():
         gold = score_predictions(t, {i.id: i.answers[0] for i in t.items})
         assert gold.accuracy == 1 and t.has_images == (name != 'text_test'), name
@@ -48,11 +52,11 @@ def test_world_tasks_answer_themselves(world):
     )  # several questions share a scene
     assert {'color', 'count', 'exist'} <= {i.question_type for i in vqa.items}
     assert all(i.regions for i in tasks['region_test'].items)
-    assert world_tasks(world)['vqa_test'].content_hash == vqa.content_hash
+    assert load_tasks(world, WORLD_TASKS)['vqa_test'].content_hash == vqa.content_hash
 
 
 def test_world_majority_is_a_real_baseline(world):
-    t = world_tasks(world, ['vqa_test'])['vqa_test']
+    t = load_tasks(world, ['vqa_test'])['vqa_test']
     m = majority_baseline(t, load_task(world / 'vqa_train.json'))
     assert m.header['unseen_types'] == {} and 0.1 < m.accuracy < 0.7
     said = m.frame.groupby('question_type')['prediction'].nunique()
@@ -62,9 +66,9 @@ def test_world_majority_is_a_real_baseline(world):
 
 
 def test_limit_renames(world):
-    assert world_tasks(world, ['vqa_test'], limit=3)['vqa_test'].name == 'vqa_test.head3'
-    with pytest.raises(FileNotFoundError, match='pope_test.json'):
-        world_tasks(world, ['pope_test'])
+    assert load_tasks(world, ['vqa_test'], limit=3)['vqa_test'].name == 'vqa_test.head3'
+    with pytest.raises(DataError, match='pope_test.json'):
+        load_tasks(world, ['pope_test'])
 
 
 def test_bad_rows_stop_or_are_listed(tmp_path):

@@ -35,7 +35,6 @@ from vlmbench.methods.zero import (
     Zero,
     default_ranges,
     graft_onto,
-    language_parameters,
     last_third,
     split,
 )
@@ -64,6 +63,13 @@ PUBLISHED = {
 
 # --------------------------------------------------------------------------------------------------
 # paper
+def language_parameters(model):
+    "Parameters of the language model, a tied head counted once."
+    decoder = find_decoder(model)
+    found = {id(p): p for part in (decoder.stack, decoder.head) for p in part.parameters()}
+    return sum(p.numel() for p in found.values())
+
+
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_sizes_and_freeze_tables(name):
     depth, cut, whole, surrogate, adapter, layer = PUBLISHED[name]

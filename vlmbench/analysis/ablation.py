@@ -368,7 +368,7 @@ def _images_of_row(batch, ids):
             images[k] = given[mine.to(given.device)]
     return images
 
-# %% ../../nbs/analysis/14_ablation.ipynb #b29d3c28
+# %% ../../nbs/analysis/14_ablation.ipynb #b3787d63
 GRADIENT = (
     'taylor',
     'taylor_signed',
@@ -382,7 +382,7 @@ GRADIENT = (
     'pruner_mixed',
 )
 
-
+# %% ../../nbs/analysis/14_ablation.ipynb #12a44cf7
 def _total(x: Tensor) -> Tensor:
     return x.sum(dtype=torch.float64)
 

@@ -10,6 +10,7 @@ __all__ = ['SEGMENTS', 'hsic_matrices', 'cka_from_hsic', 'CKA', 'attention_rows'
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -81,64 +82,70 @@ class CKA(StreamMetric):
         self.sums: dict[str, tuple] = {}
         self.skipped: dict[str, int] = {}
 
-    def update(self, states: States):
-        self.layers = (*states.layers, max(states.layers) + 1)
-        for k in self.token_sets:
-            if k not in states.sets or not states.sets[k].any():
-                continue
-            mask = states.sets[k] & ~self._first(states) if self.drop_first else states.sets[k]
-            at = mask.nonzero()[:, 0]
-            if len(at) < 4:  # the debiased estimator divides by n - 3
-                self.skipped[k] = self.skipped.get(k, 0) + 1
-                continue
-            if self.max_tokens and len(at) > self.max_tokens:
-                chosen = np.sort(self.rng.choice(len(at), self.max_tokens, replace=False))
-                at = at[torch.from_numpy(chosen).to(at.device)]
-            # [states, tokens, hidden] -> biased and debiased HSIC, [2, states, states]
-            h = torch.stack(hsic_matrices(torch.stack([s[at] for s in states.hidden])))
-            total, batches, n, m = self.sums.get(k, (0.0, 0, 0, Moments()))
-            # the value is the ratio of sums over batches: a mean of ratios would be biased.
-            # The ratios of single batches serve for the standard error alone
-            one = torch.stack([cka_from_hsic(h[0]), cka_from_hsic(h[1])])
-            if one.isfinite().all():
-                m.add(one[None], torch.zeros(1, dtype=torch.long, device=h.device))
-            self.sums[k] = total + h, batches + 1, n + len(at), m
-
-    def _first(self, states):
-        return torch.cat(
-            [states.sample.new_ones(1).bool(), states.sample[1:] != states.sample[:-1]]
-        )
-
     def found(self, k):
         return k in self.sums
 
-    def matrix(self, token_set: str = 'all', debiased: bool = True) -> np.ndarray:
-        "The full CKA map `[L+1, L+1]`."
-        if not self.found(token_set):
-            raise ValueError(f'no CKA for token set {token_set!r}; it has {list(self.sums)}')
-        return cka_from_hsic(self.sums[token_set][0][int(debiased)]).cpu().numpy()
+# %% ../../nbs/analysis/30_similarity.ipynb #ce6f1e82
+@patch
+def update(self: CKA, states: States):
+    self.layers = (*states.layers, max(states.layers) + 1)
+    for k in self.token_sets:
+        if k not in states.sets or not states.sets[k].any():
+            continue
+        mask = states.sets[k] & ~self._first(states) if self.drop_first else states.sets[k]
+        at = mask.nonzero()[:, 0]
+        if len(at) < 4:  # the debiased estimator divides by n - 3
+            self.skipped[k] = self.skipped.get(k, 0) + 1
+            continue
+        if self.max_tokens and len(at) > self.max_tokens:
+            chosen = np.sort(self.rng.choice(len(at), self.max_tokens, replace=False))
+            at = at[torch.from_numpy(chosen).to(at.device)]
+        # [states, tokens, hidden] -> biased and debiased HSIC, [2, states, states]
+        h = torch.stack(hsic_matrices(torch.stack([s[at] for s in states.hidden])))
+        total, batches, n, m = self.sums.get(k, (0.0, 0, 0, Moments()))
+        # the value is the ratio of sums over batches: a mean of ratios would be biased.
+        # The ratios of single batches serve for the standard error alone
+        one = torch.stack([cka_from_hsic(h[0]), cka_from_hsic(h[1])])
+        if one.isfinite().all():
+            m.add(one[None], torch.zeros(1, dtype=torch.long, device=h.device))
+        self.sums[k] = total + h, batches + 1, n + len(at), m
 
-    def records(self) -> list[Record]:
-        out = []
-        for k in filter(self.found, self.token_sets):
-            _, _, n, m = self.sums[k]
-            se = m.per_sample()[1].cpu() if m.samples else None
-            for i, name in enumerate(('cka_biased', 'cka')):
-                c = self.matrix(k, bool(i))
-                out += [
-                    Record(
-                        name,
-                        k,
-                        self.layers[a],
-                        c[a, b],
-                        float('nan') if se is None else se[i, a, b].item(),
-                        n,
-                        b - a,
-                    )
-                    for a in range(len(c))
-                    for b in range(a + 1, len(c))
-                ]
-        return out
+
+@patch
+def _first(self: CKA, states):
+    return torch.cat([states.sample.new_ones(1).bool(), states.sample[1:] != states.sample[:-1]])
+
+# %% ../../nbs/analysis/30_similarity.ipynb #ffc029c0
+@patch
+def matrix(self: CKA, token_set: str = 'all', debiased: bool = True) -> np.ndarray:
+    "The full CKA map `[L+1, L+1]`."
+    if not self.found(token_set):
+        raise ValueError(f'no CKA for token set {token_set!r}; it has {list(self.sums)}')
+    return cka_from_hsic(self.sums[token_set][0][int(debiased)]).cpu().numpy()
+
+
+@patch
+def records(self: CKA) -> list[Record]:
+    out = []
+    for k in filter(self.found, self.token_sets):
+        _, _, n, m = self.sums[k]
+        se = m.per_sample()[1].cpu() if m.samples else None
+        for i, name in enumerate(('cka_biased', 'cka')):
+            c = self.matrix(k, bool(i))
+            out += [
+                Record(
+                    name,
+                    k,
+                    self.layers[a],
+                    c[a, b],
+                    float('nan') if se is None else se[i, a, b].item(),
+                    n,
+                    b - a,
+                )
+                for a in range(len(c))
+                for b in range(a + 1, len(c))
+            ]
+    return out
 
 # %% ../../nbs/analysis/30_similarity.ipynb #3976bebb
 def _mask_rows(mask, at, keys):
@@ -278,30 +285,34 @@ class ImageAttention(StreamMetric):
         rest = tokens.masks['text'] & ~answer
         return rest & ~after, tokens.image, rest & after, answer
 
-    def _collect(self, layer, query, key, mask, scaling, extra):
-        if self.queries is None:
-            return
-        p = attention_rows(query, key, self.queries, mask, scaling, **extra)
-        mass = p @ self.segments[:, None, : p.shape[-1]]  # [batch, heads, queries, 4]
-        # [queries, heads, 4] and [queries, 4]
-        self.layer_rows[layer] = mass.transpose(1, 2)[self.chosen], self._share(mask, p.shape[-1])
+# %% ../../nbs/analysis/30_similarity.ipynb #a0142450
+@patch
+def _collect(self: ImageAttention, layer, query, key, mask, scaling, extra):
+    if self.queries is None:
+        return
+    p = attention_rows(query, key, self.queries, mask, scaling, **extra)
+    mass = p @ self.segments[:, None, : p.shape[-1]]  # [batch, heads, queries, 4]
+    # [queries, heads, 4] and [queries, 4]
+    self.layer_rows[layer] = mass.transpose(1, 2)[self.chosen], self._share(mask, p.shape[-1])
 
-    def _share(self, mask, keys):
-        """Share of every segment in what each query may see, `[queries, 4]`; layers with the same
-        mask share it."""
-        if id(mask) not in self.shares:
-            at = self.queries.clamp(min=0)
-            if mask is None:
-                visible = torch.arange(keys, device=at.device) <= at[..., None]
-            else:
-                rows = _mask_rows(mask, at, keys)
-                if rows.dtype != torch.bool:  # an additive mask: hidden keys are near its minimum
-                    rows = rows > torch.finfo(rows.dtype).min / 2
-                visible = rows.any(1)
-            seen = visible.float() @ self.segments[:, :keys]  # [batch, queries, 4]
-            share = seen / visible.sum(-1, keepdim=True).clamp(min=1)
-            self.shares[id(mask)] = mask, share[self.chosen]  # kept: the id stays its own
-        return self.shares[id(mask)][1]
+
+@patch
+def _share(self: ImageAttention, mask, keys):
+    """Share of every segment in what each query may see, `[queries, 4]`; layers with the same
+    mask share it."""
+    if id(mask) not in self.shares:
+        at = self.queries.clamp(min=0)
+        if mask is None:
+            visible = torch.arange(keys, device=at.device) <= at[..., None]
+        else:
+            rows = _mask_rows(mask, at, keys)
+            if rows.dtype != torch.bool:  # an additive mask: hidden keys are near its minimum
+                rows = rows > torch.finfo(rows.dtype).min / 2
+            visible = rows.any(1)
+        seen = visible.float() @ self.segments[:, :keys]  # [batch, queries, 4]
+        share = seen / visible.sum(-1, keepdim=True).clamp(min=1)
+        self.shares[id(mask)] = mask, share[self.chosen]  # kept: the id stays its own
+    return self.shares[id(mask)][1]
 
 # %% ../../nbs/analysis/30_similarity.ipynb #aee55e8b
 def _update(self, states):

@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 from jinja2 import Environment
 from PIL import Image
 
@@ -200,122 +201,140 @@ class PointAndAsk:
         self._make(ipywidgets)
         self._wire()
 
-    def _make(self, widgets: Any) -> None:
-        "The widgets: left the canvas, right the conversation, the question and what was seen."
-        wide = widgets.Layout(width='100%')
-        small = widgets.Layout(max_height='170px', max_width='100%', object_fit='contain')
-        self.answer = widgets.HTML(_conversation(self.chat), layout=wide)
-        self.seen = widgets.Image(format='png', layout=small)
-        self.caption = widgets.HTML('', layout=wide)
-        self.question = widgets.Text(
-            placeholder=self.examples[0], layout=wide, continuous_update=True
-        )
-        options = [('Example questions', '')] + [(text, text) for text in self.examples]
-        self.try_one = widgets.Dropdown(options=options, value='', layout=wide)
-        self.go = widgets.Button(description='Ask', button_style='success')
-        self.stop = widgets.Button(description='Stop', disabled=True)
-        self.new = widgets.Button(description='New chat')
-        buttons = widgets.HBox([self.go, self.stop, self.new])
-        right = [self.answer, self.question, self.try_one, buttons, self.caption, self.seen]
-        self.view = widgets.HBox(
-            [
-                widgets.Box([self.canvas], layout=widgets.Layout(width='56%', display='block')),
-                widgets.VBox(right, layout=widgets.Layout(width='44%', padding='0 0 0 16px')),
-            ],
-            layout=wide,
-        )
-
-    def _wire(self) -> None:
-        "What the widgets do."
-        self.canvas.on_msg(self._message)
-        self.question.on_msg(self._submitted)
-        self.try_one.observe(self._picked, 'value')
-        self.go.on_click(lambda _: self.ask(self.question.value or self.examples[0]))
-        self.stop.on_click(lambda _: self._halt.set())
-        self.new.on_click(lambda _: self._fresh())
-
     def _repr_mimebundle_(self, **kwargs):
         return self.view._repr_mimebundle_(**kwargs)
 
-    def _submitted(self, _: Any, content: Mapping, buffers: Sequence) -> None:
-        if content.get('event') == 'submit':
-            self.ask(self.question.value)
+# %% ../../nbs/demo/20_canvas.ipynb #0c410c4d
+@patch
+def _make(self: PointAndAsk, widgets: Any) -> None:
+    "The widgets: left the canvas, right the conversation, the question and what was seen."
+    wide = widgets.Layout(width='100%')
+    small = widgets.Layout(max_height='170px', max_width='100%', object_fit='contain')
+    self.answer = widgets.HTML(_conversation(self.chat), layout=wide)
+    self.seen = widgets.Image(format='png', layout=small)
+    self.caption = widgets.HTML('', layout=wide)
+    self.question = widgets.Text(placeholder=self.examples[0], layout=wide, continuous_update=True)
+    options = [('Example questions', '')] + [(text, text) for text in self.examples]
+    self.try_one = widgets.Dropdown(options=options, value='', layout=wide)
+    self.go = widgets.Button(description='Ask', button_style='success')
+    self.stop = widgets.Button(description='Stop', disabled=True)
+    self.new = widgets.Button(description='New chat')
+    buttons = widgets.HBox([self.go, self.stop, self.new])
+    right = [self.answer, self.question, self.try_one, buttons, self.caption, self.seen]
+    self.view = widgets.HBox(
+        [
+            widgets.Box([self.canvas], layout=widgets.Layout(width='56%', display='block')),
+            widgets.VBox(right, layout=widgets.Layout(width='44%', padding='0 0 0 16px')),
+        ],
+        layout=wide,
+    )
 
-    def _picked(self, change: Mapping) -> None:
-        if change['new']:
-            self.question.value = change['new']
 
-    def _fresh(self) -> None:
-        self.chat.reset()
-        self.answer.value, self.question.value = _conversation(self.chat), ''
+@patch
+def _wire(self: PointAndAsk) -> None:
+    "What the widgets do."
+    self.canvas.on_msg(self._message)
+    self.question.on_msg(self._submitted)
+    self.try_one.observe(self._picked, 'value')
+    self.go.on_click(lambda _: self.ask(self.question.value or self.examples[0]))
+    self.stop.on_click(lambda _: self._halt.set())
+    self.new.on_click(lambda _: self._fresh())
 
-    def _message(self, _: Any, content: Mapping, buffers: Sequence) -> None:
-        "From the page: a marker's name for the question, or a dropped file."
-        if 'insert' in content:
-            self.question.value = f'{self.question.value.rstrip()} {content["insert"]} '.lstrip()
-        elif 'open' in content:
-            self.open(bytes(buffers[0]))
+# %% ../../nbs/demo/20_canvas.ipynb #37f81c8f
+@patch
+def _submitted(self: PointAndAsk, _: Any, content: Mapping, buffers: Sequence) -> None:
+    if content.get('event') == 'submit':
+        self.ask(self.question.value)
 
-    def open(self, data: bytes) -> None:
-        """Another picture from encoded bytes; a refused one is told below the canvas and changes
-        nothing."""
-        try:
-            if len(data) > self.max_bytes:
-                raise ImageError(f'too large: {len(data):,} bytes, the limit is {self.max_bytes:,}')
-            self.chat.open(data)
-        except ImageError as e:
-            self.canvas.note = f'refused: {e}'
-            return
-        self.canvas.show(self.chat.image)
-        self._fresh()
 
-    def ask(self, question: str) -> None:
-        """Ask about the markers on the canvas; the answer streams into the cell while this returns
-        at once."""
-        if self._worker is not None and self._worker.is_alive():
-            return
-        try:
-            self.chat.mark(*self.canvas.prompts)
-            pieces = self.chat.ask(question, max_new_tokens=self.max_new_tokens)
-        except ValueError as e:
-            told = [('question', question)] if question else []
-            self.answer.value = _conversation(self.chat, [*told, ('error', str(e))])
-            return
-        self._halt.clear()
-        self.go.disabled, self.stop.disabled = True, False
-        if self.chat.marked is not None:
-            png = io.BytesIO()
-            self.chat.marked.save(png, 'PNG')
-            self.seen.value = png.getvalue()
-            width, height = self.chat.marked.size
-            self.caption.value = f'Exactly what the model saw, {width} × {height} px:'
-        self._worker = threading.Thread(target=self._stream, args=(question, pieces), daemon=True)
-        self._worker.start()
+@patch
+def _picked(self: PointAndAsk, change: Mapping) -> None:
+    if change['new']:
+        self.question.value = change['new']
 
-    def wait(self) -> 'PointAndAsk':
-        "Until the answer under way is complete."
-        if self._worker is not None:
-            self._worker.join()
-        return self
 
-    def _stream(self, question: str, pieces: Iterator[str]) -> None:
-        "In a thread of its own: the answer as it grows, then what there is to say about it."
-        asked, text, told = ('question', question), '', []
-        try:
-            for piece in pieces:
-                text += piece
-                self.answer.value = _conversation(self.chat, [asked, ('answer', text + ' ▍')])
-                if self._halt.is_set():
-                    pieces.close()
-                    stopped = 'stopped: not part of the conversation'
-                    told = [asked, ('answer', text), ('note', stopped)]
-            if not told and (odd := unknown_words(self.chat.model, self.chat.history[-1].asked)):
-                told = [('note', f'the model does not know: {", ".join(odd)}')]
-        except (ValueError, RuntimeError) as e:
-            told = [asked, ('error', str(e))]
-        finally:
-            self.answer.value = _conversation(self.chat, told)
-            self.go.disabled, self.stop.disabled = False, True
+@patch
+def _fresh(self: PointAndAsk) -> None:
+    self.chat.reset()
+    self.answer.value, self.question.value = _conversation(self.chat), ''
+
+
+@patch
+def _message(self: PointAndAsk, _: Any, content: Mapping, buffers: Sequence) -> None:
+    "From the page: a marker's name for the question, or a dropped file."
+    if 'insert' in content:
+        self.question.value = f'{self.question.value.rstrip()} {content["insert"]} '.lstrip()
+    elif 'open' in content:
+        self.open(bytes(buffers[0]))
+
+
+@patch
+def open(self: PointAndAsk, data: bytes) -> None:
+    """Another picture from encoded bytes; a refused one is told below the canvas and changes
+    nothing."""
+    try:
+        if len(data) > self.max_bytes:
+            raise ImageError(f'too large: {len(data):,} bytes, the limit is {self.max_bytes:,}')
+        self.chat.open(data)
+    except ImageError as e:
+        self.canvas.note = f'refused: {e}'
+        return
+    self.canvas.show(self.chat.image)
+    self._fresh()
+
+# %% ../../nbs/demo/20_canvas.ipynb #6407b5c1
+@patch
+def ask(self: PointAndAsk, question: str) -> None:
+    """Ask about the markers on the canvas; the answer streams into the cell while this returns
+    at once."""
+    if self._worker is not None and self._worker.is_alive():
+        return
+    try:
+        self.chat.mark(*self.canvas.prompts)
+        pieces = self.chat.ask(question, max_new_tokens=self.max_new_tokens)
+    except ValueError as e:
+        told = [('question', question)] if question else []
+        self.answer.value = _conversation(self.chat, [*told, ('error', str(e))])
+        return
+    self._halt.clear()
+    self.go.disabled, self.stop.disabled = True, False
+    if self.chat.marked is not None:
+        png = io.BytesIO()
+        self.chat.marked.save(png, 'PNG')
+        self.seen.value = png.getvalue()
+        width, height = self.chat.marked.size
+        self.caption.value = f'Exactly what the model saw, {width} × {height} px:'
+    self._worker = threading.Thread(target=self._stream, args=(question, pieces), daemon=True)
+    self._worker.start()
+
+
+@patch
+def wait(self: PointAndAsk) -> 'PointAndAsk':
+    "Until the answer under way is complete."
+    if self._worker is not None:
+        self._worker.join()
+    return self
+
+
+@patch
+def _stream(self: PointAndAsk, question: str, pieces: Iterator[str]) -> None:
+    "In a thread of its own: the answer as it grows, then what there is to say about it."
+    asked, text, told = ('question', question), '', []
+    try:
+        for piece in pieces:
+            text += piece
+            self.answer.value = _conversation(self.chat, [asked, ('answer', text + ' ▍')])
+            if self._halt.is_set():
+                pieces.close()
+                stopped = 'stopped: not part of the conversation'
+                told = [asked, ('answer', text), ('note', stopped)]
+        if not told and (odd := unknown_words(self.chat.model, self.chat.history[-1].asked)):
+            told = [('note', f'the model does not know: {", ".join(odd)}')]
+    except (ValueError, RuntimeError) as e:
+        told = [asked, ('error', str(e))]
+    finally:
+        self.answer.value = _conversation(self.chat, told)
+        self.go.disabled, self.stop.disabled = False, True
 
 # %% ../../nbs/demo/20_canvas.ipynb #761f0560
 def point_at_things(model: ChatModel | str | Path, image=None, **settings) -> PointAndAsk:

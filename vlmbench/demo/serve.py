@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fastcore.basics import patch
 from PIL import Image
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
@@ -68,77 +69,91 @@ class _Handlers:
     def skip(self) -> list:
         return [self.gr.skip()] * len(self.sides)
 
-    def seen(self, visit: Visit) -> list:
-        "For each side the marked picture, then what the encoder made of it."
-        galleries = []
-        for side in self.sides:
-            chat = visit.chats[side]
-            if chat is None or chat.marked is None:
-                galleries.append(self.gr.Gallery(value=[], visible=False))
-                continue
-            views = chat.model.encoder_view(chat.marked)
-            labels = [f'marked, {chat.marked.width} × {chat.marked.height} px']
-            labels += [f'in its encoder, {view.width} × {view.height} px' for view in views]
-            pictures = [chat.marked, *views]
-            # small pictures are enlarged without smoothing: a pixel is then a square
-            small = max(max(picture.size) for picture in pictures) <= 512
-            classes = ['seen', 'small'] if small else ['seen']
-            value = list(zip(pictures, labels))
-            galleries.append(self.gr.Gallery(value=value, visible=True, elem_classes=classes))
-        return galleries
+# %% ../../nbs/demo/10_serve.ipynb #b4ef3b67
+@patch
+def start(self: _Handlers) -> list:
+    image = self.images[0]
+    return [Visit(self.models, self.limits, image), self.canvas(image)]
 
-    def start(self) -> list:
-        image = self.images[0]
-        return [Visit(self.models, self.limits, image), self.canvas(image)]
 
-    def open_picture(self, data: Any, visit: Visit | None) -> list:
-        visit = self.visit(visit)
-        try:
-            image = visit.open(data)
-        except ImageError as e:
-            # the time makes the note a new one, also for the same words twice
-            told = self.gr.HTML(note=[time.time(), f'This picture was refused. {e}'])
-            return [visit, told, *self.skip(), *self.skip()]
-        empty = [[] for _ in self.sides]
-        unseen = [self.gr.Gallery(value=[], visible=False) for _ in self.sides]
-        return [visit, self.canvas(image), *empty, *unseen]
+@patch
+def open_picture(self: _Handlers, data: Any, visit: Visit | None) -> list:
+    visit = self.visit(visit)
+    try:
+        image = visit.open(data)
+    except ImageError as e:
+        # the time makes the note a new one, also for the same words twice
+        told = self.gr.HTML(note=[time.time(), f'This picture was refused. {e}'])
+        return [visit, told, *self.skip(), *self.skip()]
+    empty = [[] for _ in self.sides]
+    unseen = [self.gr.Gallery(value=[], visible=False) for _ in self.sides]
+    return [visit, self.canvas(image), *empty, *unseen]
 
-    def choose(self, side: str, name: str, visit: Visit | None) -> tuple[Visit, list[dict]]:
-        visit = self.visit(visit)
-        try:
-            visit.choose(side, None if name == _NO_MODEL else name)
-        except ChatError as e:
-            raise self.gr.Error(
-                str(e), title='Refused', duration=12, print_exception=False
-            ) from None
-        return visit, visit.messages(side)
 
-    def buttons(self, asking: bool) -> list:
-        "The buttons Ask and Stop while an answer is under way, and after."
-        return [self.gr.Button(interactive=not asking), self.gr.Button(interactive=asking)]
+@patch
+def choose(self: _Handlers, side: str, name: str, visit: Visit | None) -> tuple[Visit, list[dict]]:
+    visit = self.visit(visit)
+    try:
+        visit.choose(side, None if name == _NO_MODEL else name)
+    except ChatError as e:
+        raise self.gr.Error(str(e), title='Refused', duration=12, print_exception=False) from None
+    return visit, visit.messages(side)
 
-    def ask(
-        self, question: str, marks: str, tokens: int, temperature: float, visit: Visit | None
-    ) -> Iterator[list]:
-        visit = self.visit(visit)
-        try:
-            for state in visit.ask(question, marks, tokens, temperature):
-                shown = [state.get(side, []) for side in self.sides]
-                yield ['', *self.buttons(True), visit, *shown, *self.skip()]
-        except ValueError as e:  # told where the answer would stand; the question stays in the box
-            told = [visit.messages(side, [note(f'Refused: {e}')]) for side in self.sides]
-            yield [self.gr.skip(), *self.buttons(False), visit, *told, *self.skip()]
-            return
-        yield ['', *self.buttons(False), visit, *self.skip(), *self.seen(visit)]
+# %% ../../nbs/demo/10_serve.ipynb #6c0e5ce0
+@patch
+def seen(self: _Handlers, visit: Visit) -> list:
+    "For each side the marked picture, then what the encoder made of it."
+    galleries = []
+    for side in self.sides:
+        chat = visit.chats[side]
+        if chat is None or chat.marked is None:
+            galleries.append(self.gr.Gallery(value=[], visible=False))
+            continue
+        views = chat.model.encoder_view(chat.marked)
+        labels = [f'marked, {chat.marked.width} × {chat.marked.height} px']
+        labels += [f'in its encoder, {view.width} × {view.height} px' for view in views]
+        pictures = [chat.marked, *views]
+        # small pictures are enlarged without smoothing: a pixel is then a square
+        small = max(max(picture.size) for picture in pictures) <= 512
+        classes = ['seen', 'small'] if small else ['seen']
+        value = list(zip(pictures, labels))
+        galleries.append(self.gr.Gallery(value=value, visible=True, elem_classes=classes))
+    return galleries
 
-    def stop(self, visit: Visit | None) -> None:
-        if visit:
-            visit.halt.set()
+# %% ../../nbs/demo/10_serve.ipynb #d4ffcd63
+@patch
+def buttons(self: _Handlers, asking: bool) -> list:
+    "The buttons Ask and Stop while an answer is under way, and after."
+    return [self.gr.Button(interactive=not asking), self.gr.Button(interactive=asking)]
 
-    def fresh(self, visit: Visit | None) -> list:
-        if visit:
-            visit.reset()
-        return [[] for _ in self.sides]
+
+@patch
+def ask(
+    self: _Handlers, question: str, marks: str, tokens: int, temperature: float, visit: Visit | None
+) -> Iterator[list]:
+    visit = self.visit(visit)
+    try:
+        for state in visit.ask(question, marks, tokens, temperature):
+            shown = [state.get(side, []) for side in self.sides]
+            yield ['', *self.buttons(True), visit, *shown, *self.skip()]
+    except ValueError as e:  # told where the answer would stand; the question stays in the box
+        told = [visit.messages(side, [note(f'Refused: {e}')]) for side in self.sides]
+        yield [self.gr.skip(), *self.buttons(False), visit, *told, *self.skip()]
+        return
+    yield ['', *self.buttons(False), visit, *self.skip(), *self.seen(visit)]
+
+
+@patch
+def stop(self: _Handlers, visit: Visit | None) -> None:
+    if visit:
+        visit.halt.set()
+
+
+@patch
+def fresh(self: _Handlers, visit: Visit | None) -> list:
+    if visit:
+        visit.reset()
+    return [[] for _ in self.sides]
 
 # %% ../../nbs/demo/10_serve.ipynb #6f7dcad0
 _HEAD = """
@@ -390,7 +405,7 @@ class _PoliteQueue:
 
         return polite_send
 
-# %% ../../nbs/demo/10_serve.ipynb #f5a8c078
+# %% ../../nbs/demo/10_serve.ipynb #0315f6ee
 def launch_settings(limits: Limits, host: str = '127.0.0.1', port: int = 7860) -> dict:
     "Keywords for `launch`: local unless `host` says otherwise, nothing shared, uploads bounded."
     gr = _gradio()
@@ -422,7 +437,7 @@ def launch_settings(limits: Limits, host: str = '127.0.0.1', port: int = 7860) -
         app_kwargs=dict(middleware=[Middleware(_PoliteQueue, words=limits.full)]),
     )
 
-
+# %% ../../nbs/demo/10_serve.ipynb #97114886
 def launch(page: Any, limits: Limits, host: str = '127.0.0.1', port: int = 7860) -> str:
     """Start `page` in the background; returns its address. Raises `ChatError` where the port cannot
     be bound."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fastcore.basics import patch
 from PIL import Image
 
 # %% ../../nbs/demo/08_visit.ipynb #ba37b131
@@ -122,61 +123,69 @@ class Visit:
             return
         self.chats[side] = None if name is None else Chat(self.models[name], self.image)
 
-    def open(self, data: bytes | Image.Image) -> Image.Image:
-        """Decode an upload safely and begin anew with it. Raises `ImageError`; then nothing has
-        changed."""
-        limits = self.limits
-        if isinstance(data, bytes):
-            if len(data) > limits.max_upload_mb * 1e6:
-                raise ImageError(
-                    f'too large: {len(data) / 1e6:.1f} MB, the limit is {limits.max_upload_mb:g} MB'
-                )
-            data = ImageRef('the upload', data=data)
-        image = load_image(data, max_pixels=limits.max_pixels)
-        if max(image.size) > limits.max_aspect * min(image.size):
+# %% ../../nbs/demo/08_visit.ipynb #730b582c
+@patch
+def open(self: Visit, data: bytes | Image.Image) -> Image.Image:
+    """Decode an upload safely and begin anew with it. Raises `ImageError`; then nothing has
+    changed."""
+    limits = self.limits
+    if isinstance(data, bytes):
+        if len(data) > limits.max_upload_mb * 1e6:
             raise ImageError(
-                f'too elongated: {image.width} x {image.height} pixels, the long side may be '
-                f'{limits.max_aspect:g} times the short one: cut out the part you ask about'
+                f'too large: {len(data) / 1e6:.1f} MB, the limit is {limits.max_upload_mb:g} MB'
             )
-        self.image = image
-        for chat in self.active.values():
-            chat.open(image)
-        return image
+        data = ImageRef('the upload', data=data)
+    image = load_image(data, max_pixels=limits.max_pixels)
+    if max(image.size) > limits.max_aspect * min(image.size):
+        raise ImageError(
+            f'too elongated: {image.width} x {image.height} pixels, the long side may be '
+            f'{limits.max_aspect:g} times the short one: cut out the part you ask about'
+        )
+    self.image = image
+    for chat in self.active.values():
+        chat.open(image)
+    return image
 
-    def reset(self) -> None:
-        "Forget the conversations; picture and models stay."
-        for chat in self.active.values():
-            chat.reset()
 
-    def messages(self, side: str, tail: Sequence[dict] = ()) -> list[dict]:
-        "The conversation of one side as chat messages, `tail` appended."
-        chat = self.chats.get(side)
-        history = [] if chat is None else chat.history
-        past = [exchange(e.asked, e.answer or '(no words)') for e in history]
-        return [message for pair in past for message in pair] + list(tail)
+@patch
+def reset(self: Visit) -> None:
+    "Forget the conversations; picture and models stay."
+    for chat in self.active.values():
+        chat.reset()
 
-    def ask(
-        self, question: str, marks: str, max_new_tokens: int, temperature: float = 0.0
-    ) -> Iterator[dict[str, list[dict]]]:
-        """The messages of every side, again and again while the answers stream in. Raises
-        `ChatError` before anything is asked; a model that fails while answering says so on its
-        side."""
-        if len(question) > self.limits.max_question:
-            raise ChatError(
-                f'the question has {len(question):,} characters, the limit is '
-                f'{self.limits.max_question:,}'
-            )
-        prompts, marked, streams = prompts_from_marks(marks), None, {}
-        for side, chat in self.active.items():
-            chat.mark(*prompts, marked=marked)
-            marked = chat.marked  # drawn once for both sides
-            streams[side] = chat.ask(
-                question,
-                max_new_tokens=min(int(max_new_tokens), self.limits.max_new_tokens),
-                temperature=float(temperature),
-            )
-        self.halt.clear()
-        yield from _Answering(self, refer(question.strip(), prompts), streams).follow()
+# %% ../../nbs/demo/08_visit.ipynb #f1a6985a
+@patch
+def messages(self: Visit, side: str, tail: Sequence[dict] = ()) -> list[dict]:
+    "The conversation of one side as chat messages, `tail` appended."
+    chat = self.chats.get(side)
+    history = [] if chat is None else chat.history
+    past = [exchange(e.asked, e.answer or '(no words)') for e in history]
+    return [message for pair in past for message in pair] + list(tail)
+
+
+@patch
+def ask(
+    self: Visit, question: str, marks: str, max_new_tokens: int, temperature: float = 0.0
+) -> Iterator[dict[str, list[dict]]]:
+    """The messages of every side, again and again while the answers stream in. Raises
+    `ChatError` before anything is asked; a model that fails while answering says so on its
+    side."""
+    if len(question) > self.limits.max_question:
+        raise ChatError(
+            f'the question has {len(question):,} characters, the limit is '
+            f'{self.limits.max_question:,}'
+        )
+    prompts, marked, streams = prompts_from_marks(marks), None, {}
+    for side, chat in self.active.items():
+        chat.mark(*prompts, marked=marked)
+        marked = chat.marked  # drawn once for both sides
+        streams[side] = chat.ask(
+            question,
+            max_new_tokens=min(int(max_new_tokens), self.limits.max_new_tokens),
+            temperature=float(temperature),
+        )
+    self.halt.clear()
+    yield from _Answering(self, refer(question.strip(), prompts), streams).follow()
 
 # %% ../../nbs/demo/08_visit.ipynb #5adff208
 class _Answering:

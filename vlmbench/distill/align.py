@@ -130,27 +130,31 @@ class PatchAligner(nn.Module, LossTerm):
     def count(self, batch: Mapping[str, Any]) -> int:
         return len(batch['pixel_values']) if batch.get('pixel_values') is not None else 0
 
-    def layout(self, batch: Mapping[str, Any]) -> GridLayout:
-        """Student windows of the batch's images. Raises `ValueError` when an image is no multiple
-        of `stride * ratio` or too large for the teacher."""
-        pixels, step = batch['pixel_values'], self.stride * self.ratio
-        sizes = batch.get('image_sizes')
-        sizes = [list(pixels.shape[-2:])] * len(pixels) if sizes is None else sizes.tolist()
-        if bad := [s for s in sizes if s[0] % step or s[1] % step or max(s) > self.side * step]:
-            raise ValueError(
-                f'teacher grid not matching: an image of {bad[0][0]}x{bad[0][1]} px (h x w) is no '
-                f'multiple of {step} px (stride {self.stride} x ratio {self.ratio}) or exceeds the '
-                f'{self.side} x {self.side} patches of the teacher'
-            )
-        return GridLayout([(h // self.stride, w // self.stride) for h, w in sizes], pixels.device)
+# %% ../../nbs/distill/00_align.ipynb #f7eb5f18
+@patch
+def layout(self: PatchAligner, batch: Mapping[str, Any]) -> GridLayout:
+    """Student windows of the batch's images. Raises `ValueError` when an image is no multiple
+    of `stride * ratio` or too large for the teacher."""
+    pixels, step = batch['pixel_values'], self.stride * self.ratio
+    sizes = batch.get('image_sizes')
+    sizes = [list(pixels.shape[-2:])] * len(pixels) if sizes is None else sizes.tolist()
+    if bad := [s for s in sizes if s[0] % step or s[1] % step or max(s) > self.side * step]:
+        raise ValueError(
+            f'teacher grid not matching: an image of {bad[0][0]}x{bad[0][1]} px (h x w) is no '
+            f'multiple of {step} px (stride {self.stride} x ratio {self.ratio}) or exceeds the '
+            f'{self.side} x {self.side} patches of the teacher'
+        )
+    return GridLayout([(h // self.stride, w // self.stride) for h, w in sizes], pixels.device)
 
-    def forward(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        "Sum over the batch's images of 1 - mean cosine; 0 with a graph when there are none."
-        if not self.count(batch):
-            # zero, but through every parameter: ranks that had pictures wait for these gradients
-            ours = sum(p.sum() for p in self.parameters() if p.requires_grad)
-            return outputs.hidden_states[-1].sum() * 0.0 + ours * 0.0
-        return self.losses(outputs.hidden_states, batch).sum()
+
+@patch
+def forward(self: PatchAligner, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    "Sum over the batch's images of 1 - mean cosine; 0 with a graph when there are none."
+    if not self.count(batch):
+        # zero, but through every parameter: ranks that had pictures wait for these gradients
+        ours = sum(p.sum() for p in self.parameters() if p.requires_grad)
+        return outputs.hidden_states[-1].sum() * 0.0 + ours * 0.0
+    return self.losses(outputs.hidden_states, batch).sum()
 
 # %% ../../nbs/distill/00_align.ipynb #68e652c7
 @patch
@@ -202,7 +206,7 @@ def _coarse(self: PatchAligner, layout: GridLayout, device: torch.device) -> Gri
     rows, columns = layout.rows // self.ratio, layout.columns // self.ratio
     return GridLayout(torch.stack([rows, columns], 1).tolist(), device)
 
-# %% ../../nbs/distill/00_align.ipynb #6b5c47c5
+# %% ../../nbs/distill/00_align.ipynb #c97c5072
 @patch
 def teacher_view(self: PatchAligner, batch: Mapping[str, Any]) -> torch.Tensor:
     "`[images, 3, side, side]`: what the teacher sees of the batch's images."
@@ -237,7 +241,7 @@ def _offset(self: PatchAligner, rows: int, cols: int) -> tuple[int, int]:
     "Rows and columns of teacher patches above and left of a centred picture."
     return (self.side - rows // self.ratio) // 2, (self.side - cols // self.ratio) // 2
 
-
+# %% ../../nbs/distill/00_align.ipynb #2ca8b779
 @patch
 @torch.no_grad()
 def teacher_features(self: PatchAligner, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..data.template import IGNORE
 from .terms import LossTerm
 
-# %% ../../nbs/distill/20_balance.ipynb #60f01175
+# %% ../../nbs/distill/20_balance.ipynb #c34029f0
 def balance_weights(
     targets: Tensor,  # labels or next-token targets `[rows, tokens]`; reference: labels
     eot_id: int,  # ends a segment
@@ -33,20 +33,22 @@ def balance_weights(
         raise ValueError(f'order={order}: expected a positive number')
     targets = targets.clone()
     text = is_text[:, None].expand_as(targets) if is_text.ndim == 1 else is_text
-    if reference:
+    if reference:  # published: a row that was cut still ends with the end of a turn
         targets[:, -1] = torch.where(
             targets[:, -1] == (IGNORE - 1 if pad_id is None else pad_id), targets[:, -1], eot_id
         )
     end = targets == eot_id
     cut = end if documents is None else end | F.pad(documents[:, 1:] != documents[:, :-1], (0, 1))
+    # number of the segment of each token: it grows behind each end
     segment = F.pad(cut.long().cumsum(1)[:, :-1], (1, 0))
     counted = end.flip(1).cumsum(1).flip(1) > 0 if reference else targets != IGNORE
+    # counted targets of each segment, [rows, segments]
     n = torch.zeros(len(targets), int(segment.max()) + 1, device=targets.device).scatter_add_(
         1, segment, counted.float()
     )
     plain = torch.zeros_like(n, dtype=torch.bool).scatter_(1, segment, text)
     n, real = torch.where(plain & (n > 0), 1.0, n), n > 0
-    top = n.max()
+    top = n.max()  # the longest segment of the step, on any rank
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(top, dist.ReduceOp.MAX)
@@ -56,7 +58,7 @@ def balance_weights(
     w = torch.where(plain, 1.0, w.clamp(min=1)).gather(1, segment)
     return torch.where(counted, w, 0.0), targets
 
-
+# %% ../../nbs/distill/20_balance.ipynb #f1941f6f
 class Balanced(LossTerm):
     """Loss term that turns the loop's token mean into the balanced one: it adds (w - 1) times the
     cross-entropy of every target, over as many targets. Declare it in a stage as
@@ -75,17 +77,15 @@ class Balanced(LossTerm):
 
     def __call__(self, outputs, batch) -> Tensor:
         targets, docs = batch['labels'][:, 1:], batch['document_ids'][:, 1:]
-        per_doc = torch.zeros(len(docs), int(docs.max()) + 1, dtype=torch.bool, device=docs.device)
-        per_doc = (
-            per_doc.long().scatter_add_(
-                1, docs.clamp(min=0), (batch['image_ids'][:, 1:] >= 0).long() * (docs >= 0)
-            )
-            > 0
-        )
+        # padding has document -1: it goes to document 0 and counts for nothing there
+        document = docs.clamp(min=0)
+        pictured = ((batch['image_ids'][:, 1:] >= 0) & (docs >= 0)).long()
+        tokens = torch.zeros(len(docs), int(docs.max()) + 1, dtype=torch.long, device=docs.device)
+        has_picture = tokens.scatter_add_(1, document, pictured) > 0  # [rows, documents]
         w, _ = balance_weights(
             targets,
             self.eot_id,
-            ~per_doc.gather(1, docs.clamp(min=0)),
+            ~has_picture.gather(1, document),
             self.order,
             self.mean_norm,
             documents=docs,

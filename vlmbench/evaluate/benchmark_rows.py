@@ -238,7 +238,7 @@ def picture_columns(row: Mapping[str, Any]) -> list[list[str]]:
     filled = [group for group in groups if group]
     return filled if len(filled) < 2 else [group for group in filled if group not in ids]
 
-
+# %% ../../nbs/evaluate/04_benchmark_rows.ipynb #0f13b579
 def row_pictures(
     row: Mapping[str, Any],
     root: Any,

@@ -17,7 +17,7 @@ __all__ = ['CAPTION_METRICS', 'check_caption_metrics', 'caption_scores', 'word_f
 from .answers import final_answer, normalise
 from .scorers import Scorer, row_answers
 
-# %% ../../nbs/evaluate/12_captions.ipynb #b310fe63
+# %% ../../nbs/evaluate/12_captions.ipynb #9f0b0a98
 CAPTION_METRICS = ('meteor', 'cider')
 
 
@@ -41,7 +41,7 @@ def check_caption_metrics(metrics: Sequence[str] = CAPTION_METRICS) -> None:
             'put java on the PATH, or pass metrics=() for the word F1 alone'
         )
 
-
+# %% ../../nbs/evaluate/12_captions.ipynb #1fa6d60a
 def caption_scores(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -73,7 +73,7 @@ def caption_scores(
     made = dict(meteor=_meteor, cider=lambda *texts: Cider().compute_score(*texts)[0])
     return {m: float(made[m](truth, said)) for m in metrics}
 
-
+# %% ../../nbs/evaluate/12_captions.ipynb #007be27e
 def _meteor(truth, said) -> float:
     "Corpus METEOR; the Java program is ended whatever happens."
     from pycocoevalcap.meteor.meteor import Meteor

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from fastcore.basics import patch
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -199,58 +200,66 @@ class Endpoint:
         "Model and host; the port of a local server may change between runs."
         return f'{self.model} at {urlsplit(self.url).hostname}'
 
-    def _key(self) -> str:
-        if not self.key_env:
-            return ''
-        if key := os.environ.get(self.key_env, '').strip():
-            return key
+# %% ../../nbs/evaluate/43_endpoint.ipynb #ddc9326e
+@patch
+def _key(self: Endpoint) -> str:
+    if not self.key_env:
+        return ''
+    if key := os.environ.get(self.key_env, '').strip():
+        return key
+    raise JudgeError(
+        f'judge {self.spec}: the environment variable {self.key_env} is not set; put the key there'
+    )
+
+
+@patch
+def _retrying(self: Endpoint, body: bytes) -> Retrying:
+    "Attempts and pauses of one request."
+    jitter, growing = random.Random(body), wait_exponential(multiplier=self.backoff)
+
+    def pause(state: RetryCallState) -> float:
+        asked = state.outcome.exception().wait
+        seconds = growing(state) * jitter.uniform(0.75, 1.25) if asked is None else asked
+        return min(seconds, self.max_wait)
+
+    return Retrying(
+        sleep=self.sleep,
+        stop=stop_after_attempt(self.retries + 1),
+        wait=pause,
+        retry=retry_if_exception_type(_Again),
+        reraise=True,
+    )
+
+# %% ../../nbs/evaluate/43_endpoint.ipynb #d4e5707d
+@patch
+def __call__(
+    self: Endpoint,
+    messages: Sequence[Mapping[str, Any]],
+    temperature: float = 0.0,
+    max_tokens: int = 16,
+) -> Reply:
+    """The reply to chat `messages`. Raises `JudgeError` once attempts are used up or cannot
+    help."""
+    key, url = self._key(), f'{self.url.rstrip("/")}/chat/completions'
+    body = json.dumps(
+        {
+            'model': self.model,
+            'messages': list(messages),
+            'temperature': temperature,
+            self.limit_field: max_tokens,
+        }
+    ).encode()
+
+    def once() -> Reply:
+        return _read_reply(_post(url, body, key, self.timeout, self.max_bytes), self.model)
+
+    retrying = self._retrying(body)
+    try:
+        reply = retrying(once)
+    except _Refused as e:
+        raise JudgeError(f'judge {self.spec}: {e}') from None
+    except _Again as e:
         raise JudgeError(
-            f'judge {self.spec}: the environment variable {self.key_env} is not set; put the key '
-            'there'
-        )
-
-    def _retrying(self, body: bytes) -> Retrying:
-        "Attempts and pauses of one request."
-        jitter, growing = random.Random(body), wait_exponential(multiplier=self.backoff)
-
-        def pause(state: RetryCallState) -> float:
-            asked = state.outcome.exception().wait
-            seconds = growing(state) * jitter.uniform(0.75, 1.25) if asked is None else asked
-            return min(seconds, self.max_wait)
-
-        return Retrying(
-            sleep=self.sleep,
-            stop=stop_after_attempt(self.retries + 1),
-            wait=pause,
-            retry=retry_if_exception_type(_Again),
-            reraise=True,
-        )
-
-    def __call__(
-        self, messages: Sequence[Mapping[str, Any]], temperature: float = 0.0, max_tokens: int = 16
-    ) -> Reply:
-        """The reply to chat `messages`. Raises `JudgeError` once attempts are used up or cannot
-        help."""
-        key, url = self._key(), f'{self.url.rstrip("/")}/chat/completions'
-        body = json.dumps(
-            {
-                'model': self.model,
-                'messages': list(messages),
-                'temperature': temperature,
-                self.limit_field: max_tokens,
-            }
-        ).encode()
-
-        def once() -> Reply:
-            return _read_reply(_post(url, body, key, self.timeout, self.max_bytes), self.model)
-
-        retrying = self._retrying(body)
-        try:
-            reply = retrying(once)
-        except _Refused as e:
-            raise JudgeError(f'judge {self.spec}: {e}') from None
-        except _Again as e:
-            raise JudgeError(
-                f'judge {self.spec}: {self.retries + 1} attempts failed, the last with {e}'
-            ) from None
-        return replace(reply, attempts=retrying.statistics['attempt_number'])
+            f'judge {self.spec}: {self.retries + 1} attempts failed, the last with {e}'
+        ) from None
+    return replace(reply, attempts=retrying.statistics['attempt_number'])

@@ -20,6 +20,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import pandas as pd
 import torch
 from transformers import LogitsProcessor
@@ -247,33 +248,41 @@ class _Interview:
             sample.images = [blinded(x, self.colour) for x in sample.images]
         return sample
 
-    def prepare(self, batch: list[Item]) -> tuple[list[Item], list[str], dict[str, torch.Tensor]]:
-        "The batch, its prompts as text, and the model's inputs."
-        if not batch:
-            return batch, [], {}
-        samples = [self.sample(item) for item in batch]
-        prompts = [render_prompt(self.processor, sample) for sample in samples]
-        return batch, prompts, prompt_inputs(self.processor, samples)
+# %% ../../nbs/evaluate/20_generate.ipynb #195ee601
+@patch
+def prepare(
+    self: _Interview, batch: list[Item]
+) -> tuple[list[Item], list[str], dict[str, torch.Tensor]]:
+    "The batch, its prompts as text, and the model's inputs."
+    if not batch:
+        return batch, [], {}
+    samples = [self.sample(item) for item in batch]
+    prompts = [render_prompt(self.processor, sample) for sample in samples]
+    return batch, prompts, prompt_inputs(self.processor, samples)
 
-    def answer(self, batch: list[Item], inputs: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        "The model's answers to a prepared batch (see `read_answers`)."
-        inputs = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
-        start, tokenizer = inputs['input_ids'].shape[1], self.processor.tokenizer
-        if self.written:
-            inputs['stopping_criteria'] = [WrittenStop(tokenizer, self.written, start)]
-        if self.noise is not None:
-            ids = [item.id for item in batch]
-            inputs['logits_processor'] = [ItemNoise(*self.noise, ids)]
-        pad = tokenizer.pad_token_id
-        ids = self.model.generate(
-            **inputs,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=self.stops,
-            pad_token_id=self.stops[0] if pad is None else pad,
-        )
-        return read_answers(ids[:, start:], self.stops, tokenizer, self.written)
+
+@patch
+def answer(
+    self: _Interview, batch: list[Item], inputs: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
+    "The model's answers to a prepared batch (see `read_answers`)."
+    inputs = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    start, tokenizer = inputs['input_ids'].shape[1], self.processor.tokenizer
+    if self.written:
+        inputs['stopping_criteria'] = [WrittenStop(tokenizer, self.written, start)]
+    if self.noise is not None:
+        ids = [item.id for item in batch]
+        inputs['logits_processor'] = [ItemNoise(*self.noise, ids)]
+    pad = tokenizer.pad_token_id
+    ids = self.model.generate(
+        **inputs,
+        max_new_tokens=self.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=self.stops,
+        pad_token_id=self.stops[0] if pad is None else pad,
+    )
+    return read_answers(ids[:, start:], self.stops, tokenizer, self.written)
 
 # %% ../../nbs/evaluate/20_generate.ipynb #a039e4fe
 class Alone:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 
@@ -154,43 +155,47 @@ class ChatJudge:
         rules = f'{self.max_tokens} tokens, prompt {self.prompt_sha256[:10]}'
         return f'{who}, {rules}' + ', reference' * self.reference
 
-    def _ask(self, row: str, attempt: int) -> dict[str, Any]:
-        "One call, as it is kept in the log."
-        temperature = self.temperatures[attempt]
-        text = f'{self.prompt}\n{row}' + _HINT * (attempt > 0)
-        reply = self.endpoint(
-            [dict(role='user', content=text)], temperature=temperature, max_tokens=self.max_tokens
-        )
-        return dict(
-            attempt=attempt,
-            retry=attempt > 0,
-            temperature=temperature,
-            max_tokens=self.max_tokens,
-            row=row,
-            reply=reply.text,
-            model=reply.model,
-            http_attempts=reply.attempts,
-        )
+# %% ../../nbs/evaluate/44_judge.ipynb #0e07dc88
+@patch
+def _ask(self: ChatJudge, row: str, attempt: int) -> dict[str, Any]:
+    "One call, as it is kept in the log."
+    temperature = self.temperatures[attempt]
+    text = f'{self.prompt}\n{row}' + _HINT * (attempt > 0)
+    reply = self.endpoint(
+        [dict(role='user', content=text)], temperature=temperature, max_tokens=self.max_tokens
+    )
+    return dict(
+        attempt=attempt,
+        retry=attempt > 0,
+        temperature=temperature,
+        max_tokens=self.max_tokens,
+        row=row,
+        reply=reply.text,
+        model=reply.model,
+        http_attempts=reply.attempts,
+    )
 
-    def __call__(
-        self, question: str, truth: str, prediction: str, plain: str | None = None
-    ) -> Grade:
-        "Grade of one answer; `plain`: the benchmark's question without the split's marker words."
-        if not self.reference:
-            prediction = final_answer(prediction)
-        calls, score = [], None
-        for attempt in range(len(self.temperatures)):
-            if self.reference and attempt and plain is not None:
-                question = plain
-            calls.append(self._ask(open_row(question, truth, prediction, self.reference), attempt))
-            score = parse_grade(calls[-1]['reply'], self.reference)
-            if self.reference and attempt == len(self.temperatures) - 1:
-                score = None  # the published script does not read its last reply
-            if score is not None:
-                break
-        reply = calls[-1]['reply']
-        content = reply.split(' ')[0].strip() if self.reference else reply.strip()
-        return Grade(score or 0.0, content, calls[-1]['model'], score is not None, tuple(calls))
+
+@patch
+def __call__(
+    self: ChatJudge, question: str, truth: str, prediction: str, plain: str | None = None
+) -> Grade:
+    "Grade of one answer; `plain`: the benchmark's question without the split's marker words."
+    if not self.reference:
+        prediction = final_answer(prediction)
+    calls, score = [], None
+    for attempt in range(len(self.temperatures)):
+        if self.reference and attempt and plain is not None:
+            question = plain
+        calls.append(self._ask(open_row(question, truth, prediction, self.reference), attempt))
+        score = parse_grade(calls[-1]['reply'], self.reference)
+        if self.reference and attempt == len(self.temperatures) - 1:
+            score = None  # the published script does not read its last reply
+        if score is not None:
+            break
+    reply = calls[-1]['reply']
+    content = reply.split(' ')[0].strip() if self.reference else reply.strip()
+    return Grade(score or 0.0, content, calls[-1]['model'], score is not None, tuple(calls))
 
 # %% ../../nbs/evaluate/44_judge.ipynb #0864441b
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from fastcore.basics import patch
+
 # %% auto #0
 __all__ = ['COLUMNS', 'result_stem', 'Results', 'score_predictions', 'majority_baseline', 'chance_baseline', 'compare',
            'text_retention', 'run_facts', 'load_results', 'accuracy_table', 'paired_table']
@@ -98,34 +100,37 @@ class Results:
             by_type=self.by_type(level).to_dict('records'),
         )
 
-    def save(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write `<task>.parquet` and `<task>.json` into `folder`, each renamed into place when
-        complete; returns both paths."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        stem, tmp = result_stem(self.task, self.condition), f'.tmp{os.getpid()}'
-        table, card = folder / f'{stem}.parquet', folder / f'{stem}.json'
-        self.frame.to_parquet(f'{table}{tmp}', index=False)
-        Path(f'{card}{tmp}').write_text(
-            json.dumps(self.summary(), indent=1, ensure_ascii=False, default=str), encoding='utf8'
-        )
-        for p in (table, card):
-            os.replace(f'{p}{tmp}', p)
-        return table, card
+# %% ../../nbs/evaluate/15_results.ipynb #11c96e14
+@patch
+def save(self: Results, folder: str | Path) -> tuple[Path, Path]:
+    """Write `<task>.parquet` and `<task>.json` into `folder`, each renamed into place when
+    complete; returns both paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, tmp = result_stem(self.task, self.condition), f'.tmp{os.getpid()}'
+    table, card = folder / f'{stem}.parquet', folder / f'{stem}.json'
+    self.frame.to_parquet(f'{table}{tmp}', index=False)
+    Path(f'{card}{tmp}').write_text(
+        json.dumps(self.summary(), indent=1, ensure_ascii=False, default=str), encoding='utf8'
+    )
+    for p in (table, card):
+        os.replace(f'{p}{tmp}', p)
+    return table, card
 
-    @classmethod
-    def load(cls, folder: str | Path, task: str, condition: str = 'image') -> Results:
-        "Read what `save` wrote; raises FileNotFoundError naming the missing file."
-        stem = Path(folder) / result_stem(task, condition)
-        for end in ('.parquet', '.json'):
-            if not Path(f'{stem}{end}').exists():
-                raise FileNotFoundError(f'{stem}{end} is missing: no such result was saved')
-        card = json.loads(Path(f'{stem}.json').read_text(encoding='utf8'))
-        # computed by `summary`, so not a part of the header
-        made = {'task', 'condition', 'n', 'accuracy', 'interval', 'by_type'}
-        frame = pd.read_parquet(f'{stem}.parquet')
-        frame['answers'] = frame['answers'].map(list)  # parquet gives arrays
-        return cls(task, condition, frame, {k: v for k, v in card.items() if k not in made})
+
+@patch(cls_method=True)
+def load(cls: Results, folder: str | Path, task: str, condition: str = 'image') -> Results:
+    "Read what `save` wrote; raises FileNotFoundError naming the missing file."
+    stem = Path(folder) / result_stem(task, condition)
+    for end in ('.parquet', '.json'):
+        if not Path(f'{stem}{end}').exists():
+            raise FileNotFoundError(f'{stem}{end} is missing: no such result was saved')
+    card = json.loads(Path(f'{stem}.json').read_text(encoding='utf8'))
+    # computed by `summary`, so not a part of the header
+    made = {'task', 'condition', 'n', 'accuracy', 'interval', 'by_type'}
+    frame = pd.read_parquet(f'{stem}.parquet')
+    frame['answers'] = frame['answers'].map(list)  # parquet gives arrays
+    return cls(task, condition, frame, {k: v for k, v in card.items() if k not in made})
 
 # %% ../../nbs/evaluate/15_results.ipynb #e8eb600c
 def score_predictions(

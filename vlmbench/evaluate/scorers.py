@@ -267,7 +267,7 @@ class MME(Scorer):
             **{f'score/{c}': float(v) for c, v in cats.items()},
         )
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #e32dcef2
+# %% ../../nbs/evaluate/10_scorers.ipynb #015d594e
 def index_letters(row: Mapping[str, Any]) -> Any:
     """A row's `answers` with integers, which are 0-based indices into its `choices` (ScienceQA), as
     option letters; anything else, and a row without choices, is left as it is. Raises ValueError
@@ -288,7 +288,18 @@ def index_letters(row: Mapping[str, Any]) -> Any:
         )
     return letters[answers]
 
+# %% ../../nbs/evaluate/10_scorers.ipynb #f08e6042
+def _published_letter(prediction: str) -> str:
+    "The letter by ScienceQA's published rule, '' where it reads none."
+    text, letters = prediction.strip(), 'ABCDE'
+    if text in tuple(letters):
+        return text
+    if text[:1] in letters and text[1:3] == '. ':
+        return text[0]
+    said = re.findall(r'The answer is ([A-Z])\.', text)
+    return said[0] if len(said) == 1 else ''
 
+# %% ../../nbs/evaluate/10_scorers.ipynb #d145475b
 @dataclass(frozen=True)
 class MultipleChoice(Scorer):
     """Multiple choice: `choices` (texts in order, or letter -> text) and an answer that is a letter
@@ -327,14 +338,7 @@ class MultipleChoice(Scorer):
         opts = self.options(row)
         if not self.reference:
             return parse_choice(prediction, opts)
-        text, letters = prediction.strip(), 'ABCDE'
-        said = re.findall(r'The answer is ([A-Z])\.', text)
-        if text in tuple(letters):
-            letter = text
-        elif text[:1] in letters and text[1:3] == '. ':
-            letter = text[0]
-        else:
-            letter = said[0] if len(said) == 1 else ''
+        letter = _published_letter(prediction)
         return letter if letter in opts else ''
 
     def score(self, prediction, row):

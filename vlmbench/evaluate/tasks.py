@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
+from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['WORLD_TASKS', 'KINDS', 'Item', 'lettered', 'apply_prompt', 'sample_items', 'Task', 'load_task', 'world_tasks',
-           'rows_task']
+__all__ = ['KINDS', 'Item', 'lettered', 'apply_prompt', 'sample_items', 'Task', 'load_task', 'rows_task']
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #f301b4e2
 from ..data.record import IMAGE_TOKEN, Quarantine, Sample, Turn, allowed_roots, read_records
@@ -65,7 +65,7 @@ class Item:
         "The question as a sample without an answer: what a processor encodes."
         return Sample(self.id, list(self.turns), list(self.images), list(self.regions))
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #bc2e786d
+# %% ../../nbs/evaluate/00_tasks.ipynb #3de991b9
 _MARKERS = re.compile(r'\s*(?:<image>\s?)+')
 
 
@@ -82,7 +82,7 @@ def apply_prompt(prompt: str, text: str, choices=None) -> str:
     out = prompt.replace('{choices}', lettered(choices) if '{choices}' in prompt else '')
     return lead + out.replace('{question}', text[len(lead) :].strip())
 
-
+# %% ../../nbs/evaluate/00_tasks.ipynb #f0569892
 def _pick(value, i: int, n: int):
     "The i-th entry of a per-question list, or the value itself for a sample with one question."
     if n == 1 or not isinstance(value, (list, tuple)):
@@ -102,7 +102,7 @@ def _question_facts(sample: Sample, type_key: str, n: int, n_questions: int) -> 
     except ValueError as e:
         raise ValueError(f'sample {sample.id!r} ({sample.source}): {e}') from None
 
-
+# %% ../../nbs/evaluate/00_tasks.ipynb #da369afd
 def sample_items(
     sample: Sample,
     prompt: str = '{question}',
@@ -153,7 +153,7 @@ def sample_items(
         )
     return items
 
-# %% ../../nbs/evaluate/00_tasks.ipynb #2e6f6b93
+# %% ../../nbs/evaluate/00_tasks.ipynb #2738a15c
 def _digest(rows: Iterable[Any]) -> str:
     h = hashlib.sha256()
     for r in rows:
@@ -161,6 +161,13 @@ def _digest(rows: Iterable[Any]) -> str:
     return h.hexdigest()
 
 
+def _seen(item: Item) -> list:
+    "All that a model sees of a question, as plain values: turns, names of pictures, regions."
+    turns = [[turn.role, turn.text] for turn in item.turns]
+    regions = [[region.box, region.polygons] for region in item.regions]
+    return [item.id, turns, [image_key(x) for x in item.images], regions]
+
+# %% ../../nbs/evaluate/00_tasks.ipynb #2e6f6b93
 @dataclass(frozen=True)
 class Task:
     """Records + prompt + scorer. `prompt` holds '{question}' (and '{choices}'); `scorer` is a
@@ -205,13 +212,7 @@ class Task:
     @cached_property
     def prompt_hash(self) -> str:
         "Hash of all a model sees (turns and picture names; not the pixels)."
-
-        def seen(item):
-            turns = [[turn.role, turn.text] for turn in item.turns]
-            regions = [[region.box, region.polygons] for region in item.regions]
-            return [item.id, turns, [image_key(x) for x in item.images], regions]
-
-        return _digest(map(seen, self.items))
+        return _digest(map(_seen, self.items))
 
     @cached_property
     def content_hash(self) -> str:
@@ -228,14 +229,16 @@ class Task:
     def __len__(self) -> int:
         return len(self.items)
 
-    def head(self, n: int) -> Task:
-        """The first `n` samples as a task named `<name>.head<n>`, so that its results are never
-        mistaken for the whole."""
-        return replace(self, name=f'{self.name}.head{n}', samples=self.samples[:n])
-
     def __repr__(self):
         what = f'{len(self)} questions, {self.scorer.spec}, {self.content_hash[:10]}'
         return f'Task({self.name!r} v{self.version}, {what})'
+
+# %% ../../nbs/evaluate/00_tasks.ipynb #b803462f
+@patch
+def head(self: Task, n: int) -> Task:
+    """The first `n` samples as a task named `<name>.head<n>`, so that its results are never
+    mistaken for the whole."""
+    return replace(self, name=f'{self.name}.head{n}', samples=self.samples[:n])
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #ca642b57
 def load_task(
@@ -255,26 +258,6 @@ def load_task(
         list(read_records(path, image_root or path.parent, quarantine, roots=roots)),
         **kwargs,
     )
-
-# %% ../../nbs/evaluate/00_tasks.ipynb #9d54981f
-WORLD_TASKS = ('vqa_test', 'text_test', 'region_test')
-
-
-def world_tasks(
-    folder: str | Path, splits: Sequence[str] = WORLD_TASKS, limit: int | None = None, **kwargs
-) -> dict[str, Task]:
-    """Tasks of a folder written by `write_world`, by split name; a missing file is an error.
-    `limit`: first samples only (renames)."""
-    folder, out = Path(folder), {}
-    for split in splits:
-        if not (folder / f'{split}.json').exists():
-            raise FileNotFoundError(
-                f'{folder / split}.json is missing: write it with vlmbench.data.world.write_world, '
-                f'or name other splits'
-            )
-        task = load_task(folder / f'{split}.json', **kwargs)
-        out[split] = task.head(limit) if limit else task
-    return out
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #4b59c55f
 _BRIEF = '{question}\nAnswer the question using a single word or phrase.'

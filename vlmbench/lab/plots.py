@@ -213,7 +213,7 @@ def accuracy_figure(table: pd.DataFrame, task: str | None = None, width: float =
         )
     return fig
 
-# %% ../../nbs/lab/00_plots.ipynb #ae1b0c7d
+# %% ../../nbs/lab/00_plots.ipynb #a35b2c19
 def forest_figure(
     names: Sequence[str],
     middle: Sequence[float],
@@ -255,7 +255,7 @@ def forest_figure(
             )
     return fig
 
-
+# %% ../../nbs/lab/00_plots.ipynb #5610e80d
 def paired_figure(paired: pd.DataFrame, task: str | None = None, width: float = 11.2) -> Figure:
     """`paired_table` as a forest plot: difference a - b with interval; filled when Holm's p is
     below 0.05."""

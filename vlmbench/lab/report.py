@@ -53,7 +53,7 @@ from vlmbench.lab.plots import (
 )
 from ..train.metrics import read_metrics
 
-# %% ../../nbs/lab/10_report.ipynb #8bfae1a8
+# %% ../../nbs/lab/10_report.ipynb #a922455e
 @dataclass
 class RunRecord:
     """What a run folder holds: `method`, `seed`, `manifest`, per-stage `metrics` and `freeze`
@@ -72,7 +72,7 @@ class RunRecord:
     def label(self) -> str:
         return self.method + (f', seed {self.seed}' if self.seed >= 0 else '')
 
-
+# %% ../../nbs/lab/10_report.ipynb #0c8ea4c7
 def _json(path: Path, missing: list[str], name: str) -> Any:
     if not path.exists():
         missing.append(name)
@@ -436,7 +436,7 @@ def _text_section(found: _Findings) -> Section:
         content += folded(f'{spaced(task)} by question type', by_type)
     return Section('text', 'Text retention', note, content)
 
-# %% ../../nbs/lab/10_report.ipynb #08b0ed33
+# %% ../../nbs/lab/10_report.ipynb #10b5b53f
 def _paired_section(found: _Findings) -> Section:
     note = Markup(
         'Differences on identical questions; p-values of all comparisons corrected together '
@@ -464,7 +464,7 @@ def _paired_section(found: _Findings) -> Section:
     )
     return Section('paired', 'Paired comparisons', note, content)
 
-
+# %% ../../nbs/lab/10_report.ipynb #4555bb1e
 def _loss_section(found: _Findings) -> Section:
     curves = {
         (run.method, run.seed, stage): metrics
@@ -487,7 +487,7 @@ def _freeze_section(found: _Findings) -> Section:
     note = 'Parameters per module group and stage.'
     return Section('freeze', 'What trains', note, macros('report.html.j2').freeze(boxes))
 
-
+# %% ../../nbs/lab/10_report.ipynb #1fdb6c04
 def _sections(found: _Findings) -> list[Section]:
     shown = 'Right and wrong answers of every question type in turn.'
     speed = 'Medians over each stage without its first tenth of steps, averaged over seeds.'

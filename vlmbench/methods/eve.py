@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Optional
 
+from fastcore.basics import patch
 import torch
 
 from ..data.image import ImageTransform
@@ -120,117 +121,120 @@ class EVE(Method):
                 f'eve: canvas must be a whole number of px above 0, got {self.canvas!r}'
             )
 
-    def settings_at(self, scale: Scale) -> dict[str, Any]:
-        """Those of the scale or its level. A scale of one's own keeps its picture size, and its
-        teacher's patch where the strides of the level miss the teacher's grid."""
-        settings = super().settings_at(scale)
-        if scale.name in self.settings:
-            return settings
-        for patches in ('eve', 'eve_v2'):
-            settings[patches] = (scale.image_size, settings[patches][1])
-        strides = front_end_class(dict(type='eve')).defaults | settings['eve'][1]
-        try:
-            grid_ratio(scale.image_size, stride_of(strides), scale.tower_config)
-        except ValueError:
-            tower = scale.tower_config
-            own = settings['eve'][1] | dict(patch_stride=tower.patch_size)
-            settings['eve'] = (2 * tower.image_size, own)
+# %% ../../nbs/methods/20_eve.ipynb #9307b3fd
+@patch
+def settings_at(self: EVE, scale: Scale) -> dict[str, Any]:
+    """Those of the scale or its level. A scale of one's own keeps its picture size, and its
+    teacher's patch where the strides of the level miss the teacher's grid."""
+    settings = Method.settings_at(self, scale)
+    if scale.name in self.settings:
         return settings
+    for patches in ('eve', 'eve_v2'):
+        settings[patches] = (scale.image_size, settings[patches][1])
+    strides = front_end_class(dict(type='eve')).defaults | settings['eve'][1]
+    try:
+        grid_ratio(scale.image_size, stride_of(strides), scale.tower_config)
+    except ValueError:
+        tower = scale.tower_config
+        own = settings['eve'][1] | dict(patch_stride=tower.patch_size)
+        settings['eve'] = (2 * tower.image_size, own)
+    return settings
 
-    def recipe(self, scale: Scale) -> Recipe:
-        "EVE's three stages at `scale` (two without `prealign`, whose captions go to the second)."
-        settings = self.settings_at(scale)
-        side, front_end = settings[self.patches]
-        new = dict(vision=full(), projector=full())
-        every = new | whole_language_model(scale)
-        last = 'finetune_hd' if self.hd else 'finetune'
-        captions, questions = (s.budget_targets for s in LLaVA().recipe(scale).stages)
-        first = captions // 2 if self.prealign else 0
-        stages = [
-            self.stage('pretrain', every, 'caption_train', scale, captions - first),
-            self.stage(last, every, INSTRUCT_DATA, scale, questions),
-        ]
-        if self.prealign:
-            stages.insert(0, self.stage('prealign', new, 'caption_train', scale, first))
-        published = 'EVE, sections 3 and 4.1'
-        taught = 'encoder-free; frozen encoder as teacher in training'
-        return Recipe(
-            'eve',
-            tuple(stages),
-            dict(type=self.patches, **front_end),
-            published if self.patches == 'eve' else 'EVEv2, patch embedding',
-            notes=taught if self.align else 'encoder-free',
-            canvas=self.canvas or side,
-        )
+# %% ../../nbs/methods/20_eve.ipynb #00aa8ae5
+@patch
+def stage(
+    self: EVE, name: str, trains: dict[str, Tune], data: str, scale: Scale, budget: int
+) -> Stage:
+    """One stage: its own rate and warm-up, the published steps or a share of the control's
+    budget."""
+    settings = self.settings_at(scale)
+    rate, warm_up, rows = settings[name]
+    bound, layout = dict(budget_targets=budget), {}
+    if 'published' in settings:
+        bound = settings['published'][name]
+        layout = dict(packing=False, clip=None, gradient_checkpointing=True, too_long='truncate')
+    captions = data == 'caption_train'
+    return Stage(
+        name,
+        trains,
+        data,
+        rate,
+        template=scale.caption_template if captions else scale.template,
+        warmup_ratio=warm_up,
+        batch_rows=rows,
+        losses=('align',) if self.align else (),
+        **dict(max_tokens=settings['tokens']) | bound | layout,
+    )
 
-    def stage(
-        self, name: str, trains: dict[str, Tune], data: str, scale: Scale, budget: int
-    ) -> Stage:
-        """One stage: its own rate and warm-up, the published steps or a share of the control's
-        budget."""
-        settings = self.settings_at(scale)
-        rate, warm_up, rows = settings[name]
-        bound, layout = dict(budget_targets=budget), {}
-        if 'published' in settings:
-            bound = settings['published'][name]
-            layout = dict(
-                packing=False, clip=None, gradient_checkpointing=True, too_long='truncate'
-            )
-        captions = data == 'caption_train'
-        return Stage(
-            name,
-            trains,
-            data,
-            rate,
-            template=scale.caption_template if captions else scale.template,
-            warmup_ratio=warm_up,
-            batch_rows=rows,
-            losses=('align',) if self.align else (),
-            **dict(max_tokens=settings['tokens']) | bound | layout,
-        )
 
-    def picture(self, state: RunState) -> tuple[int, int]:
-        "The square canvas, twice as wide in `finetune_hd`."
-        side = state.recipe.canvas * (2 if state.stage.name == 'finetune_hd' else 1)
-        return side, side
+@patch
+def recipe(self: EVE, scale: Scale) -> Recipe:
+    "EVE's three stages at `scale` (two without `prealign`, whose captions go to the second)."
+    settings = self.settings_at(scale)
+    side, front_end = settings[self.patches]
+    new = dict(vision=full(), projector=full())
+    every = new | whole_language_model(scale)
+    last = 'finetune_hd' if self.hd else 'finetune'
+    captions, questions = (s.budget_targets for s in LLaVA().recipe(scale).stages)
+    first = captions // 2 if self.prealign else 0
+    stages = [
+        self.stage('pretrain', every, 'caption_train', scale, captions - first),
+        self.stage(last, every, INSTRUCT_DATA, scale, questions),
+    ]
+    if self.prealign:
+        stages.insert(0, self.stage('prealign', new, 'caption_train', scale, first))
+    published = 'EVE, sections 3 and 4.1'
+    taught = 'encoder-free; frozen encoder as teacher in training'
+    return Recipe(
+        'eve',
+        tuple(stages),
+        dict(type=self.patches, **front_end),
+        published if self.patches == 'eve' else 'EVEv2, patch embedding',
+        notes=taught if self.align else 'encoder-free',
+        canvas=self.canvas or side,
+    )
 
-    def build(self, state: RunState) -> None:
-        "The scale's language model behind a new patch embedding layer."
-        recipe, scale = state.recipe, state.scale
-        front_end = front_end_class(recipe.front_end).resolve(dict(recipe.front_end))
-        multiple = stride_of(front_end)
-        if self.align:
-            multiple *= teacher_ratio(recipe.canvas, front_end, scale.tower_config)
-        where = base_model(scale.vision)
-        colours = tower_transform(where, scale.tower_config)
-        mode = 'any_aspect' if self.patches == 'eve' else 'area'
-        state.model, state.processor = scale.build(
-            recipe,
-            state.seed,
-            vision=None,
-            front_end=front_end,
-            transform=transform_of(recipe.canvas, multiple, colours.mean, colours.std, mode),
-            dtype=getattr(torch, scale.dtype),
-        )
+# %% ../../nbs/methods/20_eve.ipynb #05f485ae
+@patch
+def picture(self: EVE, state: RunState) -> tuple[int, int]:
+    "The square canvas, twice as wide in `finetune_hd`."
+    side = state.recipe.canvas * (2 if state.stage.name == 'finetune_hd' else 1)
+    return side, side
 
-    def terms(self, state: RunState) -> None:
-        "The aligner, where the stage has one: the same for all stages of a run."
-        if 'align' not in dict(state.stage.losses):
-            return
-        if 'align' not in state.terms:
-            state.terms['align'] = make_aligner(state, self.picture(state)[0])
-        aligner = state.terms['align']
-        aligner.student = stage_processor(state).transform
-        aligner.ratio = teacher_ratio(
-            self.picture(state)[0], state.model.config.vision_config, aligner.teacher.config
-        )
 
-    def before_stage(self, state: RunState) -> None:
-        "Doubles the canvas for `finetune_hd`."
-        if state.stage.name == 'finetune_hd':
-            state.processor, t = copy(state.processor), state.processor.transform
-            twice = dict(size=2 * t.size, patch=2 * t.patch, multiple=2 * t.multiple)
-            state.processor.transform = replace(t, **twice)
+@patch
+def build(self: EVE, state: RunState) -> None:
+    "The scale's language model behind a new patch embedding layer."
+    recipe, scale = state.recipe, state.scale
+    front_end = front_end_class(recipe.front_end).resolve(dict(recipe.front_end))
+    multiple = stride_of(front_end)
+    if self.align:
+        multiple *= teacher_ratio(recipe.canvas, front_end, scale.tower_config)
+    where = base_model(scale.vision)
+    colours = tower_transform(where, scale.tower_config)
+    mode = 'any_aspect' if self.patches == 'eve' else 'area'
+    state.model, state.processor = scale.build(
+        recipe,
+        state.seed,
+        vision=None,
+        front_end=front_end,
+        transform=transform_of(recipe.canvas, multiple, colours.mean, colours.std, mode),
+        dtype=getattr(torch, scale.dtype),
+    )
+
+# %% ../../nbs/methods/20_eve.ipynb #17ac495c
+@patch
+def terms(self: EVE, state: RunState) -> None:
+    "The aligner, where the stage has one: the same for all stages of a run."
+    if 'align' not in dict(state.stage.losses):
+        return
+    if 'align' not in state.terms:
+        state.terms['align'] = make_aligner(state, self.picture(state)[0])
+    aligner = state.terms['align']
+    aligner.student = stage_processor(state).transform
+    aligner.ratio = teacher_ratio(
+        self.picture(state)[0], state.model.config.vision_config, aligner.teacher.config
+    )
 
 
 def make_aligner(state: RunState, canvas: int) -> PatchAligner:
@@ -253,3 +257,12 @@ def make_aligner(state: RunState, canvas: int) -> PatchAligner:
             state.processor.transform,
             view,
         )
+
+# %% ../../nbs/methods/20_eve.ipynb #b8a6d322
+@patch
+def before_stage(self: EVE, state: RunState) -> None:
+    "Doubles the canvas for `finetune_hd`."
+    if state.stage.name == 'finetune_hd':
+        state.processor, t = copy(state.processor), state.processor.transform
+        twice = dict(size=2 * t.size, patch=2 * t.patch, multiple=2 * t.multiple)
+        state.processor.transform = replace(t, **twice)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from fastcore.basics import patch
 import torch
 
 from ..data.overlay import MARKERS
@@ -147,7 +148,7 @@ PAPER_DATA = (
     'vip-llava_stage3_mix',
 )  # the published files, mixed as they are
 
-
+# %% ../../nbs/methods/10_vip_llava.ipynb #d1da9761
 def marker_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
     """Marker kinds from names, or from one text such as 'rectangle+mask contour'; nothing means
     all. Raises `RecipeError`."""
@@ -196,46 +197,6 @@ class ViPLLaVA(Method):
     def check(self) -> None:
         marker_kinds(self.kinds)
 
-    def recipe(self, scale: Scale) -> Recipe:
-        "ViP-LLaVA's three stages at `scale`."
-        settings = self.settings_at(scale)
-        published = 'global_rows' in settings
-        wide = settings.get('global_rows', (None, None))
-        region, chat = PAPER_DATA if published else (REGION_DATA, CHAT_DATA)
-        align = self.stage('align', {}, 'caption_train', scale, settings)
-        align = replace(
-            align,
-            batch_rows=settings['rows'][0],
-            global_rows=wide[0],
-            template=scale.caption_template,
-            image_mode=self.pictures or first_stage_pictures(scale),
-        )
-        rest = dict(batch_rows=settings['rows'][1], global_rows=wide[1])
-        rest |= dict(gradient_checkpointing=published or bool(self.load))
-        if self.grouping:
-            rest |= dict(grouping=self.grouping, packing=False)
-        if scale.template == 'vicuna_v1':
-            rest['template'] = 'llava_v1'
-        later = [
-            replace(self.stage(name, self.trains(name, scale), data, scale, settings), **rest)
-            for name, data in (('region', region), ('chat', chat))
-        ]
-        later[-1] = replace(later[-1], merge=not self.load)
-        return Recipe(
-            self.recipe_name,
-            (align, *later),
-            self.front_end(scale),
-            'ViP-LLaVA, sections 3 and 4',
-            notes='markers drawn on the picture, encoder depths fused',
-        )
-
-    @property
-    def recipe_name(self) -> str:
-        "`vip_llava`, with `-lora` or `-qlora` where the language model trains so."
-        if self.load:
-            return 'vip_llava-qlora'
-        return 'vip_llava-lora' if self.llm == 'lora' else 'vip_llava'
-
     def front_end(self, scale: Scale) -> dict[str, Any]:
         "The fused front end on the scale's tower, or with the first of its states alone."
         settings = front_end(scale.tower_config.num_hidden_layers)
@@ -243,62 +204,118 @@ class ViPLLaVA(Method):
             settings['select_layers'] = settings['select_layers'][:1]
         return settings
 
-    def stage(
-        self, name: str, trains: dict[str, Tune], data: str, scale: Scale, settings: dict[str, Any]
-    ) -> Stage:
-        "A stage as all three are: its own rate and budget, rows padded and cut at published scale."
-        rate, targets = settings[name]
-        published = 'global_rows' in settings
-        layout = dict(packing=False, too_long='truncate') if published else {}
-        return Stage(
-            name,
-            dict(projector=full()) | trains,
-            data,
-            lr=rate,
-            budget_targets=targets,
-            template=scale.template,
-            max_tokens=settings['tokens'],
-            gradient_checkpointing=published,
-            **layout,
-        )
+# %% ../../nbs/methods/10_vip_llava.ipynb #df6840ff
+@patch
+def trains(self: ViPLLaVA, name: str, scale: Scale) -> dict[str, Tune]:
+    "What stage `name` trains beside the projector."
+    eyes = dict(vision=full()) if self.encoder == 'full' else {}
+    if self.llm == 'full' and not self.load:
+        return eyes | whole_language_model(scale)
+    settings = self.settings_at(scale)
+    rank, rate = settings['lora']
+    # the chat stage lowers LoRA's rate as much as the full recipe's
+    rate = rate * settings[name][0] / settings['region'][0]
+    return eyes | dict(layers=lora(rank, 2 * rank, dropout=0.05, lr=rate))
 
-    def trains(self, name: str, scale: Scale) -> dict[str, Tune]:
-        "What stage `name` trains beside the projector."
-        eyes = dict(vision=full()) if self.encoder == 'full' else {}
-        if self.llm == 'full' and not self.load:
-            return eyes | whole_language_model(scale)
-        settings = self.settings_at(scale)
-        rank, rate = settings['lora']
-        # the chat stage lowers LoRA's rate as much as the full recipe's
-        rate = rate * settings[name][0] / settings['region'][0]
-        return eyes | dict(layers=lora(rank, 2 * rank, dropout=0.05, lr=rate))
 
-    def transform(self, state: RunState) -> Transform:
-        "Draws, names or drops the regions of a row."
-        return DrawRegions(
-            kinds=marker_kinds(self.kinds), how=self.regions, reference=self.reference
-        )
+@patch
+def stage(
+    self: ViPLLaVA,
+    name: str,
+    trains: dict[str, Tune],
+    data: str,
+    scale: Scale,
+    settings: dict[str, Any],
+) -> Stage:
+    "A stage as all three are: its own rate and budget, rows padded and cut at published scale."
+    rate, targets = settings[name]
+    published = 'global_rows' in settings
+    layout = dict(packing=False, too_long='truncate') if published else {}
+    return Stage(
+        name,
+        dict(projector=full()) | trains,
+        data,
+        lr=rate,
+        budget_targets=targets,
+        template=scale.template,
+        max_tokens=settings['tokens'],
+        gradient_checkpointing=published,
+        **layout,
+    )
 
-    def build(self, state: RunState) -> None:
-        """Joins language model and tower; with `load`, over quantized base weights. Raises
-        `QuantizationError`, before anything is read."""
-        if not self.load:
-            return super().build(state)
-        where = base_model(state.scale.llm)
-        quantized = load_quantized(
-            where,
-            self.load,
-            state.device,
-            quant_type=self.quant_type,
-            double_quant=self.double_quant,
-        )
-        state.model, state.processor = state.scale.build(
-            state.recipe, state.seed, llm=quantized, tokenizer=where
-        )
-        # peft looks here before it adapts a quantized model
-        setattr(state.model, f'is_loaded_in_{self.load}', True)
+# %% ../../nbs/methods/10_vip_llava.ipynb #fafbd28d
+@patch(as_prop=True)
+def recipe_name(self: ViPLLaVA) -> str:
+    "`vip_llava`, with `-lora` or `-qlora` where the language model trains so."
+    if self.load:
+        return 'vip_llava-qlora'
+    return 'vip_llava-lora' if self.llm == 'lora' else 'vip_llava'
 
-    def after_stage(self, state: RunState) -> None:
-        "After the last stage quantized weights become ordinary ones."
-        if self.load and state.stage.name == state.recipe.stages[-1].name:
-            dequantize(state.model, getattr(torch, state.scale.dtype))
+
+@patch
+def recipe(self: ViPLLaVA, scale: Scale) -> Recipe:
+    "ViP-LLaVA's three stages at `scale`."
+    settings = self.settings_at(scale)
+    published = 'global_rows' in settings
+    wide = settings.get('global_rows', (None, None))
+    region, chat = PAPER_DATA if published else (REGION_DATA, CHAT_DATA)
+    align = self.stage('align', {}, 'caption_train', scale, settings)
+    align = replace(
+        align,
+        batch_rows=settings['rows'][0],
+        global_rows=wide[0],
+        template=scale.caption_template,
+        image_mode=self.pictures or first_stage_pictures(scale),
+    )
+    rest = dict(batch_rows=settings['rows'][1], global_rows=wide[1])
+    rest |= dict(gradient_checkpointing=published or bool(self.load))
+    if self.grouping:
+        rest |= dict(grouping=self.grouping, packing=False)
+    if scale.template == 'vicuna_v1':
+        rest['template'] = 'llava_v1'
+    later = [
+        replace(self.stage(name, self.trains(name, scale), data, scale, settings), **rest)
+        for name, data in (('region', region), ('chat', chat))
+    ]
+    later[-1] = replace(later[-1], merge=not self.load)
+    return Recipe(
+        self.recipe_name,
+        (align, *later),
+        self.front_end(scale),
+        'ViP-LLaVA, sections 3 and 4',
+        notes='markers drawn on the picture, encoder depths fused',
+    )
+
+# %% ../../nbs/methods/10_vip_llava.ipynb #fb3814ee
+@patch
+def transform(self: ViPLLaVA, state: RunState) -> Transform:
+    "Draws, names or drops the regions of a row."
+    return DrawRegions(kinds=marker_kinds(self.kinds), how=self.regions, reference=self.reference)
+
+
+@patch
+def build(self: ViPLLaVA, state: RunState) -> None:
+    """Joins language model and tower; with `load`, over quantized base weights. Raises
+    `QuantizationError`, before anything is read."""
+    if not self.load:
+        return Method.build(self, state)
+    where = base_model(state.scale.llm)
+    quantized = load_quantized(
+        where,
+        self.load,
+        state.device,
+        quant_type=self.quant_type,
+        double_quant=self.double_quant,
+    )
+    state.model, state.processor = state.scale.build(
+        state.recipe, state.seed, llm=quantized, tokenizer=where
+    )
+    # peft looks here before it adapts a quantized model
+    setattr(state.model, f'is_loaded_in_{self.load}', True)
+
+
+@patch
+def after_stage(self: ViPLLaVA, state: RunState) -> None:
+    "After the last stage quantized weights become ordinary ones."
+    if self.load and state.stage.name == state.recipe.stages[-1].name:
+        dequantize(state.model, getattr(torch, state.scale.dtype))

@@ -138,89 +138,95 @@ class VoRA(Method):
                 f'regions={self.regions!r}, or frames'
             )
 
-    def recipe(self, scale: Scale) -> Recipe:
-        "VoRA's two stages at `scale`. Raises RecipeError for settings that cannot run there."
-        eyes = dict(vision=full(), projector=full())
-        language = whole_language_model(scale) if self.finetune == 'all' else {}
-        text = '*5+text_train*1' if self.data == 'I30M_T6M' else ''
-        pretrain = replace(
-            self.stage('pretrain', 'pretrain', eyes, 'caption_train' + text, scale),
-            schedule='constant',
-            losses=() if self.distill == 'none' else ((self.distill, 1.0),),
-        )
-        last = 'finetune_anyres' if self.anyres else 'finetune'
-        tune = self.stage(last, 'finetune', eyes | language, INSTRUCT_DATA, scale)
-        source = 'released configurations'
-        if scale.name == 'paper':
-            source += "' hyper-parameters on other base models"
-        frames = f'; {self.frames} frames of a clip' if self.frames else ''
-        return Recipe(
-            'vora',
-            (pretrain, tune),
-            self.front_end(scale),
-            f'Vision as LoRA, sections 3 and 4; {source}',
-            bidirectional_images=self.bidirectional,
-            notes=f'distillation: {self.distill}; finetune: {self.finetune}{frames}',
-        )
+# %% ../../nbs/methods/30_vora.ipynb #f8fc5f3d
+@patch
+def stage(
+    self: VoRA, name: str, kind: str, trains: dict[str, Tune], data: str, scale: Scale
+) -> Stage:
+    "A stage of `kind` 'pretrain' or 'finetune': the published steps, or the control's budget."
+    settings = self.settings_at(scale)
+    room = settings['tokens']
+    if 'published' in settings:
+        steps, rows, warm_up = settings['published'][kind]
+        if kind == 'pretrain' and self.data == 'I8M':
+            steps = STEPS_OF_8M
+        if name == 'finetune_anyres':
+            room = MOST_PATCHES + 2048  # a picture and text
+        bound = dict(steps=steps, global_rows=rows, warmup_ratio=warm_up / steps)
+        bound |= dict(packing=False, too_long='turns', gradient_checkpointing=True)
+    else:
+        captions, questions = (s.budget_targets for s in LLaVA().recipe(scale).stages)
+        budget = captions if kind == 'pretrain' else questions
+        bound = dict(budget_targets=budget, warmup_ratio=0.03)
+    return Stage(
+        name,
+        trains,
+        data,
+        lr=settings[kind],
+        template=scale.template,
+        batch_rows=settings['rows'],
+        max_tokens=room,
+        **bound,
+    )
 
-    def stage(
-        self, name: str, kind: str, trains: dict[str, Tune], data: str, scale: Scale
-    ) -> Stage:
-        "A stage of `kind` 'pretrain' or 'finetune': the published steps, or the control's budget."
-        settings = self.settings_at(scale)
-        room = settings['tokens']
-        if 'published' in settings:
-            steps, rows, warm_up = settings['published'][kind]
-            if kind == 'pretrain' and self.data == 'I8M':
-                steps = STEPS_OF_8M
-            if name == 'finetune_anyres':
-                room = MOST_PATCHES + 2048  # a picture and text
-            bound = dict(steps=steps, global_rows=rows, warmup_ratio=warm_up / steps)
-            bound |= dict(packing=False, too_long='turns', gradient_checkpointing=True)
-        else:
-            captions, questions = (s.budget_targets for s in LLaVA().recipe(scale).stages)
-            budget = captions if kind == 'pretrain' else questions
-            bound = dict(budget_targets=budget, warmup_ratio=0.03)
-        return Stage(
-            name,
-            trains,
-            data,
-            lr=settings[kind],
-            template=scale.template,
-            batch_rows=settings['rows'],
-            max_tokens=room,
-            **bound,
-        )
 
-    def front_end(self, scale: Scale) -> dict[str, Any]:
-        "Patch embedding and LoRA, shaped by the teacher. Raises RecipeError where it cannot be."
-        decoder, tower = scale.decoder_config, scale.tower_config
-        layers = tower.num_hidden_layers if self.layers is None else self.layers
-        if layers > decoder.num_hidden_layers:
-            raise RecipeError(
-                f'vora: LoRA in the first {layers} blocks, but the language model of scale '
-                f'{scale.name!r} has {decoder.num_hidden_layers}: choose layers up to '
-                f'{decoder.num_hidden_layers}'
-            )
-        if scale.image_size % tower.patch_size:
-            raise RecipeError(
-                f'vora: image_size {scale.image_size} of scale {scale.name!r} is no multiple of '
-                'the '
-                f'patch of {tower.patch_size} pixels'
-            )
-        rank = self.settings_at(scale)['r'] if self.r is None else self.r
-        lora = LoRASettings(layers, rank, extra_bias=self.extra_bias, tokens=self.tokens)
-        settings = dict(
-            type='vora',
-            patch_size=tower.patch_size,
-            width=tower.hidden_size,
-            image_size=scale.image_size,
-            norm_eps=decoder.rms_norm_eps,
-            positions=self.positions,
-            lora=lora.to_dict(),
+@patch
+def recipe(self: VoRA, scale: Scale) -> Recipe:
+    "VoRA's two stages at `scale`. Raises RecipeError for settings that cannot run there."
+    eyes = dict(vision=full(), projector=full())
+    language = whole_language_model(scale) if self.finetune == 'all' else {}
+    text = '*5+text_train*1' if self.data == 'I30M_T6M' else ''
+    pretrain = replace(
+        self.stage('pretrain', 'pretrain', eyes, 'caption_train' + text, scale),
+        schedule='constant',
+        losses=() if self.distill == 'none' else ((self.distill, 1.0),),
+    )
+    last = 'finetune_anyres' if self.anyres else 'finetune'
+    tune = self.stage(last, 'finetune', eyes | language, INSTRUCT_DATA, scale)
+    source = 'released configurations'
+    if scale.name == 'paper':
+        source += "' hyper-parameters on other base models"
+    frames = f'; {self.frames} frames of a clip' if self.frames else ''
+    return Recipe(
+        'vora',
+        (pretrain, tune),
+        self.front_end(scale),
+        f'Vision as LoRA, sections 3 and 4; {source}',
+        bidirectional_images=self.bidirectional,
+        notes=f'distillation: {self.distill}; finetune: {self.finetune}{frames}',
+    )
+
+# %% ../../nbs/methods/30_vora.ipynb #e495ddd0
+@patch
+def front_end(self: VoRA, scale: Scale) -> dict[str, Any]:
+    "Patch embedding and LoRA, shaped by the teacher. Raises RecipeError where it cannot be."
+    decoder, tower = scale.decoder_config, scale.tower_config
+    layers = tower.num_hidden_layers if self.layers is None else self.layers
+    if layers > decoder.num_hidden_layers:
+        raise RecipeError(
+            f'vora: LoRA in the first {layers} blocks, but the language model of scale '
+            f'{scale.name!r} has {decoder.num_hidden_layers}: choose layers up to '
+            f'{decoder.num_hidden_layers}'
         )
-        # a setting of its own only where it is not the default, so that older folders compare equal
-        return settings if self.init == 'teacher' else settings | dict(init=self.init)
+    if scale.image_size % tower.patch_size:
+        raise RecipeError(
+            f'vora: image_size {scale.image_size} of scale {scale.name!r} is no multiple of '
+            'the '
+            f'patch of {tower.patch_size} pixels'
+        )
+    rank = self.settings_at(scale)['r'] if self.r is None else self.r
+    lora = LoRASettings(layers, rank, extra_bias=self.extra_bias, tokens=self.tokens)
+    settings = dict(
+        type='vora',
+        patch_size=tower.patch_size,
+        width=tower.hidden_size,
+        image_size=scale.image_size,
+        norm_eps=decoder.rms_norm_eps,
+        positions=self.positions,
+        lora=lora.to_dict(),
+    )
+    # a setting of its own only where it is not the default, so that older folders compare equal
+    return settings if self.init == 'teacher' else settings | dict(init=self.init)
 
 # %% ../../nbs/methods/30_vora.ipynb #201062a3
 @patch

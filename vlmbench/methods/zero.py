@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_SCALES', 'Ranges', 'FRONT_END', 'STAGES',
-           'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'split', 'last_third', 'Zero', 'graft_onto',
-           'language_parameters']
+           'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'split', 'last_third', 'Zero', 'graft_onto']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
@@ -235,93 +234,103 @@ class Zero(Method):
         "Whether a surrogate is cut from the language model at all."
         return not self.stand_in and self.ranges != ()
 
-    def trained(self, scale: Scale, stage: str) -> dict[str, Tune]:
-        """What `stage` trains, by module group. Without a surrogate, adapt trains the adapter
-        alone."""
-        translator = {}
-        if self.cuts:
-            translator = dict(layers=layers(split(scale, self.ranges).translators))
-        if stage == 'language':
-            return translator
-        if stage == 'adapt':
-            return dict(projector=full()) | translator
-        encoder = dict(projector=full(), vision=layers(last_third(scale)))
-        if stage == 'encoder':
-            return encoder
-        if self.use_lora:
-            return encoder | dict(layers=lora(8, 32, dropout=0.05, targets=('q_proj', 'v_proj')))
-        return encoder | whole_language_model(scale)
+# %% ../../nbs/methods/40_zero.ipynb #c30a21c9
+@patch
+def trained(self: Zero, scale: Scale, stage: str) -> dict[str, Tune]:
+    """What `stage` trains, by module group. Without a surrogate, adapt trains the adapter
+    alone."""
+    translator = {}
+    if self.cuts:
+        translator = dict(layers=layers(split(scale, self.ranges).translators))
+    if stage == 'language':
+        return translator
+    if stage == 'adapt':
+        return dict(projector=full()) | translator
+    encoder = dict(projector=full(), vision=layers(last_third(scale)))
+    if stage == 'encoder':
+        return encoder
+    if self.use_lora:
+        return encoder | dict(layers=lora(8, 32, dropout=0.05, targets=('q_proj', 'v_proj')))
+    return encoder | whole_language_model(scale)
 
-    def recipe(self, scale: Scale) -> Recipe:
-        "The zero recipe at `scale`."
-        if self.stand_in:
-            _check_stand_in(scale, self.stand_in)
-        published = scale.name in PAPER_SCALES
-        if self.reference and not published:
-            raise RecipeError(
-                f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its '
-                'schedule counts steps'
-            )
-        make = self.published_stage if published else self.stage
-        trains_on = 'the full language model'
-        if self.cuts:
-            trains_on = f'a surrogate of layers {split(scale, self.ranges).kept}'
-        elif self.stand_in:
-            trains_on = 'another language model'
-        return Recipe(
-            'zero',
-            tuple(make(name, scale) for name in self.stages),
-            FRONT_END,
-            'sections 3 and 4, released training configurations',
-            notes=f'the encoder trains on {trains_on}, then it is grafted',
+
+@patch
+def rate(self: Zero, name: str, scale: Scale) -> float:
+    "Learning rate of a stage; the translator on text takes that of adapt."
+    return self.settings_at(scale)['adapt' if name == 'language' else name]
+
+# %% ../../nbs/methods/40_zero.ipynb #df0cb56d
+@patch
+def stage(self: Zero, name: str, scale: Scale) -> Stage:
+    "A stage with the control's data, rows and an equal share of its budget."
+    control = LLaVA().recipe(scale).stages
+    total = sum(stage.budget_targets for stage in control)
+    return Stage(
+        name,
+        self.trained(scale, name),
+        'text_train' if name == 'language' else control[-1].data,
+        lr=self.rate(name, scale),
+        template=scale.template,
+        losses=('balance',) if self.balance else (),
+        batch_rows=control[-1].batch_rows,
+        max_tokens=control[-1].max_tokens,
+        budget_targets=round(total / len(self.stages)),
+    )
+
+
+@patch
+def published_stage(self: Zero, name: str, scale: Scale) -> Stage:
+    "A stage as published: its data, steps and rows; with `reference`, its loss and schedule."
+    data, steps, rows, global_rows = self.settings_at(scale)['published'][name]
+    rate = self.rate(name, scale)
+    if name == 'encoder' and self.ranges == ():
+        rate = 2e-4
+    schedule = dict(warmup_ratio=0.0305)
+    if self.reference:
+        schedule = dict(schedule='cosine_recursive', reduction='micro')
+        schedule |= dict(warmup_ratio=int(3.05 * steps // 100) / steps)
+    return Stage(
+        name,
+        self.trained(scale, name),
+        data,
+        lr=rate,
+        template=scale.template,
+        losses=('balance',) if self.balance else (),
+        steps=steps,
+        batch_rows=rows,
+        global_rows=global_rows,
+        max_tokens=4096,
+        packing=False,
+        too_long='truncate',
+        targets='special' if name in ('adapt', 'encoder') else 'answers',
+        **schedule,
+    )
+
+# %% ../../nbs/methods/40_zero.ipynb #6ace487b
+@patch
+def recipe(self: Zero, scale: Scale) -> Recipe:
+    "The zero recipe at `scale`."
+    if self.stand_in:
+        _check_stand_in(scale, self.stand_in)
+    published = scale.name in PAPER_SCALES
+    if self.reference and not published:
+        raise RecipeError(
+            f'zero: reference=True needs a published scale ({list(PAPER_SCALES)}), because its '
+            'schedule counts steps'
         )
-
-    def stage(self, name: str, scale: Scale) -> Stage:
-        "A stage with the control's data, rows and an equal share of its budget."
-        control = LLaVA().recipe(scale).stages
-        total = sum(stage.budget_targets for stage in control)
-        return Stage(
-            name,
-            self.trained(scale, name),
-            'text_train' if name == 'language' else control[-1].data,
-            lr=self.rate(name, scale),
-            template=scale.template,
-            losses=('balance',) if self.balance else (),
-            batch_rows=control[-1].batch_rows,
-            max_tokens=control[-1].max_tokens,
-            budget_targets=round(total / len(self.stages)),
-        )
-
-    def published_stage(self, name: str, scale: Scale) -> Stage:
-        "A stage as published: its data, steps and rows; with `reference`, its loss and schedule."
-        data, steps, rows, global_rows = self.settings_at(scale)['published'][name]
-        rate = self.rate(name, scale)
-        if name == 'encoder' and self.ranges == ():
-            rate = 2e-4
-        schedule = dict(warmup_ratio=0.0305)
-        if self.reference:
-            schedule = dict(schedule='cosine_recursive', reduction='micro')
-            schedule |= dict(warmup_ratio=int(3.05 * steps // 100) / steps)
-        return Stage(
-            name,
-            self.trained(scale, name),
-            data,
-            lr=rate,
-            template=scale.template,
-            losses=('balance',) if self.balance else (),
-            steps=steps,
-            batch_rows=rows,
-            global_rows=global_rows,
-            max_tokens=4096,
-            packing=False,
-            too_long='truncate',
-            targets='special' if name in ('adapt', 'encoder') else 'answers',
-            **schedule,
-        )
-
-    def rate(self, name: str, scale: Scale) -> float:
-        "Learning rate of a stage; the translator on text takes that of adapt."
-        return self.settings_at(scale)['adapt' if name == 'language' else name]
+    make = self.published_stage if published else self.stage
+    trains_on = 'the full language model'
+    if self.cuts:
+        trains_on = f'a surrogate of layers {split(scale, self.ranges).kept}'
+    elif self.stand_in:
+        trains_on = 'another language model'
+    return Recipe(
+        'zero',
+        tuple(make(name, scale) for name in self.stages),
+        FRONT_END,
+        'sections 3 and 4, released training configurations',
+        notes=f'the encoder trains on {trains_on}, then it is grafted',
+    )
 
 
 def _check_stand_in(scale: Scale, where: str) -> None:
@@ -454,10 +463,3 @@ def _check_untouched(ours: nn.Module, theirs: nn.Module, layer: int) -> None:
                 f'graft: layer {layer} ({name}) differs from the surrogate: it was cut from '
                 'another language model, or its kept layers were trained'
             )
-
-# %% ../../nbs/methods/40_zero.ipynb #63fa6548
-def language_parameters(model: nn.Module) -> int:
-    "Parameters of the language model, a tied head counted once."
-    decoder = find_decoder(model)
-    found = {id(p): p for part in (decoder.stack, decoder.head) for p in part.parameters()}
-    return sum(p.numel() for p in found.values())

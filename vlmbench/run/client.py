@@ -10,6 +10,7 @@ import os, signal, threading, uuid
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import zmq
 from jupyter_core.paths import jupyter_runtime_dir
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -123,43 +124,47 @@ class NotebookClient(PapermillNotebookClient):
             km.transport, km.ip = 'ipc', str(place)
         return km
 
-    def papermill_execute_cells(self) -> None:
-        self._signals.pid = self.km.provisioner.pid
-        if self.nb_man.nb.metadata.get('kernelspec', {}).get('language', 'python') == 'python':
-            self.wait_for_reply(self.kc.execute(_UNBOUNDED, silent=True, store_history=False))
-        for index, cell in enumerate(self.nb.cells):
-            if self._signals.stopping:
-                return
-            self.nb_man.cell_start(cell, index)
-            try:
-                self.execute_cell(cell, index)
-            except (CellExecutionError, DeadKernelError) as e:
-                self.error = e
-                if isinstance(e, DeadKernelError):
-                    # negative: the number of the signal that ended the process
-                    e.kernel_exit = self.km.provisioner.process.poll()
-                self.nb_man.cell_exception(cell, cell_index=index, exception=e)
-                return
-            finally:
-                self.nb_man.cell_complete(cell, cell_index=index)
-
-    def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
-        if msg['msg_type'] == 'stream':
-            text = msg['content']['text']
-            self._sink.write(text)
-            before = self._written.get(cell_index, 0)
-            self._written[cell_index] = before + len(text)
-            if before > OUTPUT_CAP:
-                self.nb_man.autosave_cell()
-                return None
-            if before + len(text) > OUTPUT_CAP:
-                note = f'\n[more than {OUTPUT_CAP:,} characters: the rest is in output.log]\n'
-                msg['content']['text'] = text[: OUTPUT_CAP - before] + note
-        return super().process_message(msg, cell, cell_index)
-
     def wait_for_reply(self, *args: Any, **kw: Any) -> Any:
         """The reply to a message. Raises the `DeadKernelError` of a kernel that died: nbclient asks
         for the language at the end, and would wait for an answer that cannot come."""
         if isinstance(self.error, DeadKernelError):
             raise self.error
         return super().wait_for_reply(*args, **kw)
+
+# %% ../../nbs/run/06_client.ipynb #f8be2ee8
+@patch
+def papermill_execute_cells(self: NotebookClient) -> None:
+    self._signals.pid = self.km.provisioner.pid
+    if self.nb_man.nb.metadata.get('kernelspec', {}).get('language', 'python') == 'python':
+        self.wait_for_reply(self.kc.execute(_UNBOUNDED, silent=True, store_history=False))
+    for index, cell in enumerate(self.nb.cells):
+        if self._signals.stopping:
+            return
+        self.nb_man.cell_start(cell, index)
+        try:
+            self.execute_cell(cell, index)
+        except (CellExecutionError, DeadKernelError) as e:
+            self.error = e
+            if isinstance(e, DeadKernelError):
+                # negative: the number of the signal that ended the process
+                e.kernel_exit = self.km.provisioner.process.poll()
+            self.nb_man.cell_exception(cell, cell_index=index, exception=e)
+            return
+        finally:
+            self.nb_man.cell_complete(cell, cell_index=index)
+
+
+@patch
+def process_message(self: NotebookClient, msg: dict, cell: Any, cell_index: int) -> Any:
+    if msg['msg_type'] == 'stream':
+        text = msg['content']['text']
+        self._sink.write(text)
+        before = self._written.get(cell_index, 0)
+        self._written[cell_index] = before + len(text)
+        if before > OUTPUT_CAP:
+            self.nb_man.autosave_cell()
+            return None
+        if before + len(text) > OUTPUT_CAP:
+            note = f'\n[more than {OUTPUT_CAP:,} characters: the rest is in output.log]\n'
+            msg['content']['text'] = text[: OUTPUT_CAP - before] + note
+    return PapermillNotebookClient.process_message(self, msg, cell, cell_index)

@@ -22,7 +22,7 @@ from vlmbench.run.parameters import (
     notebook_parameters,
 )
 
-# %% ../../nbs/run/00_engine.ipynb #4d279442
+# %% ../../nbs/run/00_engine.ipynb #73492e41
 class RunStopped(click.ClickException):
     """A run that ended early on a signal: `status` is `preempted` (exit code 75) or `interrupted`
     (130)."""
@@ -53,7 +53,7 @@ def _how(code: int | None) -> str:
         return f'{name}, killed from outside or for using too much memory'
     return f'{name}, a crash in compiled code or a signal'
 
-
+# %% ../../nbs/run/00_engine.ipynb #55708568
 def verdict(
     error: BaseException | None, signals: list[str], finished: bool
 ) -> tuple[str, str | None]:

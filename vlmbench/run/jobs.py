@@ -86,12 +86,15 @@ def refuse_other_recipe(
     now = json.loads(json.dumps(recipe.to_dict()))
     try:
         _same(dict(recipe=saved['name']), dict(recipe=now['name']), allow_changed, folder)
-        names = [dict(stages=[stage['name'] for stage in each['stages']]) for each in (saved, now)]
-        _same(*names, allow_changed, folder)
+        _same(_stage_names(saved), _stage_names(now), allow_changed, folder)
         for old, new in zip(saved['stages'], now['stages']):
             _same(dict(stage=old), dict(stage=new), allow_changed, f'{folder}, {new["name"]}')
     except CheckpointError as e:
         raise ParameterError(str(e)) from None
+
+
+def _stage_names(recipe: Mapping) -> dict[str, list[str]]:
+    return dict(stages=[stage['name'] for stage in recipe['stages']])
 
 
 def _same(saved: Mapping, now: Mapping, allow: Collection[str], where: str | Path) -> None:
@@ -134,7 +137,7 @@ def train_job(
             shown |= _assess(job, trained, questions, data, settings, before, transform)
     return shown
 
-
+# %% ../../nbs/run/15_jobs.ipynb #e3a65b2f
 def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
     "The untrained model on its device, and what was announced about it."
     with job.phase('build'), warnings.catch_warnings(record=True) as announced:
@@ -149,7 +152,7 @@ def _questions(settings: Mapping[str, Any], data: str) -> dict:
         return {}
     return load_tasks(data, settings['tasks'], settings['limit'], settings['image_roots'])
 
-
+# %% ../../nbs/run/15_jobs.ipynb #2b8ae4dc
 def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> RunResult:
     with job.phase('train'):
         return run_stages(

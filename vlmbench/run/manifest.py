@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+from fastcore.basics import patch
 import filelock, psutil
 
 # %% ../../nbs/run/04_manifest.ipynb #17835ad7
@@ -341,78 +342,6 @@ class Manifest:
             return 'lost'
         return value['status']
 
-    def claim(self, overwrite: bool = False) -> list[dict]:
-        """Makes sure that a new attempt may use the folder; returns the summaries of earlier
-        attempts. `overwrite` empties the folder of a finished run. Raises `RunFolderError` for a
-        living run (unless this process is a later start of the same Slurm job), and for a completed
-        one without `overwrite`."""
-        if not self.path.exists():
-            return []
-        try:
-            old, status = self.read(), self.status()
-        except ValueError as e:
-            raise RunFolderError(f'{self.path}: unreadable manifest ({e}); move it away') from None
-        if status == 'running' and later_start(old.get('environment') or {}):
-            status = 'lost'
-        if status == 'running':
-            raise RunFolderError(
-                f'{self.folder}: a run is still going there (process {old.get("pid")}); '
-                'choose another `out`'
-            )
-        if overwrite:
-            if self.folder.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
-                raise RunFolderError(
-                    f'{self.folder} is the current folder, one above it or your home: not emptied'
-                )
-            for p in self.folder.iterdir():
-                shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
-            return []
-        if status == 'completed':
-            raise RunFolderError(
-                f'{self.folder} holds a completed run of {old.get("notebook")!r} from '
-                f'{old.get("started")}; choose another `out`, or ask for it to be overwritten'
-            )
-        keep = ('id', 'status', 'exit_code', 'reason', 'started', 'ended', 'seconds')
-        return [*old.get('attempts', []), {**{k: old.get(k) for k in keep}, 'status': status}]
-
-    def start(
-        self, notebook: str, parameters: Mapping[str, Any], overwrite: bool = False, **facts: Any
-    ) -> dict:
-        "Claims the folder and writes the first state, `running`. Raises `RunFolderError`."
-        attempts = self.claim(overwrite)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            self.path,
-            redact(
-                dict(
-                    schema=1,
-                    id=uuid.uuid4().hex[:12],
-                    notebook=notebook,
-                    status='running',
-                    reason=None,
-                    exit_code=None,
-                    started=_now(),
-                    ended=None,
-                    seconds=None,
-                    parameters=dict(parameters),
-                    seeds={},
-                    data={},
-                    phases=[],
-                    results={},
-                    command=sys.argv,
-                    pid=os.getpid(),
-                    versions=versions(),
-                    code=code_state(),
-                    host=host_facts(),
-                    environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
-                    attempts=attempts,
-                )
-                | facts
-            ),
-        )
-        self.beat()
-        return self.read()
-
     def beat(self) -> None:
         "Touches the heartbeat file: the run is alive."
         self.heartbeat.write_text(_now() + '\n', encoding='utf8')
@@ -433,6 +362,86 @@ class Manifest:
         )
         self.heartbeat.unlink(missing_ok=True)
         return value
+
+# %% ../../nbs/run/04_manifest.ipynb #16bee285
+@patch
+def claim(self: Manifest, overwrite: bool = False) -> list[dict]:
+    """Makes sure that a new attempt may use the folder; returns the summaries of earlier
+    attempts. `overwrite` empties the folder of a finished run. Raises `RunFolderError` for a
+    living run (unless this process is a later start of the same Slurm job), and for a completed
+    one without `overwrite`."""
+    if not self.path.exists():
+        return []
+    try:
+        old, status = self.read(), self.status()
+    except ValueError as e:
+        raise RunFolderError(f'{self.path}: unreadable manifest ({e}); move it away') from None
+    if status == 'running' and later_start(old.get('environment') or {}):
+        status = 'lost'
+    if status == 'running':
+        raise RunFolderError(
+            f'{self.folder}: a run is still going there (process {old.get("pid")}); '
+            'choose another `out`'
+        )
+    if overwrite:
+        if self.folder.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
+            raise RunFolderError(
+                f'{self.folder} is the current folder, one above it or your home: not emptied'
+            )
+        for p in self.folder.iterdir():
+            shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
+        return []
+    if status == 'completed':
+        raise RunFolderError(
+            f'{self.folder} holds a completed run of {old.get("notebook")!r} from '
+            f'{old.get("started")}; choose another `out`, or ask for it to be overwritten'
+        )
+    keep = ('id', 'status', 'exit_code', 'reason', 'started', 'ended', 'seconds')
+    return [*old.get('attempts', []), {**{k: old.get(k) for k in keep}, 'status': status}]
+
+# %% ../../nbs/run/04_manifest.ipynb #63df9e0f
+@patch
+def start(
+    self: Manifest,
+    notebook: str,
+    parameters: Mapping[str, Any],
+    overwrite: bool = False,
+    **facts: Any,
+) -> dict:
+    "Claims the folder and writes the first state, `running`. Raises `RunFolderError`."
+    attempts = self.claim(overwrite)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        self.path,
+        redact(
+            dict(
+                schema=1,
+                id=uuid.uuid4().hex[:12],
+                notebook=notebook,
+                status='running',
+                reason=None,
+                exit_code=None,
+                started=_now(),
+                ended=None,
+                seconds=None,
+                parameters=dict(parameters),
+                seeds={},
+                data={},
+                phases=[],
+                results={},
+                command=sys.argv,
+                pid=os.getpid(),
+                versions=versions(),
+                code=code_state(),
+                host=host_facts(),
+                environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+                attempts=attempts,
+            )
+            | facts
+        ),
+    )
+    self.beat()
+    return self.read()
 
 # %% ../../nbs/run/04_manifest.ipynb #16e4969a
 class Heartbeat(threading.Thread):
@@ -515,44 +524,10 @@ class Run:
         self._on_exit = self._abandoned
         atexit.register(self._on_exit)
 
-    def _listen(self) -> None:
-        "Signal handlers (in a main thread only) and, in a notebook, a watch for failed cells."
-        if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-                self._old[s] = signal.signal(s, self.stop.caught)
-        self._shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-        if self._shell is not None:
-            self._shell.events.register('post_run_cell', self._after_cell)
-            # IPython's advice after SystemExit
-            warnings.filterwarnings('ignore', message='To exit: use')
-
-    def _after_cell(self, result: Any) -> None:
-        e = result.error_before_exec or result.error_in_exec
-        if e is not None:
-            self.error = f'{e.__class__.__name__}: {e}'
-        if isinstance(e, SystemExit) and e.code == EXIT_CODES['preempted']:
-            self.finish('preempted', getattr(e, 'reason', 'stopped by a signal'))
-
     def record(self, **facts: Any) -> None:
         """Adds facts to the manifest: `data=data_hashes(folder)`, `seeds=...`,
         `results=dict(score=...)`, anything JSON."""
         self.manifest.update(**facts)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator['Run']:
-        """Times a named part of the run into the manifest; a stop signal seen at its end or start
-        raises `Preempted`."""
-        self.check()
-        began, outcome = time.perf_counter(), 'failed'
-        try:
-            yield self
-            outcome = 'completed'
-        except SystemExit as e:
-            outcome = 'preempted' if e.code == EXIT_CODES['preempted'] else 'failed'
-            raise
-        finally:
-            entry = dict(name=name, seconds=round(time.perf_counter() - began, 3), outcome=outcome)
-            self.manifest.update(phases=[*self.manifest.read().get('phases', []), entry])
 
     def check(self) -> None:
         """Raises `Preempted` once a stop signal has arrived. Call between units of work that the
@@ -577,14 +552,6 @@ class Run:
             self.manifest.finish(status, reason)
         self._release()
 
-    def _release(self) -> None:
-        atexit.unregister(self._on_exit)
-        if threading.current_thread() is threading.main_thread():
-            for s, handler in self._old.items():
-                signal.signal(s, handler)
-        if self._shell is not None:
-            self._shell.events.unregister('post_run_cell', self._after_cell)
-
     def _abandoned(self) -> None:
         "The interpreter leaves and nobody said `finish`."
         if self.folder.exists():
@@ -602,6 +569,56 @@ class Run:
             self.finish('interrupted', 'KeyboardInterrupt')
         else:
             self.finish('failed', ''.join(traceback.format_exception_only(kind, error)).strip())
+
+# %% ../../nbs/run/04_manifest.ipynb #6c768f3b
+@patch
+def _listen(self: Run) -> None:
+    "Signal handlers (in a main thread only) and, in a notebook, a watch for failed cells."
+    if threading.current_thread() is threading.main_thread():
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            self._old[s] = signal.signal(s, self.stop.caught)
+    self._shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if self._shell is not None:
+        self._shell.events.register('post_run_cell', self._after_cell)
+        # IPython's advice after SystemExit
+        warnings.filterwarnings('ignore', message='To exit: use')
+
+
+@patch
+def _after_cell(self: Run, result: Any) -> None:
+    e = result.error_before_exec or result.error_in_exec
+    if e is not None:
+        self.error = f'{e.__class__.__name__}: {e}'
+    if isinstance(e, SystemExit) and e.code == EXIT_CODES['preempted']:
+        self.finish('preempted', getattr(e, 'reason', 'stopped by a signal'))
+
+
+@patch
+def _release(self: Run) -> None:
+    atexit.unregister(self._on_exit)
+    if threading.current_thread() is threading.main_thread():
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
+    if self._shell is not None:
+        self._shell.events.unregister('post_run_cell', self._after_cell)
+
+# %% ../../nbs/run/04_manifest.ipynb #869d7781
+@patch
+@contextmanager
+def phase(self: Run, name: str) -> Iterator['Run']:
+    """Times a named part of the run into the manifest; a stop signal seen at its end or start
+    raises `Preempted`."""
+    self.check()
+    began, outcome = time.perf_counter(), 'failed'
+    try:
+        yield self
+        outcome = 'completed'
+    except SystemExit as e:
+        outcome = 'preempted' if e.code == EXIT_CODES['preempted'] else 'failed'
+        raise
+    finally:
+        entry = dict(name=name, seconds=round(time.perf_counter() - began, 3), outcome=outcome)
+        self.manifest.update(phases=[*self.manifest.read().get('phases', []), entry])
 
 # %% ../../nbs/run/04_manifest.ipynb #1bf27e2a
 def read_runs(root: str | Path = 'runs') -> list[dict]:

@@ -29,7 +29,7 @@ class ParameterError(click.ClickException, ValueError):
     def __str__(self) -> str:
         return self.message
 
-# %% ../../nbs/run/02_parameters.ipynb #6d579455
+# %% ../../nbs/run/02_parameters.ipynb #730a73d3
 @dataclass(frozen=True)
 class Parameter:
     "One declared parameter of a run notebook."
@@ -45,7 +45,7 @@ def _comments(source: str) -> dict[int, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip('#').strip() for t in tokens if t.type == tokenize.COMMENT}
 
-
+# %% ../../nbs/run/02_parameters.ipynb #10d5d150
 def read_parameters(source: str, where: str = 'parameters cell') -> dict[str, Parameter]:
     """Declared parameters of a cell's `source`, in order. The help of a parameter is the comment
     behind it, or one on a line of its own above it where there is no room. Raises `ParameterError`
