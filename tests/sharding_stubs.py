@@ -169,6 +169,7 @@ def elastic_run(out, stop_after=None, parallel=None, steps=6, accumulation=4):
     finally:
         loop.Trainer.step_once = step_once
         name = f'samples-{noted[0][0]}-{world}-{rank}.json' if noted else 'none.json'
+        Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / name).write_text(json.dumps(noted))
 
 

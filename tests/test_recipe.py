@@ -259,14 +259,18 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks():
             on.batch_rows * on.accumulation * ranks == 512 == on.step_rows and on.over(ranks) == on
         )
     plain = dataclasses.replace(stage, global_rows=None, accumulation=3)
-    assert plain.over(8) is plain and plain.step_rows(8) == 384
-    for ranks, do in ((64, 'set batch_rows=8;'), (3, 'use a number of ranks that divides 512')):
+    assert plain.over(1) == plain and plain.step_rows == 48
+    on = [plain.over(ranks) for ranks in (3, 6, 24)]  # smaller micro-batches where they must be
+    assert [(s.batch_rows, s.accumulation) for s in on] == [(16, 1), (8, 1), (2, 1)]
+    for one, ranks, fitting in ((stage, 3, '1, 2, 4, 8, 16'), (plain, 5, '1, 2, 3, 4, 6, 8')):
         with pytest.raises(
             RecipeError,
-            match=f"'s': global_rows=512 is no multiple of batch_rows=16 x {ranks} ranks = "
-            f'{16 * ranks} rows: {do}',
+            match=f'a step has {one.step_rows} rows, .* share them evenly: use {fitting}',
         ):
-            stage.over(ranks)
+            one.over(ranks)
+    micro = dataclasses.replace(plain, reduction='micro')
+    with pytest.raises(RecipeError, match='a mean of micro-batches of 16 rows .*: use 1, 3 ranks'):
+        micro.over(2)
     assert dataclasses.replace(stage, batch_rows=8).over(64).accumulation == 1
     recipe = Recipe('r', (stage,))
     assert recipe.table()['rows'].tolist() == [512] and Recipe.from_dict(recipe.to_dict()) == recipe
@@ -317,9 +321,8 @@ def test_groups_of_like_length_are_one_global_batch():
         grouping='modality',
     )
 
-    def groups(stage, ranks):
+    def group(stage):
         return grouped_order(samples, stage.grouping, stage.step_rows).group
 
-    assert [groups(stage, ranks) for ranks in (1, 3)] == [2, 6]
-    whole = dataclasses.replace(stage, global_rows=12)
-    assert [groups(whole, ranks) for ranks in (1, 2, 3)] == [12, 12, 12]
+    assert group(stage) == 2 and group(dataclasses.replace(stage, accumulation=3)) == 6
+    assert group(dataclasses.replace(stage, global_rows=12)) == 12
