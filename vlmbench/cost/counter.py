@@ -29,10 +29,6 @@ from ..models import modeling
 from ..models.modeling import VLMForConditionalGeneration, VLMOutput
 from ..train.flops import Flops, product_flops
 
-_aten = torch.ops.aten
-# they share memory with what they are given, though their schemas do not say so
-_VIEWS = {_aten._unsafe_view.default, _aten._reshape_alias.default, _aten.lift_fresh.default}
-
 # %% ../../nbs/cost/10_counter.ipynb #1621622b
 @dataclass(frozen=True)
 class Workload:
@@ -62,7 +58,10 @@ class Workload:
                 f'predict at most {self.rows * (self.tokens - 1)}'
             )
 
-# %% ../../nbs/cost/10_counter.ipynb #82fa28f2
+# %% ../../nbs/cost/10_counter.ipynb #fe826997
+_aten = torch.ops.aten
+# they share memory with what they are given, though their schemas do not say so
+_VIEWS = {_aten._unsafe_view.default, _aten._reshape_alias.default, _aten.lift_fresh.default}
 _KNOWN: dict[tuple, tuple | None] = {}  # results by operation and operands; None: not to be kept
 
 
