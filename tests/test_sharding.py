@@ -45,7 +45,7 @@ def one(bases, tmp_path_factory):
     "What one process makes of every method."
     out = tmp_path_factory.mktemp('one')
     run_all(bases, out)
-    return torch.load(out / 'results.pt')
+    return torch.load(out / 'results.pt', weights_only=True)
 
 
 @pytest.fixture(scope='module', params=LAYOUTS)
@@ -55,7 +55,7 @@ def several(request, bases, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     where = dict(root=str(bases), out=str(out))
     on_ranks('run_all', out, ranks, parallel=parallel, **where)
-    return request.param, torch.load(out / 'results.pt')
+    return request.param, torch.load(out / 'results.pt', weights_only=True)
 
 
 def distance(a, b):
@@ -184,6 +184,6 @@ def test_lanes_go_on_exactly_on_other_ranks(bases, one, tmp_path, ranks, paralle
         run_all(**where)
     else:
         on_ranks('run_all', tmp_path, ranks, parallel=parallel, **where)
-    ended = torch.load(tmp_path / 'results.pt')['llava']['weights']
+    ended = torch.load(tmp_path / 'results.pt', weights_only=True)['llava']['weights']
     for name, weight in ended.items():
         assert distance(weight, one['llava']['weights'][name]) < 1e-5, name

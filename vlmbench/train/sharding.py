@@ -271,7 +271,7 @@ class BlankPictures:
         pixels = torch.zeros(1, 3, *self.side, device=embeds.device)
         features, _ = self.front(pixels, torch.tensor([self.side], device=embeds.device))
         # parts of the front end inside the blocks act on no token, and yet on some tensor
-        self.front.see_tokens(torch.zeros(embeds.shape[:2], dtype=bool, device=embeds.device))
+        self.front.see_tokens(torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device))
         return args, {**kwargs, 'inputs_embeds': embeds + 0 * features.sum().to(embeds)}
 
 # %% ../../nbs/train/12_sharding.ipynb #59909aad
