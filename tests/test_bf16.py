@@ -24,7 +24,7 @@ def bases(tmp_path_factory):
 @pytest.mark.parametrize('method', METHODS)
 def test_trains_answers_and_reloads(bases, tmp_path, method):
     ended, _ = run_method(
-        bases, tmp_path, method, 1, steps=1, dtype='bfloat16', precision='bf16', save_every=1
+        bases, tmp_path, method, steps=1, dtype='bfloat16', precision='bf16', save_every=1
     )
     assert {p.dtype for p in ended.model.parameters()} == {torch.bfloat16}
     task = load_task(bases / 'world' / 'vqa_test.json')

@@ -178,7 +178,7 @@ def two_rank_run(out, steps, stop_after=None, poison=False, parallel=None):
     run(
         out,
         dropout=0.0,
-        stage=a_stage('full', steps),
+        stage=a_stage('full', steps, accumulation=4),
         loader=loader,
         save_every=None,
         stop_flag=stop,
