@@ -321,6 +321,11 @@ def _tokenise_spans(spans: list[Span], tokenizer) -> tuple[np.ndarray, np.ndarra
     return np.array(ids), np.array(flags), np.array(at, dtype=np.int64)
 
 # %% ../../nbs/data/10_template.ipynb #249e0d7e
+def _tile_counts(count: int | Sequence[int]) -> list[int]:
+    "Tokens of each tile of a picture; a picture that is not cut is one tile."
+    return list(map(int, count)) if isinstance(count, (list, tuple)) else [int(count)]
+
+
 def encode(
     turns: Sequence[Turn],  # [system], user, assistant, ...
     tokenizer,  # a transformers tokenizer that knows the template's control tokens
@@ -338,10 +343,7 @@ def encode(
     spans = template.spans(
         turns, add_generation_prompt, tokenizer.bos_token or '', tokenizer.eos_token or EOS, targets
     )
-    tiles = [
-        [int(n) for n in c] if isinstance(c, (list, tuple)) else [int(c)]
-        for c in image_token_counts
-    ]
+    tiles = [_tile_counts(count) for count in image_token_counts]
     slots = sum(s.text.count(IMAGE) for s in spans if not s.special)
     if slots != len(tiles):
         raise ValueError(f'{slots} {IMAGE} slots in the text but {len(tiles)} images')

@@ -140,7 +140,7 @@ def _watch(folder: Path, every: float) -> None:
     head, last = ('job', 'queue', 'where', 'status', 'progress', 'folder'), None
     while True:
         rows = watched(folder)
-        cells = [[str(row[name]) for name in head] for row in rows]
+        cells = [list(map(str, map(row.get, head))) for row in rows]
         table = '\n'.join(_columns([head, *cells]))
         if table != last:
             if sys.stdout.isatty():
@@ -353,16 +353,17 @@ def cost(
         said = layout(recipe, scale, variant or (), budget, ranks, rows)
     except ValueError as e:
         raise ParameterError(str(e)) from None
-    typer.echo(f'{recipe} at {scale}, as published or as its level says\n')
-    typer.echo(_aligned(said))
-    typer.echo(
-        f'\n{recipe} at {scale}: a micro-batch of each stage, {text} tokens of text a sample; '
-        'total: '
-        'the whole stage\n'
-    )
-    typer.echo(readable(stages).set_index('stage').T.rename_axis(None, axis=1).to_string())
-    typer.echo('\nan answer to one picture, 64 tokens of question, 32 of answer\n')
-    typer.echo(readable(answer.drop('recipe').to_frame().T).T.to_string(header=False))
+    per_stage = readable(stages).set_index('stage').T.rename_axis(None, axis=1)
+    per_answer = readable(answer.drop('recipe').to_frame().T).T
+    told = f'a micro-batch of each stage, {text} tokens of text a sample; total: the whole stage'
+    for heading, table in {
+        f'{recipe} at {scale}, as published or as its level says': _aligned(said),
+        f'\n{recipe} at {scale}: {told}': per_stage.to_string(),
+        '\nan answer to one picture, 64 tokens of question, 32 of answer': per_answer.to_string(
+            header=False
+        ),
+    }.items():
+        typer.echo(f'{heading}\n\n{table}')
     if rented is not None:
         typer.echo(f'\nrented: {rented}')
     if figure is not None:

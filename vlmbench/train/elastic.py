@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
+from operator import itemgetter
 from typing import Any
 
 from ..data.mixture import StatefulSampler
@@ -172,7 +173,7 @@ def _joined(states: Sequence[Mapping[str, Any] | None]) -> dict | None:
     sums: dict[str, Counter] = {}
     for key in ('by_reason', 'notes'):
         sums[key] = sum((Counter(state[key]) for state in states), Counter())
-    drawn = {key: sum(state[key] for state in states) for key in ('drawn', 'bad_draws')}
+    drawn = {key: sum(map(itemgetter(key), states)) for key in ('drawn', 'bad_draws')}
     records = [record for state in states for record in state['records']]
     bad_rows = {_hashable(row) for state in states for row in state['bad_rows']}
     return dict(

@@ -358,7 +358,9 @@ class Sharded(Single):
         "What trains, by the same names, among the parameters that sharding has put in place."
         shards = dict(self.model.named_parameters(remove_duplicate=False))
         plan = self.plan
-        groups = [replace(g, trained={n: shards[n] for n in g.trained}) for g in plan.groups]
+        groups = []
+        for group in plan.groups:
+            groups.append(replace(group, trained={name: shards[name] for name in group.trained}))
         self.plan = replace(plan, model=self.model, groups=groups)
         terms = {name: term for name, term, _ in self.compute.terms}
         own = {f'losses.{name}.{n}': p for name, t in terms.items() for n, p in _parameters(t)}
