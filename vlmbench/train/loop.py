@@ -30,7 +30,7 @@ from ..models.vlm import module_groups
 from .callbacks import Callback, StepReport, run_callbacks, set_aside_rng
 from vlmbench.train.checkpoint import (
     CheckpointError,
-    fingerprint,
+    frozen_hash,
     load_state,
     load_tensors,
     optimizer_tensors,
@@ -246,7 +246,7 @@ def set_up(self: Trainer) -> None:
         stage=asked.to_dict(),  # on any number of ranks the same
         seed=self.seed,
         precision=self.precision,
-        base=fingerprint(self.model, trained),
+        base=frozen_hash(self.model, trained),
     )
     forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
     # from here on the tensors of the model may lie in shards
