@@ -9,6 +9,8 @@ seeds.
     python scripts/figures.py --store-speed RUN_FOLDER       a completed speed run -> figures/speed/
     python scripts/figures.py --cost                         published costs beside the planner's ->
     figures/cost/
+    python scripts/figures.py --ranks                        one, two and four CPU ranks ->
+    figures/scale/
     python scripts/figures.py --readers                      memory of the record readers ->
     figures/readers/
     python scripts/figures.py --methods                      stored claims -> figures/methods/,
@@ -20,17 +22,23 @@ where they were made.
 """
 
 import json
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from vlmbench.cost.planner import cost_figure
 from vlmbench.cost.published import answer_table, savings_table, training_plans, training_table
+from vlmbench.data.sources import prepare_data
 from vlmbench.evaluate.results import accuracy_table, load_results, paired_table
 from vlmbench.lab.plots import PALETTE, forest_figure, save_png
 from vlmbench.lab.report import write_report
+from vlmbench.speed.ranks import ranks_table
 from vlmbench.speed.readers import reader_table
 
 root = Path(__file__).resolve().parent.parent / 'figures'
@@ -219,6 +227,49 @@ def store_cost() -> Path:
     return store
 
 
+def ranks_figure(table: pd.DataFrame) -> Figure:
+    "Seconds a step and MB of states on a rank, one bar a layout."
+    names = [f'{row.parallel}, {row.ranks}' for row in table.itertuples()]
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.4), layout='constrained', sharey=True)
+    for axis, column, label in zip(
+        axes, ('seconds', 'states_mb'), ('seconds a step', 'MB of states on a rank')
+    ):
+        bars = axis.barh(names, table[column], color=PALETTE[0])
+        axis.bar_label(bars, fmt='%.2f', padding=3)
+        axis.set_xlabel(label)
+        axis.margins(x=0.2)
+        axis.spines[['top', 'right']].set_visible(False)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def store_ranks() -> Path:
+    "Train on one, two and four CPU ranks and write figures/scale/."
+    place = root / 'scale'
+    with tempfile.TemporaryDirectory() as folder:
+        table = ranks_table(prepare_data(''), folder)
+    save_png(ranks_figure(table), place / 'ranks.png')
+    table.to_csv(place / 'ranks.csv', index=False)
+    rounded = table.assign(loss_difference=table['loss_difference'].map('{:.1e}'.format)).round(3)
+    (place / 'README.md').write_text(
+        f"""# Several ranks
+
+`python scripts/figures.py --ranks`: six steps of the control's instruction stage at scale `tiny`,
+four micro-batches of six rows a step, on gloo ranks of one machine with {os.cpu_count()} cores.
+`states_mb`: trained weights in fp32 with AdamW's two moments, as rank 0 holds them; `share`: of one
+process; `peak_mb`: of rank 0's whole process; `loss_difference`: largest relative difference of a
+step's loss from one process. Ranks that share cores are slower than one process: the times say what
+the collectives cost here, not what a cluster gains.
+
+{markdown(rounded)}
+
+![seconds and states](ranks.png)
+""",
+        encoding='utf8',
+    )
+    return place
+
+
 def store_readers() -> Path:
     "Measure the record readers on files of two sizes and write figures/readers/README.md."
     few, many = 10_000, 200_000
@@ -323,7 +374,12 @@ def methods() -> Path:
 
 
 def main(names: list[str]) -> int:
-    drawn = {'--methods': methods, '--cost': store_cost, '--readers': store_readers}
+    drawn = {
+        '--methods': methods,
+        '--cost': store_cost,
+        '--readers': store_readers,
+        '--ranks': store_ranks,
+    }
     if len(names) == 1 and names[0] in drawn:
         print(drawn[names[0]]())
         return 0
