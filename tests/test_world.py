@@ -41,7 +41,7 @@ from vlmbench.data.world import (
     digit_pool,
     geometry,
     load_world,
-    region,
+    thing_region,
     render,
     scene_samples,
     write_world,
@@ -134,7 +134,7 @@ def test_pictures_show_what_regions_say(level, index):
     picture = np.asarray(render(scene, config))
     assert picture.shape == (scene.size[1], scene.size[0], 3)
     for t in scene.things:
-        box = region(t, scene).box
+        box = thing_region(t, scene).box
         assert 0 <= box[0] < box[2] <= scene.size[0] and 0 <= box[1] < box[3] <= scene.size[1]
         inside = coverage(t, scene.size, scene.split)[
             int(box[1]) : int(box[3]), int(box[0]) : int(box[2])
