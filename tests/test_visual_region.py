@@ -330,11 +330,13 @@ def test_registered_with_the_controls_budget():
             get_recipe('visual_region', get_scale(scale)),
             get_recipe('llava', get_scale(scale)),
         )
-        assert [
-            (s.name, s.data, s.budget_targets, s.max_tokens, s.batch_rows) for s in ours.stages
-        ] == [
-            (s.name, s.data, s.budget_targets, s.max_tokens, s.batch_rows) for s in control.stages
-        ]
+        bounds = [(s.name, s.data, s.max_tokens, s.batch_rows) for s in control.stages]
+        assert [(s.name, s.data, s.max_tokens, s.batch_rows) for s in ours.stages] == bounds
+        if scale == 'paper':  # one published epoch in the second stage
+            assert ours.stage('instruct').steps == 5_197
+        else:
+            budgets = [s.budget_targets for s in control.stages]
+            assert [s.budget_targets for s in ours.stages] == budgets
         assert ours.front_end == control.front_end and ours.stage('align') == control.stage('align')
         tune = ours.stage('instruct').trains['layers']
         want = region('sparse_uniform', 0.25, get_scale(scale).decoder_config.num_hidden_layers)
