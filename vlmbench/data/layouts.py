@@ -6,13 +6,14 @@
 __all__ = ['DATA_FILES', 'PACKED_FILES', 'StoredRows', 'GzipRows', 'TarRows', 'is_saved', 'SavedRows', 'ParquetRows', 'open_rows']
 
 # %% ../../nbs/data/05b_layouts.ipynb #e447f50f
-import gzip, json, os, shutil, tarfile, tempfile, uuid, warnings, zlib
+import gzip, json, os, shutil, tarfile, tempfile, warnings, zlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .columns import PICTURE_SUFFIXES, picture_column
+from .files import replacing
 from .quarantine import BadRecord
 from .row_cache import cache_place, open_row_index, scan_lock
 from .rows import RawRow
@@ -45,15 +46,11 @@ class StoredRows(Sequence):
 # %% ../../nbs/data/05b_layouts.ipynb #511a01cc
 def _unpack(path: Path, place: Path) -> Exception | None:
     "Unpack `path` to `place`; what is wrong with the archive, or None. A whole one is renamed."
-    temporary = place.with_name(f'{place.name}.{uuid.uuid4().hex}.tmp')
     try:
-        with open(temporary, 'xb') as out, gzip.open(path, 'rb') as packed:
+        with replacing(place, binary=True) as out, gzip.open(path, 'rb') as packed:
             shutil.copyfileobj(packed, out, 1 << 20)
-        os.replace(temporary, place)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         return e
-    finally:
-        temporary.unlink(missing_ok=True)
     return None
 
 

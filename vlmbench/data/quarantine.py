@@ -6,13 +6,15 @@
 __all__ = ['ALPHA', 'BadRecord', 'TooManyBadRecords', 'Quarantine']
 
 # %% ../../nbs/data/06_quarantine.ipynb #ab7bfc21
-import json, os, re, uuid
+import json, re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 from scipy.special import bdtrc
+
+from .files import replacing
 
 # %% ../../nbs/data/06_quarantine.ipynb #19dbd3eb
 class BadRecord(ValueError):
@@ -168,29 +170,6 @@ def drawn(
     if bad:
         self.judge()
 
-# %% ../../nbs/data/06_quarantine.ipynb #58b7bdd4
-class _atomic:
-    "Open a text file that appears under its name only when the block ends without an error."
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temp = self.path.parent / f'.{self.path.name}.{uuid.uuid4().hex}.tmp'
-        self.file = open(self.temp, 'x', encoding='utf-8')  # as readable as the umask says
-        return self.file
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.replace(self.temp, self.path)
-        else:
-            os.unlink(self.temp)
-
 # %% ../../nbs/data/06_quarantine.ipynb #15234084
 @patch
 def to_dict(self: Quarantine) -> dict:
@@ -210,7 +189,8 @@ def to_dict(self: Quarantine) -> dict:
 @patch
 def write(self: Quarantine, path: str | Path):
     "Store `to_dict` as JSON at `path`, atomically."
-    with _atomic(path) as f:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as f:
         json.dump(self.to_dict(), f, indent=1, ensure_ascii=False)
 
 

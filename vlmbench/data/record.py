@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from PIL import Image
 from .columns import is_empty, picture_column, refuse_pictures_in, system_column
-from .quarantine import BadRecord, Quarantine, _atomic
+from .quarantine import BadRecord, Quarantine
+from .files import replacing
 from .layouts import open_rows
 from .region import Region, parse_regions, _text
 from .rows import iter_rows
@@ -604,16 +605,14 @@ def write_llava(samples: Iterable[Sample], path: str | Path) -> int:
     if suffix not in ('.json', '.jsonl'):
         raise ValueError(f'{path}: use .json or .jsonl')
     is_list = suffix == '.json'
-    with _atomic(path) as f:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as f:
         if is_list:
             f.write('[')
         for sample in samples:
             row = to_llava_row(sample) if isinstance(sample, Sample) else sample
-            f.write(
-                (',\n' if n else '\n') * is_list
-                + json.dumps(row, ensure_ascii=False)
-                + '\n' * (not is_list)
-            )
+            text = json.dumps(row, ensure_ascii=False)
+            f.write((',\n' if n else '\n') + text if is_list else text + '\n')
             n += 1
         if is_list:
             f.write('\n]\n')

@@ -6,12 +6,13 @@
 __all__ = ['CACHE_VERSION', 'CACHE_FROM', 'cache_place', 'CachedIndex', 'scan_lock', 'open_row_index']
 
 # %% ../../nbs/data/05a_row_cache.ipynb #40316ff0
-import hashlib, json, mmap, os, sys, tempfile, uuid, warnings
+import hashlib, json, mmap, os, sys, tempfile, warnings
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from .files import replacing
 from .rows import RawRow, RowIndex, file_format
 
 # %% ../../nbs/data/05a_row_cache.ipynb #f4fe66ed
@@ -68,20 +69,12 @@ def _load(path: Path, identity: dict[str, Any]) -> CachedIndex | None:
 def _store(index: RowIndex, identity: dict[str, Any]) -> None:
     "Keep `index` beside its file: written whole, then renamed, as other ranks may be reading."
     place = cache_place(index.path)
-    temporary = place.with_name(f'{place.name}.{uuid.uuid4().hex}.tmp')
     errors = [dict(number=e.number, error=e.error, fatal=e.fatal) for e in index.errors]
     head = dict(identity=identity, rows=len(index), errors=errors)
-    try:
-        with open(temporary, 'xb') as file:
-            file.write(json.dumps(head).encode() + b'\n')
-            for numbers in (index.starts, index.ends, index.numbers):
-                numbers.tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, place)
-    except BaseException:  # an interrupt, too, leaves no temporary file behind
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(place, binary=True) as file:
+        file.write(json.dumps(head).encode() + b'\n')
+        for numbers in (index.starts, index.ends, index.numbers):
+            numbers.tofile(file)
 
 # %% ../../nbs/data/05a_row_cache.ipynb #93f40a11
 def scan_lock(path: Path) -> FileLock:

@@ -7,10 +7,9 @@ __all__ = ['Job', 'refuse_other_recipe', 'train_job', 'evaluate_job']
 
 # %% ../../nbs/run/15_jobs.ipynb #062a487e
 import json
-import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +55,8 @@ class Job:
     def phase(self, name: str) -> Iterator[None]:
         "Times a named part of the work into the manifest; a stop signal ends it before it begins."
         self.check()
-        began, outcome = time.perf_counter(), 'failed'
-        try:
+        with Manifest(self.folder).timed(name) if self.main else nullcontext():
             yield
-            outcome = 'completed'
-        except Preempted:
-            outcome = 'preempted'
-            raise
-        finally:
-            if self.main:
-                seconds = round(time.perf_counter() - began, 3)
-                _add_phase(self.folder, dict(name=name, seconds=seconds, outcome=outcome))
-
-
-def _add_phase(folder: Path, entry: dict) -> None:
-    manifest = Manifest(folder)
-    manifest.update(phases=[*manifest.read().get('phases', []), entry])
 
 # %% ../../nbs/run/15_jobs.ipynb #13b8acf3
 def refuse_other_recipe(
@@ -85,20 +70,16 @@ def refuse_other_recipe(
     saved = json.loads(path.read_text(encoding='utf8'))
     now = json.loads(json.dumps(recipe.to_dict()))
     try:
-        _same(dict(recipe=saved['name']), dict(recipe=now['name']), allow_changed, folder)
-        _same(_stage_names(saved), _stage_names(now), allow_changed, folder)
+        check_identity(_outline(saved), _outline(now), allow_changed, str(folder))
         for old, new in zip(saved['stages'], now['stages']):
-            _same(dict(stage=old), dict(stage=new), allow_changed, f'{folder}, {new["name"]}')
+            where = f'{folder}, {new["name"]}'
+            check_identity(dict(stage=old), dict(stage=new), allow_changed, where)
     except CheckpointError as e:
         raise ParameterError(str(e)) from None
 
 
-def _stage_names(recipe: Mapping) -> dict[str, list[str]]:
-    return dict(stages=[stage['name'] for stage in recipe['stages']])
-
-
-def _same(saved: Mapping, now: Mapping, allow: Collection[str], where: str | Path) -> None:
-    check_identity(saved, now, allow, str(where))
+def _outline(recipe: Mapping) -> dict[str, Any]:
+    return dict(recipe=recipe['name'], stages=[stage['name'] for stage in recipe['stages']])
 
 # %% ../../nbs/run/15_jobs.ipynb #8b40ad6d
 def train_job(
@@ -133,8 +114,14 @@ def train_job(
             stages=_stages(trained),
         )
         if questions:
-            transform = method.transform(state)
-            shown |= _assess(job, trained, questions, data, settings, before, transform)
+            shown |= _assess(
+                job,
+                (trained.model, trained.processor),
+                (questions, data),
+                settings,
+                transform=method.transform(state),
+                before=before,
+            )
     return shown
 
 # %% ../../nbs/run/15_jobs.ipynb #e3a65b2f
@@ -148,7 +135,7 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
 
 
 def _questions(settings: Mapping[str, Any], data: str) -> dict:
-    if not settings.get('evaluate', True):
+    if not settings['evaluate']:
         return {}
     return load_tasks(data, settings['tasks'], settings['limit'], settings['image_roots'])
 
@@ -190,22 +177,20 @@ def _stages(trained: RunResult) -> list[dict]:
 
 
 def _assess(
-    job: Job, trained: Any, questions, data, settings: Mapping[str, Any], before, transform
+    job: Job, model: tuple, asked: tuple, settings: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
+    "`model` with its processor is `asked` questions of a data folder; `more`: of `assess`."
     with job.phase('evaluate'):
         table, summary = assess(
-            trained.model,
-            trained.processor,
-            questions,
-            data,
+            *model,
+            *asked,
             job.folder,
             settings['blind'],
-            before,
-            transform,
-            job.check,
+            check=job.check,
             ranks=job.ranks,
             batch_size=settings['batch_size'],
             seed=settings['seed'],
+            **more,
         )
     return dict(table=table.to_dict('records'), summary=summary)
 
@@ -218,22 +203,14 @@ def evaluate_job(
     `summary`."""
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
-            vlm, processor = load_vlm(model, str(job.ranks.device))
-            questions = _questions(settings, data)
-            transform = trained_run(model).transform
-        with job.phase('evaluate'):
-            table, summary = assess(
-                vlm,
-                processor,
-                questions,
-                data,
-                folder,
-                settings['blind'],
-                transform=transform,
-                check=job.check,
-                ranks=job.ranks,
-                batch_size=settings['batch_size'],
-                max_new_tokens=settings['max_new_tokens'],
-                seed=settings['seed'],
-            )
-    return dict(table=table.to_dict('records'), summary=summary)
+            loaded = load_vlm(model, str(job.ranks.device))
+            asked = settings['tasks'], settings['limit'], settings['image_roots']
+            questions = load_tasks(data, *asked)
+        return _assess(
+            job,
+            loaded,
+            (questions, data),
+            settings,
+            transform=trained_run(model).transform,
+            max_new_tokens=settings['max_new_tokens'],
+        )
