@@ -253,6 +253,9 @@ def _caught_signals(watch: '_Watch') -> Iterator[None]:
             signal.signal(number, handler)
 
 
+_POLL = 0.2  # seconds between looks at what other processes have written
+
+
 class _Watch:
     "What the controller knows of its ranks: their output so far, their endings, who asked to stop."
 
@@ -274,7 +277,7 @@ class _Watch:
     def until_end(self, process: subprocess.Popen) -> None:
         "Returns when all ranks have ended, one has failed, or they were given up."
         while process.poll() is None:
-            time.sleep(0.05)
+            time.sleep(_POLL)
             self.print_new()
             if self.stop_flag is not None and self.stop_flag.is_set():
                 self.ask_to_stop(self.stop_flag.reason or 'stop requested')
@@ -358,9 +361,6 @@ def run_job(
     return json.loads(json.dumps(value))
 
 # %% ../../nbs/train/30_launch.ipynb #c82b0d19
-_POLL = 0.2  # seconds between looks for the next job
-
-
 def _store() -> dist.Store:
     "The key-value store that torchrun keeps for its ranks."
     host, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
