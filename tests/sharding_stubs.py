@@ -10,15 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import (
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
-from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.data.scene import world_tokenizer
 from vlmbench.methods.recipes import get_method
 from vlmbench.train import loop
 from vlmbench.train.scale import Scale
@@ -26,6 +18,7 @@ from vlmbench.train.sharding import local_bytes
 from vlmbench.train.stages import run_stages
 
 LANES = 4
+ROWS = dict(caption_train=12, vqa_train=16, text_train=12, region_train=12, vqa_test=2)
 METHODS = {
     'llava': {},
     'llava_lora': dict(llm='lora'),
@@ -35,22 +28,6 @@ METHODS = {
     'eve': {},
     'zero': {},
 }
-
-
-def write_bases(root):
-    "A world of a few rows, a four-block language model and a two-block tower, both random."
-    root, tokenizer = Path(root), world_tokenizer()
-    size = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
-    torch.manual_seed(0)
-    config = dict(num_hidden_layers=4, num_key_value_heads=1, head_dim=16)
-    llm = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **config, **size)
-    Qwen3ForCausalLM(llm).save_pretrained(root / 'llm')
-    tokenizer.save_pretrained(root / 'llm')
-    tower = SiglipVisionConfig(image_size=64, patch_size=16, num_hidden_layers=2, **size)
-    SiglipVisionModel(tower).save_pretrained(root / 'vit')
-    rows = dict(caption_train=12, vqa_train=16, text_train=12, region_train=12, vqa_test=2)
-    none = dict.fromkeys(WorldSize.__dataclass_fields__, 0)
-    write_world(root / 'world', WorldConfig(), WorldSize(**none | rows))
 
 
 def scale_of(root, dtype='float32'):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from sharding_stubs import METHODS, run_method, write_bases
+from mini_bases import write_bases
+from sharding_stubs import METHODS, ROWS, run_method
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.tasks import load_task
 from vlmbench.train.checkpoint import export
@@ -17,7 +18,7 @@ from vlmbench.train.checkpoint import export
 @pytest.fixture(scope='module')
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp('bases')
-    write_bases(root)
+    write_bases(root, 4, **ROWS)
     return root
 
 

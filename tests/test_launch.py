@@ -12,26 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_stubs import RowLoader, a_stage, run
+from train_stubs import ENV, RowLoader, a_stage, run, stubs_on_ranks
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
-from vlmbench.train.launch import LaunchError, launch
+from vlmbench.train.launch import LaunchError
 from vlmbench.train.metrics import read_metrics
 from vlmbench.train.process import Preempted
 
-HERE = str(Path(__file__).parent)
-ENV = dict(PYTHONPATH=os.pathsep.join([HERE, os.environ.get('PYTHONPATH', '')]))
-
 
 def on_two_ranks(function, tmp_path, **kwargs):
-    return launch(
-        f'train_stubs:{function}',
-        dict(out=str(tmp_path / 'run'), **kwargs),
-        layout=2,
-        log_dir=tmp_path / 'logs',
-        threads=1,
-        timeout=240,
-        env=ENV,
-    )
+    run = dict(out=str(tmp_path / 'run'), **kwargs)
+    return stubs_on_ranks(f'train_stubs:{function}', tmp_path, 2, 240, **run)
 
 
 @pytest.fixture(scope='module')

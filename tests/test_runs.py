@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mini_bases import write_bases
 from vlmbench.evaluate.results import load_results
 from vlmbench.run.bench import BenchRun, bench, reusable
 from vlmbench.run.engine import find_notebook, run_notebook
@@ -30,28 +31,9 @@ FEW = dict(
 @pytest.fixture(scope='session')
 def bases(tmp_path_factory) -> Path:
     "A folder with a small world and a scale file that points at random base models."
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
-    from vlmbench.data.scene import world_tokenizer
-    from vlmbench.data.world import WorldConfig, WorldSize, write_world
-
     root = tmp_path_factory.mktemp('bases')
-    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    tokenizer = world_tokenizer()
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            num_key_value_heads=1,
-            head_dim=16,
-            tie_word_embeddings=True,
-            **size,
-        )
-    ).save_pretrained(root / 'llm')
-    tokenizer.save_pretrained(root / 'llm')
-    SiglipVisionModel(SiglipVisionConfig(image_size=64, patch_size=16, **size)).save_pretrained(
-        root / 'vit'
-    )
+    rows = dict(caption_train=12, vqa_train=12, vqa_test=6, text_train=8, text_test=6)
+    write_bases(root, 2, **rows)
     scale = dict(
         name='mini',
         llm=str(root / 'llm'),
@@ -61,22 +43,6 @@ def bases(tmp_path_factory) -> Path:
         like='tiny',
     )
     (root / 'mini.json').write_text(json.dumps(scale))
-    write_world(
-        root / 'world',
-        WorldConfig(),
-        WorldSize(
-            caption_train=12,
-            vqa_train=12,
-            vqa_val=0,
-            vqa_test=6,
-            text_train=8,
-            text_test=6,
-            region_train=0,
-            region_test=0,
-            probe_train=0,
-            probe_test=0,
-        ),
-    )
     return root
 
 

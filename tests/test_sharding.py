@@ -2,41 +2,31 @@
 HSDP, with the same losses, norms and weights."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from sharding_stubs import METHODS, elastic_run, run_all, write_bases
+from mini_bases import write_bases
+from sharding_stubs import METHODS, ROWS, elastic_run, run_all
+from train_stubs import stubs_on_ranks
 from vlmbench.data.mixture import StatefulSampler
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
-from vlmbench.train.launch import LaunchError, launch
+from vlmbench.train.launch import LaunchError
 from vlmbench.train.process import Preempted
 
-HERE = str(Path(__file__).parent)
 pytestmark = pytest.mark.ranks
-ENV = dict(PYTHONPATH=os.pathsep.join([HERE, os.environ.get('PYTHONPATH', '')]))
 LAYOUTS = {'ddp2': (2, 'ddp'), 'fsdp2': (2, 'fsdp'), 'fsdp4': (4, 'fsdp'), 'hsdp4': (4, 'hsdp')}
 
 
 def on_ranks(function, folder, ranks, **kwargs):
-    launch(
-        f'sharding_stubs:{function}',
-        kwargs,
-        layout=ranks,
-        log_dir=folder / 'logs',
-        threads=1,
-        timeout=400,
-        env=ENV,
-    )
+    stubs_on_ranks(f'sharding_stubs:{function}', folder, ranks, 400, **kwargs)
 
 
 @pytest.fixture(scope='module')
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp('bases')
-    write_bases(root)
+    write_bases(root, 4, **ROWS)
     return root
 
 

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,13 @@ from vlmbench.data.mixture import StatefulSampler
 from vlmbench.data.packing import BatchLoader, collate_packed, pack
 from vlmbench.data.template import Encoded
 from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration
+from vlmbench.train.launch import launch
 from vlmbench.train.loop import train
 from vlmbench.train.recipe import Stage, full, layers, lora
 
+# ranks import the stubs by name
+HERE = str(Path(__file__).parent)
+ENV = dict(PYTHONPATH=os.pathsep.join([HERE, os.environ.get('PYTHONPATH', '')]))
 VOCAB, IMAGE, PIXELS, PATCHES = 40, 4, 16, 4
 
 
@@ -166,6 +171,12 @@ class StopAtBatch:
 
     def is_set(self):
         return self.batches is not None and self.loader.i >= self.batches
+
+
+def stubs_on_ranks(target, folder, ranks, timeout, **kwargs):
+    "`launch` of a stub on CPU ranks of one thread, with logs in `folder/logs`."
+    logs = dict(log_dir=folder / 'logs', threads=1, timeout=timeout, env=ENV)
+    return launch(target, kwargs, ranks, **logs)
 
 
 def two_rank_run(out, steps, stop_after=None, poison=False, parallel=None):

@@ -1,0 +1,26 @@
+"""Base models of random weights and a world of a few rows, made in a moment, for tests of whole
+runs."""
+
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from vlmbench.data.scene import world_tokenizer
+from vlmbench.data.world import WorldConfig, WorldSize, write_world
+
+
+def write_bases(root, layers, **rows):
+    """`root/llm` (`layers` blocks, width 32), `root/vit` (two blocks) and `root/world`, which has
+    only the files that `rows` names."""
+    root, tokenizer = Path(root), world_tokenizer()
+    size = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = dict(num_hidden_layers=layers, num_key_value_heads=1, head_dim=16)
+    llm = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **config, **size)
+    Qwen3ForCausalLM(llm).save_pretrained(root / 'llm')
+    tokenizer.save_pretrained(root / 'llm')
+    tower = SiglipVisionConfig(image_size=64, patch_size=16, num_hidden_layers=2, **size)
+    SiglipVisionModel(tower).save_pretrained(root / 'vit')
+    none = dict.fromkeys(WorldSize.__dataclass_fields__, 0)
+    write_world(root / 'world', WorldConfig(), WorldSize(**none | rows))
