@@ -6,7 +6,7 @@
 __all__ = ['best_fit', 'Packer', 'pack', 'BatchLoader', 'collate_packed', 'collate_padded', 'truncate']
 
 # %% ../../nbs/data/50_packing.ipynb #2a730731
-import queue, threading, time
+import itertools, queue, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .collate import _n_tokens, _round_up, collate_packed, collate_padded, truncate
 from .mixture import StatefulSampler
 from .quarantine import Quarantine
+from .shape import full_rows
 from .template import Encoded
 from .workers import Workers
 
@@ -163,7 +164,7 @@ def _check_policies(**chosen):
             raise ValueError(f'{name}={value!r}: expected one of {", ".join(known[name])}')
 
 
-def _check_sizes(max_tokens, batch_rows, batch_tokens, packing, prefetch, workers):
+def _check_sizes(max_tokens, batch_rows, batch_tokens, packing, prefetch, workers, min_fill):
     "Raise `ValueError` for sizes of a loader that contradict each other"
     if batch_tokens is not None and (packing or batch_tokens < max_tokens):
         raise ValueError(
@@ -175,6 +176,8 @@ def _check_sizes(max_tokens, batch_rows, batch_tokens, packing, prefetch, worker
             f'batch_rows={batch_rows}, workers={workers}: at least 1; prefetch={prefetch}: at '
             'least 0'
         )
+    if not 0 <= min_fill < 1:
+        raise ValueError(f'min_fill={min_fill}: the share of a batch to fill lies in [0, 1)')
 
 # %% ../../nbs/data/50_packing.ipynb #4309bd87
 class BatchLoader:
@@ -199,6 +202,7 @@ class BatchLoader:
         buffer: int = 64,  # documents that may wait for a better fit
         batch_tokens: int | None = None,  # padded: largest rows x longest document
         fixed_length: bool = False,  # rows of `max_tokens`, or as long as needed
+        min_fill: float = 0.0,  # packed: lay a batch out anew to be this full (`data.shape`)
         multiple: int = 8,  # ... rounded up to this
         side: str = 'right',  # padded: side of the padding
         # 'error', 'truncate', 'turns' (see `truncate`) or 'skip' (as `on_bad`)
@@ -213,12 +217,13 @@ class BatchLoader:
         processes: int = 0,  # processes that encode ahead, in place of threads; 0 = none
     ):
         _check_policies(too_long=too_long, on_bad=on_bad, side=side)
-        _check_sizes(max_tokens, batch_rows, batch_tokens, packing, prefetch, workers)
+        _check_sizes(max_tokens, batch_rows, batch_tokens, packing, prefetch, workers, min_fill)
         _check_processes(processes, workers)
         self.samples, self.encode_fn, self.sampler = samples, encode_fn, sampler
         self.max_tokens, self.batch_rows, self.packing = max_tokens, batch_rows, packing
         self.pad_id, self.buffer, self.batch_tokens = pad_id, buffer, batch_tokens
         self.fixed_length, self.multiple, self.side = fixed_length, multiple, side
+        self.min_fill = min_fill
         self.too_long, self.on_bad, self.errors = too_long, on_bad, errors
         self.require_targets, self.rng_seed = require_targets, rng_seed
         self.quarantine, self.prefetch, self.workers = quarantine, prefetch, workers
@@ -422,10 +427,23 @@ def _collate(self: BatchLoader, rows: list[list[Encoded]]) -> dict:
     "The documents of `rows` as tensors; rounded lengths spare a compiled model new shapes"
     used = max(map(_n_tokens, rows))
     length = min(_round_up(used, self.multiple), self.max_tokens)
-    length = self.max_tokens if self.fixed_length else length
+    if self.fixed_length:
+        length = self.max_tokens
+    elif self.packing and self.min_fill:
+        rows, length = self._filled(rows)
     if self.packing:
         return collate_packed(rows, self.pad_id, length)
     return collate_padded([d for (d,) in rows], self.pad_id, self.side, length)
+
+
+@patch
+def _filled(self: BatchLoader, rows: list[list[Encoded]]) -> tuple[list[list[Encoded]], int]:
+    "The same documents in rows, and of a length, that they fill to `min_fill`"
+    documents, lengths = list(itertools.chain(*rows)), []
+    for row in rows:
+        lengths.append([document.n_tokens for document in row])
+    shape, length = full_rows(lengths, self.max_tokens, self.multiple, self.min_fill)
+    return [list(map(documents.__getitem__, row)) for row in shape], length
 
 # %% ../../nbs/data/50_packing.ipynb #415d3d29
 @patch
