@@ -24,6 +24,7 @@ from ..data.mixture import Mixture, StatefulSampler
 from ..data.packing import BatchLoader
 from ..data.progress import progress
 from ..data.quarantine import Quarantine, TooManyBadRecords
+from ..data.shape import FULL
 from ..data.sources import StageData
 from ..distill.terms import LossTerm
 from ..models.vlm import module_groups
@@ -111,6 +112,7 @@ def make_loader(
         stage.batch_rows,
         pad_id=processor.tokenizer.pad_token_id or 0,
         packing=stage.packing,
+        min_fill=FULL,
         too_long=stage.too_long,
         quarantine=quarantine or data.quarantine,
         prefetch=ahead,
