@@ -132,7 +132,7 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
         lines.append('  '.join(padded).rstrip())
     return lines
 
-
+# %% ../../nbs/run/10_cli.ipynb #85bbf235
 def _watch(folder: Path, every: float) -> None:
     "Prints queue and progress below `folder` every so many seconds while anything goes on there."
     from vlmbench.run.submit import unfinished, watched
@@ -152,7 +152,7 @@ def _watch(folder: Path, every: float) -> None:
         last = table
         time.sleep(every)
 
-
+# %% ../../nbs/run/10_cli.ipynb #98d23886
 @app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(help='Where to look, at any depth.')] = Path('runs'),
@@ -301,6 +301,23 @@ def methods(
     except ValueError as e:
         raise ParameterError(str(e)) from None
 
+# %% ../../nbs/run/10_cli.ipynb #467f4782
+_Variant = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar='NAME=VALUE', help='Option of the recipe; repeat it.'),
+]
+_Rows = Annotated[Optional[int], typer.Option(help="Rows of a micro-batch; default: the stage's.")]
+_Images = Annotated[
+    Optional[float],
+    typer.Option(help='Share of samples with a picture; default: as the data cards say.'),
+]
+_Precision = Annotated[Optional[str], typer.Option(help='fp32 or bf16; default: by the scale.')]
+_Gpu = Annotated[
+    Optional[str],
+    typer.Option(help='Hours and memory on: v100, a100-40, a100-80, l40s, rtx4090, h100, h200.'),
+]
+_Figure = Annotated[Optional[Path], typer.Option(help='Write the table as a figure, too (.png).')]
+
 # %% ../../nbs/run/10_cli.ipynb #e3311d5d
 @app.command()
 def cost(
@@ -308,36 +325,19 @@ def cost(
     scale: Annotated[
         str, typer.Option(help='tiny, small, paper, a published scale or a JSON file.')
     ] = 'paper',
-    variant: Annotated[
-        Optional[list[str]],
-        typer.Option(metavar='NAME=VALUE', help='Option of the recipe; repeat it.'),
-    ] = None,
-    rows: Annotated[
-        Optional[int], typer.Option(help="Rows of a micro-batch; default: the stage's.")
-    ] = None,
+    variant: _Variant = None,
+    rows: _Rows = None,
     text: Annotated[int, typer.Option(help='Tokens of text beside a picture.')] = 100,
     targets: Annotated[float, typer.Option(help='Share of the text that carries loss.')] = 0.5,
-    images: Annotated[
-        Optional[float],
-        typer.Option(help='Share of samples with a picture; default: as the data cards say.'),
-    ] = None,
+    images: _Images = None,
     ranks: Annotated[int, typer.Option(help='Processes that train together.')] = 1,
-    precision: Annotated[
-        Optional[str], typer.Option(help='fp32 or bf16; default: by the scale.')
-    ] = None,
+    precision: _Precision = None,
     budget: Annotated[float, typer.Option(help="Factor on every stage's budget.")] = 1.0,
-    gpu: Annotated[
-        Optional[str],
-        typer.Option(
-            help='Hours and memory on: v100, a100-40, a100-80, l40s, rtx4090, h100, h200.'
-        ),
-    ] = None,
+    gpu: _Gpu = None,
     price: Annotated[Optional[float], typer.Option(help='Of one GPU for an hour.')] = None,
     mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that is used.")] = 0.4,
     per_node: Annotated[int, typer.Option(min=1, help='GPUs of a node.')] = 8,
-    figure: Annotated[
-        Optional[Path], typer.Option(help='Write the table as a figure, too (.png).')
-    ] = None,
+    figure: _Figure = None,
 ) -> None:
     """What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer,
     counted without weights."""

@@ -107,7 +107,7 @@ def left_over(
     places += first[dealt:]
     return sorted(places), then + max(0, dealt - len(first))
 
-
+# %% ../../nbs/train/18_elastic.ipynb #c1c8bfd5
 def take_up(loader: Any, state: Mapping[str, Any]) -> None:
     "Put `loader` where the state of the same rank of as many ranks was."
     if isinstance(loader, Lanes) and 'lanes' in state:
@@ -151,7 +151,7 @@ def _check_order(loader: BatchLoader, state: Mapping[str, Any]) -> None:
             f'{mine[wrong[0]]!r} now and {theirs[wrong[0]]!r} in the state'
         )
 
-
+# %% ../../nbs/train/18_elastic.ipynb #ed9dfda5
 def _deal_anew(
     loader: BatchLoader, states: Sequence[Mapping], lane: int, lanes: int, bad: dict | None
 ) -> None:

@@ -216,7 +216,7 @@ def prepare(
         parameter.requires_grad_(False)
     return TrainPlan(model, stage, [_unfreeze(model, stage, choice) for choice in chosen])
 
-
+# %% ../../nbs/train/05_prepare.ipynb #9eb7c5f9
 @dataclass(frozen=True)
 class _Choice:
     "What a stage means by one group: its parameters, the blocks, and the linear modules for LoRA."
@@ -243,7 +243,7 @@ def _choose(
     targets = _lora_targets(model, group, tune, named, blocks, at) if tune.how == 'lora' else ()
     return _Choice(group, tune, named, blocks, targets)
 
-
+# %% ../../nbs/train/05_prepare.ipynb #f320e2f8
 def _unfreeze(model: nn.Module, stage: Stage, choice: _Choice) -> GroupPlan:
     "Sets `requires_grad` where the group trains; returns what does."
     adapters = tuple(f'{target}.lora_' for target in choice.targets)

@@ -10,6 +10,7 @@ import json, os, signal, socket, threading, time, warnings
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -102,27 +103,6 @@ class FolderLock:
             mine.unlink(missing_ok=True)
         return self
 
-    def _alive(self) -> dict | None:
-        "Who holds the lock, None where that process is gone."
-        try:
-            holder = json.loads(self.path.read_text(encoding='utf8'))
-            age = time.time() - self.path.stat().st_mtime
-        except (OSError, ValueError):
-            return None
-        if holder['host'] == self.me['host']:
-            return holder if holder['began'] == _began(holder['pid']) else None
-        same_job = self.me['job'] is not None and self.me['job'] == holder['job']
-        return None if same_job or age > self.stale else holder
-
-    def beat(self) -> None:
-        "A sign of life; at most one a minute reaches the disk."
-        if time.monotonic() - self.beaten > 60:
-            self.beaten = time.monotonic()
-            try:
-                os.utime(self.path)
-            except FileNotFoundError:
-                warnings.warn(f'{self.path} was removed while this training runs')
-
     def __exit__(self, *exc):
         try:
             if json.loads(self.path.read_text(encoding='utf8')) == self.me:
@@ -130,7 +110,32 @@ class FolderLock:
         except (OSError, ValueError):
             return
 
+# %% ../../nbs/train/09_process.ipynb #91bc786e
+@patch
+def _alive(self: FolderLock) -> dict | None:
+    "Who holds the lock, None where that process is gone."
+    try:
+        holder = json.loads(self.path.read_text(encoding='utf8'))
+        age = time.time() - self.path.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    if holder['host'] == self.me['host']:
+        return holder if holder['began'] == _began(holder['pid']) else None
+    same_job = self.me['job'] is not None and self.me['job'] == holder['job']
+    return None if same_job or age > self.stale else holder
 
+
+@patch
+def beat(self: FolderLock) -> None:
+    "A sign of life; at most one a minute reaches the disk."
+    if time.monotonic() - self.beaten > 60:
+        self.beaten = time.monotonic()
+        try:
+            os.utime(self.path)
+        except FileNotFoundError:
+            warnings.warn(f'{self.path} was removed while this training runs')
+
+# %% ../../nbs/train/09_process.ipynb #b1a90af8
 def _began(pid: int) -> str | None:
     """When a process began, in the kernel's ticks, so that a number given to another one is told
     apart; None for a process that is gone, and for one that has ended and waits for its parent."""

@@ -320,60 +320,68 @@ class Sharded(Single):
         self._shard()
         self._look_up()
 
-    def _shard(self) -> None:
-        "Cut the copy into units and empty the model's own tensors, one unit at a time."
-        policy = MixedPrecisionPolicy()
-        if self.compute.precision == 'bf16':
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        settings = dict(mesh=self.mesh, mp_policy=policy)
-        if self.parallel.offload:
-            pinned = self.ranks.device.type == 'cuda'
-            settings['offload_policy'] = CPUOffloadPolicy(pin_memory=pinned)
-        if self.blank.front is not None:
-            self._cut(self.blank.front, **settings)
-        for block in decoder_layers(language_part(self.model)):
-            self._cut(block, **settings)
-        self._cut(self.model, reshard_after_forward=False, **settings)
-        # a teacher is whole on every rank: nothing of it is ever updated
-        teachers = {p for h in self.step.heads.values() for p in h.parameters()}
-        teachers = {p for p in teachers if not p.requires_grad}
-        for term in self.step.heads.values():
-            self._cut(term, ignored_params=teachers, **settings)
-        fully_shard(self.step, ignored_params=teachers, **settings)
-        for unit in self.step.modules():
-            if isinstance(unit, FSDPModule):
-                unit.set_gradient_divide_factor(1.0)
-                unit.set_force_sum_reduction_for_comms(True)
+# %% ../../nbs/train/12_sharding.ipynb #49d5ee9a
+@patch
+def _shard(self: Sharded) -> None:
+    "Cut the copy into units and empty the model's own tensors, one unit at a time."
+    policy = MixedPrecisionPolicy()
+    if self.compute.precision == 'bf16':
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    settings = dict(mesh=self.mesh, mp_policy=policy)
+    if self.parallel.offload:
+        pinned = self.ranks.device.type == 'cuda'
+        settings['offload_policy'] = CPUOffloadPolicy(pin_memory=pinned)
+    if self.blank.front is not None:
+        self._cut(self.blank.front, **settings)
+    for block in decoder_layers(language_part(self.model)):
+        self._cut(block, **settings)
+    self._cut(self.model, reshard_after_forward=False, **settings)
+    # a teacher is whole on every rank: nothing of it is ever updated
+    teachers = {p for h in self.step.heads.values() for p in h.parameters()}
+    teachers = {p for p in teachers if not p.requires_grad}
+    for term in self.step.heads.values():
+        self._cut(term, ignored_params=teachers, **settings)
+    fully_shard(self.step, ignored_params=teachers, **settings)
+    for unit in self.step.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
 
-    def _cut(self, unit: nn.Module, **settings: Any) -> None:
-        "Shard one unit; its tensors in the original are emptied at once."
-        before = {id(p): p for p in unit.parameters()}
-        fully_shard(unit, **settings)
-        left = {id(p) for p in unit.parameters()}
-        for key, parameter in before.items():
-            if key not in left:
-                parameter.data = parameter.data.new_empty(0)
 
-    def _look_up(self) -> None:
-        "What trains, by the same names, among the parameters that sharding has put in place."
-        shards = dict(self.model.named_parameters(remove_duplicate=False))
-        plan = self.plan
-        groups = []
-        for group in plan.groups:
-            groups.append(replace(group, trained={name: shards[name] for name in group.trained}))
-        self.plan = replace(plan, model=self.model, groups=groups)
-        terms = {name: term for name, term, _ in self.compute.terms}
-        own = {f'losses.{name}.{n}': p for name, t in terms.items() for n, p in _parameters(t)}
-        self.heads = {name: own[name] for name in self.heads}
+@patch
+def _cut(self: Sharded, unit: nn.Module, **settings: Any) -> None:
+    "Shard one unit; its tensors in the original are emptied at once."
+    before = {id(p): p for p in unit.parameters()}
+    fully_shard(unit, **settings)
+    left = {id(p) for p in unit.parameters()}
+    for key, parameter in before.items():
+        if key not in left:
+            parameter.data = parameter.data.new_empty(0)
 
-    def _reach(self, name: str, term: nn.Module, args: tuple, value: torch.Tensor):
-        """A term without elements in this micro-batch may leave its weights out; its sum then takes
-        them in with weight zero, so that all ranks add up the same tensors."""
-        self.reached[name] = self.reached.get(name, False) or value.requires_grad
-        trained = [p for p in term.parameters() if p.requires_grad]
-        # the model's loss ties the term's backward pass to its inputs, before that of the blocks:
-        # without it a rank without elements would add up in another order, and all would wait
-        return value + 0 * args[0].loss + 0 * sum(p.sum() for p in trained)
+# %% ../../nbs/train/12_sharding.ipynb #b3f76c51
+@patch
+def _look_up(self: Sharded) -> None:
+    "What trains, by the same names, among the parameters that sharding has put in place."
+    shards = dict(self.model.named_parameters(remove_duplicate=False))
+    plan = self.plan
+    groups = []
+    for group in plan.groups:
+        groups.append(replace(group, trained={name: shards[name] for name in group.trained}))
+    self.plan = replace(plan, model=self.model, groups=groups)
+    terms = {name: term for name, term, _ in self.compute.terms}
+    own = {f'losses.{name}.{n}': p for name, t in terms.items() for n, p in _parameters(t)}
+    self.heads = {name: own[name] for name in self.heads}
+
+
+@patch
+def _reach(self: Sharded, name: str, term: nn.Module, args: tuple, value: torch.Tensor):
+    """A term without elements in this micro-batch may leave its weights out; its sum then takes
+    them in with weight zero, so that all ranks add up the same tensors."""
+    self.reached[name] = self.reached.get(name, False) or value.requires_grad
+    trained = [p for p in term.parameters() if p.requires_grad]
+    # the model's loss ties the term's backward pass to its inputs, before that of the blocks:
+    # without it a rank without elements would add up in another order, and all would wait
+    return value + 0 * args[0].loss + 0 * sum(p.sum() for p in trained)
 
 
 def _parameters(term: Any) -> list[tuple[str, nn.Parameter]]:
