@@ -586,7 +586,7 @@ def test_ranks_share_an_epoch():
     rows = table(64)
     drawn = []
     for rank in range(2):
-        sampler = StatefulSampler(EvenlyMixed((40, 24), (40, 24)), 2, epochs=1, rank=rank, world=2)
+        sampler = StatefulSampler(EvenlyMixed((40, 24), (40, 24)), 2, epochs=1, rank=rank, ranks=2)
         drawn += [i for b in loader(rows, sampler=sampler) for i in b['sample_ids']]
     assert sorted(map(int, drawn)) == list(range(64))
 

@@ -235,7 +235,7 @@ class StatefulSampler:
         shuffle: bool = True,  # for a number of samples
         epochs: int | None = None,  # None: endless
         rank: int = 0,
-        world: int = 1,
+        ranks: int = 1,
         tail: str = 'uneven',  # finite: ranks 'uneven' by one draw, 'drop' or 'repeat' the rest
     ):
         if isinstance(order, (int, np.integer)):
@@ -243,11 +243,11 @@ class StatefulSampler:
         self.order = order
         if not len(self.order):
             raise ValueError('there are no samples to draw from')
-        if not 0 <= rank < world:
-            raise ValueError(f'rank={rank} world={world}: expected 0 <= rank < world')
+        if not 0 <= rank < ranks:
+            raise ValueError(f'rank={rank} ranks={ranks}: expected 0 <= rank < ranks')
         if tail not in ('uneven', 'drop', 'repeat'):
             raise ValueError(f"tail={tail!r}: expected 'uneven', 'drop' or 'repeat'")
-        self.seed, self.epochs, self.rank, self.world, self.tail = seed, epochs, rank, world, tail
+        self.seed, self.epochs, self.rank, self.ranks, self.tail = seed, epochs, rank, ranks, tail
         self.position, self._epochs = 0, {}
 
     def __len__(self) -> int:
@@ -256,19 +256,19 @@ class StatefulSampler:
             raise TypeError('an endless sampler has no length; give epochs=')
         total = self.epochs * len(self.order)
         if self.tail == 'drop':
-            return total // self.world
+            return total // self.ranks
         if self.tail == 'repeat':
-            return -(-total // self.world)
-        return (total - self.rank + self.world - 1) // self.world
+            return -(-total // self.ranks)
+        return (total - self.rank + self.ranks - 1) // self.ranks
 
     def draw(self, k: int) -> int:
         "Global position of this rank's draw `k`: unique across ranks and epochs"
-        return k * self.world + self.rank
+        return k * self.ranks + self.rank
 
     @property
     def epoch(self) -> float:
         "Passes over the data so far, all ranks at this rank's position"
-        return self.position * self.world / len(self.order)
+        return self.position * self.ranks / len(self.order)
 
     def __iter__(self) -> Iterator[int]:
         "Go on from the current position"
@@ -308,6 +308,9 @@ def _epoch(self: StatefulSampler, epoch: int) -> np.ndarray:
     return found
 
 # %% ../../nbs/data/40_mixture.ipynb #02cbf37a
+_STORED = dict(ranks='world')  # the name that states have had from the first version on
+
+
 @patch
 def _identity(self: StatefulSampler) -> dict:
     # the repr of an order holds every number in it: other data, another mark
@@ -317,7 +320,7 @@ def _identity(self: StatefulSampler) -> dict:
         seed=self.seed,
         length=len(self.order),
         order=mark,
-        world=self.world,
+        ranks=self.ranks,
         rank=self.rank,
         epochs=self.epochs,
         tail=self.tail,
@@ -327,7 +330,8 @@ def _identity(self: StatefulSampler) -> dict:
 @patch
 def state_dict(self: StatefulSampler) -> dict:
     "Position and identity: a few numbers, whatever the size of the data"
-    return dict(self._identity(), position=self.position)
+    stored = {_STORED.get(k, k): v for k, v in self._identity().items()}
+    return dict(stored, position=self.position)
 
 
 @patch
@@ -337,14 +341,15 @@ def load_state_dict(self: StatefulSampler, state: dict):
     mine = self._identity()
     for name in ('epochs', 'tail'):
         mine.pop(name)  # may change: they end the stream, they do not reorder it
+    saved = {name: state.get(_STORED.get(name, name)) for name in mine}
     if wrong := [
-        f'{k} is {v!r}, the state has {state.get(k)!r}'
-        for k, v in mine.items()
-        if state.get(k) != v
+        f'{name} is {value!r}, the state has {saved[name]!r}'
+        for name, value in mine.items()
+        if saved[name] != value
     ]:
         hint = (
             '; see reshard_state for another number of ranks'
-            if state.get('world') != self.world
+            if saved['ranks'] != self.ranks
             else ''
         )
         raise ValueError(f'the sampler state belongs to another stream: {", ".join(wrong)}{hint}')
@@ -353,7 +358,7 @@ def load_state_dict(self: StatefulSampler, state: dict):
 # %% ../../nbs/data/40_mixture.ipynb #dd2841ae
 def reshard_state(
     states: Sequence[dict],  # sampler states of all ranks
-    world: int,  # new number of ranks
+    ranks: int,  # new number of ranks
 ) -> list[dict]:  # their states
     """Sampler states for another number of ranks; needs equal positions that the new ranks can
     share evenly"""
@@ -364,11 +369,11 @@ def reshard_state(
             'the states of all ranks, at one position; resume with the old number of ranks'
         )
     drawn = states[0]['position'] * states[0]['world']
-    if drawn % world:
+    if drawn % ranks:
         raise ValueError(
-            f'{drawn} samples drawn so far cannot be shared by {world} ranks; choose a divisor'
+            f'{drawn} samples drawn so far cannot be shared by {ranks} ranks; choose a divisor'
         )
-    return [dict(states[0], world=world, rank=r, position=drawn // world) for r in range(world)]
+    return [dict(states[0], world=ranks, rank=r, position=drawn // ranks) for r in range(ranks)]
 
 # %% ../../nbs/data/40_mixture.ipynb #6c43080a
 def _cut_weight(part: str) -> tuple[str, str, str]:

@@ -231,7 +231,7 @@ def save_state(
     keep_last: int = 2,
     best: str = 'min',
     rank: int = 0,
-    world: int = 1,
+    ranks: int = 1,
     agree: Callable[[bool], bool] = lambda ok: ok,
     shards: bool = False,
 ) -> Path:
@@ -245,7 +245,7 @@ def save_state(
     `optimizer` (torch.distributed.checkpoint), and no rank ever holds the whole. Keeps the last
     `keep_last` states and the best. Raises CheckpointError when writing fails; earlier states stay
     intact."""
-    header = dict(step=step, world=world, metric=metric, best=best, identity=identity)
+    header = dict(step=step, world=ranks, metric=metric, best=best, identity=identity)
     header |= dict(tensors='shards' if shards else 'safetensors')
     writer = _StateWriter(Path(out_dir), header, rank, agree)
     if not shards:
@@ -428,7 +428,7 @@ def latest(out_dir: str | Path) -> Path | None:
 @dataclass
 class TrainState:
     """What `load_state` returns: see the arguments of `save_state`. `local` is this rank's tree;
-    `world`: how many ranks wrote the state; `every`: the trees of all of them."""
+    `ranks`: how many ranks wrote the state; `every`: the trees of all of them."""
 
     path: Path
     step: int
@@ -436,7 +436,7 @@ class TrainState:
     optimizer: dict[str, torch.Tensor]
     shared: Any
     local: Any
-    world: int = 1
+    ranks: int = 1
     every: tuple = ()
 
 
@@ -445,7 +445,7 @@ def load_state(
     identity: Mapping | None = None,
     allow_changed: Collection[str] = (),
     rank: int = 0,
-    world: int = 1,
+    ranks: int = 1,
     elastic: bool = False,
     tensors: bool = True,
     verify: bool = True,
@@ -464,9 +464,9 @@ def load_state(
     m = _manifest(path)
     if identity is not None:
         check_identity(m['identity'], identity, allow_changed, f'training state {path}')
-    if m['world'] != world and not elastic:
+    if m['world'] != ranks and not elastic:
         raise CheckpointError(
-            f'training state {path} was written by {m["world"]} ranks and {world} are running: '
+            f'training state {path} was written by {m["world"]} ranks and {ranks} are running: '
             f'every rank has its own place in the '
             f'data, so resume with {m["world"]}'
         )
@@ -477,7 +477,7 @@ def load_state(
 
     read = _stored_tensors(path, m) if tensors else ({}, {})
     local, every = None, ()
-    if m['world'] == world:
+    if m['world'] == ranks:
         local = tree(f'rank-{rank:05d}')
     else:
         every = tuple(tree(f'rank-{r:05d}') for r in range(m['world']))

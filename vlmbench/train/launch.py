@@ -85,13 +85,13 @@ def find_layout(gpus: int | None = None, nodes: int = 1, device: str | None = No
 
 def _joined_layout(gpus: int | None, nodes: int, cpu: bool) -> Layout:
     "What torchrun, started by hand, has set."
-    world, local = (int(os.environ[name]) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
-    if gpus not in (None, local) or nodes not in (1, world // local):
+    ranks, local = (int(os.environ[name]) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+    if gpus not in (None, local) or nodes not in (1, ranks // local):
         raise LaunchError(
-            f'gpus={gpus}, nodes={nodes}, but torchrun started {world // local} x {local} ranks: '
+            f'gpus={gpus}, nodes={nodes}, but torchrun started {ranks // local} x {local} ranks: '
             'leave both settings out, or make them equal'
         )
-    return Layout(local, world // local, cpu, joined=True)
+    return Layout(local, ranks // local, cpu, joined=True)
 
 # %% ../../nbs/train/30_launch.ipynb #993f8811
 def resolve(target: str) -> Any:

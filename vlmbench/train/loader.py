@@ -38,7 +38,7 @@ def make_loader(
     stage: Stage,
     seed: int = 0,
     rank: int = 0,
-    world: int = 1,
+    ranks: int = 1,
     quarantine: Quarantine | None = None,
     views: Mapping[str, Callable] | None = None,
     ahead: int = AHEAD,
@@ -63,7 +63,7 @@ def make_loader(
     return BatchLoader(
         samples,
         encode,
-        StatefulSampler(order, seed=seed, rank=rank, world=world),
+        StatefulSampler(order, seed=seed, rank=rank, ranks=ranks),
         stage.max_tokens,
         stage.batch_rows,
         pad_id=processor.tokenizer.pad_token_id or 0,

@@ -177,9 +177,9 @@ def set_up(self: Trainer) -> None:
     "Everything that needs no state of an earlier run."
     self.out_dir, self.ranks = Path(self.out_dir), Ranks(self.device)
     self.main = self.ranks.rank == 0
-    asked, self.stage = self.stage, self.stage.over(self.ranks.world)
+    asked, self.stage = self.stage, self.stage.over(self.ranks.size)
     parallel = Parallel(self.parallel, self.shard_ranks, self.offload, self.compile)
-    sharded = parallel.over(self.ranks.world) in ('fsdp', 'hsdp')
+    sharded = parallel.over(self.ranks.size) in ('fsdp', 'hsdp')
     self.terms = match_terms(self.stage, self.extra_losses)
     if self.groups is None:
         self.groups = module_groups(self.model)
@@ -250,7 +250,7 @@ def _make_loader(self: Trainer) -> BatchLoader | Lanes:
         views |= term.views
     data = self.data if isinstance(self.data, StageData) else StageData(self.data)
     own, made = self.stage.accumulation, []
-    first, lanes = self.ranks.rank * own, self.ranks.world * own
+    first, lanes = self.ranks.rank * own, self.ranks.size * own
     for number in range(own):
         made.append(
             make_loader(
@@ -349,21 +349,21 @@ def _find_state(self: Trainer) -> Path | None:
 def _take_up(self: Trainer, found: Path) -> None:
     """Weights, optimizer, data position, generators and counters of the state in folder `found`,
     whatever number of ranks wrote it."""
-    rank, world = self.ranks.rank, self.ranks.world
+    rank, ranks = self.ranks.rank, self.ranks.size
     allowed = self.allow_changed
     state = load_state(
-        found, self.identity, allowed, rank, world, elastic=True, tensors=False, verify=False
+        found, self.identity, allowed, rank, ranks, elastic=True, tensors=False, verify=False
     )
-    if state.world == world:
+    if state.ranks == ranks:
         take_up(self.loader, state.local['loader'])
     else:
-        redeal(self.loader, [one['loader'] for one in state.every], rank, world)
+        redeal(self.loader, [one['loader'] for one in state.every], rank, ranks)
     load_tensors(found, self.params, self.optimizer)
-    if state.world == world:
+    if state.ranks == ranks:
         set_rng_state(state.local['rng'])
     elif self.main:
         warnings.warn(
-            f'{found} was written by {state.world} ranks and {world} go on: the samples follow in '
+            f'{found} was written by {state.ranks} ranks and {ranks} go on: the samples follow in '
             'the same order, and dropout draws other numbers'
         )
     self.step, self.path = state.step, found
@@ -374,7 +374,7 @@ def _take_up(self: Trainer, found: Path) -> None:
 @patch
 def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
     "Print what trains, open `metrics.jsonl` and the trackers; rank 0 does both."
-    device, world = self.ranks.device, self.ranks.world
+    device, ranks = self.ranks.device, self.ranks.size
     self.peak, peak_source = peak_flops(device, self.precision)
     in_targets = self.stage.budget_targets is not None
     self.progress = progress(
@@ -392,7 +392,7 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
         trained = sum(p.numel() for p in self.params.values())
         goes_on = f', resuming after step {self.step}' if found else ''
         print(
-            f'{self.stage.name}: {trained:,} trained parameters on {world} x {device} in '
+            f'{self.stage.name}: {trained:,} trained parameters on {ranks} x {device} in '
             f'{self.precision}{goes_on}',
             self.table.to_string(index=False),
             sep='\n',
@@ -406,7 +406,7 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
     cleanup.callback(self.log.close)
     if not found:
         run = {k: self.identity[k] for k in ('stage', 'seed', 'precision')}
-        place = dict(world=world, device=str(device), flop_convention=FLOP_CONVENTION)
+        place = dict(ranks=ranks, device=str(device), flop_convention=FLOP_CONVENTION)
         peak = dict(peak_flops=self.peak, peak_source=peak_source)
         self.log.log(dict(step=0, event='run', **run, **place, **peak))
 
@@ -459,7 +459,7 @@ def _over_ranks(self: Trainer, counts: Counter, micro: list[dict]) -> dict[str, 
     totals = self.ranks.sum(torch.tensor([*own, *have], dtype=torch.float64)).tolist()
     ranks = totals[len(own) :]
     self.most_micro = sum(n > 0 for n in ranks)
-    ended = ranks[0] < self.ranks.world
+    ended = ranks[0] < self.ranks.size
     return None if ended else dict(zip(self.count_names, totals))
 
 
@@ -533,7 +533,7 @@ def _row(
         step_s=took,
         **{name: int(counts[name]) for name in counted},
         **{f'{name}_per_s': counts[name] / took for name in counted},
-        mfu=self.flops(counts) / (took * self.peak * self.ranks.world),
+        mfu=self.flops(counts) / (took * self.peak * self.ranks.size),
         data_wait=waited / took,
         memory_mb=peak_memory(),
         eta_s=max(0.0, 1 - self.used) * pace,
@@ -580,7 +580,7 @@ def save(self: Trainer) -> Path:
         self.keep_last,
         self.best,
         self.ranks.rank,
-        self.ranks.world,
+        self.ranks.size,
         self.ranks.agree,
         shards=self.layout.shards,
     )

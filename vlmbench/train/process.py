@@ -155,20 +155,20 @@ def _began(pid: int) -> str | None:
 
 # %% ../../nbs/train/09_process.ipynb #a4cc599f
 class Ranks:
-    """This process's `rank`, the `world` size, the `device`, and the few collectives the loop needs
+    """This process's `rank`, the `size` (number of ranks), the `device`, and the few collectives
     (accelerate's PartialState underneath)."""
 
     def __init__(self, device: str | torch.device | None = None):
         cpu = str(device) == 'cpu' or not torch.cuda.is_available()
         state = PartialState(cpu=cpu)
-        self.rank, self.world = state.process_index, state.num_processes
+        self.rank, self.size = state.process_index, state.num_processes
         self.device = (
-            torch.device(device) if device is not None and self.world == 1 else state.device
+            torch.device(device) if device is not None and self.size == 1 else state.device
         )
         expected = int(os.environ.get('WORLD_SIZE', 1))
-        if self.world != expected:
+        if self.size != expected:
             raise RuntimeError(
-                f'WORLD_SIZE is {expected} but {self.world} process was joined: '
+                f'WORLD_SIZE is {expected} but {self.size} process was joined: '
                 f'on CPU start with '
                 'ACCELERATE_USE_CPU=true python -m '
                 'torch.distributed.run --nproc-per-node N'
@@ -176,17 +176,17 @@ class Ranks:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         "`values` summed over ranks (a new tensor)."
-        if self.world > 1:
+        if self.size > 1:
             dist.all_reduce(values := values.to(self.device, copy=True))
         return values
 
     def agree(self, ok: bool) -> bool:
         "True if `ok` is true on every rank."
-        return bool(ok) if self.world == 1 else self.sum(torch.tensor([float(not ok)])).item() == 0
+        return bool(ok) if self.size == 1 else self.sum(torch.tensor([float(not ok)])).item() == 0
 
     def gather(self, value: Any) -> list:
         "`value` of every rank, in rank order (picklable; for reports and choices)."
-        if self.world == 1:
+        if self.size == 1:
             return [value]
-        dist.all_gather_object(out := [None] * self.world, value)
+        dist.all_gather_object(out := [None] * self.size, value)
         return out

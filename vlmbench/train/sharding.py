@@ -52,8 +52,8 @@ class Parallel:
     offload: bool = False
     compile: bool | str = False
 
-    def over(self, world: int) -> str:
-        "The layout on `world` ranks. Raises `RecipeError` for one that cannot be."
+    def over(self, ranks: int) -> str:
+        "The layout on `ranks` ranks. Raises `RecipeError` for one that cannot be."
         if self.how not in (None, *PARALLEL):
             raise RecipeError(f'parallel must be one of {PARALLEL}, got {self.how!r}')
         if self.offload and self.how not in ('fsdp', 'hsdp'):
@@ -61,28 +61,28 @@ class Parallel:
                 f'offload=True moves shards to the CPU, and parallel={self.how!r} has none: set '
                 "parallel='fsdp' or 'hsdp'"
             )
-        if world == 1:
+        if ranks == 1:
             return 'single'
         if self.how == 'single':
             raise RecipeError(
-                f"parallel='single', but {world} ranks are running: start one process, or choose "
+                f"parallel='single', but {ranks} ranks are running: start one process, or choose "
                 "'ddp', 'fsdp' or 'hsdp'"
             )
         return self.how or 'ddp'
 
-    def shape(self, world: int) -> tuple[int, ...]:
+    def shape(self, ranks: int) -> tuple[int, ...]:
         """Ranks along each side of the mesh: all of them, or (copies, ranks of a copy) under hsdp.
         Raises `RecipeError` where the ranks do not divide."""
         if self.how != 'hsdp':
-            return (world,)
-        local = int(os.environ.get('LOCAL_WORLD_SIZE', world))
-        size = self.shard_ranks or (local if local < world else max(1, world // 2))
-        if world % size:
+            return (ranks,)
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', ranks))
+        size = self.shard_ranks or (local if local < ranks else max(1, ranks // 2))
+        if ranks % size:
             raise RecipeError(
-                f"parallel='hsdp': {world} ranks cannot hold whole copies of {size} ranks each; "
+                f"parallel='hsdp': {ranks} ranks cannot hold whole copies of {size} ranks each; "
                 'set shard_ranks to a divisor'
             )
-        return world // size, size
+        return ranks // size, size
 
 # %% ../../nbs/train/12_sharding.ipynb #eecbfecb
 class Step(nn.Module):
@@ -309,7 +309,7 @@ class Sharded(Single):
         warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
         self.original, self.given = Step(self.compute), (self.plan, self.heads)
         self.step = shared_copy(self.original)
-        self.mesh = device_mesh(self.ranks.device.type, self.parallel.shape(self.ranks.world))
+        self.mesh = device_mesh(self.ranks.device.type, self.parallel.shape(self.ranks.size))
         self.compute, self.model = self.step.compute, self.step.model
         compile_blocks(self.model, self.parallel.compile)
         self.blank = BlankPictures(self.model)
@@ -483,7 +483,7 @@ def search(self: Sharded, micro, counts, most):
             found.append(dict(rank=self.ranks.rank, micro=number, **search.first))
     if any(self.ranks.gather(found)):
         return found
-    for owner in range(self.ranks.world):
+    for owner in range(self.ranks.size):
         for number in range(most):
             found += self._search_gradient(micro, counts, owner, number)
     return found
@@ -535,4 +535,4 @@ def lay_out(
 ) -> Single:
     """The layout that `parallel` asks for on these `ranks`. `forward`: model and terms; `plan`,
     `heads`: what trains of them. Raises `RecipeError` for a layout that cannot be."""
-    return LAYOUTS[parallel.over(ranks.world)](forward, plan, heads, ranks, parallel)
+    return LAYOUTS[parallel.over(ranks.size)](forward, plan, heads, ranks, parallel)
