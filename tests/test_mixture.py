@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from vlmbench.data.mixture import (
     EvenlyMixed,
-    LengthGrouped,
+    Grouped,
     Mixture,
     Shuffled,
     StatefulSampler,
@@ -175,7 +175,9 @@ ORDERS = st.one_of(
     st.integers(1, 30).map(Shuffled),
     st.integers(1, 30).map(lambda n: Shuffled(n, shuffle=False)),
     SIZES.map(lambda s: EvenlyMixed(tuple(s), tuple(s))),
-    st.lists(st.integers(1, 90), min_size=1, max_size=30).map(lambda l: LengthGrouped(tuple(l), 4)),
+    st.lists(st.integers(1, 90), min_size=1, max_size=30).map(
+        lambda l: Grouped(Shuffled(len(l)), tuple(l), 4)
+    ),
 )
 
 
@@ -211,7 +213,7 @@ def test_epochs_and_seeds_differ():
     for order in (
         Shuffled(40),
         EvenlyMixed((30, 10), (30, 10)),
-        LengthGrouped(tuple(range(1, 41)), 4),
+        Grouped(Shuffled(40), tuple(range(1, 41)), 4),
     ):
         assert (order(0, 0) == order(0, 0)).all()
         assert (order(0, 0) != order(0, 1)).any() and (order(0, 0) != order(1, 0)).any()
@@ -226,7 +228,7 @@ def test_epochs_and_seeds_differ():
         (dict(shuffle=False), 'order'),
         (dict(ranks=2), 'ranks'),
         (dict(rank=1, ranks=4), 'rank'),
-        (dict(order=LengthGrouped((1,) * 10, 2)), 'order'),
+        (dict(order=Grouped(Shuffled(10), (1,) * 10, 2)), 'order'),
     ],
 )
 def test_a_state_of_another_stream_is_refused(other, named):

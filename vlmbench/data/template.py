@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'IGNORE', 'get_template', 'to_messages', 'from_messages', 'images_first', 'Encoded', 'encode',
-           'target_texts', 'prompt_is_prefix', 'Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']
+           'target_texts', 'Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']
 
 # %% ../../nbs/data/10_template.ipynb #2b8875ce
 import json, warnings
@@ -396,16 +396,3 @@ def target_texts(encoded: Encoded, tokenizer) -> list[str]:
             runs[-1].append(t)
         prev = t != IGNORE
     return [tokenizer.decode(r) for r in runs]
-
-# %% ../../nbs/data/10_template.ipynb #c61b1759
-def prompt_is_prefix(
-    tokenizer, template: ChatTemplate | str, answers: Sequence[str] = ('It is', 'a', '1')
-) -> bool:
-    """Do the ids of a generation prompt start the ids of the same conversation with each of
-    `answers`?"""
-    question = Turn('user', 'What?')
-    prompt = encode([question], tokenizer, template, add_generation_prompt=True).input_ids
-    full = [
-        encode([question, Turn('assistant', a)], tokenizer, template).input_ids for a in answers
-    ]
-    return all(torch.equal(f[: len(prompt)], prompt) for f in full)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTRA_BIAS', 'TOKENS', 'LoRASettings', 'TokenGate', 'VisionLoRALinear', 'add_vision_lora', 'vision_lora_layers',
-           'merge_vision_lora', 'lora_size']
+           'merge_vision_lora']
 
 # %% ../../nbs/models/44_vision_lora.ipynb #6e05fd9b
 import dataclasses
@@ -220,15 +220,3 @@ def merge_vision_lora(model: nn.Module) -> int:
         model.config.vision_config['lora'] = front.config['lora']
         model.model.config.vision_config['lora'] = front.config['lora']
     return len(found)
-
-# %% ../../nbs/models/44_vision_lora.ipynb #da94a117
-def lora_size(config, settings: LoRASettings) -> int:
-    """Number of A and B parameters for a language model's configuration, counted on blocks built
-    without weights."""
-    from transformers import AutoModel
-
-    with torch.device('meta'):
-        model = AutoModel.from_config(config)
-    add_vision_lora(model, settings)
-    layers = vision_lora_layers(model).values()
-    return sum(m.lora_A.weight.numel() + m.lora_B.weight.numel() for m in layers)
