@@ -122,9 +122,9 @@ def elastic_run(out, stop_after=None, parallel=None, steps=6, accumulation=4):
     import train_stubs
 
     torch.set_num_threads(1)
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     stage = train_stubs.a_stage('full', steps, batch_rows=1, accumulation=accumulation)
-    loader = train_stubs.packed_loader(600, rank=rank, world=world, rows=1)
+    loader = train_stubs.packed_loader(600, rank=rank, ranks=ranks, rows=1)
     noted, step_once = [], loop.Trainer.step_once
 
     def noting(trainer):
@@ -145,7 +145,7 @@ def elastic_run(out, stop_after=None, parallel=None, steps=6, accumulation=4):
         )
     finally:
         loop.Trainer.step_once = step_once
-        name = f'samples-{noted[0][0]}-{world}-{rank}.json' if noted else 'none.json'
+        name = f'samples-{noted[0][0]}-{ranks}-{rank}.json' if noted else 'none.json'
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / name).write_text(json.dumps(noted))
 

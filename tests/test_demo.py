@@ -26,12 +26,12 @@ from vlmbench.data.image import ImageError
 from vlmbench.data.overlay import MARKERS, PALETTE
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import asset_path
-from vlmbench.demo.canvas import (
+from vlmbench.demo.board import (
     PointAndAsk,
     _widget_class,
-    canvas_js,
-    canvas_settings,
-    marker_canvas,
+    board_js,
+    board_settings,
+    marker_board,
 )
 from vlmbench.demo.chat import Chat, ChatError, ChatModel, draw_prompts, parse_region, to_marker
 from vlmbench.demo.terminal import converse, free_name, open_picture
@@ -467,7 +467,7 @@ def test_weights_may_be_spread_by_a_device_map(model, picture, tmp_path):
     'missing, call',
     [
         ('gradio', lambda: build_page({})),
-        ('anywidget', marker_canvas),
+        ('anywidget', marker_board),
         ('ipywidgets', lambda: PointAndAsk(None)),
     ],
 )
@@ -813,8 +813,8 @@ def test_stopping_ends_both_sides_and_leaves_the_history_as_it_was(model, pictur
 
 
 def test_palette_and_kinds_reach_the_page():
-    settings = canvas_settings()
+    settings = board_settings()
     assert list(settings['kinds']) == list(MARKERS) and list(settings['palette']) == list(PALETTE)
-    assert all(f"'{k}'" in canvas_js() or f'{k}:' in canvas_js() for k in MARKERS), (
+    assert all(f"'{k}'" in board_js() or f'{k}:' in board_js() for k in MARKERS), (
         'a kind without an icon'
     )

@@ -1,4 +1,4 @@
-"""The demo and the canvas in a real browser: draw, ask, read the streamed answer, look at what the
+"""The demo and the board in a real browser: draw, ask, read the streamed answer, look at what the
 model saw."""
 
 import io
@@ -97,7 +97,7 @@ def served(parts, tmp_path_factory):
 
 
 def drag(page, area, *places):
-    "Press at the first place (shares of the canvas), move along, let go at the last."
+    "Press at the first place (shares of the board), move along, let go at the last."
     at = lambda x, y: (area['x'] + x * area['width'], area['y'] + y * area['height'])
     page.mouse.move(*at(*places[0]))
     page.mouse.down()
@@ -118,23 +118,23 @@ PATHS = {
 def test_draw_ask_and_see_what_the_model_saw(served, page, tmp_path):
     url, models = served
     page.goto(url)
-    page.wait_for_selector('#canvas canvas')
-    area = page.locator('#canvas canvas').bounding_box()
+    page.wait_for_selector('#board canvas')
+    area = page.locator('#board canvas').bounding_box()
     names = []
     for kind, colour in zip(MARKERS, 'red lime blue yellow fuchsia aqua orange purple'.split()):
-        page.click(f'#canvas button[data-kind="{kind}"]')
-        page.click(f'#canvas button[data-color="{colour}"]')
+        page.click(f'#board button[data-kind="{kind}"]')
+        page.click(f'#board button[data-color="{colour}"]')
         drag(page, area, *PATHS.get(kind, [(0.2, 0.25), (0.7, 0.8)]))
         names.append(f'{MARKERS[kind][0]} the {colour} {MARKERS[kind][1]}')
-    assert page.locator('#canvas .vp-chip button:first-child').all_inner_texts() == names
-    page.locator('#canvas .vp-chip button[title="remove this marker"]').nth(2).click()
-    page.click('#canvas button[title="remove the last marker"]')
+    assert page.locator('#board .vp-chip button:first-child').all_inner_texts() == names
+    page.locator('#board .vp-chip button[title="remove this marker"]').nth(2).click()
+    page.click('#board button[title="remove the last marker"]')
     del names[2], names[-1]
-    assert page.locator('#canvas .vp-chip button:first-child').all_inner_texts() == names
+    assert page.locator('#board .vp-chip button:first-child').all_inner_texts() == names
 
     box = page.locator('#question textarea')
     box.fill('what is the object')
-    page.locator('#canvas .vp-chip button:first-child').nth(1).click()
+    page.locator('#board .vp-chip button:first-child').nth(1).click()
     page.wait_for_function(
         "document.querySelector('#question textarea').value.trim() == 'what is the object "
         "<region1>'"
@@ -175,8 +175,8 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
     question stay."""
     url, models = served
     page.goto(url)
-    page.wait_for_selector('#canvas canvas')
-    pick = page.locator('#canvas input[type=file]')
+    page.wait_for_selector('#board canvas')
+    pick = page.locator('#board input[type=file]')
     pick.set_input_files(
         dict(
             name='drawing.png',
@@ -184,14 +184,14 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
             buffer=b'<svg xmlns="http://www.w3.org/2000/svg"/>',
         )
     )
-    page.wait_for_selector('#canvas .vp-bad >> text=an SVG drawing: render it to PNG first')
+    page.wait_for_selector('#board .vp-bad >> text=an SVG drawing: render it to PNG first')
     pick.set_input_files(dict(name='huge.png', mimeType='image/png', buffer=bytes(1_200_000)))
-    page.wait_for_selector('#canvas .vp-bad >> text=huge.png is larger than 1 MB')
+    page.wait_for_selector('#board .vp-bad >> text=huge.png is larger than 1 MB')
     out = io.BytesIO()
     Image.new('RGB', (120, 40), 'navy').save(out, 'PNG')
     pick.set_input_files(dict(name='flag.png', mimeType='image/png', buffer=out.getvalue()))
     page.wait_for_function(
-        "(() => { const c = document.querySelector('#canvas canvas'); return c && Math.abs(c.width "
+        "(() => { const c = document.querySelector('#board canvas'); return c && Math.abs(c.width "
         '/ c.height - 3) < .05; })()'
     )
     box = page.locator('#question textarea')
@@ -206,7 +206,7 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
     ]  # one answers, one waits: the queue of one is full
     for p in others:
         p.goto(url)
-        p.wait_for_selector('#canvas canvas')
+        p.wait_for_selector('#board canvas')
         p.locator('#question textarea').fill('how many ?')
     others[0].click('#ask')
     others[0].wait_for_selector('#chat-right .bot >> text=one')
@@ -226,7 +226,7 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
     assert not page.problems, page.problems
 
 
-def test_canvas_in_jupyterlab(browser, page, tmp_path):
+def test_board_in_jupyterlab(browser, page, tmp_path):
     "The tutorial in JupyterLab: run it, draw, ask, read the answer, compare the picture."
     pytest.importorskip('jupyterlab', reason='jupyterlab is not installed (extra: dev)')
     pytest.importorskip('anywidget', reason='anywidget is not installed (extra: serve)')
@@ -313,7 +313,7 @@ def test_canvas_in_jupyterlab(browser, page, tmp_path):
         assert picture.shape == (64, 64, 3) and 20 < aqua.sum() < 600, (
             'no aqua ellipse in what the model saw'
         )
-        shot(page, tmp_path, 'canvas')
+        shot(page, tmp_path, 'board')
         assert not page.problems and not page.foreign, (page.problems, page.foreign)
     finally:
         try:

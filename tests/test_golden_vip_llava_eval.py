@@ -191,11 +191,11 @@ def test_scienceqa(case):
 
 def test_samplers(case):
     for s in read(case, 'misc.json')['sampler']:
-        lengths, batch, world = s['lengths'], s['batch_size'], s['world_size']
+        lengths, batch, ranks = s['lengths'], s['batch_size'], s['world_size']
 
         def order(lengths, has_image=None):
             g = torch.Generator().manual_seed(s['torch_seed'])
-            return length_groups(lengths, batch * world, g, has_image, world)
+            return length_groups(lengths, batch * ranks, g, has_image, ranks)
 
         size = [abs(n) for n in lengths]
         by = (

@@ -1,7 +1,7 @@
 """Golden parity of VoRA from weights and inputs, over every case_* folder (VLMBENCH_GOLDEN, default
 tests/golden)."""
 
-import copy, json, os, re
+import copy, dataclasses, json, os, re
 from functools import lru_cache
 from pathlib import Path
 
@@ -229,8 +229,8 @@ def test_initialisation_as_published(case):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(Qwen2Config(**spec)).eval()
     fresh = copy.deepcopy(base)
-    settings = {k: v for k, v in front.config['lora'].items() if k != 'extra_bias'}
-    add_vision_lora(fresh.model, LoRASettings(**settings, extra_bias='reference_random'))
+    settings = LoRASettings.from_dict(front.config['lora'])
+    add_vision_lora(fresh.model, dataclasses.replace(settings, extra_bias='reference_random'))
     added = vision_lora_layers(fresh).values()
     assert (
         0.5 * facts['extra_bias_abs_max_at_init']

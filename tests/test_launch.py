@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory):
     "Four steps on two ranks."
     folder = tmp_path_factory.mktemp('uninterrupted')
     on_two_ranks('two_rank_run', folder, steps=4)
-    return load_state(latest(folder / 'run'), world=2)
+    return load_state(latest(folder / 'run'), ranks=2)
 
 
 def test_two_ranks_equal_one(tmp_path, uninterrupted):
@@ -45,13 +45,13 @@ def test_two_ranks_equal_one(tmp_path, uninterrupted):
     losses = read_metrics(uninterrupted.path.parents[1]).loss
     assert torch.allclose(torch.tensor(result.history.loss), torch.tensor(losses), atol=1e-5)
     with pytest.raises(CheckpointError, match='written by 2 ranks'):
-        load_state(uninterrupted.path, world=1)
+        load_state(uninterrupted.path, ranks=1)
 
 
 def test_a_rank_without_pictures_keeps_up_with_shards(tmp_path, uninterrupted):
     "Under FSDP the rank of the text-only rows runs the front end along, on a blank picture."
     on_two_ranks('two_rank_run', tmp_path, steps=4, parallel='fsdp')
-    sharded = load_state(latest(tmp_path / 'run'), world=2)
+    sharded = load_state(latest(tmp_path / 'run'), ranks=2)
     for name, tensor in sharded.weights.items():
         assert torch.allclose(tensor, uninterrupted.weights[name], atol=2e-5), name
 
@@ -63,7 +63,7 @@ def test_two_ranks_preempted_and_resumed_equal_uninterrupted(tmp_path, uninterru
         on_two_ranks('two_rank_run', tmp_path, steps=4, stop_after=2)
     assert latest(tmp_path / 'run').name == 'step-00000002'
     on_two_ranks('two_rank_run', tmp_path, steps=4)
-    ended = load_state(latest(tmp_path / 'run'), world=2)
+    ended = load_state(latest(tmp_path / 'run'), ranks=2)
     assert ended.step == 4 and all(
         torch.equal(t, uninterrupted.weights[n]) for n, t in ended.weights.items()
     )
@@ -73,7 +73,7 @@ def test_sharded_tensors_are_saved_whole_and_put_back(tmp_path):
     """FSDP2: rank 0 writes whole tensors, loading shards them again, and what one rank cannot write
     stops both."""
     on_two_ranks('sharded_state', tmp_path)
-    state = load_state(latest(tmp_path / 'run'), world=2)
+    state = load_state(latest(tmp_path / 'run'), ranks=2)
     assert state.step == 1 and {k: tuple(v.shape) for k, v in state.weights.items()} == dict(
         weight=(6, 4), bias=(6,)
     )

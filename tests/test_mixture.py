@@ -1,5 +1,5 @@
 """Mixing, length groups and the sampler: even spacing, permutations, exact resume, one order for
-any world size."""
+any number of ranks."""
 
 import json, os
 from collections import Counter
@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from vlmbench.data.mixture import (
     EvenlyMixed,
-    LengthGrouped,
+    Grouped,
     Mixture,
     Shuffled,
     StatefulSampler,
@@ -66,12 +66,12 @@ def test_golden_length_groups():
     "LLaVA's layout, ids for ids, from the seed of the reference's generator"
     for path in sorted((GOLDEN / 'eve').glob('common/sampler*.json')):
         ref = json.loads(path.read_text())
-        world, group = ref['world_size'], ref['world_size'] * ref['batch_size']
+        ranks, group = ref['world_size'], ref['world_size'] * ref['batch_size']
         seeded = lambda: torch.Generator().manual_seed(ref['torch_seed'])
-        assert length_groups(ref['lengths'], group, seeded(), chunks=world) == ref['length_grouped']
+        assert length_groups(ref['lengths'], group, seeded(), chunks=ranks) == ref['length_grouped']
         signed = ref['modality_lengths']
         got = length_groups(
-            [abs(n) for n in signed], group, seeded(), [n > 0 for n in signed], world
+            [abs(n) for n in signed], group, seeded(), [n > 0 for n in signed], ranks
         )
         assert got == ref['modality_grouped']
         break
@@ -175,32 +175,34 @@ ORDERS = st.one_of(
     st.integers(1, 30).map(Shuffled),
     st.integers(1, 30).map(lambda n: Shuffled(n, shuffle=False)),
     SIZES.map(lambda s: EvenlyMixed(tuple(s), tuple(s))),
-    st.lists(st.integers(1, 90), min_size=1, max_size=30).map(lambda l: LengthGrouped(tuple(l), 4)),
+    st.lists(st.integers(1, 90), min_size=1, max_size=30).map(
+        lambda l: Grouped(Shuffled(len(l)), tuple(l), 4)
+    ),
 )
 
 
 @quick
 @given(ORDERS, st.integers(0, 3), st.integers(1, 5), st.integers(0, 70))
-def test_the_global_order_is_the_same_for_any_world(order, seed, world, start):
+def test_the_global_order_is_the_same_for_any_number_of_ranks(order, seed, ranks, start):
     one = StatefulSampler(order, seed)
-    ranks = [StatefulSampler(order, seed, rank=r, world=world) for r in range(world)]
+    streams = [StatefulSampler(order, seed, rank=r, ranks=ranks) for r in range(ranks)]
     for p in range(start, start + 40):
-        assert ranks[p % world].at(p // world) == one.at(p)
+        assert streams[p % ranks].at(p // ranks) == one.at(p)
     epochs = [one.at(p) for p in range(2 * len(order))]
     assert sorted(epochs[: len(order)]) == sorted(epochs[len(order) :]) == list(range(len(order)))
 
 
 @quick
 @given(ORDERS, st.integers(0, 80), st.integers(1, 3), st.data())
-def test_resume_is_exact(order, position, world, data):
-    rank = data.draw(st.integers(0, world - 1))
-    a = StatefulSampler(order, 7, rank=rank, world=world)
+def test_resume_is_exact(order, position, ranks, data):
+    rank = data.draw(st.integers(0, ranks - 1))
+    a = StatefulSampler(order, 7, rank=rank, ranks=ranks)
     stream = iter(a)
     for _ in range(position):
         next(stream)
     state = json.loads(json.dumps(a.state_dict()))
     rest = [next(stream) for _ in range(50)]
-    b = StatefulSampler(order, 7, rank=rank, world=world)
+    b = StatefulSampler(order, 7, rank=rank, ranks=ranks)
     b.load_state_dict(state)
     resumed = iter(b)
     assert [next(resumed) for _ in range(50)] == rest
@@ -211,7 +213,7 @@ def test_epochs_and_seeds_differ():
     for order in (
         Shuffled(40),
         EvenlyMixed((30, 10), (30, 10)),
-        LengthGrouped(tuple(range(1, 41)), 4),
+        Grouped(Shuffled(40), tuple(range(1, 41)), 4),
     ):
         assert (order(0, 0) == order(0, 0)).all()
         assert (order(0, 0) != order(0, 1)).any() and (order(0, 0) != order(1, 0)).any()
@@ -224,42 +226,42 @@ def test_epochs_and_seeds_differ():
         (dict(seed=2), 'seed'),
         (dict(order=11), 'length'),
         (dict(shuffle=False), 'order'),
-        (dict(world=2), 'world'),
-        (dict(rank=1, world=4), 'rank'),
-        (dict(order=LengthGrouped((1,) * 10, 2)), 'order'),
+        (dict(ranks=2), 'ranks'),
+        (dict(rank=1, ranks=4), 'rank'),
+        (dict(order=Grouped(Shuffled(10), (1,) * 10, 2)), 'order'),
     ],
 )
 def test_a_state_of_another_stream_is_refused(other, named):
-    state = StatefulSampler(10, 1, rank=0, world=4).state_dict()
-    settings = dict(order=10, seed=1, rank=0, world=4) | other
+    state = StatefulSampler(10, 1, rank=0, ranks=4).state_dict()
+    settings = dict(order=10, seed=1, rank=0, ranks=4) | other
     with pytest.raises(ValueError, match=f'{named} is .*the state has'):
         StatefulSampler(**settings).load_state_dict(state)
     with pytest.raises(ValueError, match='version'):
-        StatefulSampler(10, 1, rank=0, world=4).load_state_dict(dict(state, version=0))
+        StatefulSampler(10, 1, rank=0, ranks=4).load_state_dict(dict(state, version=0))
 
 
 @quick
 @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 6))
-def test_finite_streams_end_as_asked(n, epochs, world):
-    def ranks(tail):
+def test_finite_streams_end_as_asked(n, epochs, ranks):
+    def draws(tail):
         return [
-            list(StatefulSampler(n, epochs=epochs, rank=r, world=world, tail=tail))
-            for r in range(world)
+            list(StatefulSampler(n, epochs=epochs, rank=r, ranks=ranks, tail=tail))
+            for r in range(ranks)
         ]
 
     everything = Counter({i: epochs for i in range(n)})
-    assert sum((Counter(r) for r in ranks('uneven')), Counter()) == everything
+    assert sum((Counter(r) for r in draws('uneven')), Counter()) == everything
     for tail in ('drop', 'repeat'):
-        assert len({len(r) for r in ranks(tail)}) == 1
-    drawn = sum((Counter(r) for r in ranks('repeat')), Counter())
-    assert all(drawn[i] >= epochs for i in range(n)) and drawn.total() < n * epochs + world
-    assert not sum((Counter(r) for r in ranks('drop')), Counter()) - everything
+        assert len({len(r) for r in draws(tail)}) == 1
+    drawn = sum((Counter(r) for r in draws('repeat')), Counter())
+    assert all(drawn[i] >= epochs for i in range(n)) and drawn.total() < n * epochs + ranks
+    assert not sum((Counter(r) for r in draws('drop')), Counter()) - everything
 
 
 def test_sampler_errors():
     for kw, reason in (
         (dict(order=0), 'no samples'),
-        (dict(order=3, rank=2, world=2), 'rank=2 world=2'),
+        (dict(order=3, rank=2, ranks=2), 'rank=2 ranks=2'),
         (dict(order=3, tail='pad'), "tail='pad'"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -273,13 +275,13 @@ def test_sampler_errors():
 @quick
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 12))
 def test_resharding_keeps_the_global_position(old, new, rounds):
-    ranks = [StatefulSampler(13, 3, rank=r, world=old) for r in range(old)]
+    ranks = [StatefulSampler(13, 3, rank=r, ranks=old) for r in range(old)]
     for s in ranks:
         s.position = rounds * new
     states = reshard_state([s.state_dict() for s in ranks], new)
     one, p = StatefulSampler(13, 3), rounds * new * old
     for r in range(new):
-        s = StatefulSampler(13, 3, rank=r, world=new)
+        s = StatefulSampler(13, 3, rank=r, ranks=new)
         s.load_state_dict(states[r])
         assert s.at(s.position) == one.at(p + r)
     if old > 1:

@@ -14,7 +14,7 @@ from vlmbench.data.overlay import (
     Marker,
     _widened,
     bezier,
-    canvas,
+    marker_layer,
     draw_marker,
     joint_markers,
     region_text,
@@ -77,7 +77,7 @@ def test_pixels_from_geometry(case, i):
     m = marker(r)
     out = np.asarray(draw_marker(base, m, r['rgb'], r['alpha_used']))
     assert (out == np.asarray(Image.open(case / 'drawing' / r['file']).convert('RGB'))).all()
-    mask = np.asarray(canvas(m, base.size, r['rgb'], r['alpha_used']))[..., 3] > 0
+    mask = np.asarray(marker_layer(m, base.size, r['rgb'], r['alpha_used']))[..., 3] > 0
     assert (
         mask == np.asarray(Image.open(case / 'drawing' / r['mask_file']).convert('1'))
     ).all() and mask.sum() == r['mask_pixels']
@@ -97,7 +97,7 @@ def test_a_wide_contour_has_the_pixels_of_its_outlines():
                 ImageDraw.Draw(want).polygon([(x + dx, y + dy) for x, y in p], outline=1)
         assert (np.asarray(_widened(p, w, size)) == np.asarray(want)).all(), (size, w, p)
         assert (
-            canvas(Marker('mask contour', width=w, polygons=(p,)), size, 'gold', 9)
+            marker_layer(Marker('mask contour', width=w, polygons=(p,)), size, 'gold', 9)
             .getchannel('A')
             .point(bool, '1')
             == want
@@ -111,7 +111,10 @@ def test_an_enormous_contour_takes_a_few_outlines(monkeypatch):
     )
     size, box = (25_000, 1000), [(2500, 100), (2500, 900), (22_500, 900), (22_500, 100)]
     marker = Marker('mask contour', width=74, polygons=(box,))
-    assert canvas(marker, size, 'red', 128).getbbox() == (2426, 26, 22_575, 975) and len(drawn) < 10
+    assert (
+        marker_layer(marker, size, 'red', 128).getbbox() == (2426, 26, 22_575, 975)
+        and len(drawn) < 10
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +222,7 @@ def test_a_scribble_is_its_segments_drawn_one_by_one(seed):
     curve = bezier(points, marker.samples)
     for a, b in zip(curve, curve[1:]):
         ImageDraw.Draw(want).line([a, b], fill=(255, 0, 0, 99), width=marker.width)
-    assert canvas(marker, size, 'red', 99).tobytes() == want.tobytes()
+    assert marker_layer(marker, size, 'red', 99).tobytes() == want.tobytes()
 
 
 def test_bad_input():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from vlmbench.data.mixture import EvenlyMixed, LengthGrouped, StatefulSampler
+from vlmbench.data.mixture import EvenlyMixed, Grouped, Shuffled, StatefulSampler
 from vlmbench.data.packing import (
     BatchLoader,
     Packer,
@@ -566,7 +566,7 @@ def test_padded_batches_keep_the_token_budget(batch_rows, batch_tokens, seed):
 
 def test_length_grouped_padding_is_fuller():
     rows = table(512, longest=30)
-    orders = dict(grouped=LengthGrouped(tuple(r.n for r in rows), 64), shuffled=512)
+    orders = dict(grouped=Grouped(Shuffled(512), tuple(r.n for r in rows), 64), shuffled=512)
     fill = {}
     for name, order in orders.items():
         data = loader(
@@ -586,7 +586,7 @@ def test_ranks_share_an_epoch():
     rows = table(64)
     drawn = []
     for rank in range(2):
-        sampler = StatefulSampler(EvenlyMixed((40, 24), (40, 24)), 2, epochs=1, rank=rank, world=2)
+        sampler = StatefulSampler(EvenlyMixed((40, 24), (40, 24)), 2, epochs=1, rank=rank, ranks=2)
         drawn += [i for b in loader(rows, sampler=sampler) for i in b['sample_ids']]
     assert sorted(map(int, drawn)) == list(range(64))
 

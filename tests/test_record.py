@@ -20,9 +20,7 @@ from vlmbench.data.record import (
     Region,
     Sample,
     Turn,
-    image_first,
     parse_turns,
-    read_index,
     read_llava,
     read_records,
     read_regions,
@@ -762,21 +760,6 @@ def test_a_system_column_opens_the_conversation(tmp_path, key):
         sample_from_region_row({**region, 'id': 'v7w-1'})
 
 
-# --- index of ids
-
-
-def test_index_of_ids_stays_in_its_folder(tmp_path):
-    (tmp_path / 'rows').mkdir()
-    (tmp_path / 'rows' / 'a.json').write_text(json.dumps(row('a')))
-    (tmp_path / 'secret.json').write_text(json.dumps(row('s')))
-    (tmp_path / 'ids.json').write_text(json.dumps(['a', '../secret', 'none', 3]))
-    q = Quarantine(cap=1)
-    assert [s.id for s in read_index(tmp_path / 'ids.json', tmp_path / 'rows', quarantine=q)] == [
-        'a'
-    ]
-    assert q.summary() == {'outside the root': 1, 'unreadable row file': 1, 'wrong type': 1}
-
-
 # --- quarantine
 
 
@@ -1000,22 +983,6 @@ def test_records_random_access(tmp_path):
         Records(path)
     q = Quarantine(allow_truncated=True)
     assert len(Records(path, quarantine=q)) == 1 and q.n_bad == 1
-
-
-def test_image_first_moves_one_mark():
-    s = Sample(
-        '1',
-        [
-            Turn('user', 'What?\n<image> '),
-            Turn('assistant', 'x'),
-            Turn('user', 'and <image> or <image>?'),
-        ],
-    )
-    assert [t.text for t in image_first(s).turns] == [
-        '<image>\nWhat?',
-        'x',
-        'and <image> or <image>?',
-    ]
 
 
 def test_rows_of_parquet_by_number(tmp_path):

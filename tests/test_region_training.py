@@ -14,7 +14,7 @@ from vlmbench.train.scale import base_model
 from vlmbench.methods.recipes import get_recipe
 from vlmbench.models.vlm import build_vlm
 from vlmbench.data.sources import StageData, grouped_order, open_samples
-from vlmbench.train.loop import make_loader
+from vlmbench.train.loader import make_loader
 from vlmbench.train.recipe import RecipeError, Stage, full, override
 from vlmbench.train.scale import get_scale
 

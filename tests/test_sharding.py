@@ -103,13 +103,13 @@ def stopped(tmp_path_factory):
 def test_shards_are_read_whole(stopped):
     state = latest(stopped)
     assert (state / 'shards').is_dir() and not (state / 'weights.safetensors').exists()
-    read = load_state(state, world=4)
+    read = load_state(state, ranks=4)
     assert read.step == 2
     moments = {k: t for k, t in read.optimizer.items() if k.endswith('/exp_avg')}
     for name, moment in moments.items():
         assert moment.shape == read.weights[name.removesuffix('/exp_avg')].shape
     with pytest.raises(CheckpointError, match='written by 4 ranks'):
-        load_state(state, world=2)
+        load_state(state, ranks=2)
 
 
 @pytest.mark.parametrize('ranks, parallel', [(4, 'fsdp'), (2, 'hsdp'), (2, 'ddp'), (1, None)])
@@ -123,7 +123,7 @@ def test_four_shards_go_on_elsewhere(stopped, tmp_path, ranks, parallel):
         elastic_run(**settings)
     else:
         on_ranks('elastic_run', tmp_path, ranks, **settings)
-    ended = load_state(latest(out), world=ranks, elastic=True)
+    ended = load_state(latest(out), ranks=ranks, elastic=True)
     assert ended.step == 4
     seen = samples(out)
     assert len(seen) == len(set(seen))
@@ -131,7 +131,7 @@ def test_four_shards_go_on_elsewhere(stopped, tmp_path, ranks, parallel):
     if ranks == 4:  # as many ranks in the same layout: bit for bit
         settings['out'] = str(tmp_path / 'whole')
         on_ranks('elastic_run', tmp_path, ranks, **settings)
-        whole = load_state(latest(tmp_path / 'whole'), world=ranks)
+        whole = load_state(latest(tmp_path / 'whole'), ranks=ranks)
         assert all(torch.equal(t, ended.weights[n]) for n, t in whole.weights.items())
         assert all(torch.equal(t, ended.optimizer[n]) for n, t in whole.optimizer.items())
     if ranks == 1:
@@ -151,11 +151,11 @@ def test_one_process_goes_on_as_shards(tmp_path):
         elastic_run(str(out), stop_after=2)
     before = load_state(latest(out))
     on_ranks('elastic_run', tmp_path, 4, out=str(out), parallel='fsdp', steps=6)
-    ended = load_state(latest(out), world=4)
+    ended = load_state(latest(out), ranks=4)
     assert before.step == 2 and ended.step == 6
     seen = samples(out)
     assert len(seen) == len(set(seen))
-    assert load_state(latest(out), world=4).shared['targets'] > before.shared['targets']
+    assert load_state(latest(out), ranks=4).shared['targets'] > before.shared['targets']
 
 
 def test_rows_of_a_step_that_ranks_cannot_share(tmp_path):

@@ -138,7 +138,7 @@ def test_two_ranks_share_the_rows_and_go_on_by_draw_number(root, name):
     samples = open_samples(root, name)
 
     def stream(rank, start=0):
-        sampler = StatefulSampler(len(samples), seed=3, epochs=2, rank=rank, world=2)
+        sampler = StatefulSampler(len(samples), seed=3, epochs=2, rank=rank, ranks=2)
         sampler.position = start
         return [samples[i].id for i in sampler]
 
@@ -147,7 +147,7 @@ def test_two_ranks_share_the_rows_and_go_on_by_draw_number(root, name):
     assert sorted(first[: N // 2] + second[: N // 2]) == ids
     assert stream(1, start=4) == second[4:]
     plain = open_samples(root, 'plain')
-    order = StatefulSampler(len(plain), seed=3, epochs=2, rank=0, world=2)
+    order = StatefulSampler(len(plain), seed=3, epochs=2, rank=0, ranks=2)
     assert first == [plain[i].id for i in order]
 
 

@@ -30,7 +30,6 @@ from vlmbench.data.template import (
     from_messages,
     get_template,
     images_first,
-    prompt_is_prefix,
     target_texts,
     to_messages,
 )
@@ -424,6 +423,15 @@ def test_multi_turn_labels_by_hand(tok, name):
     ]
     assert e.n_targets == int((e.labels != IGNORE).sum())
     assert (e.image_ids == 0).sum() == 5
+
+
+def prompt_is_prefix(tok, template, answers=('It is', 'a', '1')):
+    """Do the ids of a generation prompt start the ids of the same conversation with each of
+    `answers`?"""
+    question = Turn('user', 'What?')
+    prompt = encode([question], tok, template, add_generation_prompt=True).input_ids
+    full = [encode([question, Turn('assistant', a)], tok, template).input_ids for a in answers]
+    return all(torch.equal(ids[: len(prompt)], prompt) for ids in full)
 
 
 @pytest.mark.parametrize('name', TEMPLATES)

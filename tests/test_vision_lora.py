@@ -177,7 +177,7 @@ def test_initialisation():
         (dict(layers=4, r=4), 'only 3 blocks'),
         (dict(layers=2, r=0), 'lora.r'),
         (dict(layers=0, r=4), 'lora.layers'),
-        (dict(layers=2, r=4, targets=['query']), "no linear layer 'query'"),
+        (dict(layers=2, r=4, modules=['query']), "no linear layer 'query'"),
         (dict(layers=2), "needs \\['r'\\]"),
         (dict(layers=2, r=4, rank=4), 'no setting'),
         (dict(layers=2, r=True), 'lora.r'),

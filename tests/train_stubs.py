@@ -77,12 +77,12 @@ def encode(i, images=True):
 
 
 def packed_loader(
-    n=60, seed=0, rows=2, max_tokens=48, rank=0, world=1, images=True, prefetch=2, **kw
+    n=60, seed=0, rows=2, max_tokens=48, rank=0, ranks=1, images=True, prefetch=2, **kw
 ):
     return BatchLoader(
         range(n),
         lambda i: encode(i, images),
-        StatefulSampler(n, seed=seed, rank=rank, world=world),
+        StatefulSampler(n, seed=seed, rank=rank, ranks=ranks),
         max_tokens,
         rows,
         buffer=8,
@@ -141,11 +141,11 @@ class StopAfter:
 
 
 class RowLoader:
-    """Micro-batches of two rows (one with images, one text-only); of `world` 2, rank 0 gets the
+    """Micro-batches of two rows (one with images, one text-only); of `ranks` 2, rank 0 gets the
     first row and rank 1 the second."""
 
-    def __init__(self, rank, world, poison=False):
-        self.i, self.rank, self.world = 0, rank, world
+    def __init__(self, rank, ranks, poison=False):
+        self.i, self.rank, self.ranks = 0, rank, ranks
         with_images = list(pack([encode(i) for i in range(60) if i % 4 != 3], 48))
         text = list(pack([encode(i, False) for i in range(60, 120)], 48))
         if poison:
@@ -162,7 +162,7 @@ class RowLoader:
         while True:
             pair = self.pairs[self.i % len(self.pairs)]
             self.i += 1
-            yield collate_packed([*pair] if self.world == 1 else [pair[self.rank]], 0, 48)
+            yield collate_packed([*pair] if self.ranks == 1 else [pair[self.rank]], 0, 48)
 
 
 class StopAtBatch:
@@ -233,7 +233,7 @@ def sharded_state(out):
             dist.all_reduce(ok, dist.ReduceOp.MIN)
             return bool(ok)
 
-        kw = dict(rank=rank, world=2, agree=agree)
+        kw = dict(rank=rank, ranks=2, agree=agree)
         whole = lambda: {n: t.full_tensor().detach().clone() for n, t in params.items()}
         step()
         at_save = whole()
@@ -241,7 +241,7 @@ def sharded_state(out):
         dist.barrier()
         step()
         after = whole()
-        state = load_state(path, rank=rank, world=2)
+        state = load_state(path, rank=rank, ranks=2)
         assert all(torch.equal(t, state.weights[n]) for n, t in at_save.items())
         load_weights(params, state.weights)
         load_optimizer_tensors(optimizer, state.optimizer)

@@ -42,7 +42,7 @@ def reference_length_order(
     batch: int,
     mult: int,
     rank: int = 0,
-    world: int = 1,
+    ranks: int = 1,
     seed: int = 0,
     epoch: int = 0,
     modality: bool = False,
@@ -76,8 +76,8 @@ def reference_length_order(
         order = [i for m in mega for i in m] + sorted(rest)
         at = order.index(max(images, key=lambda i: lengths[i]))
         order[0], order[at] = order[at], order[0]
-    order += order[: -len(order) % world]
-    return order[rank::world]
+    order += order[: -len(order) % ranks]
+    return order[rank::ranks]
 
 
 def reference_batch(

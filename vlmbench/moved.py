@@ -14,6 +14,7 @@ from importlib.machinery import ModuleSpec
 # %% ../nbs/04_moved.ipynb #6cda5374
 MOVED = {
     'vlmbench.analysis.cost': 'vlmbench.cost.counter',
+    'vlmbench.demo.canvas': 'vlmbench.demo.board',
     'vlmbench.methods.load': 'vlmbench.checkpoints.load',
     'vlmbench.methods.planner': 'vlmbench.cost.planner',
     'vlmbench.methods.shapes': 'vlmbench.cost.shapes',

@@ -1,6 +1,6 @@
 // Connects the drawing surface to a gr.HTML component of the page (vlmbench.demo.serve).
 const size = () => [props.wide, props.high];
-const canvas = mountCanvas(element, props.settings, {
+const board = mountBoard(element, props.settings, {
   marks: m => {
     props.value = JSON.stringify(m);
   },
@@ -8,7 +8,7 @@ const canvas = mountCanvas(element, props.settings, {
   open: file => {
     if (file.size > props.settings.max_bytes) {
       const most = props.settings.max_bytes / 1e6;
-      return canvas.message(`${file.name} is larger than ${most} MB: make it smaller first`, true);
+      return board.message(`${file.name} is larger than ${most} MB: make it smaller first`, true);
     }
     // gradio puts the button's file input before the button
     let input = document.getElementById('open-picture');
@@ -19,8 +19,8 @@ const canvas = mountCanvas(element, props.settings, {
     input.dispatchEvent(new Event('change', { bubbles: true }));
   },
 });
-const show = () => canvas.setImage(props.picture, ...size());
+const show = () => board.setImage(props.picture, ...size());
 watch(['picture'], show);
-watch(['note'], () => canvas.message(props.note[1], true));
-watch(['value'], () => canvas.setMarks(JSON.parse(props.value || '[]')));
+watch(['note'], () => board.message(props.note[1], true));
+watch(['value'], () => board.setMarks(JSON.parse(props.value || '[]')));
 show();

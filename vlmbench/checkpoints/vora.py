@@ -122,7 +122,7 @@ def lora_settings(
         depth if published['layers'] == 'all' else published['layers'],
         max(1, published['r']),
         float(published.get('scale', 1.0)),
-        sorted(target.rpartition('.')[2] for target in published['target_modules']),
+        sorted(name.rpartition('.')[2] for name in published['target_modules']),
         extra_bias,
         merged=merged,
     )
@@ -217,11 +217,11 @@ def release_lora(
     """Settings of the LoRA layers of a release; None: it has none. `extra`: its tensors that the
     plain language model of `depth` layers does not have. `published`: the `lora` of its
     configuration. Raises `CheckpointFormatError` for several ranks."""
-    layers, targets, ranks, bias = set(), set(), set(), 'none'
+    layers, modules, ranks, bias = set(), set(), set(), 'none'
     for name, tensor in extra.items():
         if match := _EXTRA.fullmatch(name):
             layers.add(int(match[1]))
-            targets.add(match[2])
+            modules.add(match[2])
             if match[3] == 'bias':
                 bias = 'zero'
             else:  # lora_A is [rank, in], lora_B [out, rank]
@@ -235,7 +235,7 @@ def release_lora(
         return None
     # without the configuration's word: as many layers as have anything of their own
     rank, merged = next(iter(ranks), 1), not ranks
-    return LoRASettings(1 + max(layers), rank, 1.0, sorted(targets), bias, merged=merged)
+    return LoRASettings(1 + max(layers), rank, 1.0, sorted(modules), bias, merged=merged)
 
 # %% ../../nbs/checkpoints/40_vora.ipynb #e54ced66
 def release_front(state: Mapping[str, Tensor], eps: float, lora: LoRASettings | None) -> dict:

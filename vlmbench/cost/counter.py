@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 
+from fastcore.basics import patch
 import torch
 from torch import nn, Tensor
 from torch.autograd.graph import _engine_run_backward
@@ -106,16 +107,6 @@ def _kept(func, out):
     return tuple(map(_described, results))
 
 # %% ../../nbs/cost/10_counter.ipynb #e9e3e469
-_OPERANDS = {  # which arguments of a product are its operands
-    _aten.mm: (0, 1),
-    _aten.addmm: (1, 2),
-    _aten.bmm: (0, 1),
-    _aten.baddbmm: (1, 2),
-    _aten.convolution: (0, 1),
-}
-_FUSED = {_aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_flash_attention}
-
-
 class Meter(TorchDispatchMode):
     """Counts FLOPs (`flops` of every part of the model in the forward pass, with what they say of
     the way back; `backward`, what it took) and the bytes of living tensors (`live`, `peak`) on
@@ -142,50 +133,72 @@ class Meter(TorchDispatchMode):
                     self._watch(t)
         return out
 
-    def _count(self, op, args, kwargs, out):
-        n = flop_registry[op](*args, **kwargs, out_val=out)
-        if self.phase == 'backward':
-            self.backward += n
-            return
-        self.flops[self.part] = self.flops.get(self.part, Flops()) + self._products(op, args, n)
+# %% ../../nbs/cost/10_counter.ipynb #c3a26aa5
+_OPERANDS = {  # which arguments of a product are its operands
+    _aten.mm: (0, 1),
+    _aten.addmm: (1, 2),
+    _aten.bmm: (0, 1),
+    _aten.baddbmm: (1, 2),
+    _aten.convolution: (0, 1),
+}
+_FUSED = {_aten._scaled_dot_product_efficient_attention, _aten._scaled_dot_product_flash_attention}
 
-    def _products(self, op, args, n):
-        "FLOPs of an operation that takes `n` in the forward pass, with those of its way back."
-        if not torch.is_grad_enabled():
-            return Flops(n)
-        if op in _FUSED:  # two products; the way back has four, and computes the scores once more
-            return Flops(n, 5 * n // 2 if any(t.requires_grad for t in args[:3]) else 0)
-        operands = [args[i] for i in _OPERANDS.get(op, ()) if args[i].requires_grad]
-        weights = sum(t.untyped_storage()._cdata in self.weights for t in operands)
-        return product_flops(n, len(operands) - weights, weights)
 
-    def _watch(self, t):
-        storage = t.untyped_storage()
-        key, n = storage._cdata, storage.nbytes()
-        if key in self.alive:
-            return
-        self.alive[key] = n
-        weakref.finalize(storage, self._free, key).atexit = False
-        self.live += n
-        self.peak = max(self.peak, self.live)
-        apart = self.live - self.kept
-        self.apart = max(self.apart, apart)
-        self.working = max(self.working, apart - sum(self.copies.values()))
+@patch
+def _count(self: Meter, op, args, kwargs, out):
+    n = flop_registry[op](*args, **kwargs, out_val=out)
+    if self.phase == 'backward':
+        self.backward += n
+        return
+    self.flops[self.part] = self.flops.get(self.part, Flops()) + self._products(op, args, n)
 
-    def copied(self, t: Tensor) -> None:
-        "`t` is a copy of a weight in another precision."
-        storage = t.untyped_storage()
-        self.weights.add(storage._cdata)
-        self.copies[storage._cdata] = storage.nbytes()
 
-    def keep_gradient(self, parameter: Tensor) -> None:
-        "The gradient of `parameter` is finished (a hook for torch, called once a parameter)."
-        self.kept += parameter.grad.untyped_storage().nbytes()
+@patch
+def _products(self: Meter, op, args, n):
+    "FLOPs of an operation that takes `n` in the forward pass, with those of its way back."
+    if not torch.is_grad_enabled():
+        return Flops(n)
+    if op in _FUSED:  # two products; the way back has four, and computes the scores once more
+        return Flops(n, 5 * n // 2 if any(t.requires_grad for t in args[:3]) else 0)
+    operands = [args[i] for i in _OPERANDS.get(op, ()) if args[i].requires_grad]
+    weights = sum(t.untyped_storage()._cdata in self.weights for t in operands)
+    return product_flops(n, len(operands) - weights, weights)
 
-    def _free(self, key):
-        self.live -= self.alive.pop(key, 0)
-        self.copies.pop(key, None)
-        self.weights.discard(key)
+# %% ../../nbs/cost/10_counter.ipynb #92813133
+@patch
+def _watch(self: Meter, t):
+    storage = t.untyped_storage()
+    key, n = storage._cdata, storage.nbytes()
+    if key in self.alive:
+        return
+    self.alive[key] = n
+    weakref.finalize(storage, self._free, key).atexit = False
+    self.live += n
+    self.peak = max(self.peak, self.live)
+    apart = self.live - self.kept
+    self.apart = max(self.apart, apart)
+    self.working = max(self.working, apart - sum(self.copies.values()))
+
+
+@patch
+def copied(self: Meter, t: Tensor) -> None:
+    "`t` is a copy of a weight in another precision."
+    storage = t.untyped_storage()
+    self.weights.add(storage._cdata)
+    self.copies[storage._cdata] = storage.nbytes()
+
+
+@patch
+def keep_gradient(self: Meter, parameter: Tensor) -> None:
+    "The gradient of `parameter` is finished (a hook for torch, called once a parameter)."
+    self.kept += parameter.grad.untyped_storage().nbytes()
+
+
+@patch
+def _free(self: Meter, key):
+    self.live -= self.alive.pop(key, 0)
+    self.copies.pop(key, None)
+    self.weights.discard(key)
 
 # %% ../../nbs/cost/10_counter.ipynb #3e431aa8
 _F = nn.functional
@@ -216,7 +229,7 @@ _HIGH = {
     Tensor.log_softmax,
 }
 
-
+# %% ../../nbs/cost/10_counter.ipynb #ccffdcfa
 class Precision(TorchFunctionMode):
     "Mixed precision as `torch.autocast('cuda', torch.bfloat16)` has it, for tensors of any device."
 

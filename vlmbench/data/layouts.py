@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastcore.basics import patch
+
 from .columns import PICTURE_SUFFIXES, picture_column
 from .files import replacing
 from .quarantine import BadRecord
@@ -162,31 +164,35 @@ class TarRows(StoredRows):
             self._fill(row, pictures)
         return row
 
-    def _fill(self, row: dict, pictures: Mapping[str, tuple[str, int, int]]) -> None:
-        "Put the encoded pictures in the place of their names in `row`."
-        frames = row.get('frames')
-        key, names = ('frames', frames) if frames else picture_column(row)
-        by_name = {PurePosixPath(name).name: member for name, member in pictures.items()}
-        wanted = [PurePosixPath(str(name)).name for name in names]
-        if all(name in by_name for name in wanted) and names:
-            members = [by_name[name] for name in wanted]
-        elif not names or len(names) == len(pictures):  # named as before they were packed
-            members = list(pictures.values())
-        else:
-            raise BadRecord(
-                f'image count: the row names {len(names)} pictures, the archive has {list(by_name)}'
-            )
-        cells = [dict(path=member[0], bytes=self._bytes(member)) for member in members]
-        row[key or 'image'] = cells if len(cells) > 1 or key == 'frames' else cells[0]
+# %% ../../nbs/data/05b_layouts.ipynb #0154afe0
+@patch
+def _fill(self: TarRows, row: dict, pictures: Mapping[str, tuple[str, int, int]]) -> None:
+    "Put the encoded pictures in the place of their names in `row`."
+    frames = row.get('frames')
+    key, names = ('frames', frames) if frames else picture_column(row)
+    by_name = {PurePosixPath(name).name: member for name, member in pictures.items()}
+    wanted = [PurePosixPath(str(name)).name for name in names]
+    if all(name in by_name for name in wanted) and names:
+        members = [by_name[name] for name in wanted]
+    elif not names or len(names) == len(pictures):  # named as before they were packed
+        members = list(pictures.values())
+    else:
+        raise BadRecord(
+            f'image count: the row names {len(names)} pictures, the archive has {list(by_name)}'
+        )
+    cells = [dict(path=member[0], bytes=self._bytes(member)) for member in members]
+    row[key or 'image'] = cells if len(cells) > 1 or key == 'frames' else cells[0]
 
-    def _bytes(self, member: tuple[str, int, int]) -> bytes:
-        _, offset, size = member
-        with open(self.path, 'rb', buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
-        if len(data) != size:
-            raise BadRecord(f'truncated: {member[0]} of {self.path.name}')
-        return data
+
+@patch
+def _bytes(self: TarRows, member: tuple[str, int, int]) -> bytes:
+    _, offset, size = member
+    with open(self.path, 'rb', buffering=0) as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise BadRecord(f'truncated: {member[0]} of {self.path.name}')
+    return data
 
 # %% ../../nbs/data/05b_layouts.ipynb #190de588
 def is_saved(path: str | Path) -> bool:

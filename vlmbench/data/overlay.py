@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKERS', 'PALETTE', 'ANCHOR', 'STYLES', 'DATASET_KINDS', 'check_kind', 'color_rgb', 'region_text', 'Marker', 'unit',
-           'bezier', 'sample_alpha', 'check_region', 'sample_marker', 'canvas', 'draw_marker', 'random_rgb',
+           'bezier', 'sample_alpha', 'check_region', 'sample_marker', 'marker_layer', 'draw_marker', 'random_rgb',
            'one_color', 'joint_markers']
 
 # %% ../../nbs/data/30_overlay.ipynb #2aff5b9e
@@ -351,7 +351,7 @@ def _draw_arrow(d: ImageDraw.ImageDraw, m: Marker, ink: tuple):
         d.line(head, fill=ink, width=m.width)
 
 # %% ../../nbs/data/30_overlay.ipynb #360c26a8
-def canvas(
+def marker_layer(
     marker: Marker, size: tuple[int, int], color: str | Sequence[int], alpha: int
 ) -> Image.Image:
     "The marker alone on a transparent RGBA layer of `size`."
@@ -392,7 +392,7 @@ def draw_marker(
     """A new RGB picture with `marker` blended onto `image`, which is turned upright first: markers
     are stated in pixels of the picture as it is seen."""
     image = upright(image)
-    layer, out = canvas(marker, image.size, color, alpha), image.convert('RGB')
+    layer, out = marker_layer(marker, image.size, color, alpha), image.convert('RGB')
     if box := layer.getbbox():  # blending the drawn part only: the rest would stay as it is
         out.paste(
             Image.alpha_composite(out.crop(box).convert('RGBA'), layer.crop(box)).convert('RGB'),

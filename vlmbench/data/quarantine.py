@@ -74,37 +74,42 @@ class Quarantine:
         if self._too_many() and not self._held:
             raise TooManyBadRecords(self.verdict())
 
-    def note(self, what: str, n: int = 1, row: tuple[str, int] | None = None):
-        """Count a fallback that kept the row (a dropped leading turn, the first frame of an
-        animation); a `row` (file, number) that is read again counts once."""
-        if row is None:
-            self._notes[what] += n
-        else:
-            self._noted.setdefault((what, row[0]), set()).add(row[1])
-
-    @property
-    def notes(self) -> Counter:
-        "Number of fallbacks of each kind."
-        total = Counter(self._notes)
-        for (what, _), rows in list(self._noted.items()):
-            total[what] += len(rows)
-        return total
+    def _too_many(self):
+        return self.max_count is not None and self.n_bad > self.max_count
 
     def summary(self) -> dict[str, int]:
         "Number of bad rows per reason category, most frequent first."
         return dict(self.reasons.most_common())
 
-    def _too_many(self):
-        return self.max_count is not None and self.n_bad > self.max_count
+# %% ../../nbs/data/06_quarantine.ipynb #f68ac5bd
+@patch
+def note(self: Quarantine, what: str, n: int = 1, row: tuple[str, int] | None = None):
+    """Count a fallback that kept the row (a dropped leading turn, the first frame of an
+    animation); a `row` (file, number) that is read again counts once."""
+    if row is None:
+        self._notes[what] += n
+    else:
+        self._noted.setdefault((what, row[0]), set()).add(row[1])
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        "Count without raising: the caller asks `verdict(...)` where it can stop without a loss."
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
+
+@patch(as_prop=True)
+def notes(self: Quarantine) -> Counter:
+    "Number of fallbacks of each kind."
+    total = Counter(self._notes)
+    for (what, _), rows in list(self._noted.items()):
+        total[what] += len(rows)
+    return total
+
+# %% ../../nbs/data/06_quarantine.ipynb #1d364c3d
+@patch
+@contextmanager
+def held(self: Quarantine) -> Iterator[None]:
+    "Count without raising: the caller asks `verdict(...)` where it can stop without a loss."
+    self._held = True
+    try:
+        yield
+    finally:
+        self._held = False
 
 # %% ../../nbs/data/06_quarantine.ipynb #06e5bcb5
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'ROLES', 'MISSING_MARK', 'READERS', 'Turn', 'ImageRef', 'Sample', 'parse_turns', 'allowed_roots',
            'sample_from_llava', 'frames_prompt', 'sample_from_vora', 'sample_from_row', 'read_llava', 'read_vora',
-           'read_regions', 'read_index', 'read_records', 'Records', 'to_llava_row', 'write_llava', 'image_first']
+           'read_regions', 'read_records', 'Records', 'to_llava_row', 'write_llava']
 
 # %% ../../nbs/data/00_record.ipynb #1cf083d5
 import json, os
@@ -467,31 +467,6 @@ def read_regions(
 
     return _read(path, parse, quarantine, format)
 
-# %% ../../nbs/data/00_record.ipynb #6ffd4bea
-def read_index(
-    path: str | Path,
-    rows_dir: str | Path,
-    image_root=None,
-    quarantine: Quarantine | None = None,
-    roots: Iterable[str | Path] = (),
-    **kwargs,
-) -> Iterator[Sample]:
-    """Samples of a JSON list of ids whose rows are the files `rows_dir/{id}.json`; other arguments
-    as in `sample_from_llava`."""
-    root = allowed_roots(Path(rows_dir) if image_root is None else image_root, roots)
-
-    def parse(id, **kw):
-        if not isinstance(id, str):
-            raise BadRecord(f'wrong type: the id is {type(id).__name__}, not text')
-        name = _image_ref(f'{id}.json', rows_dir).path
-        try:
-            row = json.loads((Path(rows_dir) / name).read_text(encoding='utf-8'))
-        except (OSError, ValueError, RecursionError) as e:
-            raise BadRecord(f'unreadable row file: {name}: {e}') from None
-        return sample_from_llava(row, root, **kwargs, **kw)
-
-    return _read(path, parse, quarantine)
-
 # %% ../../nbs/data/00_record.ipynb #653bfe85
 READERS = {'llava': read_llava, 'vora': read_vora, 'region': read_regions}
 
@@ -617,17 +592,3 @@ def write_llava(samples: Iterable[Sample], path: str | Path) -> int:
         if is_list:
             f.write('\n]\n')
     return n
-
-# %% ../../nbs/data/00_record.ipynb #eeb418ca
-def image_first(sample: Sample) -> Sample:
-    """The sample with a single-image turn's `<image>` moved to its front, followed by a line break
-    (LLaVA-1.5 training)."""
-
-    def move(turn):
-        if turn.text.count(IMAGE_TOKEN) != 1:
-            return turn
-        return Turn(
-            turn.role, f'{IMAGE_TOKEN}\n{turn.text.replace(IMAGE_TOKEN, "").strip()}'.strip()
-        )
-
-    return replace(sample, turns=[move(t) for t in sample.turns])

@@ -155,7 +155,7 @@ def _turn_spans(self: ChatTemplate, turns: Sequence[Turn]) -> list[list[Span]]:
         blocks.append(block)
     return blocks
 
-
+# %% ../../nbs/data/08_spans.ipynb #f4ea7195
 @patch
 def spans(
     self: ChatTemplate,
@@ -185,7 +185,7 @@ def spans(
 
     return [s for s in map(final, range(len(res)), res) if s.text]
 
-
+# %% ../../nbs/data/08_spans.ipynb #36ec66a3
 @patch
 def render(
     self: ChatTemplate,

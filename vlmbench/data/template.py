@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'IGNORE', 'get_template', 'to_messages', 'from_messages', 'images_first', 'Encoded', 'encode',
-           'target_texts', 'prompt_is_prefix', 'Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']
+           'target_texts', 'Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']
 
 # %% ../../nbs/data/10_template.ipynb #2b8875ce
 import json, warnings
@@ -85,70 +85,74 @@ def _phi(role: str) -> tuple[Span, ...]:
 # %% ../../nbs/data/10_template.ipynb #e500ddfd
 _all_ = ['Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']  # of data.spans
 
-TEMPLATES = {
-    t.name: t
-    for t in (
-        _vicuna('vicuna_v1', _assistant_system('user')),
-        _vicuna('llava_v1', _assistant_system('human')),
-        _vicuna('v1_mmtag', _MMTAG),
-        ChatTemplate(
-            'llava_v0',
-            pieces(CONTENT, '###'),
-            pieces('Human: ', CONTENT, '###'),
-            pieces('Assistant:'),
-            pieces(' ', CONTENT, '###', target=True),
-            bos=BOS,
-            default_system=_assistant_system('human'),
-        ),
-        ChatTemplate(
-            'llava_llama_2',
-            pieces('<<SYS>>\n', CONTENT, '\n<</SYS>>\n\n'),
-            pieces((BOS,), '[INST] ', CONTENT, ' [/INST]'),
-            (),
-            pieces(' ', CONTENT, ' ', (EOS,), target=True),
-            default_system=_LLAVA_SYSTEM,
-            system_inside=True,
-        ),
-        _chatml(
-            'mpt',
-            '',
-            default_system='A conversation between a user and an LLM-based AI assistant. The '
-            'assistant gives '
-            'helpful and honest answers.',
-        ),
-        ChatTemplate(
-            'llava_plain',
-            (),
-            pieces(CONTENT),
-            (),
-            pieces(CONTENT, '\n', target=True),
-            bos=BOS,
-            captions=True,
-        ),
-        _llama('llama_3', '\n\n', default_system=_LLAVA_SYSTEM),
-        _llama('zero_llama3', '\n'),
-        ChatTemplate(
-            'phi_3',
-            _phi('system'),
-            _phi('user'),
-            pieces(('<|assistant|>',), '\n'),
-            pieces(CONTENT, ('<|end|>',), target=True) + pieces('\n'),
-            bos=BOS,
-            default_system=_LLAVA_SYSTEM,
-        ),
-        _chatml('chatml', '', joiner='\n', default_system='You are a helpful assistant.'),
-        _chatml('zero_qwen', '\n'),
-        ChatTemplate(
-            'world',
-            pieces(('<|system|>',), ' ', CONTENT, ' ', ('<|end|>',)),
-            pieces(('<|user|>',), ' ', CONTENT),
-            pieces(('<|assistant|>',)),
-            pieces(' ', CONTENT, ' ', ('<|end|>',), target=True),
-            joiner=' ',
-            image_sep=' ',
-        ),
-    )
-}
+_OF_LLAVA = (
+    _vicuna('vicuna_v1', _assistant_system('user')),
+    _vicuna('llava_v1', _assistant_system('human')),
+    _vicuna('v1_mmtag', _MMTAG),
+    ChatTemplate(
+        'llava_v0',
+        pieces(CONTENT, '###'),
+        pieces('Human: ', CONTENT, '###'),
+        pieces('Assistant:'),
+        pieces(' ', CONTENT, '###', target=True),
+        bos=BOS,
+        default_system=_assistant_system('human'),
+    ),
+    ChatTemplate(
+        'llava_llama_2',
+        pieces('<<SYS>>\n', CONTENT, '\n<</SYS>>\n\n'),
+        pieces((BOS,), '[INST] ', CONTENT, ' [/INST]'),
+        (),
+        pieces(' ', CONTENT, ' ', (EOS,), target=True),
+        default_system=_LLAVA_SYSTEM,
+        system_inside=True,
+    ),
+    _chatml(
+        'mpt',
+        '',
+        default_system='A conversation between a user and an LLM-based AI assistant. The '
+        'assistant gives '
+        'helpful and honest answers.',
+    ),
+    ChatTemplate(
+        'llava_plain',
+        (),
+        pieces(CONTENT),
+        (),
+        pieces(CONTENT, '\n', target=True),
+        bos=BOS,
+        captions=True,
+    ),
+)
+
+# %% ../../nbs/data/10_template.ipynb #75f05e86
+_OF_LATER_MODELS = (
+    _llama('llama_3', '\n\n', default_system=_LLAVA_SYSTEM),
+    _llama('zero_llama3', '\n'),
+    ChatTemplate(
+        'phi_3',
+        _phi('system'),
+        _phi('user'),
+        pieces(('<|assistant|>',), '\n'),
+        pieces(CONTENT, ('<|end|>',), target=True) + pieces('\n'),
+        bos=BOS,
+        default_system=_LLAVA_SYSTEM,
+    ),
+    _chatml('chatml', '', joiner='\n', default_system='You are a helpful assistant.'),
+    _chatml('zero_qwen', '\n'),
+    ChatTemplate(
+        'world',
+        pieces(('<|system|>',), ' ', CONTENT, ' ', ('<|end|>',)),
+        pieces(('<|user|>',), ' ', CONTENT),
+        pieces(('<|assistant|>',)),
+        pieces(' ', CONTENT, ' ', ('<|end|>',), target=True),
+        joiner=' ',
+        image_sep=' ',
+    ),
+)
+
+# %% ../../nbs/data/10_template.ipynb #bf596779
+TEMPLATES = {t.name: t for t in (*_OF_LLAVA, *_OF_LATER_MODELS)}
 
 
 def get_template(name: str) -> ChatTemplate:
@@ -392,16 +396,3 @@ def target_texts(encoded: Encoded, tokenizer) -> list[str]:
             runs[-1].append(t)
         prev = t != IGNORE
     return [tokenizer.decode(r) for r in runs]
-
-# %% ../../nbs/data/10_template.ipynb #c61b1759
-def prompt_is_prefix(
-    tokenizer, template: ChatTemplate | str, answers: Sequence[str] = ('It is', 'a', '1')
-) -> bool:
-    """Do the ids of a generation prompt start the ids of the same conversation with each of
-    `answers`?"""
-    question = Turn('user', 'What?')
-    prompt = encode([question], tokenizer, template, add_generation_prompt=True).input_ids
-    full = [
-        encode([question, Turn('assistant', a)], tokenizer, template).input_ids for a in answers
-    ]
-    return all(torch.equal(f[: len(prompt)], prompt) for f in full)

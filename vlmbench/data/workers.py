@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 
@@ -132,42 +133,6 @@ class Workers:
             self.processes.append(process)
             self.pipes.append(mine)
 
-    def map(self, items: Iterable[Any]) -> Iterator[Any]:
-        """`work(item)` of every item, in their order. Raises what `work` raises, at the item's
-        turn, and RuntimeError naming a worker that died."""
-        ahead: deque = deque()
-        for turn, item in enumerate(items):
-            number = turn % len(self.pipes)
-            self._send(number, item)
-            ahead.append((number, item))
-            if len(ahead) >= _AHEAD * len(self.pipes):
-                yield self._take(*ahead.popleft())
-        while ahead:
-            yield self._take(*ahead.popleft())
-
-    def _send(self, number: int, item: Any) -> None:
-        try:
-            self.pipes[number].send(item)
-        except OSError:
-            raise self._died(number, item) from None
-
-    def _take(self, number: int, item: Any) -> Any:
-        try:
-            outcome = _receive(self.pipes[number])
-        except (EOFError, OSError):
-            raise self._died(number, item) from None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome[0]
-
-    def _died(self, number: int, item: Any) -> RuntimeError:
-        process = self.processes[number]
-        process.join(5)
-        return RuntimeError(
-            f'worker {number} (process {process.pid}) died with exit code {process.exitcode} '
-            f'before it gave the result of {item}; -9 often means that the memory was used up'
-        )
-
     def stop(self) -> None:
         "End all workers, in the middle of their work if need be; whoever waits for one is told."
         for process in self.processes:
@@ -179,3 +144,47 @@ class Workers:
         for process, pipe in zip(self.processes, self.pipes):
             process.join()
             pipe.close()
+
+# %% ../../nbs/data/49_workers.ipynb #1198d2a7
+@patch
+def map(self: Workers, items: Iterable[Any]) -> Iterator[Any]:
+    """`work(item)` of every item, in their order. Raises what `work` raises, at the item's
+    turn, and RuntimeError naming a worker that died."""
+    ahead: deque = deque()
+    for turn, item in enumerate(items):
+        number = turn % len(self.pipes)
+        self._send(number, item)
+        ahead.append((number, item))
+        if len(ahead) >= _AHEAD * len(self.pipes):
+            yield self._take(*ahead.popleft())
+    while ahead:
+        yield self._take(*ahead.popleft())
+
+
+@patch
+def _send(self: Workers, number: int, item: Any) -> None:
+    try:
+        self.pipes[number].send(item)
+    except OSError:
+        raise self._died(number, item) from None
+
+
+@patch
+def _take(self: Workers, number: int, item: Any) -> Any:
+    try:
+        outcome = _receive(self.pipes[number])
+    except (EOFError, OSError):
+        raise self._died(number, item) from None
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome[0]
+
+
+@patch
+def _died(self: Workers, number: int, item: Any) -> RuntimeError:
+    process = self.processes[number]
+    process.join(5)
+    return RuntimeError(
+        f'worker {number} (process {process.pid}) died with exit code {process.exitcode} '
+        f'before it gave the result of {item}; -9 often means that the memory was used up'
+    )

@@ -288,7 +288,7 @@ def _holds_world(folder: Path, want: dict) -> bool:
         )
     return mark.exists()
 
-
+# %% ../../nbs/data/60_world.ipynb #55fb536a
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     "Holds the lock `.<name>.lock` beside `folder`, where the file system has locks."
@@ -305,7 +305,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
-
+# %% ../../nbs/data/60_world.ipynb #b0ecaf9f
 def _write_split(folder: Path, name: str, n: int, config: WorldConfig) -> int:
     "Write one JSON file and its pictures; returns the number of rows."
     (kind, split), rows = name.split('_'), []

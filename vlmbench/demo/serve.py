@@ -23,7 +23,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 # %% ../../nbs/demo/10_serve.ipynb #1df15712
 from ..data.image import ImageError, load_image
-from .canvas import asset_text, canvas_js, canvas_settings, data_url
+from .board import asset_text, board_js, board_settings, data_url
 from .chat import ChatError, ChatModel, example_questions
 from .visit import SIDES, Limits, Visit, note
 
@@ -60,7 +60,7 @@ class _Handlers:
     def visit(self, visit: Visit | None) -> Visit:
         return visit or Visit(self.models, self.limits)
 
-    def canvas(self, image: Image.Image) -> Any:
+    def board(self, image: Image.Image) -> Any:
         "The drawing surface with another picture and no markers."
         return self.gr.HTML(
             value='[]', picture=data_url(image), wide=image.width, high=image.height
@@ -73,7 +73,7 @@ class _Handlers:
 @patch
 def start(self: _Handlers) -> list:
     image = self.images[0]
-    return [Visit(self.models, self.limits, image), self.canvas(image)]
+    return [Visit(self.models, self.limits, image), self.board(image)]
 
 
 @patch
@@ -87,7 +87,7 @@ def open_picture(self: _Handlers, data: Any, visit: Visit | None) -> list:
         return [visit, told, *self.skip(), *self.skip()]
     empty = [[] for _ in self.sides]
     unseen = [self.gr.Gallery(value=[], visible=False) for _ in self.sides]
-    return [visit, self.canvas(image), *empty, *unseen]
+    return [visit, self.board(image), *empty, *unseen]
 
 
 @patch
@@ -170,16 +170,16 @@ _HEAD = """
 
 
 def _picture_column(do: _Handlers) -> tuple[Any, Any, Any]:
-    "The canvas, the button that opens a picture, the examples."
+    "The board, the button that opens a picture, the examples."
     gr, limits, several = do.gr, do.limits, len(do.images) > 1
     with gr.Column(scale=5, min_width=400):
-        canvas = gr.HTML(
+        board = gr.HTML(
             value='[]',
             html_template='<div></div>',
-            js_on_load=canvas_js() + asset_text('serve.js'),
+            js_on_load=board_js() + asset_text('serve.js'),
             apply_default_css=False,
-            elem_id='canvas',
-            settings=canvas_settings() | dict(max_bytes=int(limits.max_upload_mb * 1e6)),
+            elem_id='board',
+            settings=board_settings() | dict(max_bytes=int(limits.max_upload_mb * 1e6)),
             picture='',
             wide=0,
             high=0,
@@ -205,7 +205,7 @@ def _picture_column(do: _Handlers) -> tuple[Any, Any, Any]:
             elem_id='examples',
             buttons=[],
         )
-    return canvas, upload, examples
+    return board, upload, examples
 
 # %% ../../nbs/demo/10_serve.ipynb #04f1cc78
 def _conversations(do: _Handlers) -> tuple[list, list]:
@@ -313,7 +313,7 @@ def _try_buttons(do: _Handlers, question: Any) -> None:
 
 def _wire_picture(do: _Handlers, visit: Any, column: tuple, question: Any, shown: list) -> None:
     "Events of the picture's column; `shown` are the conversations and views that begin anew."
-    gr, (canvas, upload, examples) = do.gr, column
+    gr, (board, upload, examples) = do.gr, column
 
     # gradio tells by the annotation what kind of event a handler wants to see
     def open_example(visit, choice: gr.SelectData):
@@ -322,10 +322,10 @@ def _wire_picture(do: _Handlers, visit: Any, column: tuple, question: Any, shown
     def insert(question, event: gr.EventData):
         return f'{question.rstrip()} {event.text} '.lstrip()
 
-    opened = [visit, canvas, *shown]
+    opened = [visit, board, *shown]
     upload.upload(do.open_picture, [upload, visit], opened, api_name='open_picture', **_DIRECT)
     examples.select(open_example, [visit], opened, **_OWN)
-    canvas.insert(insert, question, question, **_OWN)
+    board.insert(insert, question, question, **_OWN)
 
 # %% ../../nbs/demo/10_serve.ipynb #0b4647bd
 def _chooser(do: _Handlers, side: str) -> Callable:
@@ -356,8 +356,8 @@ def build_page(
                 _try_buttons(do, question)
                 views = _views(do)
                 tokens, temperature = _answer_settings(do)
-        canvas = column[0]
-        page.load(do.start, None, [visit, canvas], **_OWN)
+        board = column[0]
+        page.load(do.start, None, [visit, board], **_OWN)
         _wire_picture(do, visit, column, question, [*chats, *views])
         for side, box, chat in zip(do.sides, boxes, chats):
             box.change(_chooser(do, side), [box, visit], [visit, chat], **_OWN)
@@ -365,7 +365,7 @@ def build_page(
         gr.on(
             [ask.click, question.submit],
             do.ask,
-            [question, canvas, tokens, temperature, visit],
+            [question, board, tokens, temperature, visit],
             [question, ask, stop, visit, *chats, *views],
             api_name='ask',
             # one question at a time over all tabs: models share the device

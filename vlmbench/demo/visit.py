@@ -18,7 +18,7 @@ from PIL import Image
 # %% ../../nbs/demo/08_visit.ipynb #ba37b131
 from ..data.image import ImageError, load_image
 from ..data.record import ImageRef
-from .canvas import prompts_from_marks
+from .board import prompts_from_marks
 from .chat import Chat, ChatError, ChatModel, refer, unknown_words
 
 # %% ../../nbs/demo/08_visit.ipynb #6480b4f1

@@ -288,7 +288,7 @@ def answer(
 class Alone:
     "One process, where `vlmbench.train.process.Ranks` stands for several."
 
-    rank, world = 0, 1
+    rank, size = 0, 1
 
     def gather(self, value: Any) -> list:
         "`value` of every rank."
@@ -298,7 +298,7 @@ class Alone:
 def _dealt_out(batches: Sequence[list[Item]], ranks: Any) -> Iterator[list[Item]]:
     """This rank's batches; an empty one where the last round has none left for it: all ranks make
     the same number of rounds."""
-    for start in range(0, len(batches), ranks.world):
+    for start in range(0, len(batches), ranks.size):
         mine = start + ranks.rank
         yield batches[mine] if mine < len(batches) else []
 

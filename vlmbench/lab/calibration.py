@@ -25,6 +25,7 @@ from transformers import (
 # %% ../../nbs/lab/12_calibration.ipynb #37ed2c0f
 from ..data.collate import collate_padded
 from ..data.record import Sample
+from ..data.template import to_messages
 from ..evaluate.generate import render_prompt
 from ..models.vlm import load_complete
 
@@ -121,7 +122,7 @@ def _prompt(processor, asked, pictures):
     if pictures:
         return render_prompt(processor, asked)
     return processor.apply_chat_template(
-        [dict(role=turn.role, content=turn.text) for turn in asked.turns],
+        to_messages(asked.turns),
         add_generation_prompt=True,
         tokenize=False,
     )

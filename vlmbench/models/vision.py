@@ -184,6 +184,11 @@ def tower_config(backbone: dict | PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def _new_tower(backbone: dict) -> PreTrainedModel:
+    "A tower of random weights."
+    return AutoModel.from_config(tower_config(backbone), dtype=torch.get_default_dtype())
+
+
 def backbone_dict(config: dict | PreTrainedConfig) -> dict:
     "JSON-able dict of a tower's config, the form kept in a front end's setting `backbone`."
     # through JSON: dtypes and tuples become what a saved config would hold
@@ -256,11 +261,7 @@ class EncoderFrontEnd(FrontEnd):
     def __init__(self, config: dict, hidden_size: int, tower: PreTrainedModel | None = None):
         super().__init__(config, hidden_size)
         c = self.config
-        if tower is None:
-            tower = AutoModel.from_config(
-                tower_config(c['backbone']), dtype=torch.get_default_dtype()
-            )
-        self.tower = tower
+        self.tower = _new_tower(c['backbone']) if tower is None else tower
         # transformers may put the normed output in the place of the last hidden state; this asks
         # for the state itself, so that -1 means the same in every tower
         self.tower.config.tie_last_hidden_states = False

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTRA_BIAS', 'TOKENS', 'LoRASettings', 'TokenGate', 'VisionLoRALinear', 'add_vision_lora', 'vision_lora_layers',
-           'merge_vision_lora', 'lora_size']
+           'merge_vision_lora']
 
 # %% ../../nbs/models/44_vision_lora.ipynb #6e05fd9b
 import dataclasses
@@ -23,7 +23,7 @@ EXTRA_BIAS, TOKENS = ('none', 'zero', 'reference_random'), ('all', 'image')
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """`layers`: the first N blocks; `r`: rank; `scale`: factor on the update; `targets`: last names
+    """`layers`: the first N blocks; `r`: rank; `scale`: factor on the update; `modules`: last names
     of the linear layers (None: every one of a block); `extra_bias`: what layers without a bias get
     ('none', 'zero', 'reference_random'); `tokens`: 'all', or 'image' (text passes by the update);
     `merged`: the update is in the weights already and only extra biases are left. Raises ValueError
@@ -32,14 +32,14 @@ class LoRASettings:
     layers: int
     r: int
     scale: float = 1.0
-    targets: tuple[str, ...] | None = None
+    modules: tuple[str, ...] | None = None
     extra_bias: str = 'none'
     tokens: str = 'all'
     merged: bool = False
 
     def __post_init__(self):
-        if self.targets is not None:
-            object.__setattr__(self, 'targets', tuple(self.targets))
+        if self.modules is not None:
+            object.__setattr__(self, 'modules', tuple(self.modules))
         for k in ('layers', 'r'):
             v = getattr(self, k)
             if isinstance(v, bool) or not isinstance(v, int) or v < 1:
@@ -52,19 +52,22 @@ class LoRASettings:
             )
         if self.tokens not in TOKENS:
             raise ValueError(f'lora.tokens must be one of {TOKENS}, got {self.tokens!r}')
-        if self.targets == ():
-            raise ValueError('lora.targets is empty; leave it None for every linear layer')
+        if self.modules == ():
+            raise ValueError('lora.modules is empty; leave it None for every linear layer')
 
     def to_dict(self) -> dict:
-        "Plain values for JSON."
-        return {
-            **dataclasses.asdict(self),
-            'targets': None if self.targets is None else list(self.targets),
-        }
+        "Plain values for JSON, by the names that saved configurations have."
+        values = dataclasses.asdict(self)
+        modules = values.pop('modules')
+        return {**values, 'targets': None if modules is None else list(modules)}
 
     @classmethod
     def from_dict(cls, d: Mapping) -> 'LoRASettings':
-        "The inverse of `to_dict`; an unknown or missing setting is an error."
+        """The inverse of `to_dict`, which stores `modules` as `targets`; either name is read. An
+        unknown or missing setting is an error."""
+        d = dict(d)
+        if 'targets' in d:
+            d.setdefault('modules', d.pop('targets'))
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(d) - set(known)):
             raise ValueError(f'lora has no setting {unknown}; it knows {known}')
@@ -165,11 +168,11 @@ def merge(self: VisionLoRALinear) -> nn.Linear:
 
 # %% ../../nbs/models/44_vision_lora.ipynb #025ac79d
 def add_vision_lora(language_model: nn.Module, settings: LoRASettings) -> TokenGate | None:
-    """Replace the target linear layers of the first `settings.layers` blocks by `VisionLoRALinear`,
+    """Replace the chosen linear layers of the first `settings.layers` blocks by `VisionLoRALinear`,
     in place. Returns the gate when LoRA is for image tokens only.
 
-    Raises ValueError when the model has fewer blocks, a target does not exist, or LoRA is there
-    already."""
+    Raises ValueError when the model has fewer blocks, a chosen layer does not exist, or LoRA is
+    there already."""
     blocks, gate = blocks_of(language_model), TokenGate() if settings.tokens == 'image' else None
     if settings.layers > len(blocks):
         raise ValueError(
@@ -181,12 +184,12 @@ def add_vision_lora(language_model: nn.Module, settings: LoRASettings) -> TokenG
     for i, block in enumerate(blocks[: settings.layers]):
         linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         last = {n.rpartition('.')[2] for n in linear}
-        if gone := [t for t in settings.targets or () if t not in last]:
+        if gone := [t for t in settings.modules or () if t not in last]:
             raise ValueError(
-                f'lora.targets: block {i} has no linear layer {gone[0]!r}; it has {sorted(last)}'
+                f'lora.modules: block {i} has no linear layer {gone[0]!r}; it has {sorted(last)}'
             )
         for n, m in linear.items():
-            if settings.targets is not None and n.rpartition('.')[2] not in settings.targets:
+            if settings.modules is not None and n.rpartition('.')[2] not in settings.modules:
                 continue
             # after a merge only a bias that the base model lacks still needs this class
             if settings.merged and (m.bias is not None or settings.extra_bias == 'none'):
@@ -217,15 +220,3 @@ def merge_vision_lora(model: nn.Module) -> int:
         model.config.vision_config['lora'] = front.config['lora']
         model.model.config.vision_config['lora'] = front.config['lora']
     return len(found)
-
-# %% ../../nbs/models/44_vision_lora.ipynb #da94a117
-def lora_size(config, settings: LoRASettings) -> int:
-    """Number of A and B parameters for a language model's configuration, counted on blocks built
-    without weights."""
-    from transformers import AutoModel
-
-    with torch.device('meta'):
-        model = AutoModel.from_config(config)
-    add_vision_lora(model, settings)
-    layers = vision_lora_layers(model).values()
-    return sum(m.lora_A.weight.numel() + m.lora_B.weight.numel() for m in layers)

@@ -203,21 +203,32 @@ class VlmbenchEngine:
             status, reason = verdict(e, signals.received, False)
             raise
         finally:
-            heart.stop()
-            # data loader workers survive a kernel that was killed, and would hold its memory
-            manifest.update(
-                signals=signals.received,
-                killed_processes=kill_run(state['id']),
-                missed_heartbeats=heart.missed,
-            )
-            # the notebook's own word about its end comes first
-            reason = manifest.read()['reason'] or reason
-            manifest.finish(status, reason, 138 if _dead(error) and status == 'failed' else None)
+            reason = _say_end(manifest, state['id'], heart, signals, status, reason, _dead(error))
         if status in ('preempted', 'interrupted'):
             raise RunStopped(status, reason)
         if _dead(error):
             raise error
         return nb
+
+# %% ../../nbs/run/00_engine.ipynb #66c2eee4
+def _say_end(
+    manifest: Manifest,
+    run: str,
+    heart: Heartbeat,
+    signals: Any,
+    status: str,
+    reason: str | None,
+    dead: bool,
+) -> str | None:
+    """End the processes of `run` and write its ending; returns its reason. `dead`: the kernel
+    died."""
+    heart.stop()
+    # workers would hold the memory of a kernel that was killed
+    killed, missed = kill_run(run), heart.missed
+    manifest.update(signals=signals.received, killed_processes=killed, missed_heartbeats=missed)
+    reason = manifest.read()['reason'] or reason
+    manifest.finish(status, reason, 138 if dead and status == 'failed' else None)
+    return reason
 
 # %% ../../nbs/run/00_engine.ipynb #ad8530fc
 def _grace(seconds: float | None) -> float:

@@ -531,34 +531,6 @@ class Run:
         `results=dict(score=...)`, anything JSON."""
         self.manifest.update(**facts)
 
-    def check(self) -> None:
-        """Raises `Preempted` once a stop signal has arrived. Call between units of work that the
-        training loop does not see."""
-        if self.stop.is_set():
-            from vlmbench.train.process import Preempted  # not above: it brings torch with it
-
-            raise Preempted(self.stop.reason or 'stop requested')
-
-    def finish(self, status: str = 'completed', reason: str | None = None) -> None:
-        """Ends the run (once; later calls change nothing). Under the engine only the reason is
-        noted: the engine, which outlives the kernel, writes the status."""
-        if self._done:
-            return
-        self._done = True
-        if self._heart:
-            self._heart.stop()
-        if self.joined:
-            self.manifest.update(**({'reason': reason} if reason else {}), host=host_facts())
-        else:
-            self.manifest.update(host=host_facts())
-            self.manifest.finish(status, reason)
-        self._release()
-
-    def _abandoned(self) -> None:
-        "The interpreter leaves and nobody said `finish`."
-        if self.folder.exists():
-            self.finish('failed', self.error or 'the notebook ended before its last cell')
-
     def __enter__(self) -> 'Run':
         return self
 
@@ -571,6 +543,40 @@ class Run:
             self.finish('interrupted', 'KeyboardInterrupt')
         else:
             self.finish('failed', ''.join(traceback.format_exception_only(kind, error)).strip())
+
+# %% ../../nbs/run/04_manifest.ipynb #f7f24287
+@patch
+def check(self: Run) -> None:
+    """Raises `Preempted` once a stop signal has arrived. Call between units of work that the
+    training loop does not see."""
+    if self.stop.is_set():
+        from vlmbench.train.process import Preempted  # not above: it brings torch with it
+
+        raise Preempted(self.stop.reason or 'stop requested')
+
+
+@patch
+def finish(self: Run, status: str = 'completed', reason: str | None = None) -> None:
+    """Ends the run (once; later calls change nothing). Under the engine only the reason is
+    noted: the engine, which outlives the kernel, writes the status."""
+    if self._done:
+        return
+    self._done = True
+    if self._heart:
+        self._heart.stop()
+    if self.joined:
+        self.manifest.update(**({'reason': reason} if reason else {}), host=host_facts())
+    else:
+        self.manifest.update(host=host_facts())
+        self.manifest.finish(status, reason)
+    self._release()
+
+
+@patch
+def _abandoned(self: Run) -> None:
+    "The interpreter leaves and nobody said `finish`."
+    if self.folder.exists():
+        self.finish('failed', self.error or 'the notebook ended before its last cell')
 
 # %% ../../nbs/run/04_manifest.ipynb #6c768f3b
 @patch

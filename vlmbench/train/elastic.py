@@ -20,14 +20,14 @@ from .checkpoint import CheckpointError
 
 # %% ../../nbs/train/18_elastic.ipynb #9aa218eb
 class Redealt(StatefulSampler):
-    """What is left of `sampler`'s global order, dealt to `world` ranks: the places `first`, then
+    """What is left of `sampler`'s global order, dealt to `ranks` ranks: the places `first`, then
     all from `then` on."""
 
     def __init__(
-        self, sampler: StatefulSampler, first: Sequence[int], then: int, rank: int, world: int
+        self, sampler: StatefulSampler, first: Sequence[int], then: int, rank: int, ranks: int
     ):
         settings = dict(seed=sampler.seed, epochs=sampler.epochs, tail=sampler.tail)
-        super().__init__(sampler.order, rank=rank, world=world, **settings)
+        super().__init__(sampler.order, rank=rank, ranks=ranks, **settings)
         self.first, self.then = [int(place) for place in first], int(then)
 
     def __len__(self) -> int:
@@ -35,11 +35,11 @@ class Redealt(StatefulSampler):
         if self.tail != 'uneven':
             return whole
         left = len(self.first) + max(0, self.epochs * len(self.order) - self.then)
-        return max(0, (left - self.rank + self.world - 1) // self.world)
+        return max(0, (left - self.rank + self.ranks - 1) // self.ranks)
 
     def draw(self, k: int) -> int:
         "Global place of this rank's draw `k`."
-        place = k * self.world + self.rank
+        place = k * self.ranks + self.rank
         known = len(self.first)
         return self.first[place] if place < known else self.then + place - known
 
@@ -57,7 +57,7 @@ def sampler_of(sampler: StatefulSampler, state: Mapping[str, Any]) -> StatefulSa
         deal = state['first'], state['then']
         return Redealt(sampler, *deal, state['rank'], state['world'])
     other = copy(sampler)
-    other.rank, other.world = state['rank'], state['world']
+    other.rank, other.ranks = state['rank'], state['world']
     return other
 
 # %% ../../nbs/train/18_elastic.ipynb #ff7079cc
@@ -96,18 +96,18 @@ def left_over(
     order, below `then`, from which on none has been drawn."""
     ranks = [sampler_of(sampler, state['sampler']) for state in states]
     positions = [state['sampler']['position'] for state in states]
-    furthest, world = max(positions), len(states)
+    furthest, size = max(positions), len(states)
     places = []
     for rank, state, position in zip(ranks, states, positions):
         drawn = [draw for draw, _ in state['waiting']]
         places += [rank.draw(draw) for draw in (*drawn, *range(position, furthest))]
     first = states[0]['sampler'].get('first', [])
     then = states[0]['sampler'].get('then', 0)
-    dealt = furthest * world
+    dealt = furthest * size
     places += first[dealt:]
     return sorted(places), then + max(0, dealt - len(first))
 
-
+# %% ../../nbs/train/18_elastic.ipynb #c1c8bfd5
 def take_up(loader: Any, state: Mapping[str, Any]) -> None:
     "Put `loader` where the state of the same rank of as many ranks was."
     if isinstance(loader, Lanes) and 'lanes' in state:
@@ -119,13 +119,13 @@ def take_up(loader: Any, state: Mapping[str, Any]) -> None:
     loader.load_state_dict(state)
 
 
-def redeal(loader: Any, states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
-    """Put `loader`, of `rank` of `world`, where the loaders of another number of ranks left off:
+def redeal(loader: Any, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
+    """Put `loader`, of `rank` of `ranks`, where the loaders of another number of ranks left off:
     lane by lane where there are as many lanes, else what is left is dealt anew. Raises
     CheckpointError for a loader that deals its samples in a way of its own."""
     if not isinstance(loader, (BatchLoader, Lanes)):
         raise CheckpointError(
-            f'the state was written by {len(states)} ranks and {world} are running, and a '
+            f'the state was written by {len(states)} ranks and {ranks} are running, and a '
             f'{type(loader).__name__} cannot be dealt anew: resume with {len(states)}'
         )
     own = loader.loaders if isinstance(loader, Lanes) else [loader]
@@ -136,10 +136,10 @@ def redeal(loader: Any, states: Sequence[Mapping[str, Any]], rank: int, world: i
     for number, one in enumerate(own, rank * len(own)):
         _check_order(one, lanes[0])
         first = bad if number == 0 else None  # rank 0 goes on with it
-        if len(lanes) == len(own) * world:
+        if len(lanes) == len(own) * ranks:
             take_up(one, dict(lanes[number], quarantine=first))
         else:
-            _deal_anew(one, lanes, number, len(own) * world, first)
+            _deal_anew(one, lanes, number, len(own) * ranks, first)
 
 
 def _check_order(loader: BatchLoader, state: Mapping[str, Any]) -> None:
@@ -151,7 +151,7 @@ def _check_order(loader: BatchLoader, state: Mapping[str, Any]) -> None:
             f'{mine[wrong[0]]!r} now and {theirs[wrong[0]]!r} in the state'
         )
 
-
+# %% ../../nbs/train/18_elastic.ipynb #ed9dfda5
 def _deal_anew(
     loader: BatchLoader, states: Sequence[Mapping], lane: int, lanes: int, bad: dict | None
 ) -> None:

@@ -10,6 +10,7 @@ import inspect, warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastcore.basics import patch
 import torch
 from torch import nn
 
@@ -35,7 +36,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     "Context of a forward pass in `precision`: 'bf16' computes in bf16 over fp32 weights."
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
 
-
+# %% ../../nbs/train/07_forward.ipynb #f2f0ed73
 # without these tensors a model would mix samples up, or answer without looking
 _NEVER_DROPPED = ('document_ids', 'pixel_values', 'attention_mask')
 
@@ -85,19 +86,21 @@ class Forward:
             for key, value in batch.items()
         }
 
-    def losses(
-        self, batch: Mapping[str, Any], counts: Mapping[str, float]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Weighted total and unweighted parts (the target tokens' loss first) of `batch`; `counts`:
-        what each sum is divided by, `targets` and `losses.<term>`."""
-        batch = self._to_device(batch)
-        with autocast(self.device, self.precision):
-            outputs = self.model(
-                **self._inputs(batch), **self.extra, num_items_in_batch=counts['targets']
-            )
-            parts = [outputs.loss]
-            for name, term, _ in self.terms:
-                parts.append(term(outputs, batch) / max(1, counts[f'losses.{name}']))
-        weights = [weight for _, _, weight in self.terms]
-        total = sum((w * part for w, part in zip(weights, parts[1:])), start=parts[0])
-        return total, [part.detach().float() for part in parts]
+# %% ../../nbs/train/07_forward.ipynb #8aac6328
+@patch
+def losses(
+    self: Forward, batch: Mapping[str, Any], counts: Mapping[str, float]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Weighted total and unweighted parts (the target tokens' loss first) of `batch`; `counts`:
+    what each sum is divided by, `targets` and `losses.<term>`."""
+    batch = self._to_device(batch)
+    with autocast(self.device, self.precision):
+        outputs = self.model(
+            **self._inputs(batch), **self.extra, num_items_in_batch=counts['targets']
+        )
+        parts = [outputs.loss]
+        for name, term, _ in self.terms:
+            parts.append(term(outputs, batch) / max(1, counts[f'losses.{name}']))
+    weights = [weight for _, _, weight in self.terms]
+    total = sum((w * part for w, part in zip(weights, parts[1:])), start=parts[0])
+    return total, [part.detach().float() for part in parts]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastcore.basics import patch
 import torch
 from torch import nn
 
@@ -75,23 +76,7 @@ class GradientAudit:
             'first step that has some'
         )
 
-    def close(self, trained: Mapping[str, Mapping[str, nn.Parameter]], stage: str) -> None:
-        """The verdict at the end of `stage`: groups that still wait never saw a picture. Raises
-        NoGradient where nothing else trained, so that the stage did nothing; warns where something
-        did."""
-        if not self.waiting:
-            return
-        groups = ' and '.join(map(repr, self.waiting))
-        message = (
-            f'stage {stage!r} has ended and no step had a picture, so group {groups} never '
-            'received '
-            'a gradient: give it data with pictures, or freeze what it cannot train'
-        )
-        if all(group in self.waiting for group, tensors in trained.items() if tensors):
-            raise NoGradient(message)
-        warnings.warn(message)
-
-
+# %% ../../nbs/train/08_guard.ipynb #32e8d745
 def _without_gradient(tensors: Mapping[str, nn.Parameter]) -> tuple[list[str], list[str]]:
     "Names of the parameters that have no gradient, and of those whose gradient is all zero."
     grads = {name: p.grad for name, p in tensors.items()}
@@ -103,6 +88,26 @@ def _without_gradient(tensors: Mapping[str, nn.Parameter]) -> tuple[list[str], l
 def _any(grad: torch.Tensor) -> bool:
     "Whether some value is not zero; all ranks that hold shards of `grad` ask at once."
     return bool((grad.full_tensor() if hasattr(grad, 'full_tensor') else grad).any())
+
+# %% ../../nbs/train/08_guard.ipynb #ee6fd5c0
+@patch
+def close(
+    self: GradientAudit, trained: Mapping[str, Mapping[str, nn.Parameter]], stage: str
+) -> None:
+    """The verdict at the end of `stage`: groups that still wait never saw a picture. Raises
+    NoGradient where nothing else trained, so that the stage did nothing; warns where something
+    did."""
+    if not self.waiting:
+        return
+    groups = ' and '.join(map(repr, self.waiting))
+    message = (
+        f'stage {stage!r} has ended and no step had a picture, so group {groups} never '
+        'received '
+        'a gradient: give it data with pictures, or freeze what it cannot train'
+    )
+    if all(group in self.waiting for group, tensors in trained.items() if tensors):
+        raise NoGradient(message)
+    warnings.warn(message)
 
 # %% ../../nbs/train/08_guard.ipynb #4435a2d6
 def samples_at(batch: Mapping[str, Any], mask: torch.Tensor) -> list[str]:
@@ -212,7 +217,7 @@ def _clear_gradients(plan: TrainPlan) -> None:
     for parameter in plan.trainable.values():
         parameter.grad = None
 
-
+# %% ../../nbs/train/08_guard.ipynb #b9bbe7f7
 class Search:
     """Runs one micro-batch again and keeps the first tensor that is not finite: `first`, None so
     far, has `tensor` and `samples`."""
@@ -239,33 +244,39 @@ class Search:
 
         return hook
 
-    def forward(self, loss_of: Callable[[Mapping[str, Any]], torch.Tensor]) -> torch.Tensor:
-        "The forward pass with every module watched; returns the loss."
-        for key, values in self.batch.items():
-            if is_bad(values):
-                self.note(f'input {key}', values)
-        handles = [
-            module.register_forward_hook(self.watch(name), with_kwargs=True)
-            for name, module in self.plan.model.named_modules()
-            if name
-        ]
-        try:
-            loss = loss_of(self.batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if is_bad(loss):
-            self.note('loss', loss)
-        return loss
+# %% ../../nbs/train/08_guard.ipynb #35c784ca
+@patch
+def forward(self: Search, loss_of: Callable[[Mapping[str, Any]], torch.Tensor]) -> torch.Tensor:
+    "The forward pass with every module watched; returns the loss."
+    for key, values in self.batch.items():
+        if is_bad(values):
+            self.note(f'input {key}', values)
+    handles = [
+        module.register_forward_hook(self.watch(name), with_kwargs=True)
+        for name, module in self.plan.model.named_modules()
+        if name
+    ]
+    try:
+        loss = loss_of(self.batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if is_bad(loss):
+        self.note('loss', loss)
+    return loss
 
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-        trained = self.plan.trainable.items()
-        bad = [name for name, p in trained if p.grad is not None and is_bad(p.grad)]
-        if bad:
-            self.note_gradients(bad, loss)
 
-    def note_gradients(self, bad: Sequence[str], loss: torch.Tensor) -> None:
-        "Keep the first of the tensors in `bad`, whose gradients are not finite."
-        more = f' and {len(bad) - 1} more' if len(bad) > 1 else ''
-        self.note(f'gradient of {bad[0]}{more}', loss)
+@patch
+def backward(self: Search, loss: torch.Tensor) -> None:
+    loss.backward()
+    trained = self.plan.trainable.items()
+    bad = [name for name, p in trained if p.grad is not None and is_bad(p.grad)]
+    if bad:
+        self.note_gradients(bad, loss)
+
+
+@patch
+def note_gradients(self: Search, bad: Sequence[str], loss: torch.Tensor) -> None:
+    "Keep the first of the tensors in `bad`, whose gradients are not finite."
+    more = f' and {len(bad) - 1} more' if len(bad) > 1 else ''
+    self.note(f'gradient of {bad[0]}{more}', loss)

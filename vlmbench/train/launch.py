@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import torch
 import torch.distributed as dist
 from torch.distributed import run as torchrun
@@ -84,13 +85,13 @@ def find_layout(gpus: int | None = None, nodes: int = 1, device: str | None = No
 
 def _joined_layout(gpus: int | None, nodes: int, cpu: bool) -> Layout:
     "What torchrun, started by hand, has set."
-    world, local = (int(os.environ[name]) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
-    if gpus not in (None, local) or nodes not in (1, world // local):
+    ranks, local = (int(os.environ[name]) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+    if gpus not in (None, local) or nodes not in (1, ranks // local):
         raise LaunchError(
-            f'gpus={gpus}, nodes={nodes}, but torchrun started {world // local} x {local} ranks: '
+            f'gpus={gpus}, nodes={nodes}, but torchrun started {ranks // local} x {local} ranks: '
             'leave both settings out, or make them equal'
         )
-    return Layout(local, world // local, cpu, joined=True)
+    return Layout(local, ranks // local, cpu, joined=True)
 
 # %% ../../nbs/train/30_launch.ipynb #993f8811
 def resolve(target: str) -> Any:
@@ -252,7 +253,7 @@ def _caught_signals(watch: '_Watch') -> Iterator[None]:
         for number, handler in old.items():
             signal.signal(number, handler)
 
-
+# %% ../../nbs/train/30_launch.ipynb #6197d9e8
 _POLL = 0.2  # seconds between looks at what other processes have written
 
 
@@ -304,40 +305,48 @@ class _Watch:
             print(new.decode(errors='replace'), end='', flush=True)
         self.shown += len(new)
 
-    def endings(self) -> dict[int, dict]:
-        "What each rank that has ended wrote about its end."
-        found = {}
-        for rank in range(self.layout.ranks):
-            path = _ending(self.folder, rank)
-            if path.exists():
-                found[rank] = json.loads(path.read_text(encoding='utf8'))
-        return found
+# %% ../../nbs/train/30_launch.ipynb #69698f3f
+@patch
+def endings(self: _Watch) -> dict[int, dict]:
+    "What each rank that has ended wrote about its end."
+    found = {}
+    for rank in range(self.layout.ranks):
+        path = _ending(self.folder, rank)
+        if path.exists():
+            found[rank] = json.loads(path.read_text(encoding='utf8'))
+    return found
 
-    def failed(self) -> list[int]:
-        return [rank for rank, end in self.endings().items() if end['code'] not in (0, 75)]
 
-    def result(self) -> Any:
-        "Rank 0's value. Raises LaunchError or Preempted."
-        endings, ranks = self.endings(), self.layout.ranks
-        failed = self.failed() or [rank for rank in range(ranks) if rank not in endings]
-        if failed:
-            self._raise_failure(failed[0], endings.get(failed[0], {}).get('reason'))
-        stopped = [end for end in endings.values() if end['code'] == 75]
-        if stopped:
-            raise Preempted(f'{ranks} ranks were stopped and saved: {stopped[0]["reason"]}')
-        return endings[0]['value']
+@patch
+def failed(self: _Watch) -> list[int]:
+    return [rank for rank, end in self.endings().items() if end['code'] not in (0, 75)]
 
-    def _raise_failure(self, rank: int, reason: str | None) -> None:
-        log = self.folder / f'rank-{rank}.log'
-        if not log.exists():
-            log = self.folder / 'torchrun.log'
-        end = '\n'.join(log.read_text(errors='replace').splitlines()[-12:])
-        how = reason or 'ended without a word, killed or out of memory'
-        if reason is None and self.asked_at is not None:
-            how = f'had not saved {self.grace:.0f} s after it was asked to stop'
-        raise LaunchError(
-            f'{self.target}: rank {rank} of {self.layout.ranks} {how}; the end of {log}:\n{end}'
-        )
+
+@patch
+def result(self: _Watch) -> Any:
+    "Rank 0's value. Raises LaunchError or Preempted."
+    endings, ranks = self.endings(), self.layout.ranks
+    failed = self.failed() or [rank for rank in range(ranks) if rank not in endings]
+    if failed:
+        self._raise_failure(failed[0], endings.get(failed[0], {}).get('reason'))
+    stopped = [end for end in endings.values() if end['code'] == 75]
+    if stopped:
+        raise Preempted(f'{ranks} ranks were stopped and saved: {stopped[0]["reason"]}')
+    return endings[0]['value']
+
+
+@patch
+def _raise_failure(self: _Watch, rank: int, reason: str | None) -> None:
+    log = self.folder / f'rank-{rank}.log'
+    if not log.exists():
+        log = self.folder / 'torchrun.log'
+    end = '\n'.join(log.read_text(errors='replace').splitlines()[-12:])
+    how = reason or 'ended without a word, killed or out of memory'
+    if reason is None and self.asked_at is not None:
+        how = f'had not saved {self.grace:.0f} s after it was asked to stop'
+    raise LaunchError(
+        f'{self.target}: rank {rank} of {self.layout.ranks} {how}; the end of {log}:\n{end}'
+    )
 
 # %% ../../nbs/train/30_launch.ipynb #cd0cbd0c
 def run_job(

@@ -43,39 +43,6 @@ class MetricLog:
             self._cut(resume_step)
         self.file = open(self.path, 'a', encoding='utf8')
 
-    def _set_aside(self):
-        n = 1
-        while (old := self.path.with_name(f'metrics.{n}.jsonl')).exists():
-            n += 1
-        self.path.rename(old)
-        warnings.warn(f'{self.path} belonged to an earlier run and is now {old.name}')
-
-    def _cut(self, step):
-        data = self.path.read_bytes().decode('utf8', errors='replace')
-        lines = data.splitlines(keepends=True)
-        steps = [_step_of(line) for line in lines]
-        keep = [line for line, at in zip(lines, steps) if at is not None and at <= step]
-        if len(keep) == len(lines):
-            return
-        broken = {n: line for n, (line, at) in enumerate(zip(lines, steps), 1) if at is None}
-        if broken:
-            self._set_broken_aside(broken)
-        tmp = self.path.with_suffix('.tmp')
-        tmp.write_text(''.join(keep), encoding='utf8')
-        os.replace(tmp, self.path)
-        late = len(lines) - len(keep) - len(broken)
-        if late:
-            warnings.warn(
-                f'{self.path}: dropped {late} lines after step {step}, where the run resumes'
-            )
-
-    def _set_broken_aside(self, broken):
-        aside = self.path.with_name('metrics.broken.jsonl')
-        with open(aside, 'a', encoding='utf8') as f:
-            f.writelines(line.rstrip('\n') + '\n' for line in broken.values())
-        numbers = ', '.join(map(str, broken))
-        warnings.warn(f'{self.path}: line {numbers} cannot be read and is now in {aside.name}')
-
     def log(self, row: Mapping[str, Any]) -> None:
         "Append one row and mirror it. Rows are flushed at once, so a killed run loses none."
         self.file.write(json.dumps(row) + '\n')
@@ -93,7 +60,7 @@ class MetricLog:
         for t in self.trackers:
             t.close()
 
-
+# %% ../../nbs/train/06_metrics.ipynb #3aa9994f
 def _step_of(line: str) -> int | None:
     "The step of a whole line of metrics, None for a broken one."
     try:
@@ -103,6 +70,43 @@ def _step_of(line: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
+@patch
+def _set_aside(self: MetricLog):
+    n = 1
+    while (old := self.path.with_name(f'metrics.{n}.jsonl')).exists():
+        n += 1
+    self.path.rename(old)
+    warnings.warn(f'{self.path} belonged to an earlier run and is now {old.name}')
+
+
+@patch
+def _cut(self: MetricLog, step):
+    data = self.path.read_bytes().decode('utf8', errors='replace')
+    lines = data.splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines]
+    keep = [line for line, at in zip(lines, steps) if at is not None and at <= step]
+    if len(keep) == len(lines):
+        return
+    broken = {n: line for n, (line, at) in enumerate(zip(lines, steps), 1) if at is None}
+    if broken:
+        self._set_broken_aside(broken)
+    tmp = self.path.with_suffix('.tmp')
+    tmp.write_text(''.join(keep), encoding='utf8')
+    os.replace(tmp, self.path)
+    late = len(lines) - len(keep) - len(broken)
+    if late:
+        warnings.warn(f'{self.path}: dropped {late} lines after step {step}, where the run resumes')
+
+
+@patch
+def _set_broken_aside(self: MetricLog, broken):
+    aside = self.path.with_name('metrics.broken.jsonl')
+    with open(aside, 'a', encoding='utf8') as f:
+        f.writelines(line.rstrip('\n') + '\n' for line in broken.values())
+    numbers = ', '.join(map(str, broken))
+    warnings.warn(f'{self.path}: line {numbers} cannot be read and is now in {aside.name}')
+
+# %% ../../nbs/train/06_metrics.ipynb #800deca7
 def flatten(row: Mapping[str, Any], at: str = '') -> dict[str, Any]:
     "Nested dicts to one level with `/` between the names."
     return {
@@ -157,7 +161,7 @@ class TensorBoardTracker(Tracker):
     def close(self):
         self.writer.close()
 
-
+# %% ../../nbs/train/06_metrics.ipynb #24c42e29
 class _RunTracker(Tracker):
     "What trackio and W&B have in common: a `run` that takes rows."
 
@@ -191,7 +195,7 @@ class WandbTracker(_RunTracker):
             project=project, name=run, dir=str(out_dir), config=config, reinit='create_new'
         )
 
-
+# %% ../../nbs/train/06_metrics.ipynb #ef14d29f
 TRACKERS = dict(tensorboard=TensorBoardTracker, trackio=TrackioTracker, wandb=WandbTracker)
 
 

@@ -61,7 +61,7 @@ def _blocks(group, tune, names, at):
     return want
 
 # %% ../../nbs/train/05_prepare.ipynb #0d8cdff6
-def _lora_targets(model, group, tune, names, blocks, at):
+def _chosen_linear(model, group, tune, names, blocks, at):
     owners = {n.rpartition('.')[0] for n in names}
     linear = [n for n, m in model.named_modules() if n in owners and isinstance(m, nn.Linear)]
     need(linear, f'{at}: lora needs linear modules and group {group!r} has none; use full()')
@@ -78,7 +78,7 @@ def _lora_targets(model, group, tune, names, blocks, at):
         linear = [n for n in linear if layer_index(n) in blocks]
     need(
         linear,
-        f'{at}: lora targets {tune.targets} select no module in blocks {block_ranges(blocks)} of '
+        f'{at}: lora modules {tune.targets} select nothing in blocks {block_ranges(blocks)} of '
         'group '
         f'{group!r}',
     )
@@ -90,8 +90,8 @@ def lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def _inject(model, group, tune, targets, seed, at):
-    before, names = set(lora_modules(model)), '|'.join(map(re.escape, targets))
+def _inject(model, group, tune, modules, seed, at):
+    before, names = set(lora_modules(model)), '|'.join(map(re.escape, modules))
     config = LoraConfig(
         r=tune.r, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=f'(?:{names})'
     )
@@ -102,8 +102,8 @@ def _inject(model, group, tune, targets, seed, at):
         del model.peft_config
     new = set(lora_modules(model)) - before
     need(
-        new == set(targets),
-        f'{at}: lora reached {sorted(new ^ set(targets))[:4]} beyond or short of its targets '
+        new == set(modules),
+        f'{at}: lora reached {sorted(new ^ set(modules))[:4]} beyond or short of its modules '
         f'in group {group!r}',
     )
 
@@ -191,7 +191,7 @@ def prepare(
 
     `groups`: group -> [(full parameter name, parameter)], every parameter in exactly one (default:
     `module_groups(model)`). `seed` draws the LoRA factors. Raises RecipeError naming the setting
-    when a group is missing, a block does not exist, a LoRA target is unknown, or LoRA of an earlier
+    when a group is missing, a block does not exist, a LoRA module is unknown, or LoRA of an earlier
     stage was not merged."""
     if groups is None:
         from vlmbench.models.vlm import module_groups
@@ -207,16 +207,16 @@ def prepare(
         for group, tune in stage.trains.items()
     ]
     for i, choice in enumerate(chosen):
-        if choice.targets:
+        if choice.modules:
             at = f'stage {stage.name!r}'
-            _inject(model, choice.group, choice.tune, choice.targets, seed + i, at)
+            _inject(model, choice.group, choice.tune, choice.modules, seed + i, at)
     for module in lora_modules(model).values():
         module.set_adapter(list(module.lora_A))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return TrainPlan(model, stage, [_unfreeze(model, stage, choice) for choice in chosen])
 
-
+# %% ../../nbs/train/05_prepare.ipynb #9eb7c5f9
 @dataclass(frozen=True)
 class _Choice:
     "What a stage means by one group: its parameters, the blocks, and the linear modules for LoRA."
@@ -225,7 +225,7 @@ class _Choice:
     tune: Tune
     named: Mapping[str, nn.Parameter]
     blocks: tuple[int, ...]
-    targets: Sequence[str]
+    modules: Sequence[str]
 
 
 def _choose(
@@ -240,13 +240,13 @@ def _choose(
         'frozen()',
     )
     blocks = _blocks(group, tune, named, at) if tune.trains and named else ()
-    targets = _lora_targets(model, group, tune, named, blocks, at) if tune.how == 'lora' else ()
-    return _Choice(group, tune, named, blocks, targets)
+    modules = _chosen_linear(model, group, tune, named, blocks, at) if tune.how == 'lora' else ()
+    return _Choice(group, tune, named, blocks, modules)
 
-
+# %% ../../nbs/train/05_prepare.ipynb #f320e2f8
 def _unfreeze(model: nn.Module, stage: Stage, choice: _Choice) -> GroupPlan:
     "Sets `requires_grad` where the group trains; returns what does."
-    adapters = tuple(f'{target}.lora_' for target in choice.targets)
+    adapters = tuple(f'{module}.lora_' for module in choice.modules)
     factors = {}
     if adapters:
         factors = {n: p for n, p in model.named_parameters() if n.startswith(adapters)}

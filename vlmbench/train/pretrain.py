@@ -114,7 +114,7 @@ def base_llm(
             )
         )
 
-
+# %% ../../nbs/train/40_pretrain.ipynb #53a05e4d
 def language_recipe(
     steps: int = 1500, warm_steps: int = 200, rows: int = 10, lr: float = 3e-3
 ) -> Recipe:
@@ -148,7 +148,7 @@ def language_recipe(
         ),
     )
 
-
+# %% ../../nbs/train/40_pretrain.ipynb #fa9559d5
 def pretrain_llm(
     config: WorldConfig,
     out: str | Path,

@@ -10,6 +10,7 @@ import json, os, signal, socket, threading, time, warnings
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -102,27 +103,6 @@ class FolderLock:
             mine.unlink(missing_ok=True)
         return self
 
-    def _alive(self) -> dict | None:
-        "Who holds the lock, None where that process is gone."
-        try:
-            holder = json.loads(self.path.read_text(encoding='utf8'))
-            age = time.time() - self.path.stat().st_mtime
-        except (OSError, ValueError):
-            return None
-        if holder['host'] == self.me['host']:
-            return holder if holder['began'] == _began(holder['pid']) else None
-        same_job = self.me['job'] is not None and self.me['job'] == holder['job']
-        return None if same_job or age > self.stale else holder
-
-    def beat(self) -> None:
-        "A sign of life; at most one a minute reaches the disk."
-        if time.monotonic() - self.beaten > 60:
-            self.beaten = time.monotonic()
-            try:
-                os.utime(self.path)
-            except FileNotFoundError:
-                warnings.warn(f'{self.path} was removed while this training runs')
-
     def __exit__(self, *exc):
         try:
             if json.loads(self.path.read_text(encoding='utf8')) == self.me:
@@ -130,7 +110,32 @@ class FolderLock:
         except (OSError, ValueError):
             return
 
+# %% ../../nbs/train/09_process.ipynb #91bc786e
+@patch
+def _alive(self: FolderLock) -> dict | None:
+    "Who holds the lock, None where that process is gone."
+    try:
+        holder = json.loads(self.path.read_text(encoding='utf8'))
+        age = time.time() - self.path.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    if holder['host'] == self.me['host']:
+        return holder if holder['began'] == _began(holder['pid']) else None
+    same_job = self.me['job'] is not None and self.me['job'] == holder['job']
+    return None if same_job or age > self.stale else holder
 
+
+@patch
+def beat(self: FolderLock) -> None:
+    "A sign of life; at most one a minute reaches the disk."
+    if time.monotonic() - self.beaten > 60:
+        self.beaten = time.monotonic()
+        try:
+            os.utime(self.path)
+        except FileNotFoundError:
+            warnings.warn(f'{self.path} was removed while this training runs')
+
+# %% ../../nbs/train/09_process.ipynb #b1a90af8
 def _began(pid: int) -> str | None:
     """When a process began, in the kernel's ticks, so that a number given to another one is told
     apart; None for a process that is gone, and for one that has ended and waits for its parent."""
@@ -150,20 +155,20 @@ def _began(pid: int) -> str | None:
 
 # %% ../../nbs/train/09_process.ipynb #a4cc599f
 class Ranks:
-    """This process's `rank`, the `world` size, the `device`, and the few collectives the loop needs
+    """This process's `rank`, the `size` (number of ranks), the `device`, and the few collectives
     (accelerate's PartialState underneath)."""
 
     def __init__(self, device: str | torch.device | None = None):
         cpu = str(device) == 'cpu' or not torch.cuda.is_available()
         state = PartialState(cpu=cpu)
-        self.rank, self.world = state.process_index, state.num_processes
+        self.rank, self.size = state.process_index, state.num_processes
         self.device = (
-            torch.device(device) if device is not None and self.world == 1 else state.device
+            torch.device(device) if device is not None and self.size == 1 else state.device
         )
         expected = int(os.environ.get('WORLD_SIZE', 1))
-        if self.world != expected:
+        if self.size != expected:
             raise RuntimeError(
-                f'WORLD_SIZE is {expected} but {self.world} process was joined: '
+                f'WORLD_SIZE is {expected} but {self.size} process was joined: '
                 f'on CPU start with '
                 'ACCELERATE_USE_CPU=true python -m '
                 'torch.distributed.run --nproc-per-node N'
@@ -171,17 +176,17 @@ class Ranks:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         "`values` summed over ranks (a new tensor)."
-        if self.world > 1:
+        if self.size > 1:
             dist.all_reduce(values := values.to(self.device, copy=True))
         return values
 
     def agree(self, ok: bool) -> bool:
         "True if `ok` is true on every rank."
-        return bool(ok) if self.world == 1 else self.sum(torch.tensor([float(not ok)])).item() == 0
+        return bool(ok) if self.size == 1 else self.sum(torch.tensor([float(not ok)])).item() == 0
 
     def gather(self, value: Any) -> list:
         "`value` of every rank, in rank order (picklable; for reports and choices)."
-        if self.world == 1:
+        if self.size == 1:
             return [value]
-        dist.all_gather_object(out := [None] * self.world, value)
+        dist.all_gather_object(out := [None] * self.size, value)
         return out

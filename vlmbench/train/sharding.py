@@ -52,8 +52,8 @@ class Parallel:
     offload: bool = False
     compile: bool | str = False
 
-    def over(self, world: int) -> str:
-        "The layout on `world` ranks. Raises `RecipeError` for one that cannot be."
+    def over(self, ranks: int) -> str:
+        "The layout on `ranks` ranks. Raises `RecipeError` for one that cannot be."
         if self.how not in (None, *PARALLEL):
             raise RecipeError(f'parallel must be one of {PARALLEL}, got {self.how!r}')
         if self.offload and self.how not in ('fsdp', 'hsdp'):
@@ -61,28 +61,28 @@ class Parallel:
                 f'offload=True moves shards to the CPU, and parallel={self.how!r} has none: set '
                 "parallel='fsdp' or 'hsdp'"
             )
-        if world == 1:
+        if ranks == 1:
             return 'single'
         if self.how == 'single':
             raise RecipeError(
-                f"parallel='single', but {world} ranks are running: start one process, or choose "
+                f"parallel='single', but {ranks} ranks are running: start one process, or choose "
                 "'ddp', 'fsdp' or 'hsdp'"
             )
         return self.how or 'ddp'
 
-    def shape(self, world: int) -> tuple[int, ...]:
+    def shape(self, ranks: int) -> tuple[int, ...]:
         """Ranks along each side of the mesh: all of them, or (copies, ranks of a copy) under hsdp.
         Raises `RecipeError` where the ranks do not divide."""
         if self.how != 'hsdp':
-            return (world,)
-        local = int(os.environ.get('LOCAL_WORLD_SIZE', world))
-        size = self.shard_ranks or (local if local < world else max(1, world // 2))
-        if world % size:
+            return (ranks,)
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', ranks))
+        size = self.shard_ranks or (local if local < ranks else max(1, ranks // 2))
+        if ranks % size:
             raise RecipeError(
-                f"parallel='hsdp': {world} ranks cannot hold whole copies of {size} ranks each; "
+                f"parallel='hsdp': {ranks} ranks cannot hold whole copies of {size} ranks each; "
                 'set shard_ranks to a divisor'
             )
-        return world // size, size
+        return ranks // size, size
 
 # %% ../../nbs/train/12_sharding.ipynb #eecbfecb
 class Step(nn.Module):
@@ -309,7 +309,7 @@ class Sharded(Single):
         warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
         self.original, self.given = Step(self.compute), (self.plan, self.heads)
         self.step = shared_copy(self.original)
-        self.mesh = device_mesh(self.ranks.device.type, self.parallel.shape(self.ranks.world))
+        self.mesh = device_mesh(self.ranks.device.type, self.parallel.shape(self.ranks.size))
         self.compute, self.model = self.step.compute, self.step.model
         compile_blocks(self.model, self.parallel.compile)
         self.blank = BlankPictures(self.model)
@@ -320,60 +320,68 @@ class Sharded(Single):
         self._shard()
         self._look_up()
 
-    def _shard(self) -> None:
-        "Cut the copy into units and empty the model's own tensors, one unit at a time."
-        policy = MixedPrecisionPolicy()
-        if self.compute.precision == 'bf16':
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        settings = dict(mesh=self.mesh, mp_policy=policy)
-        if self.parallel.offload:
-            pinned = self.ranks.device.type == 'cuda'
-            settings['offload_policy'] = CPUOffloadPolicy(pin_memory=pinned)
-        if self.blank.front is not None:
-            self._cut(self.blank.front, **settings)
-        for block in decoder_layers(language_part(self.model)):
-            self._cut(block, **settings)
-        self._cut(self.model, reshard_after_forward=False, **settings)
-        # a teacher is whole on every rank: nothing of it is ever updated
-        teachers = {p for h in self.step.heads.values() for p in h.parameters()}
-        teachers = {p for p in teachers if not p.requires_grad}
-        for term in self.step.heads.values():
-            self._cut(term, ignored_params=teachers, **settings)
-        fully_shard(self.step, ignored_params=teachers, **settings)
-        for unit in self.step.modules():
-            if isinstance(unit, FSDPModule):
-                unit.set_gradient_divide_factor(1.0)
-                unit.set_force_sum_reduction_for_comms(True)
+# %% ../../nbs/train/12_sharding.ipynb #49d5ee9a
+@patch
+def _shard(self: Sharded) -> None:
+    "Cut the copy into units and empty the model's own tensors, one unit at a time."
+    policy = MixedPrecisionPolicy()
+    if self.compute.precision == 'bf16':
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    settings = dict(mesh=self.mesh, mp_policy=policy)
+    if self.parallel.offload:
+        pinned = self.ranks.device.type == 'cuda'
+        settings['offload_policy'] = CPUOffloadPolicy(pin_memory=pinned)
+    if self.blank.front is not None:
+        self._cut(self.blank.front, **settings)
+    for block in decoder_layers(language_part(self.model)):
+        self._cut(block, **settings)
+    self._cut(self.model, reshard_after_forward=False, **settings)
+    # a teacher is whole on every rank: nothing of it is ever updated
+    teachers = {p for h in self.step.heads.values() for p in h.parameters()}
+    teachers = {p for p in teachers if not p.requires_grad}
+    for term in self.step.heads.values():
+        self._cut(term, ignored_params=teachers, **settings)
+    fully_shard(self.step, ignored_params=teachers, **settings)
+    for unit in self.step.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
 
-    def _cut(self, unit: nn.Module, **settings: Any) -> None:
-        "Shard one unit; its tensors in the original are emptied at once."
-        before = {id(p): p for p in unit.parameters()}
-        fully_shard(unit, **settings)
-        left = {id(p) for p in unit.parameters()}
-        for key, parameter in before.items():
-            if key not in left:
-                parameter.data = parameter.data.new_empty(0)
 
-    def _look_up(self) -> None:
-        "What trains, by the same names, among the parameters that sharding has put in place."
-        shards = dict(self.model.named_parameters(remove_duplicate=False))
-        plan = self.plan
-        groups = []
-        for group in plan.groups:
-            groups.append(replace(group, trained={name: shards[name] for name in group.trained}))
-        self.plan = replace(plan, model=self.model, groups=groups)
-        terms = {name: term for name, term, _ in self.compute.terms}
-        own = {f'losses.{name}.{n}': p for name, t in terms.items() for n, p in _parameters(t)}
-        self.heads = {name: own[name] for name in self.heads}
+@patch
+def _cut(self: Sharded, unit: nn.Module, **settings: Any) -> None:
+    "Shard one unit; its tensors in the original are emptied at once."
+    before = {id(p): p for p in unit.parameters()}
+    fully_shard(unit, **settings)
+    left = {id(p) for p in unit.parameters()}
+    for key, parameter in before.items():
+        if key not in left:
+            parameter.data = parameter.data.new_empty(0)
 
-    def _reach(self, name: str, term: nn.Module, args: tuple, value: torch.Tensor):
-        """A term without elements in this micro-batch may leave its weights out; its sum then takes
-        them in with weight zero, so that all ranks add up the same tensors."""
-        self.reached[name] = self.reached.get(name, False) or value.requires_grad
-        trained = [p for p in term.parameters() if p.requires_grad]
-        # the model's loss ties the term's backward pass to its inputs, before that of the blocks:
-        # without it a rank without elements would add up in another order, and all would wait
-        return value + 0 * args[0].loss + 0 * sum(p.sum() for p in trained)
+# %% ../../nbs/train/12_sharding.ipynb #b3f76c51
+@patch
+def _look_up(self: Sharded) -> None:
+    "What trains, by the same names, among the parameters that sharding has put in place."
+    shards = dict(self.model.named_parameters(remove_duplicate=False))
+    plan = self.plan
+    groups = []
+    for group in plan.groups:
+        groups.append(replace(group, trained={name: shards[name] for name in group.trained}))
+    self.plan = replace(plan, model=self.model, groups=groups)
+    terms = {name: term for name, term, _ in self.compute.terms}
+    own = {f'losses.{name}.{n}': p for name, t in terms.items() for n, p in _parameters(t)}
+    self.heads = {name: own[name] for name in self.heads}
+
+
+@patch
+def _reach(self: Sharded, name: str, term: nn.Module, args: tuple, value: torch.Tensor):
+    """A term without elements in this micro-batch may leave its weights out; its sum then takes
+    them in with weight zero, so that all ranks add up the same tensors."""
+    self.reached[name] = self.reached.get(name, False) or value.requires_grad
+    trained = [p for p in term.parameters() if p.requires_grad]
+    # the model's loss ties the term's backward pass to its inputs, before that of the blocks:
+    # without it a rank without elements would add up in another order, and all would wait
+    return value + 0 * args[0].loss + 0 * sum(p.sum() for p in trained)
 
 
 def _parameters(term: Any) -> list[tuple[str, nn.Parameter]]:
@@ -475,7 +483,7 @@ def search(self: Sharded, micro, counts, most):
             found.append(dict(rank=self.ranks.rank, micro=number, **search.first))
     if any(self.ranks.gather(found)):
         return found
-    for owner in range(self.ranks.world):
+    for owner in range(self.ranks.size):
         for number in range(most):
             found += self._search_gradient(micro, counts, owner, number)
     return found
@@ -527,4 +535,4 @@ def lay_out(
 ) -> Single:
     """The layout that `parallel` asks for on these `ranks`. `forward`: model and terms; `plan`,
     `heads`: what trains of them. Raises `RecipeError` for a layout that cannot be."""
-    return LAYOUTS[parallel.over(ranks.world)](forward, plan, heads, ranks, parallel)
+    return LAYOUTS[parallel.over(ranks.size)](forward, plan, heads, ranks, parallel)

@@ -1,10 +1,10 @@
 // A picture to point at: eight kinds of marker, drawn with one gesture each. Plain DOM, no library,
 // no network.
-// CANVAS_CSS, the style sheet, is put in front of this file by vlmbench.demo.canvas.canvas_js.
-// mountCanvas(root, settings, host) -> { setImage, setMarks, message }
+// BOARD_CSS, the style sheet, is put in front of this file by vlmbench.demo.board.board_js.
+// mountBoard(root, settings, host) -> { setImage, setMarks, message }
 //   settings: { kinds: {kind: [preposition, noun]}, palette: {name: [r, g, b]}, anchor, hint }
 //   host:     { marks(list), insert(text), open(file) }     a mark is { kind, numbers, color, alpha }
-function mountCanvas(root, settings, host) {
+function mountBoard(root, settings, host) {
   const ICONS = {
     rectangle: '<rect x="4" y="5" width="16" height="14"/>',
     ellipse: '<ellipse cx="12" cy="12" rx="9" ry="7"/>',
@@ -51,7 +51,7 @@ function mountCanvas(root, settings, host) {
 
   const box = el('div', 'vp'),
     style = el('style');
-  style.textContent = CANVAS_CSS;
+  style.textContent = BOARD_CSS;
   const tools = el('div', 'vp-tools'),
     row = el('div', 'vp-row'),
     stage = el('div', 'vp-stage'),

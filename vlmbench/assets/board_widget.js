@@ -1,7 +1,7 @@
-// Connects the drawing surface to the traits of an anywidget (vlmbench.demo.canvas).
+// Connects the drawing surface to the traits of an anywidget (vlmbench.demo.board).
 export default {
   render({ model, el }) {
-    const canvas = mountCanvas(el, model.get('settings'), {
+    const board = mountBoard(el, model.get('settings'), {
       marks: m => {
         model.set('marks', m);
         model.save_changes();
@@ -11,16 +11,16 @@ export default {
         const limit = model.get('settings').max_bytes;
         if (file.size > limit) {
           const most = Math.floor(limit / 1e6);
-          return canvas.message(`${file.name} is larger than ${most} MB`, true);
+          return board.message(`${file.name} is larger than ${most} MB`, true);
         }
         model.send({ open: file.name }, undefined, [await file.arrayBuffer()]);
       },
     });
-    const show = () => canvas.setImage(model.get('image'), ...model.get('size'));
+    const show = () => board.setImage(model.get('image'), ...model.get('size'));
     model.on('change:image', show);
-    model.on('change:marks', () => canvas.setMarks(model.get('marks')));
-    model.on('change:note', () => canvas.message(model.get('note'), true));
+    model.on('change:marks', () => board.setMarks(model.get('marks')));
+    model.on('change:note', () => board.message(model.get('note'), true));
     show();
-    canvas.setMarks(model.get('marks'));
+    board.setMarks(model.get('marks'));
   },
 };
