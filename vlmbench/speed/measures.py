@@ -513,6 +513,14 @@ BARS: dict[str, Bar] = {
         'peak memory above the start: streaming reader / json.load, the same file', at_most=0.1
     ),
     'readers_index': Bar('the same: rows by number (Records) / json.load', at_most=0.1),
+    'peers_short': Bar(
+        'target tokens a CPU second, short rows: ours / the faster of Trainer and TRL', at_least=1.5
+    ),
+    'peers_long': Bar('the same, rows with long tails', at_least=2.0),
+    'peers_vocabulary': Bar('the same, short rows, a vocabulary of 32,000', at_least=2.0),
+    'peers_memory': Bar(
+        'peak memory, the largest of the three: ours / the smaller of theirs', at_most=1.0
+    ),
     'inference_vora': Bar('time to first token, published / 8: merged VoRA / encoder'),
     'inference_eve': Bar('time to first token, published / 8: EVE / encoder'),
 }

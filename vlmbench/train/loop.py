@@ -82,7 +82,16 @@ class TrainResult:
 # raised by all ranks together, so that together they can still hand the model back
 _ON_ALL_RANKS = (Preempted, TooManyBadRecords, NonFiniteLoss, NoGradient)
 # what is counted of every micro-batch and summed over a step
-COUNTS = ('tokens', 'targets', 'pairs', 'images', 'image_tokens', 'patches', 'patch_pairs')
+COUNTS = (
+    'tokens',
+    'positions',
+    'targets',
+    'pairs',
+    'images',
+    'image_tokens',
+    'patches',
+    'patch_pairs',
+)
 
 
 @dataclass
@@ -533,6 +542,7 @@ def _row(
         step_s=took,
         **{name: int(counts[name]) for name in counted},
         **{f'{name}_per_s': counts[name] / took for name in counted},
+        fill=counts['tokens'] / counts['positions'],
         mfu=self.flops(counts) / (took * self.peak * self.ranks.size),
         data_wait=waited / took,
         memory_mb=peak_memory(),
@@ -547,7 +557,8 @@ def record(self: Trainer, row: dict, last: bool) -> None:
         self.log.log(row)
         self.lock.beat()
     shown = dict(step=self.step, loss=row['loss'], grad=row['grad_norm'])
-    self.progress.update(self.spent, **shown, **{'tok/s': row['tokens_per_s']})
+    shown |= {'tok/s': row['tokens_per_s'], 'full': f'{row["fill"]:.0%}'}
+    self.progress.update(self.spent, **shown)
     if not any(callback.due(self.step, last) for callback in self.callbacks):
         return
     model, plan = self.layout.model, self.layout.plan
