@@ -521,6 +521,7 @@ BARS: dict[str, Bar] = {
     'peers_memory': Bar(
         'peak memory, the largest of the three: ours / the smaller of theirs', at_most=1.0
     ),
+    'startup': Bar('from the command to the first step: ours / a bare script with Trainer'),
     'inference_vora': Bar('time to first token, published / 8: merged VoRA / encoder'),
     'inference_eve': Bar('time to first token, published / 8: EVE / encoder'),
 }

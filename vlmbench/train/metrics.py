@@ -229,8 +229,8 @@ def peak_memory() -> dict[str, float]:
 # %% ../../nbs/train/06_metrics.ipynb #931598c1
 def batch_counts(batch: Mapping[str, Any], patch: int | None = None) -> dict[str, int]:
     """Counts of one batch: `tokens` (without padding), `positions` (with it), `targets` (labels
-    that carry loss, position 0 never does), `images`, `image_tokens`, `patches` and `patch_pairs` of the
-    vision tower (`patch`: its stride in pixels), `pairs` (causal query-key pairs within
+    that carry loss, position 0 never does), `images`, `image_tokens`, `patches` and `patch_pairs`
+    of the vision tower (`patch`: its stride in pixels), `pairs` (causal query-key pairs within
     documents)."""
     ids = batch['input_ids']
     docs, mask = batch.get('document_ids'), batch.get('attention_mask')
