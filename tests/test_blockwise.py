@@ -80,7 +80,7 @@ def test_images_of_several_sizes_are_seen_alone(kind):
         BlockwiseDistillation(tower(kind), 20, 4),
         batch_of([(16, 32), (32, 24), (16, 32)]),
     )
-    whole, at = term.targets(batch), 0
+    whole, at = term.of_teacher(batch), 0
     for i, (h, w) in enumerate(batch['image_sizes'].tolist()):
         alone, n = (
             teacher_states(term.teacher, batch['pixel_values'][i : i + 1, :, :h, :w]),

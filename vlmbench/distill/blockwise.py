@@ -140,7 +140,7 @@ class BlockwiseDistillation(nn.Module, LossTerm):
 
 # %% ../../nbs/distill/10_blockwise.ipynb #8b017439
 @patch
-def targets(self: BlockwiseDistillation, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+def of_teacher(self: BlockwiseDistillation, batch: Mapping[str, Any]) -> list[torch.Tensor]:
     """The teacher's state for each head at every image token of the batch, `[image tokens,
     width]`, images in order."""
     groups = []
@@ -161,17 +161,17 @@ def losses(
     images."""
     if not self.count(batch):
         return hidden_states[0].new_zeros(len(self.pairs))
-    at, targets = batch['image_ids'] >= 0, self.targets(batch)
-    if (n := int(at.sum())) != len(targets[0]):
+    at, theirs = batch['image_ids'] >= 0, self.of_teacher(batch)
+    if (n := int(at.sum())) != len(theirs[0]):
         raise ValueError(
-            f'{n} image tokens in the batch, but the teacher sees {len(targets[0])} patches: '
+            f'{n} image tokens in the batch, but the teacher sees {len(theirs[0])} patches: '
             'the front end must have its grid'
         )
     sums = []
-    for (block, _), target, head in zip(self.pairs, targets, self.heads):
+    for (block, _), state, head in zip(self.pairs, theirs, self.heads):
         ours = head(hidden_states[block][at])  # [image tokens, teacher width]
         # in float32: a cosine near 1 in half precision has no digits left for the distance
-        cosine = nn.functional.cosine_similarity(target.float(), ours.float(), dim=-1)
+        cosine = nn.functional.cosine_similarity(state.float(), ours.float(), dim=-1)
         sums.append((1 - cosine).sum())
     return torch.stack(sums)
 

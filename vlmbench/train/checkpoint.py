@@ -212,11 +212,11 @@ def _shapes(path):
     return {name: one.size for name, one in stored.items()}, stored
 
 
-def _read_shards(path, targets, alone):
-    "Fill `targets` (name -> tensor, sharded or whole) in place from the shards of a state."
+def _read_shards(path, tensors, alone):
+    "Fill `tensors` (name -> tensor, sharded or whole) in place from the shards of a state."
     reader = dcp.FileSystemReader(path / 'shards')
-    dcp.load(targets, storage_reader=reader, no_dist=alone)
-    return targets
+    dcp.load(tensors, storage_reader=reader, no_dist=alone)
+    return tensors
 
 # %% ../../nbs/train/20_checkpoint.ipynb #183517fc
 def save_state(
@@ -489,10 +489,10 @@ def _stored_tensors(path, manifest):
     if manifest.get('tensors', 'safetensors') == 'safetensors':
         return tuple(load_file(path / f'{part}.safetensors') for part in ('weights', 'optimizer'))
     stored = _shapes(path)[1]
-    targets = {n: torch.empty(t.size, dtype=t.properties.dtype) for n, t in stored.items()}
-    _read_shards(path, targets, alone=True)
+    tensors = {n: torch.empty(t.size, dtype=t.properties.dtype) for n, t in stored.items()}
+    _read_shards(path, tensors, alone=True)
     split: dict[str, dict] = dict(weights={}, optimizer={})
-    for name, tensor in targets.items():
+    for name, tensor in tensors.items():
         part, _, rest = name.partition('/')
         split[part][rest] = tensor
     return split['weights'], split['optimizer']
@@ -513,16 +513,16 @@ def load_tensors(
     shapes, stored = _shapes(path)
     named = {n.removeprefix('weights/'): s for n, s in shapes.items() if n.startswith('weights/')}
     _check_fit(params, named, str(path))
-    targets = {f'weights/{name}': params[name].detach() for name in named}
+    weights = {f'weights/{name}': params[name].detach() for name in named}
     moments = {}
-    for key in shapes.keys() - targets.keys():
+    for key in shapes.keys() - weights.keys():
         name = key.removeprefix('optimizer/').rpartition('/')[0]
         like = params.get(name)
         alike = like is not None and like.shape == shapes[key]
         kind = stored[key].properties.dtype
         new = torch.zeros_like(like, dtype=kind) if alike else torch.zeros(shapes[key], dtype=kind)
         moments[key] = new.detach()
-    _read_shards(path, targets | moments, alone=not dist.is_initialized())
+    _read_shards(path, weights | moments, alone=not dist.is_initialized())
     load_optimizer_tensors(
         optimizer, {k.removeprefix('optimizer/'): moments[k] for k in sorted(moments)}
     )
