@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUT', 'Data', 'ShapesProcessor', 'weightless_state', 'stage_states', 'terms_on_shapes', 'workload', 'plan',
-           'stage_row', 'layout', 'inference', 'survey', 'si', 'readable', 'cost_figure']
+           'stage_row', 'planned_steps', 'layout', 'inference', 'survey', 'si', 'readable', 'cost_figure']
 
 # %% ../../nbs/cost/20_planner.ipynb #6ceb724b
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from torch import nn
 
 from .counter import Workload, inference_cost, training_cost
 from ..data.image import ImageTransform
-from ..data.sources import picture_share
+from ..data.sources import picture_share, published_rows
 from ..methods.recipes import METHODS, find_scale, get_method, parse_overrides, scaled_budget
 from ..models.vlm import decoder_layers
 from ..train.optimizer import MATRIX_GROUPS
@@ -230,7 +230,7 @@ def stage_row(
     cost = training_cost(state.model, work, terms, precision, kernel, optimizer_bytes, accumulates)
     # micro-batches in a step: a stage is counted with `rows` of a size that the caller chose
     micro = stage.accumulation * stage.batch_rows / work.rows
-    steps = stage.steps or max(1, round(stage.budget_targets / (work.targets * micro * ranks)))
+    steps = planned_steps(stage, work.targets * micro * ranks)
     return dict(
         stage=stage.name,
         parameters=cost.parameters,
@@ -246,6 +246,20 @@ def stage_row(
         bound=stage.global_rows is not None,
         **_units(state.model, terms, 2 if precision == 'bf16' else 4),
     )
+
+
+def planned_steps(stage: Stage, targets: float) -> int:
+    """Steps of a stage whose steps hold `targets` target tokens over all ranks; epochs are counted
+    by the rows that the data cards say. Raises `RecipeError` where they do not."""
+    if stage.budget_targets is not None:
+        return max(1, round(stage.budget_targets / targets))
+    rows = 0 if stage.epochs is None else published_rows(stage.data)
+    if rows is None:
+        raise RecipeError(
+            f'stage {stage.name!r} counts epochs, and no data card says how many rows {stage.data} '
+            f'has: say how many steps it is to make (stages.{stage.name}.steps=1000)'
+        )
+    return stage.steps_in(rows)
 
 
 def _with_rows(stage: Stage, rows: int | None, ranks: int) -> Stage:

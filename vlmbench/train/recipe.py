@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOW', 'SCHEDULES', 'OPTIMIZERS', 'TOO_LONG', 'BOUNDS', 'RecipeError', 'need', 'check_number', 'Tune', 'block_ranges',
-           'frozen', 'full', 'layers', 'lora', 'Stage', 'nearest_hint', 'Recipe', 'to_settings', 'from_settings',
-           'override']
+           'frozen', 'full', 'layers', 'lora', 'Stage', 'nearest_hint', 'scaled_bound', 'Recipe', 'to_settings',
+           'from_settings', 'override']
 
 # %% ../../nbs/train/00_recipe.ipynb #b5ef7158
 import dataclasses, difflib, math, re
@@ -213,7 +213,8 @@ class Stage:
     `reduction`: the loss is the mean over the targets of the whole 'step', or the mean of the means
     of its 'micro' batches. `grouping`: padded batches of samples of like 'length', or also of one
     'modality', pictures or text; None: as drawn. `image_mode`: what this stage does to pictures
-    that are not square ('pad', 'crop', 'squash', see `ImageTransform`); None: as the scale says."""
+    that are not square ('pad', 'crop', 'squash', see `ImageTransform`); None: as the scale says.
+    `save_every`: steps between states, where a run does not say its own."""
 
     name: str
     trains: Mapping[str, Tune]
@@ -246,12 +247,12 @@ class Stage:
     grouping: str | None = None
     global_rows: int | None = None
     image_mode: str | None = None
+    save_every: int | None = None
 
     def __post_init__(self):
         _check_name(self.name)
-        object.__setattr__(self, 'trains', _all_groups(self))
-        object.__setattr__(self, 'losses', tuple(map(_weighted, self.losses)))
-        object.__setattr__(self, 'betas', tuple(self.betas))
+        for name, value in _settled(self).items():
+            object.__setattr__(self, name, value)
         _check_numbers(self)
         _check_words(self)
         _check_rates(self)
@@ -317,6 +318,18 @@ def _check_name(name: Any) -> None:
     )
 
 
+def _settled(stage: Stage) -> dict[str, Any]:
+    "The settings of a stage that may be said in several ways, in the one way it keeps."
+    settled = dict(
+        trains=_all_groups(stage),
+        losses=tuple(map(_weighted, stage.losses)),
+        betas=tuple(stage.betas),
+    )
+    if isinstance(stage.epochs, int) and not isinstance(stage.epochs, bool):
+        settled['epochs'] = float(stage.epochs)
+    return settled
+
+
 def _all_groups(stage: Stage) -> dict[str, Tune]:
     "A `Tune` for every module group; groups that the stage does not mention are frozen."
     at = f'stage {stage.name!r}'
@@ -355,6 +368,7 @@ def nearest_hint(word: Any, words: Iterable[str]) -> str:
 # %% ../../nbs/train/00_recipe.ipynb #44b5b28b
 BOUNDS = ('budget_targets', 'steps', 'epochs')  # what may bound a stage: one of them
 _COUNTS = ('budget_targets', 'steps', 'max_tokens', 'batch_rows', 'accumulation', 'global_rows')
+_COUNTS += ('save_every',)
 
 
 def _check_numbers(stage: Stage) -> None:
@@ -453,6 +467,13 @@ def resolved(self: Stage, rows: int) -> Stage:
         return self
     need(rows > 0, f'stage {self.name!r}: {self.data} has no rows to make an epoch of')
     return dataclasses.replace(self, epochs=None, drop_last=False, steps=self.steps_in(rows))
+
+
+def scaled_bound(stage: Stage, factor: float) -> dict[str, float]:
+    "What bounds `stage`, times `factor`: target tokens and steps whole and at least 1."
+    name = next(name for name in BOUNDS if vars(stage)[name] is not None)
+    value = vars(stage)[name] * factor
+    return {name: value if name == 'epochs' else max(1, round(value))}
 
 # %% ../../nbs/train/00_recipe.ipynb #c0f9bd44
 @dataclass(frozen=True)
