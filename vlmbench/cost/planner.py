@@ -18,7 +18,14 @@ from torch import nn
 from .counter import Workload, inference_cost, training_cost
 from ..data.image import ImageTransform
 from ..data.sources import picture_share, published_rows
-from ..methods.recipes import METHODS, find_scale, get_method, parse_overrides, scaled_budget
+from vlmbench.methods.recipes import (
+    METHODS,
+    budget_text,
+    find_scale,
+    get_method,
+    parse_overrides,
+    scaled_budget,
+)
 from ..models.vlm import decoder_layers
 from ..train.optimizer import MATRIX_GROUPS
 from ..train.prepare import TrainPlan, merge_lora, prepare
@@ -335,8 +342,8 @@ def layout(
 ) -> pd.DataFrame:
     """How the stages of a recipe run on `ranks` processes: `stage`, `data`, `rate` of each group
     that trains, `step_rows` over all ranks, `rows` as rows x micro-batches x ranks, `tokens` of a
-    row, `pictures` (encoder states and shape), `grouping`. `rows`: of a micro-batch, as in `plan`.
-    Raises RecipeError for a layout that does not fit."""
+    row, `pictures` (encoder states and shape), `grouping`, `budget`. `rows`: of a micro-batch, as in
+    `plan`. Raises RecipeError for a layout that does not fit."""
     _, recipe, scale = _find(recipe, scale, variant, budget, ())
     states = recipe.front_end.get('select_layers')
     table = []
@@ -356,6 +363,7 @@ def layout(
                 pictures=stage.image_mode or scale.image_mode,
                 states='' if states is None else ','.join(map(str, states)),
                 grouping=stage.grouping or '',
+                budget=budget_text(stage),
             )
         )
     return pd.DataFrame(table)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUILT_IN', 'METHODS', 'method_class', 'parse_variant', 'get_method', 'methods_table', 'options_table',
            'published_scales', 'find_scale', 'scaled_budget', 'parse_overrides', 'get_recipe', 'budget_text',
-           'training_table']
+           'rows_text', 'stages_before', 'training_table']
 
 # %% ../../nbs/methods/00_recipes.ipynb #0895d285
 from collections.abc import Mapping, Sequence
@@ -150,11 +150,14 @@ def get_recipe(
     budget: float = 1.0,
     overrides: Sequence[str] = (),
     variant: Sequence[str] = (),
+    stages: Sequence[str] = (),
 ) -> Recipe:
     """The recipe of method `name` at `scale` with the options of `variant`, its budget multiplied,
-    single settings overridden, and checked (`check_pictures`). Raises `RecipeError`."""
+    single settings overridden, cut to `stages` (none: all), and checked (`check_pictures`). Raises
+    `RecipeError`."""
     method = get_method(name, variant)
     recipe = override(scaled_budget(method.recipe(scale), budget), parse_overrides(overrides))
+    recipe = recipe.only(stages)
     check_pictures(method, RunState(recipe, scale))
     return recipe
 
@@ -169,6 +172,21 @@ def budget_text(stage: Stage) -> str:
     if rows is None:
         return f'{epochs} of its rows'
     return f'{epochs} of {rows:,} rows -> {stage.steps_in(rows):,} steps'
+
+
+def rows_text(stage: Stage, ranks: int) -> str:
+    "How `ranks` processes make the rows of a step of `stage`. Raises `RecipeError` as `over` does."
+    laid = stage.over(ranks)
+    return (
+        f'{stage.name}: {stage.step_rows} rows a step = {laid.batch_rows} rows x '
+        f'{laid.accumulation} micro-batch(es) x {ranks} rank(s)'
+    )
+
+
+def stages_before(recipe: Recipe, whole: Recipe) -> list[str]:
+    "The stages of `whole` that come before the first one of `recipe` and are left out of it."
+    names = [stage.name for stage in whole.stages]
+    return names[: names.index(recipe.stages[0].name)]
 
 
 def training_table(recipe: Recipe) -> pd.DataFrame:
