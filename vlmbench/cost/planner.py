@@ -208,7 +208,7 @@ def _walk(
     _check_plan(recipe, rows, data, ranks)
     if precision == 'fp32' and scale.dtype != 'float32':
         scale = override(scale, dict(dtype='float32'))
-    precision, table = precision or ('bf16' if scale.dtype == 'bfloat16' else 'fp32'), []
+    precision, table = precision or ('fp32' if scale.dtype == 'float32' else 'bf16'), []
     for state, prepared in stage_states(method, recipe, scale):
         if prepared is None:
             return pd.DataFrame(table), state
@@ -342,8 +342,8 @@ def layout(
 ) -> pd.DataFrame:
     """How the stages of a recipe run on `ranks` processes: `stage`, `data`, `rate` of each group
     that trains, `step_rows` over all ranks, `rows` as rows x micro-batches x ranks, `tokens` of a
-    row, `pictures` (encoder states and shape), `grouping`, `budget`. `rows`: of a micro-batch, as in
-    `plan`. Raises RecipeError for a layout that does not fit."""
+    row, `pictures` (encoder states and shape), `grouping`, `budget`. `rows`: of a micro-batch, as
+    in `plan`. Raises RecipeError for a layout that does not fit."""
     _, recipe, scale = _find(recipe, scale, variant, budget, ())
     states = recipe.front_end.get('select_layers')
     table = []

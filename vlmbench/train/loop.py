@@ -53,7 +53,7 @@ from vlmbench.train.metrics import (
     peak_memory,
     read_metrics,
 )
-from .precision import settle_precision, storage_dtype, store_precision
+from .precision import LossScale, settle_precision, storage_dtype, store_precision
 from .optimizer import lr_factor, make_optimizer
 from .prepare import prepare
 from .process import FolderInUse, FolderLock, Preempted, Ranks, StopFlag
@@ -90,7 +90,8 @@ class Trainer:
     """One stage on one model, in place; everything written lies under `out_dir`.
 
     `data`: a sequence of `Sample`, a `Mixture` or a `StageData`; `loader` replaces the loader made
-    from it. `precision`: 'fp32', or 'bf16' (autocast over fp32 trained weights). `resume`: 'auto'
+    from it. `precision`: 'fp32', or 'bf16' or 'fp16' (autocast over fp32 trained weights; fp16
+    with a scaled loss, `LossScale`). `resume`: 'auto'
     (the newest usable state in `out_dir`, or start), a state's folder, or None (start; refuses a
     folder with states). `save_every`: steps between states, besides the last one (None: the
     stage's). `monitor`: name
@@ -198,7 +199,9 @@ def set_up(self: Trainer) -> None:
         precision=self.precision,
         base=frozen_hash(self.model, trained),
     )
+    self.loss_scale = LossScale(self.precision, self.ranks.device.type)
     forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
+    forward.scaled = self.loss_scale.scaled
     # from here on the tensors of the model may lie in shards
     self.layout = lay_out(forward, self.plan, heads, self.ranks, parallel)
     self.params = self.layout.params
@@ -365,6 +368,8 @@ def _take_up(self: Trainer, found: Path) -> None:
     self.step, self.path = state.step, found
     self.seen_targets, self.metric = state.shared['targets'], state.shared['metric']
     self.audit = GradientAudit(**state.shared['audit'])
+    if self.precision == 'fp16':
+        self.loss_scale.load_state_dict(state.shared['loss_scale'])
 
 
 @patch
@@ -423,14 +428,17 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
         raise RecipeError(f'step {self.step + 1}: no sample of {ids} has a target token')
     shares, most = self._shares(micro, counts), self.most_micro
     parts = self.layout.backward(micro, shares, most, counts)
+    self.loss_scale.unscale(self.optimizer)
     norm = self.layout.clip(self.stage.clip or math.inf)
     parts, norm = self._agree(parts, norm)
-    if not all(map(math.isfinite, [norm, *parts])):
-        self._stop_non_finite(micro, counts)
-    judged = self.audit.check(self.audited, self.step + 1, int(counts['images']))
-    if judged and self.main:
-        self.log.log(dict(vars(self.audit), step=self.step + 1, event='audit'))
-    self._update(int(counts['targets']))
+    skip = self.loss_scale.skips(norm, parts)
+    if not skip:
+        if not all(map(math.isfinite, [norm, *parts])):
+            self._stop_non_finite(micro, counts)
+        judged = self.audit.check(self.audited, self.step + 1, int(counts['images']))
+        if judged and self.main:
+            self.log.log(dict(vars(self.audit), step=self.step + 1, event='audit'))
+    self._update(int(counts['targets']), skip)
     return self._row(parts, norm, counts, time.perf_counter() - started, waited), micro
 
 
@@ -475,14 +483,16 @@ def _agree(self: Trainer, parts: torch.Tensor, norm: torch.Tensor) -> tuple[list
 
 
 @patch
-def _update(self: Trainer, targets: int) -> None:
+def _update(self: Trainer, targets: int, skip: bool = False) -> None:
     start = self.used
     self.step += 1
     self.seen_targets += targets
     factor = lr_factor(self.stage, start, self.used)
     for group, peak in zip(self.optimizer.param_groups, self.peak_lr):
         group['lr'] = peak * factor
-    self.optimizer.step()
+    if not skip:
+        self.optimizer.step()
+    self.loss_scale.advance(skip)
     self.optimizer.zero_grad(set_to_none=True)
 
 # %% ../../nbs/train/10_loop.ipynb #ac2d4be9
@@ -533,6 +543,7 @@ def _row(
         data_wait=waited / took,
         memory_mb=peak_memory(),
         eta_s=max(0.0, 1 - self.used) * pace,
+        **self.loss_scale.row(),
     )
 
 
@@ -564,6 +575,8 @@ def save(self: Trainer) -> Path:
     "Write a training state: trained weights, optimizer, data position, generators, counters."
     local = dict(rng=rng_state(), loader=self.loader.state_dict())
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
+    if self.precision == 'fp16':
+        shared['loss_scale'] = self.loss_scale.state_dict()
     return save_state(
         self.out_dir,
         self.step,
