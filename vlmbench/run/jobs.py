@@ -26,6 +26,7 @@ from .trained import trained_run
 from ..train.checkpoint import CheckpointError, check_identity, export
 from ..train.process import Preempted, Ranks, StopFlag
 from ..train.recipe import Recipe, RecipeError
+from ..train.scale import Scale
 from ..train.stages import RunResult, RunState, run_stages
 
 # %% ../../nbs/run/15_jobs.ipynb #43a09ea0
@@ -147,14 +148,14 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
         warnings.simplefilter('always')
         if settings['model']:
             state = RunState(recipe, scale, settings['seed'], settings['device'])
-            state.model, state.processor = _trained_model(settings['model'], recipe)
+            state.model, state.processor = _trained_model(settings['model'], recipe, scale)
         else:
             state = method.start(recipe, scale, settings['seed'], settings['device'])
         state.model.to(job.ranks.device)
     return state, [str(warning.message) for warning in announced]
 
 
-def _trained_model(where: str, recipe: Recipe) -> tuple:
+def _trained_model(where: str, recipe: Recipe, scale: Scale) -> tuple:
     "The model in folder `where` with its processor. Raises `RecipeError` for another front end."
     model, processor = load_vlm(where)
     if not isinstance(model, VLMForConditionalGeneration):
@@ -162,7 +163,7 @@ def _trained_model(where: str, recipe: Recipe) -> tuple:
             f'model={where} is a {type(model).__name__}, which the stages do not train: give a '
             'folder that a run saved, or one in an original layout'
         )
-    front = front_end_class(recipe.front_end).resolve(dict(recipe.front_end))
+    front = front_end_class(recipe.front_end).resolve(scale.front_end(recipe))
     theirs = model.config.vision_config
     for name in ('type', 'select_layers', 'projector'):
         if front.get(name) != theirs.get(name):

@@ -505,6 +505,8 @@ def _stop_non_finite(self: Trainer, micro: list[dict], counts: Mapping[str, floa
         own = itertools.chain.from_iterable(batch.get('sample_ids', ()) for batch in micro)
         ids = list(itertools.chain.from_iterable(self.ranks.gather(list(own))))
         tensor = 'loss or gradient norm (each sample alone is finite when run again)'
+        if self.loss_scale.in_a_row:
+            tensor = f'the fp16 gradients, {self.loss_scale.in_a_row} steps in a row'
         report = [dict(rank=None, micro=None, samples=ids, tensor=tensor)]
     step = self.step + 1
     if self.main:
@@ -535,7 +537,7 @@ def _row(
         loss=parts[0],
         losses=dict(zip(names, parts[1:])),
         lr=rates,
-        grad_norm=norm,
+        **(dict(grad_norm=norm) if math.isfinite(norm) else {}),  # an fp16 step was skipped
         step_s=took,
         **{name: int(counts[name]) for name in counted},
         **{f'{name}_per_s': counts[name] / took for name in counted},
@@ -553,7 +555,7 @@ def record(self: Trainer, row: dict, last: bool) -> None:
     if self.main:
         self.log.log(row)
         self.lock.beat()
-    shown = dict(step=self.step, loss=row['loss'], grad=row['grad_norm'])
+    shown = dict(step=self.step, loss=row['loss'], grad=row.get('grad_norm', math.inf))
     self.progress.update(self.spent, **shown, **{'tok/s': row['tokens_per_s']})
     if not any(callback.due(self.step, last) for callback in self.callbacks):
         return
