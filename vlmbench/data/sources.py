@@ -266,6 +266,12 @@ def picture_share(data: str, folder: Place | None = None) -> float | None:
         return None
     return sum(w * shares[name] for name, w in weights.items()) / sum(weights.values())
 
+# %% ../../nbs/data/75_sources.ipynb #fd5debc4
+def _without_suffix(name: str) -> str:
+    "A name without the ending of a data file; a dot in `llava-1.5` is no such ending."
+    ends = sorted((*DATA_FILES, *PACKED_FILES), key=len, reverse=True)
+    return next((name.removesuffix(end) for end in ends if name.endswith(end)), name)
+
 # %% ../../nbs/data/75_sources.ipynb #a8ced2c3
 def _held(samples: Mapping[str, Sequence[Sample]], data: str) -> Sequence[Sample]:
     "The samples in memory that a stage's `data` names."
@@ -301,12 +307,6 @@ class Shards(Sequence):
         i = range(len(self))[i]
         part = bisect_right(self.ends, i)
         return self.parts[part][i - (self.ends[part - 1] if part else 0)]
-
-
-def _without_suffix(name: str) -> str:
-    "A name without the ending of a data file; a dot in `llava-1.5` is no such ending."
-    ends = sorted((*DATA_FILES, *PACKED_FILES), key=len, reverse=True)
-    return next((name.removesuffix(end) for end in ends if name.endswith(end)), name)
 
 
 def _open_name(folder, name, quarantine, parse, roots) -> Sequence[Sample]:

@@ -33,7 +33,7 @@ def settle_precision(model: nn.Module, trained: Mapping[str, nn.Parameter], prec
         raise RecipeError(
             f"precision='fp32', but {len(frozen)} frozen weights are stored in half precision "
             f"(e.g. {frozen[0]}): load the model with dtype='float32' or train with "
-            "precision='bf16'"
+            "precision='bf16' (or 'fp16', where they are stored so)"
         )
     wide = [n for n, p in model.named_parameters() if p.dtype == torch.bfloat16]
     if wide and precision == 'fp16':

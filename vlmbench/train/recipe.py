@@ -202,11 +202,10 @@ class Stage:
 
     Exactly one of `budget_targets` (target tokens over all ranks), `steps` and `epochs` (passes
     over the rows of the data, `steps_in`) bounds it; `drop_last`: rows at the end of the last epoch
-    that fill no step make none, instead of one more with the first rows of the next. One
-    optimizer step sees `accumulation` micro-batches of `batch_rows` rows of at most `max_tokens`
-    tokens, over all ranks. `global_rows`: rows of one step, in the place of `accumulation`; `over`
-    says what of a step each rank makes. `losses` names
-    the extra loss terms the method makes (a name, or a name with a weight: `('align', 0.5)`).
+    that fill no step make none, instead of one more with the first rows of the next. A step sees
+    `accumulation` micro-batches of `batch_rows` rows of at most `max_tokens` tokens, over all
+    ranks. `global_rows`: rows of one step, in the place of `accumulation`; `over` says what of it
+    each rank makes. `losses`: extra loss terms of the method, each a name or `('align', 0.5)`.
     `too_long`: what happens to samples beyond `max_tokens` ('error', 'truncate', 'turns': whole
     later turns go, 'skip'). `merge` folds LoRA back into the base at the end of the stage.
     `targets`: which tokens carry the loss ('answers', 'special': control tokens too, 'all').
