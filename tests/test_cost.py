@@ -276,8 +276,9 @@ def test_states_of_a_rank_fall_as_one_over_ranks():
 
 def test_gradients_wait_whole_between_micro_batches():
     row = plan('llava', 'tiny').assign(ranks=1).iloc[1]
+    row['micro'] = 4  # one for each of four ranks
     several = row.copy()
-    several['micro'] = 4
+    several['micro'] = 16
     more = rank_memory(several, 'fsdp', 4)['states'] - rank_memory(row, 'fsdp', 4)['states']
     assert more == pytest.approx(row.gradients * 3 / 4)
 

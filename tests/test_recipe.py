@@ -300,7 +300,8 @@ def test_every_published_recipe_states_its_global_batch():
         )  # a row is a sample
         for s in recipe.stages:
             assert s.over(8).accumulation * s.batch_rows * 8 == s.global_rows, name
-        assert {s.global_rows for s in get_recipe(name, find_scale('tiny')).stages} == {None}, name
+        for s in get_recipe(name, find_scale('tiny')).stages:
+            assert s.global_rows == s.batch_rows, name  # the same on any number of ranks
 
 
 def test_groups_of_like_length_are_one_global_batch():

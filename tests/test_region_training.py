@@ -117,7 +117,7 @@ def test_grouping(world, processor, stage, grouping):
     samples = open_samples(
         world, 'region_train*2+text_train*1+vqa_train*1', parse=sample_from_region_row
     )
-    one = override(stage, dict(packing=False, grouping=grouping, batch_rows=4))
+    one = override(stage, dict(packing=False, grouping=grouping, batch_rows=4, accumulation=1))
     order = grouped_order(samples, grouping, one.step_rows, DrawRegions().turns)
     words, n = dict(enumerate(order.lengths)), len(order)
     assert (

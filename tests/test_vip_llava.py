@@ -74,10 +74,11 @@ def test_paper_stages_train_as_published(name, variant):
         for s in r.stages
     } == {(False, 'truncate', 2048, True, None)}
     assert [s.data for s in r.stages] == [
-        'caption_train',
+        'blip_laion_cc_sbu_558k',
         'vip-llava_stage2_mix',
         'vip-llava_stage3_mix',
     ]
+    assert [(s.epochs, s.global_rows) for s in r.stages] == [(1, 256), (1, 128), (1, 128)]
     tiny = ViPLLaVA().recipe(get_scale('tiny'))
     assert {s.packing for s in tiny.stages} == {True}
     assert not tiny.stages[0].gradient_checkpointing

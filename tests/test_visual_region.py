@@ -15,6 +15,7 @@ from vlmbench.analysis.importance import BlockInfluence, region
 from vlmbench.analysis.streams import scores, stream
 from vlmbench.analysis.suite import streaming_metrics
 from vlmbench.analysis.weights import lora_update
+from vlmbench.data.sources import published_rows
 from vlmbench.methods.recipes import BUILT_IN, find_scale, get_method, get_recipe
 from vlmbench.methods.visual_region import (
     PUBLISHED_REGIONS,
@@ -333,7 +334,9 @@ def test_registered_with_the_controls_budget():
         bounds = [(s.name, s.data, s.max_tokens, s.batch_rows) for s in control.stages]
         assert [(s.name, s.data, s.max_tokens, s.batch_rows) for s in ours.stages] == bounds
         if scale == 'paper':  # one published epoch in the second stage
-            assert ours.stage('instruct').steps == 5_197
+            tune = ours.stage('instruct')
+            assert (tune.epochs, tune.steps_in(published_rows(tune.data))) == (1, 5_197)
+            assert (tune.save_every, tune.gradient_checkpointing) == (500, True)
         else:
             budgets = [s.budget_targets for s in control.stages]
             assert [s.budget_targets for s in ours.stages] == budgets

@@ -167,12 +167,12 @@ def test_published_settings():
     ]
     assert (pre.steps * pre.global_rows, pre.data) == (
         143_359 * 256,
-        'caption_train*5+text_train*1',
+        'VoRA-Recap-29M*29+VoRA-Recap-GLDv2-1.4M*1.4+VoRA-TextQA-Mixed*6.3',
     )  # 30.4M and 6.3M
     few = VoRA(data='I8M').recipe(PAPER_SCALE).stage('pretrain')
     assert (few.steps, few.data, few.global_rows, round(few.warmup_ratio * few.steps)) == (
         31_250,
-        'caption_train',
+        'VoRA-Recap-8M',
         256,
         100,
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUT', 'Data', 'ShapesProcessor', 'weightless_state', 'stage_states', 'terms_on_shapes', 'workload', 'plan',
-           'stage_row', 'layout', 'inference', 'survey', 'si', 'readable', 'cost_figure']
+           'stage_row', 'planned_steps', 'layout', 'inference', 'survey', 'si', 'readable', 'cost_figure']
 
 # %% ../../nbs/cost/20_planner.ipynb #6ceb724b
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,15 @@ from torch import nn
 
 from .counter import Workload, inference_cost, training_cost
 from ..data.image import ImageTransform
-from ..data.sources import picture_share
-from ..methods.recipes import METHODS, find_scale, get_method, parse_overrides, scaled_budget
+from ..data.sources import picture_share, published_rows
+from vlmbench.methods.recipes import (
+    METHODS,
+    budget_text,
+    find_scale,
+    get_method,
+    parse_overrides,
+    scaled_budget,
+)
 from ..models.vlm import decoder_layers
 from ..train.optimizer import MATRIX_GROUPS
 from ..train.prepare import TrainPlan, merge_lora, prepare
@@ -201,7 +208,7 @@ def _walk(
     _check_plan(recipe, rows, data, ranks)
     if precision == 'fp32' and scale.dtype != 'float32':
         scale = override(scale, dict(dtype='float32'))
-    precision, table = precision or ('bf16' if scale.dtype == 'bfloat16' else 'fp32'), []
+    precision, table = precision or ('fp32' if scale.dtype == 'float32' else 'bf16'), []
     for state, prepared in stage_states(method, recipe, scale):
         if prepared is None:
             return pd.DataFrame(table), state
@@ -230,7 +237,7 @@ def stage_row(
     cost = training_cost(state.model, work, terms, precision, kernel, optimizer_bytes, accumulates)
     # micro-batches in a step: a stage is counted with `rows` of a size that the caller chose
     micro = stage.accumulation * stage.batch_rows / work.rows
-    steps = stage.steps or max(1, round(stage.budget_targets / (work.targets * micro * ranks)))
+    steps = planned_steps(stage, work.targets * micro * ranks)
     return dict(
         stage=stage.name,
         parameters=cost.parameters,
@@ -246,6 +253,20 @@ def stage_row(
         bound=stage.global_rows is not None,
         **_units(state.model, terms, 2 if precision == 'bf16' else 4),
     )
+
+
+def planned_steps(stage: Stage, targets: float) -> int:
+    """Steps of a stage whose steps hold `targets` target tokens over all ranks; epochs are counted
+    by the rows that the data cards say. Raises `RecipeError` where they do not."""
+    if stage.budget_targets is not None:
+        return max(1, round(stage.budget_targets / targets))
+    rows = 0 if stage.epochs is None else published_rows(stage.data)
+    if rows is None:
+        raise RecipeError(
+            f'stage {stage.name!r} counts epochs, and no data card says how many rows {stage.data} '
+            f'has: say how many steps it is to make (stages.{stage.name}.steps=1000)'
+        )
+    return stage.steps_in(rows)
 
 
 def _with_rows(stage: Stage, rows: int | None, ranks: int) -> Stage:
@@ -321,8 +342,8 @@ def layout(
 ) -> pd.DataFrame:
     """How the stages of a recipe run on `ranks` processes: `stage`, `data`, `rate` of each group
     that trains, `step_rows` over all ranks, `rows` as rows x micro-batches x ranks, `tokens` of a
-    row, `pictures` (encoder states and shape), `grouping`. `rows`: of a micro-batch, as in `plan`.
-    Raises RecipeError for a layout that does not fit."""
+    row, `pictures` (encoder states and shape), `grouping`, `budget`. `rows`: of a micro-batch, as
+    in `plan`. Raises RecipeError for a layout that does not fit."""
     _, recipe, scale = _find(recipe, scale, variant, budget, ())
     states = recipe.front_end.get('select_layers')
     table = []
@@ -342,6 +363,7 @@ def layout(
                 pictures=stage.image_mode or scale.image_mode,
                 states='' if states is None else ','.join(map(str, states)),
                 grouping=stage.grouping or '',
+                budget=budget_text(stage),
             )
         )
     return pd.DataFrame(table)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LICENSES', 'TASKS', 'SIZES', 'ROLES', 'SOURCES', 'METHODS', 'CARD_FORMATS', 'CARD_READERS', 'FIELD_TYPES',
-           'CardError', 'Card', 'field_problem', 'front_problems', 'cards_dir', 'load_card', 'Report', 'check',
-           'check_command', 'list_cards']
+           'CardError', 'FilePlace', 'DataName', 'file_places', 'find_place', 'Card', 'field_problem', 'front_problems',
+           'cards_dir', 'load_card', 'Report', 'check', 'check_command', 'list_cards']
 
 # %% ../../nbs/data/70_cards.ipynb #a591a70e
 import csv, hashlib, os, random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import pandas as pd
 import yaml
 from huggingface_hub import metadata_load
@@ -86,6 +87,49 @@ class CardError(ValueError):
 
 
 @dataclass(frozen=True)
+class FilePlace:
+    """Where a file of data may lie: `path`, or a pattern for several files, and `images`, the
+    folder in which its pictures are; both below the data folder."""
+
+    path: str
+    images: str = '.'
+
+
+@dataclass(frozen=True)
+class DataName:
+    """What stages call (a part of) the data of card `card`: `pictures`, the share of its rows that
+    have one; `rows` as published, None where unknown; `places` of its file, the first one first;
+    `source`, where to get it."""
+
+    name: str
+    card: str
+    pictures: float
+    rows: int | None
+    places: tuple[FilePlace, ...]
+    source: str
+
+
+def file_places(entry: Mapping) -> tuple[FilePlace, ...]:
+    "Where a file entry of a card may lie: as it says first, then the places under `also`."
+    known = [entry, *entry.get('also', [])]
+    return tuple(FilePlace(one['path'], one.get('images', '.')) for one in known)
+
+
+def find_place(places: Iterable[FilePlace], folder: Path) -> tuple[list[Path], Path] | None:
+    """The files and the picture folder of the first of `places` that is below `folder`; one whose
+    pictures are missing only where no other is whole. None where no file is there."""
+    found = [(_matching(folder, place.path), folder / place.images) for place in places]
+    there = [one for one in found if one[0]]
+    whole = [one for one in there if one[1].is_dir()]
+    return next(iter(whole or there), None)
+
+
+def _matching(folder: Path, path: str) -> list[Path]:
+    paths = sorted(folder.glob(path)) if any(c in path for c in '*?[') else [folder / path]
+    return [p for p in paths if p.is_file()]
+
+# %% ../../nbs/data/70_cards.ipynb #509c8de8
+@dataclass(frozen=True)
 class Card:
     "A data card: its `name` (file name without suffix), its front matter and where it was read."
 
@@ -94,15 +138,37 @@ class Card:
     path: Path
 
     @property
-    def data_names(self) -> dict[str, float]:
-        """Names that stages use for (parts of) this data, with the share of rows that have a
-        picture."""
-        return dict(self.front.get('data_names', {}))
-
-    @property
     def files(self) -> list[dict]:
         "The files a local copy holds, in card order."
         return self.front['files']
+
+    @property
+    def address(self) -> str:
+        "Where the data is to be had: the Hub's page, the homepage, the code or the paper."
+        source = self.front['source']
+        if 'hub' in source:
+            return f'https://huggingface.co/datasets/{source["hub"]}'
+        return str(next(source[kind] for kind in SOURCES if kind in source))
+
+    @property
+    def data_names(self) -> dict[str, DataName]:
+        "The names that stages use for (parts of) this data."
+        return {
+            name: self._data_name(name, said)
+            for name, said in self.front.get('data_names', {}).items()
+        }
+
+    def _data_name(self, name: str, said: Mapping) -> DataName:
+        places: list[FilePlace] = []
+        for entry in self.files:
+            known = file_places(entry)
+            if said.get('file') == entry['path']:
+                places += known
+            else:
+                places += [place for place in known[1:] if place.path == said.get('file')]
+        rows = said.get('rows', 'unknown')
+        rows = None if rows == 'unknown' else rows
+        return DataName(name, self.name, said['pictures'], rows, tuple(places), self.address)
 
 # %% ../../nbs/data/70_cards.ipynb #822ba868
 def _plain(*types):
@@ -219,16 +285,37 @@ def _size_problems(front: dict) -> Iterator[str]:
         yield f'size_categories: {rows:,} rows are outside {categories}'
 
 # %% ../../nbs/data/70_cards.ipynb #82c7b062
-_ENTRY_KEYS = frozenset('path format rows sha256 bytes images reader unique fields note'.split())
+_ENTRY_KEYS = frozenset(
+    'path format rows sha256 bytes images also reader unique fields note'.split()
+)
+
+
+def _is_below(path: Any) -> bool:
+    return isinstance(path, str) and not os.path.isabs(path) and '..' not in Path(path).parts
+
+
+def _place_problems(entry: dict) -> Iterator[str]:
+    "What is wrong with the places of one entry of `files`."
+    if not _is_below(entry.get('path')):
+        yield 'path must be relative to the folder'
+    if not _is_below(entry.get('images', '.')):
+        yield 'images must be relative to the folder'
+    also = entry.get('also', [])
+    if not isinstance(also, list) or not all(isinstance(one, dict) for one in also):
+        yield 'also: expected a list of places, each with path and images'
+        return
+    for one in also:
+        if set(one) - {'path', 'images'} or not all(
+            map(_is_below, [one.get('path'), *one.values()])
+        ):
+            yield f'also: {one}: expected path and images, both relative to the folder'
 
 
 def _file_problems(f: dict) -> Iterator[str]:
     "What is wrong with one entry of `files`."
     if set(f) - _ENTRY_KEYS:
         yield f'unknown keys {sorted(set(f) - _ENTRY_KEYS)}'
-    path = f.get('path')
-    if not isinstance(path, str) or os.path.isabs(path) or '..' in Path(path).parts:
-        yield 'path must be relative to the folder'
+    yield from _place_problems(f)
     if f.get('format') not in CARD_FORMATS:
         yield f'format {f.get("format")!r} is unknown; use one of {CARD_FORMATS}'
     if not _is_count(f.get('rows')):
@@ -247,17 +334,35 @@ def _file_problems(f: dict) -> Iterator[str]:
         if f.get('unique') is not None and f['unique'] not in f['fields']:
             yield f'unique: {f["unique"]!r} is not a field'
 
+# %% ../../nbs/data/70_cards.ipynb #0fe8338c
+def _name_problems(front: dict) -> Iterator[str]:
+    "What is wrong with `data_names`."
+    names, files = front.get('data_names', {}), front.get('files')
+    if not isinstance(names, dict) or not all(isinstance(said, dict) for said in names.values()):
+        yield 'data_names: expected names of data, each a mapping with pictures, rows and file'
+        return
+    entries = [f for f in files if isinstance(f, dict)] if isinstance(files, list) else []
+    known = {one.get('path') for entry in entries for one in [entry, *entry.get('also', [])]}
+    for name, said in names.items():
+        if other := sorted(set(said) - {'pictures', 'rows', 'file'}):
+            yield f'data_names: {name}: unknown keys {other}'
+        if not _is_share(said.get('pictures')):
+            yield (
+                f'data_names: {name}: pictures is the share of its rows that have a picture, '
+                f'between 0 and 1, got {said.get("pictures")!r}'
+            )
+        if not _is_count(said.get('rows', 'unknown')):
+            yield f'data_names: {name}: rows: expected a number or unknown, got {said["rows"]!r}'
+        if 'file' in said and said['file'] not in known:
+            yield f'data_names: {name}: file {said["file"]!r} is the path of none of the files'
+
 
 def _content_problems(front: dict) -> Iterator[str]:
     "What is wrong with what a front matter says of the data itself: faults, names, files."
     if not isinstance(front.get('known_faults'), list):
         yield "known_faults: expected a list ([] or ['unknown'] are fine)"
-    names, files = front.get('data_names', {}), front.get('files')
-    if not isinstance(names, dict) or not all(map(_is_share, names.values())):
-        yield (
-            'data_names: expected names of data, each with the share of its rows that have a '
-            'picture, between 0 and 1'
-        )
+    yield from _name_problems(front)
+    files = front.get('files')
     if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
         yield 'files: expected a list of file entries'
     for f in files if isinstance(files, list) else []:
@@ -405,9 +510,9 @@ _PARSE = dict(
 )
 
 # %% ../../nbs/data/70_cards.ipynb #42ad535c
-def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> dict:
-    roots, parse = str(folder / entry.get('images', '.')), _PARSE.get(entry.get('reader'))
-    n, opened, ids, kept, read_all, with_images = 0, 0, set(), [], True, 0
+def _check_file(path, entry, file, images, found, full, sample, rng, limit) -> dict:
+    roots, parse = str(images), _PARSE.get(entry.get('reader'))
+    n, opened, ids, kept, read_all, with_images = 0, 0, set(), [], limit is None, 0
 
     def look(number, id, refs):
         for ref in refs:
@@ -418,7 +523,6 @@ def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> d
 
     for raw in _tsv(path) if entry['format'] == 'tsv' else iter_rows(path, entry['format']):
         if limit is not None and n >= limit:
-            read_all = False
             break
         if raw.error:
             found.add(file, 'unreadable', raw.error, raw.number)
@@ -458,10 +562,11 @@ def _sha256(path) -> str:
 def _check_entry(entry, folder, found, full, sample, rng, limit) -> dict:
     "The summary row of one entry of a card; its problems go to `found`."
     name, expected, n, opened, read_all = entry['path'], entry['rows'], 0, 0, True
-    paths = sorted(folder.glob(name)) if any(c in name for c in '*?[') else [folder / name]
-    paths = [p for p in paths if p.is_file()]
+    places = file_places(entry)
+    paths, images = find_place(places, folder) or ([], folder)
     if not paths:
-        found.add(name, 'missing file', f'nothing matches {name} in {folder}')
+        wanted = ', '.join(dict.fromkeys(place.path for place in places))
+        found.add(name, 'missing file', f'nothing matches {wanted} in {folder}')
     said = entry.get('sha256', 'unknown')
     for path in paths:
         if said != 'unknown' and (got := _sha256(path)) != said:
@@ -469,7 +574,7 @@ def _check_entry(entry, folder, found, full, sample, rng, limit) -> dict:
             found.add(
                 name, 'hash', f'sha256 of {file} is {got[:12]}..., the card says {said[:12]}...'
             )
-        one = _check_file(path, entry, name, folder, found, full, sample, rng, limit)
+        one = _check_file(path, entry, name, images, found, full, sample, rng, limit)
         n, opened = n + one['rows'], opened + one['opened']
         read_all = read_all and one['read_all']
     if paths and read_all and expected != 'unknown' and n != expected:

@@ -45,13 +45,19 @@ _SMALL = dict(
     finetune=(2e-5, 0.01, 8),
     finetune_hd=(2e-5, 0.01, 8),
 )
-# published: steps and samples of a step over all ranks; the last stage at twice the canvas holds
-# 4,096 tokens of text beside the largest picture
+# published: data, steps and samples of a step over all ranks; the last stage, at twice the canvas,
+# holds 4,096 tokens of text beside the largest picture
 _STEPS = dict(
-    prealign=dict(steps=31_250, global_rows=512),
-    pretrain=dict(steps=64_453, global_rows=512),
-    finetune=dict(steps=5_196, global_rows=128, grouping='modality'),
-    finetune_hd=dict(steps=14_060, global_rows=128, grouping='modality', max_tokens=4096 + 2352),
+    prealign=dict(data='EVE-cap33M', steps=31_250, global_rows=512),
+    pretrain=dict(data='EVE-cap33M', steps=64_453, global_rows=512),
+    finetune=dict(data='llava_v1_5_mix665k', steps=5_196, global_rows=128, grouping='modality'),
+    finetune_hd=dict(
+        data='eve_instruct_mix1.8m',
+        steps=14_060,
+        global_rows=128,
+        grouping='modality',
+        max_tokens=4096 + 2352,
+    ),
 )
 _PAPER = dict(
     eve=(672, dict(channels=1024, patch_stride=14)),
@@ -142,23 +148,22 @@ def settings_at(self: EVE, scale: Scale) -> dict[str, Any]:
 
 # %% ../../nbs/methods/20_eve.ipynb #00aa8ae5
 @patch
-def stage(
-    self: EVE, name: str, trains: dict[str, Tune], data: str, scale: Scale, budget: int
-) -> Stage:
-    """One stage: its own rate and warm-up, the published steps or a share of the control's
+def stage(self: EVE, name: str, trains: dict[str, Tune], scale: Scale, budget: int) -> Stage:
+    """One stage: its own rate and warm-up, the published data and steps or a share of the control's
     budget."""
     settings = self.settings_at(scale)
     rate, warm_up, rows = settings[name]
-    bound, layout = dict(budget_targets=budget), {}
+    captions = name in ('prealign', 'pretrain')
+    data = 'caption_train' if captions else INSTRUCT_DATA
+    bound: dict[str, Any] = dict(data=data, budget_targets=budget, global_rows=rows)
+    layout: dict[str, Any] = {}
     if 'published' in settings:
         bound = settings['published'][name]
         layout = dict(packing=False, clip=None, gradient_checkpointing=True, too_long='truncate')
-    captions = data == 'caption_train'
     return Stage(
         name,
         trains,
-        data,
-        rate,
+        lr=rate,
         template=scale.caption_template if captions else scale.template,
         warmup_ratio=warm_up,
         batch_rows=rows,
@@ -175,14 +180,14 @@ def recipe(self: EVE, scale: Scale) -> Recipe:
     new = dict(vision=full(), projector=full())
     every = new | whole_language_model(scale)
     last = 'finetune_hd' if self.hd else 'finetune'
-    captions, questions = (s.budget_targets for s in LLaVA().recipe(scale).stages)
+    captions, questions = LLaVA().budgets(scale)
     first = captions // 2 if self.prealign else 0
     stages = [
-        self.stage('pretrain', every, 'caption_train', scale, captions - first),
-        self.stage(last, every, INSTRUCT_DATA, scale, questions),
+        self.stage('pretrain', every, scale, captions - first),
+        self.stage(last, every, scale, questions),
     ]
     if self.prealign:
-        stages.insert(0, self.stage('prealign', new, 'caption_train', scale, first))
+        stages.insert(0, self.stage('prealign', new, scale, first))
     published = 'EVE, sections 3 and 4.1'
     taught = 'encoder-free; frozen encoder as teacher in training'
     return Recipe(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'METHODS', 'method_class', 'parse_variant', 'get_method', 'methods_table', 'options_table',
-           'published_scales', 'find_scale', 'scaled_budget', 'parse_overrides', 'get_recipe']
+           'published_scales', 'find_scale', 'scaled_budget', 'parse_overrides', 'get_recipe', 'budget_text',
+           'rows_text', 'stages_before', 'training_table']
 
 # %% ../../nbs/methods/00_recipes.ipynb #0895d285
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
+from ..data.sources import published_rows
 from .base import Method, method_options
 from ..options import check_options, literal_or_text, parse_assignment
 from ..plugins import PartGroup, PluginError
-from ..train.recipe import Recipe, RecipeError, override
+from ..train.recipe import Recipe, RecipeError, Stage, override, scaled_bound
 from ..train.scale import SCALES, Scale, read_scale
 from ..train.stages import RunState, check_pictures
 
@@ -122,14 +124,14 @@ def find_scale(name: str | Scale) -> Scale:
 
 # %% ../../nbs/methods/00_recipes.ipynb #fd9fcf91
 def scaled_budget(recipe: Recipe, factor: float) -> Recipe:
-    """`recipe` with every stage's budget (target tokens or steps) multiplied by `factor`, at least
-    1."""
+    """`recipe` with every stage's budget (target tokens, steps or epochs) multiplied by
+    `factor`."""
     if factor <= 0:
         raise RecipeError(f'budget factor {factor:g} must be above 0')
     changes = {}
     for stage in recipe.stages:
-        unit = 'budget_targets' if stage.steps is None else 'steps'
-        changes[f'stages.{stage.name}.{unit}'] = max(1, round(vars(stage)[unit] * factor))
+        for unit, value in scaled_bound(stage, factor).items():
+            changes[f'stages.{stage.name}.{unit}'] = value
     return override(recipe, changes)
 
 
@@ -148,10 +150,57 @@ def get_recipe(
     budget: float = 1.0,
     overrides: Sequence[str] = (),
     variant: Sequence[str] = (),
+    stages: Sequence[str] = (),
 ) -> Recipe:
     """The recipe of method `name` at `scale` with the options of `variant`, its budget multiplied,
-    single settings overridden, and checked (`check_pictures`). Raises `RecipeError`."""
+    single settings overridden, cut to `stages` (none: all), and checked (`check_pictures`). Raises
+    `RecipeError`."""
     method = get_method(name, variant)
     recipe = override(scaled_budget(method.recipe(scale), budget), parse_overrides(overrides))
+    recipe = recipe.only(stages)
     check_pictures(method, RunState(recipe, scale))
     return recipe
+
+# %% ../../nbs/methods/00_recipes.ipynb #9872e00a
+def budget_text(stage: Stage) -> str:
+    "The budget of a stage in words: target tokens, steps, or epochs with rows and steps."
+    if stage.budget_targets is not None:
+        return f'{stage.budget_targets:,} target tokens'
+    if stage.steps is not None:
+        return f'{stage.steps:,} steps'
+    rows, epochs = published_rows(stage.data), f'{stage.epochs:g} epoch(s)'
+    if rows is None:
+        return f'{epochs} of its rows'
+    return f'{epochs} of {rows:,} rows -> {stage.steps_in(rows):,} steps'
+
+
+def rows_text(stage: Stage, ranks: int) -> str:
+    "How `ranks` processes make the rows of a step of `stage`. Raises `RecipeError` as `over` does."
+    laid = stage.over(ranks)
+    return (
+        f'{stage.name}: {stage.step_rows} rows a step = {laid.batch_rows} rows x '
+        f'{laid.accumulation} micro-batch(es) x {ranks} rank(s)'
+    )
+
+
+def stages_before(recipe: Recipe, whole: Recipe) -> list[str]:
+    "The stages of `whole` that come before the first one of `recipe` and are left out of it."
+    names = [stage.name for stage in whole.stages]
+    return names[: names.index(recipe.stages[0].name)]
+
+
+def training_table(recipe: Recipe) -> pd.DataFrame:
+    """One row a stage: `data`, `rate` (of each group where they differ), `rows` of a step, `tokens`
+    of a row, `decay`, `warmup`, `schedule`, `budget`."""
+    table = []
+    for stage in recipe.stages:
+        rates: dict[float, list[str]] = {}
+        for group, tune in stage.trains.items():
+            if tune.trains:
+                rates.setdefault(stage.lr_of(group), []).append(group)
+        several = len(rates) > 1
+        words = [f'{rate:g}' + f' ({" ".join(of)})' * several for rate, of in rates.items()]
+        row = dict(stage=stage.name, data=stage.data, rate=', '.join(words), rows=stage.step_rows)
+        row |= dict(tokens=stage.max_tokens, decay=stage.weight_decay, warmup=stage.warmup_ratio)
+        table.append(row | dict(schedule=stage.schedule, budget=budget_text(stage)))
+    return pd.DataFrame(table)

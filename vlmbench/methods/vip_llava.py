@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURE_LAYERS', 'VICUNA_13B', 'LLAMA_3_8B', 'PHI_3_MINI', 'PAPER_SCALES', 'SETTINGS', 'REGION_DATA', 'CHAT_DATA',
-           'PAPER_DATA', 'feature_layers', 'front_end', 'marker_kinds', 'ViPLLaVA']
+           'WORLD_DATA', 'feature_layers', 'front_end', 'marker_kinds', 'ViPLLaVA']
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #d079334f
 from collections.abc import Sequence
@@ -107,7 +107,8 @@ PAPER_SCALES = {'vicuna-7b': get_scale('paper')} | {
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #7a3187c7
 # align, region, chat: rate and target tokens of each stage; rows: of align and of the rest;
-# tokens: of a row; lora: rank and rate; global_rows: samples of a step over all ranks, published
+# tokens: of a row; lora: rank and rate; published: of each stage its data, read once, and the
+# samples of a step
 _TINY = dict(
     align=(2e-3, 40_000),
     region=(1e-3, 155_000),
@@ -131,7 +132,11 @@ _PAPER = dict(
     rows=(32, 16),
     tokens=2048,
     lora=(128, 2e-4),
-    global_rows=(256, 128),
+    published=dict(
+        align=('blip_laion_cc_sbu_558k', 256),
+        region=('vip-llava_stage2_mix', 128),
+        chat=('vip-llava_stage3_mix', 128),
+    ),
 )
 SETTINGS = {
     'tiny': _TINY,
@@ -143,10 +148,7 @@ SETTINGS = {
 
 REGION_DATA = 'vqa_train*5+region_train*4+text_train*1'  # published: 520k of 1.2M are about regions
 CHAT_DATA = 'region_train*1+vqa_train*1'
-PAPER_DATA = (
-    'vip-llava_stage2_mix',
-    'vip-llava_stage3_mix',
-)  # the published files, mixed as they are
+WORLD_DATA = dict(align='caption_train', region=REGION_DATA, chat=CHAT_DATA)
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #d1da9761
 def marker_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -223,24 +225,26 @@ def stage(
     self: ViPLLaVA,
     name: str,
     trains: dict[str, Tune],
-    data: str,
     scale: Scale,
     settings: dict[str, Any],
 ) -> Stage:
-    "A stage as all three are: its own rate and budget, rows padded and cut at published scale."
+    """A stage as all three are: its own rate, and at published scale one epoch of the published
+    file, rows padded and cut; elsewhere its target tokens of the embedded world."""
     rate, targets = settings[name]
-    published = 'global_rows' in settings
-    layout = dict(packing=False, too_long='truncate') if published else {}
+    rows = settings['rows'][name != 'align']
+    bound: dict[str, Any] = dict(data=WORLD_DATA[name], budget_targets=targets, global_rows=rows)
+    if 'published' in settings:
+        data, wide = settings['published'][name]
+        bound = dict(data=data, epochs=1, global_rows=wide, packing=False, too_long='truncate')
     return Stage(
         name,
         dict(projector=full()) | trains,
-        data,
         lr=rate,
-        budget_targets=targets,
         template=scale.template,
         max_tokens=settings['tokens'],
-        gradient_checkpointing=published,
-        **layout,
+        batch_rows=rows,
+        gradient_checkpointing='published' in settings,
+        **bound,
     )
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #fafbd28d
@@ -256,26 +260,19 @@ def recipe_name(self: ViPLLaVA) -> str:
 def recipe(self: ViPLLaVA, scale: Scale) -> Recipe:
     "ViP-LLaVA's three stages at `scale`."
     settings = self.settings_at(scale)
-    published = 'global_rows' in settings
-    wide = settings.get('global_rows', (None, None))
-    region, chat = PAPER_DATA if published else (REGION_DATA, CHAT_DATA)
-    align = self.stage('align', {}, 'caption_train', scale, settings)
     align = replace(
-        align,
-        batch_rows=settings['rows'][0],
-        global_rows=wide[0],
+        self.stage('align', {}, scale, settings),
         template=scale.caption_template,
         image_mode=self.pictures or first_stage_pictures(scale),
     )
-    rest = dict(batch_rows=settings['rows'][1], global_rows=wide[1])
-    rest |= dict(gradient_checkpointing=published or bool(self.load))
+    rest: dict[str, Any] = dict(gradient_checkpointing='published' in settings or bool(self.load))
     if self.grouping:
         rest |= dict(grouping=self.grouping, packing=False)
     if scale.template == 'vicuna_v1':
         rest['template'] = 'llava_v1'
     later = [
-        replace(self.stage(name, self.trains(name, scale), data, scale, settings), **rest)
-        for name, data in (('region', region), ('chat', chat))
+        replace(self.stage(name, self.trains(name, scale), scale, settings), **rest)
+        for name in ('region', 'chat')
     ]
     later[-1] = replace(later[-1], merge=not self.load)
     return Recipe(

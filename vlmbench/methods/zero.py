@@ -264,15 +264,17 @@ def rate(self: Zero, name: str, scale: Scale) -> float:
 def stage(self: Zero, name: str, scale: Scale) -> Stage:
     "A stage with the control's data, rows and an equal share of its budget."
     control = LLaVA().recipe(scale).stages
-    total = sum(stage.budget_targets for stage in control)
+    text = 'genqa-500k' if scale.level == 'paper' else 'text_train'
+    total = sum(LLaVA().budgets(scale))
     return Stage(
         name,
         self.trained(scale, name),
-        'text_train' if name == 'language' else control[-1].data,
+        text if name == 'language' else control[-1].data,
         lr=self.rate(name, scale),
         template=scale.template,
         losses=('balance',) if self.balance else (),
         batch_rows=control[-1].batch_rows,
+        global_rows=control[-1].step_rows,
         max_tokens=control[-1].max_tokens,
         budget_targets=round(total / len(self.stages)),
     )
@@ -280,15 +282,19 @@ def stage(self: Zero, name: str, scale: Scale) -> Stage:
 
 @patch
 def published_stage(self: Zero, name: str, scale: Scale) -> Stage:
-    "A stage as published: its data, steps and rows; with `reference`, its loss and schedule."
+    """A stage as published: its data, read once, and rows; with `reference`, its loss, steps and
+    schedule."""
     data, steps, rows, global_rows = self.settings_at(scale)['published'][name]
     rate = self.rate(name, scale)
     if name == 'encoder' and self.ranges == ():
         rate = 2e-4
+    # the first stage drops the rows that fill no step, the later ones pad them to a step
+    bound = dict(epochs=1, drop_last=name in ('language', 'adapt'))
     schedule = dict(warmup_ratio=0.0305)
     if self.reference:
         schedule = dict(schedule='cosine_recursive', reduction='micro')
         schedule |= dict(warmup_ratio=int(3.05 * steps // 100) / steps)
+        bound = dict(steps=steps)
     return Stage(
         name,
         self.trained(scale, name),
@@ -296,13 +302,13 @@ def published_stage(self: Zero, name: str, scale: Scale) -> Stage:
         lr=rate,
         template=scale.template,
         losses=('balance',) if self.balance else (),
-        steps=steps,
         batch_rows=rows,
         global_rows=global_rows,
         max_tokens=4096,
         packing=False,
         too_long='truncate',
         targets='special' if name in ('adapt', 'encoder') else 'answers',
+        **bound,
         **schedule,
     )
 

@@ -251,9 +251,17 @@ def bench(
     )
 
 # %% ../../nbs/run/10_cli.ipynb #a1c0de02
-def method_page(name: str) -> str:
-    "What `vlmbench methods NAME` prints: what the method is, its options, stages and scales."
-    from vlmbench.methods.recipes import METHODS, get_method, method_class, options_table
+def method_page(name: str, scale: str | None = None) -> str:
+    """What `vlmbench methods NAME` prints: what the method is, its options, stages and scales; with
+    `scale`, its training table there instead of the options and stages."""
+    from vlmbench.methods.recipes import (
+        METHODS,
+        find_scale,
+        get_method,
+        method_class,
+        options_table,
+        training_table,
+    )
     from vlmbench.train.recipe import RecipeError
     from vlmbench.train.scale import SCALES
 
@@ -261,6 +269,10 @@ def method_page(name: str) -> str:
     lines = [f'{name} ({part.package}, {part.value})', (method.__doc__ or '').strip()]
     if method.paper:
         lines.append(method.paper)
+    if scale is not None:
+        found = find_scale(scale)
+        table = training_table(get_method(name).recipe(found))
+        return '\n'.join([*lines, '', f'training at scale {found.name}:', _aligned(table)])
     options = options_table(name)
     options['default'] = options['default'].map(repr)
     lines += ['', 'options (variant=["NAME=VALUE"]):', _aligned(options)]
@@ -289,15 +301,20 @@ def methods(
     name: Annotated[
         Optional[str], typer.Argument(help='One method: its options, stages and scales.')
     ] = None,
+    scale: Annotated[
+        Optional[str], typer.Option(help='Its training table at this scale, epochs as steps.')
+    ] = None,
 ) -> None:
     "List the methods that are installed, or one with its options, defaults, stages and scales."
     from vlmbench.methods.recipes import methods_table
 
+    if name is None and scale is not None:
+        raise ParameterError(f'--scale {scale} goes with the name of a method')
     if name is None:
         typer.echo(_aligned(methods_table()))
         return
     try:
-        typer.echo(method_page(name))
+        typer.echo(method_page(name, scale))
     except ValueError as e:
         raise ParameterError(str(e)) from None
 

@@ -7,7 +7,7 @@ __all__ = ['match_terms', 'autocast', 'Forward']
 
 # %% ../../nbs/train/07_forward.ipynb #5b77001b
 import inspect, warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastcore.basics import patch
@@ -33,8 +33,9 @@ def match_terms(
 
 # %% ../../nbs/train/07_forward.ipynb #9b6e5acd
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    "Context of a forward pass in `precision`: 'bf16' computes in bf16 over fp32 weights."
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
+    "Context of a forward pass in `precision`: 'bf16' and 'fp16' compute in it over fp32 weights."
+    kind = torch.float16 if precision == 'fp16' else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=precision in ('bf16', 'fp16'))
 
 # %% ../../nbs/train/07_forward.ipynb #f2f0ed73
 # without these tensors a model would mix samples up, or answer without looking
@@ -43,7 +44,8 @@ _NEVER_DROPPED = ('document_ids', 'pixel_values', 'attention_mask')
 
 class Forward:
     """Runs one micro-batch on `device`: `losses(batch, counts)` gives the weighted total and the
-    unweighted parts, each a share of the step's mean."""
+    unweighted parts, each a share of the step's mean. `scaled`: what a backward pass begins with,
+    given the total."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class Forward:
     ):
         self.model, self.terms = model, terms
         self.device, self.precision = device, precision
+        self.scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
         # a model's forward is its documented contract: what it does not name, it does not read
         self.accepted = set(inspect.signature(model.forward).parameters)
         self.read_by_terms = {key for _, term, _ in terms for key in term.batch_keys}

@@ -42,7 +42,7 @@ from vlmbench.train.checkpoint import (
 from .elastic import Lanes, redeal, take_up
 from .forward import Forward, autocast, match_terms
 from .guard import GradientAudit, NoGradient, NonFiniteLoss
-from .loader import AHEAD, make_loader, take
+from .loader import AHEAD, in_steps, make_loader, take
 from vlmbench.train.metrics import (
     FLOP_CONVENTION,
     FlopModel,
@@ -53,7 +53,7 @@ from vlmbench.train.metrics import (
     peak_memory,
     read_metrics,
 )
-from .precision import settle_precision, storage_dtype, store_precision
+from .precision import LossScale, settle_precision, storage_dtype, store_precision
 from .optimizer import lr_factor, make_optimizer
 from .prepare import prepare
 from .process import FolderInUse, FolderLock, Preempted, Ranks, StopFlag
@@ -99,9 +99,11 @@ class Trainer:
     """One stage on one model, in place; everything written lies under `out_dir`.
 
     `data`: a sequence of `Sample`, a `Mixture` or a `StageData`; `loader` replaces the loader made
-    from it. `precision`: 'fp32', or 'bf16' (autocast over fp32 trained weights). `resume`: 'auto'
+    from it. `precision`: 'fp32', or 'bf16' or 'fp16' (autocast over fp32 trained weights; fp16
+    with a scaled loss, `LossScale`). `resume`: 'auto'
     (the newest usable state in `out_dir`, or start), a state's folder, or None (start; refuses a
-    folder with states). `save_every`: steps between states, besides the last one. `monitor`: name
+    folder with states). `save_every`: steps between states, besides the last one (None: the
+    stage's). `monitor`: name
     of a callback's number (`'eval/score'`) that decides which state is kept as the best (`best`:
     'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT
     are caught). `groups`: module groups (default `module_groups(model)`). `extra_losses`: the terms
@@ -186,7 +188,8 @@ def set_up(self: Trainer) -> None:
     "Everything that needs no state of an earlier run."
     self.out_dir, self.ranks = Path(self.out_dir), Ranks(self.device)
     self.main = self.ranks.rank == 0
-    asked, self.stage = self.stage, self.stage.over(self.ranks.size)
+    asked = in_steps(self.stage, self.data)
+    self.stage = asked.over(self.ranks.size)
     parallel = Parallel(self.parallel, self.shard_ranks, self.offload, self.compile)
     sharded = parallel.over(self.ranks.size) in ('fsdp', 'hsdp')
     self.terms = match_terms(self.stage, self.extra_losses)
@@ -211,7 +214,9 @@ def set_up(self: Trainer) -> None:
         precision=self.precision,
         base=frozen_hash(self.model, trained),
     )
+    self.loss_scale = LossScale(self.precision, self.ranks.device.type)
     forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
+    forward.scaled = self.loss_scale.scaled
     # from here on the tensors of the model may lie in shards
     self.layout = lay_out(forward, self.plan, heads, self.ranks, parallel)
     self.params = self.layout.params
@@ -378,6 +383,8 @@ def _take_up(self: Trainer, found: Path) -> None:
     self.step, self.path = state.step, found
     self.seen_targets, self.metric = state.shared['targets'], state.shared['metric']
     self.audit = GradientAudit(**state.shared['audit'])
+    if self.precision == 'fp16':
+        self.loss_scale.load_state_dict(state.shared['loss_scale'])
 
 # %% ../../nbs/train/10_loop.ipynb #a4c2e164
 @patch
@@ -436,26 +443,31 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
         raise RecipeError(f'step {self.step + 1}: no sample of {ids} has a target token')
     shares, most = self._shares(micro, counts), self.most_micro
     parts = self.layout.backward(micro, shares, most, counts)
+    self.loss_scale.unscale(self.optimizer)
     norm = self.layout.clip(self.stage.clip or math.inf)
     parts, norm = self._agree(parts, norm)
-    if not all(map(math.isfinite, [norm, *parts])):
-        self._stop_non_finite(micro, counts)
-    judged = self.audit.check(self.audited, self.step + 1, int(counts['images']))
-    if judged and self.main:
-        self.log.log(dict(vars(self.audit), step=self.step + 1, event='audit'))
-    self._update(int(counts['targets']))
+    skip = self.loss_scale.skips(norm, parts)
+    if not skip:
+        if not all(map(math.isfinite, [norm, *parts])):
+            self._stop_non_finite(micro, counts)
+        judged = self.audit.check(self.audited, self.step + 1, int(counts['images']))
+        if judged and self.main:
+            self.log.log(dict(vars(self.audit), step=self.step + 1, event='audit'))
+    self._update(int(counts['targets']), skip)
     return self._row(parts, norm, counts, time.perf_counter() - started, waited), micro
 
 
 @patch
-def _update(self: Trainer, targets: int) -> None:
+def _update(self: Trainer, targets: int, skip: bool = False) -> None:
     start = self.used
     self.step += 1
     self.seen_targets += targets
     factor = lr_factor(self.stage, start, self.used)
     for group, peak in zip(self.optimizer.param_groups, self.peak_lr):
         group['lr'] = peak * factor
-    self.optimizer.step()
+    if not skip:
+        self.optimizer.step()
+    self.loss_scale.advance(skip)
     self.optimizer.zero_grad(set_to_none=True)
 
 # %% ../../nbs/train/10_loop.ipynb #d6cf025f
@@ -508,6 +520,8 @@ def _stop_non_finite(self: Trainer, micro: list[dict], counts: Mapping[str, floa
         own = itertools.chain.from_iterable(batch.get('sample_ids', ()) for batch in micro)
         ids = list(itertools.chain.from_iterable(self.ranks.gather(list(own))))
         tensor = 'loss or gradient norm (each sample alone is finite when run again)'
+        if self.loss_scale.in_a_row:
+            tensor = f'the fp16 gradients, {self.loss_scale.in_a_row} steps in a row'
         report = [dict(rank=None, micro=None, samples=ids, tensor=tensor)]
     step = self.step + 1
     if self.main:
@@ -538,7 +552,7 @@ def _row(
         loss=parts[0],
         losses=dict(zip(names, parts[1:])),
         lr=rates,
-        grad_norm=norm,
+        **(dict(grad_norm=norm) if math.isfinite(norm) else {}),  # an fp16 step was skipped
         step_s=took,
         **{name: int(counts[name]) for name in counted},
         **{f'{name}_per_s': counts[name] / took for name in counted},
@@ -547,6 +561,7 @@ def _row(
         data_wait=waited / took,
         memory_mb=peak_memory(),
         eta_s=max(0.0, 1 - self.used) * pace,
+        **self.loss_scale.row(),
     )
 
 
@@ -556,7 +571,7 @@ def record(self: Trainer, row: dict, last: bool) -> None:
     if self.main:
         self.log.log(row)
         self.lock.beat()
-    shown = dict(step=self.step, loss=row['loss'], grad=row['grad_norm'])
+    shown = dict(step=self.step, loss=row['loss'], grad=row.get('grad_norm', math.inf))
     shown |= {'tok/s': row['tokens_per_s'], 'full': f'{row["fill"]:.0%}'}
     self.progress.update(self.spent, **shown)
     if not any(callback.due(self.step, last) for callback in self.callbacks):
@@ -579,6 +594,8 @@ def save(self: Trainer) -> Path:
     "Write a training state: trained weights, optimizer, data position, generators, counters."
     local = dict(rng=rng_state(), loader=self.loader.state_dict())
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
+    if self.precision == 'fp16':
+        shared['loss_scale'] = self.loss_scale.state_dict()
     return save_state(
         self.out_dir,
         self.step,
@@ -602,7 +619,8 @@ def save_when_due(self: Trainer, last: bool) -> None:
     """Save if the step asks for it. Raises TooManyBadRecords or Preempted after the state is
     written."""
     stopping = self.asked_to_stop or self.too_many_bad
-    due = bool(self.save_every) and self.step % self.save_every == 0
+    every = self.save_every or self.stage.save_every
+    due = bool(every) and self.step % every == 0
     self.path = self.save() if stopping or last or due else None
     if self.too_many_bad:
         self.bad_rows.close(f'The state is in {self.path}')

@@ -372,6 +372,7 @@ DATASHEET_TFLOPS = {
         'RTX 4090': 165,
         'B200': 2250,
     },
+    'fp16': {'V100': 125, 'T4': 65},
     'fp32': {
         'H200': 67,
         'H100': 67,
@@ -386,15 +387,16 @@ DATASHEET_TFLOPS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    "(FLOP/s, where the figure comes from) of `device` in `precision` ('fp32' or 'bf16')."
+    "(FLOP/s, where the figure comes from) of `device` in `precision`: fp32, bf16 or fp16."
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
-        for k, v in DATASHEET_TFLOPS[precision].items():
+        half = DATASHEET_TFLOPS['bf16'] if precision == 'fp16' else {}  # as fast in both
+        for k, v in (half | DATASHEET_TFLOPS[precision]).items():
             if re.search(rf'\b{k}\b', name):
                 return v * 1e12, f'data sheet, {name}, dense {precision}'
     n, dtype = (
         (4096 if device.type == 'cuda' else 512),
-        torch.bfloat16 if precision == 'bf16' else torch.float32,
+        dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision, torch.float32),
     )
     x = torch.ones(n, n, device=device, dtype=dtype)
     best = math.inf

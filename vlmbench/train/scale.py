@@ -56,8 +56,8 @@ class Scale:
     def __post_init__(self):
         check_number(self.image_size, f'scale {self.name!r}: image_size', 1, integer=True)
         need(
-            self.dtype in ('float32', 'bfloat16'),
-            f'scale {self.name!r}: dtype must be float32 or bfloat16, got {self.dtype!r}',
+            self.dtype in ('float32', 'bfloat16', 'float16'),
+            f'scale {self.name!r}: dtype must be float32, bfloat16 or float16, got {self.dtype!r}',
         )
         need(
             self.like in ('', *LEVELS),

@@ -141,7 +141,7 @@ class Single:
             loss, losses = self.compute.losses(batch, share)
             # a text-only micro-batch does not reach a projector that trains alone
             if loss.requires_grad:
-                loss.backward()
+                self.compute.scaled(loss).backward()
             parts = parts + torch.stack([loss.detach().float(), *losses])
         return parts
 
@@ -221,7 +221,7 @@ class Replicated(Single):
             batch, share = (micro[number], shares[number]) if have else (None, {})
             with self.step.no_sync() if number + 1 < most else nullcontext():
                 loss, losses = self.step(batch, share)
-                loss.backward()
+                self.compute.scaled(loss).backward()
             if have:
                 parts = parts + torch.stack([loss.detach().float(), *losses])
         return parts
@@ -307,6 +307,11 @@ class Sharded(Single):
     def _open(self) -> None:
         # features and losses are views, and nothing here changes either of them in place
         warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view')
+        if self.compute.precision == 'fp16':
+            raise RecipeError(
+                f"precision='fp16' goes with parallel='single' or 'ddp', not with "
+                f'{self.parallel.how!r}: shards are cast and reduced in bf16 or fp32 only'
+            )
         self.original, self.given = Step(self.compute), (self.plan, self.heads)
         self.step = shared_copy(self.original)
         self.mesh = device_mesh(self.ranks.device.type, self.parallel.shape(self.ranks.size))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ..data.files import write_json
 from ..data.mixture import Mixture
 from ..data.quarantine import Quarantine
-from ..data.sources import Place, check_regions, open_stage_data, picture_share
+from ..data.sources import Place, check_data, check_regions, open_stage_data, picture_share
 from ..data.transform import Transform
 from ..distill.terms import LossTerm
 from ..models.vision import num_image_tokens
@@ -130,6 +130,8 @@ def check_stages(hooks: Hooks, state: RunState, folder: Place) -> None:
     for stage in recipe.stages:
         stage.over(ranks)
     drawn = hooks.transform(state) is not None
+    if not isinstance(folder, Mapping):
+        check_data({stage.name: stage.data for stage in recipe.stages}, folder)
     check_pictures(hooks, state, folder)
     if not drawn and not isinstance(folder, Mapping):
         parsed = [Mixture.parse(stage.data) for stage in recipe.stages]
