@@ -220,7 +220,7 @@ def lora_model():
             dict(
                 projector=full(),
                 vision=lora(2, 2),
-                layers=lora(2, 4, layers=(1,), targets=('q_proj',)),
+                layers=lora(2, 4, layers=(1,), modules=('q_proj',)),
             ),
             data='x',
             lr=1.0,

@@ -132,7 +132,7 @@ def plan_of(model=None, **trains):
 def test_lora_on_a_block_number_stays_out_of_the_vision_tower():
     "The tower has blocks 0 and 1 with a q_proj too: only the language model's block 1 is adapted."
     model = tiny_vlm()
-    plan_of(model, layers=lora(2, 4, layers=(1,), targets=('q_proj',)))
+    plan_of(model, layers=lora(2, 4, layers=(1,), modules=('q_proj',)))
     assert list(lora_modules(model)) == ['model.language_model.layers.1.self_attn.q_proj']
 
 

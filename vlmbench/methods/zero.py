@@ -250,7 +250,7 @@ def trained(self: Zero, scale: Scale, stage: str) -> dict[str, Tune]:
     if stage == 'encoder':
         return encoder
     if self.use_lora:
-        return encoder | dict(layers=lora(8, 32, dropout=0.05, targets=('q_proj', 'v_proj')))
+        return encoder | dict(layers=lora(8, 32, dropout=0.05, modules=('q_proj', 'v_proj')))
     return encoder | whole_language_model(scale)
 
 

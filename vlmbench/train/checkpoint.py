@@ -78,6 +78,14 @@ def _flat(d, at=''):
     return {at[:-1]: json.loads(json.dumps(d))}
 
 
+def _unlike(saved: Mapping, now: Mapping, key: str) -> bool:
+    "Whether a setting differs; one that a side does not know must ask for something."
+    if key in saved and key in now:
+        return saved[key] != now[key]
+    # settings come with new versions; left at None, False or empty they change no run
+    return bool(saved.get(key) or now.get(key))
+
+
 def check_identity(
     saved: Mapping, now: Mapping, allow: Collection[str] = (), where: str = 'the state'
 ) -> None:
@@ -87,7 +95,7 @@ def check_identity(
     A key in `allow` covers everything below it: `stage` allows `stage.lr`."""
     a, b = _flat(saved), _flat(now)
     allowed = lambda k: any(k == x or k.startswith(f'{x}.') for x in allow)
-    diff = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k) and not allowed(k)]
+    diff = [k for k in sorted({*a, *b}) if _unlike(a, b, k) and not allowed(k)]
     if diff:
         lines = '\n'.join(f'  {k}: saved {a.get(k)!r}, now {b.get(k)!r}' for k in diff[:12])
         raise CheckpointError(

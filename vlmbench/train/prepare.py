@@ -65,20 +65,20 @@ def _chosen_linear(model, group, tune, names, blocks, at):
     owners = {n.rpartition('.')[0] for n in names}
     linear = [n for n, m in model.named_modules() if n in owners and isinstance(m, nn.Linear)]
     need(linear, f'{at}: lora needs linear modules and group {group!r} has none; use full()')
-    if tune.targets is not None:
+    if tune.modules is not None:
         last = sorted({n.rpartition('.')[2] for n in linear})
-        for t in tune.targets:
+        for t in tune.modules:
             need(
                 t in last,
                 f'{at}: group {group!r} has no linear module {t!r}{nearest_hint(t, last)}; it has '
                 f'{last}',
             )
-        linear = [n for n in linear if n.rpartition('.')[2] in tune.targets]
+        linear = [n for n in linear if n.rpartition('.')[2] in tune.modules]
     if tune.layers is not None:
         linear = [n for n in linear if layer_index(n) in blocks]
     need(
         linear,
-        f'{at}: lora modules {tune.targets} select nothing in blocks {block_ranges(blocks)} of '
+        f'{at}: lora modules {tune.modules} select nothing in blocks {block_ranges(blocks)} of '
         'group '
         f'{group!r}',
     )

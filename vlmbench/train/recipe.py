@@ -68,7 +68,7 @@ class Tune:
     """How one module group trains. Build it with `frozen()`, `full()`, `layers()` or `lora()`.
 
     `layers`: block indices, or an int N for the first N, or None for all. `r`, `alpha`, `dropout`,
-    `targets`: LoRA rank, numerator of the scale `alpha / r`, input dropout, and last names of the
+    `modules`: LoRA rank, numerator of the scale `alpha / r`, input dropout, and last names of the
     linear modules to adapt (None = every linear module of the group). `lr`: learning rate of this
     group (None = the stage's)."""
 
@@ -78,14 +78,14 @@ class Tune:
     r: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
-    targets: tuple[str, ...] | None = None
+    modules: tuple[str, ...] | None = None
 
     def __post_init__(self):
         need(self.how in HOW, f'tune.how must be one of {HOW}, got {self.how!r}')
         if isinstance(self.layers, (list, range)):
             object.__setattr__(self, 'layers', tuple(self.layers))
-        if isinstance(self.targets, (list, set)):
-            object.__setattr__(self, 'targets', tuple(self.targets))
+        if isinstance(self.modules, (list, set)):
+            object.__setattr__(self, 'modules', tuple(self.modules))
         if self.lr is not None:
             need(self.how != 'frozen', 'a frozen group takes no lr; use full(), layers() or lora()')
             check_number(self.lr, 'tune.lr', 0, strict=True)
@@ -134,8 +134,8 @@ def _check_blocks(tune: Tune) -> None:
 def _check_lora(tune: Tune) -> None:
     if tune.how != 'lora':
         need(
-            tune.r is None and tune.alpha is None and tune.targets is None and not tune.dropout,
-            f'r, alpha, dropout and targets go with lora(), not with {tune.how}()',
+            tune.r is None and tune.alpha is None and tune.modules is None and not tune.dropout,
+            f'r, alpha, dropout and modules go with lora(), not with {tune.how}()',
         )
         return
     need(tune.r is not None and tune.alpha is not None, 'lora() needs r and alpha')
@@ -143,9 +143,8 @@ def _check_lora(tune: Tune) -> None:
     check_number(tune.alpha, 'lora alpha', 0, strict=True)
     check_number(tune.dropout, 'lora dropout', 0, 1)
     need(
-        tune.targets is None or (isinstance(tune.targets, tuple) and tune.targets),
-        'lora targets must be module names such as ("q_proj", "v_proj"), or None for every '
-        'linear module',
+        tune.modules is None or (isinstance(tune.modules, tuple) and tune.modules),
+        'lora modules must be names such as ("q_proj", "v_proj"), or None for every linear module',
     )
 
 # %% ../../nbs/train/00_recipe.ipynb #58959281
@@ -181,7 +180,7 @@ def lora(
     layers: Sequence[int] | int | None = None,
     dropout: float = 0.0,
     lr: float | None = None,
-    targets: Sequence[str] | None = None,
+    modules: Sequence[str] | None = None,
 ) -> Tune:
     """Train low-rank factors (Hu et al. 2021) on the group's linear modules, in all blocks or in
     `layers`; the base stays frozen."""
@@ -192,7 +191,7 @@ def lora(
         r=r,
         alpha=alpha,
         dropout=dropout,
-        targets=None if targets is None else tuple(targets),
+        modules=None if modules is None else tuple(modules),
     )
 
 # %% ../../nbs/train/00_recipe.ipynb #3686d3e9
@@ -351,6 +350,8 @@ def _as_tune(tune: Any, name: str) -> Tune:
         isinstance(tune, Mapping),
         f'{name} must be frozen(), full(), layers(...) or lora(...), got {tune!r}',
     )
+    if isinstance(tune, Mapping) and 'targets' in tune:  # what recipes stored earlier call it
+        tune = {'modules' if key == 'targets' else key: value for key, value in tune.items()}
     return from_settings(Tune, tune, name)
 
 
