@@ -180,12 +180,6 @@ _Sbatch = Annotated[
 ]
 
 
-def _sbatch_options(words: Sequence[str] | None) -> dict[str, str | bool]:
-    "`['qos=long', 'exclusive']` -> `{'qos': 'long', 'exclusive': True}`."
-    split = [word.lstrip('-').partition('=') for word in words or ()]
-    return {name: value if given else True for name, given, value in split}
-
-
 def _say_submitted(begun: Sequence, place: Path) -> None:
     "Prints the jobs' numbers, folders and logs, and what to type next."
     rows = [(job.job, str(job.folder), str(job.log)) for job in begun]
@@ -237,11 +231,16 @@ def bench(
     if jobs not in ('local', 'slurm'):
         raise ParameterError(f'--jobs {jobs}: choose one of local, slurm')
     if jobs == 'slurm':
-        from vlmbench.run.submit import Resources, plan_bench_jobs, submit_bench
+        from vlmbench.run.submit import (
+            Resources,
+            plan_bench_jobs,
+            sbatch_options,
+            submit_bench,
+        )
 
         planned = plan_bench_jobs(chosen, seeds, out, resume, scale=scale, budget=budget, data=data)
         _say_submitted(
-            submit_bench(planned, Resources(parallel=array, more=_sbatch_options(sbatch))), out
+            submit_bench(planned, Resources(parallel=array, more=sbatch_options(sbatch or ()))), out
         )
         return
     raise typer.Exit(
@@ -613,7 +612,9 @@ def submit(
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help='Nodes of each job.')] = 1,
     gpus: Annotated[int, typer.Option(min=0, help='GPUs of each node.')] = 0,
-    cpus: Annotated[Optional[int], typer.Option(min=1, help='CPU cores of each node.')] = None,
+    cpus: Annotated[
+        Optional[int], typer.Option(min=1, help='CPU cores of each node; default: 4 a GPU.')
+    ] = None,
     memory: Annotated[Optional[float], typer.Option(help='Memory of each node in GB.')] = None,
     partition: Annotated[
         Optional[str], typer.Option(help="Partition; default: the cluster's.")
@@ -638,7 +639,8 @@ def submit(
     """Run a notebook as a Slurm job, or as one job for each value of a sweep; a job that Slurm
     stops early is queued again and continues."""
     from vlmbench.run.parameters import parse_assignments
-    from vlmbench.run.submit import Resources, plan_jobs, sbatch_text, submit as hand_over
+    from vlmbench.run.submit import Resources, plan_jobs, sbatch_options, sbatch_text
+    from vlmbench.run.submit import submit as hand_over
 
     resources = Resources(
         partition,
@@ -649,7 +651,7 @@ def submit(
         memory,
         array,
         warning=warning,
-        more=_sbatch_options(sbatch),
+        more=sbatch_options(sbatch or ()),
     )
     given = parse_assignments(assignments or [])
     jobs = plan_jobs(notebook, given, requeues, nodes=nodes, gpus=gpus)

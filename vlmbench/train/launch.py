@@ -163,10 +163,14 @@ def launch_command(layout: Layout, folder: Path) -> list[str]:
     command = []
     if layout.nodes > 1:
         job = os.environ['SLURM_JOB_ID']
-        port = 20_000 + int(job) % 20_000  # two jobs on one node must not meet each other
+        # two jobs on one node must not meet each other, nor a port that the system hands out
+        port = 20_000 + int(job) % 12_000
         meeting[-1] = f'{_first_host()}:{port}'
         meeting += ['--rdzv-id', f'{job}-{os.environ.get("SLURM_RESTART_COUNT", 0)}']
         nodes = [f'--nodes={layout.nodes}', f'--ntasks={layout.nodes}', '--ntasks-per-node=1']
+        # srun does not take the cores of a task over from sbatch
+        cores = os.environ.get('SLURM_CPUS_PER_TASK')
+        nodes += [f'--cpus-per-task={cores}'] if cores else []
         command = ['srun', *nodes, '--overlap', '--kill-on-bad-exit=1']
     ranks = ['--nnodes', str(layout.nodes), '--nproc-per-node', str(layout.gpus)]
     job = ['--no-python', *_PYTHON, _WORKER, str(folder)]
@@ -183,9 +187,9 @@ def _first_host() -> str:
 # %% ../../nbs/train/30_launch.ipynb #0e5e3a75
 def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -> dict[str, str]:
     """Variables that every rank inherits, beside those that torchrun sets; `threads`: of a rank
-    (default: cores over ranks)."""
+    (default: cores that this process may use, over ranks)."""
     env = dict(
-        OMP_NUM_THREADS=threads or max(1, (os.cpu_count() or 1) // layout.gpus),
+        OMP_NUM_THREADS=threads or max(1, _cores() // layout.gpus),
         OMP_WAIT_POLICY='PASSIVE',
         PYTHONUNBUFFERED=1,
         **{STOP_FILE: folder / 'stop'},
@@ -193,6 +197,13 @@ def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -
     if layout.cpu:
         env['ACCELERATE_USE_CPU'] = 'true'  # otherwise accelerate makes every rank rank 0 of 1
     return {name: str(value) for name, value in env.items()}
+
+
+def _cores() -> int:
+    "Cores that this process may use: a job's share of its node."
+    if sys.platform == 'linux':
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 # %% ../../nbs/train/30_launch.ipynb #bf8f453e
 def launch(
