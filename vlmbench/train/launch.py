@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -178,11 +179,20 @@ def launch_command(layout: Layout, folder: Path) -> list[str]:
 
 
 def _first_host() -> str:
-    "Where the nodes of the allocation meet: MASTER_ADDR, or the first node."
-    if 'MASTER_ADDR' in os.environ:
-        return os.environ['MASTER_ADDR']
-    names = ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']]
-    return subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()[0]
+    """Where the nodes of the allocation meet: MASTER_ADDR, or the first node. Raises LaunchError
+    for a name without an address."""
+    host = os.environ.get('MASTER_ADDR')
+    if host is None:
+        names = ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']]
+        host = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()[0]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as e:
+        raise LaunchError(
+            f'the nodes would meet at {host}, which has no address here ({e}): export MASTER_ADDR '
+            'with an address of the first node that all nodes can reach, and submit again'
+        ) from None
+    return host
 
 # %% ../../nbs/train/30_launch.ipynb #0e5e3a75
 def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -> dict[str, str]:
