@@ -214,6 +214,13 @@ def bench(
     jobs: Annotated[
         str, typer.Option(help='Where the runs go: local, one by one, or slurm, as an array.')
     ] = 'local',
+    gpus: Annotated[
+        Optional[int],
+        typer.Option(min=1, help='Ranks of each training on a node; default: every visible GPU.'),
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help='Nodes of each training; several: with --jobs slurm.')
+    ] = 1,
     array: Annotated[
         Optional[int], typer.Option(min=1, help='How many Slurm jobs run at once.')
     ] = None,
@@ -230,6 +237,11 @@ def bench(
         raise ParameterError(f'unknown method(s) {", ".join(unknown)}; known: {", ".join(known)}')
     if jobs not in ('local', 'slurm'):
         raise ParameterError(f'--jobs {jobs}: choose one of local, slurm')
+    given = dict(scale=scale, budget=budget, data=data)
+    if gpus is not None:
+        given['gpus'] = gpus
+    if nodes > 1:
+        given['nodes'] = nodes
     if jobs == 'slurm':
         from vlmbench.run.submit import (
             Resources,
@@ -238,16 +250,13 @@ def bench(
             submit_bench,
         )
 
-        planned = plan_bench_jobs(chosen, seeds, out, resume, scale=scale, budget=budget, data=data)
-        _say_submitted(
-            submit_bench(planned, Resources(parallel=array, more=sbatch_options(sbatch or ()))), out
+        planned = plan_bench_jobs(chosen, seeds, out, resume, **given)
+        resources = Resources(
+            nodes=nodes, gpus=gpus or 0, parallel=array, more=sbatch_options(sbatch or ())
         )
+        _say_submitted(submit_bench(planned, resources), out)
         return
-    raise typer.Exit(
-        run_bench(
-            chosen, seeds, out, resume=resume, echo=echo, scale=scale, budget=budget, data=data
-        )
-    )
+    raise typer.Exit(run_bench(chosen, seeds, out, resume=resume, echo=echo, **given))
 
 # %% ../../nbs/run/10_cli.ipynb #a1c0de02
 def method_page(name: str) -> str:

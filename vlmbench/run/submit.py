@@ -475,7 +475,7 @@ def unfinished(rows: Iterable[Mapping]) -> bool:
     "Whether any of the watched runs is still queued or running."
     return any(row['queue'] or row['status'] == 'running' for row in rows)
 
-# %% ../../nbs/run/30_submit.ipynb #d0245083
+# %% ../../nbs/run/30_submit.ipynb #3eccef47
 def queued_jobs() -> set[str] | None:
     "Numbers of the own jobs that wait or run; None where squeue does not answer."
     words = ('squeue', '--me', '--noheader', '--array', '--format', '%i')
@@ -553,6 +553,7 @@ def submit_bench(
     `ParameterError` as `submit`."""
     *runs, report = jobs
     begun = submit(runs, resources) if runs else []
+    resources = replace(resources, nodes=1, gpus=0)  # a comparison computes no model
     if begun:
         first = begun[0].job.partition('_')[0]
         resources = replace(resources, more={**resources.more, 'dependency': f'afterany:{first}'})
