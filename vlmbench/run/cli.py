@@ -237,6 +237,10 @@ def bench(
         raise ParameterError(f'unknown method(s) {", ".join(unknown)}; known: {", ".join(known)}')
     if jobs not in ('local', 'slurm'):
         raise ParameterError(f'--jobs {jobs}: choose one of local, slurm')
+    if nodes > 1 and jobs == 'local' and 'SLURM_JOB_ID' not in os.environ:
+        raise ParameterError(
+            f'--nodes {nodes}: several nodes need a Slurm allocation; add --jobs slurm'
+        )
     given = dict(scale=scale, budget=budget, data=data)
     if gpus is not None:
         given['gpus'] = gpus

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['spread', 'layers_job', 'layers_that_stay', 'prune_job']
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #be0c3109
+# %% ../../nbs/run/17_layer_jobs.ipynb #d06f7964
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ from .trained import trained_run
 from ..train.checkpoint import export
 from ..train.loop import train
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #bb5db68f
+# %% ../../nbs/run/17_layer_jobs.ipynb #9f2ad446
 def spread(rows: int, limit: int) -> list[int]:
     "Numbers of at most `limit` of `rows` rows, evenly spread, ends included."
     chosen = np.linspace(0, rows - 1, min(limit, rows)).round().astype(int)
     return [int(i) for i in np.unique(chosen)]
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #0e684dbf
+# %% ../../nbs/run/17_layer_jobs.ipynb #220936a0
 def _measure(
     job: Job, settings: Mapping[str, Any], model: str, base: str, data: str
 ) -> tuple[LayerScores, dict[str, Any]]:
@@ -76,7 +76,7 @@ def _layer_results(measured: LayerScores, region: Mapping[str, Any]) -> dict[str
         top={name: int(ranks.idxmax()) for name, ranks in measured.rankings.items()},
     )
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #5c8ee1aa
+# %% ../../nbs/run/17_layer_jobs.ipynb #8310c671
 def layers_job(
     settings: Mapping[str, Any],
     model: str,
@@ -110,7 +110,7 @@ def layers_job(
         results=_layer_results(measured, region),
     )
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #f641d5a4
+# %% ../../nbs/run/17_layer_jobs.ipynb #990f9e02
 def layers_that_stay(named: Sequence[int], recipe: Any) -> list[int]:
     "`named`, or the layers that a recipe's last stage trains; none where it trains all."
     tuned = recipe.stages[-1].trains['layers'].layers if recipe else None
@@ -118,7 +118,7 @@ def layers_that_stay(named: Sequence[int], recipe: Any) -> list[int]:
         return list(named)
     return list(range(tuned)) if isinstance(tuned, int) else list(tuned)
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #cbb5ee35
+# %% ../../nbs/run/17_layer_jobs.ipynb #1bd1a1d4
 def _rank_and_prune(
     job: Job, settings: Mapping[str, Any], model: tuple, trained: Any, data: Any
 ) -> tuple[Any, list[int], list[float]]:
@@ -162,7 +162,7 @@ def _heal(
     table = result.freeze_table.reset_index(drop=True)
     return small, dict(targets=result.targets, freeze=table.to_dict('records'))
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #3a423f5f
+# %% ../../nbs/run/17_layer_jobs.ipynb #95864548
 @torch.no_grad()
 def _same_as_saved(again: Any, small: Any, processor: Any, items: Sequence) -> float:
     "By how much the logits of a saved model are off. Raises RuntimeError for another model."
@@ -195,7 +195,7 @@ def _export_and_load(
     task = next(iter(questions.values()))
     return again, _same_as_saved(again, small, processor, task.items[:4])
 
-# %% ../../nbs/run/17_layer_jobs.ipynb #932c70c2
+# %% ../../nbs/run/17_layer_jobs.ipynb #e5221ac2
 def prune_job(
     settings: Mapping[str, Any], data: str, folder: str, stop_flag: Any = None
 ) -> dict[str, Any]:

@@ -317,11 +317,16 @@ def sbatch_text(jobs: Sequence[NotebookJob], resources: Resources = Resources())
     executor = _executor(_slurm_folder(jobs), Path(first.notebook).stem, resources, first.requeues)
     if len(jobs) > 1:
         executor.parameters['map_count'] = len(jobs)
+    notes = [
+        f'# USR1 comes {resources.warning} s before the end: the run saves and asks for a requeue',
+        '# one task a node: the run starts its ranks itself, on several nodes by srun and torchrun;',
+        '# they meet at the first node, or at MASTER_ADDR where that is set',
+    ]
     words = [f'set -- {shlex.join(_words(job))}' for job in jobs]
     if len(jobs) > 1:
         cases = [f'    {i}) {line} ;;' for i, line in enumerate(words)]
         words = ['case $SLURM_ARRAY_TASK_ID in', *cases, 'esac']
-    executor.parameters['setup'] = [*executor.parameters['setup'], *words]
+    executor.parameters['setup'] = [*notes, *executor.parameters['setup'], *words]
     # Slurm writes no log into a folder that is not there yet
     log = f'vlmbench-{Path(first.notebook).stem}-{"%A_%a" if len(jobs) > 1 else "%j"}.out'
     here = Path.cwd()  # relative paths among the parameters are this folder's
@@ -475,7 +480,7 @@ def unfinished(rows: Iterable[Mapping]) -> bool:
     "Whether any of the watched runs is still queued or running."
     return any(row['queue'] or row['status'] == 'running' for row in rows)
 
-# %% ../../nbs/run/30_submit.ipynb #3eccef47
+# %% ../../nbs/run/30_submit.ipynb #09fe8646
 def queued_jobs() -> set[str] | None:
     "Numbers of the own jobs that wait or run; None where squeue does not answer."
     words = ('squeue', '--me', '--noheader', '--array', '--format', '%i')
