@@ -316,6 +316,8 @@ def test_two_nodes_train_as_one_process(desk, bases):
     assert desk.cluster.job(job)['NumNodes'] == '2'
     manifest = Manifest(folder).read()
     assert manifest['parameters']['nodes'] == 2 and (folder / 'ranks' / 'rank-1.log').exists()
+    watched = desk.vlmbench('runs', folder, '--watch')
+    assert 'completed' in watched and 'never started' not in watched
     assert run_notebook('train', given, desk.folder / 'one', progress=False) == 0
     one = Manifest(desk.folder / 'one').read()
     assert manifest['results'] == one['results'] and not one['attempts']

@@ -317,9 +317,10 @@ def sbatch_text(jobs: Sequence[NotebookJob], resources: Resources = Resources())
     executor = _executor(_slurm_folder(jobs), Path(first.notebook).stem, resources, first.requeues)
     if len(jobs) > 1:
         executor.parameters['map_count'] = len(jobs)
+    warned = f'{resources.warning} s before the end'
     notes = [
-        f'# USR1 comes {resources.warning} s before the end: the run saves and asks for a requeue',
-        '# one task a node: the run starts its ranks itself, on several nodes by srun and torchrun;',
+        f'# USR1 comes {warned}: the run saves, and asks for scontrol requeue',
+        '# one task a node: the run starts its ranks, on several nodes by srun and torchrun;',
         '# they meet at the first node, or at MASTER_ADDR where that is set',
     ]
     words = [f'set -- {shlex.join(_words(job))}' for job in jobs]
@@ -480,7 +481,7 @@ def unfinished(rows: Iterable[Mapping]) -> bool:
     "Whether any of the watched runs is still queued or running."
     return any(row['queue'] or row['status'] == 'running' for row in rows)
 
-# %% ../../nbs/run/30_submit.ipynb #09fe8646
+# %% ../../nbs/run/30_submit.ipynb #770dddbb
 def queued_jobs() -> set[str] | None:
     "Numbers of the own jobs that wait or run; None where squeue does not answer."
     words = ('squeue', '--me', '--noheader', '--array', '--format', '%i')

@@ -116,7 +116,7 @@ def _ending(folder: Path, rank: int) -> Path:
 
 
 def worker(folder: str) -> None:
-    """One rank under torchrun: runs the job in `folder`/job.json, writes its output to
+    """One rank under torchrun: runs the job in `folder`/work.json, writes its output to
     rank-R.log and its ending to rank-R.json."""
     # torchrun's agent saves nothing, so a rank may be killed with it; the agent itself is told to
     # stop when the controller dies, and passes that on as SIGTERM
@@ -125,7 +125,7 @@ def worker(folder: str) -> None:
     log = os.open(place / f'rank-{rank}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
-    job = json.loads((place / 'job.json').read_text(encoding='utf8'))
+    job = json.loads((place / 'work.json').read_text(encoding='utf8'))
     end = dict(code=0, reason=None, value=None)
     try:
         value = resolve(job['target'])(**job['settings'])
@@ -238,7 +238,7 @@ def launch(
     folder = Path(log_dir).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_json(folder / 'job.json', dict(target=target, settings=dict(settings or {})))
+    write_json(folder / 'work.json', dict(target=target, settings=dict(settings or {})))
     watch = _Watch(target, layout, folder, grace, timeout, stop_flag)
     environment = {**os.environ, **rank_environment(layout, folder, threads), **(env or {})}
     with open(folder / 'torchrun.log', 'wb') as log:
