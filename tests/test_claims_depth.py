@@ -173,7 +173,7 @@ def test_regions_chosen_by_measured_scores(bases, deep, tmp_path):  # noqa: F811
     )
     for name, layers in regions['layers'].items():
         assert json.loads(layers) == [values[name].idxmax()]
-    trained = {p.name for p in (tmp_path / 'c' / 'arms').glob('*-s0')}
+    trained = {p.name for p in (tmp_path / 'c').glob('*-s0')}
     assert trained == {f'{arm}-s0' for arm in {'region_all', 'uniform', *regions['arm']}}
     table = pd.read_csv(tmp_path / 'c' / 'claims.csv')
     assert len(table) == regions['arm'].replace('uniform', None).dropna().nunique() + 1

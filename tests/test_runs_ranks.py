@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 import test_runs
+from vlmbench.analysis.ablation import GRADIENT
 from vlmbench.run.manifest import Manifest
 
 pytestmark = pytest.mark.ranks
@@ -113,6 +116,95 @@ def test_a_stop_is_saved_by_all_ranks_and_taken_up_by_one(bases, one, tmp_path):
     done = run(tmp_path, 'train', **words | dict(gpus=1, parallel='single'))
     assert done.returncode == 0, done.stderr
     assert_same_end(tmp_path / 'run', one)
+
+
+def asked(folder, notebook, **values):
+    done = run(folder, notebook, **values)
+    assert done.returncode == 0, done.stderr
+    return Manifest(folder / values['out']).read()
+
+
+def test_layers_are_scored_alike(bases, one, tmp_path):
+    "Three batches on two ranks: bit for bit, but for gradients, which are summed in another order."
+    given = dict(model=one, data=bases / 'world', samples='vqa_test', limit=6, batch_size=2)
+    given |= dict(base=one, greedy=0, share=1.0, device='cpu')
+    single = asked(tmp_path, 'layers', out='one', **given)
+    both = asked(tmp_path, 'layers', out='two', gpus=2, **given)
+    names = [phase['name'] for phase in both['phases']]
+    assert names == ['data', 'load', 'measure'] == [phase['name'] for phase in single['phases']]
+    a, b = (pd.read_csv(tmp_path / out / 'scores.csv') for out in ('one', 'two'))
+    summed = a['metric'].isin(GRADIENT)
+    assert summed.any() and {'drop_one_delta', 'revert_one_delta', 'cka'} <= set(a['metric'])
+    pd.testing.assert_frame_equal(a[~summed], b[~summed], check_exact=True)
+    pd.testing.assert_frame_equal(a[summed], b[summed], rtol=1e-4, atol=1e-9)
+    assert single['results'] == both['results'] and (tmp_path / 'two' / 'report.html').exists()
+    assert (tmp_path / 'two' / 'ranks' / 'rank-1.log').exists()
+
+
+def test_pruning_measures_alike(bases, one, tmp_path):
+    "The ranking, the losses, the repair's rows and the answers are shared by two ranks."
+    given = dict(model=one, data=bases / 'world', k=1, calibration=20, limit=6, batch_size=2)
+    given |= dict(importance='drop_one', heal=1.0, heal_tune='full', device='cpu')
+    single = asked(tmp_path, 'prune', out='one', **given)
+    both = asked(tmp_path, 'prune', out='two', gpus=2, **given)
+    for fact in ('removed', 'kept', 'calibration_loss', 'results'):
+        assert single[fact] == both[fact], fact
+    assert both['results']['targets']['heal'] > 0
+    assert answers(tmp_path / 'one', 'vqa_test') == answers(tmp_path / 'two', 'vqa_test')
+    for name, tensor in weights(tmp_path / 'one').items():
+        assert (weights(tmp_path / 'two')[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-7
+    done = run(tmp_path, 'prune', out='three', gpus=3, **given)
+    assert done.returncode == 1 and 'use 1, 2 ranks' in done.stderr
+
+
+def test_region_questions_are_answered_alike(one, tmp_path):
+    "Votes, captions and arrows included; unusable rows are listed once."
+    Image.radial_gradient('L').convert('RGB').resize((64, 64)).save(tmp_path / 'a.png')
+    boxes = [[2, 2, 24, 24], [36, 2, 60, 24], [2, 36, 24, 60], [36, 36, 60, 60]]
+    rows = [
+        dict(id=f'v7w-{i}', image='a.png', question='which one ?', bboxes=boxes, answer=boxes[i])
+        for i in range(4)
+    ]
+    rows.append(dict(id='bad', image='missing.png', question='?', bboxes=boxes, answer=boxes[0]))
+    (tmp_path / 'v7w-test.json').write_text(json.dumps(rows))
+    caption = [dict(id='refcocog-1', image='a.png', bboxes=boxes[:1], answer='a cup')]
+    (tmp_path / 'refcocog-test.json').write_text(json.dumps(caption))
+    coco = dict(
+        categories=[dict(id=1, name='cup'), dict(id=2, name='hat')],
+        images=[dict(id=1, file_name='a.png', width=64, height=64)],
+        annotations=[
+            dict(image_id=1, category_id=1, bbox=[2, 2, 22, 22]),
+            dict(image_id=1, category_id=2, bbox=[36, 36, 24, 24]),
+        ],
+    )
+    (tmp_path / 'instances_val2017.json').write_text(json.dumps(coco))
+    given = dict(model=one, data=tmp_path, sets=['v7w', 'refcocog', 'arrow'], votes=2)
+    given |= dict(metrics=[], batch_size=1, bad_rows=0.5, device='cpu')
+    single = asked(tmp_path, 'region_tasks', out='one', **given)
+    both = asked(tmp_path, 'region_tasks', out='two', gpus=2, **given)
+    assert single['results'] == both['results']
+    assert both['results']['v7w']['n'] == 4 and 'v7w vote' in both['results']
+    files = [sorted((tmp_path / out / 'results').rglob('*.jsonl')) for out in ('one', 'two')]
+    assert len(files[0]) == 4
+    for ours, theirs in zip(*files, strict=True):
+        a, b = (path.read_text().splitlines()[1:] for path in (ours, theirs))
+        assert a == b, ours.name
+    quarantined = json.loads((tmp_path / 'two' / 'quarantine-v7w.json').read_text())
+    assert 'missing.png' in json.dumps(quarantined)
+
+
+def test_a_bench_gives_its_trainings_the_ranks(bases, tmp_path):
+    "On the command line; the rows of a step stay the recipe's, so a layout that fits is needed."
+    given = ['--methods', 'llava', '--out', 'b', '--scale', bases / 'mini.json', '--quiet']
+    given += ['--data', bases / 'world', '--budget', '0.004', '--gpus', '2']
+    words = [sys.executable, '-m', 'vlmbench', 'bench', *map(str, given)]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=ENV, text=True, capture_output=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    trained = tmp_path / 'b' / 'llava-s0'
+    assert Manifest(trained).read()['parameters']['gpus'] == 2
+    assert (trained / 'ranks' / 'rank-1.log').exists() and (tmp_path / 'b/report.html').exists()
 
 
 def test_what_cannot_be_is_refused_before_anything_is_built(bases, one, tmp_path):

@@ -12,8 +12,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import test_runs
+from mini_bases import write_bases
 from slurm.cluster import Cluster, install, wait_for
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.manifest import Manifest
@@ -45,19 +47,32 @@ class Desk:
     def __init__(self, cluster: Cluster, folder: Path):
         self.cluster, self.folder = cluster, folder
 
-    def vlmbench(self, *words: str, code: int = 0) -> str:
-        "What the command prints; it must end with `code`."
-        # as installed, wherever the folder is
-        here = {'PYTHONPATH': str(STEPS.parents[2]), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-        paths = [here['PYTHONPATH'], os.environ.get('PYTHONPATH', '')]
+    @property
+    def env(self) -> dict[str, str]:
+        "As installed, wherever the folder is; nobody knows an address of the emulated nodes."
+        here = {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE', 'HF_HUB_OFFLINE': '1'}
+        here['MASTER_ADDR'] = '127.0.0.1'
+        paths = [str(STEPS.parents[2]), os.environ.get('PYTHONPATH', '')]
         here['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
+        return self.cluster.env | here
+
+    def start(self, *words: str) -> subprocess.Popen:
+        "The command in the background; what it prints is in start.log."
+        with open(self.folder / 'start.log', 'wb') as said:
+            command = [sys.executable, '-c', CLI, *map(str, words)]
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.env, stdout=said, stderr=subprocess.STDOUT
+            )
+
+    def vlmbench(self, *words: str, code: int = 0, seconds: float = 120) -> str:
+        "What the command prints; it must end with `code`."
         done = subprocess.run(
             [sys.executable, '-c', CLI, *map(str, words)],
             cwd=self.folder,
-            env=self.cluster.env | here,
+            env=self.env,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=seconds,
         )
         assert done.returncode == code, (words, done.stdout, done.stderr)
         return done.stdout + done.stderr
@@ -145,6 +160,7 @@ def test_nothing_is_submitted_when_anything_is_wrong(desk):
         'no parameter `nodes`': (STEPS, '--nodes', '2'),
         'sbatch refused': (STEPS, '--partition', 'nowhere'),
         'no such run notebook': ('stepz',),
+        'choose one of slurm': ('claims_markers', 'jobs=slrum'),
     }
     for reason, words in refused.items():
         assert reason in desk.vlmbench('submit', *words, code=2)
@@ -287,6 +303,89 @@ def test_a_read_only_folder_is_refused_before_anything_is_submitted(desk, small_
     said = desk.vlmbench('submit', STEPS, 'seed=0..2', f'out={small_disk}/run', code=2)
     assert 'Read-only' in said and 'nothing was submitted' in said
     assert desk.cluster.call('squeue', '-h', '-t', 'all') == before
+
+
+def test_two_nodes_train_as_one_process(desk, bases):
+    "srun starts a torchrun on each node, they meet at the first, and the model is one process's."
+    settings = test_runs.params(bases, evaluate=False, budget=0.01, blind=False)
+    settings['overrides'] += ['stages.align.accumulation=2', 'stages.instruct.accumulation=2']
+    given = {k: ','.join(v) if isinstance(v, list) else str(v) for k, v in settings.items()}
+    words = [f'{name}={value}' for name, value in given.items()]
+    (job,), (folder,), _ = desk.submit('train', *words, 'gpus=1', '--nodes', '2', '--cpus', '1')
+    assert desk.ended(job, 150) == 'COMPLETED', log(folder)
+    assert desk.cluster.job(job)['NumNodes'] == '2'
+    manifest = Manifest(folder).read()
+    assert manifest['parameters']['nodes'] == 2 and (folder / 'ranks' / 'rank-1.log').exists()
+    watched = desk.vlmbench('runs', folder, '--watch')
+    assert 'completed' in watched and 'never started' not in watched
+    assert run_notebook('train', given, desk.folder / 'one', progress=False) == 0
+    one = Manifest(desk.folder / 'one').read()
+    assert manifest['results'] == one['results'] and not one['attempts']
+    ours, theirs = (
+        load_file(f / 'model' / 'model.safetensors') for f in (folder, desk.folder / 'one')
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm().clamp(min=1e-2), name
+
+
+ARMS = ('vip_llava', 'none')
+
+
+@pytest.fixture(scope='module')
+def region_bases(tmp_path_factory):
+    "As `bases`, with rows of regions."
+    root = tmp_path_factory.mktemp('region-bases')
+    rows = dict(caption_train=12, vqa_train=12, vqa_test=4, text_train=8, text_test=4)
+    write_bases(root, 2, **rows, region_train=12, region_test=4)
+    facts = dict(llm=str(root / 'llm'), vision=str(root / 'vit'), image_size=64)
+    facts |= dict(name='mini', template='world', like='tiny')
+    (root / 'mini.json').write_text(json.dumps(facts))
+    return root
+
+
+def claims(desk, bases, out: str, **more) -> list[str]:
+    "The words of `vlmbench run` for two arms with two seeds."
+    given = dict(seeds=2, budget=0.01, arms=','.join(ARMS), limit=4, device='cpu', out=out)
+    given |= dict(scale=bases / 'mini.json', data=bases / 'world') | more
+    return ['run', 'claims_markers', '--quiet', *(f'{k}={v}' for k, v in given.items())]
+
+
+def test_arms_of_a_claim_fan_out_and_are_only_collected_again(desk, region_bases):
+    """Four trainings as an array, one of them preempted: tables and weights are those of this
+    machine alone. Again, only a failed arm is trained; it is named, and the others are kept."""
+    words = claims(desk, region_bases, 'fanned', jobs='slurm')
+    waiting = desk.start(*words)
+    folders = [desk.folder / 'fanned' / f'{arm}-s{seed}' for seed in (0, 1) for arm in ARMS]
+    metrics = [folder / 'stages' / 'region' / 'metrics.jsonl' for folder in folders]
+    try:
+        wait_for(lambda: any(m.exists() and 'loss' in m.read_text() for m in metrics), 120, 'steps')
+        jobs = [json.loads((folder / 'job.json').read_text())['job'] for folder in folders]
+        urgent = ('--nodes', '1', '--ntasks', '1', '--wrap', 'sleep 2')
+        desk.cluster.call(
+            'sbatch', '--chdir', str(desk.folder), '--output', 'u.out', '-p', 'high', *urgent
+        )
+        ended = waiting.wait(240)
+    finally:
+        waiting.kill()
+    assert ended == 0, (desk.folder / 'start.log').read_text()
+    assert sum(int(desk.cluster.job(job)['Restarts']) for job in jobs) == 1
+    # two at a time have one thread each, as a job has
+    desk.vlmbench(*claims(desk, region_bases, 'here', jobs=2), seconds=240)
+    for name in ('claims.csv', 'accuracy.csv'):
+        tables = [(desk.folder / out / name).read_text() for out in ('fanned', 'here')]
+        assert tables[0] == tables[1], name
+    for folder in folders:
+        ends = [desk.folder / out / folder.name for out in ('fanned', 'here')]
+        ours, theirs = ((end / 'model' / 'model.safetensors').read_bytes() for end in ends)
+        assert ours == theirs, folder.name
+    began = [Manifest(folder).read()['started'] for folder in folders]
+    Manifest(folders[1]).update(status='failed', reason='a disk was full')
+    (folders[1] / 'recipe.json').write_text('{"name": "another", "stages": []}')
+    said = desk.vlmbench(*words, code=1, seconds=120)
+    assert '1 of 4 runs failed' in said and f'{folders[1].name} (job' in said, said
+    started = [Manifest(folder).read()['started'] for folder in folders]
+    assert [a == b for a, b in zip(began, started)] == [True, False, True, True]
 
 
 def test_a_bench_fans_out_and_is_compared(desk, bases):

@@ -329,5 +329,5 @@ def test_records_are_tidy():
     ]
     with pytest.raises(ValueError, match='no rows for'):
         scores(frame, 'b')
-    with pytest.raises(TypeError, match='must define update'):
+    with pytest.raises(TypeError, match='must define measure'):
         StreamMetric().update(None)

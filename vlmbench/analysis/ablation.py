@@ -10,6 +10,7 @@ __all__ = ['GRADIENT', 'token_losses', 'NotLayerwise', 'Loss', 'answer_loss', 'A
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +19,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from .sharing import in_turn
 from vlmbench.analysis.streams import (
     Moments,
     Record,
@@ -170,14 +172,20 @@ def _with_answers(moments: Moments) -> Moments:
 
 
 @torch.no_grad()
-def answer_loss(model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int] = ()) -> Loss:
-    """Loss of `model` on the answer tokens of all batches, with the layers `skip` left out. Raises
-    ValueError without labels."""
+def answer_loss(
+    model: nn.Module, batches: Iterable[Mapping], skip: Sequence[int] = (), ranks: Any = None
+) -> Loss:
+    """Loss of `model` on the answer tokens of all batches, with the layers `skip` left out; `ranks`
+    share the batches. Raises ValueError without labels."""
     decoder, moments = find_decoder(model), Moments()
+
+    def losses(number: int, batch: Mapping) -> Moments:
+        prefix = _Prefix(model, batch, decoder, skip)
+        return Moments.of(_stack([prefix.losses(prefix.last)]), prefix.answers.sample)
+
     with evaluating(model):
-        for batch in batches:
-            prefix = _Prefix(model, batch, decoder, skip)
-            moments.add(_stack([prefix.losses(prefix.last)]), prefix.answers.sample)
+        for one in in_turn(batches, losses, ranks):
+            moments.merge(one)
     return _loss(_with_answers(moments))
 
 # %% ../../nbs/analysis/14_ablation.ipynb #dc9e575b
@@ -195,10 +203,15 @@ class _Variants:
     def __init__(self):
         self.losses, self.changes = Moments(), Moments()
 
-    def add(self, whole: tuple[Tensor, Tensor], variants: list, sample: Tensor) -> None:
+    @staticmethod
+    def of(whole: tuple[Tensor, Tensor], variants: list, sample: Tensor) -> tuple[Moments, Moments]:
+        "Losses and their changes in one batch."
         table = _stack([whole, *variants])
-        self.losses.add(table, sample)
-        self.changes.add(table[:, 1:] - table[:, :1], sample)
+        return Moments.of(table, sample), Moments.of(table[:, 1:] - table[:, :1], sample)
+
+    def add(self, one: tuple[Moments, Moments]) -> None:
+        self.losses.merge(one[0])
+        self.changes.merge(one[1])
 
     def ablation(self, name: str, layers: Sequence[int]) -> Ablation:
         value, error, n = _with_answers(self.losses).pooled()
@@ -218,22 +231,29 @@ class _Variants:
 # %% ../../nbs/analysis/14_ablation.ipynb #4381efd4
 @torch.no_grad()
 def drop_one(
-    model: nn.Module, batches: Iterable[Mapping], layers: Sequence[int] | None = None
+    model: nn.Module,
+    batches: Iterable[Mapping],
+    layers: Sequence[int] | None = None,
+    ranks: Any = None,
 ) -> Ablation:
     """Loss on answer tokens without each layer: metrics `drop_one_loss`, `_delta`, `_ppl_ratio`,
     `_accuracy_delta` (token set `answer`).
 
     Source: Shortened LLaMA (arXiv 2402.02834). Cost: one forward plus (L-1)/2 forwards for all
-    layers, and one more on the first batch as a check. Raises ValueError without labels and
-    `NotLayerwise` for models such as Qwen3-VL."""
+    layers, and one more on the first batch as a check. `ranks` share the batches. Raises ValueError
+    without labels and `NotLayerwise` for models such as Qwen3-VL."""
     decoder, variants = find_decoder(model), _Variants()
     layers = range(len(decoder)) if layers is None else check_layers(layers, len(decoder))
+
+    def dropped(number: int, batch: Mapping) -> tuple[Moments, Moments]:
+        prefix = _Prefix(model, batch, decoder)
+        prefix.check(rerun=not variants.losses.samples)
+        without = [prefix.without(i) for i in layers]
+        return variants.of(prefix.losses(prefix.last), without, prefix.answers.sample)
+
     with evaluating(model):
-        for batch in batches:
-            prefix = _Prefix(model, batch, decoder)
-            prefix.check(rerun=not variants.losses.samples)
-            without = [prefix.without(i) for i in layers]
-            variants.add(prefix.losses(prefix.last), without, prefix.answers.sample)
+        for one in in_turn(batches, dropped, ranks):
+            variants.add(one)
     return variants.ablation('drop_one', layers)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #0d474e9c
@@ -255,13 +275,15 @@ def greedy_drop(
     candidates: Sequence[int] | None = None,
     protect_first: int = 1,
     protect_last: int = 1,
+    ranks: Any = None,
 ) -> GreedyDrop:
     """Remove k layers one at a time, always the one whose removal gives the lowest loss on answer
     tokens.
 
     candidates: layers that may go (default: all but the first `protect_first` and last
-    `protect_last`). Batches are read once per removal. Raises ValueError if k exceeds the
-    candidates, for one-shot iterators, or without labels, and `NotLayerwise` as `drop_one` does."""
+    `protect_last`). Batches are read once per removal; `ranks` share them. Raises ValueError if k
+    exceeds the candidates, for one-shot iterators, or without labels, and `NotLayerwise` as
+    `drop_one` does."""
     decoder = find_decoder(model)
     depth = len(decoder)
     if candidates is None:
@@ -276,15 +298,19 @@ def greedy_drop(
         raise ValueError(
             'batches are read once per removal: pass a list or another re-iterable, not an iterator'
         )
-    gone, losses, base = [], [], None
+    gone, losses, base, moments = [], [], None, Moments()
+
+    def dropped(number: int, batch: Mapping) -> Moments:
+        prefix = _Prefix(model, batch, decoder, gone)
+        prefix.check(rerun=base is None and not moments.samples)
+        variants = [prefix.losses(prefix.last), *(prefix.without(i) for i in left)]
+        return Moments.of(_stack(variants), prefix.answers.sample)
+
     with evaluating(model):
         for _ in range(k):
             moments = Moments()
-            for batch in batches:
-                prefix = _Prefix(model, batch, decoder, gone)
-                prefix.check(rerun=base is None and not moments.samples)
-                variants = [prefix.losses(prefix.last), *(prefix.without(i) for i in left)]
-                moments.add(_stack(variants), prefix.answers.sample)
+            for one in in_turn(batches, dropped, ranks):
+                moments.merge(one)
             value = _with_answers(moments).pooled()[0][:, 0]
             base = base or _loss(moments)
             best = int(value[1:].argmin())
@@ -301,9 +327,10 @@ def revert_one(
     layers: Sequence[int] | None = None,
     related: bool = True,
     prefix: str | None = None,
+    ranks: Any = None,
 ) -> Ablation:
     """Loss of `tuned` with each layer put back to `base` (model, state dict or folder): metrics
-    `revert_one_*`. `prefix`: as for `layer_weights`.
+    `revert_one_*`. `prefix`: as for `layer_weights`; `ranks` share the batches.
 
     Raises ValueError for checkpoints of different bases (names, shapes, or unrelated weights unless
     `related=False`) and without labels."""
@@ -312,17 +339,21 @@ def revert_one(
     new = layer_weights(tuned)
     old = layer_weights(base, prefix, new)
     check_same_base(new, old, related)
+
+    def put_back(number: int, batch: Mapping) -> tuple[Moments, Moments]:
+        passed = _Prefix(tuned, batch, decoder)
+        passed.check(rerun=not variants.losses.samples)
+        reverted = []
+        for i in layers:
+            dtype = next(decoder.layers[i].parameters()).dtype
+            weights = {k: v.to(decoder.device, dtype) for k, v in old[i].items()}
+            state = passed.run(passed.enters[i], range(i, len(decoder)), {i: weights})
+            reverted.append(passed.losses(state))
+        return variants.of(passed.losses(passed.last), reverted, passed.answers.sample)
+
     with evaluating(tuned):
-        for batch in batches:
-            passed = _Prefix(tuned, batch, decoder)
-            passed.check(rerun=not variants.losses.samples)
-            reverted = []
-            for i in layers:
-                dtype = next(decoder.layers[i].parameters()).dtype
-                weights = {k: v.to(decoder.device, dtype) for k, v in old[i].items()}
-                state = passed.run(passed.enters[i], range(i, len(decoder)), {i: weights})
-                reverted.append(passed.losses(state))
-            variants.add(passed.losses(passed.last), reverted, passed.answers.sample)
+        for one in in_turn(batches, put_back, ranks):
+            variants.add(one)
     return variants.ablation('revert_one', layers)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #dab4511c
@@ -428,6 +459,22 @@ class _Gradients:
         "Sums of |w g|, g^2, w g and (w g)^2 over the weights of a layer, float64 `[4, units]`."
         return torch.stack(self.scalars[layer]).T
 
+    def since(self, units: int) -> tuple[list[int], dict[int, list[Tensor]]]:
+        "Tokens and scalars of the units after the first `units`."
+        return self.sizes[units:], {layer: rows[units:] for layer, rows in self.scalars.items()}
+
+    def share(self, seen: Sequence[tuple], ranks: Any) -> None:
+        "Makes the sums of all ranks each one's own; `seen`: `since` of every batch, in order."
+        self.sizes, self.scalars = [], {}
+        for sizes, of_layers in seen:
+            self.sizes += sizes
+            for layer, units in of_layers.items():
+                self.scalars.setdefault(layer, []).extend(units)
+        self.tokens, self.units = sum(self.sizes), len(self.sizes)
+        for table in (self.weighted, self.plain, self.square):
+            for key in table:
+                table[key] = ranks.sum(table[key])
+
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -522,6 +569,7 @@ def gradient_scores(
     unit: str = 'sample',
     weights: str = 'all',
     layers: Sequence[int] | None = None,
+    ranks: Any = None,
 ) -> pd.DataFrame:
     """Gradient-based scores per layer (metrics `GRADIENT`, token set `answer`); n = units.
 
@@ -531,8 +579,8 @@ def gradient_scores(
 
     unit: 'sample' (batch of one each) or 'batch'. weights: 'all' weights of a layer or only its
     'matrices'. layers: a subset, to bound the memory of three float32 copies of their weights.
-    Frozen layers are enabled and restored. Raises ValueError without labels or for quantised
-    weights."""
+    Frozen layers are enabled and restored. `ranks` share the batches; their gradients are summed
+    in another order than one rank's. Raises ValueError without labels or for quantised weights."""
     if unit not in ('sample', 'batch'):
         raise ValueError(f"unit must be 'sample' or 'batch', got {unit!r}")
     if weights not in ('all', 'matrices'):
@@ -554,10 +602,17 @@ def gradient_scores(
     with _only_these_train(model, chosen.values()), ExitStack() as stack:
         sums = _Gradients(chosen)
         stack.callback(sums.close)
+
+        def add(number: int, batch: Mapping) -> tuple:
+            before = sums.units
+            for part in split_samples(batch) if unit == 'sample' else [batch]:
+                _add_unit(sums, model, part, decoder)
+            return sums.since(before)
+
         with evaluating(model), torch.enable_grad():
-            for batch in batches:
-                for part in split_samples(batch) if unit == 'sample' else [batch]:
-                    _add_unit(sums, model, part, decoder)
+            seen = list(in_turn(batches, add, ranks))
+        if ranks is not None and ranks.world > 1:
+            sums.share(seen, ranks)
         if not sums.units:
             raise ValueError('no batch held an answer token: every label is -100')
         return _gradient_frame(sums, layers)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,8 @@ from torch import nn
 from matplotlib import pyplot as plt
 from scipy.stats import kendalltau
 
-from .streams import Record, States, StreamMetric, rows, scores, stream
+from .streams import Part, Record, States, StreamMetric
+from .streams import rows, scores, stream
 from ..models.depth import check_layers, find_decoder
 
 # %% ../../nbs/analysis/10_importance.ipynb #f48e996f
@@ -30,9 +32,8 @@ class BlockInfluence(StreamMetric):
 
     default_sets = ('all', 'image', 'text', 'prompt_text', 'answer', 'answer_predicting', 'last')
 
-    def update(self, states: States):
-        self.layers = states.layers
-        self.add(states, 1 - states.cosines.diagonal(1, 1, 2))
+    def measure(self, states: States) -> Part:
+        return self.part(states, 1 - states.cosines.diagonal(1, 1, 2), states.layers)
 
     def records(self) -> list[Record]:
         out = []
@@ -56,15 +57,16 @@ class AngularDistance(StreamMetric):
 
     default_sets = ('last', 'all', 'image', 'text')
 
-    def update(self, states: States):
-        self.layers = states.layers
-        i, j = self.pairs = torch.triu_indices(
+    def measure(self, states: States) -> Part:
+        i, j = torch.triu_indices(
             len(states.hidden), len(states.hidden), 1, device=states.sample.device
         )
-        self.add(states, states.cosines[:, i, j].arccos() / math.pi)
+        return self.part(states, states.cosines[:, i, j].arccos() / math.pi, states.layers)
 
     def records(self) -> list[Record]:
-        pairs = [(self.layers[a], b - a) for a, b in self.pairs.T.tolist()]
+        n_states = len(self.layers) + 1
+        ends = torch.triu_indices(n_states, n_states, 1).T.tolist()
+        pairs = [(self.layers[a], b - a) for a, b in ends]
         return [
             Record('angular_activation', k, l, v, s, n, span)
             for k in filter(self.found, self.token_sets)
@@ -208,9 +210,10 @@ def iterative_prune_order(
     metric=AngularDistance,
     name: str = 'angular_activation',
     token_set: str = 'last',
+    ranks: Any = None,
 ) -> list[int]:
     """The k layers outside `region` to remove, one at a time, measured again on the remaining
-    layers after every removal."""
+    layers after every removal. `ranks` share the batches."""
     if iter(batches) is batches:
         raise ValueError(
             'batches are read once per removal: pass a list or another re-iterable, not an iterator'
@@ -220,7 +223,7 @@ def iterative_prune_order(
     if k > depth - len(region):
         raise ValueError(f'k={k}: only {depth - len(region)} layers lie outside the region')
     for _ in range(k):
-        frame = stream(model, batches, [metric([token_set])], skip=gone).frame
+        frame = stream(model, batches, [metric([token_set])], gone, ranks=ranks).frame
         gone.append(
             prune_order(scores(frame, name, token_set).drop([i for i in region if i not in gone]))[
                 0

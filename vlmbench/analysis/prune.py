@@ -72,14 +72,16 @@ def prune_outside(
     iterative: bool = False,
     token_set: str = 'last',
     importance: Importance = 'angular_activation',
+    ranks: Any = None,
 ) -> tuple[PreTrainedModel, list[int]]:
     """`(model without its k least important layers outside region, their original numbers in the
     order of removal)`; shares tensors.
 
     iterative: measure again after every removal, else rank once. importance: 'angular_activation',
     'block_influence' or 'block_influence_per_sample' over `token_set`; a series of scores by layer
-    (once only); or a function `(model, batches) -> series` by position. Raises ValueError if fewer
-    than k layers lie outside, or adapters are not merged."""
+    (once only); or a function `(model, batches) -> series` by position. `ranks` share the batches
+    of a named importance. Raises ValueError if fewer than k layers lie outside, or adapters are not
+    merged."""
     depth = len(find_decoder(model))
     region = check_layers(region, depth, 'region')
     if not 0 <= k <= depth - len(region):
@@ -95,10 +97,11 @@ def prune_outside(
         order = _measured_order(model, region, k, batches, iterative, importance)
     elif iterative:
         order = iterative_prune_order(
-            model, batches, k, region, _STREAMED[importance], importance, token_set
+            model, batches, k, region, _STREAMED[importance], importance, token_set, ranks
         )
     else:
-        frame = stream(model, batches, [_STREAMED[importance]([token_set])]).frame
+        metric = _STREAMED[importance]([token_set])
+        frame = stream(model, batches, [metric], ranks=ranks).frame
         order = prune_order(scores(frame, importance, token_set), region)[:k]
     return (prune(model, order) if order else model), order
 

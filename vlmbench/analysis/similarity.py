@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmbench.analysis.streams import (
     Moments,
+    Part,
     Record,
     States,
     StreamMetric,
@@ -74,11 +75,7 @@ class CKA(StreamMetric):
         seed: int = 0,
     ):
         super().__init__(token_sets)
-        self.max_tokens, self.drop_first, self.rng = (
-            max_tokens,
-            drop_first,
-            np.random.default_rng(seed),
-        )
+        self.max_tokens, self.drop_first, self.seed = max_tokens, drop_first, seed
         self.sums: dict[str, tuple] = {}
         self.skipped: dict[str, int] = {}
 
@@ -87,28 +84,41 @@ class CKA(StreamMetric):
 
 # %% ../../nbs/analysis/30_similarity.ipynb #ce6f1e82
 @patch
-def update(self: CKA, states: States):
-    self.layers = (*states.layers, max(states.layers) + 1)
+def measure(self: CKA, states: States) -> Part:
+    part = Part((*states.layers, max(states.layers) + 1), more={})
+    draw = np.random.default_rng([self.seed, states.number])  # alike on whichever rank
     for k in self.token_sets:
         if k not in states.sets or not states.sets[k].any():
             continue
         mask = states.sets[k] & ~self._first(states) if self.drop_first else states.sets[k]
         at = mask.nonzero()[:, 0]
         if len(at) < 4:  # the debiased estimator divides by n - 3
-            self.skipped[k] = self.skipped.get(k, 0) + 1
+            part.more[k] = None
             continue
         if self.max_tokens and len(at) > self.max_tokens:
-            chosen = np.sort(self.rng.choice(len(at), self.max_tokens, replace=False))
+            chosen = np.sort(draw.choice(len(at), self.max_tokens, replace=False))
             at = at[torch.from_numpy(chosen).to(at.device)]
         # [states, tokens, hidden] -> biased and debiased HSIC, [2, states, states]
         h = torch.stack(hsic_matrices(torch.stack([s[at] for s in states.hidden])))
+        part.more[k] = h.cpu(), len(at)
+    return part
+
+
+@patch
+def absorb(self: CKA, part: Part):
+    self.layers = part.layers
+    for k, found in part.more.items():
+        if found is None:
+            self.skipped[k] = self.skipped.get(k, 0) + 1
+            continue
+        h, tokens = found
         total, batches, n, m = self.sums.get(k, (0.0, 0, 0, Moments()))
         # the value is the ratio of sums over batches: a mean of ratios would be biased.
         # The ratios of single batches serve for the standard error alone
         one = torch.stack([cka_from_hsic(h[0]), cka_from_hsic(h[1])])
         if one.isfinite().all():
-            m.add(one[None], torch.zeros(1, dtype=torch.long, device=h.device))
-        self.sums[k] = total + h, batches + 1, n + len(at), m
+            m.add(one[None], torch.zeros(1, dtype=torch.long))
+        self.sums[k] = total + h, batches + 1, n + tokens, m
 
 
 @patch
@@ -315,18 +325,18 @@ def _share(self: ImageAttention, mask, keys):
     return self.shares[id(mask)][1]
 
 # %% ../../nbs/analysis/30_similarity.ipynb #aee55e8b
-def _update(self, states):
+def _measure(self, states):
     if self.queries is None:
-        return
+        return Part(())
     if not self.layer_rows:
         raise ValueError(
             f'{type(states.decoder.model).__name__} never called the attention table of '
             'transformers: its '
             'attention cannot be read'
         )
-    self.layers = tuple(l for l in states.layers if l in self.layer_rows)
+    part = Part(tuple(l for l in states.layers if l in self.layer_rows))
     # [queries, layers, heads, 4]
-    masses, shares = zip(*(self.layer_rows[layer] for layer in self.layers))
+    masses, shares = zip(*(self.layer_rows[layer] for layer in part.layers))
     mass, share = torch.stack(masses, 1).double(), torch.stack(shares, 1).double()
     mean = mass.mean(2)
     ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0.0)
@@ -337,10 +347,9 @@ def _update(self, states):
         if (m := states.tokens.masks.get(k)) is None:
             continue
         take = m[row, col]
-        self.moments.setdefault(k, Moments()).add(
-            values[take], states.tokens.samples[row, col][take]
-        )
+        part.moments[k] = Moments.of(values[take], states.tokens.samples[row, col][take])
     self.layer_rows, self.shares = {}, {}
+    return part
 
 
 def _records(self):
@@ -364,7 +373,7 @@ def _records(self):
     return out
 
 
-ImageAttention.update, ImageAttention.records = _update, _records
+ImageAttention.measure, ImageAttention.records = _measure, _records
 
 # %% ../../nbs/analysis/30_similarity.ipynb #9ec54e64
 @torch.no_grad()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'LABEL_SETS', 'IMAGE_SETS', 'ANNOTATIONS', 'Record', 'tidy', 'scores', 'TokenSets', 'token_sets', 'Moments',
            'States', 'check_residual', 'batch_tokens', 'make_states', 'model_inputs', 'evaluating', 'skipping',
-           'capture', 'residual_states', 'StreamMetric', 'rows', 'StateNorm', 'StreamResult', 'stream', 'check_head']
+           'capture', 'residual_states', 'Part', 'StreamMetric', 'rows', 'StateNorm', 'StreamResult', 'stream',
+           'check_head']
 
 # %% ../../nbs/analysis/00_streams.ipynb #f1c9b2c5
 import inspect
@@ -13,11 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn, Tensor
 
+from .sharing import in_turn
 from ..models.depth import Decoder, check_layers, find_decoder
 
 # %% ../../nbs/analysis/00_streams.ipynb #9eabf964
@@ -181,10 +184,26 @@ class Moments:
         )
         x = torch.bincount(inv).double().view(-1, *[1] * (y.ndim - 1))
         new = [y.sum(0), (y * y).sum(0), (x * y).sum(0), (y / x).sum(0), (y / x).square().sum(0)]
-        self.sums = [a + b for a, b in zip(self.sums, new)] if self.samples else new
-        self.samples += len(ids)
-        self.x += x.sum().item()
-        self.xx += x.square().sum().item()
+        one = Moments()
+        one.sums, one.samples = [t.cpu() for t in new], len(ids)
+        one.x, one.xx = x.sum().item(), x.square().sum().item()
+        self.merge(one)
+
+    def merge(self, other: 'Moments'):
+        "Add what `other` holds, of other samples."
+        if not other.samples:
+            return
+        self.sums = [a + b for a, b in zip(self.sums, other.sums)] if self.samples else other.sums
+        self.samples += other.samples
+        self.x += other.x
+        self.xx += other.xx
+
+    @classmethod
+    def of(cls, values: Tensor, sample: Tensor) -> 'Moments':
+        "Those of one batch, see `add`; on the CPU."
+        moments = cls()
+        moments.add(values, sample)
+        return moments
 
     def _se(self, square_sum):
         n = self.samples
@@ -212,7 +231,7 @@ class States:
 
     `hidden`: L+1 tensors `[tokens, hidden]`; `layers`: original numbers of the L layers; `sets`:
     masks `[tokens]`; `sample`, `targets`: `[tokens]`; `position`: index of each token in the
-    flattened batch; `logits`: the model's own `[batch, kept, vocab]`."""
+    flattened batch; `logits`: the model's own `[batch, kept, vocab]`; `number`: of the batch."""
 
     hidden: list[Tensor]
     layers: tuple[int, ...]
@@ -223,6 +242,7 @@ class States:
     decoder: Decoder
     tokens: TokenSets
     cache: dict = field(default_factory=dict)
+    number: int = 0
 
     @cached_property
     def gram(self) -> Tensor:
@@ -443,6 +463,16 @@ def residual_states(
     return cap.states(), out
 
 # %% ../../nbs/analysis/00_streams.ipynb #3549f188
+@dataclass
+class Part:
+    """What a metric takes from one batch: the `layers` (or states) that its values belong to, the
+    `moments` by token set, and `more` of its own; picklable, on the CPU."""
+
+    layers: tuple[int, ...]
+    moments: dict[str, Moments] = field(default_factory=dict)
+    more: Any = None
+
+# %% ../../nbs/analysis/00_streams.ipynb #2227c4eb
 class StreamMetric:
     """Base of streaming metrics. `token_sets=None` means the class's `default_sets`, as far as the
     data has them."""
@@ -455,6 +485,7 @@ class StreamMetric:
         if token_sets:
             self.required = self.token_sets
         self.moments: dict[str, Moments] = {}
+        self.layers: tuple[int, ...] = ()
 
     def attach(self, decoder: Decoder):
         return nullcontext()
@@ -462,8 +493,18 @@ class StreamMetric:
     def prepare(self, tokens: TokenSets):
         "Called before the forward pass of a batch."
 
+    def measure(self, states: States) -> Part:
+        raise TypeError(f'{type(self).__name__} must define measure')
+
+    def absorb(self, part: Part):
+        "Adds what a batch says; batches come in order, whichever rank has measured them."
+        self.layers = part.layers or self.layers
+        for k, moments in part.moments.items():
+            self.moments.setdefault(k, Moments()).merge(moments)
+
     def update(self, states: States):
-        raise TypeError(f'{type(self).__name__} must define update')
+        "Measures a batch and adds it."
+        self.absorb(self.measure(states))
 
     def records(self) -> list[Record]:
         raise TypeError(f'{type(self).__name__} must define records')
@@ -481,13 +522,12 @@ class StreamMetric:
         if unknown := [k for k in self.token_sets if k not in (*have, *LABEL_SETS, *IMAGE_SETS)]:
             raise ValueError(f'{name}: unknown token set {unknown[0]!r}; choose from {have}')
 
-    def add(self, states: States, values: Tensor):
-        "Add token values `[tokens, ...]` to the moments of every token set."
-        for k in self.token_sets:
-            if k in states.sets:
-                self.moments.setdefault(k, Moments()).add(
-                    values[states.sets[k]], states.sample[states.sets[k]]
-                )
+    def part(self, states: States, values: Tensor, layers: Sequence[int]) -> Part:
+        "Moments of token values `[tokens, ...]` for every token set; `layers`: theirs."
+        found = [k for k in self.token_sets if k in states.sets]
+        masks = {k: states.sets[k] for k in found}
+        moments = {k: Moments.of(values[m], states.sample[m]) for k, m in masks.items()}
+        return Part(tuple(layers), moments)
 
     def found(self, k: str) -> bool:
         return k in self.moments and self.moments[k].samples > 0
@@ -523,9 +563,9 @@ class StateNorm(StreamMetric):
     """Root mean square of the state that enters each layer (span 0): shows norm growth, which
     cosine metrics cannot see."""
 
-    def update(self, states: States):
-        self.layers = (*states.layers, max(states.layers) + 1)
-        self.add(states, (states.gram.diagonal(dim1=1, dim2=2) / states.hidden[0].shape[1]).sqrt())
+    def measure(self, states: States) -> Part:
+        norms = (states.gram.diagonal(dim1=1, dim2=2) / states.hidden[0].shape[1]).sqrt()
+        return self.part(states, norms, (*states.layers, max(states.layers) + 1))
 
     def records(self) -> list[Record]:
         return [
@@ -553,32 +593,41 @@ def stream(
     metrics: Sequence[StreamMetric],
     skip: Sequence[int] = (),
     snapshots: Sequence[int] = (),
+    ranks: Any = None,
 ) -> StreamResult:
     """One forward pass per batch feeding every metric in `metrics`.
 
-    `skip`: layers to leave out; layer numbers in the records stay original. Raises ValueError
+    `skip`: layers to leave out; layer numbers in the records stay original. `ranks`: share the
+    batches and all get the same result, see `vlmbench.analysis.sharing.in_turn`. Raises ValueError
     for batches without any valid token, token sets that do not exist, post-norm or non-finite
     states."""
     d, todo, kept = find_decoder(model), sorted(snapshots), {}
     n_samples = n_tokens = 0
+    left = [i for i in range(len(d)) if i not in skip]
+
+    def look(number: int, batch: Mapping) -> tuple[int, int, list[Part]]:
+        batch = {k: v.to(d.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        tokens = batch_tokens(batch, d)
+        for m in metrics:
+            m.check_sets(tokens.masks)
+            m.prepare(tokens)
+        hidden, out = residual_states(model, batch, skip, d)
+        states = make_states(hidden, tokens, d, left)
+        states.number = number
+        if not n_samples:
+            check_head(hidden[-1], out, d)
+        del hidden, out
+        parts = [m.measure(states) for m in metrics]
+        return int(states.sample.max()) + 1, len(states.sample), parts
+
     with evaluating(model), ExitStack() as stack:
         for m in metrics:
             stack.enter_context(m.attach(d))
-        for batch in batches:
-            batch = {k: v.to(d.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            tokens = batch_tokens(batch, d)
-            for m in metrics:
-                m.check_sets(tokens.masks)
-                m.prepare(tokens)
-            hidden, out = residual_states(model, batch, skip, d)
-            states = make_states(hidden, tokens, d, [i for i in range(len(d)) if i not in skip])
-            if not n_samples:
-                check_head(hidden[-1], out, d)
-            del hidden, out
-            for m in metrics:
-                m.update(states)
-            n_samples += int(states.sample.max()) + 1
-            n_tokens += len(states.sample)
+        for samples, tokens, parts in in_turn(batches, look, ranks):
+            for m, part in zip(metrics, parts):
+                m.absorb(part)
+            n_samples += samples
+            n_tokens += tokens
             while todo and n_samples >= todo[0]:
                 kept[todo.pop(0)] = tidy(r for m in metrics for r in m.records())
     if not n_samples:

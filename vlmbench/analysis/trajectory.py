@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from matplotlib import pyplot as plt
 
-from .streams import Moments, Record, States, StreamMetric, rows
+from .streams import Moments, Part, Record, States, StreamMetric, rows
 from ..models.depth import PUBLISHED_SPLITS
 
 # %% ../../nbs/analysis/20_trajectory.ipynb #d734a181
@@ -86,16 +86,16 @@ class LogitLens(StreamMetric):
         super().__init__(token_sets)
         self.max_positions = max_positions
 
-    def update(self, states: States):
-        self.layers = (*states.layers, max(states.layers) + 1)
+    def measure(self, states: States) -> Part:
+        part = Part((*states.layers, max(states.layers) + 1))
         for k in self.token_sets:
             if k not in states.sets or not states.sets[k].any():
                 continue
             mask = thin(states.sets[k] & (states.targets >= 0), self.max_positions)
             values = lens_values(states, mask)
-            self.moments.setdefault(k, Moments()).add(
-                torch.stack([values[n] for n in LENS], 2), states.sample[mask]
-            )
+            stacked = torch.stack([values[n] for n in LENS], 2)
+            part.moments[k] = Moments.of(stacked, states.sample[mask])
+        return part
 
     def records(self) -> list[Record]:
         out = []
@@ -137,10 +137,10 @@ class Trajectory(StreamMetric):
         self.keep, self.rng, self.count = keep, np.random.default_rng(seed), 0
         self.store: Tensor | None = None  # [keep, layers, 2], allocated once
 
-    def update(self, states: States):
-        self.layers, mask = states.layers, states.sets[self.token_sets[0]]
+    def measure(self, states: States) -> Part:
+        mask = states.sets[self.token_sets[0]]
         if not mask.any():
-            return
+            return Part(states.layers)
         values, sample = lens_values(states, mask), states.sample[mask]
         ids = sample.unique()
         both = [zero_trajectory(values['probability'][:, 1:], sample)]
@@ -148,13 +148,17 @@ class Trajectory(StreamMetric):
         kl = values['kl_layer_to_final'][:, 1:].double()
         both.append(torch.zeros_like(both[0]).index_add_(0, inv, kl) / torch.bincount(inv)[:, None])
         curves = torch.stack(both, 2)
-        self.moments.setdefault(self.token_sets[0], Moments()).add(
-            curves, torch.arange(len(ids), device=curves.device)
-        )
+        moments = Moments.of(curves, torch.arange(len(ids), device=curves.device))
+        return Part(states.layers, {self.token_sets[0]: moments}, curves.cpu())
+
+    def absorb(self, part: Part):
+        super().absorb(part)
+        if part.more is None:
+            return
         if self.store is None:
-            self.store = torch.empty(self.keep, *curves.shape[1:], dtype=curves.dtype)
-        for c in curves.cpu():
-            self._reservoir(c)
+            self.store = torch.empty(self.keep, *part.more.shape[1:], dtype=part.more.dtype)
+        for curve in part.more:
+            self._reservoir(curve)
 
     def _reservoir(self, curve):
         at = self.count if self.count < self.keep else int(self.rng.integers(self.count + 1))

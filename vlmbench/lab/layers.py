@@ -148,22 +148,27 @@ def _weight_frames(model: nn.Module, base: Any, adapted: bool, left: list[str]) 
 
 
 def _ablations(
-    model: nn.Module, batches: Sequence[Mapping], base: Any, greedy: int, left: list[str]
+    model: nn.Module,
+    batches: Sequence[Mapping],
+    base: Any,
+    greedy: int,
+    left: list[str],
+    ranks: Any,
 ) -> tuple[list, Any, Any]:
     """Tables of losses with each layer left out and (with `base`) put back, the whole model's loss,
     and the `greedy` removal of so many layers."""
     frames, loss, gone = [], None, None
     try:
-        ablation = drop_one(model, batches)
+        ablation = drop_one(model, batches, ranks=ranks)
         frames.append(ablation.frame)
         loss = ablation.base
         if base is not None:
-            frames.append(revert_one(model, base, batches).frame)
+            frames.append(revert_one(model, base, batches, ranks=ranks).frame)
         if greedy:
-            gone = greedy_drop(model, batches, greedy)
+            gone = greedy_drop(model, batches, greedy, ranks=ranks)
     except NotLayerwise as e:
         left.append(f'drop one, put back to the base, greedy removal: {e}')
-        loss = answer_loss(model, batches)
+        loss = answer_loss(model, batches, ranks=ranks)
     return frames, loss, gone
 
 # %% ../../nbs/lab/15_layers.ipynb #fb1f7eb8
@@ -176,13 +181,15 @@ def measure(
     base: Any = None,
     picked: int | None = None,
     greedy: int = 0,
+    ranks: Any = None,
 ) -> LayerScores:
     """All scores of `model` over `batches`: one streaming pass, then (`drop`, `gradients`) drop-one
     and gradient scores if there are labels, and against `base` (model, state dict or folder) the
     parameter change and, with `drop`, the loss with each layer put back. LoRA adapters that are not
     merged give their update norms instead. `greedy`: layers to remove one after the other. `share`:
-    size of the region for top-k overlaps. What cannot be measured is listed in `left_out`. Raises
-    ValueError for a `picked` layer that does not exist and for checkpoints of different bases."""
+    size of the region for top-k overlaps; `ranks` share the batches. What cannot be measured is
+    listed in `left_out`. Raises ValueError for a `picked` layer that does not exist and for
+    checkpoints of different bases."""
     depth, left = len(find_decoder(model)), []
     k = _region_size(share, depth)
     if picked is not None and not 0 <= picked < depth:
@@ -190,7 +197,7 @@ def measure(
     labels, image = _what_the_data_has(model, batches, left)
     metrics = streaming_metrics(labels, image)
     total = sum(len(batch['input_ids']) for batch in batches)
-    result = stream(model, batches, metrics, snapshots=_sizes(total))
+    result = stream(model, batches, metrics, snapshots=_sizes(total), ranks=ranks)
     adapted = _is_adapted(model)
     frames = [result.frame, *_weight_frames(model, base, adapted, left)]
     loss, gone = None, None
@@ -199,10 +206,10 @@ def measure(
     if labels and drop:
         # an adapted layer has other names than the base's: it cannot be exchanged for it
         put_back = None if adapted else base
-        ablated, loss, gone = _ablations(model, batches, put_back, greedy, left)
+        ablated, loss, gone = _ablations(model, batches, put_back, greedy, left, ranks)
         frames += ablated
     if labels and gradients:
-        frames.append(gradient_scores(model, batches, unit='batch'))
+        frames.append(gradient_scores(model, batches, unit='batch', ranks=ranks))
     frame = pd.concat(frames, ignore_index=True)
     found = rankings(frame)
     curves, transition = _late_phase(metrics, left)

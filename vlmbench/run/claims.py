@@ -27,13 +27,14 @@ from .parameters import ParameterError
 @dataclass(frozen=True)
 class Arm:
     """One side of a claim: a `recipe` with options (`variant`), single settings (`overrides`) and a
-    factor on the budget."""
+    factor on the budget. `tasks`: its own questions; empty: those of all arms."""
 
     name: str
     recipe: str
     variant: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     budget: float = 1.0
+    tasks: tuple[str, ...] = ()
 
 
 def plan_arms(arms: Sequence[Arm], seeds: int, out: str | Path, **params: Any) -> list[BenchRun]:
@@ -46,24 +47,21 @@ def plan_arms(arms: Sequence[Arm], seeds: int, out: str | Path, **params: Any) -
     if seeds < 1:
         raise ParameterError(f'seeds={seeds}: at least one seed is needed')
     factor = params.pop('budget', 1.0)
-    return [
-        BenchRun(
-            a.name,
-            s,
-            Path(out) / f'{a.name}-s{s}',
-            dict(
-                recipe=a.recipe,
-                seed=s,
-                budget=a.budget * factor,
-                variant=list(a.variant),
-                overrides=list(a.overrides),
-                label=a.name,
-                **params,
-            ),
-        )
-        for s in range(seeds)
-        for a in arms
-    ]
+    plan = []
+    for seed in range(seeds):
+        for arm in arms:
+            own = dict(
+                recipe=arm.recipe,
+                seed=seed,
+                budget=arm.budget * factor,
+                variant=list(arm.variant),
+                overrides=list(arm.overrides),
+                label=arm.name,
+            )
+            asked = dict(tasks=list(arm.tasks)) if arm.tasks else {}
+            folder = Path(out) / f'{arm.name}-s{seed}'
+            plan.append(BenchRun(arm.name, seed, folder, {**params, **own, **asked}))
+    return plan
 
 # %% ../../nbs/run/25_claims.ipynb #db9c3d55
 _CHILD = (
@@ -101,20 +99,56 @@ def run_arms(
     arms: Sequence[Arm],
     seeds: int,
     out: str | Path,
-    jobs: int = 1,
+    jobs: int | str = 1,
     check: Callable[[], None] | None = None,
     say: Callable[[str], None] = print,
     start: Callable[[BenchRun, int], Any] = _start,
+    sbatch: Sequence[str] = (),
     **params: Any,
 ) -> list[Path]:
     """Trains and evaluates every arm with every seed, `jobs` at a time; returns the run folders.
-    `params` go to the `train` notebook; `check` is called while waiting and stops the runs when it
-    raises. Raises `RuntimeError` naming the runs that failed, after all others are done."""
-    if jobs < 1:
-        raise ParameterError(f'jobs={jobs}: at least one')
+    `jobs='slurm'`: all as Slurm jobs, with the options `sbatch` (each name=value). `params` go to
+    the `train` notebook; `check` is called while waiting and ends it when it raises: runs here are
+    stopped, Slurm jobs go on. Raises `RuntimeError` naming the runs that failed, after all others
+    are done."""
     plan = plan_arms(arms, seeds, out, **params)
     todo = [r for r in plan if not reusable(r)]
-    clock, began, failed, running = Clock.of(plan), time.perf_counter(), [], {}
+    began = time.perf_counter()
+    if jobs == 'slurm':
+        from vlmbench.run.arm_jobs import run_arm_jobs
+
+        say(f'{len(plan)} runs, {len(plan) - len(todo)} kept, the others as Slurm jobs')
+        failed = run_arm_jobs(todo, sbatch, check, say)
+    else:
+        failed = _run_here(plan, todo, _at_least_one(jobs, sbatch), check, say, start)
+    say(f'all done in {minutes(time.perf_counter() - began)} min')
+    if failed:
+        raise RuntimeError(
+            f'{len(failed)} of {len(plan)} runs failed; the others are kept, and the same command '
+            'with the same `out` trains only these again:\n' + '\n'.join(failed)
+        )
+    return [r.folder for r in plan]
+
+
+def _at_least_one(jobs: int | str, sbatch: Sequence[str]) -> int:
+    "`jobs` as a number of processes. Raises `ParameterError`."
+    if not isinstance(jobs, int) or jobs < 1:
+        raise ParameterError(f"jobs={jobs!r}: write a number of at least one, or 'slurm'")
+    if sbatch:
+        raise ParameterError(f'sbatch={list(sbatch)} is for jobs=slurm, not for jobs={jobs}')
+    return jobs
+
+
+def _run_here(
+    plan: Sequence[BenchRun],
+    todo: list[BenchRun],
+    jobs: int,
+    check: Callable[[], None] | None,
+    say: Callable[[str], None],
+    start: Callable[[BenchRun, int], Any],
+) -> list[str]:
+    "Runs `todo` as processes on this machine; returns which failed, and why."
+    clock, failed, running = Clock.of(plan), [], {}
     say(f'{len(plan)} runs, {len(plan) - len(todo)} kept, {jobs} at a time')
     waiting = iter(tuple(todo))
     try:
@@ -148,10 +182,7 @@ def run_arms(
         for p in running:  # after all were asked: they write their checkpoints side by side
             p.wait()
         raise
-    say(f'all done in {minutes(time.perf_counter() - began)} min')
-    if failed:
-        raise RuntimeError(f'{len(failed)} of {len(plan)} runs failed:\n' + '\n'.join(failed))
-    return [r.folder for r in plan]
+    return failed
 
 # %% ../../nbs/run/25_claims.ipynb #65cd5fb5
 @dataclass(frozen=True)

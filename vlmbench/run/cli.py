@@ -180,12 +180,6 @@ _Sbatch = Annotated[
 ]
 
 
-def _sbatch_options(words: Sequence[str] | None) -> dict[str, str | bool]:
-    "`['qos=long', 'exclusive']` -> `{'qos': 'long', 'exclusive': True}`."
-    split = [word.lstrip('-').partition('=') for word in words or ()]
-    return {name: value if given else True for name, given, value in split}
-
-
 def _say_submitted(begun: Sequence, place: Path) -> None:
     "Prints the jobs' numbers, folders and logs, and what to type next."
     rows = [(job.job, str(job.folder), str(job.log)) for job in begun]
@@ -220,6 +214,13 @@ def bench(
     jobs: Annotated[
         str, typer.Option(help='Where the runs go: local, one by one, or slurm, as an array.')
     ] = 'local',
+    gpus: Annotated[
+        Optional[int],
+        typer.Option(min=1, help='Ranks of each training on a node; default: every visible GPU.'),
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help='Nodes of each training; several: with --jobs slurm.')
+    ] = 1,
     array: Annotated[
         Optional[int], typer.Option(min=1, help='How many Slurm jobs run at once.')
     ] = None,
@@ -236,19 +237,30 @@ def bench(
         raise ParameterError(f'unknown method(s) {", ".join(unknown)}; known: {", ".join(known)}')
     if jobs not in ('local', 'slurm'):
         raise ParameterError(f'--jobs {jobs}: choose one of local, slurm')
+    if nodes > 1 and jobs == 'local' and 'SLURM_JOB_ID' not in os.environ:
+        raise ParameterError(
+            f'--nodes {nodes}: several nodes need a Slurm allocation; add --jobs slurm'
+        )
+    given = dict(scale=scale, budget=budget, data=data)
+    if gpus is not None:
+        given['gpus'] = gpus
+    if nodes > 1:
+        given['nodes'] = nodes
     if jobs == 'slurm':
-        from vlmbench.run.submit import Resources, plan_bench_jobs, submit_bench
+        from vlmbench.run.submit import (
+            Resources,
+            plan_bench_jobs,
+            sbatch_options,
+            submit_bench,
+        )
 
-        planned = plan_bench_jobs(chosen, seeds, out, resume, scale=scale, budget=budget, data=data)
-        _say_submitted(
-            submit_bench(planned, Resources(parallel=array, more=_sbatch_options(sbatch))), out
+        planned = plan_bench_jobs(chosen, seeds, out, resume, **given)
+        resources = Resources(
+            nodes=nodes, gpus=gpus or 0, parallel=array, more=sbatch_options(sbatch or ())
         )
+        _say_submitted(submit_bench(planned, resources), out)
         return
-    raise typer.Exit(
-        run_bench(
-            chosen, seeds, out, resume=resume, echo=echo, scale=scale, budget=budget, data=data
-        )
-    )
+    raise typer.Exit(run_bench(chosen, seeds, out, resume=resume, echo=echo, **given))
 
 # %% ../../nbs/run/10_cli.ipynb #a1c0de02
 def method_page(name: str, scale: str | None = None) -> str:
@@ -638,7 +650,9 @@ def submit(
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help='Nodes of each job.')] = 1,
     gpus: Annotated[int, typer.Option(min=0, help='GPUs of each node.')] = 0,
-    cpus: Annotated[Optional[int], typer.Option(min=1, help='CPU cores of each node.')] = None,
+    cpus: Annotated[
+        Optional[int], typer.Option(min=1, help='CPU cores of each node; default: 4 a GPU.')
+    ] = None,
     memory: Annotated[Optional[float], typer.Option(help='Memory of each node in GB.')] = None,
     partition: Annotated[
         Optional[str], typer.Option(help="Partition; default: the cluster's.")
@@ -663,7 +677,8 @@ def submit(
     """Run a notebook as a Slurm job, or as one job for each value of a sweep; a job that Slurm
     stops early is queued again and continues."""
     from vlmbench.run.parameters import parse_assignments
-    from vlmbench.run.submit import Resources, plan_jobs, sbatch_text, submit as hand_over
+    from vlmbench.run.submit import Resources, plan_jobs, sbatch_options, sbatch_text
+    from vlmbench.run.submit import submit as hand_over
 
     resources = Resources(
         partition,
@@ -674,7 +689,7 @@ def submit(
         memory,
         array,
         warning=warning,
-        more=_sbatch_options(sbatch),
+        more=sbatch_options(sbatch or ()),
     )
     given = parse_assignments(assignments or [])
     jobs = plan_jobs(notebook, given, requeues, nodes=nodes, gpus=gpus)

@@ -371,7 +371,7 @@ def claim(self: Manifest, overwrite: bool = False) -> list[dict]:
     """Makes sure that a new attempt may use the folder; returns the summaries of earlier
     attempts. `overwrite` empties the folder of a finished run. Raises `RunFolderError` for a
     living run (unless this process is a later start of the same Slurm job), and for a completed
-    one without `overwrite`."""
+    one without `overwrite`, unless it has recorded that it `collects` (other runs' results)."""
     if not self.path.exists():
         return []
     try:
@@ -393,7 +393,7 @@ def claim(self: Manifest, overwrite: bool = False) -> list[dict]:
         for p in self.folder.iterdir():
             shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
         return []
-    if status == 'completed':
+    if status == 'completed' and not old.get('collects'):
         raise RunFolderError(
             f'{self.folder} holds a completed run of {old.get("notebook")!r} from '
             f'{old.get("started")}; choose another `out`, or ask for it to be overwritten'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUEUES', 'WARNING', 'JOB_FILE', 'sweep_values', 'requeue', 'NotebookJob', 'plan_jobs', 'slurm_minutes', 'Resources',
-           'sbatch_text', 'run_job', 'Submitted', 'submit', 'queue', 'progress', 'watched', 'unfinished', 'BenchReport',
-           'plan_bench_jobs', 'submit_bench']
+           'sbatch_options', 'sbatch_text', 'run_job', 'Submitted', 'submit', 'queue', 'progress', 'watched',
+           'unfinished', 'queued_jobs', 'job_of', 'BenchReport', 'plan_bench_jobs', 'submit_bench']
 
 # %% ../../nbs/run/30_submit.ipynb #57d508cb
 import csv, itertools, json, os, re, shlex, shutil, signal, subprocess, sys, time
@@ -223,9 +223,10 @@ def slurm_minutes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Resources:
-    """What each job asks Slurm for. `gpus` and `cpus` count a node's, `memory` is in GB a node,
-    `time` a Slurm time. `parallel` bounds how many jobs of a sweep run at once, `warning` is in
-    seconds before the end, `more` holds further options of sbatch by name."""
+    """What each job asks Slurm for. `gpus` and `cpus` (default: 4 a GPU, or as the site has it)
+    count a node's, `memory` is in GB a node, `time` a Slurm time. `parallel` bounds how many jobs
+    of a sweep run at once, `warning` is in seconds before the end, `more` holds further options of
+    sbatch by name."""
 
     partition: str | None = None
     time: str = '1-00:00:00'
@@ -236,6 +237,16 @@ class Resources:
     parallel: int | None = None
     warning: int = WARNING
     more: Mapping[str, str] = field(default_factory=dict)
+
+
+def sbatch_options(words: Sequence[str]) -> dict[str, str | bool]:
+    """Options of sbatch as `Resources.more` takes them: `['qos=long', '--exclusive']` is
+    `{'qos': 'long', 'exclusive': True}`."""
+    options = {}
+    for word in words:
+        name, given, value = word.lstrip('-').partition('=')
+        options[name] = value if given else True
+    return options
 
 # %% ../../nbs/run/30_submit.ipynb #db483854
 def _executor(folder: Path, name: str, resources: Resources, requeues: int) -> Any:
@@ -263,7 +274,8 @@ def _executor(folder: Path, name: str, resources: Resources, requeues: int) -> A
     asked = dict(
         partition=resources.partition,
         gpus_per_node=resources.gpus or None,
-        cpus_per_task=resources.cpus,
+        # one task a node; Slurm would give it a single core for all its ranks
+        cpus_per_task=resources.cpus or 4 * resources.gpus or None,
         mem=None if resources.memory is None else f'{round(resources.memory * 1024)}M',
         array_parallelism=resources.parallel,
     )
@@ -274,6 +286,7 @@ def _executor(folder: Path, name: str, resources: Resources, requeues: int) -> A
     ]
     extra = {'signal': f'B:USR1@{warning}', 'requeue': True, **resources.more}
     executor.update_parameters(
+        wckey=None,  # submitit would account every job under its own name
         job_name=f'vlmbench-{name}',
         time=limit,
         nodes=resources.nodes,
@@ -304,14 +317,21 @@ def sbatch_text(jobs: Sequence[NotebookJob], resources: Resources = Resources())
     executor = _executor(_slurm_folder(jobs), Path(first.notebook).stem, resources, first.requeues)
     if len(jobs) > 1:
         executor.parameters['map_count'] = len(jobs)
+    warned = f'{resources.warning} s before the end'
+    notes = [
+        f'# USR1 comes {warned}: the run saves, and asks for scontrol requeue',
+        '# one task a node: the run starts its ranks, on several nodes by srun and torchrun;',
+        '# they meet at the first node, or at MASTER_ADDR where that is set',
+    ]
     words = [f'set -- {shlex.join(_words(job))}' for job in jobs]
     if len(jobs) > 1:
         cases = [f'    {i}) {line} ;;' for i, line in enumerate(words)]
         words = ['case $SLURM_ARRAY_TASK_ID in', *cases, 'esac']
-    executor.parameters['setup'] = [*executor.parameters['setup'], *words]
+    executor.parameters['setup'] = [*notes, *executor.parameters['setup'], *words]
     # Slurm writes no log into a folder that is not there yet
     log = f'vlmbench-{Path(first.notebook).stem}-{"%A_%a" if len(jobs) > 1 else "%j"}.out'
-    executor.parameters['additional_parameters']['output'] = str(Path.cwd() / log)
+    here = Path.cwd()  # relative paths among the parameters are this folder's
+    executor.parameters['additional_parameters'] |= dict(output=str(here / log), chdir=str(here))
     call = 'from vlmbench.run.submit import run_job; run_job()'
     command = f'exec {_python()} -u -c {shlex.quote(call)} {first.requeues}'
     return executor._make_submission_file_text(
@@ -461,6 +481,21 @@ def unfinished(rows: Iterable[Mapping]) -> bool:
     "Whether any of the watched runs is still queued or running."
     return any(row['queue'] or row['status'] == 'running' for row in rows)
 
+# %% ../../nbs/run/30_submit.ipynb #770dddbb
+def queued_jobs() -> set[str] | None:
+    "Numbers of the own jobs that wait or run; None where squeue does not answer."
+    words = ('squeue', '--me', '--noheader', '--array', '--format', '%i')
+    try:
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return set(asked.stdout.split()) if asked.returncode == 0 else None
+
+
+def job_of(folder: str | Path) -> str | None:
+    "The number of the Slurm job that was last submitted for a run folder; None without one."
+    return _record(Path(folder)).get('job')
+
 # %% ../../nbs/run/30_submit.ipynb #83ddb95b
 class BenchReport(NotebookJob):
     "The comparison at the end of a bench, of those among `params['runs']` that are completed then."
@@ -524,6 +559,7 @@ def submit_bench(
     `ParameterError` as `submit`."""
     *runs, report = jobs
     begun = submit(runs, resources) if runs else []
+    resources = replace(resources, nodes=1, gpus=0)  # a comparison computes no model
     if begun:
         first = begun[0].job.partition('_')[0]
         resources = replace(resources, more={**resources.more, 'dependency': f'afterany:{first}'})

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -116,7 +117,7 @@ def _ending(folder: Path, rank: int) -> Path:
 
 
 def worker(folder: str) -> None:
-    """One rank under torchrun: runs the job in `folder`/job.json, writes its output to
+    """One rank under torchrun: runs the job in `folder`/work.json, writes its output to
     rank-R.log and its ending to rank-R.json."""
     # torchrun's agent saves nothing, so a rank may be killed with it; the agent itself is told to
     # stop when the controller dies, and passes that on as SIGTERM
@@ -125,7 +126,7 @@ def worker(folder: str) -> None:
     log = os.open(place / f'rank-{rank}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
-    job = json.loads((place / 'job.json').read_text(encoding='utf8'))
+    job = json.loads((place / 'work.json').read_text(encoding='utf8'))
     end = dict(code=0, reason=None, value=None)
     try:
         value = resolve(job['target'])(**job['settings'])
@@ -164,10 +165,14 @@ def launch_command(layout: Layout, folder: Path) -> list[str]:
     command = []
     if layout.nodes > 1:
         job = os.environ['SLURM_JOB_ID']
-        port = 20_000 + int(job) % 20_000  # two jobs on one node must not meet each other
+        # two jobs on one node must not meet each other, nor a port that the system hands out
+        port = 20_000 + int(job) % 12_000
         meeting[-1] = f'{_first_host()}:{port}'
         meeting += ['--rdzv-id', f'{job}-{os.environ.get("SLURM_RESTART_COUNT", 0)}']
         nodes = [f'--nodes={layout.nodes}', f'--ntasks={layout.nodes}', '--ntasks-per-node=1']
+        # srun does not take the cores of a task over from sbatch
+        cores = os.environ.get('SLURM_CPUS_PER_TASK')
+        nodes += [f'--cpus-per-task={cores}'] if cores else []
         command = ['srun', *nodes, '--overlap', '--kill-on-bad-exit=1']
     ranks = ['--nnodes', str(layout.nodes), '--nproc-per-node', str(layout.gpus)]
     job = ['--no-python', *_PYTHON, _WORKER, str(folder)]
@@ -175,18 +180,27 @@ def launch_command(layout: Layout, folder: Path) -> list[str]:
 
 
 def _first_host() -> str:
-    "Where the nodes of the allocation meet: MASTER_ADDR, or the first node."
-    if 'MASTER_ADDR' in os.environ:
-        return os.environ['MASTER_ADDR']
-    names = ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']]
-    return subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()[0]
+    """Where the nodes of the allocation meet: MASTER_ADDR, or the first node. Raises LaunchError
+    for a name without an address."""
+    host = os.environ.get('MASTER_ADDR')
+    if host is None:
+        names = ['scontrol', 'show', 'hostnames', os.environ['SLURM_JOB_NODELIST']]
+        host = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()[0]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as e:
+        raise LaunchError(
+            f'the nodes would meet at {host}, which has no address here ({e}): export MASTER_ADDR '
+            'with an address of the first node that all nodes can reach, and submit again'
+        ) from None
+    return host
 
 # %% ../../nbs/train/30_launch.ipynb #0e5e3a75
 def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -> dict[str, str]:
     """Variables that every rank inherits, beside those that torchrun sets; `threads`: of a rank
-    (default: cores over ranks)."""
+    (default: cores that this process may use, over ranks)."""
     env = dict(
-        OMP_NUM_THREADS=threads or max(1, (os.cpu_count() or 1) // layout.gpus),
+        OMP_NUM_THREADS=threads or max(1, _cores() // layout.gpus),
         OMP_WAIT_POLICY='PASSIVE',
         PYTHONUNBUFFERED=1,
         **{STOP_FILE: folder / 'stop'},
@@ -194,6 +208,13 @@ def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -
     if layout.cpu:
         env['ACCELERATE_USE_CPU'] = 'true'  # otherwise accelerate makes every rank rank 0 of 1
     return {name: str(value) for name, value in env.items()}
+
+
+def _cores() -> int:
+    "Cores that this process may use: a job's share of its node."
+    if sys.platform == 'linux':
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 # %% ../../nbs/train/30_launch.ipynb #bf8f453e
 def launch(
@@ -218,7 +239,7 @@ def launch(
     folder = Path(log_dir).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_json(folder / 'job.json', dict(target=target, settings=dict(settings or {})))
+    write_json(folder / 'work.json', dict(target=target, settings=dict(settings or {})))
     watch = _Watch(target, layout, folder, grace, timeout, stop_flag)
     environment = {**os.environ, **rank_environment(layout, folder, threads), **(env or {})}
     with open(folder / 'torchrun.log', 'wb') as log:
