@@ -611,7 +611,7 @@ def gradient_scores(
 
         with evaluating(model), torch.enable_grad():
             seen = list(in_turn(batches, add, ranks))
-        if ranks is not None and ranks.world > 1:
+        if ranks is not None and ranks.size > 1:
             sums.share(seen, ranks)
         if not sums.units:
             raise ValueError('no batch held an answer token: every label is -100')

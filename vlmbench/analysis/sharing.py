@@ -26,12 +26,12 @@ def in_turn(
     `vlmbench.train.process.Ranks`; all of them iterate over the same batches) each batch is
     computed by one of them and every rank gets the result, which must be picklable and hold no
     tensor on a GPU. A ValueError of one rank is raised by all."""
-    if ranks is None or ranks.world == 1:
+    if ranks is None or ranks.size == 1:
         for number, batch in enumerate(batches):
             yield compute(number, batch)
         return
     left, first = iter(batches), 0
-    while group := list(islice(left, ranks.world)):
+    while group := list(islice(left, ranks.size)):
         found = None
         if ranks.rank < len(group):
             found = _tried(compute, first + ranks.rank, group[ranks.rank])
