@@ -186,7 +186,7 @@ def stage(self: VoRA, name: str, kind: str, trains: dict[str, Tune], scale: Scal
         **bound,
     )
 
-
+# %% ../../nbs/methods/30_vora.ipynb #5be67381
 @patch
 def recipe(self: VoRA, scale: Scale) -> Recipe:
     "VoRA's two stages at `scale`. Raises RecipeError for settings that cannot run there."

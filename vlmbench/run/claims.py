@@ -138,7 +138,7 @@ def _at_least_one(jobs: int | str, sbatch: Sequence[str]) -> int:
         raise ParameterError(f'sbatch={list(sbatch)} is for jobs=slurm, not for jobs={jobs}')
     return jobs
 
-
+# %% ../../nbs/run/25_claims.ipynb #1396eb88
 def _run_here(
     plan: Sequence[BenchRun],
     todo: list[BenchRun],

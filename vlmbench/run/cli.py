@@ -247,20 +247,31 @@ def bench(
     if nodes > 1:
         given['nodes'] = nodes
     if jobs == 'slurm':
-        from vlmbench.run.submit import (
-            Resources,
-            plan_bench_jobs,
-            sbatch_options,
-            submit_bench,
-        )
-
-        planned = plan_bench_jobs(chosen, seeds, out, resume, **given)
-        resources = Resources(
-            nodes=nodes, gpus=gpus or 0, parallel=array, more=sbatch_options(sbatch or ())
-        )
-        _say_submitted(submit_bench(planned, resources), out)
+        _submit_bench(chosen, seeds, out, resume, array, sbatch, given)
         return
     raise typer.Exit(run_bench(chosen, seeds, out, resume=resume, echo=echo, **given))
+
+# %% ../../nbs/run/10_cli.ipynb #ba0ed136
+def _submit_bench(
+    chosen: list[str],
+    seeds: int,
+    out: Path,
+    resume: bool,
+    array: int | None,
+    sbatch: list[str] | None,
+    given: dict,
+) -> None:
+    "Hand the runs of a bench to Slurm, at most `array` at once, and say where they went."
+    from vlmbench.run.submit import Resources, plan_bench_jobs, sbatch_options, submit_bench
+
+    planned = plan_bench_jobs(chosen, seeds, out, resume, **given)
+    resources = Resources(
+        nodes=given.get('nodes', 1),
+        gpus=given.get('gpus', 0),
+        parallel=array,
+        more=sbatch_options(sbatch or ()),
+    )
+    _say_submitted(submit_bench(planned, resources), out)
 
 # %% ../../nbs/run/10_cli.ipynb #a1c0de02
 def method_page(name: str, scale: str | None = None) -> str:
@@ -307,7 +318,7 @@ def _aligned(table) -> str:
         rows.append(list(map(str, row)))
     return '\n'.join('  ' + line for line in _columns(rows))
 
-
+# %% ../../nbs/run/10_cli.ipynb #a71420fc
 @app.command()
 def methods(
     name: Annotated[

@@ -222,7 +222,7 @@ def prune_job(
             with job.phase('heal'):
                 small, done['heal'] = _heal(job, settings, model, gone, trained, samples)
         again, done['off'] = _export_and_load(job, small, processor, questions)
-        done['sizes'] = [sum(p.numel() for p in net.parameters()) for net in (whole, again)]
+        done['sizes'] = [net.num_parameters() for net in (whole, again)]
         with job.phase('evaluate'):
             table, summary = assess(
                 again,

@@ -590,8 +590,9 @@ def from_settings(cls: type, settings: Mapping, name: str | None = None) -> Any:
 
 # %% ../../nbs/train/00_recipe.ipynb #5ff89f67
 # two settings that say the same in different ways: setting one clears the other
-_EITHER = {name: [other for other in BOUNDS if other != name] for name in BOUNDS}
-_EITHER |= dict(accumulation=['global_rows'])
+_EITHER = dict(accumulation=['global_rows'])
+for _bound in BOUNDS:
+    _EITHER[_bound] = [other for other in BOUNDS if other != _bound]
 
 
 def override(changed: Any, changes: Mapping[str, Any]) -> Any:
