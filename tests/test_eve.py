@@ -499,7 +499,7 @@ def test_a_run_stopped_in_any_stage_ends_as_if_it_had_not_been(world, tmp_path, 
         {
             f'stages.{s.name}.{k}': v
             for s in plan.stages
-            for k, v in dict(steps=2, batch_rows=1).items()
+            for k, v in dict(steps=2, batch_rows=1, accumulation=1).items()
         },
     )
 

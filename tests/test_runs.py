@@ -15,7 +15,9 @@ from vlmbench.run.parameters import ParameterError, load_notebook, notebook_para
 
 RUNS = Path(__file__).parents[1] / 'nbs' / 'runs'
 SMALL = ','.join(
-    f'stages.{s}.{k}' for s in ('align', 'instruct') for k in ('batch_rows=1', 'max_tokens=256')
+    f'stages.{s}.{k}'
+    for s in ('align', 'instruct')
+    for k in ('batch_rows=1', 'accumulation=1', 'max_tokens=256')
 )
 FEW = dict(
     precision='fp32',
@@ -240,3 +242,12 @@ def test_a_recipe_that_does_not_exist_fails_with_its_reason(bases, tmp_path):
     assert 'recipes are llava' in Manifest(tmp_path / 'r').read()['reason']
     with pytest.raises(ParameterError, match='must be'):
         run_notebook('train', params(bases, precision='fp8'), tmp_path / 'r2')
+
+
+def test_processes_that_read_ahead_change_nothing(bases, tmp_path):
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        given = params(bases, workers=workers, evaluate=False)
+        assert run_notebook('train', given, out, progress=False) == 0
+    weights = [(tmp_path / name / 'model' / 'model.safetensors').read_bytes() for name in '02']
+    assert weights[0] == weights[1]

@@ -259,7 +259,7 @@ def run(world, out, stop=None, before=None, **options):
         {
             f'stages.{s.name}.{k}': v
             for s in plan.stages
-            for k, v in dict(steps=2, batch_rows=1).items()
+            for k, v in dict(steps=2, batch_rows=1, accumulation=1).items()
         },
     )
 

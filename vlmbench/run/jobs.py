@@ -189,6 +189,7 @@ def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> R
             job.folder,
             roots=settings['image_roots'],
             bad_rows=settings['bad_rows'],
+            workers=settings['workers'],
             precision=settings['precision'],
             stop_flag=job.stop,
             save_every=settings['save_every'],

@@ -169,7 +169,8 @@ def run_stages(
     """Runs all stages of `state.recipe` on `state.model`, with data from `folder` (or samples in
     memory by a stage's `data`), into `out/stages/<stage>`. `on_stage` is called after each;
     `roots`: further folders that pictures may lie in; `bad_rows`: largest share of unusable rows;
-    `settings` go to `train` (precision, stop_flag, callbacks, ...). A loss term, and the teacher in
+    `settings` go to `train_stage`
+    and `train` (workers, precision, stop_flag, callbacks, ...). A loss term, and the teacher in
     it, is gone after the last stage that declares it. Raises what `check_stages` and `train`
     raise."""
     out = Path(out)
@@ -213,9 +214,11 @@ def train_stage(
     place: Path,
     quarantine: Quarantine,
     roots: Sequence[str] = (),
+    workers: int = 0,
     **settings: Any,
 ) -> TrainResult:
-    "Opens the data of `state.stage`, lets the method prepare model and loss terms, and trains."
+    """Opens the data of `state.stage`, lets the method prepare model and loss terms, and trains.
+    `workers`: processes of this rank that read and encode rows ahead (0: a thread)."""
     stage = state.stage
     data = open_stage_data(
         folder,
@@ -225,6 +228,7 @@ def train_stage(
         roots,
         stage.grouping,
         stage.step_rows,
+        workers,
     )
     hooks.before_stage(state)
     hooks.terms(state)
