@@ -4,13 +4,13 @@ import json, os, subprocess, sys, threading
 
 import pytest
 
+from vlmbench.data.fingerprint import data_hashes
 from vlmbench.run.manifest import (
     EXIT_CODES,
     Manifest,
     Preempted,
     Run,
     RunFolderError,
-    data_hashes,
     default_folder,
     git_state,
     read_runs,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'LOST_SECONDS', 'ENVIRONMENT', 'PACKAGES', 'RunFolderError', 'redact', 'versions',
-           'git_state', 'code_state', 'host_facts', 'data_hashes', 'later_start', 'Manifest', 'Heartbeat',
-           'default_folder', 'Stop', 'Run', 'read_runs']
+           'git_state', 'code_state', 'host_facts', 'later_start', 'Manifest', 'Heartbeat', 'default_folder', 'Stop',
+           'Run', 'read_runs']
 
 # %% ../../nbs/run/04_manifest.ipynb #4dd8dd39
 import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys
@@ -233,42 +233,6 @@ def host_facts() -> dict:
         'usable_cpus': affinity,
         'memory_gb': round(psutil.virtual_memory().total / 2**30, 1),
         'gpus': gpus,
-    }
-
-# %% ../../nbs/run/04_manifest.ipynb #5113b4bf
-_RECORDS = {'.json', '.jsonl', '.parquet', '.csv', '.txt', '.yaml'}
-
-
-def _sha256(path: Path) -> str:
-    h = hashlib.sha256()
-    with path.open('rb') as f:
-        while block := f.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()
-
-
-def data_hashes(path: str | Path) -> dict:
-    """Fingerprint of a data file or folder: `files` maps each record file to its SHA-256, `others`
-    counts the remaining files (images) with their total bytes and one SHA-256 over the sorted list
-    of (relative path, size). Raises FileNotFoundError when `path` does not exist."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f'{path}: no data there to fingerprint')
-    if path.is_file():
-        return {'files': {path.name: _sha256(path)}}
-    files, others = {}, []
-    for p in sorted(path.rglob('*')):
-        if not p.is_file() or any(part.startswith('.') for part in p.relative_to(path).parts):
-            continue
-        rel = p.relative_to(path).as_posix()
-        if p.suffix.lower() in _RECORDS:
-            files[rel] = _sha256(p)
-        else:
-            others.append((rel, p.stat().st_size))
-    listing = hashlib.sha256('\n'.join(f'{r}\t{n}' for r, n in others).encode()).hexdigest()
-    return {
-        'files': files,
-        'others': dict(count=len(others), bytes=sum(n for _, n in others), listing_sha256=listing),
     }
 
 # %% ../../nbs/run/04_manifest.ipynb #b5ebad27
