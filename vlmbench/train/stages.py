@@ -129,7 +129,8 @@ def check_stages(hooks: Hooks, state: RunState, folder: Place) -> None:
     recipe, ranks = state.recipe, world_size()
     for stage in recipe.stages:
         stage.over(ranks)
-    drawn = hooks.transform(state) is not None
+    transform = hooks.transform(state)
+    drawn = transform is not None and transform.shows_regions
     check_pictures(hooks, state, folder)
     if not drawn and not isinstance(folder, Mapping):
         parsed = [Mixture.parse(stage.data) for stage in recipe.stages]
