@@ -22,6 +22,7 @@ from vlmbench.data.record import (
     ImageRef,
     _image_ref,
     parse_turns,
+    refuse_blind,
     sample_from_llava,
     sample_from_vora,
 )
@@ -219,7 +220,9 @@ def _size_problems(front: dict) -> Iterator[str]:
         yield f'size_categories: {rows:,} rows are outside {categories}'
 
 # %% ../../nbs/data/70_cards.ipynb #82c7b062
-_ENTRY_KEYS = frozenset('path format rows sha256 bytes images reader unique fields note'.split())
+_ENTRY_KEYS = frozenset(
+    'path format rows sha256 bytes images reader pictures unique fields note'.split()
+)
 
 
 def _file_problems(f: dict) -> Iterator[str]:
@@ -237,6 +240,8 @@ def _file_problems(f: dict) -> Iterator[str]:
         yield 'sha256: expected 64 hexadecimal digits'
     if f.get('reader') not in (None, *CARD_READERS):
         yield f'reader {f["reader"]!r} is unknown; use one of {CARD_READERS}'
+    if f.get('pictures') not in (None, 'always'):
+        yield f'pictures: {f["pictures"]!r} is unknown; use always, or leave it out'
     if not isinstance(f.get('fields'), dict):
         yield 'fields: expected the row schema, a mapping of names to types'
     else:
@@ -383,14 +388,17 @@ def _check_row(row, entry, roots, parse) -> Iterator[tuple[str, str]]:
     # a reader would say the same of a wrong field again, in other words
     if parse and not problems:
         try:
-            parse(row, roots)
+            sample = parse(row, roots)
+            if entry.get('pictures') == 'always':
+                refuse_blind(sample)
         except (BadRecord, RecursionError) as e:
             yield 'record', str(e)
 
 
 def _row_images(row, entry, roots) -> Iterator[ImageRef | BadRecord]:
     for name, spec in entry['fields'].items():
-        if spec.rstrip('?') in ('image', 'images') and isinstance(row, dict) and row.get(name):
+        shown = not set(spec.rstrip('?').split('|')).isdisjoint(('image', 'images'))
+        if shown and isinstance(row, dict) and row.get(name):
             for value in row[name] if isinstance(row[name], list) else [row[name]]:
                 try:
                     yield _image_ref(value, roots)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'ROLES', 'MISSING_MARK', 'READERS', 'Turn', 'ImageRef', 'Sample', 'parse_turns', 'allowed_roots',
-           'sample_from_llava', 'frames_prompt', 'sample_from_vora', 'sample_from_row', 'read_llava', 'read_vora',
-           'read_regions', 'read_records', 'Records', 'to_llava_row', 'write_llava']
+           'sample_from_llava', 'refuse_blind', 'frames_prompt', 'sample_from_vora', 'sample_from_row', 'read_llava',
+           'read_vora', 'read_regions', 'read_records', 'Records', 'to_llava_row', 'write_llava']
 
 # %% ../../nbs/data/00_record.ipynb #1cf083d5
 import json, os
@@ -303,6 +303,13 @@ def sample_from_llava(
     _strings_only(meta)
     source = source if row.get('source') is None else _text(row['source'], 'source')
     return Sample(id, turns, images, regions, source, meta, where)
+
+
+def refuse_blind(sample: Sample) -> Sample:
+    "The sample. Raises `BadRecord` where it has no picture: for data that is about pictures."
+    if not sample.images:
+        raise BadRecord('no picture: the row names none, and every row of this data has one')
+    return sample
 
 
 def _id(value, where):
