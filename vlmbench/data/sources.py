@@ -17,7 +17,7 @@ from typing import Any
 
 from .cards import cards_dir, load_card
 from .columns import column_name, is_empty, picture_column
-from .layouts import DATA_FILES, PACKED_FILES, is_saved, open_rows
+from .layouts import DATA_FILES, PACKED_FILES, is_hub, is_saved, open_rows
 from .mixture import Grouped, Mixture, Shuffled
 from .quarantine import BadRecord, Quarantine
 from .record import Records, Sample, refuse_blind, sample_from_row
@@ -85,6 +85,8 @@ def data_files(folder: str | Path, name: str) -> list[Path]:
     """The files of `folder` that `name` stands for, in order: one file, or shards. Raises
     `DataError` where there is none, listing what there is."""
     folder = Path(folder)
+    if is_hub(name):
+        return [Path(name)]
     for end in (*DATA_FILES, *PACKED_FILES):
         if (folder / f'{name}{end}').is_file():
             return [folder / f'{name}{end}']
@@ -107,6 +109,11 @@ def prepare_data(folder: str | Path = '', difficulty: str = 'default') -> Path:
     if not str(folder):
         return write_world(Path('runs') / f'world-{difficulty}', WorldConfig.at(difficulty))
     folder = Path(folder)
+    if is_hub(folder):
+        raise DataError(
+            f'data={str(folder)!r} is the name of a data set, and data is a folder: give the name '
+            f'to a stage, as in overrides=["stages.instruct.data={folder}"]'
+        )
     if not folder.is_dir():
         raise DataError(
             f'data={str(folder)!r} is no folder: correct the path, leave data empty for the '
