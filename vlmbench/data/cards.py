@@ -11,11 +11,12 @@ __all__ = ['LICENSES', 'TASKS', 'SIZES', 'ROLES', 'SOURCES', 'METHODS', 'CARD_FO
 import csv, hashlib, os, random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import pandas as pd
 import yaml
 from huggingface_hub import metadata_load
+from .folders import FolderCounts, folder_problems, folder_table, missing_folders
 from .image import ImageError, load_image
 from .quarantine import BadRecord
 from vlmbench.data.record import (
@@ -263,6 +264,8 @@ def _content_problems(front: dict) -> Iterator[str]:
             'data_names: expected names of data, each with the share of its rows that have a '
             'picture, between 0 and 1'
         )
+    if 'folders' in front:
+        yield from folder_problems(front['folders'])
     if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
         yield 'files: expected a list of file entries'
     for f in files if isinstance(files, list) else []:
@@ -317,14 +320,16 @@ def load_card(card: str | Path) -> Card:
 @dataclass(frozen=True)
 class Report:
     """What `check` found. `table`: one row a listed problem (file, row, id, check, detail);
-    `summary`: one row a file (rows, expected, pictures opened, number of problems). `status`: 0
-    clean, 1 problems, 2 nothing could be checked."""
+    `summary`: one row a file (rows, expected, pictures opened, number of problems); `folders`: one
+    row a folder of pictures, where the card lists folders. `status`: 0 clean, 1 problems, 2 nothing
+    could be checked."""
 
     card: str
     folder: str
     table: pd.DataFrame
     summary: pd.DataFrame
     status: int
+    folders: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __str__(self) -> str:
         verdict = {0: 'matches its card', 1: 'differs from its card', 2: 'could not be checked'}[
@@ -333,6 +338,8 @@ class Report:
         lines = [f'{self.card} in {self.folder}: {verdict}']
         if len(self.summary):
             lines.append(self.summary.to_string(index=False))
+        if len(self.folders):
+            lines.append(self.folders.to_string(index=False))
         for p in self.table.to_dict('records'):
             row = (
                 ''
@@ -413,7 +420,7 @@ _PARSE = dict(
 )
 
 # %% ../../nbs/data/70_cards.ipynb #42ad535c
-def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> dict:
+def _check_file(path, entry, file, folder, found, full, sample, rng, limit, counts=None) -> dict:
     roots, parse = str(folder / entry.get('images', '.')), _PARSE.get(entry.get('reader'))
     n, opened, ids, kept, read_all, with_images = 0, 0, set(), [], True, 0
 
@@ -442,7 +449,10 @@ def _check_file(path, entry, file, folder, found, full, sample, rng, limit) -> d
                     file, 'duplicate id', f'{entry["unique"]} {id!r} appears again', raw.number, id
                 )
             ids.add(id)
-        if refs := list(_row_images(row, entry, roots)):
+        refs = list(_row_images(row, entry, roots))
+        if counts is not None:
+            refs = counts.see(refs)  # the missing ones are told by folder
+        if refs:
             with_images += 1
             if full:
                 opened += look(raw.number, id, refs)
@@ -463,7 +473,7 @@ def _sha256(path) -> str:
     return digest.hexdigest()
 
 
-def _check_entry(entry, folder, found, full, sample, rng, limit) -> dict:
+def _check_entry(entry, folder, found, full, sample, rng, limit, counts=None) -> dict:
     "The summary row of one entry of a card; its problems go to `found`."
     name, expected, n, opened, read_all = entry['path'], entry['rows'], 0, 0, True
     paths = sorted(folder.glob(name)) if any(c in name for c in '*?[') else [folder / name]
@@ -477,7 +487,7 @@ def _check_entry(entry, folder, found, full, sample, rng, limit) -> dict:
             found.add(
                 name, 'hash', f'sha256 of {file} is {got[:12]}..., the card says {said[:12]}...'
             )
-        one = _check_file(path, entry, name, folder, found, full, sample, rng, limit)
+        one = _check_file(path, entry, name, folder, found, full, sample, rng, limit, counts)
         n, opened = n + one['rows'], opened + one['opened']
         read_all = read_all and one['read_all']
     if paths and read_all and expected != 'unknown' and n != expected:
@@ -521,9 +531,20 @@ def check(
         )
         return Report(card.name, str(folder), table, pd.DataFrame(), 2)
     # one generator for all entries: the rows that are opened depend on the order of the card
-    summary = [_check_entry(entry, folder, found, full, sample, rng, limit) for entry in card.files]
-    table = pd.DataFrame(found.rows, columns=columns)
-    return Report(card.name, str(folder), table, pd.DataFrame(summary), int(bool(len(table))))
+    listed = card.front.get('folders')
+    summary, folders = [], []
+    for entry in card.files:
+        counts = None
+        if listed:
+            counts = FolderCounts(folder / entry.get('images', '.'), listed)
+        summary.append(_check_entry(entry, folder, found, full, sample, rng, limit, counts))
+        if counts is not None:
+            for problem in missing_folders(counts):
+                found.add(*problem)
+            folders.append(folder_table(counts))
+    table, status = pd.DataFrame(found.rows, columns=columns), int(bool(found.rows))
+    counted = pd.concat(folders) if folders else pd.DataFrame()
+    return Report(card.name, str(folder), table, pd.DataFrame(summary), status, counted)
 
 # %% ../../nbs/data/70_cards.ipynb #a24801a3
 def check_command(
