@@ -274,7 +274,8 @@ def test_any_method_learns_from_marked_rows_when_told_how(tmp_path):
         run('llava')
     assert not (tmp_path / 'llava' / 'stages').exists()  # said before anything trains
     assert [r.step for r in run('llava', ['regions=overlay']).stages] == [1, 1]
-    assert isinstance(get_method('eve', ['regions=none']).transform(RunState()), DrawRegions)
+    steps = get_method('eve', ['regions=none']).transform(RunState()).steps
+    assert isinstance(steps[0], DrawRegions)
     with pytest.raises(RecipeError, match='changes its samples already'):
         get_method('zero', ['wrap=True', 'regions=text'])
     with pytest.raises(RecipeError, match='options are llm, regions'):

@@ -248,10 +248,10 @@ def test_unknown_scales_and_options():
 
 def test_options_reach_recipe_and_drawing():
     m = get_method('vip_llava', ['regions=text', 'layers=last', 'kinds=mask contour+arrow'])
-    drawn = m.transform(RunState())
+    drawn, _ = m.transform(RunState()).steps
     assert drawn.how == 'text' and drawn.kinds == ('mask contour', 'arrow')
     assert not drawn.reference
-    assert get_method('vip_llava', ['reference=True']).transform(RunState()).reference
+    assert get_method('vip_llava', ['reference=True']).transform(RunState()).steps[0].reference
     assert (
         m.recipe(get_scale('tiny')).front_end['select_layers'] == [4]
         and m.recipe(get_scale('tiny')).front_end['projector_norm']

@@ -8,21 +8,24 @@ __all__ = ['LICENSES', 'TASKS', 'SIZES', 'ROLES', 'SOURCES', 'METHODS', 'CARD_FO
            'cards_dir', 'load_card', 'Report', 'check', 'check_command', 'list_cards']
 
 # %% ../../nbs/data/70_cards.ipynb #a591a70e
-import csv, hashlib, os, random
+import csv, os, random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import pandas as pd
 import yaml
 from huggingface_hub import metadata_load
+from .fingerprint import file_hash
+from .folders import FolderCounts, folder_problems, folder_table, missing_folders
 from .image import ImageError, load_image
 from .quarantine import BadRecord
 from vlmbench.data.record import (
     ImageRef,
     _image_ref,
     parse_turns,
+    refuse_blind,
     sample_from_llava,
     sample_from_vora,
 )
@@ -286,7 +289,7 @@ def _size_problems(front: dict) -> Iterator[str]:
 
 # %% ../../nbs/data/70_cards.ipynb #82c7b062
 _ENTRY_KEYS = frozenset(
-    'path format rows sha256 bytes images also reader unique fields note'.split()
+    'path format rows sha256 bytes images also reader pictures unique fields note'.split()
 )
 
 
@@ -324,6 +327,8 @@ def _file_problems(f: dict) -> Iterator[str]:
         yield 'sha256: expected 64 hexadecimal digits'
     if f.get('reader') not in (None, *CARD_READERS):
         yield f'reader {f["reader"]!r} is unknown; use one of {CARD_READERS}'
+    if f.get('pictures') not in (None, 'always'):
+        yield f'pictures: {f["pictures"]!r} is unknown; use always, or leave it out'
     if not isinstance(f.get('fields'), dict):
         yield 'fields: expected the row schema, a mapping of names to types'
     else:
@@ -363,6 +368,8 @@ def _content_problems(front: dict) -> Iterator[str]:
         yield "known_faults: expected a list ([] or ['unknown'] are fine)"
     yield from _name_problems(front)
     files = front.get('files')
+    if 'folders' in front:
+        yield from folder_problems(front['folders'])
     if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
         yield 'files: expected a list of file entries'
     for f in files if isinstance(files, list) else []:
@@ -417,14 +424,16 @@ def load_card(card: str | Path) -> Card:
 @dataclass(frozen=True)
 class Report:
     """What `check` found. `table`: one row a listed problem (file, row, id, check, detail);
-    `summary`: one row a file (rows, expected, pictures opened, number of problems). `status`: 0
-    clean, 1 problems, 2 nothing could be checked."""
+    `summary`: one row a file (rows, expected, pictures opened, number of problems); `folders`: one
+    row a folder of pictures, where the card lists folders. `status`: 0 clean, 1 problems, 2 nothing
+    could be checked."""
 
     card: str
     folder: str
     table: pd.DataFrame
     summary: pd.DataFrame
     status: int
+    folders: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __str__(self) -> str:
         verdict = {0: 'matches its card', 1: 'differs from its card', 2: 'could not be checked'}[
@@ -433,6 +442,8 @@ class Report:
         lines = [f'{self.card} in {self.folder}: {verdict}']
         if len(self.summary):
             lines.append(self.summary.to_string(index=False))
+        if len(self.folders):
+            lines.append(self.folders.to_string(index=False))
         for p in self.table.to_dict('records'):
             row = (
                 ''
@@ -488,14 +499,17 @@ def _check_row(row, entry, roots, parse) -> Iterator[tuple[str, str]]:
     # a reader would say the same of a wrong field again, in other words
     if parse and not problems:
         try:
-            parse(row, roots)
+            sample = parse(row, roots)
+            if entry.get('pictures') == 'always':
+                refuse_blind(sample)
         except (BadRecord, RecursionError) as e:
             yield 'record', str(e)
 
 
 def _row_images(row, entry, roots) -> Iterator[ImageRef | BadRecord]:
     for name, spec in entry['fields'].items():
-        if spec.rstrip('?') in ('image', 'images') and isinstance(row, dict) and row.get(name):
+        shown = not set(spec.rstrip('?').split('|')).isdisjoint(('image', 'images'))
+        if shown and isinstance(row, dict) and row.get(name):
             for value in row[name] if isinstance(row[name], list) else [row[name]]:
                 try:
                     yield _image_ref(value, roots)
@@ -510,7 +524,7 @@ _PARSE = dict(
 )
 
 # %% ../../nbs/data/70_cards.ipynb #42ad535c
-def _check_file(path, entry, file, images, found, full, sample, rng, limit) -> dict:
+def _check_file(path, entry, file, images, found, full, sample, rng, limit, counts=None) -> dict:
     roots, parse = str(images), _PARSE.get(entry.get('reader'))
     n, opened, ids, kept, read_all, with_images = 0, 0, set(), [], limit is None, 0
 
@@ -538,7 +552,10 @@ def _check_file(path, entry, file, images, found, full, sample, rng, limit) -> d
                     file, 'duplicate id', f'{entry["unique"]} {id!r} appears again', raw.number, id
                 )
             ids.add(id)
-        if refs := list(_row_images(row, entry, roots)):
+        refs = list(_row_images(row, entry, roots))
+        if counts is not None:
+            refs = counts.see(refs)  # the missing ones are told by folder
+        if refs:
             with_images += 1
             if full:
                 opened += look(raw.number, id, refs)
@@ -551,15 +568,7 @@ def _check_file(path, entry, file, images, found, full, sample, rng, limit) -> d
     return dict(rows=n, opened=opened, read_all=read_all)
 
 # %% ../../nbs/data/70_cards.ipynb #2151cdb0
-def _sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _check_entry(entry, folder, found, full, sample, rng, limit) -> dict:
+def _check_entry(entry, folder, found, full, sample, rng, limit, counts=None) -> dict:
     "The summary row of one entry of a card; its problems go to `found`."
     name, expected, n, opened, read_all = entry['path'], entry['rows'], 0, 0, True
     places = file_places(entry)
@@ -569,12 +578,12 @@ def _check_entry(entry, folder, found, full, sample, rng, limit) -> dict:
         found.add(name, 'missing file', f'nothing matches {wanted} in {folder}')
     said = entry.get('sha256', 'unknown')
     for path in paths:
-        if said != 'unknown' and (got := _sha256(path)) != said:
+        if said != 'unknown' and (got := file_hash(path)) != said:
             file = str(path.relative_to(folder))
             found.add(
                 name, 'hash', f'sha256 of {file} is {got[:12]}..., the card says {said[:12]}...'
             )
-        one = _check_file(path, entry, name, images, found, full, sample, rng, limit)
+        one = _check_file(path, entry, name, images, found, full, sample, rng, limit, counts)
         n, opened = n + one['rows'], opened + one['opened']
         read_all = read_all and one['read_all']
     if paths and read_all and expected != 'unknown' and n != expected:
@@ -618,9 +627,20 @@ def check(
         )
         return Report(card.name, str(folder), table, pd.DataFrame(), 2)
     # one generator for all entries: the rows that are opened depend on the order of the card
-    summary = [_check_entry(entry, folder, found, full, sample, rng, limit) for entry in card.files]
-    table = pd.DataFrame(found.rows, columns=columns)
-    return Report(card.name, str(folder), table, pd.DataFrame(summary), int(bool(len(table))))
+    listed = card.front.get('folders')
+    summary, folders = [], []
+    for entry in card.files:
+        counts = None
+        if listed:
+            counts = FolderCounts(folder / entry.get('images', '.'), listed)
+        summary.append(_check_entry(entry, folder, found, full, sample, rng, limit, counts))
+        if counts is not None:
+            for problem in missing_folders(counts):
+                found.add(*problem)
+            folders.append(folder_table(counts))
+    table, status = pd.DataFrame(found.rows, columns=columns), int(bool(found.rows))
+    counted = pd.concat(folders) if folders else pd.DataFrame()
+    return Report(card.name, str(folder), table, pd.DataFrame(summary), status, counted)
 
 # %% ../../nbs/data/70_cards.ipynb #a24801a3
 def check_command(

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
+from PIL import Image
+
 from .quarantine import BadRecord
 from .region import _text
 
@@ -70,8 +72,9 @@ def is_empty(value: Any) -> bool:
 
 
 def looks_like_picture(value: Any) -> bool:
-    "Whether a cell holds a picture or the place of one: bytes, a path or address, a list with one."
-    if isinstance(value, (bytes, bytearray)):
+    """Whether a cell holds a picture or the place of one: bytes, a decoded picture, a path or
+    address, a list with one."""
+    if isinstance(value, (bytes, bytearray, Image.Image)):
         return True
     if isinstance(value, (list, tuple)):
         return any(looks_like_picture(v) for v in value)
@@ -90,22 +93,40 @@ def _as_list(value) -> list:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+_WEB = ('http://', 'https://', 'data:')
+
+
 def _file_name(value) -> str | None:
-    "The file name in a cell's entry; None for bytes and addresses, which cannot be compared."
+    "The file name in a cell's entry; None for bytes and addresses, which have none."
     if isinstance(value, Mapping):
         value = value.get('path')
-    if not isinstance(value, str) or value.startswith(('http://', 'https://', 'data:')):
+    if not isinstance(value, str) or value.startswith(_WEB):
         return None
     return os.path.basename(value)
 
 
+def _pixels(value) -> Any:
+    "The encoded or decoded picture in a cell's entry; None where there is only its place."
+    if isinstance(value, Mapping):
+        value = value.get('bytes')
+    return value if isinstance(value, (bytes, bytearray, Image.Image)) else None
+
+
 def _same(ours: list, other: list) -> bool:
-    "Whether two cells may tell the same pictures: as far as file names can be compared."
-    names, other_names = list(map(_file_name, ours)), list(map(_file_name, other))
-    if None in other_names:
+    """Whether two cells may tell the same pictures: as far as their number, their pixels and their
+    file names can be compared. An address may be where any of them came from."""
+    if any(isinstance(value, str) and value.startswith(_WEB) for value in other):
         return True
-    pairs = zip(names, other_names)
-    return len(ours) == len(other) and all(a is None or a == b for a, b in pairs)
+    if len(ours) != len(other):
+        return False
+    for one, two in zip(ours, other):
+        pixels, names = (_pixels(one), _pixels(two)), (_file_name(one), _file_name(two))
+        if type(pixels[0]) is type(pixels[1]) and None not in pixels:
+            if pixels[0] != pixels[1]:
+                return False
+        elif None not in names and names[0] != names[1]:
+            return False
+    return True
 
 
 _OWN = ('image', 'full_path')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'ROLES', 'MISSING_MARK', 'READERS', 'Turn', 'ImageRef', 'Sample', 'parse_turns', 'allowed_roots',
-           'sample_from_llava', 'frames_prompt', 'sample_from_vora', 'sample_from_row', 'read_llava', 'read_vora',
-           'read_regions', 'read_records', 'Records', 'to_llava_row', 'write_llava']
+           'sample_from_llava', 'refuse_blind', 'frames_prompt', 'sample_from_vora', 'sample_from_row', 'read_llava',
+           'read_vora', 'read_regions', 'read_records', 'Records', 'to_llava_row', 'write_llava']
 
 # %% ../../nbs/data/00_record.ipynb #1cf083d5
 import json, os
@@ -19,6 +19,7 @@ from .quarantine import BadRecord, Quarantine
 from .files import replacing
 from .layouts import open_rows
 from .region import Region, parse_regions, _text
+from .row_shapes import plain_row
 from .rows import iter_rows
 
 # %% ../../nbs/data/00_record.ipynb #e0348d62
@@ -142,7 +143,9 @@ def parse_turns(conversation, first_turn: str = 'drop') -> tuple[list[Turn], int
     return turns, dropped
 
 # %% ../../nbs/data/00_record.ipynb #0e408a5f
-def _image_ref(value, root, allow_absolute=False) -> ImageRef:
+def _image_ref(value, root, allow_absolute=False) -> ImageRef | Image.Image:
+    if isinstance(value, Image.Image):  # decoded already, as `datasets` gives it
+        return value
     if isinstance(value, dict):
         value = value.get('bytes') or value.get('path')  # a Hugging Face image column
     if isinstance(value, (bytes, bytearray)):
@@ -170,6 +173,14 @@ def _image_ref(value, root, allow_absolute=False) -> ImageRef:
         if depth < 0:
             raise BadRecord(f'outside the root: {path!r} climbs above {root}')
     return ImageRef(path, _root(root))
+
+
+def _image_refs(key, pictures, root, allow_absolute) -> list[ImageRef | Image.Image]:
+    "The pictures of column `key`, none of them opened. Raises `BadRecord` naming the column."
+    try:
+        return [_image_ref(picture, root, allow_absolute) for picture in pictures]
+    except BadRecord as e:
+        raise BadRecord(f'{e} (in {key!r})') from None
 
 
 def allowed_roots(root, roots: str | Path | Iterable[str | Path] = ()):
@@ -265,9 +276,10 @@ def sample_from_llava(
     if missing_mark not in MISSING_MARK:
         raise ValueError(f"missing_mark={missing_mark!r} is unknown; use 'error' or 'prepend'")
     note = note or _no_note
+    row = plain_row(row, note)
     id = _id(row.get('id'), where)
     key, pictures = picture_column(row)
-    images = [_image_ref(i, image_root, allow_absolute) for i in pictures]  # nothing is opened
+    images = _image_refs(key, pictures, image_root, allow_absolute)
     regions = parse_regions(row)
     conversation = row.get('conversations')
     conversation = row.get('messages') if conversation is None else conversation
@@ -291,6 +303,13 @@ def sample_from_llava(
     _strings_only(meta)
     source = source if row.get('source') is None else _text(row['source'], 'source')
     return Sample(id, turns, images, regions, source, meta, where)
+
+
+def refuse_blind(sample: Sample) -> Sample:
+    "The sample. Raises `BadRecord` where it has no picture: for data that is about pictures."
+    if not sample.images:
+        raise BadRecord('no picture: the row names none, and every row of this data has one')
+    return sample
 
 
 def _id(value, where):
@@ -317,26 +336,30 @@ def sample_from_vora(
     where: str = '',
     note: Callable[[str], None] | None = None,
 ) -> Sample:
-    """One VoRA row (`id`, `frames`, `conversations`) as a `Sample`. Raises `BadRecord` with the
-    reason."""
+    """One VoRA row (`id`, `frames`, `conversations`) as a `Sample`; pictures in another column
+    stand where frames would, if the text has no marks. Raises `BadRecord` with the reason."""
     if not isinstance(row, dict):
         raise BadRecord(f'wrong type: the row is {type(row).__name__}, not an object')
     frames = row.get('frames')
     if not isinstance(frames, (list, type(None))):
         raise BadRecord(f'wrong type: frames is {type(frames).__name__}, not a list')
+    note = note or _no_note
+    row = plain_row(row, note)
     conversation = row.get('conversations')
-    if isinstance(conversation, str):  # parquet files keep it as JSON text
-        try:
-            conversation = json.loads(conversation)
-        except (ValueError, RecursionError):
-            raise BadRecord('wrong type: conversations is text that is no JSON') from None
     rest = {k: v for k, v in row.items() if k not in ('frames', 'conversations')}
     if frames and (rest.get('image') or rest.get('full_path')):
         raise BadRecord("picture columns: the row has 'frames' and 'image'; keep one of them")
-    frames = frames or []
     turns, dropped = parse_turns(conversation, first_turn)
     first = next(i for i, t in enumerate(turns) if t.role == 'user')
-    prompt, text = frames_prompt(len(frames)), turns[first].text
+    text = turns[first].text
+    key, pictures = ('', []) if frames else picture_column(rest)
+    if pictures and not any(IMAGE_TOKEN in turn.text for turn in turns):
+        # the published converter, too, takes such a column for the frames
+        frames, rest = pictures, {k: v for k, v in rest.items() if k != key}
+        if '<video>' not in text:
+            note('prepended missing <image>')
+    frames = frames or []
+    prompt = frames_prompt(len(frames))
     if frames:
         if '<video>' in text:
             text = text.replace('<video>', prompt, 1)
@@ -345,7 +368,7 @@ def sample_from_vora(
         turns[first] = Turn('user', text)
     # back to a row: everything but the frames is read as in LLaVA's rows
     turns = [{'role': t.role, 'content': t.text} for t in turns]
-    if dropped and note:
+    if dropped:
         note('dropped leading assistant turn')
     if frames:
         rest['image'] = frames

@@ -598,6 +598,7 @@ class DrawRegions(Transform):
     on `seed`, `epoch` and the id."""
 
     per_draw: ClassVar[bool] = True
+    shows_regions: ClassVar[bool] = True
 
     kinds: tuple[str, ...] = tuple(MARKERS)
     color: str | None = None

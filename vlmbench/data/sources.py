@@ -17,11 +17,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from .cards import DataName, cards_dir, find_place, load_card
-from .columns import is_empty, picture_column
-from .layouts import DATA_FILES, PACKED_FILES, is_saved, open_rows
+from .columns import column_name, is_empty, picture_column
+from .layouts import DATA_FILES, PACKED_FILES, is_hub, is_saved, open_rows
 from .mixture import Grouped, Mixture, Shuffled
 from .quarantine import BadRecord, Quarantine
-from .record import Records, Sample, sample_from_row
+from .record import Records, Sample, refuse_blind, sample_from_row
+from .row_shapes import plain_row
 from .rows import iter_rows
 from .transform import Transform
 from .world import WorldConfig, write_world
@@ -118,6 +119,8 @@ def find_data(folder: str | Path, name: str) -> Found:
     """What `name` stands for in `folder`. Raises `DataError` where there is nothing, listing what
     there is and, for published data, where it is to be had and to be put."""
     folder, known = Path(folder), published_names().get(name)
+    if is_hub(name):
+        return Found([Path(name)], folder)
     if known is not None and (place := find_place(known.places, folder)):
         return Found(*place)
     try:
@@ -162,6 +165,11 @@ def prepare_data(folder: str | Path = '', difficulty: str = 'default') -> Path:
     if not str(folder):
         return write_world(Path('runs') / f'world-{difficulty}', WorldConfig.at(difficulty))
     folder = Path(folder)
+    if is_hub(folder):
+        raise DataError(
+            f'data={str(folder)!r} is the name of a data set, and data is a folder: give the name '
+            f'to a stage, as in overrides=["stages.instruct.data={folder}"]'
+        )
     if not folder.is_dir():
         raise DataError(
             f'data={str(folder)!r} is no folder: correct the path, leave data empty for the '
@@ -186,6 +194,7 @@ def has_picture(row: Any) -> bool:
     if not isinstance(row, dict):
         return False
     try:
+        row = plain_row(row, lambda note: None)
         return not is_empty(row.get('frames')) or bool(picture_column(row)[1])
     except BadRecord:  # names one that is not read: the row is listed when it is drawn
         return True
@@ -221,13 +230,19 @@ def _share(rows: list[Any]) -> float:
 _PICTURE_FIELDS = {'image', 'images', 'frames'}
 
 
+def _kinds(file: Mapping[str, Any]) -> Iterable[str]:
+    "The types that the fields of a card's file may have."
+    for kind in file['fields'].values():
+        yield from str(kind).removesuffix('?').split('|')
+
+
 @cache
 def _card_shares() -> dict[str, float]:
     "Share of rows with a picture of every file that a card of the project describes, by its name."
     shares = {}
     for path in sorted(cards_dir().glob('*.md')):
         for file in load_card(path).files:
-            kinds = {str(kind).removesuffix('?') for kind in file['fields'].values()}
+            kinds = set(_kinds(file))
             shares[Path(file['path']).stem] = float(bool(kinds & _PICTURE_FIELDS))
     return shares | {name: known.pictures for name, known in published_names().items()}
 
@@ -286,6 +301,35 @@ class _Named:
         return self.parse(row, root, source=self.name, **kwargs)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    "`parse` for data whose card says that every row has a picture."
+
+    parse: Callable[..., Sample]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Sample:
+        return refuse_blind(self.parse(*args, **kwargs))
+
+
+@cache
+def _always_shown() -> frozenset[str]:
+    "Names of a card, its data and its files, of which every row has a picture, as it says."
+    names: list[str] = []
+    for path in sorted(cards_dir().glob('*.md')):
+        card = load_card(path)
+        shown = [file for file in card.files if file.get('pictures') == 'always']
+        if shown:
+            names += [card.name, card.front['pretty_name'], *card.data_names]
+            names += [Path(file['path']).stem for file in shown if '*' not in file['path']]
+    return frozenset(map(column_name, names))
+
+
+def _says_shown(name: str) -> bool:
+    "Whether a card says that every row of `name`, or of the folder it is in, has a picture."
+    parts = [part.partition('.')[0] for part in PurePath(name).parts]
+    return not _always_shown().isdisjoint(map(column_name, parts))
+
+
 class Shards(Sequence):
     "The samples of several files, one file after the other."
 
@@ -308,6 +352,8 @@ def _open_name(folder, name, quarantine, parse, roots) -> Sequence[Sample]:
     "The samples of one name: of its file, or of its shards."
     found = find_data(folder, name)
     files, images = found.files, found.images
+    if _says_shown(name):
+        parse = _Shown(parse)
     if files[0].name in [f'{PurePath(name).name}{end}' for end in DATA_FILES]:
         return Records(files[0], images, quarantine, parse, roots=roots)
     named = _Named(parse, _without_suffix(PurePath(name).name))

@@ -191,7 +191,8 @@ def images_first(turns: Sequence[Turn]) -> list[Turn]:
 
     def move(t):
         n = t.text.count(IMAGE)
-        return Turn(t.role, f'{IMAGE}\n' * n + t.text.replace(IMAGE, '').strip()) if n else t
+        first = f'{IMAGE}\n' * n + t.text.replace(IMAGE, '').strip()
+        return Turn(t.role, first.strip()) if n else t
 
     return [move(t) for t in turns]
 

@@ -17,9 +17,11 @@ from .record import Sample, Turn, sample_from_row
 class Transform(Protocol):
     """sample -> sample. Inherit it: what is not overridden keeps its default.
 
-    `per_draw`: whether training calls it anew for every draw, with a generator of that draw."""
+    `per_draw`: whether training calls it anew for every draw, with a generator of that draw.
+    `shows_regions`: whether it puts marked regions of a row into the picture or into words."""
 
     per_draw: ClassVar[bool] = False
+    shows_regions: ClassVar[bool] = False
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Sample:
         """The sample a model is trained on and asked about. Raises `BadRecord` (a ValueError)

@@ -17,6 +17,7 @@ from ..data.quarantine import Quarantine
 from ..data.record import Sample, sample_from_row
 from ..data.region_rows import DrawRegions
 from ..data.sources import DATA_FILES, data_file, open_samples
+from ..data.placement import in_order
 from ..data.transform import Transform
 from .generate import evaluate
 from .results import Results, majority_baseline, text_retention
@@ -68,12 +69,14 @@ def ask_before(
 
 # %% ../../nbs/evaluate/25_assess.ipynb #96a7dab3
 def shown_as(task: Task, transform: Transform | None) -> Transform | None:
-    "How the task's samples are shown: as in training, or with marked regions drawn."
-    if transform is None and any(sample.regions for sample in task.samples):
+    "How the task's samples are shown: as in training, with marked regions drawn in any case."
+    if transform is not None and transform.shows_regions:
+        return transform
+    if any(sample.regions for sample in task.samples):
         print(
             f'{task.name}: regions are drawn as markers, which the recipe does not say', flush=True
         )
-        return DrawRegions()
+        return in_order(DrawRegions(), transform)
     return transform
 
 

@@ -26,6 +26,7 @@ import torch
 from transformers import LogitsProcessor
 
 # %% ../../nbs/evaluate/20_generate.ipynb #d72725f6
+from ..data.placement import transform_name
 from ..data.progress import progress
 from ..data.record import ImageRef, Sample
 from vlmbench.evaluate.prompts import (
@@ -371,10 +372,10 @@ def _condition(task: Task, blind: bool, sampled: Mapping[str, Any]) -> str:
 
 
 def _function_name(function: Callable | None) -> str | None:
-    "The name of a function, or of the class of an object that is called like one."
+    "The name of a function, or of the classes of a transform."
     if function is None:
         return None
-    return function.__name__ if inspect.isroutine(function) else type(function).__name__
+    return function.__name__ if inspect.isroutine(function) else transform_name(function)
 
 
 def _log_path(folder: str | Path, task: str, condition: str) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
+from ..data.placement import ImagesFirst, in_order
 from ..data.region_rows import DrawRegions
 from ..data.transform import Transform
 from ..options import Option, check_options, option, options_of
@@ -25,12 +26,14 @@ class Method(Hooks):
 
     `name`: what recipes, tables and commands call it. `paper`: title and source. `settings`: rates,
     rows and budgets, by the name of a published scale or by level ('tiny', 'small', 'paper').
-    `scales`: base models that its paper published, by name."""
+    `scales`: base models that its paper published, by name. `images_first`: whether it moves the
+    pictures of a message before its words, as LLaVA does."""
 
     name: ClassVar[str] = ''
     paper: ClassVar[str] = ''
     settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     scales: ClassVar[Mapping[str, Scale]] = {}
+    images_first: ClassVar[bool] = False
 
     regions: Optional[Literal['overlay', 'text', 'none']] = option(
         None, 'marked regions of a row: drawn on the picture, named in words, or left out'
@@ -58,8 +61,9 @@ class Method(Hooks):
         state.model, state.processor = state.scale.build(state.recipe, state.seed)
 
     def transform(self, state: RunState) -> Transform | None:
-        "Draws marked regions where the option `regions` says so; else samples stay as they are."
-        return None if self.regions is None else DrawRegions(how=self.regions)
+        "Draws regions where the option `regions` says so; pictures first where the method does it."
+        drawn = None if self.regions is None else DrawRegions(how=self.regions)
+        return in_order(drawn, ImagesFirst() if self.images_first else None)
 
     def settings_at(self, scale: Scale) -> dict[str, Any]:
         """The method's settings at `scale`: under its name, else those of the level it says it is

@@ -112,6 +112,7 @@ class EVE(Method):
     name = 'eve'
     paper = 'Unveiling Encoder-Free Vision-Language Models (NeurIPS 2024), sections 3 and 4.1'
     settings = SETTINGS
+    images_first = True
 
     prealign: bool = option(True, 'a first stage for the new layers alone')
     align: bool = option(True, 'align hidden states with the patches of a frozen encoder')

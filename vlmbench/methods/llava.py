@@ -80,6 +80,7 @@ class LLaVA(Method):
     name = 'llava'
     paper = 'Improved Baselines with Visual Instruction Tuning (LLaVA-1.5), section 3 and table 9'
     settings = SETTINGS
+    images_first = True
 
     llm: Literal['full', 'lora'] = option(
         'full',

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 import torch
 
 from ..data.overlay import MARKERS
+from ..data.placement import Chain, ImagesFirst
 from ..data.region_rows import DrawRegions
 from ..data.transform import Transform
 from .base import Method, option, whole_language_model
@@ -172,6 +173,7 @@ class ViPLLaVA(Method):
     name = 'vip_llava'
     paper = 'ViP-LLaVA (CVPR 2024), sections 3 and 4'
     settings = SETTINGS
+    images_first = True
     scales = PAPER_SCALES
 
     regions: Literal['overlay', 'text', 'none'] = option(
@@ -286,8 +288,9 @@ def recipe(self: ViPLLaVA, scale: Scale) -> Recipe:
 # %% ../../nbs/methods/10_vip_llava.ipynb #fb3814ee
 @patch
 def transform(self: ViPLLaVA, state: RunState) -> Transform:
-    "Draws, names or drops the regions of a row."
-    return DrawRegions(kinds=marker_kinds(self.kinds), how=self.regions, reference=self.reference)
+    "Draws, names or drops the regions of a row, and puts its picture first."
+    kinds = marker_kinds(self.kinds)
+    return Chain((DrawRegions(kinds, how=self.regions, reference=self.reference), ImagesFirst()))
 
 
 @patch

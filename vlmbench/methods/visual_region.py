@@ -95,6 +95,7 @@ class VisualRegion(Method):
     name = 'visual_region'
     paper = 'Activating Distributed Visual Region within LLMs (ACL 2025), sections 3 and 4'
     settings = SETTINGS
+    images_first = True
     scales = PAPER_SCALES
 
     where: str | list[int] = option(

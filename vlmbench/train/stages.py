@@ -129,7 +129,8 @@ def check_stages(hooks: Hooks, state: RunState, folder: Place) -> None:
     recipe, ranks = state.recipe, world_size()
     for stage in recipe.stages:
         stage.over(ranks)
-    drawn = hooks.transform(state) is not None
+    transform = hooks.transform(state)
+    drawn = transform is not None and transform.shows_regions
     if not isinstance(folder, Mapping):
         check_data({stage.name: stage.data for stage in recipe.stages}, folder)
     check_pictures(hooks, state, folder)
