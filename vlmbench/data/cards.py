@@ -632,7 +632,11 @@ def check(
     for entry in card.files:
         counts = None
         if listed:
-            counts = FolderCounts(folder / entry.get('images', '.'), listed)
+            _, images = find_place(file_places(entry), folder) or (
+                (),
+                folder / entry.get('images', '.'),
+            )
+            counts = FolderCounts(images, listed)
         summary.append(_check_entry(entry, folder, found, full, sample, rng, limit, counts))
         if counts is not None:
             for problem in missing_folders(counts):
