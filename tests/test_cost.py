@@ -222,6 +222,14 @@ def test_published_sizes_without_weights():
     assert [round(s / 1e9, 2) for s in sizes] == [38.04, 38.04, 70.55]
 
 
+def test_every_published_training_recomputes_its_blocks():
+    for name in ('llava', 'vip_llava', 'eve', 'vora', 'zero', 'visual_region'):
+        method = get_method(name)
+        for scale in ({'paper': get_scale('paper')} | method.scales).values():
+            off = [s.name for s in method.recipe(scale).stages if not s.gradient_checkpointing]
+            assert not off, f'{name} at {scale.name}: {off}'
+
+
 def test_bad_input_is_refused():
     for call, words in (
         (lambda: plan('llava', 'tiny', ranks=0), 'ranks'),
