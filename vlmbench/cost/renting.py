@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'SPELLINGS', 'LAYOUTS', 'USABLE', 'MFU', 'GPU', 'find_gpu', 'shard_ranks', 'rank_memory', 'micro_batches',
-           'fitting', 'smallest', 'hours', 'time_limit', 'renting']
+           'layouts_on', 'fitting', 'smallest', 'hours', 'useful', 'time_limit', 'renting']
 
 # %% ../../nbs/cost/40_renting.ipynb #9d6e8286
 import math
@@ -111,11 +111,27 @@ def micro_batches(row: pd.Series, ranks: int) -> float:
 USABLE = 0.9
 
 
-def fitting(stages: pd.DataFrame, gpu: GPU, ranks: int, per_node: int = 8) -> pd.DataFrame:
+def layouts_on(ranks: int, parallel: str | None = None) -> tuple[str, ...]:
+    """The layouts that `ranks` processes may have: all of them, or `parallel` alone. Raises
+    `RecipeError` for an unknown one."""
+    if parallel is not None and parallel not in LAYOUTS:
+        known = ', '.join(LAYOUTS)
+        raise RecipeError(
+            f'parallel must be one of {known}, got {parallel!r}{nearest_hint(parallel, LAYOUTS)}'
+        )
+    if ranks == 1:  # one process has nothing to share
+        return LAYOUTS[:1]
+    return LAYOUTS if parallel is None else (parallel,)
+
+
+def fitting(
+    stages: pd.DataFrame, gpu: GPU, ranks: int, per_node: int = 8, parallel: str | None = None
+) -> pd.DataFrame:
     """Per layout on `ranks` GPUs: bytes `states`, `working`, `gathered`, `total` of the stage that
-    takes most (`stage`), and whether it `fits`. `stages`: a plan with a column `ranks`."""
+    takes most (`stage`), and whether it `fits`. `stages`: a plan with a column `ranks`. `parallel`:
+    this layout alone. Raises `RecipeError` for an unknown one."""
     rows = []
-    for parallel in LAYOUTS if ranks > 1 else LAYOUTS[:1]:
+    for parallel in layouts_on(ranks, parallel):
         needs = [rank_memory(row, parallel, ranks, per_node) for row in stages.itertuples()]
         most = max(range(len(needs)), key=lambda i: needs[i]['total'])
         # several ranks of `single` are several runs: it is shown for comparison
@@ -125,14 +141,18 @@ def fitting(stages: pd.DataFrame, gpu: GPU, ranks: int, per_node: int = 8) -> pd
 
 
 def smallest(
-    stages: pd.DataFrame, gpu: GPU, per_node: int = 8, most: int = 1024
+    stages: pd.DataFrame,
+    gpu: GPU,
+    per_node: int = 8,
+    most: int = 1024,
+    parallel: str | None = None,
 ) -> tuple[str, int] | None:
-    """`(parallel, ranks)` of the fewest GPUs, doubled up to `most`, on which every stage fits; None
-    where none do."""
+    """`(parallel, ranks)` of the fewest GPUs, doubled up to `most`, on which every stage fits
+    (`parallel`: in this layout, once there are several); None where none do."""
     ranks = 1
     while ranks <= most:
         divides = all(micro_batches(row, ranks) for row in stages.itertuples())
-        table = fitting(stages, gpu, ranks, per_node)
+        table = fitting(stages, gpu, ranks, per_node, parallel)
         if divides and table.fits.any():
             return table.parallel[table.fits.idxmax()], ranks
         ranks *= 2
@@ -149,6 +169,12 @@ def hours(stages: pd.DataFrame, gpu: GPU, ranks: int, mfu: float = MFU) -> pd.Se
     return stages.total / (ranks * gpu.flops * mfu) / 3600
 
 
+def useful(stages: pd.DataFrame) -> float:
+    "Share of a plan's FLOPs that is not recomputed."
+    once = stages.forward + stages.inputs + stages.weights
+    return (stages.total * once / (once + stages.recomputed)).sum() / stages.total.sum()
+
+
 def time_limit(expected: float) -> str:
     "What to ask Slurm for, `days-hours:minutes:seconds`, when `expected` hours are planned."
     whole = math.ceil(1.25 * expected + 0.5)
@@ -162,33 +188,47 @@ def renting(
     price: float | None = None,
     mfu: float = MFU,
     per_node: int = 8,
+    parallel: str | None = None,
 ) -> str:
     """Hours, GPU-hours, price, memory of a rank under each layout, the smallest layout that fits
     and the time limit, for a plan made with the same `ranks`. `price`: of one GPU for an hour.
+    `parallel`: the only layout to show.
     Raises RecipeError for an unknown GPU and numbers that cannot be."""
     if price is not None and price < 0:
         raise RecipeError(f'price must be at least 0, got {price}')
     found, stages = find_gpu(gpu), stages.assign(ranks=ranks)
     each = hours(stages, found, ranks, mfu)
-    took, table = each.sum(), fitting(stages, found, ranks, per_node)
+    took, table = each.sum(), fitting(stages, found, ranks, per_node, parallel)
     peak = f'{found.name}: {si(found.memory, "B")}, {si(found.flops, "FLOP")}/s'
-    shown = table.copy().astype(object)
-    for name in ('states', 'working', 'gathered', 'total'):
-        shown[name] = [si(v, 'B') for v in table[name]]
-    shown['fits'] = ['yes' if fits else 'no' for fits in table.fits]
     parts = ', '.join(f'{name} {time:.3g} h' for name, time in zip(stages.stage, each))
     lines = [
-        f'{ranks} x {peak}, {mfu:.0%} of it used (an assumption: --mfu)',
+        f'{ranks} x {peak}',
+        _share_line(mfu, useful(stages)),
         f'{took:.3g} hours ({took / 24:.2g} days): {parts}',
         f'{took * ranks:,.4g} GPU-hours; ' + _price_line(took * ranks, price),
         f'time limit to ask for: {time_limit(took)}',
         '',
         f'memory of a rank at the stage that takes most ({USABLE:.0%} of a GPU may be used)',
-        shown.to_string(index=False),
+        _memory_text(table),
         '',
-        _smallest_line(smallest(stages, found, per_node), found),
+        _smallest_line(smallest(stages, found, per_node, parallel=parallel), found),
     ]
     return '\n'.join(lines)
+
+
+def _memory_text(table: pd.DataFrame) -> str:
+    shown = table.copy().astype(object)
+    for name in ('states', 'working', 'gathered', 'total'):
+        shown[name] = [si(v, 'B') for v in table[name]]
+    shown['fits'] = ['yes' if fits else 'no' for fits in table.fits]
+    return shown.to_string(index=False)
+
+
+def _share_line(mfu: float, once: float) -> str:
+    said = f'{mfu:.0%} of the peak (an assumption: --mfu)'
+    if once == 1:
+        return f'{said}; nothing is recomputed'
+    return f'{said}, recomputation counted; not counted, it is {mfu * once:.0%}'
 
 
 def _price_line(gpu_hours: float, price: float | None) -> str:
