@@ -222,7 +222,7 @@ def _walk(
             return pd.DataFrame(table), state
         stage = state.stage
         assumed = data.get(stage.name, Data()) if isinstance(data, Mapping) else data
-        work = workload(method, state, assumed, rows)
+        work = workload(method, state, assumed, rows or stage.over(ranks).batch_rows)
         terms = terms_on_shapes(method, state, work)
         row = stage_row(state, prepared, work, terms, precision, kernel, ranks)
         per_picture = tokens_of_picture(state, *(assumed.size or method.picture(state)))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'SPELLINGS', 'LAYOUTS', 'USABLE', 'MFU', 'GPU', 'find_gpu', 'shard_ranks', 'rank_memory', 'micro_batches',
-           'layouts_on', 'fitting', 'smallest', 'hours', 'useful', 'time_limit', 'renting']
+           'layouts_on', 'fitting', 'smallest', 'hours', 'useful', 'time_limit', 'renting', 'by_stage']
 
 # %% ../../nbs/cost/40_renting.ipynb #9d6e8286
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -90,9 +91,7 @@ def rank_memory(
         return dict(states=states, working=own, gathered=0, total=states + own)
     shards = shard_ranks(parallel, ranks, per_node)
     cut = row.weights_bytes - row.teacher + row.optimizer
-    whole = micro_batches(row, ranks) > 1
-    waiting = row.gradients if whole else row.gradients / shards
-    states = row.teacher + cut / shards + waiting
+    states = row.teacher + (cut + row.gradients) / shards
     # two units and the root gathered; a unit's gradient, and its float32 copy that is summed up
     gathered = 2 * row.unit + row.root + min(row.gradients, 2 * row.unit + row.unit)
     total = states + row.sharded + gathered
@@ -241,3 +240,30 @@ def _smallest_line(found: tuple[str, int] | None, gpu: GPU) -> str:
     if found is None:
         return f'no layout of up to 1,024 {gpu.name} fits: fewer rows in a micro-batch (--rows)'
     return f'smallest layout that fits: {found[1]} x {gpu.name}, parallel={found[0]}'
+
+# %% ../../nbs/cost/40_renting.ipynb #5d96e863
+def by_stage(
+    recipe: str,
+    scale: str,
+    gpu: str,
+    ranks: int,
+    parallel: str = 'fsdp',
+    variant: Sequence[str] = (),
+    rows: int | None = None,
+) -> pd.DataFrame:
+    """Each stage on `ranks` GPUs in one layout: `rows` as micro-batch x micro-batches x ranks,
+    `steps`, `hours` at the usual share of the peak, `GB a rank`. `rows`: of a micro-batch (default:
+    the stage's)."""
+    found = find_gpu(gpu)
+    stages = plan(recipe, scale, variant, rows, ranks=ranks).assign(ranks=ranks)
+    memory = [rank_memory(row, parallel, ranks)['total'] / 1e9 for row in stages.itertuples()]
+    laid = [f'{r.rows} x {micro_batches(r, ranks):g} x {ranks}' for r in stages.itertuples()]
+    return pd.DataFrame(
+        {
+            'stage': stages.stage,
+            'rows': laid,
+            'steps': stages.steps,
+            'hours': hours(stages, found, ranks).round(2),
+            'GB a rank': [round(bytes_, 1) for bytes_ in memory],
+        }
+    )
