@@ -21,6 +21,7 @@ SECTIONS = {
     'Training': 'train',
     'Methods': 'methods',
     'Evaluation': 'evaluate',
+    'What it costs': 'cost',
     'Lab': 'lab',
     'Using a model': 'demo',
     'Running experiments': 'run',

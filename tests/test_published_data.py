@@ -208,7 +208,7 @@ def test_zero_trains_on_its_own_tree(bases, tmp_path):
     scale = replace(scale, image_size=64, image_mode='squash')
     names = [name for name in OFFICIAL if name.startswith('llava-1.5-')]
     data = write_official(tmp_path / 'data', *names)
-    tower = dict(gradient_checkpointing=False, targets='answers')
+    tower = dict(targets='answers')
     zero = get_method('zero').recipe
     assert [s.data for s in zero(scale).stages] == [names[2], names[1]]
     front = dict(type='encoder', select_layers=[-1], projector='mlp2x_gelu')
@@ -242,7 +242,7 @@ def test_a_strangers_scale_trains_a_stage_and_goes_on_from_it(bases, tmp_path):
     common += ['precision=bf16', 'device=cpu']
     first = command(tmp_path, *common, 'stages=["align"]', 'out=first')
     assert first.returncode == 0, first.stderr[-2000:] + first.stdout[-2000:]
-    assert 'align: 256 rows a step = 16 rows x 16 micro-batch(es) x 1 rank(s)' in first.stdout
+    assert 'align: 256 rows a step = 32 rows x 8 micro-batch(es) x 1 rank(s)' in first.stdout
     assert 'so no questions are asked' in first.stdout
     manifest = json.loads((tmp_path / 'first' / 'manifest.json').read_text())
     assert manifest['results']['steps'] == dict(align=1)

@@ -50,8 +50,8 @@ def several(request, bases, tmp_path_factory):
 
 def distance(a, b):
     """Relative to the norm of `b`. The bias of an attention's keys changes nothing, so it stays at
-    rounding errors of 1e-8 around zero; a norm below 0.01 counts as that."""
-    return float((a - b).norm() / b.norm().clamp(min=1e-2))
+    rounding errors of up to 1e-7 around zero; a norm below 0.02 counts as that."""
+    return float((a - b).norm() / b.norm().clamp(min=2e-2))
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -219,6 +219,7 @@ _LOW = {
     Tensor.mm,
     Tensor.bmm,
 }
+_Weight = nn.Parameter
 _HIGH = {
     _F.layer_norm,
     _F.softmax,
@@ -233,11 +234,14 @@ _HIGH = {
 class Precision(TorchFunctionMode):
     "Mixed precision as `torch.autocast('cuda', torch.bfloat16)` has it, for tensors of any device."
 
-    def __init__(self, meter: Meter):
+    def __init__(self, meter: Meter, gathered: bool = False):
         super().__init__()
-        self.meter, self.cache, self.keeps = meter, {}, True
+        self.meter, self.cache, self.keeps, self.gathered = meter, {}, True, gathered
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        # a question about a weight (its type, its size) is no operation
+        if self.gathered and func.__name__ != '__get__':
+            args = [self._cast(x, torch.bfloat16) if isinstance(x, _Weight) else x for x in args]
         if func in _LOW:
             args, kwargs = (
                 self._cast(args, torch.bfloat16),
@@ -470,6 +474,7 @@ def training_cost(
     kernel: str = 'sdpa',
     state_bytes: int | None = None,
     accumulates: bool = False,
+    gathered: bool = False,
 ) -> StepCost:
     """Cost of training `model` (on the meta device, trained parameters with `requires_grad`) on one
     micro-batch.
@@ -477,7 +482,8 @@ def training_cost(
     `terms`: extra losses, called with the language model's output and the batch (modules bring
     their parameters). `precision`: 'fp32' or 'bf16' (autocast). `kernel`: 'sdpa' (fused) or
     'eager'. `state_bytes`: of the optimizer (default: AdamW, two copies of what trains).
-    `accumulates`: gradients of an earlier micro-batch are there already. Raises ValueError for a
+    `accumulates`: gradients of an earlier micro-batch are there already. `gathered`: in bf16, all
+    weights are used as FSDP gathers them. Raises ValueError for a
     model with weights and a workload that does not fit."""
     everything = [model, *(t for t in (terms or {}).values() if isinstance(t, nn.Module))]
     params = {id(p): p for m in everything for p in m.parameters()}
@@ -489,7 +495,7 @@ def training_cost(
     hooks = [p.register_post_accumulate_grad_hook(meter.keep_gradient) for p in trained]
     try:
         with _kernel(model, kernel):
-            activations = _step(model, work, terms or {}, precision, kernel, meter)
+            activations = _step(model, work, terms or {}, precision, kernel, meter, gathered)
     finally:
         for hook in hooks:
             hook.remove()
@@ -536,8 +542,8 @@ def _check(params, precision):
     return trained
 
 # %% ../../nbs/cost/10_counter.ipynb #191665fc
-def _step(model, work, terms, precision, kernel, meter):
-    half = Precision(meter) if precision == 'bf16' else None
+def _step(model, work, terms, precision, kernel, meter, gathered=False):
+    half = Precision(meter, gathered) if precision == 'bf16' else None
     with meter, half or nullcontext():
         batch = _batch(model, work, 'meta')
         dtype = torch.bfloat16 if half else next(model.parameters()).dtype

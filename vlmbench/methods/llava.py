@@ -17,16 +17,19 @@ from ..train.scale import Scale
 FRONT_END = dict(type='encoder', select_layers=[-2], projector='mlp2x_gelu')
 INSTRUCT_DATA = 'vqa_train*9+text_train*1'
 
-# align, instruct: rate and target tokens of each stage; rows, tokens: of a batch; lora: rank and
-# rate of the LoRA variant; published: of each stage its data, read once, and the samples of a step
-_TINY = dict(align=(2e-3, 40_000), instruct=(1e-3, 160_000), rows=24, tokens=192, lora=(16, 2e-3))
+# align, instruct: rate and target tokens of each stage; rows: of a micro-batch in each stage;
+# tokens: of a row; lora: rank and rate of the LoRA variant; published: of each stage its data, read
+# once, and the samples of a step; grouping: of the second stage
+_TINY = dict(
+    align=(2e-3, 40_000), instruct=(1e-3, 160_000), rows=(24, 24), tokens=192, lora=(16, 2e-3)
+)
 _SMALL = dict(
-    align=(1e-3, 8_000_000), instruct=(2e-5, 20_000_000), rows=8, tokens=2048, lora=(64, 2e-4)
+    align=(1e-3, 8_000_000), instruct=(2e-5, 20_000_000), rows=(8, 8), tokens=2048, lora=(64, 2e-4)
 )
 _PAPER = dict(
     align=(1e-3, 16_000_000),
     instruct=(2e-5, 110_000_000),
-    rows=16,
+    rows=(32, 16),
     tokens=2048,
     lora=(128, 2e-4),
     published=(('blip_laion_cc_sbu_558k', 256), ('llava_v1_5_mix665k', 128)),
@@ -35,8 +38,8 @@ SETTINGS = {
     'tiny': _TINY,
     'small': _SMALL,
     'paper': _PAPER,
-    'llama-3-8b': _PAPER | dict(rows=8),
-    'phi-3-mini': _PAPER | dict(rows=8, grouping='modality'),
+    'llama-3-8b': _PAPER | dict(rows=(32, 8)),
+    'phi-3-mini': _PAPER | dict(rows=(32, 8), grouping='modality'),
 }
 
 # %% ../../nbs/methods/05_llava.ipynb #afb56562
@@ -46,22 +49,19 @@ def stage_bounds(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     if 'published' in settings:
         first, second = settings['published']
         return tuple(dict(data=d, epochs=1, global_rows=rows) for d, rows in (first, second))
-    rows = dict(global_rows=settings['rows'])
+    first, second = settings['rows']
     return (
-        dict(data='caption_train', budget_targets=settings['align'][1], **rows),
-        dict(data=INSTRUCT_DATA, budget_targets=settings['instruct'][1], **rows),
+        dict(data='caption_train', budget_targets=settings['align'][1], global_rows=first),
+        dict(data=INSTRUCT_DATA, budget_targets=settings['instruct'][1], global_rows=second),
     )
 
 
 def published_shape(scale: Scale, settings: dict[str, Any]) -> dict[str, Any]:
     """How rows are laid out in both stages: padded and cut as published, blocks recomputed, or
     packed."""
-    shape = dict(
-        template=scale.template, batch_rows=settings['rows'], max_tokens=settings['tokens']
-    )
+    shape: dict[str, Any] = dict(template=scale.template, max_tokens=settings['tokens'])
     if 'published' in settings:
-        shape |= dict(packing=False, too_long='truncate', grouping=settings.get('grouping'))
-        shape |= dict(gradient_checkpointing=True)
+        shape |= dict(packing=False, too_long='truncate', gradient_checkpointing=True)
     return shape
 
 
@@ -93,17 +93,21 @@ class LLaVA(Method):
         settings = self.settings_at(scale)
         shape = published_shape(scale, settings)
         captions, questions = stage_bounds(settings)
+        first, second = settings['rows']
         align = Stage(
             'align',
             dict(projector=full()),
             lr=settings['align'][0],
             image_mode=first_stage_pictures(scale),
+            batch_rows=first,
             **captions | shape | dict(template=scale.caption_template),
         )
         instruct = Stage(
             'instruct',
             dict(projector=full()) | self.language(scale, settings),
             lr=settings['instruct'][0],
+            batch_rows=second,
+            grouping=settings.get('grouping'),
             **questions | shape,
         )
         return Recipe(

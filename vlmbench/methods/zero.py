@@ -276,6 +276,7 @@ def stage(self: Zero, name: str, scale: Scale) -> Stage:
         batch_rows=control[-1].batch_rows,
         global_rows=control[-1].step_rows,
         max_tokens=control[-1].max_tokens,
+        gradient_checkpointing=control[-1].gradient_checkpointing,
         budget_targets=round(total / len(self.stages)),
     )
 
@@ -307,6 +308,7 @@ def published_stage(self: Zero, name: str, scale: Scale) -> Stage:
         max_tokens=4096,
         packing=False,
         too_long='truncate',
+        gradient_checkpointing=True,
         targets='special' if name in ('adapt', 'encoder') else 'answers',
         **bound,
         **schedule,

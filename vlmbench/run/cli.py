@@ -351,7 +351,10 @@ _Images = Annotated[
 _Precision = Annotated[Optional[str], typer.Option(help='fp32 or bf16; default: by the scale.')]
 _Gpu = Annotated[
     Optional[str],
-    typer.Option(help='Hours and memory on: v100, a100-40, a100-80, l40s, rtx4090, h100, h200.'),
+    typer.Option(help='Hours and memory on a GPU such as a100-40 (or A100-40G), h100, rtx4090.'),
+]
+_Parallel = Annotated[
+    Optional[str], typer.Option(help='The only layout to show: single, ddp, hsdp or fsdp.')
 ]
 _Figure = Annotated[Optional[Path], typer.Option(help='Write the table as a figure, too (.png).')]
 
@@ -374,25 +377,34 @@ def cost(
     price: Annotated[Optional[float], typer.Option(help='Of one GPU for an hour.')] = None,
     mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that is used.")] = 0.4,
     per_node: Annotated[int, typer.Option(min=1, help='GPUs of a node.')] = 8,
+    parallel: _Parallel = None,
     figure: _Figure = None,
 ) -> None:
     """What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer,
     counted without weights."""
     from vlmbench.cost.planner import Data, cost_figure, layout, readable, survey
+    from vlmbench.cost.published import published_lines
     from vlmbench.cost.renting import renting
 
+    if parallel is not None and gpu is None:
+        raise ParameterError('parallel shows the memory of a layout on a GPU: say which (--gpu)')
     try:
         data = Data(text_tokens=text, targets=targets, images=images)
         stages, answer = survey(
             recipe, scale, variant or (), rows, data, precision, budget=budget, ranks=ranks
         )
-        rented = None if gpu is None else renting(stages, gpu, ranks, price, mfu, per_node)
+        rented = []
+        if gpu is not None:
+            rented = [renting(stages, gpu, ranks, price, mfu, per_node, parallel)]
+        if gpu is not None and budget == 1:
+            rented += published_lines(stages, recipe, scale, variant or (), mfu)
         said = layout(recipe, scale, variant or (), budget, ranks, rows)
     except ValueError as e:
         raise ParameterError(str(e)) from None
     per_stage = readable(stages).set_index('stage').T.rename_axis(None, axis=1)
     per_answer = readable(answer.drop('recipe').to_frame().T).T
-    told = f'a micro-batch of each stage, {text} tokens of text a sample; total: the whole stage'
+    told = f'a micro-batch of each stage, {text} tokens of text a sample; total: the whole stage; '
+    told += 'fill: expected share of tokens in a batch of samples that differ in length'
     for heading, table in {
         f'{recipe} at {scale}, as published or as its level says': _aligned(said),
         f'\n{recipe} at {scale}: {told}': per_stage.to_string(),
@@ -401,8 +413,8 @@ def cost(
         ),
     }.items():
         typer.echo(f'{heading}\n\n{table}')
-    if rented is not None:
-        typer.echo(f'\nrented: {rented}')
+    if rented:
+        typer.echo('\nrented: ' + '\n'.join(rented))
     if figure is not None:
         from vlmbench.lab.plots import save_png
 

@@ -398,7 +398,7 @@ def backward(self: Sharded, micro, shares, most, counts):
     parts, last = 0, len(micro) - 1
     self.reached.clear()
     for number in range(most):
-        self.step.set_requires_gradient_sync(number + 1 == most)
+        self.step.set_requires_all_reduce(number + 1 == most)
         loss, losses = self._forward(micro[min(number, last)], shares[min(number, last)])
         if number > last:
             (0 * loss).backward()
@@ -499,7 +499,7 @@ def _search_gradient(self: Sharded, micro, counts, owner: int, number: int) -> l
     "What is not finite in the gradient of micro-batch `number` of rank `owner`; found there."
     batch = micro[min(number, len(micro) - 1)]
     mine = self.ranks.rank == owner and number < len(micro)
-    self.step.set_requires_gradient_sync(True)
+    self.step.set_requires_all_reduce(True)
     loss, _ = self._forward(batch, counts)
     (loss if mine else 0 * loss).backward()
     grads = {n: local_part(p.grad) for n, p in self.params.items() if p.grad is not None}
