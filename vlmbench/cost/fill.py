@@ -43,7 +43,7 @@ def packed_fill(lengths: Sequence[int], max_tokens: int, batch_rows: int) -> flo
             if not ended:
                 packer.push(key, length)
             continue
-        held = [[lengths[key] for key in row] for row in rows]
+        held = [list(map(lengths.__getitem__, row)) for row in rows]
         shape, length = full_rows(held, max_tokens, MULTIPLE)
         tokens, area = tokens + sum(map(sum, held)), area + len(shape) * length
 

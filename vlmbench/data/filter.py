@@ -153,9 +153,9 @@ def _write_parquet(path: Path, rows: Sequence[dict]) -> None:
     import pyarrow.parquet as pq
 
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    whole = [dict.fromkeys(names) | row for row in rows]  # a row may lack a column
     with replacing(path, binary=True) as file:
-        pq.write_table(pa.table(columns), file)
+        pq.write_table(pa.Table.from_pylist(whole), file)
 
 
 def write_shards(

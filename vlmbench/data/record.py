@@ -304,7 +304,7 @@ def sample_from_llava(
     source = source if row.get('source') is None else _text(row['source'], 'source')
     return Sample(id, turns, images, regions, source, meta, where)
 
-
+# %% ../../nbs/data/00_record.ipynb #4036bbe3
 def refuse_blind(sample: Sample) -> Sample:
     "The sample. Raises `BadRecord` where it has no picture: for data that is about pictures."
     if not sample.images:

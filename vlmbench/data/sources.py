@@ -310,7 +310,7 @@ class _Shown:
     def __call__(self, *args: Any, **kwargs: Any) -> Sample:
         return refuse_blind(self.parse(*args, **kwargs))
 
-
+# %% ../../nbs/data/75_sources.ipynb #7a7b2f49
 @cache
 def _always_shown() -> frozenset[str]:
     "Names of a card, its data and its files, of which every row has a picture, as it says."
@@ -329,7 +329,7 @@ def _says_shown(name: str) -> bool:
     parts = [part.partition('.')[0] for part in PurePath(name).parts]
     return not _always_shown().isdisjoint(map(column_name, parts))
 
-
+# %% ../../nbs/data/75_sources.ipynb #000cc64b
 class Shards(Sequence):
     "The samples of several files, one file after the other."
 
@@ -347,7 +347,7 @@ class Shards(Sequence):
         part = bisect_right(self.ends, i)
         return self.parts[part][i - (self.ends[part - 1] if part else 0)]
 
-
+# %% ../../nbs/data/75_sources.ipynb #11b73bef
 def _open_name(folder, name, quarantine, parse, roots) -> Sequence[Sample]:
     "The samples of one name: of its file, or of its shards."
     found = find_data(folder, name)

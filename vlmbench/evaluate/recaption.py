@@ -9,7 +9,7 @@ __all__ = ['find_pictures', 'read_prompts', 'prompt_of', 'caption_pictures']
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoints.load import load_vlm
@@ -62,6 +62,31 @@ def _readable(paths: Sequence[str], pictures: Path) -> list[str]:
     return good
 
 
+def _questions(
+    paths: Sequence[str], pictures: Path, lines: Sequence[str], seed: int
+) -> list[Sample]:
+    "Each picture with the line of the prompts that `seed` draws for it."
+    samples = []
+    for path in paths:
+        turns = [Turn('user', f'<image>\n{prompt_of(path, lines, seed)}')]
+        samples.append(
+            Sample(path, turns, [ImageRef(path, str(pictures))], meta=dict(answers=['']))
+        )
+    return samples
+
+
+def _described(samples: Sequence[Sample], said: Mapping[str, str], above: str) -> list[Sample]:
+    "The samples with what was said of them, those of which nothing was said left out."
+    rows = []
+    for sample in samples:
+        if caption := said[sample.id].strip():
+            turns = [*sample.turns, Turn('assistant', caption)]
+            rows.append(
+                Sample(sample.id, turns, [ImageRef(str(Path(above, sample.id).as_posix()))])
+            )
+    return rows
+
+# %% ../../nbs/evaluate/26_recaption.ipynb #fca0b4dd
 def caption_pictures(
     pictures: str | Path,
     out: str | Path,
@@ -87,15 +112,7 @@ def caption_pictures(
         )
     found, lines = find_pictures(pictures), read_prompts(prompts)
     good = _readable(found, pictures)
-    samples = [
-        Sample(
-            path,
-            [Turn('user', f'<image>\n{prompt_of(path, lines, seed)}')],
-            [ImageRef(path, str(pictures))],
-            meta=dict(answers=['']),
-        )
-        for path in good
-    ]
+    samples = _questions(good, pictures, lines, seed)
     work = out.with_name(f'.{out.name}.captions')
     results = evaluate(
         *load_vlm(model, device),
@@ -105,15 +122,7 @@ def caption_pictures(
         examples=0,
     )
     said = dict(zip(results.frame['id'], results.frame['prediction']))
-    rows = [
-        Sample(
-            sample.id,
-            [*sample.turns, Turn('assistant', said[sample.id].strip())],
-            [ImageRef(str(Path(above, sample.id).as_posix()))],
-        )
-        for sample in samples
-        if said[sample.id].strip()
-    ]
+    rows = _described(samples, said, above)
     write_llava(rows, out)
     shutil.rmtree(work)
     return dict(
