@@ -42,7 +42,7 @@ from vlmbench.train.checkpoint import (
 from .elastic import Lanes, redeal, take_up
 from .forward import Forward, autocast, match_terms
 from .guard import GradientAudit, NoGradient, NonFiniteLoss
-from .loader import AHEAD, make_loader, take
+from .loader import AHEAD, lane_numbers, make_loader, samples_hash, take
 from vlmbench.train.metrics import (
     FLOP_CONVENTION,
     FlopModel,
@@ -462,11 +462,14 @@ def _update(self: Trainer, targets: int) -> None:
 @patch
 def _over_ranks(self: Trainer, counts: Counter, micro: list[dict]) -> dict[str, float] | None:
     """`counts` summed over ranks; None when the data of one of them has ended. Sets `most_micro`:
-    the micro-batches of the rank that has most of them in this step."""
+    the micro-batches of the rank that has most of them in this step, and `samples`: their hash."""
+    most = self.stage.accumulation
     own = [float(counts[name]) for name in self.count_names]
-    have = [float(number < len(micro)) for number in range(self.stage.accumulation)]
-    totals = self.ranks.sum(torch.tensor([*own, *have], dtype=torch.float64)).tolist()
-    ranks = totals[len(own) :]
+    have = [float(number < len(micro)) for number in range(most)]
+    seen = lane_numbers(micro, self.ranks.rank, most, self.ranks.size)
+    totals = self.ranks.sum(torch.tensor([*own, *have, *seen], dtype=torch.float64)).tolist()
+    ranks = totals[len(own) : len(own) + most]
+    self.samples = samples_hash(totals[len(own) + most :])
     self.most_micro = sum(n > 0 for n in ranks)
     ended = ranks[0] < self.ranks.size
     return None if ended else dict(zip(self.count_names, totals))
@@ -535,6 +538,7 @@ def _row(
         step=self.step,
         event='step',
         seen_targets=self.seen_targets,
+        samples=self.samples,
         loss=parts[0],
         losses=dict(zip(names, parts[1:])),
         lr=rates,
