@@ -177,3 +177,32 @@ def run_options(root, out):
             parallel=parallel,
             save_every=None,
         )
+
+
+def background_run(out, steps=6, fail_on=None, at_step=4, part='trees', **settings):
+    """The tiny VLM with a state every second step; rank `fail_on` cannot write `part` of that of
+    `at_step`, and each rank leaves what it was told in `told-RANK.txt`."""
+    import train_stubs
+    from vlmbench.train import checkpoint
+
+    torch.set_num_threads(1)
+    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    states, shards = checkpoint._StateWriter, checkpoint.dcp.FileSystemWriter
+    writer, write = dict(trees=(states, states.write), shards=(shards, shards.write_data))[part]
+    written = []
+
+    def failing(self, *given):
+        written.append(self)
+        if rank == fail_on and len(written) == at_step // 2:
+            raise OSError(28, 'No space left on device')
+        return write(self, *given)
+
+    setattr(writer, write.__name__, failing)
+    stage = train_stubs.a_stage('full', steps, batch_rows=1, accumulation=2)
+    loader = train_stubs.packed_loader(600, rank=rank, ranks=ranks, rows=1)
+    told = 'nothing'
+    try:
+        train_stubs.run(out, dropout=0.0, stage=stage, loader=loader, keep_last=9, **settings)
+    except checkpoint.CheckpointError as e:
+        told = str(e)
+    Path(out, f'told-{rank}.txt').write_text(told)

@@ -6,7 +6,7 @@
 __all__ = ['COUNTS', 'TrainResult', 'Trainer', 'train']
 
 # %% ../../nbs/train/10_loop.ipynb #ece83bf1
-import itertools, json, math, random, time, warnings
+import itertools, json, math, time, warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
@@ -26,15 +25,13 @@ from ..data.quarantine import Quarantine, TooManyBadRecords
 from ..data.sources import StageData
 from ..distill.terms import LossTerm
 from ..models.vlm import module_groups
-from .callbacks import Callback, StepReport, run_callbacks, set_aside_rng
+from .callbacks import Callback, StepReport, run_callbacks, seed_all, set_aside_rng
 from vlmbench.train.checkpoint import (
     CheckpointError,
     frozen_hash,
     load_state,
     load_tensors,
-    optimizer_tensors,
     rng_state,
-    save_state,
     set_rng_state,
     state_problem,
     usable,
@@ -58,6 +55,7 @@ from .optimizer import lr_factor, make_optimizer
 from .prepare import prepare
 from .process import FolderInUse, FolderLock, Preempted, Ranks, StopFlag
 from .recipe import RecipeError, Stage
+from .saver import Saver
 from .sharding import Parallel, lay_out
 
 # %% ../../nbs/train/10_loop.ipynb #cd88b732
@@ -101,7 +99,8 @@ class Trainer:
     `data`: a sequence of `Sample`, a `Mixture` or a `StageData`; `loader` replaces the loader made
     from it. `precision`: 'fp32', or 'bf16' (autocast over fp32 trained weights). `resume`: 'auto'
     (the newest usable state in `out_dir`, or start), a state's folder, or None (start; refuses a
-    folder with states). `save_every`: steps between states, besides the last one. `monitor`: name
+    folder with states). `save_every`: steps between states, besides the last one
+    (`background`: written while training goes on). `monitor`: name
     of a callback's number (`'eval/score'`) that decides which state is kept as the best (`best`:
     'min' or 'max'). `stop_flag`: an object with `is_set()` (default: SIGTERM, SIGUSR1 and SIGINT
     are caught). `groups`: module groups (default `module_groups(model)`). `extra_losses`: the terms
@@ -124,6 +123,7 @@ class Trainer:
     device: str | None = None
     save_every: int | None = None
     keep_last: int = 2
+    background: bool = True
     monitor: str | None = None
     best: str = 'min'
     trackers: Sequence = ()
@@ -290,6 +290,16 @@ def _count(self: Trainer, batch: Mapping[str, Any]) -> dict[str, int]:
 def begin(self: Trainer, cleanup: ExitStack) -> None:
     "Seed the generators or take up the newest state, open the metrics file, start the loader."
     self._lock(cleanup)
+    self.saver = Saver(
+        self.out_dir,
+        self.ranks,
+        self.identity,
+        self.keep_last,
+        self.best,
+        self.layout.shards,
+        self.background,
+    )
+    cleanup.callback(self.saver.close)
     found = self._find_state()
     if self.resume is None and found:
         raise CheckpointError(
@@ -297,7 +307,7 @@ def begin(self: Trainer, cleanup: ExitStack) -> None:
             "resume='auto' goes on, or choose another out_dir"
         )
     cleanup.enter_context(set_aside_rng())
-    _seed_all(self.seed + self.ranks.rank)
+    seed_all(self.seed + self.ranks.rank)
     if found:
         self._take_up(found)
     self._open_log(cleanup, found)
@@ -314,12 +324,6 @@ def begin(self: Trainer, cleanup: ExitStack) -> None:
     if self.stop is None:
         self.stop = cleanup.enter_context(StopFlag())
     self.began = time.perf_counter(), self.used
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 @patch
@@ -494,11 +498,13 @@ def _shares(self: Trainer, micro: list[dict], counts: Mapping[str, float]) -> li
 
 @patch
 def _agree(self: Trainer, parts: torch.Tensor, norm: torch.Tensor) -> tuple[list[float], float]:
-    "Losses summed over ranks and the gradient norm; also whether any rank was told to stop."
+    "Losses summed over ranks and the gradient norm; also what any rank was told to stop for."
     spoilt = self.bad_rows is not None and bool(self.bad_rows.verdict())
-    flags = torch.tensor([self.stop.is_set(), spoilt], dtype=parts.dtype, device=parts.device)
-    *parts, asked, spoilt = self.ranks.sum(torch.cat([parts, flags])).tolist()
+    flags = [self.stop.is_set(), spoilt, self.saver.failed]
+    flags = torch.tensor(flags, dtype=parts.dtype, device=parts.device)
+    *parts, asked, spoilt, failed = self.ranks.sum(torch.cat([parts, flags])).tolist()
     self.asked_to_stop, self.too_many_bad = bool(asked), bool(spoilt)
+    self.write_failed = bool(failed)
     return parts, norm.item()
 
 # %% ../../nbs/train/10_loop.ipynb #ac2d4be9
@@ -579,35 +585,24 @@ def record(self: Trainer, row: dict, last: bool) -> None:
 
 # %% ../../nbs/train/10_loop.ipynb #c79ce4af
 @patch
-def save(self: Trainer) -> Path:
-    "Write a training state: trained weights, optimizer, data position, generators, counters."
+def save(self: Trainer, wait: bool = True) -> Path:
+    """Write a training state: trained weights, optimizer, data position, generators, counters.
+    Without `wait` the training may go on before it is on the disk."""
     local = dict(rng=rng_state(), loader=self.loader.state_dict())
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
-    return save_state(
-        self.out_dir,
-        self.step,
-        self.params,
-        optimizer_tensors(self.optimizer),
-        shared,
-        local,
-        self.identity,
-        self.metric,
-        self.keep_last,
-        self.best,
-        self.ranks.rank,
-        self.ranks.size,
-        self.ranks.agree,
-        shards=self.layout.shards,
-    )
+    state = self.step, self.params, self.optimizer, shared, local, self.metric
+    return self.saver.save(*state, wait=wait)
 
 
 @patch
 def save_when_due(self: Trainer, last: bool) -> None:
     """Save if the step asks for it. Raises TooManyBadRecords or Preempted after the state is
-    written."""
+    written, and CheckpointError on all ranks for an earlier one that could not be."""
+    if self.write_failed:
+        self.saver.wait()
     stopping = self.asked_to_stop or self.too_many_bad
     due = bool(self.save_every) and self.step % self.save_every == 0
-    self.path = self.save() if stopping or last or due else None
+    self.path = self.save(stopping or last) if stopping or last or due else None
     if self.too_many_bad:
         self.bad_rows.close(f'The state is in {self.path}')
         raise TooManyBadRecords('on another rank')
@@ -624,6 +619,7 @@ def end(self: Trainer) -> None:
             f'stage {self.stage.name!r}: the data ended at {self.used:.1%} of the budget, after '
             f'{self.step} steps and {self.seen_targets} target tokens'
         )
+        self.saver.wait()
         self.path = self.path or self.save()
     self.audit.close(self.audited, self.stage.name)
 
