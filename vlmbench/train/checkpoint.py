@@ -61,12 +61,18 @@ def set_rng_state(state: Mapping) -> None:
             )
 
 # %% ../../nbs/train/20_checkpoint.ipynb #2ab0b600
-def frozen_hash(model: nn.Module, trained: Collection[str] = (), samples: int = 256) -> str:
+def frozen_hash(
+    model: nn.Module,
+    trained: Collection[str] = (),
+    samples: int = 256,
+    masters: Collection[str] = (),
+) -> str:
     """SHA-256 over every parameter's name, shape and dtype, and over `samples` evenly spaced values
-    of each one not in `trained`."""
+    of each one not in `trained`. `masters`: names that will train in fp32, and count as such."""
     h, trained = hashlib.sha256(), set(trained)
     for name, p in sorted(model.named_parameters()):
-        h.update(f'{name}{tuple(p.shape)}{p.dtype}'.encode())
+        dtype = torch.float32 if name in masters else p.dtype
+        h.update(f'{name}{tuple(p.shape)}{dtype}'.encode())
         if name not in trained and not p.is_meta:
             flat = p.detach().reshape(-1)
             h.update(flat[:: max(1, flat.numel() // samples)].float().cpu().numpy().tobytes())

@@ -148,9 +148,10 @@ def run(self: Trainer) -> TrainResult:
             self.steps()
             self.end()
         except _ON_ALL_RANKS:
-            self.layout.close()
+            self.layout.close(self.out_dir)
             raise
-        self.layout.close()
+        # a merge needs its updates as they trained
+        self.layout.close(self.out_dir, None if self.stage.merge else self.stored)
     if self.stage.merge:
         self.plan.merge()
     store_precision(self.model, self.stored)
@@ -203,13 +204,13 @@ def set_up(self: Trainer) -> None:
     if not trained:
         raise RecipeError(f'stage {self.stage.name!r} trains nothing: every group is frozen')
     self.stored = storage_dtype(self.model)
-    settle_precision(self.model, trained, self.precision)
+    masters = settle_precision(self.model, trained, self.precision, now=not sharded)
     self.flops, self.table = FlopModel(self.plan, self.groups), self.plan.table()
     self.identity = dict(
         stage=asked.to_dict(),  # on any number of ranks the same
         seed=self.seed,
         precision=self.precision,
-        base=frozen_hash(self.model, trained),
+        base=frozen_hash(self.model, trained, masters=masters),
     )
     forward = Forward(self.model, self.terms, self.ranks.device, self.precision)
     # from here on the tensors of the model may lie in shards
