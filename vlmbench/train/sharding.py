@@ -528,10 +528,12 @@ def close(self: Sharded, folder: Path | None = None, dtype: torch.dtype | None =
     for parameter in parameters.values():
         parameter.grad = None
     whole = self._gather(parameters, dtype)
-    if folder is not None and place.type == 'cpu':
+    if place.type == 'cpu' and folder is not None:
         whole = through_files(whole, folder, self.ranks)
     for name, tensor in whole:
-        parameters[name].data = tensor.to(place)
+        # to "cpu:0" even a tensor of the CPU would be copied
+        stays = tensor.device.type == place.type
+        parameters[name].data = tensor if stays else tensor.to(place)
     self.step, self.blank = None, None
     (self.plan, self.heads), self.compute = self.given, self.original.compute
     self.model = self.compute.model
