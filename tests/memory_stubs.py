@@ -9,7 +9,6 @@ import json
 import threading
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,26 +76,40 @@ class Peak:
         self.thread.join()
 
 
-def weights_hash(model):
+def weights_hash(named):
     h = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in sorted(named):
+        p = p.full_tensor() if hasattr(p, 'full_tensor') else p
         h.update(f'{name} {p.dtype}'.encode())
         h.update(p.detach().contiguous().view(torch.uint8).numpy())
     return h.hexdigest()
 
 
-def memory_run(root, out, variant=(), dtype='float32', rate=None, **settings):
-    """LLaVA's stages on the large model, two steps each, at `rate` (1e-30: new parts stay as
-    they are drawn). Each rank leaves in `memory-RANK.json` the peaks while it was built, cut,
-    trained, put together and exported, and a hash of the weights that it then has."""
+def note_drawn(said):
+    """Note in `said['drawn']` a hash of what each stage trains anew, before its first step: in the
+    first all that trains, in the second LoRA beside the projector that the first has trained."""
+    begin, said['drawn'] = loop.Trainer.begin, []
+
+    def noted(trainer, cleanup):
+        groups = [group for group in trainer.layout.plan.groups if group.trained]
+        new = groups if not said['drawn'] else [g for g in groups if g.tune.how == 'lora']
+        named = [item for group in new for item in group.trained.items()]
+        said['drawn'].append((len(named), weights_hash(named)))
+        begin(trainer, cleanup)
+
+    loop.Trainer.begin = noted
+
+
+def memory_run(root, out, variant=(), dtype='float32', **settings):
+    """LLaVA's stages on the large model, two steps each. Each rank leaves in `memory-RANK.json` the
+    peaks while it was built, cut, trained, put together and exported, and a hash of the weights
+    that it then has."""
     torch.set_num_threads(1)
     method = get_method('llava', dict(variant))
     scale = scale_of(root, dtype)
     recipe = short(method.recipe(scale), 2)
-    if rate is not None:
-        stages = tuple(replace(stage, lr=rate, weight_decay=0.0) for stage in recipe.stages)
-        recipe = replace(recipe, stages=stages)
     ranks, said = Ranks('cpu'), {}
+    note_drawn(said)
     noting(said, loop.Trainer, 'set_up', 'shard')
     noting(said, sharding.Sharded, 'close', 'put together')
     with warnings.catch_warnings():
@@ -113,6 +126,6 @@ def memory_run(root, out, variant=(), dtype='float32', rate=None, **settings):
                 export(ended.model, ended.processor, Path(out) / 'model')
         said['export'] = peak.bytes
         ranks.agree(True)
-    said['weights'] = weights_hash(ended.model)
+    said['weights'] = weights_hash(ended.model.named_parameters())
     said['left'] = [path.name for path in Path(out).rglob('.tmp-*')]
     (Path(out) / f'memory-{ranks.rank}.json').write_text(json.dumps(said))

@@ -1,18 +1,16 @@
-"""No rank of a sharded model has the whole of it as memory of its own: not while it is loaded and
-cut, not when it is put together, not when it is exported."""
+"""No rank of a sharded model has the whole of it as memory of its own, not while it is loaded and
+cut, and not when it is put together. (A merge of LoRA still makes the merged matrices on each.)"""
 
 import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from memory_stubs import write_large
 from mini_bases import write_bases
 from sharding_stubs import ROWS
 from train_stubs import ENV
-from vlmbench.train.checkpoint import latest, load_state
 from vlmbench.train.launch import LaunchError, launch
 from vlmbench.train.mapped import mapped_ranges
 
@@ -44,29 +42,24 @@ def run(root, out, ranks, **settings):
 
 
 def test_a_rank_has_its_share_and_one_unit(large, tmp_path):
-    """Loaded, cut, trained, put together and exported by four ranks: the weights of one process,
-    new parts bit for bit, at a rate that leaves them as they are drawn."""
+    """Loaded, cut, trained, put together and exported by four ranks: what is drawn is that of one
+    process bit for bit, and what is exported is close."""
     root, size = large
-    settings = dict(variant=dict(llm='lora'), rate=1e-30)
-    run(root, tmp_path / 'one', 1, **settings)
+    settings = dict(variant=dict(llm='lora'))
+    (alone,) = run(root, tmp_path / 'one', 1, **settings)
     four = run(root, tmp_path / 'four', 4, parallel='fsdp', **settings)
     for said in four:
+        assert said['drawn'] == alone['drawn']
+        assert [number > 0 for number, _ in said['drawn']] == [True, True]
         assert said['build'] < UNIT
         assert said['shard'] < size / 4 + UNIT
         assert said['put together'] < 2 * UNIT
         assert said['weights'] == four[0]['weights'] and not said['left']
-    for stage in ('align', 'instruct'):
-        one, many = (tmp_path / name / 'stages' / stage for name in ('one', 'four'))
-        theirs = load_state(latest(one), ranks=1).weights
-        ours = load_state(latest(many), ranks=4).weights
-        drawn = [n for n in ours if 'lora_A' in n or n.endswith(('mlp.0.weight', 'mlp.2.weight'))]
-        assert ours.keys() == theirs.keys() and drawn
-        assert all(torch.equal(ours[name], theirs[name]) for name in drawn)
     exported = load_file(tmp_path / 'four' / 'model' / 'model.safetensors')
     expected = load_file(tmp_path / 'one' / 'model' / 'model.safetensors')
     assert exported.keys() == expected.keys()
-    # what begins at zero has made a step of 1e-30
-    assert all((t - exported[name]).abs().max() < 1e-20 for name, t in expected.items())
+    for name, tensor in expected.items():
+        assert (exported[name] - tensor).norm() <= 1e-5 * tensor.norm().clamp(min=1e-2), name
 
 
 def test_a_folder_without_all_weights_is_refused(large, tmp_path):

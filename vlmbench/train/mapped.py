@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'mapped_ranges', 'in_files', 'through_files']
 
-# %% ../../nbs/train/13_mapped.ipynb #7e426d87
+# %% ../../nbs/train/13_mapped.ipynb #c1e8c808
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .process import Ranks
 from .tree import CheckpointError
 
-# %% ../../nbs/train/13_mapped.ipynb #be581976
+# %% ../../nbs/train/13_mapped.ipynb #9e9f0292
 def mapped_ranges() -> list[tuple[int, int]]:
     "First address, and the one behind the last, of every file that this process has mapped."
     try:
@@ -44,7 +44,7 @@ def in_files(tensors: Mapping[str, torch.Tensor]) -> set[str]:
             found.add(name)
     return found
 
-# %% ../../nbs/train/13_mapped.ipynb #4b0ecc13
+# %% ../../nbs/train/13_mapped.ipynb #e0139159
 PIECE = 1 << 30  # bytes that are written at once
 
 
