@@ -76,7 +76,7 @@ test-python: venv
 
 test-ranks: venv
 	@echo "== several processes"
-	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 tests/test_sharding.py tests/test_runs_ranks.py
+	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 tests/test_sharding.py tests/test_runs_ranks.py tests/test_elastic.py tests/test_background.py tests/test_large_models.py
 
 test-slurm: venv
 	@echo "== jobs on an emulated cluster"

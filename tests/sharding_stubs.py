@@ -177,3 +177,73 @@ def run_options(root, out):
             parallel=parallel,
             save_every=None,
         )
+
+
+def background_run(out, steps=6, fail_on=None, at_step=4, part='trees', **settings):
+    """The tiny VLM with a state every second step; rank `fail_on` cannot write `part` of that of
+    `at_step`, and each rank leaves what it was told in `told-RANK.txt`."""
+    import train_stubs
+    from vlmbench.train import checkpoint
+
+    torch.set_num_threads(1)
+    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    states, shards = checkpoint._StateWriter, checkpoint.dcp.FileSystemWriter
+    writer, write = dict(trees=(states, states.write), shards=(shards, shards.write_data))[part]
+    written = []
+
+    def failing(self, *given):
+        written.append(self)
+        if rank == fail_on and len(written) == at_step // 2:
+            raise OSError(28, 'No space left on device')
+        return write(self, *given)
+
+    setattr(writer, write.__name__, failing)
+    stage = train_stubs.a_stage('full', steps, batch_rows=1, accumulation=2)
+    loader = train_stubs.packed_loader(600, rank=rank, ranks=ranks, rows=1)
+    told = 'nothing'
+    try:
+        train_stubs.run(out, dropout=0.0, stage=stage, loader=loader, keep_last=9, **settings)
+    except checkpoint.CheckpointError as e:
+        told = str(e)
+    Path(out, f'told-{rank}.txt').write_text(told)
+
+
+def named_run(root, out, parallel=None):
+    """Zero through its three stages; rank 0 leaves what each stage trains and what its states hold
+    in `names.json`, with the tensors that were gathered while a state was written."""
+    from torch.distributed.tensor import DTensor
+
+    from vlmbench.train import checkpoint
+
+    torch.set_num_threads(1)
+    gathered, full, save, stages = [], DTensor.full_tensor, loop.Trainer.save, {}
+
+    def counting(tensor, **settings):
+        gathered.append(1)
+        return full(tensor, **settings)
+
+    def saving(trainer, wait=True):
+        before = len(gathered)
+        path = save(trainer, wait)
+        trained = sorted(name for group in trainer.plan.groups for name in group.trained)
+        if wait:
+            if trainer.layout.shards:
+                held = checkpoint._shapes(path)[0]
+            else:
+                held = checkpoint.load_file(path / 'weights.safetensors')
+            stages[trainer.stage.name] = dict(
+                trained=trained, held=sorted(held), gathered=len(gathered) - before
+            )
+        return path
+
+    DTensor.full_tensor, loop.Trainer.save = counting, saving
+    method = get_method('zero', dict(stages=['adapt', 'encoder', 'decoder']))
+    scale = scale_of(root)
+    recipe = short(method.recipe(scale), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        state = method.start(recipe, scale, device='cpu')
+        settings = dict(progress_seconds=None, parallel=parallel)
+        run_stages(method, state, Path(root) / 'world', Path(out), **settings)
+    if int(os.environ.get('RANK', 0)) == 0:
+        (Path(out) / 'names.json').write_text(json.dumps(stages))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mini_bases import write_bases
-from sharding_stubs import METHODS, ROWS, elastic_run, run_all
+from sharding_stubs import METHODS, ROWS, elastic_run, named_run, run_all
 from train_stubs import stubs_on_ranks
 from vlmbench.data.mixture import StatefulSampler
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
@@ -177,3 +177,24 @@ def test_lanes_go_on_exactly_on_other_ranks(bases, one, tmp_path, ranks, paralle
     ended = torch.load(tmp_path / 'results.pt', weights_only=True)['llava']['weights']
     for name, weight in ended.items():
         assert distance(weight, one['llava']['weights'][name]) < 1e-5, name
+
+
+def test_states_hold_what_trains_and_nothing_else(bases, tmp_path):
+    """Zero on a surrogate and after the graft: the shards have the names that one process stores,
+    without the head that is tied to a trained embedding, and nothing is gathered to write them."""
+    alone, shards = tmp_path / 'alone', tmp_path / 'shards'
+    named_run(str(bases), str(alone))
+    shards.mkdir()
+    on_ranks('named_run', shards, 2, root=str(bases), out=str(shards), parallel='fsdp')
+    one, two = (json.loads((out / 'names.json').read_text()) for out in (alone, shards))
+    assert list(two) == ['adapt', 'encoder', 'decoder']
+    for name, stage in two.items():
+        assert stage['gathered'] == 0
+        weights = [n.removeprefix('weights/') for n in stage['held'] if n.startswith('weights/')]
+        assert weights == stage['trained'] == one[name]['held'] == one[name]['trained']
+        moments = {n.removeprefix('optimizer/') for n in stage['held']} - set(stage['held'])
+        assert {n.rpartition('/')[0] for n in moments} <= set(weights)
+    assert 'model.language_model.embed_tokens.weight' in two['decoder']['trained']
+    assert 'lm_head.weight' not in two['decoder']['trained']
+    sizes = [len(stage['trained']) for stage in two.values()]
+    assert sizes == sorted(set(sizes)), sizes

@@ -23,6 +23,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .prepare import lora_modules
 from .tree import CheckpointError, join_state, split_state
@@ -60,12 +61,18 @@ def set_rng_state(state: Mapping) -> None:
             )
 
 # %% ../../nbs/train/20_checkpoint.ipynb #2ab0b600
-def frozen_hash(model: nn.Module, trained: Collection[str] = (), samples: int = 256) -> str:
+def frozen_hash(
+    model: nn.Module,
+    trained: Collection[str] = (),
+    samples: int = 256,
+    masters: Collection[str] = (),
+) -> str:
     """SHA-256 over every parameter's name, shape and dtype, and over `samples` evenly spaced values
-    of each one not in `trained`."""
+    of each one not in `trained`. `masters`: names that will train in fp32, and count as such."""
     h, trained = hashlib.sha256(), set(trained)
     for name, p in sorted(model.named_parameters()):
-        h.update(f'{name}{tuple(p.shape)}{p.dtype}'.encode())
+        dtype = torch.float32 if name in masters else p.dtype
+        h.update(f'{name}{tuple(p.shape)}{dtype}'.encode())
         if name not in trained and not p.is_meta:
             flat = p.detach().reshape(-1)
             h.update(flat[:: max(1, flat.numel() // samples)].float().cpu().numpy().tobytes())
@@ -205,12 +212,17 @@ def _placed(t, like, copy=False):
     return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)
 
 # %% ../../nbs/train/20_checkpoint.ipynb #dd779083
-def _write_shards(folder, weights, optimizer):
-    "All ranks together; a tensor that is whole on each of them is written once."
+def _write_shards(folder, weights, optimizer, group=None):
+    "All ranks of `group` together; a tensor that is whole on each of them is written once."
     tensors = {f'weights/{name}': t.detach() for name, t in weights.items()}
     tensors |= {f'optimizer/{name}': t.detach() for name, t in optimizer.items()}
     alone = not dist.is_initialized()
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=alone)
+    writer = dcp.FileSystemWriter(folder)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+    except CheckpointException as e:  # no Exception to Python; raised on all ranks, with causes
+        cause, _ = next(iter(e.failures.values()))
+        raise cause from None
     _fsync(folder)
 
 
@@ -242,6 +254,7 @@ def save_state(
     ranks: int = 1,
     agree: Callable[[bool], bool] = lambda ok: ok,
     shards: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `out_dir/checkpoints/step-XXXXXXXX` atomically and return it.
 
@@ -250,16 +263,18 @@ def save_state(
     (generators, sampler, half-filled pack). `metric`: score of this state for keeping the best
     (`best`: 'min' or 'max'). `agree(ok)` combines the ranks' verdicts (all of them call it); False
     on one rank makes all raise. `shards`: every rank writes what it holds of `weights` and
-    `optimizer` (torch.distributed.checkpoint), and no rank ever holds the whole. Keeps the last
-    `keep_last` states and the best. Raises CheckpointError when writing fails; earlier states stay
-    intact."""
+    `optimizer` (torch.distributed.checkpoint), and no rank ever holds the whole; they meet in
+    `group` (default: all ranks). Keeps the last `keep_last` states and the best. Raises
+    CheckpointError when writing fails; earlier states stay intact."""
     header = dict(step=step, world=ranks, metric=metric, best=best, identity=identity)
     header |= dict(tensors='shards' if shards else 'safetensors')
-    writer = _StateWriter(Path(out_dir), header, rank, agree)
+    writer = _StateWriter(Path(out_dir), header, rank, agree, group)
     if not shards:
         weights, optimizer = _whole(weights, rank), _whole(optimizer, rank)
     writer.attempt(writer.begin)
     writer.attempt(lambda: writer.write(weights, optimizer, shared, local))
+    if shards:  # by itself: in it all ranks meet, so none of them may have failed before
+        writer.attempt(lambda: writer.write_shards(weights, optimizer))
     writer.attempt(lambda: writer.finish(keep_last))
     return writer.final
 
@@ -273,6 +288,7 @@ class _StateWriter:
     header: Mapping[str, Any]
     rank: int
     agree: Callable[[bool], bool]
+    group: dist.ProcessGroup | None = None
 
     def __post_init__(self):
         self.folder, step = _folder(self.out_dir), self.header['step']
@@ -315,15 +331,18 @@ def write(
 ) -> None:
     "This rank's tree; on rank 0 also what is equal on all ranks."
     self._tree(f'rank-{self.rank:05d}', local)
-    shards = self.header['tensors'] == 'shards'
-    if shards:
-        _write_shards(self.temporary / 'shards', weights, optimizer)
     if self.rank:
         return
-    if not shards:
+    if self.header['tensors'] != 'shards':
         _write_tensors(self.temporary / 'weights.safetensors', weights)
         _write_tensors(self.temporary / 'optimizer.safetensors', optimizer)
     self._tree('shared', shared)
+
+
+@patch
+def write_shards(self: _StateWriter, weights: Mapping, optimizer: Mapping) -> None:
+    "What this rank holds of every tensor."
+    _write_shards(self.temporary / 'shards', weights, optimizer, self.group)
 
 
 @patch

@@ -22,10 +22,13 @@ HALF = (torch.bfloat16, torch.float16)
 COMPUTE = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
-def settle_precision(model: nn.Module, trained: Mapping[str, nn.Parameter], precision: str) -> None:
-    """fp32 master weights for everything in `trained`, in place and announced. Raises `RecipeError`
-    where `precision` is unknown, is 'fp32' over frozen weights in half precision, or 'fp16' over
-    frozen weights in bf16."""
+def settle_precision(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], precision: str, now: bool = True
+) -> set[str]:
+    """fp32 master weights for everything in `trained`, in place and announced; returns the names of
+    those that were in half precision. `now`: False leaves them to a layout, which makes master
+    weights of shards. Raises `RecipeError` where `precision` is unknown, is 'fp32' over frozen
+    weights in half precision, or 'fp16' over frozen weights in bf16."""
     if precision not in COMPUTE:
         raise RecipeError(f'precision must be one of {", ".join(COMPUTE)}, got {precision!r}')
     frozen = [n for n, p in model.named_parameters() if p.dtype in HALF and n not in trained]
@@ -43,13 +46,14 @@ def settle_precision(model: nn.Module, trained: Mapping[str, nn.Parameter], prec
             "with dtype='float32' or 'float16' (in the scale's JSON file), or train with "
             "precision='bf16'"
         )
-    half = [p for p in trained.values() if p.dtype in HALF]
-    for parameter in half:
-        parameter.data = parameter.data.float()
+    half = {name for name, p in trained.items() if p.dtype in HALF}
+    for name in half if now else ():
+        trained[name].data = trained[name].data.float()
     if half:
         warnings.warn(
             f'{len(half)} trained tensors were in half precision and now have fp32 master weights'
         )
+    return half
 
 
 def storage_dtype(model: nn.Module) -> torch.dtype:

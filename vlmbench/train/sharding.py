@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from ..models.vision import FrontEnd, blocks_of
 from ..models.vlm import decoder_layers
 from .forward import Forward
 from .guard import Search, bad_weight, diagnose, is_bad
+from .mapped import in_files, through_files
+from .precision import HALF
 from .prepare import TrainPlan
 from .process import Ranks
 from .recipe import RecipeError
@@ -160,8 +163,9 @@ class Single:
         loss_of = partial(_loss_of, self.compute.losses, counts)
         return diagnose(self.plan, micro, loss_of, self.ranks.rank)
 
-    def close(self) -> None:
-        "Hand the model back as it came, with what it has learnt."
+    def close(self, folder: Path | None = None, dtype: torch.dtype | None = None) -> None:
+        """Hand the model back as it came, with what it has learnt. `folder`: one that all ranks see
+        and through which they may share it; `dtype`: precision to put it together in."""
         if self.parallel.compile:
             undo_compile(self.model)
 
@@ -226,7 +230,7 @@ class Replicated(Single):
                 parts = parts + torch.stack([loss.detach().float(), *losses])
         return parts
 
-    def close(self) -> None:
+    def close(self, folder=None, dtype=None) -> None:
         self.step = None
         super().close()
 
@@ -322,6 +326,11 @@ class Sharded(Single):
         for name, term, _ in self.compute.terms:
             if isinstance(term, nn.Module):
                 term.register_forward_hook(partial(self._reach, name))
+        trained = self.params.values()
+        self.masters = {id(p) for p in trained if p.dtype in HALF}
+        # a teacher's tensors are not cut, and stay as they are
+        frozen = {n: p for n, p in self.original.named_parameters() if not p.requires_grad}
+        self.in_files = {id(frozen[name]) for name in in_files(frozen)}
         self._shard()
         self._look_up()
 
@@ -357,8 +366,11 @@ def _shard(self: Sharded) -> None:
 def _cut(self: Sharded, unit: nn.Module, **settings: Any) -> None:
     "Shard one unit; its tensors in the original are emptied at once."
     before = {id(p): p for p in unit.parameters()}
+    for parameter in before.values():
+        if id(parameter) in self.masters:
+            parameter.data = parameter.data.float()
     fully_shard(unit, **settings)
-    left = {id(p) for p in unit.parameters()}
+    left = {id(p) for p in unit.parameters()} | self.in_files
     for key, parameter in before.items():
         if key not in left:
             parameter.data = parameter.data.new_empty(0)
@@ -515,17 +527,35 @@ def _search_gradient(self: Sharded, micro, counts, owner: int, number: int) -> l
 
 # %% ../../nbs/train/12_sharding.ipynb #1204626a
 @patch
-def close(self: Sharded) -> None:
-    shards = dict(self.step.named_parameters(remove_duplicate=False))
-    place = 'cpu' if self.parallel.offload else self.ranks.device
-    for name, parameter in self.original.named_parameters():
+def close(self: Sharded, folder: Path | None = None, dtype: torch.dtype | None = None) -> None:
+    place = torch.device('cpu') if self.parallel.offload else self.ranks.device
+    parameters = dict(self.original.named_parameters())
+    for parameter in parameters.values():
         parameter.grad = None
-        if hasattr(shards[name], 'full_tensor'):
-            whole = shards[name].detach().to(self.ranks.device).full_tensor()
-            parameter.data = whole.to(place)
+    whole = self._gather(parameters, dtype)
+    if place.type == 'cpu' and folder is not None:
+        whole = through_files(whole, folder, self.ranks)
+    for name, tensor in whole:
+        # to "cpu:0" even a tensor of the CPU would be copied
+        stays = tensor.device.type == place.type
+        parameters[name].data = tensor if stays else tensor.to(place)
     self.step, self.blank = None, None
     (self.plan, self.heads), self.compute = self.given, self.original.compute
     self.model = self.compute.model
+
+
+@patch
+def _gather(
+    self: Sharded, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    "What has been emptied among `parameters`, whole on every rank for as long as it is looked at."
+    shards = dict(self.step.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if id(parameter) in self.in_files or not hasattr(shards[name], 'full_tensor'):
+            continue
+        whole = shards[name].detach().to(self.ranks.device).full_tensor()
+        narrow = dtype in HALF and whole.dtype == torch.float32
+        yield name, whole.to(dtype) if narrow else whole
 
 
 LAYOUTS = dict(single=Single, ddp=Replicated, fsdp=Sharded, hsdp=Sharded)
