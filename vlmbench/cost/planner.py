@@ -292,7 +292,7 @@ def _with_rows(stage: Stage, rows: int | None, ranks: int) -> Stage:
         return stage
     return replace(stage, batch_rows=rows)
 
-
+# %% ../../nbs/cost/20_planner.ipynb #0bc002c8
 def _numbers(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
