@@ -133,6 +133,8 @@ def result_section(folder: Path) -> list[str]:
     text = front_matter(note.read_text(encoding='utf8'))[1].strip() if note.exists() else ''
     head = re.match(r'# (.+)\n?', text)
     body = re.sub(r'^#', '##', text[head.end() :] if head else text, flags=re.M)
+    # a folder's own pictures follow on the page, whether its README shows them or not
+    body = re.sub(r'^!\[[^\]]*\]\([^/)]+\)\n*', '', body, flags=re.M)
     out = [f'## {head[1] if head else folder.name.replace("_", " ")}', '', body, '']
     if table.exists():
         out += [table.read_text(encoding='utf8'), '']
