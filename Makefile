@@ -3,6 +3,7 @@
 #   make bench            train the control recipe on the embedded world, evaluate it, write report.html and figures
 #   make bench SEEDS=3    the same over three seeds; METHODS=llava,zero compares methods
 #   make test             the notebooks' own tests, then pytest
+#   CI=true make test     the same with the tests that take longest, as .ci/run does
 #   make test-ranks       every method on two and four processes, compared with one
 #   make test-slurm       jobs on a Slurm that the tests start and stop (needs the right to install it)
 #   make docs             the documentation site in _site/ (warnings are errors)

@@ -93,6 +93,7 @@ def test_every_claim_compares_arms_that_exist():
     assert len({c.name for c in claims}) == len(claims)
 
 
+@pytest.mark.slow
 def test_two_arms_from_end_to_end(bases, deep, tmp_path):  # noqa: F811
     given = dict(
         arms=['uniform', 'region_all'],
@@ -155,6 +156,7 @@ def test_variants_that_the_arms_name_reach_the_hooks():
             assert get_method(a.recipe, a.variant).grafts is False
 
 
+@pytest.mark.slow
 def test_regions_chosen_by_measured_scores(bases, deep, tmp_path):  # noqa: F811
     given = dict(
         seeds=1,

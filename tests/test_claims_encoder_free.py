@@ -67,6 +67,7 @@ def deeper(bases, tmp_path):  # noqa: F811
     return tmp_path / 'deeper.json'
 
 
+@pytest.mark.slow
 def test_two_arms_from_end_to_end(bases, deeper, tmp_path):  # noqa: F811
     given = dict(
         arms=['vora', 'vora_no_distill'],

@@ -2,11 +2,14 @@
 
 import pandas as pd
 
+import pytest
+
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.manifest import Manifest
 
 
+@pytest.mark.slow
 def test_two_arms_at_a_micro_budget(tmp_path):
     world = write_world(
         tmp_path / 'world',

@@ -56,6 +56,7 @@ def test_a_rank_without_pictures_keeps_up_with_shards(tmp_path, uninterrupted):
         assert torch.allclose(tensor, uninterrupted.weights[name], atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_two_ranks_preempted_and_resumed_equal_uninterrupted(tmp_path, uninterrupted):
     """One rank is asked to stop: both save the same step and leave; started again, they end where
     an uninterrupted run ends."""

@@ -313,6 +313,9 @@ def test_adapters_to_be_analysed(tmp_path):
 
 # -------------------------------------------------------------------------------------------------
 # runs
+
+
+@pytest.mark.slow
 def test_an_evaluation_of_such_a_folder_fails(tmp_path, capfd):
     for part in built('llava'):
         part.save_pretrained(tmp_path / 'm')

@@ -235,6 +235,7 @@ def command(cwd, *words):
     )
 
 
+@pytest.mark.slow
 def test_a_strangers_scale_trains_a_stage_and_goes_on_from_it(bases, tmp_path):
     "From another working directory: align alone, then instruct from the folder that it left."
     data = write_official(tmp_path / 'data', 'blip_laion_cc_sbu_558k', 'llava_v1_5_mix665k')
