@@ -290,11 +290,11 @@ recomputation. Padded batches hold 16 rows; packed ones hold no more positions. 
 `vocabulary` of 32,000. `ratio`: our target tokens a CPU second over theirs; `fill`: share of
 positions that held a token; `peak_mb`: above what the process held before training.
 
-{markdown(table.round(2))}
+{markdown(table.drop(columns=['round', 'targets_per_s']).round(2))}
 
 ![target tokens a CPU second, and peak memory](peers.png)
 
-On a machine that is shared with other work wall times say less than CPU seconds.
+Wall times are in `peers.csv`; on a machine that is shared with other work they say less.
 """,
         encoding='utf8',
     )
