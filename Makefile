@@ -25,6 +25,8 @@ TORCH  := $(shell sed -n 's/^\(torch==[^;[:space:]]*\).*/\1/p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 # a test file stays with one process: its models are made once
 WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
+# what test-ranks runs; .ci/run leaves the two files out that take longest
+RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background elastic large_models))
 # without this two torch processes on the same cores run several times slower
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -77,7 +79,7 @@ test-python: venv
 
 test-ranks: venv
 	@echo "== several processes"
-	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 tests/test_sharding.py tests/test_runs_ranks.py tests/test_elastic.py tests/test_background.py tests/test_large_models.py
+	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 $(RANKS)
 
 test-slurm: venv
 	@echo "== jobs on an emulated cluster"
