@@ -81,6 +81,7 @@ def files(folder):
     }
 
 
+@pytest.mark.slow
 def test_the_command_filters_counts_and_writes_the_same_bytes_twice(data, tmp_path):
     for out in ('first', 'second'):
         code, said, error = command(
@@ -206,6 +207,7 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_is_described_and_can_be_trained_on(data, model, tmp_path):
     (tmp_path / 'shots' / 'deep').mkdir(parents=True)
     for k, colour in enumerate(COLOURS):

@@ -14,6 +14,7 @@ from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.models.vlm import VLMConfig
 from vlmbench.plugins import PluginError
 
+pytestmark = pytest.mark.slow  # it makes an environment of its own
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(__file__).parent / 'resampler'
 TINY = ['budget=0.005', 'data=world', 'blind=no']
@@ -78,7 +79,6 @@ def test_it_is_listed_with_its_package(environment, work):
     assert 'tokens a picture' in page and 'stages at scale tiny' in page
 
 
-@pytest.mark.slow
 def test_it_trains_and_answers_in_a_new_process(environment, work, trained):
     assert (trained / 'model' / 'model.safetensors').exists()
     config = (trained / 'model' / 'config.json').read_text()
@@ -118,7 +118,6 @@ def test_its_cost_is_counted_with_its_loss(environment, work):
     assert done.stdout.strip().endswith('counted'), done.stderr[-2000:]
 
 
-@pytest.mark.slow
 def test_the_bench_compares_it_with_the_control(environment, work, trained):
     command(
         environment,

@@ -244,6 +244,7 @@ def test_a_recipe_that_does_not_exist_fails_with_its_reason(bases, tmp_path):
         run_notebook('train', params(bases, precision='fp8'), tmp_path / 'r2')
 
 
+@pytest.mark.slow
 def test_processes_that_read_ahead_change_nothing(bases, tmp_path):
     for workers in (0, 2):
         out = tmp_path / str(workers)
