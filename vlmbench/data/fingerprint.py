@@ -10,7 +10,7 @@ import hashlib, json, os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import replacing
+from .files import content_hash, replacing
 from .progress import progress
 
 # %% ../../nbs/data/04_fingerprint.ipynb #85889ec2
@@ -19,17 +19,9 @@ KEPT_FROM = 64 << 20  # bytes; a smaller file is hashed in a few hundredths of a
 
 def _content_hash(path: Path, size: int) -> str:
     "The SHA-256 of a file's content, read with a progress bar."
-    digest, done = hashlib.sha256(), 0
     seconds = None if size < KEPT_FROM else 10.0
-    with (
-        path.open('rb') as file,
-        progress(size, f'hashing {path.name}', 'B', seconds=seconds) as bar,
-    ):
-        while block := file.read(1 << 20):
-            digest.update(block)
-            done += len(block)
-            bar.update(done)
-    return digest.hexdigest()
+    with progress(size, f'hashing {path.name}', 'B', seconds=seconds) as bar:
+        return content_hash(path, bar.update)
 
 
 def file_hash(path: str | Path) -> str:

@@ -9,6 +9,8 @@ __all__ = ['FULL', 'LONGEST', 'rows_of', 'full_rows']
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+from .collate import _round_up
+
 # %% ../../nbs/data/47_shape.ipynb #4fda9fc6
 def rows_of(
     lengths: Sequence[int],  # tokens of each document
@@ -48,14 +50,14 @@ def full_rows(
         rows.append(list(range(len(lengths), len(lengths) + len(row))))
         lengths.extend(row)
     tokens, longest = sum(lengths), max(map(sum, packed))
-    length = min(-(-longest // multiple) * multiple, max_tokens)
+    length = min(_round_up(longest, multiple), max_tokens)
     best = rows, length
-    start = -(-max(lengths) // multiple) * multiple
+    start = _round_up(max(lengths), multiple)
     # from the longest document on; a row of max_tokens need not be a multiple
     for tried in sorted({max_tokens, *range(start, LONGEST * max_tokens + 1, multiple)}):
         if len(best[0]) * best[1] * full <= tokens:
             break
-        if tried < start or -(-tokens // tried) * tried >= len(best[0]) * best[1]:
+        if tried < start or _round_up(tokens, tried) >= len(best[0]) * best[1]:
             continue  # even without a gap between documents it has more positions
         made = rows_of(lengths, tried)
         if len(made) * tried < len(best[0]) * best[1]:

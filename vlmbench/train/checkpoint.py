@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..data.files import content_hash
 from .prepare import lora_modules
 from .tree import CheckpointError, join_state, split_state
 
@@ -148,14 +149,6 @@ def _fsync(path):
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _sha256(path):
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        for block in iter(lambda: f.read(1 << 20), b''):
-            h.update(block)
-    return h.hexdigest()
 
 
 def _write_json(path, value):
@@ -360,7 +353,7 @@ def finish(self: _StateWriter, keep_last: int) -> None:
     found = sorted(path for path in self.temporary.rglob('*') if path.is_file())
     files = {
         path.relative_to(self.temporary).as_posix(): dict(
-            size=path.stat().st_size, sha256=_sha256(path)
+            size=path.stat().st_size, sha256=content_hash(path)
         )
         for path in found
     }
@@ -420,7 +413,7 @@ def state_problem(path: str | Path, hashes: bool = True) -> str | None:
             return f'{name} is missing'
         if f.stat().st_size != want['size']:
             return f'{name} has {f.stat().st_size} bytes instead of {want["size"]}'
-        if hashes and _sha256(f) != want['sha256']:
+        if hashes and content_hash(f) != want['sha256']:
             return f'{name} does not match its SHA-256'
     return None
 
