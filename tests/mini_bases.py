@@ -1,6 +1,7 @@
 """Base models of random weights and a world of a few rows, made in a moment, for tests of whole
 runs."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -24,3 +25,16 @@ def write_bases(root, layers, **rows):
     SiglipVisionModel(tower).save_pretrained(root / 'vit')
     none = dict.fromkeys(WorldSize.__dataclass_fields__, 0)
     write_world(root / 'world', WorldConfig(), WorldSize(**none | rows))
+
+
+def write_objects(folder):
+    "COCO's file of objects for one picture, a.png: a cup and a hat."
+    coco = dict(
+        categories=[dict(id=1, name='cup'), dict(id=2, name='hat')],
+        images=[dict(id=1, file_name='a.png', width=64, height=64)],
+        annotations=[
+            dict(image_id=1, category_id=1, bbox=[2, 2, 22, 22]),
+            dict(image_id=1, category_id=2, bbox=[36, 36, 24, 24]),
+        ],
+    )
+    (folder / 'instances_val2017.json').write_text(json.dumps(coco))

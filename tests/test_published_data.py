@@ -2,15 +2,13 @@
 card says, runs a part of its stages, and names what is missing before it builds anything."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 from mini_bases import write_bases
+from test_cli import vlmbench_process
 from published_layouts import OFFICIAL, write_official, write_vora
 
 from vlmbench.cost.planner import Data, plan
@@ -223,32 +221,22 @@ def test_zero_trains_on_its_own_tree(bases, tmp_path):
     assert [result.step for result in done.stages] == [1, 1]
 
 
-def command(cwd, *words):
-    code = 'from vlmbench.run.cli import main; main()'
-    return subprocess.run(
-        [sys.executable, '-c', code, *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(COLUMNS='200'),
-        timeout=300,
-    )
-
-
 @pytest.mark.slow
 def test_a_strangers_scale_trains_a_stage_and_goes_on_from_it(bases, tmp_path):
     "From another working directory: align alone, then instruct from the folder that it left."
     data = write_official(tmp_path / 'data', 'blip_laion_cc_sbu_558k', 'llava_v1_5_mix665k')
     common = ['run', 'train', 'recipe=llava', f'scale={bases / "own.json"}', f'data={data}']
     common += ['precision=bf16', 'device=cpu']
-    first = command(tmp_path, *common, 'stages=["align"]', 'out=first')
+    first = vlmbench_process(*common, 'stages=["align"]', 'out=first', cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-2000:] + first.stdout[-2000:]
     assert 'align: 256 rows a step = 32 rows x 8 micro-batch(es) x 1 rank(s)' in first.stdout
     assert 'so no questions are asked' in first.stdout
     manifest = json.loads((tmp_path / 'first' / 'manifest.json').read_text())
     assert manifest['results']['steps'] == dict(align=1)
 
-    alone = command(tmp_path, *common, 'stages=["instruct"]', 'model=first', 'out=second')
+    alone = vlmbench_process(
+        *common, 'stages=["instruct"]', 'model=first', 'out=second', cwd=tmp_path
+    )
     assert alone.returncode == 0, alone.stderr[-2000:] + alone.stdout[-2000:]
     assert 'which this run leaves out' not in alone.stdout
     manifest = json.loads((tmp_path / 'second' / 'manifest.json').read_text())

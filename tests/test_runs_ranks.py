@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import test_runs
+from mini_bases import write_objects
 from vlmbench.analysis.ablation import GRADIENT
 from vlmbench.run.manifest import Manifest
 
@@ -169,15 +170,7 @@ def test_region_questions_are_answered_alike(one, tmp_path):
     (tmp_path / 'v7w-test.json').write_text(json.dumps(rows))
     caption = [dict(id='refcocog-1', image='a.png', bboxes=boxes[:1], answer='a cup')]
     (tmp_path / 'refcocog-test.json').write_text(json.dumps(caption))
-    coco = dict(
-        categories=[dict(id=1, name='cup'), dict(id=2, name='hat')],
-        images=[dict(id=1, file_name='a.png', width=64, height=64)],
-        annotations=[
-            dict(image_id=1, category_id=1, bbox=[2, 2, 22, 22]),
-            dict(image_id=1, category_id=2, bbox=[36, 36, 24, 24]),
-        ],
-    )
-    (tmp_path / 'instances_val2017.json').write_text(json.dumps(coco))
+    write_objects(tmp_path)
     given = dict(model=one, data=tmp_path, sets=['v7w', 'refcocog', 'arrow'], votes=2)
     given |= dict(metrics=[], batch_size=1, bad_rows=0.5, device='cpu')
     single = asked(tmp_path, 'region_tasks', out='one', **given)

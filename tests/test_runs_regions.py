@@ -9,6 +9,7 @@ from PIL import Image
 
 from judge_server import scripted
 from test_vip_bench import vlm, write  # noqa: F401
+from mini_bases import write_objects
 from vlmbench.evaluate.results import Results
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.manifest import Manifest
@@ -122,15 +123,7 @@ def test_region_tasks(saved, tmp_path):
     for name, r in rows.items():
         (tmp_path / f'{name}.json').write_text(json.dumps(r))
     (tmp_path / 'a.json').write_text(json.dumps(dict(boxes=[[2, 2, 24, 24, 1.0]], segms=[[mask]])))
-    coco = dict(
-        categories=[dict(id=1, name='cup'), dict(id=2, name='hat')],
-        images=[dict(id=1, file_name='a.png', width=64, height=64)],
-        annotations=[
-            dict(image_id=1, category_id=1, bbox=[2, 2, 22, 22]),
-            dict(image_id=1, category_id=2, bbox=[36, 36, 24, 24]),
-        ],
-    )
-    (tmp_path / 'instances_val2017.json').write_text(json.dumps(coco))
+    write_objects(tmp_path)
     params = dict(
         model=str(saved),
         data=str(tmp_path),
