@@ -9,6 +9,7 @@ __all__ = ['stack_images', 'picture_of', 'VLMProcessor']
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ..data.image import ImageError, ImageTransform, load_image
 from ..data.record import Sample
 from ..data.template import IMAGE, ChatTemplate, Encoded, get_template
 from ..data.template import encode as _encode_turns
+from .config import AUTO_MAP, write_remote_file
 from .vision import num_image_tokens
 
 # %% ../../nbs/models/15_processor.ipynb #1e967bc6
@@ -170,7 +172,46 @@ class VLMProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, 'pixel_values', 'image_sizes']
 
     def to_dict(self) -> dict:
-        return {**super().to_dict(), 'transform': self.transform.to_dict()}
+        ours = {'transform': self.transform.to_dict(), 'auto_map': dict(AUTO_MAP)}
+        return {**super().to_dict(), **ours}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class='AutoProcessor'):
+        "Nothing: saving would copy our sources beside the file that imports them."
+
+# %% ../../nbs/models/15_processor.ipynb #dfa6b24d
+_OF_THE_TOKENIZER = (
+    'pad_token',
+    'pad_token_id',
+    'bos_token',
+    'bos_token_id',
+    'eos_token',
+    'eos_token_id',
+    'padding_side',
+)
+
+
+def _from_tokenizer(name: str) -> property:
+    "A property that reads and sets `name` of the processor's tokenizer."
+
+    def read(processor: VLMProcessor):
+        return getattr(processor.tokenizer, name)
+
+    def write(processor: VLMProcessor, value) -> None:
+        setattr(processor.tokenizer, name, value)
+
+    return property(read, write, doc=f'`{name}` of the tokenizer.')
+
+
+for _name in _OF_THE_TOKENIZER:
+    setattr(VLMProcessor, _name, _from_tokenizer(_name))
+
+
+@patch
+def save_pretrained(self: VLMProcessor, save_directory: str | Path, **settings) -> list[str]:
+    "As transformers' processors, with the file that opens the folder in any program."
+    written = ProcessorMixin.save_pretrained(self, save_directory, **settings)
+    return [*(written or ()), str(write_remote_file(save_directory))]
 
 # %% ../../nbs/models/15_processor.ipynb #dffb9352
 @patch
