@@ -547,6 +547,7 @@ def test_save_and_load(tmp_path, language, dtype):
         'config.json',
         'generation_config.json',
         'model.safetensors',
+        'modeling_vlmbench.py',
     }
     assert type(AutoModel.from_pretrained(tmp_path)) is VLMModel
     assert type(AutoConfig.from_pretrained(tmp_path)) is VLMConfig

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .load import LoadError, load_vlm
 from .vora import to_reference
+from ..models.config import share_weights
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.vision_lora import merge_vision_lora, vision_lora_layers
 from ..train.checkpoint import export
@@ -55,6 +56,7 @@ def export_language_model(
         if name.startswith('vision_embedding.')
     }
     save_file(patches, folder / 'vision_embedding.safetensors')
+    share_weights(folder)
     return folder
 
 # %% ../../nbs/checkpoints/90_export.ipynb #5a3f28b7

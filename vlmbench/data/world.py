@@ -337,7 +337,7 @@ def load_world(
 
 # %% ../../nbs/data/60_world.ipynb #a1062f2b
 def asset_path(
-    name: str = '',  # 'llm' or 'vit'; '' is the folder of all assets
+    name: str = '',  # 'llm', 'vit' or the trained 'vlm'; '' is the folder of all
 ) -> Path:
     "Folder of a shipped base model. Raises `FileNotFoundError` if the installation lacks it."
     import vlmbench

@@ -18,7 +18,8 @@ from transformers import ProcessorMixin, StoppingCriteria
 # %% ../../nbs/evaluate/18_prompts.ipynb #c8b44599
 from ..data.record import ImageRef, Sample, Turn
 from ..data.template import EOS, get_template
-from ..models.processor import VLMProcessor, stack_images
+from ..models.pixels import stack_images
+from ..models.processor import VLMProcessor
 
 # %% ../../nbs/evaluate/18_prompts.ipynb #c452cb65
 def mean_colour(processor: Any) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from transformers.masking_utils import create_masks_for_generate as _hf_masks_fo
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .config import VLMConfig
+from .config import VLMConfig, share_weights
 from .masks import attention_mask as build_mask, document_positions, image_ids_of
 from .vision import FrontEnd, build_front_end
 
@@ -77,6 +77,11 @@ class VLMPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class='AutoModel'):
         "Nothing: saving would copy our sources; the config writes a file that imports them."
+
+    def save_pretrained(self, save_directory, **settings):
+        "As any transformers model, with weight files that others may read."
+        super().save_pretrained(save_directory, **settings)
+        share_weights(save_directory)
 
     def _init_weights(self, module):
         # transformers calls this for every module, with the weights it found already marked
@@ -456,6 +461,25 @@ def create_masks_for_generate(
         return attention_mask
     return _hf_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
+    )
+
+
+@patch
+def prepare_inputs_for_generation(
+    self: VLMForConditionalGeneration,
+    input_ids,
+    past_key_values=None,
+    is_first_iteration: bool = False,
+    **kwargs,
+):
+    "As transformers does, with the pictures for whoever reads a whole prompt."
+    unread = past_key_values is None or not past_key_values.get_seq_length()
+    return GenerationMixin.prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=past_key_values,
+        is_first_iteration=is_first_iteration or unread,
+        **kwargs,
     )
 
 

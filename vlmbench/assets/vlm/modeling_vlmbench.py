@@ -1,0 +1,1 @@
+from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, VLMModel, VLMProcessor  # noqa: F401
