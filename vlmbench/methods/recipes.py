@@ -9,6 +9,7 @@ __all__ = ['BUILT_IN', 'METHODS', 'method_class', 'parse_variant', 'get_method',
 
 # %% ../../nbs/methods/00_recipes.ipynb #0895d285
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -151,13 +152,17 @@ def get_recipe(
     overrides: Sequence[str] = (),
     variant: Sequence[str] = (),
     stages: Sequence[str] = (),
+    attn_implementation: str | None = None,
 ) -> Recipe:
     """The recipe of method `name` at `scale` with the options of `variant`, its budget multiplied,
-    single settings overridden, cut to `stages` (none: all), and checked (`check_pictures`). Raises
+    single settings overridden, cut to `stages` (none: all), and checked (`check_pictures`).
+    `attn_implementation`: the attention back end, None for transformers' choice. Raises
     `RecipeError`."""
     method = get_method(name, variant)
     recipe = override(scaled_budget(method.recipe(scale), budget), parse_overrides(overrides))
     recipe = recipe.only(stages)
+    if attn_implementation is not None:
+        recipe = replace(recipe, attn_implementation=attn_implementation)
     check_pictures(method, RunState(recipe, scale))
     return recipe
 

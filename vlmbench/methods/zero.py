@@ -437,6 +437,7 @@ def _around(where: str, state: RunState) -> nn.Module:
         image_token=processor.image_token,
         bidirectional_images=model.config.bidirectional_images,
         dtype=model.dtype,
+        attn_implementation=state.recipe.attn_implementation,
     )
     graft(whole, model)
     return whole.to(model.device)

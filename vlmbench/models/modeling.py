@@ -27,6 +27,7 @@ from transformers.masking_utils import create_masks_for_generate as _hf_masks_fo
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .attention import document_lengths
 from .config import VLMConfig, share_weights
 from .masks import attention_mask as build_mask, document_positions, image_ids_of
 from .vision import FrontEnd, build_front_end
@@ -225,6 +226,10 @@ class VLMModel(VLMPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
+    def _varlen(self) -> bool:
+        "Whether the language model computes attention from lengths instead of a mask."
+        return self.language_model.config._attn_implementation == 'flash_attention_2'
+
     def get_image_features(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
     ):
@@ -296,7 +301,13 @@ def forward(
         position_ids = document_positions(document_ids)
     if not self.config.bidirectional_images:
         image_ids = None
-    mask = _language_mask(self, attention_mask, document_ids, image_ids, past_key_values, embeds)
+    if self._varlen() and document_ids is not None and image_ids is None:
+        # flash attention takes no mask: it is told how long each document is
+        mask, kwargs = None, kwargs | document_lengths(document_ids)
+    else:
+        mask = _language_mask(
+            self, attention_mask, document_ids, image_ids, past_key_values, embeds
+        )
     with _stance(self, image_ids, embeds):
         out = self.language_model(
             inputs_embeds=embeds,

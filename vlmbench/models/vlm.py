@@ -29,6 +29,7 @@ from transformers.utils.hub import cached_file
 
 from ..data.image import CLIP_MEAN, CLIP_STD, HALF, ImageTransform, from_image_processor
 from ..data.template import IMAGE
+from .attention import check_attention
 from .groups import GROUPS
 from vlmbench.models.modeling import (
     VLMConfig,
@@ -167,9 +168,11 @@ def build_vlm(
     front end, `type` default `encoder`. `tokenizer`: default the one beside `llm`. `template`: chat
     template by name. `transform`: an `ImageTransform`, or only its mode (e.g. `'pad'`), default the
     tower's own. `drop_unused_blocks` removes the tower's blocks behind the deepest selected layer:
-    less memory and time, the same features. `seed` draws the new parts. The model takes the dtype
-    of the language model and comes in eval mode. Raises `ValueError` naming the weights that a
-    folder or a loaded language model lacks."""
+    less memory and time, the same features. `seed` draws the new parts. `attn_implementation`: one
+    of `ATTENTION` for language model and tower, default transformers' choice. The model takes the
+    dtype of the language model and comes in eval mode. Raises `ValueError` naming the weights that
+    a folder or a loaded language model lacks, and an attention back end that cannot run here."""
+    check_attention(attn_implementation, bidirectional_images=bidirectional_images)
     llm, tokenizer = _language_model(llm, tokenizer, dtype, attn_implementation)
     image_token_id = add_image_token(tokenizer, llm, image_token)
     if tokenizer.pad_token is None:
@@ -189,6 +192,8 @@ def build_vlm(
         transform = tower_transform(None if loaded else vision, tower.config, transform)
     front = _draw_front_end(settings, tower, llm, seed)
     model = assemble(llm, front, image_token_id, bidirectional_images)
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)  # of the tower and the shell, too
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, VLMProcessor(
         tokenizer, transform, model.config.vision_config, image_token, template

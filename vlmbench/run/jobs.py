@@ -97,7 +97,8 @@ def train_job(
     method = get_method(settings['recipe'], settings['variant'])
     scale = find_scale(settings['scale'])
     chosen = (settings['budget'], settings['overrides'], settings['variant'], settings['stages'])
-    recipe = get_recipe(settings['recipe'], scale, *chosen)
+    attention = settings['attn_implementation']
+    recipe = get_recipe(settings['recipe'], scale, *chosen, attn_implementation=attention)
     check_data({stage.name: stage.data for stage in recipe.stages}, data)
     with Job(folder, stop_flag, settings['device']) as job:
         state, announced = _build(job, method, recipe, scale, settings)
@@ -157,7 +158,7 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
 
 def _trained_model(where: str, recipe: Recipe, scale: Scale) -> tuple:
     "The model in folder `where` with its processor. Raises `RecipeError` for another front end."
-    model, processor = load_vlm(where)
+    model, processor = load_vlm(where, attn_implementation=recipe.attn_implementation)
     if not isinstance(model, VLMForConditionalGeneration):
         raise RecipeError(
             f'model={where} is a {type(model).__name__}, which the stages do not train: give a '

@@ -480,7 +480,8 @@ def scaled_bound(stage: Stage, factor: float) -> dict[str, float]:
 class Recipe:
     """A method at one scale: vision front end, mask and stages. `section` says where the paper
     states it. `canvas`: long side of the pictures in pixels, where the method resizes them itself
-    (EVE).
+    (EVE). `attn_implementation`: the attention back end (`vlmbench.models.attention.ATTENTION`),
+    None for transformers' choice.
 
     `front_end` is the settings dict of the vision front end (`type` and its options, see
     `vlmbench.models.vision`)."""
@@ -492,6 +493,7 @@ class Recipe:
     bidirectional_images: bool = False
     notes: str = ''
     canvas: int | None = None
+    attn_implementation: str | None = None
 
     def __post_init__(self):
         stages = tuple(s if isinstance(s, Stage) else from_settings(Stage, s) for s in self.stages)

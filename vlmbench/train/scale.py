@@ -246,6 +246,7 @@ def build(self: Scale, recipe: Recipe, seed: int = 0, **other: Any) -> tuple[Any
         transform=None if self.image_mode == 'squash' else self.image_mode,
         dtype=self.dtype,
         bidirectional_images=recipe.bidirectional_images,
+        attn_implementation=recipe.attn_implementation,
     )
     return build_vlm(seed=seed, **follow | other)
 
