@@ -22,6 +22,7 @@ from vlmbench.checkpoints.release import (
     empty_language_model,
     read_config,
     read_json,
+    read_weights,
 )
 from ..data.image import ImageTransform
 from ..distill.align import PatchAligner, grid_ratio
@@ -179,6 +180,7 @@ def load_release(
     return build_release(
         folder,
         names_of(front),
+        read_weights(folder),  # first: a folder without any is refused before a model is drawn
         empty_language_model('llama', config, dtype),
         front_end=front,
         template=template or 'vicuna_v1',

@@ -280,8 +280,8 @@ def load_release(
     model, processor = build_release(
         folder,
         names_of(front),
-        llm,
         published,
+        llm,
         held,
         tokenizer,
         vision=tower,

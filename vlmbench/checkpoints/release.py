@@ -98,19 +98,18 @@ def set_template(processor: VLMProcessor, template: str) -> None:
 def build_release(
     folder: str | Path,
     names: Names,
+    published: Mapping[str, Tensor],
     llm: PreTrainedModel,
-    published: Mapping[str, Tensor] | None = None,
     held: Collection[str] = (),
     tokenizer: Any = None,
     **settings: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a released `folder`.
 
-    `llm`: its language model, still empty or not. `published`: its tensors, in the names of the
-    table `names`, and `tokenizer`; None: as the folder has them. `held`: our names of weights that
-    `llm` or the tower have already, so that the folder may lack them. `settings`: of `build_vlm`.
-    Raises `CheckpointFormatError` naming what does not fit."""
-    published = read_weights(folder) if published is None else published
+    `published`: its tensors, in the names of the table `names`. `llm`: its language model, still
+    empty or not. `held`: our names of weights that `llm` or the tower have already, so that the
+    folder may lack them. `tokenizer`: None for the folder's. `settings`: of `build_vlm`. Raises
+    `CheckpointFormatError` naming what does not fit."""
     with refusing(str(folder)):
         state = names.read(published)
     language = names_in_vlm(llm)  # the part of `state` that is the language model's own

@@ -271,8 +271,8 @@ def load_release(
     return build_release(
         folder,
         VORA,
-        llm,
         state,
+        llm,
         front_end=front,
         template=template or 'chatml',
         # black borders, as in training; the released preprocessor file crops
