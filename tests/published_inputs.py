@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 from pillow_order import resize_as_pillow_13
 
-from vlmbench.data.image import ImageTransform, mean_color, to_rgb
+from vlmbench.data.image import ImageTransform, mean_color
+from vlmbench.data.picture import to_rgb
 
 
 def splice(

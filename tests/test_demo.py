@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlmbench.data.image import ImageError
+from vlmbench.data.picture import ImageError
 from vlmbench.data.overlay import MARKERS, PALETTE
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import asset_path

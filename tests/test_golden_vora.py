@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from vlmbench.data.image import ImageError, ImageTransform, native_size, pad_to_square
+from vlmbench.data.image import ImageTransform, native_size, pad_to_square
+from vlmbench.data.picture import ImageError
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.collate import truncate
 from vlmbench.data.template import IGNORE, Encoded, encode, get_template

@@ -22,18 +22,20 @@ from vlmbench.data.image import (
     CLIP_MEAN,
     CLIP_STD,
     NEXT_GRID,
-    ImageError,
     ImageTransform,
-    ImageWarning,
     any_aspect_size,
     best_grid,
     from_image_processor,
-    load_image,
     native_size,
     pad_to_square,
+    to_tensor,
+)
+from vlmbench.data.picture import (
+    ImageError,
+    ImageWarning,
+    load_image,
     resolve_path,
     to_rgb,
-    to_tensor,
     upright,
 )
 from vlmbench.data.record import ImageRef

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from vlmbench.data.image import ImageError, ImageTransform, load_image
+from vlmbench.data.image import ImageTransform
+from vlmbench.data.picture import ImageError, load_image
 from vlmbench.data.quarantine import BadRecord, Quarantine
 from vlmbench.data.record import read_llava, read_regions, read_vora
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmbench.data.image import load_image
+from vlmbench.data.picture import load_image
 from vlmbench.data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
 from vlmbench.data.sources import DataError
 from vlmbench.data.world import WorldSize, write_world

@@ -30,7 +30,8 @@ from transformers import (
 from transformers.pipelines.image_text_to_text import Chat
 
 import vlmbench.models.modeling as modeling
-from vlmbench.data.image import ImageError, ImageTransform, load_image
+from vlmbench.data.image import ImageTransform
+from vlmbench.data.picture import ImageError, load_image
 from vlmbench.data.packing import collate_packed, collate_padded
 from vlmbench.data.record import ImageRef, Sample, Turn
 from vlmbench.data.template import TEMPLATES, from_messages, get_template

@@ -14,21 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from vlmbench.checkpoints.names import (
-    CheckpointFormatError,
-    Names,
-    decoder_pairs,
-    own_tensors,
-    projector_pairs,
-)
+from .names import CheckpointFormatError, Names, decoder_pairs, projector_pairs
 from vlmbench.checkpoints.release import (
     build_release,
     empty_language_model,
@@ -96,7 +84,7 @@ def from_reference(
 
 def to_reference(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
     "The tensors of `model` under the original names; a tied head is left out."
-    return names_of(model.config.vision_config).write(own_tensors(model))
+    return names_of(model.config.vision_config).write(model)
 
 # %% ../../nbs/checkpoints/30_eve.ipynb #6f2caa00
 def term_from_reference(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) -> PatchAligner:
@@ -124,7 +112,7 @@ def term_from_reference(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any
 
 def term_to_reference(term: PatchAligner) -> dict[str, Tensor]:
     "The tensors of the aligner and its teacher under the original names."
-    return ALIGNER.write(own_tensors(term))
+    return ALIGNER.write(term)
 
 # %% ../../nbs/checkpoints/30_eve.ipynb #5e34b9fa
 _NAMED = re.compile(r'eve-patch(\d+)-anypixel-(\d+)')  # patch_stride and canvas in px
@@ -170,8 +158,7 @@ def release_settings(
         conv_stride=conv_stride,
         projector=config.get('mm_projector_type', 'linear'),
     )
-    given = [name for name in ('mean', 'std') if settings.get(f'image_{name}') is not None]
-    look = {name: tuple(settings[f'image_{name}']) for name in given}
+    look = {n: tuple(settings[f'image_{n}']) for n in ('mean', 'std') if settings.get(f'image_{n}')}
     return front, ImageTransform('any_aspect', side, patch=step, multiple=step, **look)
 
 # %% ../../nbs/checkpoints/30_eve.ipynb #979f853e
@@ -186,19 +173,16 @@ def load_release(
     `template`: None for that of the last stage ('vicuna_v1'; EVE-7B-Pretrain has 'llava_plain').
     `preprocessor`: a preprocessor file, else the one in the folder that `mm_vision_tower` names,
     else `release_settings` by name. Raises `CheckpointFormatError` naming what does not fit."""
-    folder, config = Path(folder), read_config(folder)
-    if config.get('model_type') != 'eve':
-        raise CheckpointFormatError(f"{folder}: model_type is not 'eve'")
+    config = read_config(folder, 'eve')
     beside = Path(str(config.get('mm_vision_tower') or '')) / 'preprocessor_config.json'
     where = preprocessor or (beside if beside.is_file() else None)
     front, transform = release_settings(config, None if where is None else read_json(where))
     return build_release(
         folder,
         names_of(front),
-        read_weights(folder),
+        read_weights(folder),  # first: a folder without any is refused before a model is drawn
         empty_language_model('llama', config, dtype),
         front_end=front,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
         template=template or 'vicuna_v1',
         transform=transform,
     )

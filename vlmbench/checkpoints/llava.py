@@ -8,7 +8,7 @@ __all__ = ['VIP_LLAVA', 'TRANSFORMERS', 'CLIP', 'names_of', 'from_reference', 't
            'to_transformers', 'save_transformers']
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #e10ce739
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,13 @@ from vlmbench.checkpoints.names import (
     below,
     decoder_pairs,
     few,
-    own_tensors,
     projector_pairs,
+    refusing,
 )
 from vlmbench.checkpoints.release import (
     build_release,
     empty_language_model,
+    filled_model,
     names_in_vlm,
     read_config,
     read_json,
@@ -120,15 +121,13 @@ def from_reference(
     text = {'model_type': 'llama', 'tie_word_embeddings': False, **spec['llm']}
     # transformers 5 keeps the base of the rotation in a field of its own
     text['rope_parameters'] = dict(rope_type='default', rope_theta=text.pop('rope_theta', 10000.0))
-    config = VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id)
-    model = VLMForConditionalGeneration(config).float().eval()
-    names_of(front).fill(model, state_dict)
-    return model
+    settings = dict(text_config=text, vision_config=front, image_token_id=image_token_id)
+    return filled_model(names_of(front), state_dict, **settings)
 
 
 def to_reference(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
     "The tensors of `model` under the names of the original repository."
-    return names_of(model.config.vision_config).write(own_tensors(model))
+    return names_of(model.config.vision_config).write(model)
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #1473bbdb
 def load_projector(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -201,13 +200,11 @@ def _load_tower(folder: Path, config: Mapping[str, Any], vision: str | Path | No
     "The tower of a release, from `vision` or from where `config` says, and where that is."
     named = str(config.get('mm_vision_tower') or '')
     where = vision or (CLIP if _fuses_layers(config) and not Path(named).is_dir() else named)
-    try:
+    with refusing(
+        f'{folder}: the CLIP tower {str(where)!r} cannot be loaded: name its folder (vision=, or '
+        'vlmbench convert --vision)'
+    ):
         return load_tower(where, torch.float32), Path(where)
-    except (OSError, ValueError) as e:
-        raise CheckpointFormatError(
-            f'{folder}: the CLIP tower {str(where)!r} cannot be loaded: name its folder (vision=, '
-            f'or vlmbench convert --vision). {e}'
-        ) from None
 
 
 def _check_untrained(folder: Path, config: Mapping[str, Any]) -> None:
@@ -222,13 +219,11 @@ def _check_untrained(folder: Path, config: Mapping[str, Any]) -> None:
 def _adapted(folder: Path, base: str | Path | None, dtype: torch.dtype) -> PreTrainedModel:
     "The language model of a LoRA release with its adapter folded in."
     base = base or read_json(folder / 'adapter_config.json').get('base_model_name_or_path')
-    try:
+    with refusing(
+        f'{folder}: its adapter belongs to {str(base)!r}, which cannot be loaded: name the folder '
+        'of that language model (base=, or vlmbench convert --base)'
+    ):
         llm = load_complete(AutoModelForCausalLM, base, dtype=dtype)
-    except (OSError, ValueError) as e:
-        raise CheckpointFormatError(
-            f'{folder}: its adapter belongs to {str(base)!r}, which cannot be loaded: name the '
-            f'folder of that language model (base=, or vlmbench convert --base). {e}'
-        ) from None
     adapted = get_peft_model(llm, PeftConfig.from_pretrained(str(folder)))
     factors = load_peft_weights(str(folder), 'cpu')
     # the factors that the configuration asks for, under the names that files have
@@ -275,13 +270,10 @@ def load_release(
     are replaced by those in the folder where there are any. `template`: None for that of training,
     see `template_of`. `base`: the language model of a LoRA release, instead of the one it names.
     Raises `CheckpointFormatError` naming what is missing or does not fit."""
-    folder, config = Path(folder), read_config(folder)
-    kind = config.get('model_type')
-    if kind not in _TEXT:
-        raise CheckpointFormatError(f'{folder}: model_type={kind!r} is none of {", ".join(_TEXT)}')
-    front = front_of(config)
+    folder, config = Path(folder), read_config(folder, *_TEXT)
+    front, text = front_of(config), _TEXT[config['model_type']]
     tower, where = _load_tower(folder, config, vision)
-    llm, published, held, tokenizer = _language_of(folder, _TEXT[kind], config, base, dtype)
+    llm, published, held, tokenizer = _language_of(folder, text, config, base, dtype)
     if not below(published, _TOWER):
         _check_untrained(folder, config)
         held += [f'model.vision.tower.{name}' for name in tower.state_dict()]
@@ -291,14 +283,22 @@ def load_release(
         published,
         llm,
         held,
+        tokenizer,
         vision=tower,
         front_end=front,
-        tokenizer=tokenizer,
         transform=_transform(config, where, tower.config.patch_size),
     )
     # last, so that a folder with missing weights and an unknown template is refused for the weights
-    set_template(processor, template or template_of(_TEXT[kind], tokenizer))
+    set_template(processor, template or template_of(text, tokenizer))
     return model, processor
+
+# %% ../../nbs/checkpoints/20_llava.ipynb #6f97c21d
+def _share(source: nn.Module, target: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    "Put the modules of `source` into `target`; `pairs` are their paths in both, ending in a dot."
+    held = {name for name, _ in source.named_modules()}
+    for path, new in pairs:
+        if path[:-1] in held:  # only ViP-LLaVA has a norm in its projector
+            target.set_submodule(new[:-1], source.get_submodule(path[:-1]))
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #e943267d
 def _front_of_transformers(config) -> dict:
@@ -340,11 +340,7 @@ def from_transformers(theirs: PreTrainedModel) -> VLMForConditionalGeneration:
                 tie_word_embeddings=config.tie_word_embeddings,
             )
         )
-    model.model.vision.tower = theirs.model.vision_tower
-    model.model.language_model, model.lm_head = theirs.model.language_model, theirs.lm_head
-    # assign: the very tensors, under our names
-    projector = below(TRANSFORMERS.read(theirs.state_dict()), 'model.vision.projector.')
-    model.model.vision.projector.load_state_dict(projector, assign=True)
+    _share(theirs, model, TRANSFORMERS.pairs)
     # this switch of transformers means that the last hidden state is not the normalised one
     model.model.vision.tower.config.tie_last_hidden_states = False
     model.generation_config = theirs.generation_config
@@ -431,8 +427,6 @@ def _their_config(config: VLMConfig) -> LlavaConfig | VipLlavaConfig:
 
 def _strategy(front: Mapping[str, Any]) -> str:
     "'full' where every token of the tower is used, else 'default', which drops the class token."
-    if front['projector_norm']:
-        return 'default'
     return 'full' if front['keep_cls'] or not num_prefix_tokens(front['backbone']) else 'default'
 
 
@@ -444,10 +438,7 @@ def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
     config = _their_config(model.config)
     with torch.device('meta'):  # a shell again: nothing is allocated or drawn
         theirs = AutoModelForImageTextToText.from_config(config)
-    theirs.model.vision_tower, theirs.lm_head = model.model.vision.tower, model.lm_head
-    theirs.model.language_model = model.model.language_model
-    projector = below(TRANSFORMERS.write(model.state_dict()), 'model.multi_modal_projector.')
-    theirs.model.multi_modal_projector.load_state_dict(projector, assign=True)
+    _share(model, theirs, [(ours, published) for published, ours in TRANSFORMERS.pairs])
     theirs.config.dtype, theirs.generation_config = model.dtype, model.generation_config
     return theirs.eval()
 

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from vlmbench.checkpoints.names import (
-    CheckpointFormatError,
-    Names,
-    few,
-    load_exactly,
-    own_tensors,
-)
+from .names import CheckpointFormatError, Names, few, load_exactly
 
 # %% ../../nbs/checkpoints/60_visual_region.ipynb #9d73c02e
 VISUAL_REGION = Names(
@@ -74,4 +68,4 @@ def from_reference(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) ->
 
 def to_reference(model: PreTrainedModel) -> dict[str, Tensor]:
     "The tensors of the language model under the original names; a tied head is left out."
-    return VISUAL_REGION.write(own_tensors(model))
+    return VISUAL_REGION.write(model)

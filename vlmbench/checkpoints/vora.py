@@ -18,30 +18,24 @@ from torch import Tensor
 from transformers import (
     Aimv2VisionConfig,
     Aimv2VisionModel,
-    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedModel,
     Qwen2Config,
 )
 
-from vlmbench.checkpoints.names import (
-    CheckpointFormatError,
-    Names,
-    decoder_pairs,
-    load_exactly,
-    own_tensors,
-)
+from .names import CheckpointFormatError, Names, decoder_pairs, refusing
 from vlmbench.checkpoints.release import (
     build_release,
     empty_language_model,
+    filled_model,
     names_in_vlm,
     read_config,
     read_weights,
 )
 from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
 from ..distill.blockwise import BlockwiseDistillation
-from ..models.modeling import VLMConfig, VLMForConditionalGeneration
+from ..models.modeling import VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vision_lora import LoRASettings
 
@@ -57,6 +51,33 @@ VORA = Names(
     ),
     ('aux_vision.*',),
 )
+
+# %% ../../nbs/checkpoints/40_vora.ipynb #2c94b327
+_POSITIONS, _FUSED = 'teacher.embeddings.position_embedding.weight', 'attention.qkv.'
+
+
+def _split(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors of a loss with AIMv2, fit for transformers' class."
+    out = {}
+    for name, tensor in state.items():
+        if name == _POSITIONS:
+            out[name] = tensor[0]  # [1, positions, width] there
+        elif _FUSED in name:
+            parts = [name.replace(_FUSED, f'attention.{part}_proj.') for part in 'qkv']
+            out |= zip(parts, tensor.chunk(3))
+        else:
+            out[name] = tensor
+    return out
+
+
+def _join(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The inverse of `_split`."
+    out = dict(state)
+    out[_POSITIONS] = out[_POSITIONS][None]
+    for name in [name for name in out if 'attention.q_proj.' in name]:
+        parts = [name.replace('q_proj', f'{part}_proj') for part in 'qkv']
+        out[name.replace('attention.q_proj.', _FUSED)] = torch.cat([out.pop(n) for n in parts])
+    return out
 
 # %% ../../nbs/checkpoints/40_vora.ipynb #815e27ae
 _HEADS, _TEACHER = ('aux_vision.aux_layer_{}.', 'heads.{}.'), 'aux_vision.aux_model.'
@@ -83,34 +104,9 @@ AIMV2 = Names(
         (f'{_BLOCK}mlp.fc3.', f'{_LAYER}ffn.up_proj.'),
         (f'{_TEACHER}trunk.post_trunk_norm.', 'teacher.rms_norm.'),
     ),
+    inward=_split,
+    outward=_join,
 )
-
-# %% ../../nbs/checkpoints/40_vora.ipynb #2c94b327
-_POSITIONS, _FUSED = 'teacher.embeddings.position_embedding.weight', 'attention.qkv.'
-
-
-def _aimv2_read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "The tensors of a loss with AIMv2, fit for transformers' class."
-    out = {}
-    for name, tensor in AIMV2.read(state).items():
-        if name == _POSITIONS:
-            out[name] = tensor[0]  # [1, positions, width] there
-        elif _FUSED in name:
-            parts = [name.replace(_FUSED, f'attention.{part}_proj.') for part in 'qkv']
-            out |= zip(parts, tensor.chunk(3))
-        else:
-            out[name] = tensor
-    return out
-
-
-def _aimv2_write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "The inverse of `_aimv2_read`."
-    out = dict(state)
-    out[_POSITIONS] = out[_POSITIONS][None]
-    for name in [name for name in out if 'attention.q_proj.' in name]:
-        parts = [name.replace('q_proj', f'{part}_proj') for part in 'qkv']
-        out[name.replace('attention.q_proj.', _FUSED)] = torch.cat([out.pop(n) for n in parts])
-    return AIMV2.write(out)
 
 # %% ../../nbs/checkpoints/40_vora.ipynb #8119ef03
 def lora_settings(
@@ -154,20 +150,19 @@ def from_reference(
         positions='reference',
         lora=lora_settings(spec['lora'], llm.num_hidden_layers, merged, 'zero').to_dict(),
     )
-    config = VLMConfig(
+    return filled_model(
+        VORA,
+        state_dict,
         text_config=llm,
         vision_config=front,
         image_token_id=spec.get('image_token_id', 0),
         bidirectional_images=mask == 'bidirectional',
     )
-    model = VLMForConditionalGeneration(config).float().eval()
-    VORA.fill(model, state_dict)
-    return model
 
 
 def to_reference(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
     "The tensors of `model` under the original names; a tied head is left out, as there."
-    return VORA.write(own_tensors(model))
+    return VORA.write(model)
 
 # %% ../../nbs/checkpoints/40_vora.ipynb #8529c296
 def _teacher(kind: str, spec: Mapping[str, Any]) -> PreTrainedModel:
@@ -196,16 +191,14 @@ def term_from_reference(
         positions='reference',
     )
     published = {n: t for n, t in state_dict.items() if n.startswith('aux_vision.')}
-    names = AIMV2 if kind == 'aimv2' else CLIP
-    state = _aimv2_read(published) if kind == 'aimv2' else CLIP.read(published)
-    load_exactly(term, state, names.kind, names=names)
+    (AIMV2 if kind == 'aimv2' else CLIP).fill(term, published)
     return term
 
 
 def term_to_reference(term: BlockwiseDistillation) -> dict[str, Tensor]:
     "Teacher and heads under the original names `aux_vision.*`."
     aimv2 = term.teacher.config.model_type == 'aimv2_vision_model'
-    return _aimv2_write(own_tensors(term)) if aimv2 else CLIP.write(own_tensors(term))
+    return (AIMV2 if aimv2 else CLIP).write(term)
 
 # %% ../../nbs/checkpoints/40_vora.ipynb #1649c376
 _EXTRA = re.compile(r'llm\.model\.layers\.(\d+)\.\w+\.(\w+)\.(lora_A\.weight|lora_B\.weight|bias)')
@@ -267,17 +260,13 @@ def load_release(
     """Model and processor of a released VoRA folder (safetensors or bin shards), merged or with its
     LoRA. `template`: None for that of training, 'chatml'. Raises `CheckpointFormatError` naming
     what does not fit."""
-    folder, config = Path(folder), read_config(folder)
-    if config.get('model_type') != 'vora':
-        raise CheckpointFormatError(f"{folder}: model_type is not 'vora'")
+    config = read_config(folder, 'vora')
     state, llm = read_weights(folder), empty_language_model('qwen2', config, dtype)
     plain = {VORA.theirs(name) for name in names_in_vlm(llm)}
     extra = {name: tensor for name, tensor in state.items() if name not in plain}
-    try:
+    with refusing(str(folder)):
         lora = release_lora(extra, config.get('lora'), llm.config.num_hidden_layers)
         front = release_front(state, llm.config.rms_norm_eps, lora)
-    except CheckpointFormatError as e:
-        raise CheckpointFormatError(f'{folder}: {e}') from None
     side, patch = front['image_size'], front['patch_size']
     return build_release(
         folder,
@@ -285,7 +274,6 @@ def load_release(
         state,
         llm,
         front_end=front,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
         template=template or 'chatml',
         # black borders, as in training; the released preprocessor file crops
         transform=ImageTransform('pad', side, CLIP_MEAN, CLIP_STD, patch, background=(0, 0, 0)),

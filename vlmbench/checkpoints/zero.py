@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .names import Names, decoder_pairs
+from .release import filled_model
 from ..methods.zero import FRONT_END
 from ..models.depth import build_surrogate
-from ..models.modeling import VLMConfig, VLMForConditionalGeneration
+from ..models.modeling import VLMForConditionalGeneration
 
 # %% ../../nbs/checkpoints/50_zero.ipynb #71355141
 ZERO = Names(
@@ -65,9 +66,8 @@ def from_reference(
     )
     no_tokens = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     text = dict(spec[family], model_type=kind, **no_tokens)
-    config = VLMConfig(text_config=text, vision_config=front, image_token_id=image_token_id)
-    model = VLMForConditionalGeneration(config).float().eval()
-    ZERO.fill(model, state_dict)
+    settings = dict(text_config=text, vision_config=front, image_token_id=image_token_id)
+    model = filled_model(ZERO, state_dict, **settings)
     return build_surrogate(model, spec[ranges], reference=reference).eval() if surrogate else model
 
 # %% ../../nbs/checkpoints/50_zero.ipynb #fb1d94ab

@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import metadata_load
 from .fingerprint import file_hash
 from .folders import FolderCounts, folder_problems, folder_table, missing_folders
-from .image import ImageError, load_image
+from .picture import ImageError, load_image
 from .quarantine import BadRecord
 from vlmbench.data.record import (
     ImageRef,

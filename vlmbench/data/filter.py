@@ -21,7 +21,7 @@ from PIL import Image
 
 from .clusters import cluster, embed_to_file, make_embedder, nearest_to_centres
 from .files import replacing, write_json
-from .image import ImageError, resolve_path
+from .picture import ImageError, resolve_path
 from .layouts import is_hub, open_rows
 from .progress import progress
 from .quarantine import BadRecord

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 from shapely import Polygon, unary_union
-from .image import upright
+from .picture import upright
 from .region import Region
 
 # %% ../../nbs/data/30_overlay.ipynb #6a63f36b

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from fastcore.basics import patch
 from .columns import system_column
-from .image import ImageError, load_image, resolve_path, upright
+from .picture import ImageError, load_image, resolve_path, upright
 from vlmbench.data.overlay import (
     ANCHOR,
     DATASET_KINDS,

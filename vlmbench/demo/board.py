@@ -22,7 +22,7 @@ from jinja2 import Environment
 from PIL import Image
 
 # %% ../../nbs/demo/20_board.ipynb #f046903d
-from ..data.image import ImageError, load_image
+from ..data.picture import ImageError, load_image
 from ..data.overlay import ANCHOR, MARKERS, PALETTE
 from vlmbench.demo.chat import (
     MAX_NUMBERS,

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 # %% ../../nbs/demo/00_chat.ipynb #021c9eef
-from ..data.image import MAX_PIXELS, load_image
+from ..data.picture import MAX_PIXELS, load_image
 from vlmbench.data.overlay import (
     MARKERS,
     PALETTE,

@@ -22,7 +22,7 @@ from PIL import Image
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 # %% ../../nbs/demo/10_serve.ipynb #1df15712
-from ..data.image import ImageError, load_image
+from ..data.picture import ImageError, load_image
 from .board import asset_text, board_js, board_settings, data_url
 from .chat import ChatError, ChatModel, example_questions
 from .visit import SIDES, Limits, Visit, note

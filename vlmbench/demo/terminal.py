@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
-from ..data.image import MAX_PIXELS, ImageError
+from ..data.picture import MAX_PIXELS, ImageError
 from ..data.overlay import PALETTE
 from vlmbench.demo.chat import (
     Chat,

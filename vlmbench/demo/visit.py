@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 # %% ../../nbs/demo/08_visit.ipynb #ba37b131
-from ..data.image import ImageError, load_image
+from ..data.picture import ImageError, load_image
 from ..data.record import ImageRef
 from .board import prompts_from_marks
 from .chat import Chat, ChatError, ChatModel, refer, unknown_words

@@ -20,9 +20,9 @@ from vlmbench.data.image import (
     ImageTransform,
     any_aspect_size,
     mean_color,
-    to_rgb,
     to_tensor,
 )
+from ..data.picture import to_rgb
 from .terms import LossTerm
 from ..models.patch import GridLayout
 from ..models.vision import num_prefix_tokens, patch_grid, tower_config

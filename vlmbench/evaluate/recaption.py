@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..checkpoints.load import load_vlm
 from ..data.columns import PICTURE_SUFFIXES
-from ..data.image import ImageError
+from ..data.picture import ImageError
 from ..data.progress import progress
 from ..data.record import ImageRef, Sample, Turn, write_llava
 from .generate import evaluate

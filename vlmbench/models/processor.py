@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image as _fetch_image
 
-from ..data.image import ImageError, ImageTransform, load_image
+from ..data.image import ImageTransform
+from ..data.picture import ImageError, load_image
 from ..data.record import Sample
 from ..data.template import IMAGE, ChatTemplate, Encoded, get_template
 from ..data.template import encode as _encode_turns
