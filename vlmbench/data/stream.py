@@ -144,11 +144,12 @@ def read_block(stream: ShardStream, block: int) -> list[Row]:
     if stream._reader is None or not start.block <= stream._next.block <= block:
         stream._reader, stream._next = _rows(stream, start), start
     while stream._next.block <= block:
-        at, rows = stream._next, []
+        at, rows, passes = stream._next, [], []
         try:
             while len(rows) < stream.order.block:
                 behind, row = next(stream._reader)
                 rows.append(row)
+                passes.append(behind.epoch)
         except StreamError:
             raise
         except Exception as e:  # whatever datasets, pyarrow or the network raise
@@ -163,7 +164,8 @@ def read_block(stream: ShardStream, block: int) -> list[Row]:
         stream.add_mark(stream._next)
         stream.new.append(stream._next)
     shuffle = np.random.default_rng([stream.seed, stream.number, block, 1])
-    drawn = [rows[i] for i in shuffle.permutation(len(rows))]
+    # within a pass: no row comes twice before all of its stream have come
+    drawn = [rows[i] for i in np.lexsort((shuffle.permutation(len(rows)), passes))]
     kept = [*stream._blocks, block][-_KEPT_BLOCKS:]
     stream._blocks = {k: v for k, v in (stream._blocks | {block: drawn}).items() if k in kept}
     return drawn
