@@ -199,6 +199,7 @@ def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> R
             allow_changed=settings['allow_changed'],
             parallel=settings['parallel'],
             offload=settings['offload'],
+            stream_buffer=settings['stream_buffer'],
             compile=settings['compile'],
         )
 

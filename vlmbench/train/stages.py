@@ -17,12 +17,14 @@ from ..data.files import write_json
 from ..data.mixture import Mixture
 from ..data.quarantine import Quarantine
 from ..data.sources import Place, check_data, check_regions, open_stage_data, picture_share
+from ..data.stream import STREAM_BUFFER
 from ..data.transform import Transform
 from ..distill.terms import LossTerm
 from ..models.vision import num_image_tokens
 from .guard import IMAGE_GROUPS
 from .loop import TrainResult, train
 from .recipe import Recipe, RecipeError, Stage
+from .run_data import check_stream
 from .scale import Scale
 
 # %% ../../nbs/train/25_stages.ipynb #d71f73cf
@@ -129,6 +131,7 @@ def check_stages(hooks: Hooks, state: RunState, folder: Place) -> None:
     recipe, ranks = state.recipe, world_size()
     for stage in recipe.stages:
         stage.over(ranks)
+        check_stream(stage)
     transform = hooks.transform(state)
     drawn = transform is not None and transform.shows_regions
     if not isinstance(folder, Mapping):
@@ -216,10 +219,12 @@ def train_stage(
     quarantine: Quarantine,
     roots: Sequence[str] = (),
     workers: int = 0,
+    stream_buffer: int = STREAM_BUFFER,
     **settings: Any,
 ) -> TrainResult:
     """Opens the data of `state.stage`, lets the method prepare model and loss terms, and trains.
-    `workers`: processes of this rank that read and encode rows ahead (0: a thread)."""
+    `workers`: processes of this rank that read and encode rows ahead (0: a thread);
+    `stream_buffer`: rows of a stream that are shuffled among each other."""
     stage = state.stage
     data = open_stage_data(
         folder,
@@ -230,6 +235,8 @@ def train_stage(
         stage.grouping,
         stage.step_rows,
         workers,
+        state.seed,
+        stream_buffer,
     )
     hooks.before_stage(state)
     hooks.terms(state)
