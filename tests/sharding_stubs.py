@@ -21,7 +21,7 @@ LANES = 4
 ROWS = dict(caption_train=12, vqa_train=16, text_train=12, region_train=12, vqa_test=2)
 METHODS = {
     'llava': {},
-    'llava_lora': dict(llm='lora'),
+    'vip_llava_lora': dict(llm='lora'),
     'vip_llava': {},
     'visual_region': {},
     'vora': {},
@@ -37,11 +37,16 @@ def scale_of(root, dtype='float32'):
 
 
 def short(recipe, steps):
-    "Every stage for `steps` steps of four micro-batches of a row."
+    "Every stage for `steps` steps of four micro-batches of a row, without dropout."
     # a gradient that is zero but for rounding must not become a step of full size
     bound = dict(steps=steps, budget_targets=None, eps=1e-5)
     bound |= dict(batch_rows=1, accumulation=LANES, global_rows=None)
-    return replace(recipe, stages=tuple(replace(s, **bound) for s in recipe.stages))
+    stages = []
+    for stage in recipe.stages:
+        # every rank draws numbers of its own
+        trains = {group: replace(tune, dropout=0.0) for group, tune in stage.trains.items()}
+        stages.append(replace(stage, trains=trains, **bound))
+    return replace(recipe, stages=tuple(stages))
 
 
 def two_tokens(report):
