@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
+import rank_server
 from mini_bases import write_bases
 from sharding_stubs import METHODS, ROWS, elastic_run, named_run, run_all
-from train_stubs import stubs_on_ranks
 from vlmbench.data.mixture import StatefulSampler
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
 from vlmbench.train.launch import LaunchError
@@ -20,7 +20,7 @@ LAYOUTS = {'ddp2': (2, 'ddp'), 'fsdp2': (2, 'fsdp'), 'fsdp4': (4, 'fsdp'), 'hsdp
 
 
 def on_ranks(function, folder, ranks, **kwargs):
-    stubs_on_ranks(f'sharding_stubs:{function}', folder, ranks, 400, **kwargs)
+    rank_server.on_ranks(f'sharding_stubs:{function}', folder, ranks, 400, **kwargs)
 
 
 @pytest.fixture(scope='module')
