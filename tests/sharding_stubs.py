@@ -215,9 +215,11 @@ def background_run(out, steps=6, fail_on=None, at_step=4, part='trees', **settin
 
 def named_run(root, out, parallel=None):
     """Zero through its three stages; rank 0 leaves what each stage trains and what its states hold
-    in `names.json`, with the tensors that were gathered while a state was written."""
+    in `names.json`, with the tensors that were gathered while a state was written; every rank
+    leaves in `grafts-RANK.json` the types of the parameters that each of its grafts has seen."""
     from torch.distributed.tensor import DTensor
 
+    from vlmbench.methods import zero
     from vlmbench.train import checkpoint
 
     torch.set_num_threads(1)
@@ -241,6 +243,13 @@ def named_run(root, out, parallel=None):
             )
         return path
 
+    grafts, graft = [], zero.graft_onto
+
+    def grafting(where, state):
+        grafts.append(sorted({type(p).__name__ for p in state.model.parameters()}))
+        return graft(where, state)
+
+    zero.graft_onto = grafting
     DTensor.full_tensor, loop.Trainer.save = counting, saving
     method = get_method('zero', dict(stages=['adapt', 'encoder', 'decoder']))
     scale = scale_of(root)
@@ -250,5 +259,8 @@ def named_run(root, out, parallel=None):
         state = method.start(recipe, scale, device='cpu')
         settings = dict(progress_seconds=None, parallel=parallel)
         run_stages(method, state, Path(root) / 'world', Path(out), **settings)
-    if int(os.environ.get('RANK', 0)) == 0:
+    zero.graft_onto, DTensor.full_tensor, loop.Trainer.save = graft, full, save
+    rank = int(os.environ.get('RANK', 0))
+    (Path(out) / f'grafts-{rank}.json').write_text(json.dumps(grafts))
+    if rank == 0:
         (Path(out) / 'names.json').write_text(json.dumps(stages))
