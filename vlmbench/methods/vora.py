@@ -345,5 +345,5 @@ def after_stage(self: VoRA, state: RunState) -> None:
     on)."""
     lora = state.model.config.vision_config['lora']
     if state.stage.name == 'pretrain' and lora and lora['tokens'] == 'all':
-        merge_vision_lora(state.model)
+        merge_vision_lora(state.model, state.share)
         state.processor.front_end = state.model.config.vision_config
