@@ -482,10 +482,12 @@ def serve_command(
     load_4bit: bool = False,
     load_8bit: bool = False,
     device_map: str | None = None,
+    api: int | None = None,
     wait: bool = True,
 ):
-    """What `vlmbench serve` does; returns the running page when `wait` is false. Raises
-    `ChatError`, `ImageError`, or `ImportError` naming the extra."""
+    """What `vlmbench serve` does; returns the running page when `wait` is false. `api`: the port of
+    an API for OpenAI's clients beside it, None for none. Raises `ChatError`, `ImageError`, or
+    `ImportError` naming the extra."""
     _gradio()
     uploads = tempfile.mkdtemp(prefix='vlmbench-serve-')
     atexit.register(shutil.rmtree, uploads, ignore_errors=True)
@@ -497,6 +499,12 @@ def serve_command(
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)
     print(f'{", ".join(models)} at {url}', flush=True)
+    if api is not None:
+        # imported here: fastapi comes with the extra `serve`, which this module must not need
+        from vlmbench.demo.api import serve_api
+
+        _, address = serve_api(models, host, api, limits.max_new_tokens)
+        print(f"OpenAI's clients at {address}", flush=True)
     if host not in ('127.0.0.1', 'localhost', '::1'):
         print(
             f'warning: bound to {host}: whoever reaches this machine can use the models, there is '

@@ -510,6 +510,10 @@ def serve(
     device_map: _DeviceMap = None,
     load_4bit: _Bits4 = False,
     load_8bit: _Bits8 = False,
+    api: Annotated[
+        bool, typer.Option('--api', help='Answer programs, too: /v1/chat/completions.')
+    ] = False,
+    api_port: Annotated[int, typer.Option(min=0, max=65535, help='Port of that API.')] = 8000,
 ) -> None:
     """Serve models in the browser: draw a marker, ask, compare two models side by side. Needs the
     extra `serve`."""
@@ -527,6 +531,7 @@ def serve(
         load_4bit,
         load_8bit,
         device_map,
+        api_port if api else None,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
