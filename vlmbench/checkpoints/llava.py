@@ -26,7 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaProcessor,
@@ -60,7 +59,7 @@ from ..methods.vip_llava import FEATURE_LAYERS
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vision import num_prefix_tokens
-from ..models.vlm import load_complete, load_tower
+from ..models.vlm import load_complete, load_tower, read_tokenizer
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #5a047eab
 _TOWER = 'model.vision_tower.vision_tower.vision_model.'
@@ -248,13 +247,13 @@ def _language_of(
     lack because the language model has them, and the tokenizer."""
     if not (folder / 'adapter_config.json').exists():
         llm = empty_language_model(kind, config, dtype)
-        return llm, read_weights(folder), [], AutoTokenizer.from_pretrained(folder)
+        return llm, read_weights(folder), [], read_tokenizer(folder)
     llm = _adapted(folder, base, dtype)
     trained = read_weights(folder / 'non_lora_trainables.bin')
     # peft's two levels around the model
     state = {name.removeprefix('base_model.model.'): t for name, t in trained.items()}
     words = folder if any(folder.glob('tokenizer*')) else llm.name_or_path
-    return llm, state, list(names_in_vlm(llm)), AutoTokenizer.from_pretrained(words)
+    return llm, state, list(names_in_vlm(llm)), read_tokenizer(words)
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #90a5b4c2
 def load_release(

@@ -20,7 +20,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -28,7 +27,7 @@ from .names import CheckpointFormatError, Names, load_exactly, refusing
 from ..data.template import get_template
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
-from ..models.vlm import build_vlm
+from ..models.vlm import build_vlm, read_tokenizer
 
 # %% ../../nbs/checkpoints/10_release.ipynb #221a1a39
 def read_config(folder: str | Path, *kinds: str) -> dict:
@@ -116,7 +115,7 @@ def build_release(
     own = {language[name]: tensor for name, tensor in state.items() if name in language}
     kept = [language[name] for name in held if name in language]
     load_exactly(llm, own, f'{folder}: language model', kept)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer or read_tokenizer(folder)
     model, processor = build_vlm(llm, tokenizer=tokenizer, **settings)
     # LoRA factors and extra biases that the front end put into the blocks are in the rest, too
     rest = {name: tensor for name, tensor in state.items() if name not in language}
