@@ -103,7 +103,13 @@ def test_settings_of_a_base_that_could_not_be_saved(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'name,notebook',
-    [('eve', 'evaluate'), ('eve', 'layers'), ('eve', 'prune'), ('vora', 'evaluate')],
+    [
+        ('eve', 'evaluate'),
+        ('eve', 'layers'),
+        ('eve', 'prune'),
+        ('vora', 'evaluate'),
+        ('vora', 'layers'),
+    ],
 )
 def test_notebooks_take_a_name_on_the_hub(name, notebook, tmp_path, hub):
     folder = released(tmp_path, name)
