@@ -308,8 +308,6 @@ def test_original_folders_load_everywhere_and_say_so(tmp_path):
     torch.testing.assert_close(answers(model, batch)[0], answers(ours, batch)[0], atol=1e-5, rtol=0)
     with pytest.warns(UserWarning), pytest.raises(LoadError, match='no template is known'):
         load_vlm(folder)
-    with pytest.raises(LoadError, match='loads without device_map.*vlmbench convert'):
-        load_vlm(folder, device_map='auto')
     with pytest.warns(UserWarning):
         chat = ChatModel.load(folder, 'cpu', template='world')
     assert (
@@ -378,12 +376,20 @@ def test_a_language_model_alone_is_refused_in_one_line(tmp_path):
         load_vlm(tmp_path)
 
 
-def test_several_gpus_do_not_keep_an_original_folder_from_loading(tmp_path, monkeypatch):
+def test_several_gpus_share_an_original_folder(tmp_path, monkeypatch):
     folder, *_ = published(tmp_path)
     monkeypatch.setattr('vlmbench.demo.chat.pick_device', lambda device: 'cpu')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    asked = {}
+
+    def load(where, device, template, **settings):
+        asked.update(settings)
+        return load_vlm(where, device, template)
+
+    monkeypatch.setattr('vlmbench.demo.chat.load_vlm', load)
     with pytest.warns(UserWarning, match='original layout'):
         ChatModel.load(folder, template='world')
+    assert asked['device_map'] == 'auto'
 
 
 @pytest.mark.parametrize(

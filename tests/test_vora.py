@@ -660,8 +660,6 @@ def test_a_released_folder_loads_and_answers(tmp_path, kind):
         ).logits
         marks.append(out[..., : len(tokenizer) - 1])
     close(*marks)
-    with pytest.raises(LoadError, match='loads without device_map'):
-        load_vlm(tmp_path, device_map='auto')
     (tmp_path / 'config.json').write_text(json.dumps(config | dict(num_hidden_layers=4)))
     with pytest.raises(LoadError, match='language model: missing'):
         load_vlm(tmp_path)

@@ -23,6 +23,7 @@ from vlmbench.checkpoints.release import (
     read_config,
     read_json,
     read_weights,
+    stored_dtype,
 )
 from ..data.image import ImageTransform
 from ..distill.align import PatchAligner, grid_ratio
@@ -165,23 +166,27 @@ def release_settings(
 def load_release(
     folder: str | Path,
     template: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = 'auto',
     preprocessor: str | Path | None = None,
+    **place: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a released EVE folder (safetensors or bin shards).
 
     `template`: None for that of the last stage ('vicuna_v1'; EVE-7B-Pretrain has 'llava_plain').
     `preprocessor`: a preprocessor file, else the one in the folder that `mm_vision_tower` names,
-    else `release_settings` by name. Raises `CheckpointFormatError` naming what does not fit."""
+    else `release_settings` by name. `dtype`: that of the weights as stored. `place`: as in
+    `build_release`. Raises `CheckpointFormatError` naming what does not fit."""
     config = read_config(folder, 'eve')
     beside = Path(str(config.get('mm_vision_tower') or '')) / 'preprocessor_config.json'
     where = preprocessor or (beside if beside.is_file() else None)
     front, transform = release_settings(config, None if where is None else read_json(where))
+    published = read_weights(folder)  # first: a folder without any needs no model
     return build_release(
         folder,
         names_of(front),
-        read_weights(folder),  # first: a folder without any is refused before a model is drawn
-        empty_language_model('llama', config, dtype),
+        published,
+        empty_language_model('llama', config, stored_dtype(published, dtype)),
+        place=place,
         front_end=front,
         template=template or 'vicuna_v1',
         transform=transform,

@@ -26,7 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaProcessor,
@@ -53,6 +52,7 @@ from vlmbench.checkpoints.release import (
     read_json,
     read_weights,
     set_template,
+    stored_dtype,
 )
 from ..data.image import ImageTransform, from_image_processor, mean_color
 from ..data.template import TEMPLATES
@@ -60,7 +60,7 @@ from ..methods.vip_llava import FEATURE_LAYERS
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vision import num_prefix_tokens
-from ..models.vlm import load_complete, load_tower
+from ..models.vlm import load_complete, load_tower, read_tokenizer
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #5a047eab
 _TOWER = 'model.vision_tower.vision_tower.vision_model.'
@@ -216,7 +216,7 @@ def _check_untrained(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #2ae9edd8
-def _adapted(folder: Path, base: str | Path | None, dtype: torch.dtype) -> PreTrainedModel:
+def _adapted(folder: Path, base: str | Path | None, dtype: torch.dtype | str) -> PreTrainedModel:
     "The language model of a LoRA release with its adapter folded in."
     base = base or read_json(folder / 'adapter_config.json').get('base_model_name_or_path')
     with refusing(
@@ -242,41 +242,46 @@ def _transform(config: Mapping[str, Any], where: Path, patch: int) -> ImageTrans
 
 
 def _language_of(
-    folder: Path, kind: str, config: Mapping[str, Any], base: str | Path | None, dtype: torch.dtype
-) -> tuple[PreTrainedModel, dict[str, Tensor], list[str], Any]:
-    """The language model of a release, the tensors of the folder, the names of those that it may
-    lack because the language model has them, and the tokenizer."""
+    folder: Path, kind: str, config: Mapping[str, Any], base: str | Path | None, dtype: Any
+) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, Tensor], Any]:
+    """The language model of a release, the tensors of the folder, those that it may lack because
+    the language model has them (our names), and the tokenizer."""
     if not (folder / 'adapter_config.json').exists():
-        llm = empty_language_model(kind, config, dtype)
-        return llm, read_weights(folder), [], AutoTokenizer.from_pretrained(folder)
+        published = read_weights(folder)
+        llm = empty_language_model(kind, config, stored_dtype(published, dtype))
+        return llm, published, {}, read_tokenizer(folder)
     llm = _adapted(folder, base, dtype)
     trained = read_weights(folder / 'non_lora_trainables.bin')
     # peft's two levels around the model
     state = {name.removeprefix('base_model.model.'): t for name, t in trained.items()}
     words = folder if any(folder.glob('tokenizer*')) else llm.name_or_path
-    return llm, state, list(names_in_vlm(llm)), AutoTokenizer.from_pretrained(words)
+    has = llm.state_dict()
+    held = {inside: has[name] for inside, name in names_in_vlm(llm).items()}
+    return llm, state, held, read_tokenizer(words)
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #90a5b4c2
 def load_release(
     folder: str | Path,
     vision: str | Path | None = None,
     template: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = 'auto',
     base: str | Path | None = None,
+    **place: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a LLaVA or ViP-LLaVA folder as the original repository wrote it.
 
     `vision`: folder or name of its CLIP tower (None: the one that the folder names), whose weights
     are replaced by those in the folder where there are any. `template`: None for that of training,
     see `template_of`. `base`: the language model of a LoRA release, instead of the one it names.
-    Raises `CheckpointFormatError` naming what is missing or does not fit."""
+    `dtype`: that of the weights as stored. `place`: as in `build_release`. Raises
+    `CheckpointFormatError` naming what is missing or does not fit."""
     folder, config = Path(folder), read_config(folder, *_TEXT)
     front, text = front_of(config), _TEXT[config['model_type']]
     tower, where = _load_tower(folder, config, vision)
     llm, published, held, tokenizer = _language_of(folder, text, config, base, dtype)
     if not below(published, _TOWER):
         _check_untrained(folder, config)
-        held += [f'model.vision.tower.{name}' for name in tower.state_dict()]
+        held |= {f'model.vision.tower.{name}': t for name, t in tower.state_dict().items()}
     model, processor = build_release(
         folder,
         names_of(front),
@@ -284,7 +289,8 @@ def load_release(
         llm,
         held,
         tokenizer,
-        vision=tower,
+        place,
+        vision=tower.to('meta'),
         front_end=front,
         transform=_transform(config, where, tower.config.patch_size),
     )
@@ -366,16 +372,17 @@ def load_published(
     folder: str | Path,
     vision: str | Path | None = None,
     template: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = 'auto',
     base: str | Path | None = None,
+    **place: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a published LLaVA or ViP-LLaVA folder, whichever layout it has.
     `template`: None for that of training, see `template_of`; `vision` and `base`: of an original
-    folder, see `load_release`. Raises `CheckpointFormatError`, or `ValueError` for a folder of
-    transformers' that lacks weights."""
+    folder, see `load_release`. `place`: settings of `from_pretrained`. Raises
+    `CheckpointFormatError`, or `ValueError` for a folder of transformers' that lacks weights."""
     if is_original(folder):
-        return load_release(folder, vision, template, dtype, base)
-    theirs = load_complete(AutoModelForImageTextToText, folder, dtype=dtype)
+        return load_release(folder, vision, template, dtype, base, **place)
+    theirs = load_complete(AutoModelForImageTextToText, folder, dtype=dtype, **place)
     return with_template(theirs, AutoProcessor.from_pretrained(folder, backend='pil'), template)
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #fc0751d8

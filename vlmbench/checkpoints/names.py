@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CheckpointFormatError', 'few', 'refusing', 'Names', 'decoder_pairs', 'projector_pairs', 'below', 'own_tensors',
-           'load_exactly']
+           'load_exactly', 'check_exactly']
 
 # %% ../../nbs/checkpoints/00_names.ipynb #ca79334f
 import re
@@ -155,6 +155,21 @@ def load_exactly(
     opens the message of a refusal, which calls tensors as `names` does (None: as `module` does) and
     ends in `advice`. Raises `CheckpointFormatError` for missing or unknown names, other shapes, and
     tied tensors that differ."""
+    check_exactly(module, state, what, already, names, advice)
+    # not strict, for `already` and tied names; what strict would find is refused above
+    module.load_state_dict(state, strict=False)
+    return list(state)
+
+# %% ../../nbs/checkpoints/00_names.ipynb #045d2fff
+def check_exactly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    what: str,
+    already: Collection[str] = (),
+    names: Names | None = None,
+    advice: str = 'give the weights and the configuration that belong together',
+) -> None:
+    "Refuse what `load_exactly` refuses, and copy nothing."
     first, have = _first_names(module), module.state_dict()
     for name in state:
         _check_tied(what, state, name, first.get(name, name))
@@ -172,9 +187,6 @@ def load_exactly(
         if name in have and tensor.shape != have[name].shape
     ]
     _refuse(what, missing, unknown, misshapen, advice)
-    # not strict, for `already` and tied names; what strict would find is refused above
-    module.load_state_dict(state, strict=False)
-    return list(state)
 
 # %% ../../nbs/checkpoints/00_names.ipynb #78b54210
 @patch

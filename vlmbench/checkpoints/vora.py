@@ -32,6 +32,7 @@ from vlmbench.checkpoints.release import (
     names_in_vlm,
     read_config,
     read_weights,
+    stored_dtype,
 )
 from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
 from ..distill.blockwise import BlockwiseDistillation
@@ -255,13 +256,17 @@ def release_front(state: Mapping[str, Tensor], eps: float, lora: LoRASettings | 
 
 # %% ../../nbs/checkpoints/40_vora.ipynb #3d5adb48
 def load_release(
-    folder: str | Path, template: str | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    template: str | None = None,
+    dtype: torch.dtype | str = 'auto',
+    **place: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a released VoRA folder (safetensors or bin shards), merged or with its
-    LoRA. `template`: None for that of training, 'chatml'. Raises `CheckpointFormatError` naming
-    what does not fit."""
+    LoRA. `template`: None for that of training, 'chatml'. `dtype`: that of the weights as stored.
+    `place`: as in `build_release`. Raises `CheckpointFormatError` naming what does not fit."""
     config = read_config(folder, 'vora')
-    state, llm = read_weights(folder), empty_language_model('qwen2', config, dtype)
+    state = read_weights(folder)
+    llm = empty_language_model('qwen2', config, stored_dtype(state, dtype))
     plain = {VORA.theirs(name) for name in names_in_vlm(llm)}
     extra = {name: tensor for name, tensor in state.items() if name not in plain}
     with refusing(str(folder)):
@@ -273,6 +278,7 @@ def load_release(
         VORA,
         state,
         llm,
+        place=place,
         front_end=front,
         template=template or 'chatml',
         # black borders, as in training; the released preprocessor file crops

@@ -41,7 +41,7 @@ from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
 from ..evaluate.prompts import prompt_inputs, stop_ids, written_stop
-from ..checkpoints.load import LoadError, load_vlm, takes_settings
+from ..checkpoints.load import LoadError, load_vlm
 from ..models.quantized import quantization_config
 from ..models.vlm import model_name
 
@@ -374,20 +374,21 @@ class ChatModel:
         device_map: str | dict | None = None,
         name: str | None = None,
         template: str = '',
+        **settings,
     ) -> 'ChatModel':
         """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how
         to spread it over GPUs ('auto', 'balanced', or module -> device); several CUDA devices with
-        `device='auto'` mean 'auto', where weights load in parts. Raises `ChatError`."""
+        `device='auto'` mean 'auto'. `settings`: more of `load_vlm` (`dtype`, `max_memory`,
+        `offload_folder`). Raises `ChatError`."""
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1
-            if device_map is None and several and takes_settings(folder):
+            if device_map is None and several:
                 device_map = 'auto'
             if device_map is None and bits is not None:
                 device_map = {'': place}
-            both = load_vlm(
-                folder, place, template, quantization_config=bits, device_map=device_map
-            )
+            settings |= dict(quantization_config=bits, device_map=device_map)
+            both = load_vlm(folder, place, template, **settings)
         except LoadError as e:
             raise ChatError(str(e)) from e
         return cls(*both, name or model_name(folder))

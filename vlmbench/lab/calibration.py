@@ -23,6 +23,7 @@ from transformers import (
 )
 
 # %% ../../nbs/lab/12_calibration.ipynb #37ed2c0f
+from ..checkpoints.load import converts, load_vlm
 from ..data.collate import collate_padded
 from ..data.record import Sample
 from ..data.template import to_messages
@@ -36,7 +37,8 @@ def load_any(
     dtype: str = 'auto',
     adapters: str | Path = '',
 ) -> tuple[nn.Module, Any]:
-    """`(model, processor or tokenizer)` of a local folder or Hub id, in evaluation mode. Raises
+    """`(model, processor or tokenizer)` of a local folder, of any layout, or Hub id, in evaluation
+    mode. Raises
     FileNotFoundError for a folder without a model, and ValueError for a model that is neither a
     causal language model nor a VLM or that lacks weights, which are named. `adapters`: a folder of
     LoRA weights that peft wrote, put on and not merged."""
@@ -45,6 +47,9 @@ def load_any(
             f'{folder} has no config.json: pass the folder that save_pretrained wrote, such as '
             '<run folder>/model'
         )
+    if Path(folder).is_dir() and converts(folder):
+        model, processor = load_vlm(folder, device, dtype=dtype)
+        return (_with_adapters(model, adapters).eval() if adapters else model), processor
     try:
         config = AutoConfig.from_pretrained(folder)
     except OSError as e:

@@ -19,6 +19,7 @@ import torch
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 # %% ../../nbs/lab/15_layers.ipynb #ff0ab208
@@ -142,6 +143,9 @@ def _weight_frames(model: nn.Module, base: Any, adapted: bool, left: list[str]) 
     "How far the weights went: the adapters' update norms, or the change against `base`."
     if adapted and base is not None:
         left.append('parameter change, put back to the base: adapters are not merged')
+    if adapted and not any(isinstance(m, LoraLayer) for m in model.modules()):
+        left.append('LoRA update: the factors are those of the vision front end (vlmbench export)')
+        return []
     if adapted:
         return [lora_update(model, base=base)]
     return [] if base is None else [parameter_change(model, base)]

@@ -9,7 +9,9 @@ __all__ = ['FAMILIES', 'Family', 'family_of', 'family_tokenizer']
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from .vlm import read_tokenizer
 
 # %% ../../nbs/models/24_families.ipynb #8e7d4cc4
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def family_of(template: str) -> Family | None:
 def family_tokenizer(family: Family, where: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the language model `where`, padding with the family's token. Raises
     `ValueError` for one that lacks the family's tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(where)
+    tokenizer = read_tokenizer(where)
     known = tokenizer.get_vocab()
     if lacking := [t for t in (family.placeholder, family.eot, family.pad) if t not in known]:
         raise ValueError(

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.load import load_vlm
+from ..checkpoints.load import is_foreign, load_vlm
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
 from ..evaluate.assess import ask_before, assess, load_tasks
@@ -159,8 +159,12 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
 
 
 def _trained_model(where: str, recipe: Recipe, scale: Scale) -> tuple:
-    "The model in folder `where` with its processor. Raises `RecipeError` for another front end."
-    model, processor = load_vlm(where, attn_implementation=recipe.attn_implementation)
+    """The model `where` with its processor; one that somebody else published comes with the dtype
+    and the template of `scale`. Raises `RecipeError` for another front end."""
+    settings = dict(attn_implementation=recipe.attn_implementation)
+    if is_foreign(where):
+        settings |= dict(dtype=scale.dtype, template=scale.template)
+    model, processor = load_vlm(where, **settings)
     if not isinstance(model, VLMForConditionalGeneration):
         raise RecipeError(
             f'model={where} is a {type(model).__name__}, which the stages do not train: give a '

@@ -16,7 +16,7 @@ import torch
 from ..analysis.ablation import answer_loss, drop_one
 from ..analysis.prune import calibration_batches, prune_outside
 from ..analysis.streams import scores
-from ..checkpoints.load import load_vlm
+from ..checkpoints.load import find_model, load_vlm
 from ..data.sources import open_samples, open_stage_data
 from ..evaluate.assess import assess, load_tasks
 from ..evaluate.generate import fingerprint, prompt_inputs
@@ -24,7 +24,6 @@ from ..lab.calibration import calibration, load_any
 from ..lab.layers import LayerScores, choose, figures, measure, write_layer_report
 from ..methods.visual_region import heal_stage
 from ..models.depth import depth_of, find_decoder, prune
-from ..models.vlm import model_folder
 from .jobs import Job
 from .trained import trained_run
 from ..train.checkpoint import export
@@ -207,7 +206,7 @@ def prune_job(
     trained = trained_run(settings['model'])
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
-            place = model_folder(settings['model'])
+            place = find_model(settings['model'])
             model = load_vlm(place, str(job.ranks.device))
             questions = load_tasks(data, settings['tasks'], settings['limit'])
         whole, processor = model
