@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'HALF', 'RESAMPLE', 'NEXT_GRID', 'MODES', 'to_tensor', 'squash', 'mean_color',
            'pad_to_square', 'crop', 'best_grid', 'tiles', 'any_aspect_size', 'any_aspect', 'equal_area_size',
-           'equal_area', 'native_size', 'native', 'ImageTransform', 'from_image_processor']
+           'equal_area', 'native_size', 'native', 'ImageTransform', 'from_image_processor', 'FORMATS', 'MAX_PIXELS',
+           'ImageError', 'ImageWarning', 'load_image', 'resolve_path', 'to_rgb', 'upright']
 
 # %% ../../nbs/data/20_image.ipynb #9997f75b
 import math
@@ -15,7 +16,28 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from .picture import MAX_PIXELS, ImageError, to_rgb, upright
+from vlmbench.data.picture import (
+    FORMATS,  # noqa: F401
+    MAX_PIXELS,
+    ImageError,
+    ImageWarning,  # noqa: F401
+    load_image,  # noqa: F401
+    resolve_path,  # noqa: F401
+    to_rgb,
+    upright,
+)
+
+# %% ../../nbs/data/20_image.ipynb #9b78d2a7
+_all_ = [
+    'FORMATS',
+    'MAX_PIXELS',
+    'ImageError',
+    'ImageWarning',
+    'load_image',
+    'resolve_path',
+    'to_rgb',
+    'upright',
+]
 
 # %% ../../nbs/data/20_image.ipynb #c8c5bd96
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

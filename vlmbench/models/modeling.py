@@ -218,6 +218,9 @@ class VLMModel(VLMPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config, dtype=dtype)
         if self.vision is not None:
             self.vision.adapt(self.language_model)
+            for part in self.vision.modules():  # a tower computes attention like the rest
+                if isinstance(part, PreTrainedModel):
+                    part.set_attn_implementation(config._attn_implementation)
         self.post_init()
 
     def get_input_embeddings(self):

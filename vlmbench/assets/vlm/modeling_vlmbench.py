@@ -1,1 +1,0 @@
-from vlmbench.models.vlm import VLMConfig, VLMForConditionalGeneration, VLMModel, VLMProcessor  # noqa: F401
