@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kind', 'Origin', 'origin_of', 'joined_bases', 'base_origin', 'data_origin', 'card_data', 'model_card', 'write_card',
-           'origin_line', 'licence_line', 'run_origin', 'with_scores']
+           'with_step', 'converted_origin', 'origin_line', 'licence_line', 'run_origin', 'with_scores']
 
 # %% ../../nbs/checkpoints/75_card.ipynb #b76ab503
 import os
@@ -314,6 +314,27 @@ def write_card(folder: str | Path, origin: Origin, name: str = '', kind: Kind = 
         file.write(str(model_card(origin, name, kind)))
     return folder / 'README.md'
 
+# %% ../../nbs/checkpoints/75_card.ipynb #5c0fed55
+def with_step(origin: Origin, sentence: str) -> Origin:
+    "`origin` after one more thing was done to the model, said in `sentence`."
+    return replace(origin, history=[*origin.history, sentence])
+
+
+def converted_origin(
+    where: str | Path, folder: str | Path, base: str | Path | None, vision: str | Path | None
+) -> Origin:
+    """The origin of the model `where`, whose files are in `folder`, after `vlmbench convert`.
+    `base`, `vision`: the language model of a LoRA release and the tower, where named by hand."""
+    parts = [origin_of(where, folder)]
+    if base is not None:
+        parts.insert(0, origin_of(base))
+    if vision is not None:
+        parts.append(origin_of(vision, part='vision tower'))
+    known = [one for one in parts if UNKNOWN not in one.licences]
+    source = next(one for one in parts if one.bases)
+    whole = replace(source, bases=joined_bases(*(known or parts)))
+    return with_step(whole, "written in transformers' layout by vlmbench convert")
+
 # %% ../../nbs/checkpoints/75_card.ipynb #9bf225db
 def origin_line(origin: Origin) -> str:
     "`base A, B: licence L, research use only`."
@@ -349,7 +370,9 @@ def run_origin(
         began = Origin(joined_bases(earlier, Origin(began.bases[1:])))
         name = os.path.basename(os.path.normpath(str(settings['model'])))
         history = [*earlier.history, f'started from the model {name}']
-    stages = [dict(stage, data=data[stage['name']]) for stage in trained]
+    # no more than this: a card leaves the machine, and folders of the machine do not
+    said = ('name', 'steps', 'targets')
+    stages = [{key: s[key] for key in said} | dict(data=data[s['name']]) for s in trained]
     now = data_origin(data.values(), folder)
     seen = {one['name'] for one in now}
     return Origin(

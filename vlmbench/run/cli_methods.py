@@ -105,7 +105,7 @@ def cited(name: str | None = None) -> str:
         raise ParameterError(str(e)) from None
     if name and entries[name] is None:
         raise ParameterError(
-            f'method {name!r} says no paper (class attribute citation): ask its authors what to cite'
+            f'method {name!r} says no paper (class attribute citation): ask its authors'
         )
     return '\n\n'.join(paper.bibtex() for paper in entries.values() if paper is not None)
 
