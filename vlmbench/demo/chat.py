@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'MAX_NUMBERS', 'DEVICES', 'EXAMPLES', 'VisualPrompt', 'to_marker', 'draw_prompts', 'parse_region',
-           'parse_color', 'ChatError', 'pick_device', 'quantization', 'ChatModel', 'Exchange', 'Chat', 'refer',
-           'example_questions', 'unknown_words', 'check_save', 'save_picture']
+           'parse_color', 'ChatError', 'pick_device', 'quantization', 'WordStreamer', 'until', 'GumbelSample',
+           'ChatModel', 'room', 'Exchange', 'Chat', 'refer', 'example_questions', 'unknown_words', 'check_save',
+           'save_picture']
 
 # %% ../../nbs/demo/00_chat.ipynb #aa86f44f
 import math, re, threading
@@ -296,7 +297,7 @@ def quantization(
     return quantization_config('4bit' if load_4bit else '8bit', half, skip)
 
 # %% ../../nbs/demo/00_chat.ipynb #8770d14f
-class _Streamer(TextIteratorStreamer):
+class WordStreamer(TextIteratorStreamer):
     "Text of new tokens as words complete; tokens that end an answer are not text."
 
     def __init__(self, tokenizer, stops):
@@ -312,7 +313,7 @@ class _Streamer(TextIteratorStreamer):
         super().put(value)
 
 
-def _until(streamer, stop):
+def until(streamer, stop):
     "The pieces up to `stop`, which may stand across several of them."
     held = ''
     for piece in streamer:
@@ -337,7 +338,7 @@ class _Halt(StoppingCriteria):
         )
 
 
-class _Sample(LogitsProcessor):
+class GumbelSample(LogitsProcessor):
     """Gumbel noise from a generator of its own: the arg-max is then a draw from softmax(scores /
     temperature)."""
 
@@ -399,7 +400,9 @@ class ChatModel:
         return self.model.get_input_embeddings().weight.device
 
 # %% ../../nbs/demo/00_chat.ipynb #e0fdab25
-def _room(model, n: int, wanted: int) -> int:
+def room(model, n: int, wanted: int) -> int:
+    """How many tokens the answer to a prompt of `n` may have, `wanted` at most. Raises
+    `ChatError` where the prompt alone is too long."""
     text = getattr(model.config, 'text_config', model.config)
     limit = getattr(text, 'max_position_embeddings', None)
     if limit is None:
@@ -423,8 +426,12 @@ def stream(
     """Pieces of the answer to `turns`, as they are generated; the generator returns 'stop', or
     'length' if the answer was cut. `temperature` 0 is greedy. Raises `ChatError` for a conversation
     that is too long."""
-    streamer, halt, failed = _Streamer(self.processor.tokenizer, self.stops), threading.Event(), []
-    extra = LogitsProcessorList([_Sample(temperature, seed)] if temperature else [])
+    streamer, halt, failed = (
+        WordStreamer(self.processor.tokenizer, self.stops),
+        threading.Event(),
+        [],
+    )
+    extra = LogitsProcessorList([GumbelSample(temperature, seed)] if temperature else [])
 
     def work():
         try:
@@ -437,8 +444,8 @@ def stream(
                 }
                 self.model.generate(
                     **inputs,
-                    max_new_tokens=_room(self.model, inputs['input_ids'].shape[1], max_new_tokens),
-                    do_sample=False,  # `_Sample` draws: the folder's top-k and top-p do not apply
+                    max_new_tokens=room(self.model, inputs['input_ids'].shape[1], max_new_tokens),
+                    do_sample=False,  # `GumbelSample` draws: no top-k, no top-p
                     num_beams=1,
                     eos_token_id=self.stops,
                     streamer=streamer,
@@ -455,7 +462,7 @@ def stream(
     worker.start()
     started = False
     try:
-        for piece in _until(streamer, self.written) if self.written else streamer:
+        for piece in until(streamer, self.written) if self.written else streamer:
             if not started:
                 piece = piece.lstrip()
             if piece:

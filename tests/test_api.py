@@ -1,0 +1,164 @@
+"""OpenAI's own client asks a served model: whole answers, streams, pictures with markers, refusals,
+and several questions at once, over a real socket."""
+
+import base64
+import io
+import threading
+import time
+import warnings
+
+import pytest
+
+import vlmbench
+from vlmbench.data.scene import WorldConfig, make_scene
+from vlmbench.data.world import asset_path, render
+from vlmbench.demo.api import serve_api
+
+
+openai = pytest.importorskip('openai')
+QUESTION = 'how many objects are there ?'
+
+
+@pytest.fixture(scope='module')
+def served():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = vlmbench.load(asset_path('vlm'), device='cpu')
+    server, address = serve_api(dict(tiny=model), port=0, max_new_tokens=8)
+    yield model, openai.OpenAI(base_url=address, api_key='none', max_retries=0)
+    server.should_exit = True
+
+
+def picture(number=7):
+    return render(make_scene(WorldConfig(), 'test', number))
+
+
+def messages(text, image=None):
+    content = [dict(type='text', text=text)]
+    if image is not None:
+        file = io.BytesIO()
+        image.save(file, 'PNG')
+        url = f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
+        content.insert(0, dict(type='image_url', image_url=dict(url=url)))
+    return [dict(role='user', content=content)]
+
+
+def ask(client, text, image=None, **settings):
+    return client.chat.completions.create(model='tiny', messages=messages(text, image), **settings)
+
+
+def test_a_whole_answer_is_the_models(served):
+    model, client = served
+    reply = ask(client, QUESTION, picture())
+    assert reply.choices[0].message.content == model.ask(picture(), QUESTION, max_new_tokens=8)
+    assert reply.choices[0].finish_reason == 'stop'
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    assert [card.id for card in client.models.list()] == ['tiny']
+
+
+def test_a_stream_says_the_same(served):
+    model, client = served
+    usage = dict(include_usage=True)
+    chunks = list(ask(client, QUESTION, picture(), stream=True, stream_options=usage))
+    pieces = [c.choices[0].delta.content or '' for c in chunks if c.choices]
+    assert ''.join(pieces).strip() == model.ask(picture(), QUESTION, max_new_tokens=8)
+    assert chunks[-1].usage.completion_tokens >= 1
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == 'stop'
+
+
+def test_markers_and_text_alone(served):
+    model, client = served
+    region, question = ['rectangle:2,2,40,40'], 'what is the object <region> ?'
+    marked = ask(client, question, picture(), extra_body=dict(regions=region))
+    wanted = model.ask(picture(), question, region, max_new_tokens=8)
+    assert marked.choices[0].message.content == wanted
+    assert ask(client, 'what is it ?').choices[0].message.content == model.ask(
+        None, 'what is it ?', max_new_tokens=8
+    )
+
+
+def test_a_cut_answer_says_so(served):
+    _, client = served
+    reply = ask(client, QUESTION, picture(), max_tokens=1)
+    assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (1, 'length')
+
+
+def test_questions_that_wait_are_answered_together(served):
+    model, client = served
+    alone = [model.ask(picture(n), QUESTION, max_new_tokens=8) for n in range(5)]
+    replies = {}
+
+    def read(number):
+        draw = dict(temperature=1.5, seed=3) if number == 4 else {}
+        replies[number] = ask(client, QUESTION, picture(number), **draw)
+
+    readers = [threading.Thread(target=read, args=[number]) for number in range(5)]
+    with model._lock:
+        for reader in readers:
+            reader.start()
+        time.sleep(1)  # all of them wait for the model now
+    for reader in readers:
+        reader.join()
+    greedy = [replies[n].choices[0].message.content for n in range(4)]
+    assert greedy == alone[:4]  # a drawn row beside them changes nothing
+    drawn = model.ask(picture(4), QUESTION, max_new_tokens=8, temperature=1.5, seed=3)
+    assert replies[4].choices[0].message.content == drawn
+
+
+def test_a_reader_who_leaves_frees_the_model(served):
+    model, client = served
+    stream = ask(client, QUESTION, picture(), stream=True)
+    next(iter(stream))
+    stream.close()
+    assert ask(client, QUESTION, picture()).choices[0].message.content
+    assert model._lock.acquire(timeout=5)
+    model._lock.release()
+
+
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (dict(top_p=0.5), 'top_p'),
+        (dict(n=2), 'n:'),
+        (dict(logprobs=True), 'logprobs is not supported here; known are'),
+        (dict(temperature=-0.5), 'temperature'),
+        (dict(extra_body=dict(regions=['rectangle:1,1,9,9'])), 'regions need a picture'),
+        (dict(model='other'), "model 'other' is not served; there are tiny"),
+        (dict(messages=[dict(role='tool', content='x', tool_call_id='1')]), 'messages.0.role'),
+        (dict(messages=[dict(role='assistant', content='x')]), "must be the user's"),
+        (dict(messages=messages('<image> what ?')), 'holds <image>'),
+        (
+            dict(
+                messages=[
+                    dict(
+                        role='user',
+                        content=[
+                            dict(type='image_url', image_url=dict(url='http://169.254.169.254/'))
+                        ],
+                    )
+                ]
+            ),
+            'fetches no addresses',
+        ),
+        (
+            dict(
+                messages=[
+                    dict(
+                        role='user',
+                        content=[
+                            dict(type='image_url', image_url=dict(url='data:image/png;base64,AAAA'))
+                        ],
+                    )
+                ]
+            ),
+            'not an image',
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(served, settings, said):
+    _, client = served
+    asked = dict(model='tiny', messages=messages('what is it ?')) | settings
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.chat.completions.create(**asked)
+    assert refused.value.status_code in (400, 404) and said in refused.value.message
+    assert ask(client, QUESTION, picture()).choices[0].message.content
