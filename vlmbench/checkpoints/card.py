@@ -7,7 +7,6 @@ __all__ = ['Kind', 'Origin', 'origin_of', 'joined_bases', 'base_origin', 'data_o
            'with_step', 'converted_origin', 'origin_line', 'licence_line', 'run_origin', 'with_scores']
 
 # %% ../../nbs/checkpoints/75_card.ipynb #b76ab503
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +34,7 @@ from ..data.files import replacing
 from ..data.layouts import hub_parts, is_hub
 from ..data.mixture import Mixture
 from ..data.sources import published_names
+from ..models.vlm import model_name
 
 # %% ../../nbs/checkpoints/75_card.ipynb #11ecddb4
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _stated(folder: Path, part: str) -> list[dict[str, Any]]:
     found = [base for name in named for base in _known(name, part)]
     found = found or _known(config.get('_name_or_path'), part)
     if not found and front.get('license') in LICENCES:
-        found = [dict(part=part, name=folder.name, licences=[front['license']])]
+        found = [dict(part=part, name=model_name(folder), licences=[front['license']])]
     return found + _known(config.get('mm_vision_tower'), 'vision tower')
 
 # %% ../../nbs/checkpoints/75_card.ipynb #de3e8857
@@ -119,7 +119,7 @@ def _of_folder(folder: Path, part: str) -> 'Origin':
         fields = {name: kept[name] for name in Origin.__dataclass_fields__ if name in kept}
         return Origin(**fields)
     resolved = folder.resolve()
-    unknown = dict(part=part, name=resolved.name, licences=[UNKNOWN.id])
+    unknown = dict(part=part, name=model_name(resolved), licences=[UNKNOWN.id])
     return Origin(_stated(resolved, part) or [unknown])
 
 
@@ -309,7 +309,7 @@ def write_card(folder: str | Path, origin: Origin, name: str = '', kind: Kind = 
     """Write README.md into the model folder `folder`; returns its path. `name`: what the model is
     called ('': as the folder, or as the run whose `model/` it is)."""
     folder = Path(folder).resolve()
-    name = name or (folder.parent.name if folder.name == 'model' else folder.name)
+    name = name or model_name(folder)
     with replacing(folder / 'README.md') as file:
         file.write(str(model_card(origin, name, kind)))
     return folder / 'README.md'
@@ -368,8 +368,7 @@ def run_origin(
         # a model goes on from another: that one's bases and data are in it, too
         earlier = origin_of(settings['model'])
         began = Origin(joined_bases(earlier, Origin(began.bases[1:])))
-        name = os.path.basename(os.path.normpath(str(settings['model'])))
-        history = [*earlier.history, f'started from the model {name}']
+        history = [*earlier.history, f'started from the model {model_name(settings["model"])}']
     # no more than this: a card leaves the machine, and folders of the machine do not
     said = ('name', 'steps', 'targets')
     stages = [{key: s[key] for key in said} | dict(data=data[s['name']]) for s in trained]
