@@ -68,9 +68,10 @@ def test_the_command_prints_all_or_one():
     assert unknown.exit_code != 0 and 'unknown recipe' in str(unknown.exception)
 
 
-def test_the_file_at_the_top_is_the_table():
+def test_the_files_at_the_top_are_the_table():
     text = (ROOT / 'CITATION.cff').read_text(encoding='utf8')
     assert text == citation_file(REFERENCES.values())
+    assert (ROOT / 'CITATION.bib').read_text(encoding='utf8') == f'{cited()}\n'
     listed = [ref['identifiers'][0]['value'] for ref in yaml.safe_load(text)['references']]
     assert listed == [f'arXiv:{REFERENCES[name].arxiv}' for name in REFERENCES]
 
