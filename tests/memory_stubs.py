@@ -19,6 +19,7 @@ from vlmbench.data.scene import world_tokenizer
 from vlmbench.methods.recipes import get_method
 from vlmbench.train import loop, sharding
 from vlmbench.train.checkpoint import export
+from vlmbench.train.prepare import TrainPlan
 from vlmbench.train.process import Ranks
 from vlmbench.train.stages import run_stages
 
@@ -46,7 +47,7 @@ def own_memory():
 
 def noting(said, owner, method, name):
     "Replace `method` of class `owner` by one that notes its largest peak as `said[name]`."
-    call = vars(owner)[method]
+    call = getattr(owner, method)
 
     def noted(self, *given):
         with Peak() as peak:
@@ -100,18 +101,20 @@ def note_drawn(said):
     loop.Trainer.begin = noted
 
 
-def memory_run(root, out, variant=(), dtype='float32', **settings):
-    """LLaVA's stages on the large model, two steps each. Each rank leaves in `memory-RANK.json` the
-    peaks while it was built, cut, trained, put together and exported, and a hash of the weights
-    that it then has."""
+def memory_run(root, out, name='llava', variant=(), dtype='float32', **settings):
+    """All stages of a method on the large model, two steps each. Each rank leaves in
+    `memory-RANK.json` the peaks while it was built, cut, trained, put together, merged and
+    exported, what it has for itself behind the last stage, and a hash of the weights."""
     torch.set_num_threads(1)
-    method = get_method('llava', dict(variant))
+    method = get_method(name, dict(variant))
     scale = scale_of(root, dtype)
     recipe = short(method.recipe(scale), 2)
     ranks, said = Ranks('cpu'), {}
     note_drawn(said)
     noting(said, loop.Trainer, 'set_up', 'shard')
     noting(said, sharding.Sharded, 'close', 'put together')
+    noting(said, TrainPlan, 'merge', 'merge')
+    noting(said, type(method), 'after_stage', 'merge')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with Peak() as peak:
@@ -120,7 +123,7 @@ def memory_run(root, out, variant=(), dtype='float32', **settings):
         with Peak() as peak:
             settings = dict(progress_seconds=None) | settings
             ended = run_stages(method, state, Path(root) / 'world', Path(out), **settings)
-        said['train'] = peak.bytes
+        said['train'], said['kept'] = peak.bytes, own_memory() - peak.began
         with Peak() as peak:
             if ranks.rank == 0:
                 export(ended.model, ended.processor, Path(out) / 'model')

@@ -21,7 +21,7 @@ LANES = 4
 ROWS = dict(caption_train=12, vqa_train=16, text_train=12, region_train=12, vqa_test=2)
 METHODS = {
     'llava': {},
-    'llava_lora': dict(llm='lora'),
+    'vip_llava_lora': dict(llm='lora'),
     'vip_llava': {},
     'visual_region': {},
     'vora': {},
@@ -37,11 +37,16 @@ def scale_of(root, dtype='float32'):
 
 
 def short(recipe, steps):
-    "Every stage for `steps` steps of four micro-batches of a row."
+    "Every stage for `steps` steps of four micro-batches of a row, without dropout."
     # a gradient that is zero but for rounding must not become a step of full size
     bound = dict(steps=steps, budget_targets=None, eps=1e-5)
     bound |= dict(batch_rows=1, accumulation=LANES, global_rows=None)
-    return replace(recipe, stages=tuple(replace(s, **bound) for s in recipe.stages))
+    stages = []
+    for stage in recipe.stages:
+        # every rank draws numbers of its own
+        trains = {group: replace(tune, dropout=0.0) for group, tune in stage.trains.items()}
+        stages.append(replace(stage, trains=trains, **bound))
+    return replace(recipe, stages=tuple(stages))
 
 
 def two_tokens(report):
@@ -210,9 +215,11 @@ def background_run(out, steps=6, fail_on=None, at_step=4, part='trees', **settin
 
 def named_run(root, out, parallel=None):
     """Zero through its three stages; rank 0 leaves what each stage trains and what its states hold
-    in `names.json`, with the tensors that were gathered while a state was written."""
+    in `names.json`, with the tensors that were gathered while a state was written; every rank
+    leaves in `grafts-RANK.json` the types of the parameters that each of its grafts has seen."""
     from torch.distributed.tensor import DTensor
 
+    from vlmbench.methods import zero
     from vlmbench.train import checkpoint
 
     torch.set_num_threads(1)
@@ -236,6 +243,13 @@ def named_run(root, out, parallel=None):
             )
         return path
 
+    grafts, graft = [], zero.graft_onto
+
+    def grafting(where, state):
+        grafts.append(sorted({type(p).__name__ for p in state.model.parameters()}))
+        return graft(where, state)
+
+    zero.graft_onto = grafting
     DTensor.full_tensor, loop.Trainer.save = counting, saving
     method = get_method('zero', dict(stages=['adapt', 'encoder', 'decoder']))
     scale = scale_of(root)
@@ -245,5 +259,8 @@ def named_run(root, out, parallel=None):
         state = method.start(recipe, scale, device='cpu')
         settings = dict(progress_seconds=None, parallel=parallel)
         run_stages(method, state, Path(root) / 'world', Path(out), **settings)
-    if int(os.environ.get('RANK', 0)) == 0:
+    zero.graft_onto, DTensor.full_tensor, loop.Trainer.save = graft, full, save
+    rank = int(os.environ.get('RANK', 0))
+    (Path(out) / f'grafts-{rank}.json').write_text(json.dumps(grafts))
+    if rank == 0:
         (Path(out) / 'names.json').write_text(json.dumps(stages))

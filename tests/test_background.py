@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rank_server import on_ranks
 from sharding_stubs import background_run
 from test_resume import assert_same_state
-from train_stubs import StopAfter, packed_loader, run, stubs_on_ranks
+from train_stubs import StopAfter, packed_loader, run
 from vlmbench.train import checkpoint
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
 from vlmbench.train.loop import Callback, Preempted
@@ -144,7 +145,7 @@ def test_kill_9_while_a_state_is_on_its_way(tmp_path):
 def on_two_ranks(folder, **kwargs):
     folder.mkdir()
     out = str(folder / 'run')
-    stubs_on_ranks('sharding_stubs:background_run', folder, 2, 200, out=out, **kwargs)
+    on_ranks('sharding_stubs:background_run', folder, 2, 200, out=out, **kwargs)
     return folder / 'run'
 
 

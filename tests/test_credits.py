@@ -14,7 +14,8 @@ from vlmbench.methods.base import Method
 from vlmbench.methods.credits import CREDITS, REFERENCES, Reference, citation_file
 from vlmbench.methods.recipes import BUILT_IN, METHODS, method_class
 from vlmbench.run.cli import app
-from vlmbench.run.cli_methods import cited, method_page
+from vlmbench.run.cli_cite import cited
+from vlmbench.run.cli_text import method_page
 from vlmbench.run.parameters import ParameterError
 
 ROOT = Path(__file__).resolve().parent.parent

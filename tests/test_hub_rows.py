@@ -108,7 +108,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=reason):
             open_samples(tmp_path, name)
-    with pytest.raises(DataError, match='stages.instruct.data=hub:'):
+    with pytest.raises(DataError, match='only a run that trains reads rows by the name'):
         prepare_data(NAME)
 
 
@@ -128,3 +128,18 @@ def test_a_run_trains_on_it(cache, tmp_path):
     assert stage['data'] == NAME
     metrics = (tmp_path / 'run' / 'stages' / 'align' / 'metrics.jsonl').read_text().splitlines()
     assert json.loads(metrics[-1])['step'] >= 1
+
+
+def test_the_commit_of_a_data_set_is_read_in_the_cache(cache):
+    from vlmbench.run.revisions import data_revision, revisions
+
+    (version,) = (cache / 'Hon-Wong___vo_ra-recap-8_m' / 'default').iterdir()
+    (prepared,) = [path for path in version.iterdir() if path.is_dir()]
+    assert data_revision(NAME) is None  # the test's copy was made from files, not from a commit
+    commit = '12ab' * 10
+    prepared.rename(prepared.with_name(commit))
+    try:
+        assert data_revision(f'stream:{NAME}') == commit
+        assert revisions(data=[f'{NAME}*3+talk'])['data'] == {NAME: commit}
+    finally:
+        prepared.with_name(commit).rename(prepared)

@@ -1,5 +1,5 @@
 """No rank of a sharded model has the whole of it as memory of its own, not while it is loaded and
-cut, and not when it is put together. (A merge of LoRA still makes the merged matrices on each.)"""
+cut, not when it is put together, and not when LoRA is merged."""
 
 import json
 import shutil
@@ -54,12 +54,24 @@ def test_a_rank_has_its_share_and_one_unit(large, tmp_path):
         assert said['build'] < UNIT
         assert said['shard'] < size / 4 + UNIT
         assert said['put together'] < 2 * UNIT
+        assert said['merge'] < UNIT and said['kept'] < size / 2
         assert said['weights'] == four[0]['weights'] and not said['left']
     exported = load_file(tmp_path / 'four' / 'model' / 'model.safetensors')
     expected = load_file(tmp_path / 'one' / 'model' / 'model.safetensors')
     assert exported.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (exported[name] - tensor).norm() <= 1e-5 * tensor.norm().clamp(min=1e-2), name
+
+
+def test_what_is_merged_and_trained_whole_stays_in_files(large, tmp_path):
+    "VoRA on two ranks: LoRA in all blocks is merged, then everything trains."
+    root, size = large
+    settings = dict(name='vora', variant=dict(distill='none', layers=8, r=8))
+    first, second = run(root, tmp_path / 'two', 2, parallel='fsdp', **settings)
+    assert UNIT / 8 < first['merge'] < UNIT and second['merge'] < UNIT / 8
+    for said in (first, second):
+        assert said['put together'] < 2 * UNIT
+        assert said['kept'] < size / 2
 
 
 def test_a_folder_without_all_weights_is_refused(large, tmp_path):

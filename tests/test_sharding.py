@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
+import rank_server
 from mini_bases import write_bases
 from sharding_stubs import METHODS, ROWS, elastic_run, named_run, run_all
-from train_stubs import stubs_on_ranks
 from vlmbench.data.mixture import StatefulSampler
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
 from vlmbench.train.launch import LaunchError
@@ -20,7 +20,7 @@ LAYOUTS = {'ddp2': (2, 'ddp'), 'fsdp2': (2, 'fsdp'), 'fsdp4': (4, 'fsdp'), 'hsdp
 
 
 def on_ranks(function, folder, ranks, **kwargs):
-    stubs_on_ranks(f'sharding_stubs:{function}', folder, ranks, 400, **kwargs)
+    rank_server.on_ranks(f'sharding_stubs:{function}', folder, ranks, 400, **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -181,11 +181,15 @@ def test_lanes_go_on_exactly_on_other_ranks(bases, one, tmp_path, ranks, paralle
 
 def test_states_hold_what_trains_and_nothing_else(bases, tmp_path):
     """Zero on a surrogate and after the graft: the shards have the names that one process stores,
-    without the head that is tied to a trained embedding, and nothing is gathered to write them."""
+    without the head that is tied to a trained embedding, and nothing is gathered to write them.
+    Each rank grafts once, and what it grafts is whole."""
     alone, shards = tmp_path / 'alone', tmp_path / 'shards'
     named_run(str(bases), str(alone))
     shards.mkdir()
     on_ranks('named_run', shards, 2, root=str(bases), out=str(shards), parallel='fsdp')
+    for rank in range(2):
+        grafts = json.loads((shards / f'grafts-{rank}.json').read_text())
+        assert grafts == [['Parameter']]
     one, two = (json.loads((out / 'names.json').read_text()) for out in (alone, shards))
     assert list(two) == ['adapt', 'encoder', 'decoder']
     for name, stage in two.items():

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import test_runs
@@ -327,6 +328,56 @@ def test_two_nodes_train_as_one_process(desk, bases):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm().clamp(min=1e-2), name
+
+
+def train_words(given: dict) -> list[str]:
+    "Parameters of a training as words of the command line."
+    return [f'{k}={",".join(v) if isinstance(v, list) else v}' for k, v in given.items()]
+
+
+@pytest.fixture(scope='module')
+def deep_bases(tmp_path_factory):
+    "As `bases`, with blocks enough for a surrogate."
+    root = tmp_path_factory.mktemp('deep-bases')
+    write_bases(root, 4, caption_train=12, vqa_train=12, text_train=8)
+    facts = dict(llm=str(root / 'llm'), vision=str(root / 'vit'), image_size=64)
+    facts |= dict(name='mini', template='world', like='tiny')
+    (root / 'mini.json').write_text(json.dumps(facts))
+    return root
+
+
+def test_a_preempted_graft_over_two_nodes_ends_as_one_process(desk, deep_bases):
+    """Zero in shards on two nodes loses both inside stage encoder, is queued again, and goes on
+    through the graft: what a job ends with that nobody stopped, bit for bit, and what one process
+    ends with."""
+    given = test_runs.params(deep_bases, evaluate=False, budget=0.04, blind=False)
+    given |= dict(recipe='zero')
+    given['overrides'] = []
+    for stage in ('adapt', 'encoder'):
+        sizes = ('batch_rows=1', 'accumulation=2', 'max_tokens=256', 'eps=1e-5')
+        given['overrides'] += [f'stages.{stage}.{size}' for size in sizes]
+    words = [*train_words(given), 'gpus=1', 'parallel=fsdp', '--nodes', '2', '--cpus', '1']
+    (job,), (folder,), _ = desk.submit('train', *words)
+    metrics = folder / 'stages' / 'encoder' / 'metrics.jsonl'
+    wait_for(lambda: metrics.exists() and metrics.read_text().count('loss') > 3, 200, 'encoder')
+    urgent = ('--nodes', '2', '--exclusive', '--wrap', 'sleep 1')
+    place = ('--parsable', '--chdir', str(desk.folder), '--partition', 'high')
+    desk.cluster.call('sbatch', *place, *urgent)
+    assert desk.ended(job, 240) == 'COMPLETED', log(folder)
+    manifest = Manifest(folder).read()
+    assert [a['status'] for a in manifest['attempts']] == ['preempted'], log(folder)
+    (again,), (_,), _ = desk.submit('train', *words, 'out=whole')
+    here = {k: ','.join(v) if isinstance(v, list) else str(v) for k, v in given.items()}
+    assert run_notebook('train', here, desk.folder / 'one', progress=False) == 0
+    assert desk.ended(again, 240) == 'COMPLETED', log(desk.folder / 'whole')
+    ours, whole, one = (
+        load_file(f / 'model' / 'model.safetensors')
+        for f in (folder, desk.folder / 'whole', desk.folder / 'one')
+    )
+    assert ours.keys() == whole.keys() == one.keys()
+    for name, tensor in one.items():
+        assert torch.equal(ours[name], whole[name]), name
+        assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm().clamp(min=2e-2), name
 
 
 ARMS = ('vip_llava', 'none')

@@ -146,7 +146,7 @@ def test_names_both_ways():
 
 def test_published_settings():
     pre, tune = VoRA().recipe(PAPER_SCALE).stages
-    assert (pre.lr, pre.schedule, pre.global_rows, round(pre.warmup_ratio * pre.steps)) == (
+    assert (pre.lr, pre.schedule, pre.global_rows, round(pre.warmup_ratio * 143_359)) == (
         2e-4,
         'constant',
         256,
@@ -165,12 +165,17 @@ def test_published_settings():
         (4, 32),
         (2, 16),
     ]
-    assert (pre.steps * pre.global_rows, pre.data) == (
+    assert (pre.steps_in(36_700_000) * pre.global_rows, pre.data) == (
         143_359 * 256,
         'VoRA-Recap-29M*29+VoRA-Recap-GLDv2-1.4M*1.4+VoRA-TextQA-Mixed*6.3',
     )  # 30.4M and 6.3M
     few = VoRA(data='I8M').recipe(PAPER_SCALE).stage('pretrain')
-    assert (few.steps, few.data, few.global_rows, round(few.warmup_ratio * few.steps)) == (
+    assert (
+        few.steps_in(8_000_000),
+        few.data,
+        few.global_rows,
+        round(few.warmup_ratio * 31_250),
+    ) == (
         31_250,
         'VoRA-Recap-8M',
         256,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .planner import Data, inference, plan, si
-from .renting import MFU, find_gpu
+from .renting import MFU, find_gpu, hours as full_hours, padded_hours
 from ..methods.recipes import find_scale, parse_variant
 
 # %% ../../nbs/cost/30_published.ipynb #be447b4a
@@ -161,10 +161,14 @@ def published_times(recipe: str, scale: str, variant: Sequence[str] = ()) -> lis
     return found
 
 
-def planned_hours(known: PublishedTime, stages: pd.DataFrame, mfu: float = MFU) -> float:
-    "Hours that a plan says for the stages and on the GPUs of `known`."
+def planned_hours(
+    known: PublishedTime, stages: pd.DataFrame, mfu: float = MFU, padded: bool = False
+) -> float:
+    """Hours that a plan says for the stages and on the GPUs of `known`. `padded`: with the padding
+    of rows of unlike length."""
     ours = stages[stages.stage.isin(known.stages)] if known.stages else stages
-    return ours.total.sum() / (known.ranks * find_gpu(known.gpu).flops * mfu) / 3600
+    count = padded_hours if padded else full_hours
+    return count(ours, find_gpu(known.gpu), known.ranks, mfu).sum()
 
 
 def published_lines(
@@ -178,7 +182,8 @@ def published_lines(
         lines.append(
             f'published, {of}: {known.gpu_hours:,.4g} GPU-hours ({known.hours:g} h on '
             f'{known.ranks} x {known.gpu}{"; " * bool(known.note)}{known.note}), planned there '
-            f'{ours * known.ranks:,.4g} ({ours:.3g} h): {ours / known.hours:.2f} of it'
+            f'{ours * known.ranks:,.4g} ({ours:.3g} h): {ours / known.hours:.2f} of it, '
+            f'{planned_hours(known, stages, mfu, padded=True) / known.hours:.2f} with padding'
         )
     return lines
 
@@ -195,5 +200,7 @@ def times_table(texts: Sequence[int] = (100, 300)) -> pd.DataFrame:
             if which not in plans:
                 plans[which] = plan(*which[:3], data=Data(text_tokens=text), ranks=8)
             row[f'planned h, text {text}'] = round(planned_hours(known, plans[which]), 1)
+            padded = planned_hours(known, plans[which], padded=True)
+            row[f'with padding, text {text}'] = round(padded, 1)
         rows.append(row)
     return pd.DataFrame(rows)

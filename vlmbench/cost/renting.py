@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'SPELLINGS', 'LAYOUTS', 'USABLE', 'MFU', 'GPU', 'find_gpu', 'shard_ranks', 'rank_memory', 'micro_batches',
-           'layouts_on', 'fitting', 'smallest', 'hours', 'useful', 'time_limit', 'renting', 'by_stage']
+           'layouts_on', 'fitting', 'smallest', 'hours', 'padded_hours', 'useful', 'time_limit', 'renting', 'by_stage']
 
 # %% ../../nbs/cost/40_renting.ipynb #9d6e8286
 import math
@@ -168,6 +168,11 @@ def hours(stages: pd.DataFrame, gpu: GPU, ranks: int, mfu: float = MFU) -> pd.Se
     return stages.total / (ranks * gpu.flops * mfu) / 3600
 
 
+def padded_hours(stages: pd.DataFrame, gpu: GPU, ranks: int, mfu: float = MFU) -> pd.Series:
+    "`hours` with the positions that padding takes in rows of unlike length."
+    return hours(stages, gpu, ranks, mfu) / stages.fill
+
+
 def useful(stages: pd.DataFrame) -> float:
     "Share of a plan's FLOPs that is not recomputed."
     once = stages.forward + stages.inputs + stages.weights
@@ -204,6 +209,7 @@ def renting(
         f'{ranks} x {peak}',
         _share_line(mfu, useful(stages)),
         f'{took:.3g} hours ({took / 24:.2g} days): {parts}',
+        _padding_line(stages, padded_hours(stages, found, ranks, mfu).sum()),
         f'{took * ranks:,.4g} GPU-hours; ' + _price_line(took * ranks, price),
         f'time limit to ask for: {time_limit(took)}',
         '',
@@ -228,6 +234,11 @@ def _share_line(mfu: float, once: float) -> str:
     if once == 1:
         return f'{said}; nothing is recomputed'
     return f'{said}, recomputation counted; not counted, it is {mfu * once:.0%}'
+
+
+def _padding_line(stages: pd.DataFrame, took: float) -> str:
+    filled = ', '.join(f'{name} {fill:.0%}' for name, fill in zip(stages.stage, stages.fill))
+    return f'{took:.3g} hours with padding, where rows of unlike length fill {filled}'
 
 
 def _price_line(gpu_hours: float, price: float | None) -> str:

@@ -17,6 +17,7 @@ from .collate import _n_tokens, _round_up, collate_packed, collate_padded, trunc
 from .mixture import StatefulSampler
 from .quarantine import Quarantine
 from .shape import full_rows
+from .stream import StreamedSamples, add_marks, new_marks, stream_marks
 from .template import Encoded
 from .workers import Workers
 
@@ -232,7 +233,8 @@ class BatchLoader:
         # where the loader stands: the next draw, and [draw, tokens] of the documents that wait
         self._at, self._start = (sampler.position, []), sampler.position
         self._turn, self._ended = 0, False
-        if quarantine is not None and not quarantine.n_seen:
+        self.streamed = isinstance(samples, StreamedSamples)  # its rows are seen when drawn
+        if quarantine is not None and not quarantine.n_seen and not self.streamed:
             quarantine.seen(len(samples))  # unless its readers did
 
     @property
@@ -295,8 +297,8 @@ def _documents(
                 return
 
     if crew is not None:
-        for k, doc, events, notes in crew.map(numbered()):
-            self._replay(notes)
+        for k, doc, events, notes, marks in crew.map(numbered()):
+            self._replay(notes, marks)
             yield k, doc, events
         return
     if not self.prefetch or self.workers == 1:
@@ -319,7 +321,7 @@ def _documents(
 # %% ../../nbs/data/50_packing.ipynb #a9e5fad1
 @patch
 def _document_with_notes(self: BatchLoader, draw: tuple[int, int]) -> tuple:
-    "In a worker process: draw number, document, events and the notes that were made on the way."
+    "In a worker process: draw number, document, events, and the notes and marks made on the way."
     notes: list = []
 
     def note(self, what, n=1, row=None):
@@ -327,12 +329,14 @@ def _document_with_notes(self: BatchLoader, draw: tuple[int, int]) -> tuple:
 
     Quarantine.note = note  # in this process alone
     doc, events = self._document(*draw)
-    return draw[0], doc, events, notes
+    return draw[0], doc, events, notes, new_marks(self.samples) if self.streamed else []
 
 
 @patch
-def _replay(self: BatchLoader, notes: list) -> None:
-    "Count the notes of a worker process where its readers would have counted them."
+def _replay(self: BatchLoader, notes: list, marks: list) -> None:
+    "Count the notes of a worker process where its readers would have; keep its stream's marks."
+    if marks:
+        add_marks(self.samples, marks)
     place = self.quarantine
     if place is None:
         place = getattr(self.samples, 'quarantine', None)
@@ -500,6 +504,8 @@ def _count(self: BatchLoader, batch: dict, events: list):
     n_cut = len(events) - len(bad)
     if n_cut:
         self.quarantine.note('truncated to max_tokens', n_cut)
+    if self.streamed:
+        self.quarantine.seen(n + len(bad))
     self.quarantine.drawn(n + len(bad), [(i, name, reason) for _, i, name, reason in bad])
 
 # %% ../../nbs/data/50_packing.ipynb #28657bd2
@@ -528,8 +534,10 @@ def _settings(self: BatchLoader) -> dict:
 def state_dict(self: BatchLoader) -> dict:
     "The state behind the last batch taken: a few hundred numbers, JSON serialisable"
     position, waiting = self._at
+    first = min(self.sampler.draw(k) for k in [position, *(draw for draw, _ in waiting)])
     return dict(
         settings=self._settings(),
+        stream=stream_marks(self.samples, first) if self.streamed else None,
         sampler=dict(self.sampler.state_dict(), position=position),
         waiting=[list(w) for w in waiting],
         counts=dict(self.counts),
@@ -548,6 +556,8 @@ def load_state_dict(self: BatchLoader, state: dict):
     ]
     if wrong:
         raise ValueError(f'the loader state belongs to other batches: {", ".join(wrong)}')
+    if self.streamed:
+        add_marks(self.samples, list(state['stream'].items()))
     self.sampler.load_state_dict(state['sampler'])
     self._turn += 1  # a running iteration must not go on
     self._at = (self.sampler.position, [list(w) for w in state['waiting']])

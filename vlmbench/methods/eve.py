@@ -46,11 +46,11 @@ _SMALL = dict(
     finetune=(2e-5, 0.01, 8),
     finetune_hd=(2e-5, 0.01, 8),
 )
-# published: data, steps and samples of a step over all ranks; the last stage, at twice the canvas,
+# published: data, epochs and samples of a step over all ranks; the last stage, at twice the canvas,
 # holds 4,096 tokens of text beside the largest picture
 _STEPS = dict(
-    prealign=dict(data='EVE-cap33M', steps=31_250, global_rows=512),
-    pretrain=dict(data='EVE-cap33M', steps=64_453, global_rows=512),
+    prealign=dict(data='EVE-cap33M', epochs=16 / 33, drop_last=True, global_rows=512),
+    pretrain=dict(data='EVE-cap33M', epochs=1.0, drop_last=True, global_rows=512),
     finetune=dict(data='llava_v1_5_mix665k', steps=5_196, global_rows=128, grouping='modality'),
     finetune_hd=dict(
         data='eve_instruct_mix1.8m',
@@ -152,7 +152,7 @@ def settings_at(self: EVE, scale: Scale) -> dict[str, Any]:
 # %% ../../nbs/methods/20_eve.ipynb #00aa8ae5
 @patch
 def stage(self: EVE, name: str, trains: dict[str, Tune], scale: Scale, budget: int) -> Stage:
-    """One stage: its own rate and warm-up, the published data and steps or a share of the control's
+    """One stage: its own rate and warm-up, the published data and bound or a share of the control's
     budget."""
     settings = self.settings_at(scale)
     rate, warm_up, rows = settings[name]

@@ -76,7 +76,7 @@ class _Waiting:
     "Trainings whose jobs are in Slurm's hands, and what is known of those that have ended."
 
     def __init__(self, runs: Sequence[BenchRun], say: Callable[[str], None]):
-        self.left, self.say, self.failed = list(runs), say, []
+        self.left, self.say, self.failed = list(runs), say, {}
         self.gone: dict[Path, float] = {}  # when a job was first missing from the queue
 
     def look(self, now: float) -> None:
@@ -97,7 +97,8 @@ class _Waiting:
         self.left.remove(run)
         if reason:
             log = run.folder / 'output.log'
-            self.failed.append(f'{run.folder} (job {job_of(run.folder)}, {reason}); see {log}')
+            told = f'{run.folder} (job {job_of(run.folder)}, {reason}); see {log}'
+            self.failed[run.folder] = told
         how = f'FAILED, {reason}' if reason else 'done'
         self.say(f'{run.method} seed {run.seed}: {how}; {len(self.left)} to go')
 
@@ -108,12 +109,12 @@ def run_arm_jobs(
     check: Callable[[], None] | None = None,
     say: Callable[[str], None] = print,
     every: float = 5.0,
-) -> list[str]:
-    """Trains `runs` as Slurm jobs and waits for all; returns which failed, and why. `check` is
+) -> dict[Path, str]:
+    """Trains `runs` as Slurm jobs and waits for all; returns what failed, by folder. `check` is
     called every `every` seconds and ends the waiting when it raises, not the jobs. Raises as
     `submit_arms`."""
     if not runs:
-        return []
+        return {}
     begun = submit_arms(runs, sbatch)
     numbers = sorted({(job_of(run.folder) or '').partition('_')[0] for run in runs})
     say(f'{len(begun)} submitted, {len(runs) - len(begun)} in the queue already')

@@ -107,6 +107,7 @@ def train_job(
         shown = dict(parameters=sizes, device=str(job.ranks.device), announced=announced)
         questions, before = _questions(settings, data), {}
         if questions:
+            state.model.to(job.ranks.device)
             with job.phase('before'):
                 ask = dict(batch_size=settings['batch_size'], ranks=job.ranks)
                 before = ask_before(
@@ -125,6 +126,7 @@ def train_job(
             stages=_stages(trained),
         )
         if questions:
+            trained.model.to(job.ranks.device)  # where it was in shards it is on the CPU
             shown |= _assess(
                 job,
                 (trained.model, trained.processor),
@@ -150,7 +152,8 @@ def asked_tasks(folder: str | Path, tasks: Sequence[str]) -> list[str]:
 
 # %% ../../nbs/run/15_jobs.ipynb #e3a65b2f
 def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
-    "The untrained model on its device, and what was announced about it."
+    """The untrained model, and what was announced about it. It moves to the device where it is
+    asked or trained: in shards no rank has it whole."""
     with job.phase('build'), warnings.catch_warnings(record=True) as announced:
         warnings.simplefilter('always')
         if settings['model']:
@@ -158,7 +161,6 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
             state.model, state.processor = _trained_model(settings['model'], recipe, scale)
         else:
             state = method.start(recipe, scale, settings['seed'], settings['device'])
-        state.model.to(job.ranks.device)
     return state, [str(warning.message) for warning in announced]
 
 
@@ -205,6 +207,7 @@ def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> R
             allow_changed=settings['allow_changed'],
             parallel=settings['parallel'],
             offload=settings['offload'],
+            stream_buffer=settings['stream_buffer'],
             compile=settings['compile'],
         )
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ParameterError', 'Parameter', 'read_parameters', 'notebook_parameters', 'load_notebook', 'check_parameters',
-           'parse_assignments', 'parameter_help']
+           'parse_assignments', 'parameter_help', 'read_parameter_file', 'given_parameters']
 
 # %% ../../nbs/run/02_parameters.ipynb #eb6e2fec
 import ast, difflib, io, json, tokenize
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import click
+import yaml
 
 from ..options import OptionType, check_value, read_type
 
@@ -179,3 +180,40 @@ def parameter_help(declared: Mapping[str, Parameter]) -> str:
         padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
         lines.append('  '.join([*padded, text]).rstrip())
     return '\n'.join(lines)
+
+# %% ../../nbs/run/02_parameters.ipynb #528c365a
+def read_parameter_file(path: str | Path) -> dict[str, Any]:
+    """The parameters in a YAML file, by name. Raises `ParameterError` for a file that cannot be
+    read, is no mapping of names, or has a name twice."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding='utf8')
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        reason = ' '.join(str(e).split())
+        raise ParameterError(f'{path}: no parameters can be read there: {reason}') from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ParameterError(f'{path}: write one `name: value` a line; it holds {text[:60]!r}')
+    names = [key.value for key, _ in tree.value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ParameterError(f'{path}: {", ".join(twice)} stands there twice')
+    return values
+
+# %% ../../nbs/run/02_parameters.ipynb #9b57571f
+def given_parameters(
+    words: Sequence[str], files: Sequence[str | Path] = (), say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The parameters in `files` and in the `words` of a command line, which win; `say` is told of
+    each that another replaced. Raises `ParameterError`."""
+    found: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    sources = [(str(path), read_parameter_file(path)) for path in files]
+    for source, values in [*sources, ('the command line', parse_assignments(words))]:
+        for name, value in values.items():
+            if name in found:
+                say(f'note: {name}={value} of {source} replaces {found[name]!r} of {origin[name]}')
+            found[name], origin[name] = value, source
+    return found

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..data.mixture import StatefulSampler
 from ..data.packing import BatchLoader
+from ..data.stream import add_marks
 from .checkpoint import CheckpointError
 
 # %% ../../nbs/train/18_elastic.ipynb #9aa218eb
@@ -135,6 +136,9 @@ def redeal(loader: Any, states: Sequence[Mapping[str, Any]], rank: int, ranks: i
     bad = _joined([of_rank[0]['quarantine'] for of_rank in saved])
     for number, one in enumerate(own, rank * len(own)):
         _check_order(one, lanes[0])
+        if one.streamed:
+            for lane in lanes:
+                add_marks(one.samples, list(lane['stream'].items()))
         first = bad if number == 0 else None  # rank 0 goes on with it
         if len(lanes) == len(own) * ranks:
             take_up(one, dict(lanes[number], quarantine=first))

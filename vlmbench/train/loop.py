@@ -140,9 +140,10 @@ def run(self: Trainer) -> TrainResult:
             self.layout.close(self.out_dir)
             raise
         # a merge needs its updates as they trained
-        self.layout.close(self.out_dir, None if self.stage.merge else self.stored)
+        wide = self.plan.factors if self.stage.merge else ()
+        self.layout.close(self.out_dir, self.stored, wide)
     if self.stage.merge:
-        self.plan.merge()
+        self.plan.merge(self.layout.share(self.out_dir))
     store_precision(self.model, self.stored)
     return self.summary()
 

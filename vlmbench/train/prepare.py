@@ -7,8 +7,9 @@ __all__ = ['GroupPlan', 'layer_index', 'lora_modules', 'merge_lora', 'TrainPlan'
 
 # %% ../../nbs/train/05_prepare.ipynb #98f49e08
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..models.vision_lora import ToMake, made_here
 from .recipe import Stage, Tune, block_ranges, nearest_hint, need
 
 # %% ../../nbs/train/05_prepare.ipynb #15675c3e
@@ -108,15 +110,27 @@ def _inject(model, group, tune, modules, seed, at):
     )
 
 # %% ../../nbs/train/05_prepare.ipynb #24aba0d2
-def merge_lora(model: nn.Module) -> int:
+def merge_lora(
+    model: nn.Module, share: Callable[[ToMake], Iterable[tuple[str, torch.Tensor]]] = made_here
+) -> int:
     """Fold every LoRA update into its base weight and restore the plain modules in place; returns
-    how many modules were merged."""
+    how many modules were merged. `share`: how the merged weights are made and handed on
+    (`made_here`)."""
     found = lora_modules(model)
-    for name, m in found.items():
-        m.merge(safe_merge=not m.get_base_layer().weight.is_meta)
+    items = ((n, m.get_base_layer().weight, partial(_merged, m)) for n, m in found.items())
+    for name, weight in share(items):
+        base = found[name].get_base_layer()
+        if weight is not base.weight:  # another process has made it
+            base.weight.data = weight
         parent, _, last = name.rpartition('.')
-        setattr(model.get_submodule(parent), last, m.get_base_layer())
+        setattr(model.get_submodule(parent), last, base)
     return len(found)
+
+
+def _merged(module: LoraLayer) -> torch.Tensor:
+    base = module.get_base_layer()
+    module.merge(safe_merge=not base.weight.is_meta)
+    return base.weight
 
 # %% ../../nbs/train/05_prepare.ipynb #9d80d1c5
 @dataclass
@@ -171,9 +185,14 @@ class TrainPlan:
         df.insert(5, 'share', df.trainable / df.parameters.clip(lower=1))
         return df
 
-    def merge(self) -> int:
+    @property
+    def factors(self) -> list[str]:
+        "Names of the trained parameters that a merge adds to others."
+        return [n for g in self.groups if g.tune.how == 'lora' for n in g.trained]
+
+    def merge(self, share: Callable[[ToMake], Iterable] = made_here) -> int:
         "Fold LoRA into the base (`merge_lora`); the plan then trains nothing."
-        n = merge_lora(self.model)
+        n = merge_lora(self.model, share)
         for g in self.groups:
             g.trained = {}
         for p in self.model.parameters():

@@ -8,8 +8,8 @@ __all__ = ['PARALLEL', 'LAYOUTS', 'Parallel', 'Step', 'Single', 'compile_blocks'
            'Sharded', 'lay_out']
 
 # %% ../../nbs/train/12_sharding.ipynb #8bbcf8f6
-import copy, os, warnings
-from collections.abc import Iterator, Mapping, Sequence
+import copy, gc, os, warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -30,10 +30,11 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.vision import FrontEnd, blocks_of
+from ..models.vision_lora import ToMake, made_here
 from ..models.vlm import decoder_layers
 from .forward import Forward
 from .guard import Search, bad_weight, diagnose, is_bad
-from .mapped import in_files, through_files
+from .mapped import in_files, made_once, through_files
 from .precision import HALF
 from .prepare import TrainPlan
 from .process import Ranks
@@ -163,11 +164,18 @@ class Single:
         loss_of = partial(_loss_of, self.compute.losses, counts)
         return diagnose(self.plan, micro, loss_of, self.ranks.rank)
 
-    def close(self, folder: Path | None = None, dtype: torch.dtype | None = None) -> None:
+    def close(
+        self, folder: Path, dtype: torch.dtype | None = None, wide: Collection[str] = ()
+    ) -> None:
         """Hand the model back as it came, with what it has learnt. `folder`: one that all ranks see
-        and through which they may share it; `dtype`: precision to put it together in."""
+        and through which they share it; `dtype`: precision to put it together in, but for the
+        tensors named in `wide`."""
         if self.parallel.compile:
             undo_compile(self.model)
+
+    def share(self, folder: Path) -> Callable[[ToMake], Iterable[tuple[str, torch.Tensor]]]:
+        "How new tensors of whole size are made behind a stage (`made_here`)."
+        return made_here
 
 
 def _loss_of(losses, counts, batch):
@@ -230,9 +238,9 @@ class Replicated(Single):
                 parts = parts + torch.stack([loss.detach().float(), *losses])
         return parts
 
-    def close(self, folder=None, dtype=None) -> None:
+    def close(self, folder, dtype=None, wide=()) -> None:
         self.step = None
-        super().close()
+        super().close(folder)
 
 
 def _add_up(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -527,26 +535,27 @@ def _search_gradient(self: Sharded, micro, counts, owner: int, number: int) -> l
 
 # %% ../../nbs/train/12_sharding.ipynb #1204626a
 @patch
-def close(self: Sharded, folder: Path | None = None, dtype: torch.dtype | None = None) -> None:
-    place = torch.device('cpu') if self.parallel.offload else self.ranks.device
+def close(
+    self: Sharded, folder: Path, dtype: torch.dtype | None = None, wide: Collection[str] = ()
+) -> None:
     parameters = dict(self.original.named_parameters())
     for parameter in parameters.values():
         parameter.grad = None
-    whole = self._gather(parameters, dtype)
-    if place.type == 'cpu' and folder is not None:
-        whole = through_files(whole, folder, self.ranks)
-    for name, tensor in whole:
-        # to "cpu:0" even a tensor of the CPU would be copied
-        stays = tensor.device.type == place.type
-        parameters[name].data = tensor if stays else tensor.to(place)
+    gathered = self._gather(parameters, dtype, {f'model.{name}' for name in wide})
+    for name, tensor in through_files(gathered, folder, self.ranks):
+        parameters[name].data = tensor
     self.step, self.blank = None, None
     (self.plan, self.heads), self.compute = self.given, self.original.compute
     self.model = self.compute.model
+    gc.collect()  # the modules of a sharded copy hold one another, and so their shards
 
 
 @patch
 def _gather(
-    self: Sharded, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None
+    self: Sharded,
+    parameters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype | None,
+    wide: Collection[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     "What has been emptied among `parameters`, whole on every rank for as long as it is looked at."
     shards = dict(self.step.named_parameters(remove_duplicate=False))
@@ -554,8 +563,13 @@ def _gather(
         if id(parameter) in self.in_files or not hasattr(shards[name], 'full_tensor'):
             continue
         whole = shards[name].detach().to(self.ranks.device).full_tensor()
-        narrow = dtype in HALF and whole.dtype == torch.float32
+        narrow = dtype in HALF and whole.dtype == torch.float32 and name not in wide
         yield name, whole.to(dtype) if narrow else whole
+
+
+@patch
+def share(self: Sharded, folder: Path) -> Callable[[ToMake], Iterable[tuple[str, torch.Tensor]]]:
+    return partial(made_once, folder=folder, ranks=self.ranks)
 
 
 LAYOUTS = dict(single=Single, ddp=Replicated, fsdp=Sharded, hsdp=Sharded)

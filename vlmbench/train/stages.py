@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RunState', 'Hooks', 'BareRecipe', 'check_pictures', 'check_stages', 'world_size', 'RunResult', 'run_stages',
-           'forget_terms', 'train_stage', 'stage_processor']
+           'sharing', 'forget_terms', 'train_stage', 'stage_processor']
 
 # %% ../../nbs/train/25_stages.ipynb #4a7923b5
 import copy, itertools, os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +18,19 @@ from ..data.files import write_json
 from ..data.mixture import Mixture
 from ..data.quarantine import Quarantine
 from ..data.sources import Place, check_data, check_regions, open_stage_data, picture_share
+from ..data.stream import STREAM_BUFFER
 from ..data.transform import Transform
 from ..distill.terms import LossTerm
 from ..models.vision import num_image_tokens
+from ..models.vision_lora import made_here
 from .guard import IMAGE_GROUPS
 from .loop import TrainResult, train
+from .mapped import made_once
+from .process import Ranks
 from .recipe import Recipe, RecipeError, Stage
+from .run_data import check_stream
 from .scale import Scale
+from .sharding import LAYOUTS, Parallel
 
 # %% ../../nbs/train/25_stages.ipynb #d71f73cf
 @dataclass
@@ -34,7 +41,8 @@ class RunState:
     default. `model`, `processor`: what trains now, or what answers at the end. `stage`: the one
     that is about to train, or has just trained. `terms`: loss terms made so far, by name; a stage
     takes those that it declares. `weightless`: a planner asks: the model lies on the meta device,
-    and what a hook adds must lie there, too."""
+    and what a hook adds must lie there, too. `share`: how new tensors of whole size are made, so
+    that ranks that had a model in shards do not each have them in memory (`made_here`)."""
 
     recipe: Recipe | None = None
     scale: Scale | None = None
@@ -45,6 +53,7 @@ class RunState:
     stage: Stage | None = None
     terms: dict[str, LossTerm] = field(default_factory=dict)
     weightless: bool = False
+    share: Callable = made_here
 
     def stage_terms(self) -> dict[str, LossTerm]:
         "The terms that the stage declares. Raises `RecipeError` for one that no hook has made."
@@ -129,6 +138,7 @@ def check_stages(hooks: Hooks, state: RunState, folder: Place) -> None:
     recipe, ranks = state.recipe, world_size()
     for stage in recipe.stages:
         stage.over(ranks)
+        check_stream(stage)
     transform = hooks.transform(state)
     drawn = transform is not None and transform.shows_regions
     if not isinstance(folder, Mapping):
@@ -194,10 +204,18 @@ def run_stages(
         result.stages.append(trained)
         if on_stage is not None:
             on_stage(trained)
+        state.share = sharing(settings, place, state.device)
         hooks.after_stage(state)
         forget_terms(state)
     result.model, result.processor = state.model, state.processor
     return result
+
+
+def sharing(settings: Mapping[str, Any], folder: Path, device: str | None = None) -> Callable:
+    "How a hook makes tensors after a stage that trained with `settings`, for all ranks."
+    ranks = Ranks(device)
+    how = Parallel(settings.get('parallel')).over(ranks.size)
+    return partial(made_once, folder=folder, ranks=ranks) if LAYOUTS[how].shards else made_here
 
 
 def forget_terms(state: RunState) -> None:
@@ -216,10 +234,12 @@ def train_stage(
     quarantine: Quarantine,
     roots: Sequence[str] = (),
     workers: int = 0,
+    stream_buffer: int = STREAM_BUFFER,
     **settings: Any,
 ) -> TrainResult:
     """Opens the data of `state.stage`, lets the method prepare model and loss terms, and trains.
-    `workers`: processes of this rank that read and encode rows ahead (0: a thread)."""
+    `workers`: processes of this rank that read and encode rows ahead (0: a thread);
+    `stream_buffer`: rows of a stream that are shuffled among each other."""
     stage = state.stage
     data = open_stage_data(
         folder,
@@ -230,6 +250,8 @@ def train_stage(
         stage.grouping,
         stage.step_rows,
         workers,
+        state.seed,
+        stream_buffer,
     )
     hooks.before_stage(state)
     hooks.terms(state)
