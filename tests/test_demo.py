@@ -288,7 +288,8 @@ def test_chat_command_streams_turns_from_a_pipe_and_saves_the_marked_picture(
         said=f'{QUESTION}\nand where is it ?\n/nonsense\n/image\n',
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    terms, *lines = done.stdout.splitlines()
+    assert terms == 'run: base run: licence unknown'
     assert lines[:2] == [
         'marked picture: photo-marked.png',
         'marker 1: <region> = within the blue ellipse',

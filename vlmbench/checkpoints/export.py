@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .load import LoadError, load_vlm
+from .card import origin_of, with_step, write_card
+from .load import LoadError, find_model, load_vlm
 from .vora import to_reference
 from ..models.config import share_weights
 from ..models.modeling import VLMForConditionalGeneration
@@ -77,9 +78,9 @@ def _check_vora(where: str | Path, model: PreTrainedModel) -> None:
 
 def export_merged(where: str | Path, out: str | Path, language_model: bool = False) -> Path:
     """Write the model `where` (as for `load_vlm`) as the new folder `out`, LoRA added to its
-    weights; returns `out`. `language_model`: the plain language model and its tokenizer, with
-    `vision_embedding.safetensors` beside it (original names). Raises `LoadError` naming what stands
-    in the way, before anything is written."""
+    weights, with a model card; returns `out`. `language_model`: the plain language model and its
+    tokenizer, with `vision_embedding.safetensors` beside it (original names). Raises `LoadError`
+    naming what stands in the way, before anything is written."""
     out = Path(out)
     if out.exists():
         raise LoadError(f'{out} exists already: name another folder, or remove it')
@@ -88,8 +89,12 @@ def export_merged(where: str | Path, out: str | Path, language_model: bool = Fal
     try:
         merge_vision_lora(model)
         if language_model:
-            return export_language_model(model, processor.tokenizer, out)
+            export_language_model(model, processor.tokenizer, out)
     except ValueError as e:
         raise LoadError(f'{where}: {e}') from None
-    processor.front_end = model.config.vision_config  # without the LoRA settings
-    return export(model, processor, out)
+    if not language_model:
+        processor.front_end = model.config.vision_config  # without the LoRA settings
+        export(model, processor, out)
+    origin = with_step(origin_of(where, find_model(where)), 'merged: LoRA was added to the weights')
+    write_card(out, origin, kind='language' if language_model else 'vlmbench')
+    return out

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from . import eve, vora
+from .card import converted_origin, write_card
 from vlmbench.checkpoints.llava import (
     is_original,
     load_published,
@@ -44,7 +45,7 @@ def _refusal(folder: Path, error: Exception, what: str) -> LoadError:
 
 # %% ../../nbs/checkpoints/80_load.ipynb #1f7f47e0
 _HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
-_FILES = ('*.json', '*.jinja', '*.model', '*.txt', '*.safetensors')
+_FILES = ('*.json', '*.jinja', '*.model', '*.txt', '*.safetensors', 'README.md')
 
 
 def _fetch(name: str) -> Path:
@@ -184,10 +185,10 @@ def convert(
     template: str = '',
 ) -> Path:
     """Write the model `where`, published or saved by a run, as a LLaVA or ViP-LLaVA folder `out`
-    that transformers loads; returns `out`. A released EVE or VoRA, which transformers has no class
-    for, becomes a folder as runs save them. `vision`, `base`, `template`: as in `load_published`; a
-    run's folder names its own tower and language model. Raises `LoadError`, before anything is
-    written."""
+    that transformers loads, with a model card; returns `out`. A released EVE or VoRA, which
+    transformers has no class for, becomes a folder as runs save them. `vision`, `base`,
+    `template`: as in `load_published`; a run's folder names its own tower and language model.
+    Raises `LoadError`, before anything is written."""
     out, folder = Path(out), find_model(where)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise LoadError(f'{out} exists already: name another folder, or remove it')
@@ -199,7 +200,9 @@ def convert(
             both = load_vlm(folder, template=template)
         else:
             both = load_published(folder, vision, template or None, base=base)
-        return save_transformers(*both, out)
+        save_transformers(*both, out)
+        write_card(out, converted_origin(where, folder, base, vision), kind='transformers')
+        return out
     except LoadError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as e:

@@ -18,9 +18,12 @@ from .terminal import open_picture, prompts_from_options
 # %% ../../nbs/demo/06_ask.ipynb #b23e642d
 def load(model: str | Path, **settings) -> ChatModel:
     """The model `model` (a run's folder, a published folder of any layout, a name on the Hugging
-    Face Hub), ready to `ask`. `settings`: of `ChatModel.load`, for example `device`,
-    `load_4bit`, `device_map`, `template`. Raises `ChatError`."""
-    return ChatModel.load(model, **settings)
+    Face Hub), ready to `ask`; its base and licence are printed in one line. `settings`: of
+    `ChatModel.load`, for example `device`, `load_4bit`, `device_map`, `template`. Raises
+    `ChatError`."""
+    loaded = ChatModel.load(model, **settings)
+    print(f'{loaded.name}: {loaded.licence}')
+    return loaded
 
 # %% ../../nbs/demo/06_ask.ipynb #398d45f1
 @patch

@@ -41,7 +41,8 @@ from ..data.record import Sample, Turn
 from ..data.region import Region
 from ..data.region import parse_region as _checked
 from ..evaluate.prompts import prompt_inputs, stop_ids, written_stop
-from ..checkpoints.load import LoadError, load_vlm
+from ..checkpoints.card import licence_line
+from ..checkpoints.load import LoadError, find_model, load_vlm
 from ..models.quantized import quantization_config
 from ..models.vlm import model_name
 
@@ -357,10 +358,11 @@ _FULL = ('lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_pro
 
 class ChatModel:
     """A loaded model with its processor; answers one question at a time, from whatever thread it is
-    asked."""
+    asked. `licence`: its base and terms in one line, '' where it was not loaded by name."""
 
-    def __init__(self, model, processor, name: str = 'model'):
+    def __init__(self, model, processor, name: str = 'model', licence: str = ''):
         self.model, self.processor, self.name = model.eval(), processor, name
+        self.licence = licence
         self._lock = threading.Lock()
         self.stops, self.written = stop_ids(model, processor), written_stop(processor)
 
@@ -389,9 +391,10 @@ class ChatModel:
                 device_map = {'': place}
             settings |= dict(quantization_config=bits, device_map=device_map)
             both = load_vlm(folder, place, template, **settings)
+            terms = licence_line(folder, find_model(folder))
         except LoadError as e:
             raise ChatError(str(e)) from e
-        return cls(*both, name or model_name(folder))
+        return cls(*both, name or model_name(folder), terms)
 
     @property
     def device(self) -> torch.device:

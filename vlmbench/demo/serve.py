@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -165,8 +166,15 @@ _HEAD = """
     <li><b>2</b>Choose a marker and draw it</li>
     <li><b>3</b>Ask about it</li>
   </ol>
+  {terms}
 </div>
 """
+
+
+def _head(models: Mapping[str, ChatModel]) -> str:
+    "The top of the page: what to do, and the base and licence of every model that says them."
+    said = [f'{name}: {model.licence}' for name, model in models.items() if model.licence]
+    return _HEAD.format(terms=''.join(f'<p class="terms">{escape(line)}</p>' for line in said))
 
 
 def _picture_column(do: _Handlers) -> tuple[Any, Any, Any]:
@@ -347,7 +355,7 @@ def build_page(
         title='Point at things', analytics_enabled=False, delete_cache=(600, 1800), fill_width=True
     ) as page:
         visit = gr.State(None, time_to_live=3600)
-        gr.HTML(_HEAD, elem_id='head')
+        gr.HTML(_head(models), elem_id='head')
         with gr.Row():
             column = _picture_column(do)
             with gr.Column(scale=7, min_width=420):
@@ -498,6 +506,8 @@ def serve_command(
     )
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)
+    for name, model in models.items():
+        print(f'{name}: {model.licence}')
     print(f'{", ".join(models)} at {url}', flush=True)
     if api is not None:
         # imported here: fastapi comes with the extra `serve`, which this module must not need

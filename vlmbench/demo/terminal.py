@@ -212,6 +212,7 @@ def chat_command(
     loaded = chat.model = ChatModel.load(
         model, device, load_4bit, load_8bit, device_map, template=template
     )
+    print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):
         print(f'marked picture: {save_picture(chat.marked, save or free_name(image), chat.source)}')
     for i, p in enumerate(prompts):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Optional
 from ..data.placement import ImagesFirst, in_order
 from ..data.region_rows import DrawRegions
 from ..data.transform import Transform
+from .credits import Credits, Reference, credits_text
 from ..options import Option, check_options, option, options_of
 from ..train.recipe import Recipe, RecipeError, Tune, full
 from ..train.scale import Scale
@@ -24,13 +25,16 @@ class Method(Hooks):
     """How a language model learns to see. Subclass it as a frozen dataclass whose fields are made
     with `option`.
 
-    `name`: what recipes, tables and commands call it. `paper`: title and source. `settings`: rates,
+    `name`: what recipes, tables and commands call it. `paper`: title and source. `citation`: what
+    to cite; `credits`: what it builds on, and licences. `settings`: rates,
     rows and budgets, by the name of a published scale or by level ('tiny', 'small', 'paper').
     `scales`: base models that its paper published, by name. `images_first`: whether it moves the
     pictures of a message before its words, as LLaVA does."""
 
     name: ClassVar[str] = ''
     paper: ClassVar[str] = ''
+    citation: ClassVar[Reference | None] = None
+    credits: ClassVar[Credits | None] = None
     settings: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     scales: ClassVar[Mapping[str, Scale]] = {}
     images_first: ClassVar[bool] = False
@@ -48,6 +52,11 @@ class Method(Hooks):
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self.check()
+
+    @classmethod
+    def owed(cls) -> str:
+        "What to cite and what the method builds on, as Markdown; '' where it says neither."
+        return credits_text(cls.citation, cls.credits)
 
     def check(self) -> None:
         "Raises `RecipeError` where options contradict each other."

@@ -17,6 +17,7 @@ import torch
 from ..data.image import ImageTransform
 from ..distill.align import PatchAligner, grid_ratio
 from .base import Method, option, whole_language_model
+from .credits import CREDITS, REFERENCES
 from .llava import INSTRUCT_DATA, LLaVA
 from ..models.vision import front_end_class
 from ..models.vlm import tower_transform
@@ -111,6 +112,7 @@ class EVE(Method):
 
     name = 'eve'
     paper = 'Unveiling Encoder-Free Vision-Language Models (NeurIPS 2024), sections 3 and 4.1'
+    citation, credits = REFERENCES['eve'], CREDITS['eve']
     settings = SETTINGS
     images_first = True
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .base import Method, option, whole_language_model
+from .credits import CREDITS, REFERENCES
 from ..train.recipe import Recipe, Stage, Tune, full, lora
 from ..train.scale import Scale
 
@@ -79,6 +80,7 @@ class LLaVA(Method):
 
     name = 'llava'
     paper = 'Improved Baselines with Visual Instruction Tuning (LLaVA-1.5), section 3 and table 9'
+    citation, credits = REFERENCES['llava'], CREDITS['llava']
     settings = SETTINGS
     images_first = True
 

@@ -19,6 +19,7 @@ from ..data.placement import Chain, ImagesFirst
 from ..data.region_rows import DrawRegions
 from ..data.transform import Transform
 from .base import Method, option, whole_language_model
+from .credits import CREDITS, REFERENCES
 from .llava import first_stage_pictures
 from ..models.quantized import dequantize, load_quantized
 from ..train.recipe import Recipe, RecipeError, Stage, Tune, full, lora
@@ -172,6 +173,7 @@ class ViPLLaVA(Method):
 
     name = 'vip_llava'
     paper = 'ViP-LLaVA (CVPR 2024), sections 3 and 4'
+    citation, credits = REFERENCES['vip_llava'], CREDITS['vip_llava']
     settings = SETTINGS
     images_first = True
     scales = PAPER_SCALES

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..analysis.importance import read_scores, region, region_size
 from .base import Method, option
+from .credits import CREDITS, REFERENCES
 from .llava import LLaVA
 from .vip_llava import PAPER_SCALES as VIP_SCALES
 from ..models.depth import check_layers, find_decoder
@@ -94,6 +95,7 @@ class VisualRegion(Method):
 
     name = 'visual_region'
     paper = 'Activating Distributed Visual Region within LLMs (ACL 2025), sections 3 and 4'
+    citation, credits = REFERENCES['visual_region'], CREDITS['visual_region']
     settings = SETTINGS
     images_first = True
     scales = PAPER_SCALES

@@ -20,6 +20,7 @@ from ..data.sources import published_rows
 from ..data.transform import Transform
 from ..distill.blockwise import BlockwiseDistillation, check_grid
 from .base import Method, option, whole_language_model
+from .credits import CREDITS, REFERENCES
 from .llava import INSTRUCT_DATA, LLaVA
 from ..models.vision_lora import LoRASettings, merge_vision_lora
 from ..models.vlm import tower_transform
@@ -103,6 +104,7 @@ class VoRA(Method):
 
     name = 'vora'
     paper = 'Vision as LoRA (2025), sections 3 and 4'
+    citation, credits = REFERENCES['vora'], CREDITS['vora']
     settings = SETTINGS
     scales = {PAPER_SCALE.name: PAPER_SCALE}
 

@@ -22,6 +22,7 @@ from ..data.transform import Transform
 from ..data.wrapper import Wrapped
 from ..distill.balance import Balanced
 from .base import Method, option, whole_language_model
+from .credits import CREDITS, REFERENCES
 from .llava import LLaVA
 from vlmbench.models.depth import (
     PUBLISHED_SPLITS,
@@ -186,6 +187,7 @@ class Zero(Method):
 
     name = 'zero'
     paper = 'Zero-Shot Vision Encoder Grafting via LLM Surrogates (ICCV 2025), sections 3 and 4'
+    citation, credits = REFERENCES['zero'], CREDITS['zero']
     settings = SETTINGS
     scales = PAPER_SCALES
 

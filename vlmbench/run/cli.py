@@ -16,6 +16,7 @@ import typer
 # %% ../../nbs/run/10_cli.ipynb #5788b8b5
 import vlmbench
 from .cli_data import data_app
+from .cli_cite import cite
 from .cli_text import aligned, columns, method_page, runs_table
 from .parameters import ParameterError
 
@@ -237,6 +238,9 @@ def _submit_bench(
     _say_submitted(submit_bench(planned, resources), out)
 
 # %% ../../nbs/run/10_cli.ipynb #a71420fc
+app.command()(cite)
+
+
 @app.command()
 def methods(
     name: Annotated[

@@ -74,6 +74,8 @@ def method_page(name: str, scale: str | None = None) -> str:
     lines = [f'{name} ({part.package}, {part.value})', (method.__doc__ or '').strip()]
     if method.paper:
         lines.append(method.paper)
+    if method.citation is not None:
+        lines.append(f'arXiv:{method.citation.arxiv}, {method.citation.address}')
     if scale is not None:
         found = find_scale(scale)
         table = training_table(get_method(name).recipe(found))
@@ -90,4 +92,6 @@ def method_page(name: str, scale: str | None = None) -> str:
         lines += ['', f'stages at scale {scale.name}:', aligned(table)]
     scales = [*SCALES.values(), *method.scales.values()]
     lines += ['', 'scales: ' + ', '.join(dict.fromkeys(scale.name for scale in scales))]
+    if owed := method.owed():
+        lines += ['', owed]
     return '\n'.join(lines)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.card import run_origin, with_scores, write_card
 from ..checkpoints.load import is_foreign, load_vlm
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
@@ -116,6 +117,9 @@ def train_job(
         with job.phase('export'):
             if job.main:
                 export(trained.model, trained.processor, job.folder / 'model', overwrite=True)
+                reads = {stage.name: stage.data for stage in recipe.stages}
+                origin = run_origin(settings, scale, _stages(trained), reads, data)
+                write_card(job.folder / 'model', origin)
             job.ranks.agree(True)
         shown |= dict(
             before={name: result.accuracy for name, result in before.items()},
@@ -131,6 +135,8 @@ def train_job(
                 transform=method.transform(state),
                 before=before,
             )
+            if job.main:  # the card says how well it answers as soon as that is known
+                write_card(job.folder / 'model', with_scores(origin, shown['table']))
     return shown
 
 # %% ../../nbs/run/15_jobs.ipynb #9fba6a9f

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..analysis.ablation import answer_loss, drop_one
 from ..analysis.prune import calibration_batches, prune_outside
 from ..analysis.streams import scores
+from ..checkpoints.card import origin_of, with_scores, with_step, write_card
 from ..checkpoints.load import find_model, load_vlm
 from ..data.sources import open_samples, open_stage_data
 from ..evaluate.assess import assess, load_tasks
@@ -236,4 +238,15 @@ def prune_job(
                 batch_size=settings['batch_size'],
                 seed=trained.parameters.get('seed', settings['seed']),
             )
+        if job.main:
+            _write_card(settings['model'], job.folder / 'model', gone, done['heal'], table)
     return done | dict(table=table.to_dict('records'), summary=summary)
+
+
+def _write_card(
+    source: str, folder: Path, gone: Sequence[int], healed: Any, table: pd.DataFrame
+) -> None:
+    "The card of the pruned model: what is known of `source`, and its own scores."
+    repaired = '' if healed is None else ', then repaired by a short training'
+    step = f'pruned: decoder layers {", ".join(map(str, gone))} removed{repaired}'
+    write_card(folder, with_scores(with_step(origin_of(source), step), table.to_dict('records')))
