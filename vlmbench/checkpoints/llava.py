@@ -57,6 +57,7 @@ from vlmbench.checkpoints.release import (
 from ..data.image import ImageTransform, from_image_processor, mean_color
 from ..data.template import TEMPLATES
 from ..methods.vip_llava import FEATURE_LAYERS
+from ..models.config import share_weights
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vision import num_prefix_tokens
@@ -489,4 +490,5 @@ def save_transformers(
     )
     theirs.save_pretrained(folder)
     both.save_pretrained(folder)
+    share_weights(folder)
     return Path(folder)
