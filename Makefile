@@ -25,7 +25,7 @@ TORCH  := $(shell sed -n 's/^\(torch==[^;[:space:]]*\).*/\1/p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 # a test file stays with one process: its models are made once
 WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
-# what test-ranks runs
+# what test-ranks runs; .ci/run leaves out the files that take longest
 RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background elastic large_models stream))
 # without this two torch processes on the same cores run several times slower
 export OMP_WAIT_POLICY := PASSIVE

@@ -376,7 +376,7 @@ def test_the_run_notebook_refuses_what_cannot_be_measured(lm_folder, tmp_path):
         model=str(tmp_path / 'nothing'), data=str(tmp_path / 'data'), samples='talk', device='cpu'
     )
     assert run_notebook('layers', settings, tmp_path / 'r', progress=False, quiet=True) == 1
-    assert 'holds no model' in Manifest(tmp_path / 'r').read()['reason']
+    assert 'no model there' in Manifest(tmp_path / 'r').read()['reason']
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'model').symlink_to(lm_folder)  # a run's folder stands for its model/
     wrong = settings | dict(model=str(tmp_path / 'run'), metric='importance')

@@ -408,11 +408,11 @@ def test_count_mismatch_names_both_counts():
         model(**batch, attention_mask=torch.ones(1, 1, 17, 17))
 
 
-def test_flash_attention_is_refused_for_packed_documents():
-    model = vlm()
+def test_flash_attention_is_refused_where_images_see_both_ways():
+    model = vlm(bidirectional=True)
     model.model.language_model.config._attn_implementation = 'flash_attention_2'
     with pytest.raises(ValueError, match='cannot keep packed documents'):
-        model(**packed(DOCS[:2]))
+        model(**packed(DOCS[:2]))  # rows without such images: tests/test_attention.py
 
 
 # --- checkpointing, precision, peft ---------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash')
 # development tools and extras: the package must import without any of them
 FORBIDDEN = """nbdev execnb ghapi fastgit jupyterlab notebook sphinx myst_nb pytest hypothesis
 playwright ruff
@@ -99,7 +100,7 @@ def test_wheel_carries_package_assets_and_run_notebooks(wheel):
     assert runs == {Path(n).name for n in names if n.startswith('vlmbench/_notebooks/')}
     cards = {p.name for p in (ROOT / 'data_cards').glob('*.md')}
     assert cards and cards == {Path(n).name for n in names if n.startswith('vlmbench/_data_cards/')}
-    assert set(meta.get_all('Provides-Extra')) == {'dev', 'docs', 'eval', 'serve', 'slurm', 'quant'}
+    assert set(meta.get_all('Provides-Extra')) == set(EXTRAS)
     assert '>=3.10' in meta['Requires-Python']
     for point in ('vlmbench=vlmbench.run.cli:main', 'vlmbench=vlmbench.run.engine:VlmbenchEngine'):
         assert point in entry.replace(' ', '')

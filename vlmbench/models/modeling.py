@@ -483,6 +483,7 @@ def prepare_inputs_for_generation(
     self: VLMForConditionalGeneration,
     input_ids,
     past_key_values=None,
+    inputs_embeds=None,  # `generate` looks for it among the names here
     is_first_iteration: bool = False,
     **kwargs,
 ):
@@ -492,6 +493,7 @@ def prepare_inputs_for_generation(
         self,
         input_ids,
         past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
         is_first_iteration=is_first_iteration or unread,
         **kwargs,
     )
