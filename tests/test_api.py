@@ -33,14 +33,19 @@ def picture(number=7):
     return render(make_scene(WorldConfig(), 'test', number))
 
 
+def seeing(url, *others):
+    "A message of the user with the picture at `url`, and `others` parts."
+    return [dict(role='user', content=[dict(type='image_url', image_url=dict(url=url)), *others])]
+
+
 def messages(text, image=None):
-    content = [dict(type='text', text=text)]
-    if image is not None:
-        file = io.BytesIO()
-        image.save(file, 'PNG')
-        url = f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
-        content.insert(0, dict(type='image_url', image_url=dict(url=url)))
-    return [dict(role='user', content=content)]
+    part = dict(type='text', text=text)
+    if image is None:
+        return [dict(role='user', content=[part])]
+    file = io.BytesIO()
+    image.save(file, 'PNG')
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return seeing(f'data:image/png;base64,{encoded}', part)
 
 
 def ask(client, text, image=None, **settings):
@@ -127,32 +132,8 @@ def test_a_reader_who_leaves_frees_the_model(served):
         (dict(messages=[dict(role='tool', content='x', tool_call_id='1')]), 'messages.0.role'),
         (dict(messages=[dict(role='assistant', content='x')]), "must be the user's"),
         (dict(messages=messages('<image> what ?')), 'holds <image>'),
-        (
-            dict(
-                messages=[
-                    dict(
-                        role='user',
-                        content=[
-                            dict(type='image_url', image_url=dict(url='http://169.254.169.254/'))
-                        ],
-                    )
-                ]
-            ),
-            'fetches no addresses',
-        ),
-        (
-            dict(
-                messages=[
-                    dict(
-                        role='user',
-                        content=[
-                            dict(type='image_url', image_url=dict(url='data:image/png;base64,AAAA'))
-                        ],
-                    )
-                ]
-            ),
-            'not an image',
-        ),
+        (dict(messages=seeing('http://169.254.169.254/')), 'fetches no addresses'),
+        (dict(messages=seeing('data:image/png;base64,AAAA')), 'not an image'),
     ],
 )
 def test_what_cannot_be_honoured_is_named(served, settings, said):

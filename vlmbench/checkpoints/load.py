@@ -6,7 +6,6 @@
 __all__ = ['RELEASES', 'LoadError', 'find_model', 'converts', 'is_foreign', 'published_name', 'load_vlm', 'convert']
 
 # %% ../../nbs/checkpoints/80_load.ipynb #353498e9
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from . import eve, vora
-from .card import converted_origin, write_card
+from .card import HUB_NAME, converted_origin, write_card
 from vlmbench.checkpoints.llava import (
     is_original,
     load_published,
@@ -44,7 +43,6 @@ def _refusal(folder: Path, error: Exception, what: str) -> LoadError:
     return LoadError(why if why.startswith(str(folder)) else f'{folder} {what}: {why}')
 
 # %% ../../nbs/checkpoints/80_load.ipynb #1f7f47e0
-_HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')
 _FILES = ('*.json', '*.jinja', '*.model', '*.txt', '*.safetensors', 'README.md')
 
 
@@ -73,7 +71,7 @@ def find_model(where: str | Path) -> Path:
     try:
         return model_folder(where)
     except FileNotFoundError:
-        if not Path(where).exists() and _HUB.fullmatch(str(where)):
+        if not Path(where).exists() and HUB_NAME.fullmatch(str(where)):
             return _fetch(str(where))
         raise LoadError(
             f'{where}: no model there (no config.json); give the folder that a run saved as '

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..data.record import Sample, Turn
-from .chat import ChatError, ChatModel, GumbelSample, WordStreamer, room, until
+from .chat import ChatError, ChatModel, GumbelSample, WordStreamer, room, words
 from ..evaluate.prompts import prompt_inputs
 
 # %% ../../nbs/demo/12_batches.ipynb #e86b1406
@@ -188,14 +188,9 @@ def answer_pieces(batcher: Batcher, question: Question) -> Iterator[str]:
     """Pieces of the answer as they come; the generator returns 'stop', or 'length' if the answer
     was cut. Raises what went wrong while it was generated."""
     batcher._waiting.put(question)
-    model, started = batcher.model, False
-    pieces = question.streamer
+    model = batcher.model
     try:
-        for piece in until(pieces, model.written) if model.written else pieces:
-            piece = piece if started else piece.lstrip()
-            if piece:
-                started = True
-                yield piece
+        yield from words(question.streamer, model.written)
     finally:
         question.gone.set()
     if question.failed is not None:

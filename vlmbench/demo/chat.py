@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'MAX_NUMBERS', 'DEVICES', 'EXAMPLES', 'VisualPrompt', 'to_marker', 'draw_prompts', 'parse_region',
-           'parse_color', 'ChatError', 'pick_device', 'quantization', 'WordStreamer', 'until', 'GumbelSample',
+           'parse_color', 'ChatError', 'pick_device', 'quantization', 'WordStreamer', 'until', 'words', 'GumbelSample',
            'ChatModel', 'room', 'Exchange', 'Chat', 'refer', 'example_questions', 'unknown_words', 'check_save',
            'save_picture']
 
@@ -328,6 +328,16 @@ def until(streamer, stop):
     yield held
 
 
+def words(streamer, stop):
+    "The pieces of an answer up to the text `stop` (None: all), from its first visible character."
+    started = False
+    for piece in until(streamer, stop) if stop else streamer:
+        piece = piece if started else piece.lstrip()
+        if piece:
+            started = True
+            yield piece
+
+
 class _Halt(StoppingCriteria):
     def __init__(self, event):
         self.event = event
@@ -461,14 +471,8 @@ def stream(
 
     worker = threading.Thread(target=work, daemon=True, name=f'answer-{self.name}')
     worker.start()
-    started = False
     try:
-        for piece in until(streamer, self.written) if self.written else streamer:
-            if not started:
-                piece = piece.lstrip()
-            if piece:
-                started = True
-                yield piece
+        yield from words(streamer, self.written)
     finally:
         # also when the reader closed the generator: the lock has to be free afterwards
         halt.set()
