@@ -43,7 +43,10 @@ def test_a_run_loses_a_layer_and_is_healed(trained, bases, tmp_path):  # noqa: F
 
 @pytest.mark.parametrize(
     'given, says',
-    [(dict(model='nowhere'), 'is no folder'), (dict(k=2, region=[0]), 'only 1 layers lie outside')],
+    [
+        (dict(model='nowhere'), 'nowhere: no model there'),
+        (dict(k=2, region=[0]), 'only 1 layers lie outside'),
+    ],
 )
 def test_bad_requests_are_refused(trained, bases, tmp_path, given, says):  # noqa: F811
     given = (
