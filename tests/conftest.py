@@ -3,6 +3,7 @@ CI=true)."""
 
 import os
 import shutil
+import tempfile
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -10,6 +11,8 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 os.environ.setdefault('MPLBACKEND', 'agg')
 
 import pytest
+
+import warm_kernels
 
 SLOW = 'slow: takes minutes or installs something; runs with --slow or CI=true'
 
@@ -24,14 +27,24 @@ def pytest_configure(config):
     import torch
 
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '2')))
+    if 'VLMBENCH_TEST_KERNELS' not in os.environ:  # the processes of xdist have it from the first
+        os.environ['VLMBENCH_TEST_KERNELS'] = folder = tempfile.mkdtemp(prefix='kernels-')
+        warm_kernels.install(folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.getoption('--slow'):
-        return
-    for item in items:
-        if 'slow' in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=f'{SLOW}'))
+@pytest.fixture(scope='session', autouse=True)
+def warm():
+    "Kernels of notebooks are copies of a process that has imported everything (warm_kernels.py)."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JUPYTER_PATH', os.environ['VLMBENCH_TEST_KERNELS'])
+        yield
+
+
+@pytest.fixture
+def real_kernels(monkeypatch):
+    "Kernels start as they do for a user, for tests of their start, their signals and their death."
+    monkeypatch.delenv('JUPYTER_PATH')
 
 
 @pytest.fixture

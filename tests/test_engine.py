@@ -10,6 +10,8 @@ from vlmbench.run.engine import find_notebook, run_notebook, verdict
 from vlmbench.run.manifest import Manifest
 from vlmbench.run.parameters import ParameterError
 
+pytestmark = pytest.mark.usefixtures('real_kernels')
+
 PARAMETERS = "steps: int = 3  # steps\nlr: float = 0.1\nout: str = ''"
 OPEN_RUN = (
     "from vlmbench.run.manifest import Run, Preempted\nrun = Run(out, 'demo', "

@@ -160,6 +160,7 @@ def test_bench_leaves_a_self_contained_report_and_can_be_resumed(
     assert f'report: {(benched / "report.html").resolve()}' in said
 
 
+@pytest.mark.usefixtures('real_kernels')
 def test_a_stopped_training_goes_on_where_it_left(bases, tmp_path):
     out, values = tmp_path / 'r', params(bases, budget=0.04, evaluate=False)
     metrics = out / 'stages' / 'instruct' / 'metrics.jsonl'

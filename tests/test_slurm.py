@@ -21,7 +21,7 @@ from slurm.cluster import Cluster, install, wait_for
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.manifest import Manifest
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures('real_kernels')]
 STEPS = Path(__file__).parent / 'slurm' / 'steps.ipynb'
 CLI = 'from vlmbench.run.cli import main; main()'
 
