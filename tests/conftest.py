@@ -67,12 +67,11 @@ def browser():
         b.close()
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    "Puts a folder into a cache of the Hub, under a name; nothing is fetched."
+def fake_hub(cache, monkeypatch):
+    """Makes `cache` the cache of the Hub, from which nothing is fetched; returns what puts a copy
+    of a folder there, under a name."""
     import huggingface_hub
 
-    cache = tmp_path / 'hub'
     for name in ('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE'):
         monkeypatch.setenv(name, str(cache))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(cache))
@@ -86,3 +85,9 @@ def hub(tmp_path, monkeypatch):
         return name
 
     return put
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "Puts a folder into a cache of the Hub, under a name; nothing is fetched."
+    return fake_hub(tmp_path / 'hub', monkeypatch)
