@@ -78,3 +78,29 @@ def browser():
         b = p.chromium.launch(executable_path=exe, args=flags.split())
         yield b
         b.close()
+
+
+def fake_hub(cache, monkeypatch):
+    """Makes `cache` the cache of the Hub, from which nothing is fetched; returns what puts a copy
+    of a folder there, under a name."""
+    import huggingface_hub
+
+    for name in ('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE'):
+        monkeypatch.setenv(name, str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+
+    def put(folder, name):
+        place = cache / f'models--{name.replace("/", "--")}'
+        shutil.copytree(folder, place / 'snapshots' / ('0' * 40))
+        (place / 'refs').mkdir()
+        (place / 'refs' / 'main').write_text('0' * 40)
+        return name
+
+    return put
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "Puts a folder into a cache of the Hub, under a name; nothing is fetched."
+    return fake_hub(tmp_path / 'hub', monkeypatch)

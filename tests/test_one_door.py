@@ -1,9 +1,7 @@
 """Every command takes what `load_vlm` takes: a folder in an original layout, a name on the Hub."""
 
 import json
-import shutil
 
-import huggingface_hub
 import pytest
 import torch
 from test_missing_weights import language
@@ -21,25 +19,6 @@ from vlmbench.methods.recipes import get_recipe
 from vlmbench.train.scale import get_scale
 
 HUB = dict(eve='BAAI/EVE-7B-v1.0', vora='Hon-Wong/VoRA-7B-Instruct')
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    "Puts a folder into a cache of the Hub, under a name; nothing is fetched."
-    cache = tmp_path / 'hub'
-    for name in ('HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE'):
-        monkeypatch.setenv(name, str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-
-    def put(folder, name):
-        place = cache / f'models--{name.replace("/", "--")}'
-        shutil.copytree(folder, place / 'snapshots' / ('0' * 40))
-        (place / 'refs').mkdir()
-        (place / 'refs' / 'main').write_text('0' * 40)
-        return name
-
-    return put
 
 
 def with_chatml(folder):

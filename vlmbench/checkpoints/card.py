@@ -366,6 +366,11 @@ def run_origin(
         earlier = origin_of(settings['model'])
         began = Origin(joined_bases(earlier, Origin(began.bases[1:])))
         history = [*earlier.history, f'started from the model {model_name(settings["model"])}']
+    if projector := settings.get('projector'):
+        # of a file its folder says where it comes from
+        place = Path(projector).parent if Path(projector).is_file() else projector
+        began = Origin(joined_bases(began, origin_of(place, part='projector')))
+        history = [*history, f'started from the projector {model_name(place)}']
     # no more than this: a card leaves the machine, and folders of the machine do not
     said = ('name', 'steps', 'targets')
     stages = [{key: s[key] for key in said} | dict(data=data[s['name']]) for s in trained]

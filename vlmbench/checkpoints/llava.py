@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIP_LLAVA', 'TRANSFORMERS', 'CLIP', 'names_of', 'from_reference', 'to_reference', 'load_projector', 'template_of',
-           'front_of', 'is_original', 'load_release', 'from_transformers', 'with_template', 'load_published',
-           'to_transformers', 'save_transformers']
+           'front_of', 'is_original', 'tower_name', 'is_partial', 'load_release', 'from_transformers', 'with_template',
+           'load_published', 'to_transformers', 'save_transformers']
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #e10ce739
 from collections.abc import Iterable, Mapping
@@ -42,6 +42,13 @@ from vlmbench.checkpoints.names import (
     few,
     projector_pairs,
     refusing,
+)
+from vlmbench.checkpoints.parts import (
+    PROJECTOR_FILE,
+    is_projector_alone,
+    openai_clip,
+    projector_tensors,
+    read_projector,
 )
 from vlmbench.checkpoints.release import (
     build_release,
@@ -134,15 +141,15 @@ def to_reference(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
 def load_projector(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Load a published projector file into `model`, in place. Raises `CheckpointFormatError` for
     anything but exactly its projector."""
-    if odd := [name for name in state if 'mm_projector.' not in name]:
-        raise CheckpointFormatError(f'mm_projector.bin: {few(odd)} are no projector weights')
-    named = {'model.mm_projector.' + n.split('mm_projector.', 1)[1]: t for n, t in state.items()}
+    named = projector_tensors(state, PROJECTOR_FILE)
     held = [n for n in model.state_dict() if not n.startswith('model.vision.projector.')]
     names_of(model.config.vision_config).fill(model, named, already=held)
     return model
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #4373b690
 _TEXT = dict(llava='llama', llava_llama='llama', llava_phi3='phi3', llava_mistral='mistral')
+# Bunny's, whose first stage is LLaVA's: of these only folders of a projector are read
+_PROJECTORS = {'bunny-llama': 'llama', 'bunny-phi3': 'phi3'}
 
 
 def template_of(text: str, tokenizer) -> str:
@@ -188,22 +195,32 @@ def front_of(config: Mapping[str, Any]) -> dict:
 
 
 def is_original(folder: str | Path) -> bool:
-    """Whether a folder has the original repository's layout: `llava_...`, or `llava` without a
-    `text_config`."""
+    """Whether a folder has the original repository's layout: `llava_...` or `bunny-...`, or
+    `llava` without a `text_config`."""
     config = read_config(folder)
-    return config.get('model_type') in _TEXT and 'text_config' not in config
+    return config.get('model_type') in {**_TEXT, **_PROJECTORS} and 'text_config' not in config
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #a03fc308
 CLIP = 'openai/clip-vit-large-patch14-336'
 
 
-def _load_tower(folder: Path, config: Mapping[str, Any], vision: str | Path | None):
-    "The tower of a release, from `vision` or from where `config` says, and where that is."
+def tower_name(config: Mapping[str, Any]) -> str:
+    "Name or folder of the tower of an original configuration; '' where it has none."
     named = str(config.get('mm_vision_tower') or '')
-    where = vision or (CLIP if _fuses_layers(config) and not Path(named).is_dir() else named)
+    return CLIP if _fuses_layers(config) and not Path(named).is_dir() else named
+
+
+def _tower(
+    folder: Path, config: Mapping[str, Any], vision: str | Path | None, inside: Mapping[str, Tensor]
+):
+    """The tower of a release, and the folder or name it was loaded from: `vision`, or what `config`
+    says; None where it was built for its weights `inside` the release."""
+    where = vision or tower_name(config)
+    if vision is None and inside and str(where).startswith('openai/clip-vit-'):
+        return openai_clip(inside), None
     with refusing(
         f'{folder}: the CLIP tower {str(where)!r} cannot be loaded: name its folder (vision=, or '
-        'vlmbench convert --vision)'
+        '--vision on the command line)'
     ):
         return load_tower(where, torch.float32), Path(where)
 
@@ -222,7 +239,7 @@ def _adapted(folder: Path, base: str | Path | None, dtype: torch.dtype | str) ->
     base = base or read_json(folder / 'adapter_config.json').get('base_model_name_or_path')
     with refusing(
         f'{folder}: its adapter belongs to {str(base)!r}, which cannot be loaded: name the folder '
-        'of that language model (base=, or vlmbench convert --base)'
+        'of that language model (base=, or --base on the command line)'
     ):
         llm = load_complete(AutoModelForCausalLM, base, dtype=dtype)
     adapted = get_peft_model(llm, PeftConfig.from_pretrained(str(folder)))
@@ -234,31 +251,92 @@ def _adapted(folder: Path, base: str | Path | None, dtype: torch.dtype | str) ->
     set_peft_model_state_dict(adapted, factors)
     return adapted.merge_and_unload()
 
+# %% ../../nbs/checkpoints/20_llava.ipynb #bd39b3bf
+def _projected(
+    folder: Path, base: str | Path | None, projector: Mapping[str, Tensor], dtype: Any
+) -> PreTrainedModel:
+    "The language model `base` that a folder of a projector alone is put before."
+    if base is None:
+        named = read_config(folder).get('_name_or_path')
+        hint = f' (its configuration names {named!r})' if named else ''
+        raise CheckpointFormatError(
+            f'{folder} holds a projector alone ({PROJECTOR_FILE}): name the language model that it '
+            f'was trained with{hint} (base=, or --base on the command line), or train on from it '
+            '(vlmbench run train projector=...)'
+        )
+    with refusing(f'{folder}: the language model {str(base)!r} cannot be loaded'):
+        wide = AutoConfig.from_pretrained(base).get_text_config(decoder=True).hidden_size
+        # every projector ends in a bias over the language model's width
+        widths = {len(t) for n, t in projector.items() if n.endswith('.bias') and 'norm' not in n}
+        if wide not in widths:
+            raise CheckpointFormatError(
+                f'the projector was trained for width {max(widths, default=0)}, and it has {wide}'
+            )
+        return load_complete(AutoModelForCausalLM, base, dtype=dtype)
+
+
+def is_partial(folder: str | Path) -> bool:
+    "Whether an original folder needs a language model: a LoRA release, or a projector alone."
+    return (Path(folder) / 'adapter_config.json').exists() or is_projector_alone(folder)
+
 # %% ../../nbs/checkpoints/20_llava.ipynb #f2318bdd
-def _transform(config: Mapping[str, Any], where: Path, patch: int) -> ImageTransform | str | None:
-    "As for CLIP in the folder `where`, padded where the model was trained so."
-    mode = 'pad' if config.get('image_aspect_ratio') == 'pad' else None
+def _transform(
+    config: Mapping[str, Any], where: Path | None, tower: Any
+) -> ImageTransform | str | None:
+    """As for CLIP in the folder `where`, padded where the model was trained so. `tower`: the
+    configuration; without a folder it is OpenAI's CLIP, which crops."""
+    mode, patch = ('pad' if config.get('image_aspect_ratio') == 'pad' else None), tower.patch_size
+    if where is None:
+        return ImageTransform(mode or 'crop', tower.image_size, patch=patch)
     beside = where / 'preprocessor_config.json'
     return from_image_processor(read_json(beside), mode, patch) if beside.exists() else mode
 
 
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    "The tensors of a release under their published names, without those of an adapter."
+    if (folder / 'adapter_config.json').exists():
+        trained = read_weights(folder / 'non_lora_trainables.bin')
+        # peft's two levels around the model
+        return {name.removeprefix('base_model.model.'): t for name, t in trained.items()}
+    if is_projector_alone(folder):
+        return read_projector(folder / PROJECTOR_FILE)
+    return read_weights(folder)
+
+
 def _language_of(
-    folder: Path, kind: str, config: Mapping[str, Any], base: str | Path | None, dtype: Any
-) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, Tensor], Any]:
-    """The language model of a release, the tensors of the folder, those that it may lack because
-    the language model has them (our names), and the tokenizer."""
-    if not (folder / 'adapter_config.json').exists():
-        published = read_weights(folder)
+    folder: Path,
+    config: Mapping[str, Any],
+    base: str | Path | None,
+    dtype: Any,
+    published: Mapping[str, Tensor],
+) -> tuple[PreTrainedModel, dict[str, Tensor], Any]:
+    """The language model of a release, the tensors that it may lack because the language model has
+    them (our names), and the tokenizer."""
+    if not is_partial(folder):
+        kind = _TEXT[config['model_type']]
         llm = empty_language_model(kind, config, stored_dtype(published, dtype))
-        return llm, published, {}, read_tokenizer(folder)
-    llm = _adapted(folder, base, dtype)
-    trained = read_weights(folder / 'non_lora_trainables.bin')
-    # peft's two levels around the model
-    state = {name.removeprefix('base_model.model.'): t for name, t in trained.items()}
+        return llm, {}, read_tokenizer(folder)
+    if is_projector_alone(folder):
+        llm = _projected(folder, base, published, dtype)
+    else:
+        llm = _adapted(folder, base, dtype)
     words = folder if any(folder.glob('tokenizer*')) else llm.name_or_path
     has = llm.state_dict()
     held = {inside: has[name] for inside, name in names_in_vlm(llm).items()}
-    return llm, state, held, read_tokenizer(words)
+    return llm, held, read_tokenizer(words)
+
+# %% ../../nbs/checkpoints/20_llava.ipynb #7fd299ca
+def _check_layout(folder: Path, config: Mapping[str, Any], base: str | Path | None) -> None:
+    "Refuse a folder that `load_release` cannot make a model of."
+    if base is not None and not is_partial(folder):
+        raise CheckpointFormatError(
+            f'{folder} has a language model of its own: leave base={str(base)!r} out'
+        )
+    if config['model_type'] in _PROJECTORS and not is_projector_alone(folder):
+        raise CheckpointFormatError(
+            f'{folder}: of model_type={config["model_type"]!r} only a projector alone '
+            f'({PROJECTOR_FILE}) is read'
+        )
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #90a5b4c2
 def load_release(
@@ -273,14 +351,17 @@ def load_release(
 
     `vision`: folder or name of its CLIP tower (None: the one that the folder names), whose weights
     are replaced by those in the folder where there are any. `template`: None for that of training,
-    see `template_of`. `base`: the language model of a LoRA release, instead of the one it names.
-    `dtype`: that of the weights as stored. `place`: as in `build_release`. Raises
-    `CheckpointFormatError` naming what is missing or does not fit."""
-    folder, config = Path(folder), read_config(folder, *_TEXT)
-    front, text = front_of(config), _TEXT[config['model_type']]
-    tower, where = _load_tower(folder, config, vision)
-    llm, published, held, tokenizer = _language_of(folder, text, config, base, dtype)
-    if not below(published, _TOWER):
+    see `template_of`. `base`: the language model of a LoRA release, instead of the one it names, or
+    that of a folder with nothing but `mm_projector.bin`. `dtype`: that of the weights as stored.
+    `place`: as in `build_release`. Raises `CheckpointFormatError` naming what is missing or does
+    not fit."""
+    folder, config = Path(folder), read_config(folder, *_TEXT, *_PROJECTORS)
+    _check_layout(folder, config, base)
+    front, published = front_of(config), _tensors(folder)
+    inside = below(published, _TOWER)
+    tower, where = _tower(folder, config, vision, inside)
+    llm, held, tokenizer = _language_of(folder, config, base, dtype, published)
+    if not inside:
         _check_untrained(folder, config)
         held |= {f'model.vision.tower.{name}': t for name, t in tower.state_dict().items()}
     model, processor = build_release(
@@ -293,10 +374,10 @@ def load_release(
         place,
         vision=tower.to('meta'),
         front_end=front,
-        transform=_transform(config, where, tower.config.patch_size),
+        transform=_transform(config, where, tower.config),
     )
     # last, so that a folder with missing weights and an unknown template is refused for the weights
-    set_template(processor, template or template_of(text, tokenizer))
+    set_template(processor, template or template_of(llm.config.model_type, tokenizer))
     return model, processor
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #6f97c21d

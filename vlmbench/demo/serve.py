@@ -23,6 +23,7 @@ from PIL import Image
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 # %% ../../nbs/demo/10_serve.ipynb #1df15712
+from ..checkpoints.load import LoadError, takes_base
 from ..data.picture import ImageError, load_image
 from .board import asset_text, board_js, board_settings, data_url
 from .chat import ChatError, ChatModel, example_questions
@@ -469,11 +470,32 @@ def launch(page: Any, limits: Limits, host: str = '127.0.0.1', port: int = 7860)
         raise ChatError(f'{host}:{port} cannot be bound: {e}; choose another with --port') from None
 
 
-def load_models(folders: Sequence[str | Path], **settings: Any) -> dict[str, ChatModel]:
-    "Models by name, a number added where two folders have the same. Raises `ChatError`."
+def _is_part(folder: str | Path) -> bool:
+    try:
+        return takes_base(folder)
+    except LoadError as e:
+        raise ChatError(str(e)) from e
+
+
+def load_models(
+    folders: Sequence[str | Path],
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, ChatModel]:
+    """Models by name, a number added where two folders have the same. `base`: the language model
+    of those that are a LoRA release or a projector alone; `vision`: as in `load_vlm`, of all.
+    Raises `ChatError`."""
     models = {}
+    parts = [] if base is None else [folder for folder in folders if _is_part(folder)]
+    if base is not None and not parts:
+        raise ChatError(
+            f'base={str(base)!r} is for a LoRA release or a projector alone, and none of '
+            f'{", ".join(map(str, folders))} is one: leave it out'
+        )
     for folder in folders:
-        model = ChatModel.load(folder, **settings)
+        own = base if folder in parts else None
+        model = ChatModel.load(folder, base=own, vision=vision, **settings)
         while model.name in models:
             model.name += "'"
         models[model.name] = model
@@ -492,18 +514,19 @@ def serve_command(
     device_map: str | None = None,
     api: int | None = None,
     wait: bool = True,
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
 ):
     """What `vlmbench serve` does; returns the running page when `wait` is false. `api`: the port of
-    an API for OpenAI's clients beside it, None for none. Raises `ChatError`, `ImageError`, or
-    `ImportError` naming the extra."""
+    an API for OpenAI's clients beside it, None for none; `base`, `vision`: see `load_models`.
+    Raises `ChatError`, `ImageError`, or `ImportError` naming the extra."""
     _gradio()
     uploads = tempfile.mkdtemp(prefix='vlmbench-serve-')
     atexit.register(shutil.rmtree, uploads, ignore_errors=True)
     os.environ['GRADIO_TEMP_DIR'] = uploads
     pictures = [load_image(p, max_pixels=limits.max_pixels) for p in images]
-    models = load_models(
-        folders, device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map
-    )
+    settings = dict(device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map)
+    models = load_models(folders, base, vision, **settings)
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)
     for name, model in models.items():

@@ -195,9 +195,12 @@ def chat_command(
     device_map: str | None = None,
     max_pixels: int = MAX_PIXELS,
     template: str = '',
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
 ) -> Chat:
     """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers,
-    questions and the name to save under are checked before the model loads.
+    questions and the name to save under are checked before the model loads. `template`, `base`,
+    `vision`: as in `load_vlm`.
 
     Raises `ChatError`, `ImageError` or `ValueError`."""
     prompts = prompts_from_options(regions, colors, alpha, width)
@@ -210,7 +213,14 @@ def chat_command(
     for q in questions:
         refer(q, prompts)
     loaded = chat.model = ChatModel.load(
-        model, device, load_4bit, load_8bit, device_map, template=template
+        model,
+        device,
+        load_4bit,
+        load_8bit,
+        device_map,
+        template=template,
+        base=base,
+        vision=vision,
     )
     print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):

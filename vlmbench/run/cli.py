@@ -17,6 +17,7 @@ import typer
 import vlmbench
 from .cli_data import data_app
 from .cli_cite import cite
+from .cli_models import models
 from .cli_text import aligned, columns, method_page, runs_table
 from .parameters import ParameterError
 
@@ -239,6 +240,7 @@ def _submit_bench(
 
 # %% ../../nbs/run/10_cli.ipynb #a71420fc
 app.command()(cite)
+app.command()(models)
 
 
 @app.command()
@@ -386,6 +388,16 @@ def world(
 _Model = Annotated[
     str, typer.Argument(help='A folder saved by a run, a published folder, or a name on the Hub.')
 ]
+_Base = Annotated[
+    Optional[str],
+    typer.Option(help='Language model of a LoRA release or of a projector alone (folder or name).'),
+]
+_Vision = Annotated[
+    Optional[str],
+    typer.Option(
+        help='Vision tower of a folder in the original layout; default: the one it names.'
+    ),
+]
 _Regions = Annotated[
     Optional[list[str]],
     typer.Option(
@@ -456,6 +468,8 @@ def chat(
     template: Annotated[
         str, typer.Option(help="A chat template instead of the folder's own (llava_v1).")
     ] = '',
+    base: _Base = None,
+    vision: _Vision = None,
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
     load_4bit: _Bits4 = False,
@@ -484,6 +498,8 @@ def chat(
         load_8bit,
         device_map,
         template=template,
+        base=base,
+        vision=vision,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #4f33c593
@@ -510,6 +526,8 @@ def serve(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help='Longest answer a visitor may ask for.')
     ] = 256,
+    base: _Base = None,
+    vision: _Vision = None,
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
     load_4bit: _Bits4 = False,
@@ -536,6 +554,8 @@ def serve(
         load_8bit,
         device_map,
         api_port if api else None,
+        base=base,
+        vision=vision,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
@@ -548,13 +568,8 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Argument(help='New folder, which transformers loads by itself.')],
-    vision: Annotated[
-        Optional[str], typer.Option(help='Its CLIP tower; default: the one it names.')
-    ] = None,
-    base: Annotated[
-        Optional[str],
-        typer.Option(help='The language model of a LoRA release; default: the one it names.'),
-    ] = None,
+    vision: _Vision = None,
+    base: _Base = None,
     template: Annotated[
         str, typer.Option(help='Its chat template, where its tokenizer does not tell.')
     ] = '',

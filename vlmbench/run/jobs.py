@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoints.card import run_origin, with_scores, write_card
 from ..checkpoints.load import is_foreign, load_vlm
+from ..checkpoints.projector import after_projector, use_projector
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
 from ..evaluate.assess import ask_before, assess, load_tasks
@@ -97,9 +98,10 @@ def train_job(
     questions are asked. Raises what `run_stages` and `assess` raise."""
     method = get_method(settings['recipe'], settings['variant'])
     scale = find_scale(settings['scale'])
-    chosen = (settings['budget'], settings['overrides'], settings['variant'], settings['stages'])
+    chosen = (settings['budget'], settings['overrides'], settings['variant'])
     attention = settings['attn_implementation']
-    recipe = get_recipe(settings['recipe'], scale, *chosen, attn_implementation=attention)
+    whole = get_recipe(settings['recipe'], scale, *chosen, attn_implementation=attention)
+    recipe = after_projector(whole, settings['stages'], settings['projector'])
     check_data({stage.name: stage.data for stage in recipe.stages}, data)
     with Job(folder, stop_flag, settings['device']) as job:
         state, announced = _build(job, method, recipe, scale, settings)
@@ -161,6 +163,8 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
             state.model, state.processor = _trained_model(settings['model'], recipe, scale)
         else:
             state = method.start(recipe, scale, settings['seed'], settings['device'])
+        if settings['projector']:
+            use_projector(state.model, settings['projector'], recipe, scale)
     return state, [str(warning.message) for warning in announced]
 
 
@@ -258,7 +262,8 @@ def evaluate_job(
     `summary`."""
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
-            loaded = load_vlm(model, str(job.ranks.device))
+            parts = {name: settings[name] or None for name in ('base', 'vision')}
+            loaded = load_vlm(model, str(job.ranks.device), **parts)
             asked = settings['tasks'], settings['limit'], settings['image_roots']
             questions = load_tasks(data, *asked)
         return _assess(

@@ -17,6 +17,7 @@ from typing import Any
 
 # %% ../../nbs/run/30_submit.ipynb #cf82108e
 from ..options import OptionType
+from .early import check_early
 from .engine import find_notebook, run_notebook
 from vlmbench.run.manifest import (
     EXIT_CODES,
@@ -172,7 +173,7 @@ def _expand(declared: Mapping[str, Parameter], given: Mapping[str, str], name: s
             raise ParameterError(f'{name}: parameter {key!r}: {e}') from None
     runs = [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
     for run in runs:
-        check_parameters(declared, run, name)
+        check_early(name, declared, check_parameters(declared, run, name))
     return runs
 
 
