@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from . import eve, vora
 from .card import HUB_NAME, converted_origin, write_card
+from .image_mode import check_image_mode, set_image_mode
 from vlmbench.checkpoints.llava import (
     is_original,
     load_published,
@@ -151,22 +152,31 @@ def _from_pretrained(folder: Path, settings: Mapping[str, Any]) -> PreTrainedMod
 
 # %% ../../nbs/checkpoints/80_load.ipynb #8a91db8b
 def load_vlm(
-    where: str | Path, device: str | torch.device = 'cpu', template: str = '', **settings
+    where: str | Path,
+    device: str | torch.device = 'cpu',
+    template: str = '',
+    image_mode: str = '',
+    **settings,
 ) -> tuple:
     """`(model, processor)` ready to answer, from `find_model(where)`. `template`: a chat template
-    instead of the folder's own. `settings`: of `from_pretrained`, for example `dtype` ('float16',
-    'bfloat16', 'float32', default that of the weights as stored), `quantization_config`,
-    `device_map`, `max_memory`, `offload_folder`. Raises `LoadError`, which names the weights that a
-    folder lacks."""
+    instead of the folder's own. `image_mode`: 'native' for pictures at their own resolution, where
+    the model can (VoRA, EVE); empty: as the folder says. `settings`: of `from_pretrained`, for
+    example `dtype` ('float16', 'bfloat16', 'float32', default that of the weights as stored),
+    `quantization_config`, `device_map`, `max_memory`, `offload_folder`. Raises `LoadError`, which
+    names the weights that a folder lacks."""
     folder = find_model(where)
     settings = {name: value for name, value in settings.items() if value is not None}
     if template and template not in TEMPLATES:
         raise LoadError(f'template {template!r} is unknown; there are {", ".join(TEMPLATES)}')
     try:
+        if image_mode:
+            check_image_mode(folder, image_mode)
         if layout := _converted(folder):
             model, processor = _load_converted(layout, folder, template or None, settings)
         else:
             model, processor = _load_as_it_is(folder, template or None, settings)
+        if image_mode:
+            set_image_mode(processor, image_mode)
     except LoadError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as e:

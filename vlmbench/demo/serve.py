@@ -492,17 +492,23 @@ def serve_command(
     device_map: str | None = None,
     api: int | None = None,
     wait: bool = True,
+    image_mode: str = '',
 ):
     """What `vlmbench serve` does; returns the running page when `wait` is false. `api`: the port of
-    an API for OpenAI's clients beside it, None for none. Raises `ChatError`, `ImageError`, or
-    `ImportError` naming the extra."""
+    an API for OpenAI's clients beside it, None for none. `image_mode`: as for `load_vlm`. Raises
+    `ChatError`, `ImageError`, or `ImportError` naming the extra."""
     _gradio()
     uploads = tempfile.mkdtemp(prefix='vlmbench-serve-')
     atexit.register(shutil.rmtree, uploads, ignore_errors=True)
     os.environ['GRADIO_TEMP_DIR'] = uploads
     pictures = [load_image(p, max_pixels=limits.max_pixels) for p in images]
     models = load_models(
-        folders, device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map
+        folders,
+        device=device,
+        load_4bit=load_4bit,
+        load_8bit=load_8bit,
+        device_map=device_map,
+        image_mode=image_mode,
     )
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)

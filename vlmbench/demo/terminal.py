@@ -195,6 +195,7 @@ def chat_command(
     device_map: str | None = None,
     max_pixels: int = MAX_PIXELS,
     template: str = '',
+    image_mode: str = '',
 ) -> Chat:
     """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers,
     questions and the name to save under are checked before the model loads.
@@ -210,7 +211,13 @@ def chat_command(
     for q in questions:
         refer(q, prompts)
     loaded = chat.model = ChatModel.load(
-        model, device, load_4bit, load_8bit, device_map, template=template
+        model,
+        device,
+        load_4bit,
+        load_8bit,
+        device_map,
+        template=template,
+        image_mode=image_mode,
     )
     print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):

@@ -258,7 +258,8 @@ def evaluate_job(
     `summary`."""
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
-            loaded = load_vlm(model, str(job.ranks.device))
+            place = dict(image_mode=settings['image_mode'])
+            loaded = load_vlm(model, str(job.ranks.device), **place)
             asked = settings['tasks'], settings['limit'], settings['image_roots']
             questions = load_tasks(data, *asked)
         return _assess(
