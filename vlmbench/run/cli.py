@@ -400,6 +400,9 @@ _Device = Annotated[str, typer.Option(help='auto, cuda, cuda:1, cpu or mps.')]
 _DeviceMap = Annotated[
     Optional[str], typer.Option(help='Spread over several GPUs: auto, balanced or sequential.')
 ]
+_ImageMode = Annotated[
+    str, typer.Option(help='native: pictures at their own resolution (VoRA, EVE).')
+]
 _Bits4 = Annotated[
     bool,
     typer.Option(
@@ -456,6 +459,7 @@ def chat(
     template: Annotated[
         str, typer.Option(help="A chat template instead of the folder's own (llava_v1).")
     ] = '',
+    image_mode: _ImageMode = '',
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
     load_4bit: _Bits4 = False,
@@ -484,6 +488,7 @@ def chat(
         load_8bit,
         device_map,
         template=template,
+        image_mode=image_mode,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #4f33c593
@@ -518,6 +523,7 @@ def serve(
         bool, typer.Option('--api', help='Answer programs, too: /v1/chat/completions.')
     ] = False,
     api_port: Annotated[int, typer.Option(min=0, max=65535, help='Port of that API.')] = 8000,
+    image_mode: _ImageMode = '',
 ) -> None:
     """Serve models in the browser: draw a marker, ask, compare two models side by side. Needs the
     extra `serve`."""
@@ -536,6 +542,7 @@ def serve(
         load_8bit,
         device_map,
         api_port if api else None,
+        image_mode=image_mode,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
@@ -571,7 +578,7 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help='A VoRA model: a folder saved by a run (its model/ folder, or the run folder).'
+            help='A VoRA model: a folder saved by a run, a published folder, or a torch file.'
         ),
     ],
     out: Annotated[Path, typer.Argument(help='New folder.')],
@@ -581,12 +588,16 @@ def export(
             '--language-model', help='The plain language model alone, as transformers loads it.'
         ),
     ] = False,
+    config: Annotated[
+        Optional[str],
+        typer.Option(help='Folder with the config.json of a torch file; default: where it lies.'),
+    ] = None,
 ) -> None:
     """Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain
     language model."""
     from vlmbench.checkpoints.export import export_merged
 
-    typer.echo(_refusing(export_merged, model, out, language_model))
+    typer.echo(_refusing(export_merged, model, out, language_model, config))
 
 # %% ../../nbs/run/10_cli.ipynb #83ed34e1
 @app.command()
