@@ -109,6 +109,7 @@ def same(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_the_second_stage_on_the_exported_first_equals_the_run_of_both(world, tmp_path):
     variant = ['r=4', 'extra_bias=reference_random']
     whole = train(world, tmp_path / 'whole', variant=variant)

@@ -143,6 +143,9 @@ def load_projector(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #4373b690
 _TEXT = dict(llava='llama', llava_llama='llama', llava_phi3='phi3', llava_mistral='mistral')
+# Bunny's folders have this layout, too; their type names the template, which no tokenizer does
+_BUNNY = {'bunny-llama': ('llama', 'bunny_llama'), 'bunny-phi3': ('phi3', 'bunny_phi3')}
+_TEXT |= {kind: text for kind, (text, _) in _BUNNY.items()}
 
 
 def template_of(text: str, tokenizer) -> str:
@@ -282,6 +285,7 @@ def load_release(
     llm, published, held, tokenizer = _language_of(folder, text, config, base, dtype)
     if not below(published, _TOWER):
         _check_untrained(folder, config)
+    if not below(published, _TOWER) or config['model_type'] in _BUNNY:  # which drops a last block
         held |= {f'model.vision.tower.{name}': t for name, t in tower.state_dict().items()}
     model, processor = build_release(
         folder,
@@ -296,7 +300,8 @@ def load_release(
         transform=_transform(config, where, tower.config.patch_size),
     )
     # last, so that a folder with missing weights and an unknown template is refused for the weights
-    set_template(processor, template or template_of(text, tokenizer))
+    _, named = _BUNNY.get(config['model_type'], (text, None))
+    set_template(processor, template or named or template_of(text, tokenizer))
     return model, processor
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #6f97c21d
