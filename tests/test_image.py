@@ -371,14 +371,21 @@ def test_any_aspect_properties(h, w, setting):
     assert exact - 1e-6 <= min(H, W) < exact + multiple
 
 
-@given(st.integers(14, 3000), st.integers(14, 3000), st.sampled_from([14, 28]))
-def test_native_properties(h, w, multiple):
-    budget = 14 * 14 * 50 * 80
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.sampled_from([14, 28]),
+    st.sampled_from([32, 341, 4000]),
+)
+def test_native_properties(h, w, multiple, patches):
+    "Thin sides are enlarged; only an aspect ratio is ever refused."
+    budget = patches * multiple**2
     try:
-        H, W = native_size(h, w, multiple)
+        H, W = native_size(h, w, multiple, 16 * multiple**2, budget)
     except ImageError:
-        assert min(h, w) < multiple or max(h, w) / min(h, w) > 200 * 0.5
+        assert max(h, w) / min(h, w) > 200
     else:
+        assert max(h, w) / min(h, w) <= 200
         assert H % multiple == W % multiple == 0 and min(H, W) >= multiple and H * W <= budget
 
 

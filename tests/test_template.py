@@ -47,6 +47,8 @@ CONTROL = [
     '<|user|>',
     '<|assistant|>',
     '<|end|>',
+    '<|endoftext|>',
+    '<|end_of_text|>',
 ]
 CORPUS = [
     'What colour is the circle on the left? It is red.',

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -175,8 +176,6 @@ def original(folder, model, processor, text='llama', tower=True, binary=False):
         if binary:
             torch.save(part, folder / 'm' / f'pytorch_model-{i}.bin')
         else:
-            from safetensors.torch import save_file
-
             save_file(
                 {k: v.contiguous() for k, v in part.items()},
                 folder / 'm' / f'model-{i}.safetensors',
@@ -219,6 +218,26 @@ def test_in_from_the_original_layout(kind, text, tower, binary, tmp_path):
     else:
         with pytest.raises(CheckpointFormatError, match='no template is known for llama'):
             load_published(folder, clip)
+
+
+@pytest.mark.parametrize('text,want', [('llama', 'bunny_llama'), ('phi3', 'bunny_phi3')])
+def test_a_folder_of_bunnys_names_its_template(text, want, tmp_path):
+    "By its type; the last block of the frozen tower, which Bunny drops, is the published one."
+    ours, processor = made('siglip', text=text)
+    folder, clip = original(tmp_path, ours, processor, text)
+    ours.model.vision.tower.save_pretrained(clip)
+    config = json.loads((folder / 'config.json').read_text())
+    kind = dict(llama='bunny-llama', phi3='bunny-phi3')[text]
+    (folder / 'config.json').write_text(json.dumps(config | dict(model_type=kind)))
+    last = f'.layers.{SMALL["num_hidden_layers"] - 1}.'
+    for file in folder.glob('*.safetensors'):
+        state = {n: t for n, t in load_file(file).items() if 'tower' not in n or last not in n}
+        save_file(state, file)
+    model, read = load_published(folder, clip)
+    assert read.template == want
+    assert load_published(folder, clip, 'bunny_llama_spaced')[1].template == 'bunny_llama_spaced'
+    _, batch = asked(processor)
+    torch.testing.assert_close(model(**batch).logits, ours(**batch).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

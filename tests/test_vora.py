@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from test_eve import Stop
 from test_vision_lora import IMAGE, awake, inputs, vlm
 from vlmbench.data.collate import collate_packed
+from vlmbench.data.picture import ImageError
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.checkpoints.export import export_language_model
@@ -108,8 +109,10 @@ def test_merged_is_a_plain_language_model(tmp_path):
     close(plain(input_ids=text).logits, before)
     biased = awake(vlm(lora=dict(LORA, extra_bias='zero')))
     merge_vision_lora(biased)
-    with pytest.raises(ValueError, match='extra biases are left'):
-        export_language_model(biased, None, tmp_path / 'c')
+    export_language_model(biased, None, tmp_path / 'c')
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / 'c').eval()
+    assert type(llama).__name__ == 'LlamaForCausalLM'  # which has a place for all seven biases
+    close(llama(input_ids=text).logits, biased(input_ids=text).logits)
 
 
 def test_text_alone_trains_under_gradient_checkpointing():
@@ -334,6 +337,10 @@ def test_finetuning_at_any_resolution(world, tmp_path):
         and done.processor.load(Image.new('RGB', (4000, 900)))[0]['tokens'] <= 512 * 2 // 3
     )
     assert done.processor.load(Image.new('RGB', (90, 90)))[0]['tokens'] == 11 * 11
+    line = done.processor.load(Image.new('RGB', (100, 5)))[0]  # a side below a patch of 8 px
+    assert line['size'] == (8, 144) and line['tokens'] == 18
+    with pytest.raises(ImageError, match='2000 x 1 has an aspect ratio over 200'):
+        done.processor.load(Image.new('RGB', (2000, 1)))
 
 
 @pytest.mark.parametrize('end', ['jsonl', 'parquet'])

@@ -6,49 +6,83 @@
 __all__ = ['export_language_model', 'export_merged']
 
 # %% ../../nbs/checkpoints/90_export.ipynb #cc624963
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from .card import origin_of, with_step, write_card
 from .load import LoadError, find_model, load_vlm
-from .vora import to_reference
+from .names import few
+from .vora import load_release, to_reference
 from ..models.config import share_weights
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.vision_lora import merge_vision_lora, vision_lora_layers
 from ..train.checkpoint import export
 
 # %% ../../nbs/checkpoints/90_export.ipynb #d1a2b3c4
-def _check_plain(model: VLMForConditionalGeneration) -> None:
-    "Refuse a language model that is not a plain one (yet)."
-    left = list(vision_lora_layers(model).values())
+_LIKE_LLAMA = ('llama', 'qwen2')  # model types whose blocks are a Llama's but for their biases
+
+
+def _extra_biases(model: VLMForConditionalGeneration) -> bool:
+    """Whether the merged language model has biases that its class does not know. Raises ValueError
+    while LoRA is unmerged, or where they have no place in a Llama either."""
+    left = vision_lora_layers(model)
     if not left:
-        return
-    if left[0].settings.merged:
+        return False
+    if not all(layer.settings.merged for layer in left.values()):
+        raise ValueError('LoRA is not merged: call merge_vision_lora(model) first')
+    text = model.config.text_config
+    why = ''
+    if text.model_type not in _LIKE_LLAMA:
+        why = f'the blocks of a {text.model_type} are not those of a Llama'
+    elif 'sliding_attention' in (text.to_dict().get('layer_types') or ()):
+        why = 'a Llama has no layers with a sliding window, which this model has'
+    if why:
         raise ValueError(
-            'extra biases are left, which a plain language model does not have: train with '
-            'extra_bias=none, or write a VLM folder (vlmbench export without --language-model)'
+            f'extra biases are left ({few(list(left))}), which the class of a {text.model_type} '
+            f'has no place for. A Llama with attention_bias and mlp_bias has, but {why}: train '
+            'with extra_bias=none, or write a VLM folder (vlmbench export without --language-model)'
         )
-    raise ValueError('LoRA is not merged: call merge_vision_lora(model) first')
+    return True
+
+# %% ../../nbs/checkpoints/90_export.ipynb #e4ed25cb
+def _as_llama(model: VLMForConditionalGeneration) -> LlamaForCausalLM:
+    "The merged language model as a Llama of the same tensors, with zeros for missing biases."
+    text, language = model.config.text_config, model.model.language_model
+    attention = language.layers[0].self_attn
+    settings = {k: v for k, v in text.to_dict().items() if k not in ('model_type', 'architectures')}
+    settings |= dict(attention_bias=True, mlp_bias=True, head_dim=attention.head_dim)
+    with torch.device('meta'):
+        llm = LlamaForCausalLM(LlamaConfig(**{k: settings[k] for k in _OF_LLAMA & settings.keys()}))
+    state = {f'model.{name}': tensor for name, tensor in language.state_dict().items()}
+    state['lm_head.weight'] = model.lm_head.weight
+    for name, wanted in llm.state_dict().items():
+        if name not in state:  # a bias that the block does not have
+            state[name] = torch.zeros(wanted.shape, dtype=model.dtype, device=model.device)
+    llm.load_state_dict(state, assign=True)
+    llm.tie_weights()
+    llm.config.dtype = model.dtype
+    return llm.eval()
+
+
+_OF_LLAMA = {field.name for field in fields(LlamaConfig)}
 
 # %% ../../nbs/checkpoints/90_export.ipynb #ec1ba64a
 def export_language_model(
     model: VLMForConditionalGeneration, tokenizer, folder: str | Path
 ) -> Path:
     """Write the merged language model as a folder that plain transformers loads, with the tokenizer
-    (None: without) and the patch embedding (`vision_embedding.safetensors`, original names).
+    (None: without) and the patch embedding (`vision_embedding.safetensors`, original names). A
+    Llama or Qwen2 with extra biases is written as a Llama with `attention_bias` and `mlp_bias`.
 
-    Raises ValueError while LoRA is unmerged, or when extra biases are left, which the plain
-    architecture does not have."""
-    _check_plain(model)
-    folder = Path(folder)
-    with torch.device('meta'):  # a shell, which gets the modules of the VLM
-        llm = AutoModelForCausalLM.from_config(model.config.text_config)
-    setattr(llm, llm.base_model_prefix, model.model.language_model)
-    llm.set_output_embeddings(model.lm_head)
-    llm.save_pretrained(folder)
+    Raises ValueError while LoRA is unmerged, or when extra biases are left that no class of
+    transformers has a place for."""
+    biased, folder = _extra_biases(model), Path(folder)
+    (_as_llama(model) if biased else _plain(model)).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     patches = {
@@ -59,6 +93,42 @@ def export_language_model(
     save_file(patches, folder / 'vision_embedding.safetensors')
     share_weights(folder)
     return folder
+
+
+def _plain(model: VLMForConditionalGeneration) -> PreTrainedModel:
+    "The language model in a shell of its own class."
+    with torch.device('meta'):
+        llm = AutoModelForCausalLM.from_config(model.config.text_config)
+    setattr(llm, llm.base_model_prefix, model.model.language_model)
+    llm.set_output_embeddings(model.lm_head)
+    return llm
+
+# %% ../../nbs/checkpoints/90_export.ipynb #9a79f100
+def _config_folder(file: Path, config: str | Path | None) -> Path:
+    "Where the settings and the tokenizer of a torch file are."
+    if config is not None:
+        return find_model(config)
+    # DeepSpeed writes checkpoint-N/global_stepN/mp_rank_00_model_states.pt
+    for place in file.absolute().parents[:3]:
+        if (place / 'config.json').is_file():
+            return place
+    raise LoadError(
+        f'{file}: there is no config.json beside this file, nor above it: name the folder of its '
+        'model, with config.json and tokenizer (--config FOLDER)'
+    )
+
+
+def _load(where: str | Path, config: str | Path | None) -> tuple[Path, PreTrainedModel, Any]:
+    "Folder, model and processor of `where`, which may be a torch file."
+    if not Path(where).is_file():
+        if config is not None:
+            raise LoadError(f'--config {config} goes with a torch file, and {where} is none')
+        return find_model(where), *load_vlm(where)
+    folder = _config_folder(Path(where), config)
+    try:
+        return folder, *load_release(folder, weights=where)
+    except ValueError as e:
+        raise LoadError(f'{where}: {e}') from None
 
 # %% ../../nbs/checkpoints/90_export.ipynb #5a3f28b7
 def _check_vora(where: str | Path, model: PreTrainedModel) -> None:
@@ -76,15 +146,21 @@ def _check_vora(where: str | Path, model: PreTrainedModel) -> None:
         )
 
 
-def export_merged(where: str | Path, out: str | Path, language_model: bool = False) -> Path:
-    """Write the model `where` (as for `load_vlm`) as the new folder `out`, LoRA added to its
-    weights, with a model card; returns `out`. `language_model`: the plain language model and its
-    tokenizer, with `vision_embedding.safetensors` beside it (original names). Raises `LoadError`
-    naming what stands in the way, before anything is written."""
+def export_merged(
+    where: str | Path,
+    out: str | Path,
+    language_model: bool = False,
+    config: str | Path | None = None,
+) -> Path:
+    """Write the model `where` (as for `load_vlm`, or a torch file of original names) as the new
+    folder `out`, LoRA added to its weights, with a model card; returns `out`. `language_model`: the
+    plain language model and its tokenizer, with `vision_embedding.safetensors` beside it (original
+    names). `config`: folder of a torch file's settings and tokenizer; None: where it lies. Raises
+    `LoadError` naming what stands in the way, before anything is written."""
     out = Path(out)
     if out.exists():
         raise LoadError(f'{out} exists already: name another folder, or remove it')
-    model, processor = load_vlm(where)
+    folder, model, processor = _load(where, config)
     _check_vora(where, model)
     try:
         merge_vision_lora(model)
@@ -95,6 +171,7 @@ def export_merged(where: str | Path, out: str | Path, language_model: bool = Fal
     if not language_model:
         processor.front_end = model.config.vision_config  # without the LoRA settings
         export(model, processor, out)
-    origin = with_step(origin_of(where, find_model(where)), 'merged: LoRA was added to the weights')
+    named = folder if Path(where).is_file() else where
+    origin = with_step(origin_of(named, folder), 'merged: LoRA was added to the weights')
     write_card(out, origin, kind='language' if language_model else 'vlmbench')
     return out

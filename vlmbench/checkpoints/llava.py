@@ -148,8 +148,9 @@ def load_projector(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #4373b690
 _TEXT = dict(llava='llama', llava_llama='llama', llava_phi3='phi3', llava_mistral='mistral')
-# Bunny's, whose first stage is LLaVA's: of these only folders of a projector are read
-_PROJECTORS = {'bunny-llama': 'llama', 'bunny-phi3': 'phi3'}
+# Bunny's folders have this layout, too; their type names the template, which no tokenizer does
+_BUNNY = {'bunny-llama': ('llama', 'bunny_llama'), 'bunny-phi3': ('phi3', 'bunny_phi3')}
+_TEXT |= {kind: text for kind, (text, _) in _BUNNY.items()}
 
 
 def template_of(text: str, tokenizer) -> str:
@@ -198,7 +199,7 @@ def is_original(folder: str | Path) -> bool:
     """Whether a folder has the original repository's layout: `llava_...` or `bunny-...`, or
     `llava` without a `text_config`."""
     config = read_config(folder)
-    return config.get('model_type') in {**_TEXT, **_PROJECTORS} and 'text_config' not in config
+    return config.get('model_type') in _TEXT and 'text_config' not in config
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #a03fc308
 CLIP = 'openai/clip-vit-large-patch14-336'
@@ -326,16 +327,11 @@ def _language_of(
     return llm, held, read_tokenizer(words)
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #7fd299ca
-def _check_layout(folder: Path, config: Mapping[str, Any], base: str | Path | None) -> None:
+def _check_layout(folder: Path, base: str | Path | None) -> None:
     "Refuse a folder that `load_release` cannot make a model of."
     if base is not None and not is_partial(folder):
         raise CheckpointFormatError(
             f'{folder} has a language model of its own: leave base={str(base)!r} out'
-        )
-    if config['model_type'] in _PROJECTORS and not is_projector_alone(folder):
-        raise CheckpointFormatError(
-            f'{folder}: of model_type={config["model_type"]!r} only a projector alone '
-            f'({PROJECTOR_FILE}) is read'
         )
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #90a5b4c2
@@ -355,14 +351,15 @@ def load_release(
     that of a folder with nothing but `mm_projector.bin`. `dtype`: that of the weights as stored.
     `place`: as in `build_release`. Raises `CheckpointFormatError` naming what is missing or does
     not fit."""
-    folder, config = Path(folder), read_config(folder, *_TEXT, *_PROJECTORS)
-    _check_layout(folder, config, base)
+    folder, config = Path(folder), read_config(folder, *_TEXT)
+    _check_layout(folder, base)
     front, published = front_of(config), _tensors(folder)
     inside = below(published, _TOWER)
     tower, where = _tower(folder, config, vision, inside)
     llm, held, tokenizer = _language_of(folder, config, base, dtype, published)
     if not inside:
         _check_untrained(folder, config)
+    if not inside or config['model_type'] in _BUNNY:  # which drops a last block
         held |= {f'model.vision.tower.{name}': t for name, t in tower.state_dict().items()}
     model, processor = build_release(
         folder,
@@ -377,7 +374,9 @@ def load_release(
         transform=_transform(config, where, tower.config),
     )
     # last, so that a folder with missing weights and an unknown template is refused for the weights
-    set_template(processor, template or template_of(llm.config.model_type, tokenizer))
+    _, named = _BUNNY.get(config['model_type'], (None, None))
+    words = template or named or template_of(llm.config.model_type, tokenizer)
+    set_template(processor, words)
     return model, processor
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #6f97c21d

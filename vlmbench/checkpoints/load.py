@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from . import eve, vora
 from .card import HUB_NAME, converted_origin, write_card
+from .image_mode import check_image_mode, set_image_mode
 from vlmbench.checkpoints.llava import (
     is_original,
     is_partial,
@@ -176,12 +177,15 @@ def load_vlm(
     template: str = '',
     base: str | Path | None = None,
     vision: str | Path | None = None,
+    image_mode: str = '',
     **settings,
 ) -> tuple:
     """`(model, processor)` ready to answer, from `find_model(where)`. `template`: a chat template
     instead of the folder's own. `base`: the language model of a LoRA release or of a projector
-    alone; `vision`: the tower of a folder in the original layout. `settings`: of `from_pretrained`,
-    for example `dtype` ('float16', 'bfloat16', 'float32', default that of the weights as stored),
+    alone; `vision`: the tower of a folder in the original layout. `image_mode`: 'native' for
+    pictures at their own resolution, where the model can (VoRA, EVE); empty: as the folder says.
+    `settings`: of `from_pretrained`, for example `dtype` ('float16', 'bfloat16', 'float32',
+    default that of the weights as stored),
     `quantization_config`, `device_map`, `max_memory`, `offload_folder`. Raises `LoadError`, which
     names the weights that a folder lacks."""
     folder = find_model(where)
@@ -191,10 +195,14 @@ def load_vlm(
     if template and template not in TEMPLATES:
         raise LoadError(f'template {template!r} is unknown; there are {", ".join(TEMPLATES)}')
     try:
+        if image_mode:
+            check_image_mode(folder, image_mode)
         if layout:
             model, processor = _load_converted(layout, folder, template or None, settings)
         else:
             model, processor = _load_as_it_is(folder, template or None, settings)
+        if image_mode:
+            set_image_mode(processor, image_mode)
     except LoadError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as e:

@@ -53,8 +53,8 @@ def read_json(file: str | Path) -> dict:
 # %% ../../nbs/checkpoints/10_release.ipynb #af419387
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a file, or of the shards of a folder (`*.safetensors`, else `*.bin`), mapped:
-    a tensor is read when it is used. Pickles are read as tensors only. Raises
-    `CheckpointFormatError`."""
+    a tensor is read when it is used. Pickles are read as tensors only; in one the tensors may lie
+    under `state_dict`, or under DeepSpeed's `module`. Raises `CheckpointFormatError`."""
     path = Path(path)
     shards = sorted(path.glob('*.safetensors')) or sorted(path.glob('*.bin'))
     files = [path] if path.is_file() else shards  # pickles only where there is nothing else
@@ -68,8 +68,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             else:
                 # torch maps archives only, which its files have been since 1.6
                 mapped = zipfile.is_zipfile(file)
-                state |= torch.load(file, 'cpu', weights_only=True, mmap=mapped)
+                state |= _unwrapped(torch.load(file, 'cpu', weights_only=True, mmap=mapped))
     return state
+
+
+def _unwrapped(held: Any) -> dict[str, Tensor]:
+    "The tensors of what a torch file holds, whoever wrote it."
+    for key in ('state_dict', 'module'):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            held = held[key]
+    if not isinstance(held, Mapping):
+        raise ValueError(f'it holds a {type(held).__name__}, no tensors by name')
+    if odd := [name for name, value in held.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f'{odd[:3]} are no tensors, nor are there any under state_dict or module')
+    wrapped = all(name.startswith('module.') for name in held)  # by a data-parallel shell
+    return {name.removeprefix('module.') if wrapped else name: t for name, t in held.items()}
 
 # %% ../../nbs/checkpoints/10_release.ipynb #4cf9c2d8
 def stored_dtype(state: Mapping[str, Tensor], asked: torch.dtype | str = 'auto') -> torch.dtype:

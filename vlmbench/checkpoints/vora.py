@@ -259,13 +259,15 @@ def load_release(
     folder: str | Path,
     template: str | None = None,
     dtype: torch.dtype | str = 'auto',
+    weights: str | Path | None = None,
     **place: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a released VoRA folder (safetensors or bin shards), merged or with its
     LoRA. `template`: None for that of training, 'chatml'. `dtype`: that of the weights as stored.
-    `place`: as in `build_release`. Raises `CheckpointFormatError` naming what does not fit."""
+    `weights`: a file that holds them instead, as for `read_weights`. `place`: as in
+    `build_release`. Raises `CheckpointFormatError` naming what does not fit."""
     config = read_config(folder, 'vora')
-    state = read_weights(folder)
+    state = read_weights(weights or folder)
     llm = empty_language_model('qwen2', config, stored_dtype(state, dtype))
     plain = {VORA.theirs(name) for name in names_in_vlm(llm)}
     extra = {name: tensor for name, tensor in state.items() if name not in plain}

@@ -186,21 +186,22 @@ def native_size(
     min_pixels: int = 56 * 56,
     max_pixels: int = 14 * 14 * 50 * 80,
 ) -> tuple[int, int]:
-    """(height, width) near the own size, multiples of `multiple`, within the pixel budget. Raises
-    `ImageError` for slivers."""
-    if min(h, w) < multiple:
-        raise ImageError(f'too small: {w} x {h} has a side below {multiple} pixels')
+    """(height, width) near the own size, multiples of `multiple`, within the pixel budget; a side
+    below one multiple is enlarged to one. Raises `ImageError` for an aspect ratio over 200."""
     if max(h, w) / min(h, w) > 200:
         raise ImageError(f'too elongated: {w} x {h} has an aspect ratio over 200')
-    new = [round(side / multiple) * multiple for side in (h, w)]
+    new = [max(1, round(side / multiple)) * multiple for side in (h, w)]
     if new[0] * new[1] > max_pixels:
-        shrink = math.sqrt(h * w / max_pixels)
+        shrink = math.sqrt(max(h, multiple) * max(w, multiple) / max_pixels)
         new = [math.floor(side / shrink / multiple) * multiple for side in (h, w)]
     elif new[0] * new[1] < min_pixels:
         grow = math.sqrt(min_pixels / (h * w))
         new = [math.ceil(side * grow / multiple) * multiple for side in (h, w)]
+    if min(new) <= multiple:  # one multiple thick, at most as long as the budget allows
+        long = min(max(new), max_pixels // multiple**2 * multiple)
+        new = [multiple, long] if h < w else [long, multiple]
     if min(new) < multiple:
-        raise ImageError(f'too elongated: {w} x {h} does not fit into {max_pixels:,} pixels')
+        raise ImageError(f'{w} x {h} does not fit into {max_pixels:,} pixels, which hold no patch')
     return tuple(new)
 
 

@@ -96,6 +96,8 @@ class ChatTemplate:
         False  # the system message stands in the first user turn, before its text (Llama-2)
     )
     captions: bool = False  # the user turn is reduced to its image slots (LLaVA's alignment stage)
+    # `stop` is the tokenizer's end and pad token, too, in models trained with it (Bunny)
+    ends_text: bool = False
 
     @property
     def stop(self) -> str:

@@ -39,16 +39,24 @@ _MMTAG = (
 )
 
 
-def _vicuna(name: str, system: str) -> ChatTemplate:
+def _vicuna(
+    name: str, system: str, stop: str = EOS, sep: str = ' ', bos: str = BOS, **kw
+) -> ChatTemplate:
+    between = (sep,) if sep else ()
     return ChatTemplate(
         name,
-        pieces(CONTENT, ' '),
-        pieces('USER: ', CONTENT, ' '),
+        pieces(CONTENT, *map(Span, between)),
+        pieces('USER: ', CONTENT, *map(Span, between)),
         pieces('ASSISTANT:'),
-        pieces(' ', CONTENT, (EOS,), target=True),
-        bos=BOS,
+        pieces(' ', CONTENT, (stop,), target=True),
+        bos=bos,
         default_system=system,
+        **kw,
     )
+
+
+def _bunny(name: str, stop: str, **kw) -> ChatTemplate:
+    return _vicuna(name, _assistant_system('user'), stop, ends_text=True, **kw)
 
 
 def _llama(name: str, newline: str, **kw) -> ChatTemplate:
@@ -138,6 +146,9 @@ _OF_LATER_MODELS = (
         bos=BOS,
         default_system=_LLAVA_SYSTEM,
     ),
+    _bunny('bunny_phi3', '<|endoftext|>'),
+    _bunny('bunny_llama', '<|end_of_text|>', sep='', bos='<|begin_of_text|>'),
+    _bunny('bunny_llama_spaced', '<|end_of_text|>', bos='<|begin_of_text|>'),
     _chatml('chatml', '', joiner='\n', default_system='You are a helpful assistant.'),
     _chatml('zero_qwen', '\n'),
     ChatTemplate(

@@ -19,8 +19,8 @@ from .terminal import open_picture, prompts_from_options
 def load(model: str | Path, **settings) -> ChatModel:
     """The model `model` (a run's folder, a published folder of any layout, a name on the Hugging
     Face Hub), ready to `ask`; its base and licence are printed in one line. `settings`: of
-    `ChatModel.load`, for example `device`, `load_4bit`, `device_map`, `template`. Raises
-    `ChatError`."""
+    `ChatModel.load`, for example `device`, `load_4bit`, `device_map`, `template`, `image_mode`
+    ('native'). Raises `ChatError`."""
     loaded = ChatModel.load(model, **settings)
     print(f'{loaded.name}: {loaded.licence}')
     return loaded

@@ -390,8 +390,8 @@ class ChatModel:
     ) -> 'ChatModel':
         """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how
         to spread it over GPUs ('auto', 'balanced', or module -> device); several CUDA devices with
-        `device='auto'` mean 'auto'. `settings`: more of `load_vlm` (`dtype`, `max_memory`,
-        `offload_folder`). Raises `ChatError`."""
+        `device='auto'` mean 'auto'. `settings`: more of `load_vlm` (`image_mode`, `dtype`,
+        `max_memory`, `offload_folder`). Raises `ChatError`."""
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1

@@ -516,17 +516,19 @@ def serve_command(
     wait: bool = True,
     base: str | Path | None = None,
     vision: str | Path | None = None,
+    image_mode: str = '',
 ):
     """What `vlmbench serve` does; returns the running page when `wait` is false. `api`: the port of
-    an API for OpenAI's clients beside it, None for none; `base`, `vision`: see `load_models`.
-    Raises `ChatError`, `ImageError`, or `ImportError` naming the extra."""
+    an API for OpenAI's clients beside it, None for none; `base`, `vision`: see `load_models`;
+    `image_mode`: as for `load_vlm`. Raises `ChatError`, `ImageError`, or `ImportError` naming the
+    extra."""
     _gradio()
     uploads = tempfile.mkdtemp(prefix='vlmbench-serve-')
     atexit.register(shutil.rmtree, uploads, ignore_errors=True)
     os.environ['GRADIO_TEMP_DIR'] = uploads
     pictures = [load_image(p, max_pixels=limits.max_pixels) for p in images]
     settings = dict(device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map)
-    models = load_models(folders, base, vision, **settings)
+    models = load_models(folders, base, vision, image_mode=image_mode, **settings)
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)
     for name, model in models.items():

@@ -197,6 +197,7 @@ def chat_command(
     template: str = '',
     base: str | Path | None = None,
     vision: str | Path | None = None,
+    image_mode: str = '',
 ) -> Chat:
     """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers,
     questions and the name to save under are checked before the model loads. `template`, `base`,
@@ -221,6 +222,7 @@ def chat_command(
         template=template,
         base=base,
         vision=vision,
+        image_mode=image_mode,
     )
     print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):

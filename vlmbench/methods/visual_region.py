@@ -48,10 +48,13 @@ def _llava(base: str, size: str) -> Scale:
     return replace(scale, name=f'llava-1.5-{size}', notes=f'LLaVA-1.5 {size.upper()}', like='paper')
 
 
-def _bunny(base: str) -> Scale:
+def _bunny(base: str, template: str, end: int) -> Scale:
+    scale = VIP_SCALES[base]
     return replace(
-        VIP_SCALES[base],
+        scale,
         name=f'bunny-{base}',
+        template=template,
+        llm_config={**scale.llm_config, 'eos_token_id': end, 'pad_token_id': end},
         vision='google/siglip-so400m-patch14-384',
         image_size=384,
         vision_config=_SIGLIP,
@@ -61,10 +64,10 @@ def _bunny(base: str) -> Scale:
 
 
 _MODELS = (
-    _bunny('llama-3-8b'),
+    _bunny('llama-3-8b', 'bunny_llama', 128001),
     _llava('vicuna-7b', '7b'),
     _llava('vicuna-13b', '13b'),
-    _bunny('phi-3-mini'),
+    _bunny('phi-3-mini', 'bunny_phi3', 32000),
 )
 PAPER_SCALES = {scale.name: scale for scale in _MODELS}
 

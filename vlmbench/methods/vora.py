@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'PAPER_SCALE', 'SETTINGS', 'CAPTIONS_AND_TEXT', 'CAPTIONS_OF_8M', 'PUBLISHED_INSTRUCTIONS',
-           'STEPS_OF_INSTRUCTIONS', 'MOST_PATCHES', 'VoRA']
+           'STEPS_OF_INSTRUCTIONS', 'VoRA']
 
 # %% ../../nbs/methods/30_vora.ipynb #8ee6c1b5
 from copy import copy
@@ -24,7 +24,7 @@ from .credits import CREDITS, REFERENCES
 from .llava import INSTRUCT_DATA, LLaVA
 from ..models.vision_lora import LoRASettings, merge_vision_lora
 from ..models.vlm import tower_transform
-from ..models.vora_patches import init_from_teacher
+from ..models.vora_patches import MOST_PATCHES, VoRAFrontEnd, init_from_teacher
 from ..train.recipe import Recipe, RecipeError, Stage, Tune, full
 from ..train.scale import Scale, base_model
 from ..train.stages import RunState
@@ -95,7 +95,6 @@ PUBLISHED_INSTRUCTIONS = 'llava_v1_5_mix665k'
 
 # the steps that are stated, or derived from rounded rows: LLaVA's 665,298 would make 5,197
 STEPS_OF_INSTRUCTIONS = 5_196
-MOST_PATCHES = 4000  # of a picture at its own resolution, as released
 
 # %% ../../nbs/methods/30_vora.ipynb #d2227488
 @dataclass(frozen=True)
@@ -321,31 +320,32 @@ def terms(self: VoRA, state: RunState) -> None:
             raise RecipeError(f'stage {state.stage.name!r}: {e}') from None
 
 
+def _merge(state: RunState) -> None:
+    "Adds LoRA to the weights, unless it acts on image tokens only (then it stays and trains on)."
+    lora = state.model.config.vision_config['lora']
+    if lora and lora['tokens'] == 'all' and not lora['merged']:
+        merge_vision_lora(state.model, state.share)
+        state.processor.front_end = state.model.config.vision_config
+
+
 @patch
 def before_stage(self: VoRA, state: RunState) -> None:
-    """For `finetune_anyres`: both sides of a picture to the nearest multiple of the patch, at most
-    `MOST_PATCHES` patches."""
+    """The last stage begins with LoRA merged, whatever model it starts from. For `finetune_anyres`
+    both sides of a picture become the nearest multiple of the patch, at most `MOST_PATCHES`
+    patches."""
+    if state.stage.name != 'pretrain':
+        _merge(state)
     if state.stage.name != 'finetune_anyres':
         return
-    px = state.model.config.vision_config['patch_size']
+    front = state.model.config.vision_config
     patches = min(MOST_PATCHES, state.stage.max_tokens * 2 // 3)  # the rest of a row is for text
     state.processor = copy(state.processor)
-    state.processor.transform = replace(
-        state.processor.transform,
-        mode='native',
-        size=state.scale.image_size,
-        patch=px,
-        multiple=px,
-        min_pixels=(4 * px) ** 2,
-        max_pixels=patches * px * px,
-    )
+    native = VoRAFrontEnd.native(front, state.processor.transform)
+    state.processor.transform = replace(native, max_pixels=patches * front['patch_size'] ** 2)
 
 
 @patch
 def after_stage(self: VoRA, state: RunState) -> None:
-    """Merges LoRA after pre-training, unless it acts on image tokens only (then it stays and trains
-    on)."""
-    lora = state.model.config.vision_config['lora']
-    if state.stage.name == 'pretrain' and lora and lora['tokens'] == 'all':
-        merge_vision_lora(state.model, state.share)
-        state.processor.front_end = state.model.config.vision_config
+    "Merges LoRA after pre-training."
+    if state.stage.name == 'pretrain':
+        _merge(state)

@@ -108,6 +108,11 @@ class PatchFrontEnd(FrontEnd):
         attention_scale='width',
     )
 
+    @classmethod
+    def native(cls, config: dict, transform):
+        "As it is: EVE sees every picture in its own aspect ratio."
+        return transform
+
     def __init__(self, config: dict, hidden_size: int):
         super().__init__(config, hidden_size)
         c = self.config

@@ -23,6 +23,11 @@ class PatchFrontEndV2(FrontEnd):
 
     defaults = dict(channels=1024, patch_stride=16, conv_stride=2)
 
+    @classmethod
+    def native(cls, config: dict, transform):
+        "As it is: EVEv2 sees every picture in its own aspect ratio."
+        return transform
+
     def __init__(self, config: dict, hidden_size: int):
         super().__init__(config, hidden_size)
         c = self.config

@@ -62,6 +62,16 @@ class FrontEnd(nn.Module):
         [images])`, images one after the other in the order given."""
         raise TypeError(f'{type(self).__name__} must implement forward(pixel_values, image_sizes)')
 
+    @classmethod
+    def native(cls, config: dict, transform):
+        """The `ImageTransform` that lets a model see pictures at their own resolution
+        (`image_mode='native'`), made from that of its folder. Raises ValueError where the front end
+        sees one size only, as most do."""
+        raise ValueError(
+            f"image_mode='native': a model with front end {config.get('type')!r} sees pictures of "
+            'one size only; leave image_mode out (VoRA and EVE have such a mode)'
+        )
+
     def adapt(self, language_model: nn.Module) -> None:
         """Give the language model the parts the front end needs inside it (LoRA, say), in place,
         once; nothing by default. `language_model` is the base model, without its head."""

@@ -412,6 +412,9 @@ _Device = Annotated[str, typer.Option(help='auto, cuda, cuda:1, cpu or mps.')]
 _DeviceMap = Annotated[
     Optional[str], typer.Option(help='Spread over several GPUs: auto, balanced or sequential.')
 ]
+_ImageMode = Annotated[
+    str, typer.Option(help='native: pictures at their own resolution (VoRA, EVE).')
+]
 _Bits4 = Annotated[
     bool,
     typer.Option(
@@ -470,6 +473,7 @@ def chat(
     ] = '',
     base: _Base = None,
     vision: _Vision = None,
+    image_mode: _ImageMode = '',
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
     load_4bit: _Bits4 = False,
@@ -500,6 +504,7 @@ def chat(
         template=template,
         base=base,
         vision=vision,
+        image_mode=image_mode,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #4f33c593
@@ -536,6 +541,7 @@ def serve(
         bool, typer.Option('--api', help='Answer programs, too: /v1/chat/completions.')
     ] = False,
     api_port: Annotated[int, typer.Option(min=0, max=65535, help='Port of that API.')] = 8000,
+    image_mode: _ImageMode = '',
 ) -> None:
     """Serve models in the browser: draw a marker, ask, compare two models side by side. Needs the
     extra `serve`."""
@@ -556,6 +562,7 @@ def serve(
         api_port if api else None,
         base=base,
         vision=vision,
+        image_mode=image_mode,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
@@ -586,7 +593,7 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help='A VoRA model: a folder saved by a run (its model/ folder, or the run folder).'
+            help='A VoRA model: a folder saved by a run, a published folder, or a torch file.'
         ),
     ],
     out: Annotated[Path, typer.Argument(help='New folder.')],
@@ -596,12 +603,16 @@ def export(
             '--language-model', help='The plain language model alone, as transformers loads it.'
         ),
     ] = False,
+    config: Annotated[
+        Optional[str],
+        typer.Option(help='Folder with the config.json of a torch file; default: where it lies.'),
+    ] = None,
 ) -> None:
     """Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain
     language model."""
     from vlmbench.checkpoints.export import export_merged
 
-    typer.echo(_refusing(export_merged, model, out, language_model))
+    typer.echo(_refusing(export_merged, model, out, language_model, config))
 
 # %% ../../nbs/run/10_cli.ipynb #83ed34e1
 @app.command()

@@ -28,7 +28,14 @@ from vlmbench.train.recipe import (
 LEVELS = ('tiny', 'small', 'paper')
 
 # templates of the published chat models; their caption stage has neither roles nor system prompt
-_CHAT_TEMPLATES = ('vicuna_v1', 'llama_3', 'phi_3')
+_CHAT_TEMPLATES = (
+    'vicuna_v1',
+    'llama_3',
+    'phi_3',
+    'bunny_phi3',
+    'bunny_llama',
+    'bunny_llama_spaced',
+)
 
 
 @dataclass(frozen=True)
@@ -234,9 +241,11 @@ def tied_embeddings(self: Scale) -> bool:
 def build(self: Scale, recipe: Recipe, seed: int = 0, **other: Any) -> tuple[Any, Any]:
     """`(model, processor)`: the language model behind the recipe's front end on the vision tower,
     new parts drawn from `seed`. `other`: arguments of `build_vlm` that take the place of those that
-    follow from recipe and scale (`vision=None`: no tower)."""
-    from vlmbench.models.vlm import build_vlm
+    follow from recipe and scale (`vision=None`: no tower). A template that closes answers with the
+    end of the text makes that token the tokenizer's end and pad token, and the model's end."""
+    from vlmbench.models.vlm import build_vlm, read_tokenizer
 
+    stop = _end_of_text(self.template)
     follow = dict(
         llm=base_model(self.llm),
         vision=base_model(self.vision),
@@ -248,7 +257,27 @@ def build(self: Scale, recipe: Recipe, seed: int = 0, **other: Any) -> tuple[Any
         bidirectional_images=recipe.bidirectional_images,
         attn_implementation=recipe.attn_implementation,
     )
-    return build_vlm(seed=seed, **follow | other)
+    if stop is None:
+        return build_vlm(seed=seed, **follow | other)
+    tokenizer = read_tokenizer(follow['llm'])
+    need(
+        stop in tokenizer.get_vocab(),
+        f'scale {self.name!r}: template {self.template!r} closes answers with {stop!r}, which the '
+        f'tokenizer of {self.llm} does not have: choose the template of that model',
+    )
+    tokenizer.eos_token = tokenizer.pad_token = stop
+    model, processor = build_vlm(seed=seed, tokenizer=tokenizer, **follow | other)
+    for settings in (model.generation_config, model.config.text_config):
+        settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
+    return model, processor
+
+
+def _end_of_text(template: str) -> str | None:
+    "What closes answers and texts alike under `template`; None: the tokenizer's own end stays."
+    from vlmbench.data.template import get_template
+
+    found = get_template(template)
+    return found.stop if found.ends_text else None
 
 
 @patch
