@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from .names import CheckpointFormatError, Names, check_exactly, refusing
-from ..data.template import get_template
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vlm import build_vlm, load_complete, read_tokenizer
@@ -119,8 +118,7 @@ def names_in_vlm(llm: PreTrainedModel) -> dict[str, str]:
 # %% ../../nbs/checkpoints/10_release.ipynb #e48efe5d
 def set_template(processor: VLMProcessor, template: str) -> None:
     "Give `processor` another chat template, by name."
-    processor.template = template
-    processor.chat_template = get_template(template).jinja(mark_targets=True)
+    processor.talk_by(template, processor.wrapper)
 
 # %% ../../nbs/checkpoints/10_release.ipynb #ef2fe02d
 def build_release(

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..data.template import get_template
 from ..data.transform import Transform
-from ..data.wrapper import Wrapped
+from ..data.wrapper import WRAPPERS, Wrapped
 from ..distill.balance import Balanced
 from .base import Method, option, whole_language_model
 from .credits import CREDITS, REFERENCES
@@ -362,7 +362,9 @@ def build(self: Zero, state: RunState) -> None:
     embedding is added and original checkpoints fit."""
     family = family_of(state.scale.template)
     if family is None:
-        return Method.build(self, state)
+        Method.build(self, state)
+        _remember(self, state)
+        return
     if family.wrap and self.wrap is None:
         warnings.warn(
             f'zero: family {family.name!r} was published with wrapped questions about pictures, '
@@ -376,6 +378,13 @@ def build(self: Zero, state: RunState) -> None:
     state.model, state.processor = state.scale.build(
         state.recipe, state.seed, tokenizer=tokenizer, image_token=family.placeholder
     )
+    _remember(self, state)
+
+
+def _remember(method: Zero, state: RunState) -> None:
+    "The processor of a model whose questions are wrapped wraps them for whoever asks."
+    if method.wrap and state.processor is not None:
+        state.processor.talk_by(state.processor.template, WRAPPERS[0])
 
 
 @patch
@@ -400,6 +409,7 @@ def terms(self: Zero, state: RunState) -> None:
 @patch
 def before_stage(self: Zero, state: RunState) -> None:
     "Puts a surrogate, or the stand-in, in the place of the language model."
+    _remember(self, state)  # a run that goes on from another model has not built one
     on_surrogate = [name for name in self.stages if name in ON_SURROGATE]
     if self.stand_in:
         if on_surrogate and state.stage.name == on_surrogate[0]:
