@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_SCALES', 'Ranges', 'FRONT_END', 'STAGES',
-           'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'split', 'last_third', 'Zero', 'graft_onto']
+           'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of', 'Zero',
+           'graft_onto']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
@@ -125,14 +126,18 @@ Ranges = Sequence[Sequence[int]]
 def default_ranges(scale: Scale) -> tuple[range, ...]:
     """The layers a surrogate of the scale's language model replaces: the published split, else the
     same share of the depth. Raises `RecipeError` for a decoder too shallow to cut."""
-    depth = scale.decoder_config.num_hidden_layers
-    published_depth, ranges = PUBLISHED_SPLITS.get(scale.name, (None, ()))
+    return ranges_at(scale.decoder_config.num_hidden_layers, scale.name)
+
+
+def ranges_at(depth: int, name: str = '') -> tuple[range, ...]:
+    "`default_ranges` of a language model of `depth` layers at the scale called `name`."
+    published_depth, ranges = PUBLISHED_SPLITS.get(name, (None, ()))
     if published_depth == depth:
         return tuple(ranges)
     if depth < 4:
         raise RecipeError(
-            f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, '
-            'or give ranges'
+            f'zero: scale {name!r} has {depth} decoder layers; a surrogate needs at least 4, or '
+            'give ranges'
         )
     # 17 of 32 layers stay early, as in the published 8B model
     return (range(min(round(depth * 17 / 32), depth - 3), depth - 1),)
@@ -177,7 +182,11 @@ SETTINGS |= dict.fromkeys(PAPER_SCALES, _PUBLISHED)
 
 def last_third(scale: Scale) -> tuple[int, ...]:
     "Blocks of the vision encoder that train: 16..23 of CLIP-L's 24."
-    depth = scale.tower_config.num_hidden_layers
+    return last_third_of(scale.tower_config.num_hidden_layers)
+
+
+def last_third_of(depth: int) -> tuple[int, ...]:
+    "The last third of `depth` blocks, one at least."
     return tuple(range(min(round(depth * 2 / 3), depth - 1), depth))
 
 # %% ../../nbs/methods/40_zero.ipynb #fd83dc51
