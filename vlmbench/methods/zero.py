@@ -9,15 +9,18 @@ __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_S
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 
+from ..checkpoints.around import filled, language_state, weightless, weights_folder
+from ..checkpoints.names import below
 from ..data.template import get_template
 from ..data.transform import Transform
 from ..data.wrapper import WRAPPERS, Wrapped
@@ -27,6 +30,7 @@ from .credits import CREDITS, REFERENCES
 from .llava import LLaVA
 from vlmbench.models.depth import (
     PUBLISHED_SPLITS,
+    Depth,
     SurrogateMap,
     build_surrogate,
     depth_of,
@@ -464,31 +468,66 @@ def _around(where: str, state: RunState) -> nn.Module:
     return whole.to(model.device)
 
 
-def graft_onto(where: str, state: RunState) -> nn.Module:
+def graft_onto(where: str, state: RunState, **place: Any) -> nn.Module:
     """The VLM of the full language model `where` (a folder, Hub id or `asset:NAME`) with the vision
     side of `state.model`, a trained surrogate.
 
-    No tensor of the language model changes. Raises ValueError if it is not the one that the
-    surrogate was cut from (its kept, untrained layers differ)."""
-    whole, record = _around(where, state), depth_of(state.model)
+    No tensor of the language model changes. `place`: settings of `from_pretrained` (`device_map`,
+    `max_memory`, `offload_folder`); with any, the language model is read straight to where they
+    say, the disk included. Raises ValueError if it is not the one that the surrogate was cut from
+    (its kept, untrained layers differ)."""
+    record = depth_of(state.model)
     if state.weightless:
-        return whole
-    theirs, ours = find_decoder(whole), find_decoder(state.model)
-    if len(theirs) != record.source_layers:
-        raise ValueError(
-            f'graft: the surrogate was cut from {record.source_layers} layers, this language model '
-            f'has {len(theirs)}'
-        )
-    for i, layer in enumerate(record.kept):
-        if i not in record.translators:
-            _check_untouched(ours.layers[i], theirs.layers[layer], layer)
+        return _around(where, state)
+    if place:
+        llm = weightless(weights_folder(base_model(where)), state.model.dtype)
+        theirs = language_state(llm, weights_folder(base_model(where)))
+        _check_origin(state.model, record, len(find_decoder(llm)), theirs)
+        return _placed_around(llm, weights_folder(base_model(where)), state, place)
+    whole = _around(where, state)
+    _check_origin(state.model, record, len(find_decoder(whole)), whole.state_dict())
     return whole
 
 
-def _check_untouched(ours: nn.Module, theirs: nn.Module, layer: int) -> None:
-    for (name, kept), original in zip(ours.named_parameters(), theirs.parameters()):
-        same = kept.shape == original.shape and torch.equal(kept.to(original.device), original)
-        if not same:
+def _placed_around(llm: nn.Module, folder: Path, state: RunState, place: dict) -> nn.Module:
+    "The VLM of weightless `llm`, read from `folder` to its place, with the vision side of a run."
+    model, processor = state.model, state.processor
+    seeing = {n: t for n, t in model.state_dict().items() if n.startswith('model.vision.')}
+    tower = model.model.vision.tower
+    with torch.device('meta'):
+        shape = type(tower)(tower.config)
+    outline, _ = build_vlm(
+        llm,
+        shape,
+        front_end={k: v for k, v in model.config.vision_config.items() if k != 'backbone'},
+        tokenizer=processor.tokenizer,
+        transform=processor.transform,
+        image_token=processor.image_token,
+        bidirectional_images=model.config.bidirectional_images,
+        attn_implementation=state.recipe.attn_implementation,
+    )
+    return filled(outline, llm, folder, seeing, place)
+
+
+def _check_origin(
+    surrogate: nn.Module, record: Depth, depth: int, theirs: Mapping[str, Tensor]
+) -> None:
+    "Raises ValueError unless `surrogate` was cut from the language model with tensors `theirs`."
+    if depth != record.source_layers:
+        raise ValueError(
+            f'graft: the surrogate was cut from {record.source_layers} layers, this language model '
+            f'has {depth}'
+        )
+    ours = find_decoder(surrogate)
+    for i, layer in enumerate(record.kept):
+        if i not in record.translators:
+            _check_untouched(ours.layers[i], below(theirs, f'{ours.name}.{layer}.'), layer)
+
+
+def _check_untouched(ours: nn.Module, theirs: Mapping[str, Tensor], layer: int) -> None:
+    for name, kept in ours.named_parameters():
+        original = theirs[name].to(kept.device, kept.dtype)
+        if kept.shape != original.shape or not torch.equal(kept, original):
             raise ValueError(
                 f'graft: layer {layer} ({name}) differs from the surrogate: it was cut from '
                 'another language model, or its kept layers were trained'
