@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .names import CheckpointFormatError, refusing
-from ..methods.zero import PAPER_SCALES
+from ..methods.zero import PAPER_SCALES, SETTINGS
 from ..train.scale import Scale
 
 # %% ../../nbs/checkpoints/52_zero_names.ipynb #56a0d81b
@@ -33,6 +33,12 @@ class ReleasedFile:
     path: str
     revision: str = 'main'
     sha256: str | None = None
+
+    @property
+    def counters(self) -> tuple[int, int]:
+        "Epoch and steps, which its name says."
+        _, epoch, step = Path(self.path).stem.split('_')
+        return int(epoch), int(step)
 
 
 # scale -> the file of stage adapt (adapter, translator) and the one of stage encoder
@@ -64,6 +70,17 @@ class ReleasedName:
         "Stage -> file, in the order in which they are put over the language model and CLIP."
         files = RELEASED_FILES[self.scale.name]
         return files if self.surrogate else dict(encoder=files['encoder'])
+
+    @property
+    def trained(self) -> list[dict[str, Any]]:
+        "The stages that it went through, as a card lists them."
+        files, data = RELEASED_FILES[self.scale.name], SETTINGS[self.scale.name]['published']
+        stages = []
+        for name in self.files:
+            epoch, steps = files[name].counters
+            stage = dict(name=name, steps=steps, targets=None, data=data[name][0], epoch=epoch)
+            stages.append(stage)
+        return stages
 
     @property
     def bases(self) -> list[tuple[str, str]]:

@@ -474,6 +474,8 @@ def load_models(folders: Sequence[str | Path], **settings: Any) -> dict[str, Cha
     models = {}
     for folder in folders:
         model = ChatModel.load(folder, **settings)
+        if not model.sees:
+            raise ChatError(f'{folder} takes no pictures: vlmbench chat talks with it')
         while model.name in models:
             model.name += "'"
         models[model.name] = model
@@ -492,6 +494,8 @@ def serve_command(
     device_map: str | None = None,
     api: int | None = None,
     wait: bool = True,
+    dtype: str | None = None,
+    offload_folder: str | Path | None = None,
 ):
     """What `vlmbench serve` does; returns the running page when `wait` is false. `api`: the port of
     an API for OpenAI's clients beside it, None for none. Raises `ChatError`, `ImageError`, or
@@ -502,7 +506,13 @@ def serve_command(
     os.environ['GRADIO_TEMP_DIR'] = uploads
     pictures = [load_image(p, max_pixels=limits.max_pixels) for p in images]
     models = load_models(
-        folders, device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map
+        folders,
+        device=device,
+        load_4bit=load_4bit,
+        load_8bit=load_8bit,
+        device_map=device_map,
+        dtype=dtype,
+        offload_folder=offload_folder,
     )
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 from ..data.picture import MAX_PIXELS, ImageError
+from ..checkpoints.text import is_language_model
 from ..data.overlay import PALETTE
 from vlmbench.demo.chat import (
     Chat,
@@ -186,7 +187,7 @@ def chat_command(
     width: float | None = None,
     save: str | Path | None = None,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     device: str = 'auto',
@@ -195,6 +196,8 @@ def chat_command(
     device_map: str | None = None,
     max_pixels: int = MAX_PIXELS,
     template: str = '',
+    dtype: str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Chat:
     """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers,
     questions and the name to save under are checked before the model loads.
@@ -209,8 +212,17 @@ def chat_command(
     chat = Chat(None, open_picture(image), prompts, system, max_pixels)
     for q in questions:
         refer(q, prompts)
+    if image is not None and is_language_model(model):
+        raise ChatError(f'{model} takes no pictures: leave out --image, or name a model that does')
     loaded = chat.model = ChatModel.load(
-        model, device, load_4bit, load_8bit, device_map, template=template
+        model,
+        device,
+        load_4bit,
+        load_8bit,
+        device_map,
+        template=template,
+        dtype=dtype,
+        offload_folder=offload_folder,
     )
     print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):

@@ -384,7 +384,11 @@ def world(
 
 # %% ../../nbs/run/10_cli.ipynb #bd06f855
 _Model = Annotated[
-    str, typer.Argument(help='A folder saved by a run, a published folder, or a name on the Hub.')
+    str,
+    typer.Argument(
+        help='A folder saved by a run, a published folder, a name on the Hub or of a release '
+        '(zero:llama-3.2-3b, zero:llama-3.2-3b@surrogate), or a language model (text only).'
+    ),
 ]
 _Regions = Annotated[
     Optional[list[str]],
@@ -399,6 +403,14 @@ _Colors = Annotated[
 _Device = Annotated[str, typer.Option(help='auto, cuda, cuda:1, cpu or mps.')]
 _DeviceMap = Annotated[
     Optional[str], typer.Option(help='Spread over several GPUs: auto, balanced or sequential.')
+]
+_Dtype = Annotated[
+    Optional[str],
+    typer.Option(help='float32, bfloat16 or float16; default: as the weights are stored.'),
+]
+_Offload = Annotated[
+    Optional[Path],
+    typer.Option(help='Folder for the layers that a device map puts on the disk.'),
 ]
 _Bits4 = Annotated[
     bool,
@@ -448,7 +460,12 @@ def chat(
         ),
     ] = None,
     system: Annotated[Optional[str], typer.Option(help='System message.')] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help='Longest answer.')] = 256,
+    max_new_tokens: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Longest answer; default: the model's own, 256, or 4096 for text alone."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help='0 is greedy.')] = 0.0,
     seed: Annotated[
         int, typer.Option(help='Seed of the draws when the temperature is above 0.')
@@ -458,11 +475,13 @@ def chat(
     ] = '',
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
+    offload_folder: _Offload = None,
+    dtype: _Dtype = None,
     load_4bit: _Bits4 = False,
     load_8bit: _Bits8 = False,
 ) -> None:
-    """Talk about a picture and point at things in it: streams answers, remembers the turns, saves
-    the marked picture."""
+    """Talk about a picture and point at things in it, or, without --image, about text: streams
+    answers, remembers the turns, saves the marked picture."""
     from vlmbench.demo.terminal import chat_command
 
     _refusing(
@@ -484,6 +503,8 @@ def chat(
         load_8bit,
         device_map,
         template=template,
+        dtype=dtype,
+        offload_folder=offload_folder,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #4f33c593
@@ -512,6 +533,8 @@ def serve(
     ] = 256,
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
+    offload_folder: _Offload = None,
+    dtype: _Dtype = None,
     load_4bit: _Bits4 = False,
     load_8bit: _Bits8 = False,
     api: Annotated[
@@ -536,6 +559,8 @@ def serve(
         load_8bit,
         device_map,
         api_port if api else None,
+        dtype=dtype,
+        offload_folder=offload_folder,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
@@ -544,16 +569,20 @@ def convert(
     folder: Annotated[
         str,
         typer.Argument(
-            help='A LLaVA or ViP-LLaVA folder, published or saved by a run, or a name on the Hub.'
+            help='A LLaVA or ViP-LLaVA folder, published or saved by a run, a name on the Hub or '
+            'of a release (zero:llama-3.1-8b, with @surrogate or without), or a .pth file of zero.'
         ),
     ],
     out: Annotated[Path, typer.Argument(help='New folder, which transformers loads by itself.')],
     vision: Annotated[
-        Optional[str], typer.Option(help='Its CLIP tower; default: the one it names.')
+        Optional[str],
+        typer.Option(help='Its CLIP tower; default: the one it names; a .pth file names none.'),
     ] = None,
     base: Annotated[
         Optional[str],
-        typer.Option(help='The language model of a LoRA release; default: the one it names.'),
+        typer.Option(
+            help='The language model of a LoRA release or a .pth file; default: the one it names.'
+        ),
     ] = None,
     template: Annotated[
         str, typer.Option(help='Its chat template, where its tokenizer does not tell.')
@@ -571,22 +600,34 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help='A VoRA model: a folder saved by a run (its model/ folder, or the run folder).'
+            help='A folder saved by a run (its model/ folder, or the run folder), or a release.'
         ),
     ],
     out: Annotated[Path, typer.Argument(help='New folder.')],
     language_model: Annotated[
         bool,
         typer.Option(
-            '--language-model', help='The plain language model alone, as transformers loads it.'
+            '--language-model',
+            help='The plain language model alone (whole, pruned, surrogate, merged VoRA), as '
+            'transformers loads it.',
         ),
     ] = False,
+    original: Annotated[
+        bool,
+        typer.Option('--original', help='A model of zero as the original .pth checkpoints.'),
+    ] = False,
 ) -> None:
-    """Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain
-    language model."""
+    """Write a trained VoRA model with its LoRA in the weights as a VLM folder, the language model
+    of any model as a plain one, or a model of zero as its original files."""
     from vlmbench.checkpoints.export import export_merged
+    from vlmbench.checkpoints.original import export_original, export_text
 
-    typer.echo(_refusing(export_merged, model, out, language_model))
+    if original and language_model:
+        raise ParameterError('--original and --language-model exclude each other')
+    if original:
+        typer.echo('\n'.join(map(str, _refusing(export_original, model, out))))
+        return
+    typer.echo(_refusing(export_text if language_model else export_merged, model, out))
 
 # %% ../../nbs/run/10_cli.ipynb #83ed34e1
 @app.command()

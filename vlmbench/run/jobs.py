@@ -258,7 +258,8 @@ def evaluate_job(
     `summary`."""
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
-            loaded = load_vlm(model, str(job.ranks.device))
+            place = {name: settings[name] for name in ('dtype', 'device_map', 'offload_folder')}
+            loaded = load_vlm(model, str(job.ranks.device), **place)
             asked = settings['tasks'], settings['limit'], settings['image_roots']
             questions = load_tasks(data, *asked)
         return _assess(
