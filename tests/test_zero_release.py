@@ -46,6 +46,7 @@ from vlmbench.methods.zero import FRONT_END, PAPER_SCALES, Zero, graft_onto, ran
 from vlmbench.models.depth import build_surrogate, depth_of, find_decoder, graft, weights_hash
 from vlmbench.models.processor import VLMProcessor
 from vlmbench.run.cli import app
+from vlmbench.run.engine import run_notebook
 from vlmbench.run.revisions import revisions
 from vlmbench.run.trained import trained_run
 from vlmbench.train.scale import CLIP_L_336, Scale
@@ -466,3 +467,21 @@ def test_an_offloaded_model_takes_a_graft(tmp_path):
     swapped.save_pretrained(other)
     with pytest.raises(ValueError, match='layer 1 .*cut from another language model'):
         graft_onto(str(other), state, device_map=homes(3), offload_folder=str(tmp_path / 'c'))
+
+
+# -------------------------------------------------------------------------------------------------
+# runs
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'notebook,more',
+    [
+        ('evaluate', dict(tasks=['vqa_test'], max_new_tokens=2, dtype='float32', blind=False)),
+        ('layers', dict(drop=False)),
+    ],
+)
+def test_notebooks_take_the_name(notebook, more, tmp_path, cache, monkeypatch):
+    monkeypatch.setenv('HF_HUB_CACHE', str(cache))  # of the kernel
+    given = dict(model=GRAFT, limit=2, device='cpu') | more
+    assert run_notebook(notebook, given, tmp_path / 'run', progress=False, quiet=True) == 0
+    manifest = json.loads((tmp_path / 'run' / 'manifest.json').read_text())
+    assert manifest['status'] == 'completed'

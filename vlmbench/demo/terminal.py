@@ -13,7 +13,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 from ..data.picture import MAX_PIXELS, ImageError
-from ..checkpoints.text import is_language_model
 from ..data.overlay import PALETTE
 from vlmbench.demo.chat import (
     Chat,
@@ -212,8 +211,6 @@ def chat_command(
     chat = Chat(None, open_picture(image), prompts, system, max_pixels)
     for q in questions:
         refer(q, prompts)
-    if image is not None and is_language_model(model):
-        raise ChatError(f'{model} takes no pictures: leave out --image, or name a model that does')
     loaded = chat.model = ChatModel.load(
         model,
         device,
@@ -224,6 +221,8 @@ def chat_command(
         dtype=dtype,
         offload_folder=offload_folder,
     )
+    if image is not None and not loaded.sees:
+        raise ChatError(f'{model} takes no pictures: leave out --image, or name a model that does')
     print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):
         print(f'marked picture: {save_picture(chat.marked, save or free_name(image), chat.source)}')
