@@ -33,7 +33,7 @@ from vlmbench.checkpoints.names import CheckpointFormatError
 from vlmbench.checkpoints.original import export_original
 from vlmbench.checkpoints.zero import ZERO, load_trained
 from vlmbench.checkpoints.zero_names import RELEASED_FILES, REPOSITORY, fetch_file, read_original
-from vlmbench.checkpoints.zero_release import outline, stage_names
+from vlmbench.checkpoints.zero_release import graft_placed, outline, stage_names
 from vlmbench.data.image import ImageTransform
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.wrapper import WRAPPERS
@@ -442,7 +442,7 @@ def test_three_layers_on_the_disk_stay_there(tmp_path):
 
 
 def test_an_offloaded_model_takes_a_graft(tmp_path):
-    "graft() copies the vision side only; graft_onto builds the decoder where it lies."
+    "graft() copies the vision side only; graft_placed builds the decoder where it lies."
     pair, processor = load_vlm(PAIR)
     place = dict(device_map=homes(3), offload_folder=str(tmp_path / 'a'))
     target, _ = load_vlm(GRAFT, **place)
@@ -455,7 +455,7 @@ def test_an_offloaded_model_takes_a_graft(tmp_path):
     scale = Scale('mini', llm, clip, 28, 'zero_llama3', like='tiny', dtype='bfloat16')
     state = RunState(Zero().recipe(scale), scale, model=pair, processor=processor)
     plain = graft_onto(llm, state)
-    spread = graft_onto(llm, state, device_map=homes(3), offload_folder=str(tmp_path / 'b'))
+    spread = graft_placed(llm, state, device_map=homes(3), offload_folder=str(tmp_path / 'b'))
     assert on_disk(spread) == [3, 4, 5] and on_disk(plain) == []
     wanted = logits(plain, processor)
     assert torch.equal(logits(spread, processor), wanted)
@@ -466,7 +466,7 @@ def test_an_offloaded_model_takes_a_graft(tmp_path):
     swapped.model.layers[1].mlp.up_proj.weight.data.mul_(2)
     swapped.save_pretrained(other)
     with pytest.raises(ValueError, match='layer 1 .*cut from another language model'):
-        graft_onto(str(other), state, device_map=homes(3), offload_folder=str(tmp_path / 'c'))
+        graft_placed(str(other), state, device_map=homes(3), offload_folder=str(tmp_path / 'c'))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILE_STAGES', 'LONGEST', 'stage_names', 'check_file', 'outline', 'build_zero', 'fetch_release', 'load_release',
-           'load_file', 'original_files']
+           'load_file', 'graft_placed', 'original_files']
 
 # %% ../../nbs/checkpoints/55_zero_release.ipynb #8876e5bf
 import warnings
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from .around import filled, weightless
+from .around import filled, language_state, weightless, weights_folder
 from .names import CheckpointFormatError, few, own_tensors
 from .release import set_template
 from .zero import ZERO, decoder_layers_in, stage_of
@@ -29,13 +29,15 @@ from vlmbench.checkpoints.zero_names import (
     write_original,
 )
 from ..data.wrapper import WRAPPERS
-from ..methods.zero import FRONT_END, Ranges, last_third_of, ranges_at
+from ..methods.zero import FRONT_END, Ranges, check_origin, last_third_of, ranges_at
 from ..models.depth import build_surrogate, depth_of, find_decoder
 from ..models.families import FAMILIES, Family, family_tokenizer
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vision import blocks_of, tower_config
 from ..models.vlm import build_vlm, load_tower, tower_transform
+from ..train.scale import base_model
+from ..train.stages import RunState
 
 # %% ../../nbs/checkpoints/55_zero_release.ipynb #ca834356
 _TOWER = 'model.vision.tower.'
@@ -215,6 +217,36 @@ def load_file(
             )
         ranges = [range(layers[0], depth - 1)]
     return build_zero(llm, vision, {stage: original.state}, ranges, **settings)
+
+# %% ../../nbs/checkpoints/55_zero_release.ipynb #142833ae
+def graft_placed(where: str, state: RunState, **place: Any) -> nn.Module:
+    """As `graft_onto` of the method, with the language model `where` read straight to where `place`
+    (`device_map`, `max_memory`, `offload_folder`) says, the disk included."""
+    folder = weights_folder(base_model(where))
+    llm = weightless(folder, state.model.dtype)
+    depth, theirs = len(find_decoder(llm)), language_state(llm, folder)
+    check_origin(state.model, depth_of(state.model), depth, theirs)
+    return _placed_around(llm, folder, state, place)
+
+
+def _placed_around(llm: nn.Module, folder: Path, state: RunState, place: dict) -> nn.Module:
+    "The VLM of weightless `llm`, read from `folder` to its place, with the vision side of a run."
+    model, processor = state.model, state.processor
+    seeing = {n: t for n, t in model.state_dict().items() if n.startswith('model.vision.')}
+    tower = model.model.vision.tower
+    with torch.device('meta'):
+        shape = type(tower)(tower.config)
+    outline, _ = build_vlm(
+        llm,
+        shape,
+        front_end={k: v for k, v in model.config.vision_config.items() if k != 'backbone'},
+        tokenizer=processor.tokenizer,
+        transform=processor.transform,
+        image_token=processor.image_token,
+        bidirectional_images=model.config.bidirectional_images,
+        attn_implementation=state.recipe.attn_implementation,
+    )
+    return filled(outline, llm, folder, seeing, place)
 
 # %% ../../nbs/checkpoints/55_zero_release.ipynb #be29d23e
 def original_files(

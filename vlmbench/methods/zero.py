@@ -5,22 +5,19 @@
 # %% auto #0
 __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_SCALES', 'Ranges', 'FRONT_END', 'STAGES',
            'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of', 'Zero',
-           'graft_onto']
+           'graft_onto', 'check_origin']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..checkpoints.around import filled, language_state, weightless, weights_folder
-from ..checkpoints.names import below
 from ..data.template import get_template
 from ..data.transform import Transform
 from ..data.wrapper import WRAPPERS, Wrapped
@@ -468,48 +465,22 @@ def _around(where: str, state: RunState) -> nn.Module:
     return whole.to(model.device)
 
 
-def graft_onto(where: str, state: RunState, **place: Any) -> nn.Module:
+def graft_onto(where: str, state: RunState) -> nn.Module:
     """The VLM of the full language model `where` (a folder, Hub id or `asset:NAME`) with the vision
     side of `state.model`, a trained surrogate.
 
-    No tensor of the language model changes. `place`: settings of `from_pretrained` (`device_map`,
-    `max_memory`, `offload_folder`); with any, the language model is read straight to where they
-    say, the disk included. Raises ValueError if it is not the one that the surrogate was cut from
-    (its kept, untrained layers differ)."""
+    No tensor of the language model changes. Raises ValueError if it is not the one that the
+    surrogate was cut from (its kept, untrained layers differ). One too large for memory:
+    `checkpoints.zero_release.graft_placed`."""
     record = depth_of(state.model)
     if state.weightless:
         return _around(where, state)
-    if place:
-        llm = weightless(weights_folder(base_model(where)), state.model.dtype)
-        theirs = language_state(llm, weights_folder(base_model(where)))
-        _check_origin(state.model, record, len(find_decoder(llm)), theirs)
-        return _placed_around(llm, weights_folder(base_model(where)), state, place)
     whole = _around(where, state)
-    _check_origin(state.model, record, len(find_decoder(whole)), whole.state_dict())
+    check_origin(state.model, record, len(find_decoder(whole)), whole.state_dict())
     return whole
 
 
-def _placed_around(llm: nn.Module, folder: Path, state: RunState, place: dict) -> nn.Module:
-    "The VLM of weightless `llm`, read from `folder` to its place, with the vision side of a run."
-    model, processor = state.model, state.processor
-    seeing = {n: t for n, t in model.state_dict().items() if n.startswith('model.vision.')}
-    tower = model.model.vision.tower
-    with torch.device('meta'):
-        shape = type(tower)(tower.config)
-    outline, _ = build_vlm(
-        llm,
-        shape,
-        front_end={k: v for k, v in model.config.vision_config.items() if k != 'backbone'},
-        tokenizer=processor.tokenizer,
-        transform=processor.transform,
-        image_token=processor.image_token,
-        bidirectional_images=model.config.bidirectional_images,
-        attn_implementation=state.recipe.attn_implementation,
-    )
-    return filled(outline, llm, folder, seeing, place)
-
-
-def _check_origin(
+def check_origin(
     surrogate: nn.Module, record: Depth, depth: int, theirs: Mapping[str, Tensor]
 ) -> None:
     "Raises ValueError unless `surrogate` was cut from the language model with tensors `theirs`."
@@ -521,12 +492,14 @@ def _check_origin(
     ours = find_decoder(surrogate)
     for i, layer in enumerate(record.kept):
         if i not in record.translators:
-            _check_untouched(ours.layers[i], below(theirs, f'{ours.name}.{layer}.'), layer)
+            _check_untouched(ours.layers[i], theirs, f'{ours.name}.{layer}.', layer)
 
 
-def _check_untouched(ours: nn.Module, theirs: Mapping[str, Tensor], layer: int) -> None:
+def _check_untouched(
+    ours: nn.Module, theirs: Mapping[str, Tensor], prefix: str, layer: int
+) -> None:
     for name, kept in ours.named_parameters():
-        original = theirs[name].to(kept.device, kept.dtype)
+        original = theirs[prefix + name].to(kept.device, kept.dtype)
         if kept.shape != original.shape or not torch.equal(kept, original):
             raise ValueError(
                 f'graft: layer {layer} ({name}) differs from the surrogate: it was cut from '
