@@ -42,6 +42,7 @@ from vlmbench.methods.zero import (
 from vlmbench.checkpoints.zero import ZERO, from_reference, load_trained, to_reference
 from vlmbench.models.families import FAMILIES, family_of
 from vlmbench.data.wrapper import WRAPPERS
+from vlmbench.evaluate.prompts import prompt_inputs, render_prompt
 from vlmbench.distill.balance import Balanced, balance_weights
 from vlmbench.data.mix_rows import mix_order, mix_rows
 from vlmbench.models.depth import build_surrogate, causal_lm, depth_of, find_decoder, weights_hash
@@ -210,7 +211,15 @@ def test_a_family_decides_the_placeholder_and_original_files_fit(llama_scale, tm
     load_trained(model, trained_elsewhere)
     assert torch.equal(model.lm_head.weight, llm.lm_head.weight + 1)
     processor.save_pretrained(tmp_path)
-    assert AutoProcessor.from_pretrained(tmp_path).image_token == family.placeholder
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.image_token == family.placeholder and again.wrapper == WRAPPERS[0]
+    question = replace(sample, turns=sample.turns[:1])
+    asked = prompt_inputs(again, [question])['input_ids']
+    wrapped = get_method('zero', ['wrap=True']).transform(state)(question)
+    assert torch.equal(asked, prompt_inputs(again, [wrapped])['input_ids'])  # once, not twice
+    assert f'{WRAPPERS[0]}<image>, what colour is it?' in render_prompt(
+        again, question
+    ) and WRAPPERS[0] in tokenizer.decode(asked[0])
 
 
 def test_a_model_of_another_family_is_refused_and_the_world_has_none(llama_scale):

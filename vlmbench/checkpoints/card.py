@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Kind', 'HUB_NAME', 'Origin', 'origin_of', 'joined_bases', 'base_origin', 'data_origin', 'card_data', 'model_card',
-           'write_card', 'with_step', 'converted_origin', 'origin_line', 'licence_line', 'run_origin', 'with_scores']
+           'write_card', 'with_step', 'zero_origin', 'converted_origin', 'origin_line', 'licence_line', 'run_origin',
+           'with_scores']
 
 # %% ../../nbs/checkpoints/75_card.ipynb #b76ab503
 import re
@@ -29,6 +30,8 @@ from vlmbench.checkpoints.licences import (
     weights_licences,
 )
 from .release import read_json
+from .zero_names import read_original, released_name
+from .zero import stage_of
 from ..data.cards import cards_dir, load_card
 from ..data.files import replacing
 from ..data.layouts import hub_parts, is_hub
@@ -119,9 +122,18 @@ def _of_folder(folder: Path, part: str) -> 'Origin':
 def origin_of(
     where: str | Path, fetched: str | Path | None = None, part: str = 'language model'
 ) -> Origin:
-    """Where the model `where` comes from: a folder (a run's, too), a name on the Hub, or
-    `asset:NAME`. `fetched`: the folder that a Hub name was fetched into; `part`: what it is in what
-    is made of it. A base that nobody names is called as the model, with the licence `unknown`."""
+    """Where the model `where` comes from: a folder (a run's, too), a name on the Hub, of a release
+    (`zero:llama-3.2-3b`), or `asset:NAME`. `fetched`: the folder that a Hub name was fetched into;
+    `part`: what it is in what is made of it. A base that nobody names is called as the model, with
+    the licence `unknown`."""
+    if released := released_name(where):
+        return Origin(
+            [base for part, name in released.bases for base in _known(name, part)],
+            dict(
+                recipe='zero', scale=released.scale.name, seed=1337, budget=1, options='published'
+            ),
+            released.trained,
+        )
     if Path(where).is_dir():
         try:
             folder = model_folder(where)
@@ -315,6 +327,19 @@ def write_card(folder: str | Path, origin: Origin, name: str = '', kind: Kind = 
 def with_step(origin: Origin, sentence: str) -> Origin:
     "`origin` after one more thing was done to the model, said in `sentence`."
     return replace(origin, history=[*origin.history, sentence])
+
+
+def zero_origin(file: str | Path, base: str | Path, vision: str | Path) -> Origin:
+    "The origin of one checkpoint file of zero over language model `base` and CLIP `vision`."
+    own = dict(part='trained parts', name=Path(file).name, licences=[UNKNOWN.id])
+    parts = origin_of(base), origin_of(vision, part='vision tower'), Origin([own])
+    original = read_original(file)
+    stage = dict(name=stage_of(original.state), steps=original.step, epoch=original.epoch)
+    return Origin(
+        joined_bases(*parts),
+        dict(recipe='zero', scale='not stated', seed='not stated', budget='not stated', options=''),
+        [stage | dict(targets=None, data='not stated')],
+    )
 
 
 def converted_origin(

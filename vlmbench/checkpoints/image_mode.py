@@ -11,6 +11,7 @@ from typing import Any
 
 from .names import CheckpointFormatError, refusing
 from .release import read_config
+from .zero_names import released_name
 from ..data.image import ImageTransform
 from ..models.processor import VLMProcessor
 from ..models.vision import front_end_class
@@ -28,7 +29,7 @@ def check_image_mode(folder: str | Path, mode: str) -> None:
             f'image_mode={mode!r} is unknown: it is {", ".join(IMAGE_MODES)}, or left out for what '
             'the folder says'
         )
-    config = read_config(folder)
+    config = {} if released_name(folder) else read_config(folder)  # zero has an encoder
     kind = config.get('model_type')
     front = dict(type=kind if kind in _NAMED_AFTER_THEIR_FRONT_END else 'encoder')
     with refusing(str(folder)):

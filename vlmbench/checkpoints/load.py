@@ -9,14 +9,22 @@ __all__ = ['RELEASES', 'LoadError', 'find_model', 'converts', 'is_foreign', 'tak
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from functools import partial
 from typing import Any
 
 import huggingface_hub
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from . import eve, vora
-from .card import HUB_NAME, converted_origin, write_card
+from . import eve, vora, zero_release
+from vlmbench.checkpoints.card import (
+    HUB_NAME,
+    converted_origin,
+    origin_of,
+    with_step,
+    write_card,
+    zero_origin,
+)
 from .image_mode import check_image_mode, set_image_mode
 from vlmbench.checkpoints.llava import (
     is_original,
@@ -25,7 +33,9 @@ from vlmbench.checkpoints.llava import (
     save_transformers,
     with_template,
 )
+from .names import CheckpointFormatError
 from .release import read_config, set_template
+from .zero_names import released_name
 from ..data.template import TEMPLATES
 from ..models.quantized import prepare_quantized
 
@@ -67,9 +77,16 @@ def _fetch(name: str) -> Path:
 
 def find_model(where: str | Path) -> Path:
     """The folder of a model: `where`, the `model/` of a run's folder, or the fetched files of a
-    name on the Hub. Raises `LoadError`."""
+    name on the Hub. A name such as `zero:llama-3.2-3b` stays itself once its parts are there.
+    Raises `LoadError`."""
     if not str(where):
         raise LoadError('model is empty: give a folder, or a name on the Hugging Face Hub')
+    try:
+        if released_name(where):
+            zero_release.fetch_release(where, find_model)
+            return Path(where)
+    except CheckpointFormatError as e:
+        raise LoadError(str(e)) from None
     try:
         return model_folder(where)
     except FileNotFoundError:
@@ -81,11 +98,15 @@ def find_model(where: str | Path) -> Path:
         ) from None
 
 # %% ../../nbs/checkpoints/80_load.ipynb #1aa01e8d
-RELEASES = dict(eve=eve.load_release, vora=vora.load_release)  # model type -> loader
+# model type, or method of a name -> loader
+RELEASES = dict(eve=eve.load_release, vora=vora.load_release)
+RELEASES |= dict(zero=partial(zero_release.load_release, find=find_model))
 
 
 def _converted(folder: Path) -> str | None:
     "Whose layout the folder has, where it is converted while it loads; None: it loads as it is."
+    if released_name(folder):
+        return 'zero'
     if is_original(folder):
         return 'original'
     kind = read_config(folder).get('model_type')
@@ -99,7 +120,8 @@ def converts(where: str | Path) -> bool:
 
 def is_foreign(where: str | Path) -> bool:
     "Whether the model came from somebody else: its layout is not the one that runs save."
-    return read_config(find_model(where)).get('model_type') != 'vlmbench'
+    folder = find_model(where)
+    return bool(released_name(folder)) or read_config(folder).get('model_type') != 'vlmbench'
 
 
 def takes_base(where: str | Path) -> bool:
@@ -221,11 +243,15 @@ def convert(
     """Write the model `where`, published or saved by a run, as a LLaVA or ViP-LLaVA folder `out`
     that transformers loads, with a model card; returns `out`. A released EVE or VoRA, which
     transformers has no class for, becomes a folder as runs save them. `vision`, `base`,
-    `template`: as in `load_published`; a run's folder names its own tower and language model.
-    Raises `LoadError`, before anything is written."""
-    out, folder = Path(out), find_model(where)
+    `template`: as in `load_published`; a run's folder names its own tower and language model. A
+    release of zero, by name or as one `.pth` file with `base` and `vision`, becomes a folder as
+    runs save them. Raises `LoadError`, before anything is written."""
+    out, a_file = Path(out), Path(where).suffix == '.pth'
+    folder = Path(where) if a_file else find_model(where)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise LoadError(f'{out} exists already: name another folder, or remove it')
+    if a_file or released_name(folder):
+        return _convert_zero(folder, out, vision, base, template)
     kind = read_config(folder).get('model_type')
     try:
         _parts(folder, _converted(folder), base=base, vision=vision)
@@ -242,3 +268,36 @@ def convert(
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise _refusal(folder, e, 'cannot be converted') from e
+
+# %% ../../nbs/checkpoints/80_load.ipynb #ac8f9233
+def _convert_zero(
+    where: Path,
+    out: Path,
+    vision: str | Path | None,
+    base: str | Path | None,
+    template: str,
+) -> Path:
+    "`convert` of a released name or of one `.pth` file of zero."
+    named = released_name(where) is not None
+    if named == bool(vision or base) or bool(vision) != bool(base):
+        raise LoadError(
+            f'{where}: a name says its own language model and CLIP, a .pth file needs both: '
+            'vlmbench convert FILE.pth OUT --base LLM --vision CLIP'
+        )
+    try:
+        if named:
+            model, processor = load_vlm(where, template=template)
+            origin = origin_of(where)
+        else:
+            parts = find_model(base), find_model(vision)
+            model, processor = zero_release.load_file(where, *parts)
+            origin = zero_origin(where, base, vision)
+            if template:
+                set_template(processor, template)
+    except LoadError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise _refusal(where, e, 'cannot be converted') from e
+    export(model, processor, out, overwrite=True)
+    write_card(out, with_step(origin, 'written as a folder by vlmbench convert'))
+    return out

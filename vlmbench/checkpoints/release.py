@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'read_config', 'read_json', 'read_weights', 'stored_dtype', 'empty_language_model', 'names_in_vlm',
-           'set_template', 'build_release', 'filled_model']
+           'set_template', 'build_release', 'placed', 'filled_model']
 
 # %% ../../nbs/checkpoints/10_release.ipynb #7a896856
 import json
@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from .names import CheckpointFormatError, Names, check_exactly, refusing
-from ..data.template import get_template
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vlm import build_vlm, load_complete, read_tokenizer
@@ -132,8 +131,7 @@ def names_in_vlm(llm: PreTrainedModel) -> dict[str, str]:
 # %% ../../nbs/checkpoints/10_release.ipynb #e48efe5d
 def set_template(processor: VLMProcessor, template: str) -> None:
     "Give `processor` another chat template, by name."
-    processor.template = template
-    processor.chat_template = get_template(template).jinja(mark_targets=True)
+    processor.talk_by(template, processor.wrapper)
 
 # %% ../../nbs/checkpoints/10_release.ipynb #ef2fe02d
 def build_release(
@@ -165,13 +163,14 @@ def build_release(
     # LoRA factors and extra biases that the front end put into the blocks are in the rest, too
     rest = {name: tensor for name, tensor in state.items() if name not in language}
     check_exactly(shell, rest, f'{folder}: vision', [*language, *held], names)
-    return _placed(shell, {**held, **state}, place or {}), processor
+    return placed(shell, {**held, **state}, place or {}), processor
 
 # %% ../../nbs/checkpoints/10_release.ipynb #a32d0113
-def _placed(
+def placed(
     shell: VLMForConditionalGeneration, state: dict[str, Tensor], place: Mapping[str, Any]
 ) -> VLMForConditionalGeneration:
-    "The model that `shell` names, with the tensors of `state` put where `place` says."
+    """The model that `shell` names, with the tensors of `state` put where `place` (settings of
+    `from_pretrained`) says; an embedding with more rows than its tensor is filled by the mean."""
     wanted = shell.state_dict()
     for name, tensor in state.items():
         more = wanted[name].shape[:1].numel() - tensor.shape[:1].numel()

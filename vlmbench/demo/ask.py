@@ -18,8 +18,9 @@ from .terminal import open_picture, prompts_from_options
 # %% ../../nbs/demo/06_ask.ipynb #b23e642d
 def load(model: str | Path, **settings) -> ChatModel:
     """The model `model` (a run's folder, a published folder of any layout, a name on the Hugging
-    Face Hub), ready to `ask`; its base and licence are printed in one line. `settings`: of
-    `ChatModel.load`, for example `device`, `load_4bit`, `device_map`, `template`, `image_mode`
+    Face Hub or of a release such as `zero:llama-3.2-3b`, a language model), ready to `ask`; its
+    base and licence are printed in one line. `settings`: of `ChatModel.load`, for example
+    `device`, `load_4bit`, `device_map`, `offload_folder`, `dtype`, `template`, `image_mode`
     ('native'). Raises `ChatError`."""
     loaded = ChatModel.load(model, **settings)
     print(f'{loaded.name}: {loaded.licence}')
@@ -35,7 +36,7 @@ def ask(
     colors: Sequence[str] = (),
     stream: bool = False,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str | Iterator[str]:
@@ -44,7 +45,8 @@ def ask(
 
     `regions`: markers drawn on it, each `kind:numbers` in pixels such as
     `rectangle:10,10,40,40`; `colors`: one for all or one for each. `stream`: an iterator of the
-    answer's pieces as they come, instead of the whole text. `temperature` 0 is greedy; `seed`
+    answer's pieces as they come, instead of the whole text. `max_new_tokens`: None for the model's
+    own (`longest`). `temperature` 0 is greedy; `seed`
     draws otherwise. Raises `ChatError`, `ImageError`, `ValueError`."""
     chat = Chat(self, open_picture(picture), prompts_from_options(regions, colors), system)
     pieces = chat.ask(question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

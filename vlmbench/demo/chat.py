@@ -43,6 +43,9 @@ from ..data.region import parse_region as _checked
 from ..evaluate.prompts import prompt_inputs, stop_ids, written_stop
 from ..checkpoints.card import licence_line
 from ..checkpoints.load import LoadError, find_model, load_vlm
+from ..checkpoints.text import is_language_model, load_text
+from ..models.depth import depth_of
+from ..models.text import TextProcessor
 from ..models.quantized import quantization_config
 from ..models.vlm import model_name
 
@@ -391,7 +394,8 @@ class ChatModel:
         """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how
         to spread it over GPUs ('auto', 'balanced', or module -> device); several CUDA devices with
         `device='auto'` mean 'auto'. `settings`: more of `load_vlm` (`image_mode`, `dtype`,
-        `max_memory`, `offload_folder`). Raises `ChatError`."""
+        `max_memory`, `offload_folder`). A language model is asked without pictures. Raises
+        `ChatError`."""
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1
@@ -400,7 +404,8 @@ class ChatModel:
             if device_map is None and bits is not None:
                 device_map = {'': place}
             settings |= dict(quantization_config=bits, device_map=device_map)
-            both = load_vlm(folder, place, template, **settings)
+            read = load_text if is_language_model(folder) else load_vlm
+            both = read(folder, place, template, **settings)
             terms = licence_line(folder, find_model(folder))
         except LoadError as e:
             raise ChatError(str(e)) from e
@@ -408,7 +413,21 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        place = self.model.get_input_embeddings().weight.device
+        # what lies on the disk is fetched to where its inputs are
+        return torch.device('cpu') if place.type == 'meta' else place
+
+    @property
+    def sees(self) -> bool:
+        "Whether it takes pictures; a language model does not."
+        return not isinstance(self.processor, TextProcessor)
+
+    @property
+    def longest(self) -> int:
+        "Tokens of an answer unless said: the model's own setting, or 256; 4,096 for text."
+        if not self.sees or depth_of(self.model).translators:
+            return 4096
+        return self.model.generation_config.max_new_tokens or 256
 
 # %% ../../nbs/demo/00_chat.ipynb #e0fdab25
 def room(model, n: int, wanted: int) -> int:
@@ -430,12 +449,13 @@ def stream(
     self: ChatModel,
     turns: Sequence[Turn],
     images: Sequence[Image.Image] = (),
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
     """Pieces of the answer to `turns`, as they are generated; the generator returns 'stop', or
-    'length' if the answer was cut. `temperature` 0 is greedy. Raises `ChatError` for a conversation
+    'length' if the answer was cut. `max_new_tokens`: None for `longest`. `temperature` 0 is
+    greedy. Raises `ChatError` for a conversation
     that is too long."""
     streamer, halt, failed = (
         WordStreamer(self.processor.tokenizer, self.stops),
@@ -455,7 +475,11 @@ def stream(
                 }
                 self.model.generate(
                     **inputs,
-                    max_new_tokens=room(self.model, inputs['input_ids'].shape[1], max_new_tokens),
+                    max_new_tokens=room(
+                        self.model,
+                        inputs['input_ids'].shape[1],
+                        self.longest if max_new_tokens is None else max_new_tokens,
+                    ),
                     do_sample=False,  # `GumbelSample` draws: no top-k, no top-p
                     num_beams=1,
                     eos_token_id=self.stops,

@@ -496,6 +496,8 @@ def load_models(
     for folder in folders:
         own = base if folder in parts else None
         model = ChatModel.load(folder, base=own, vision=vision, **settings)
+        if not model.sees:
+            raise ChatError(f'{folder} takes no pictures: vlmbench chat talks with it')
         while model.name in models:
             model.name += "'"
         models[model.name] = model
@@ -517,6 +519,8 @@ def serve_command(
     base: str | Path | None = None,
     vision: str | Path | None = None,
     image_mode: str = '',
+    dtype: str | None = None,
+    offload_folder: str | Path | None = None,
 ):
     """What `vlmbench serve` does; returns the running page when `wait` is false. `api`: the port of
     an API for OpenAI's clients beside it, None for none; `base`, `vision`: see `load_models`;
@@ -528,7 +532,8 @@ def serve_command(
     os.environ['GRADIO_TEMP_DIR'] = uploads
     pictures = [load_image(p, max_pixels=limits.max_pixels) for p in images]
     settings = dict(device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map)
-    models = load_models(folders, base, vision, image_mode=image_mode, **settings)
+    settings |= dict(dtype=dtype, offload_folder=offload_folder, image_mode=image_mode)
+    models = load_models(folders, base, vision, **settings)
     page = build_page(models, limits, pictures)
     url = launch(page, limits, host, port)
     for name, model in models.items():

@@ -186,7 +186,7 @@ def chat_command(
     width: float | None = None,
     save: str | Path | None = None,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     device: str = 'auto',
@@ -198,6 +198,8 @@ def chat_command(
     base: str | Path | None = None,
     vision: str | Path | None = None,
     image_mode: str = '',
+    dtype: str | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Chat:
     """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers,
     questions and the name to save under are checked before the model loads. `template`, `base`,
@@ -223,7 +225,11 @@ def chat_command(
         base=base,
         vision=vision,
         image_mode=image_mode,
+        dtype=dtype,
+        offload_folder=offload_folder,
     )
+    if image is not None and not loaded.sees:
+        raise ChatError(f'{model} takes no pictures: leave out --image, or name a model that does')
     print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):
         print(f'marked picture: {save_picture(chat.marked, save or free_name(image), chat.source)}')

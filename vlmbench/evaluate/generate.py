@@ -20,6 +20,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import align_module_device
 from fastcore.basics import patch
 import pandas as pd
 import torch
@@ -45,13 +46,21 @@ from .results import Results, result_stem, score_predictions
 from .tasks import Item, Task
 
 # %% ../../nbs/evaluate/20_generate.ipynb #2fb9a131
+def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
+    "A tensor that a device map has put on the disk or beside a GPU, read for this moment."
+    owner, _, leaf = name.rpartition('.')
+    module = model.get_submodule(owner)
+    with align_module_device(module, 'cpu'):
+        return module.state_dict()[leaf].clone()
+
+
 @torch.no_grad()
 def fingerprint(model: torch.nn.Module) -> str:
     """16 hex digits from names, shapes and values of all tensors of the state; equal for equal
     weights in the same precision."""
     h = hashlib.sha256()
     for name, t in sorted(model.state_dict().items()):
-        flat = t.detach().reshape(-1)
+        flat = (_offloaded(model, name) if t.is_meta else t).detach().reshape(-1)
         flat = flat[:: max(1, flat.numel() // 65536)].cpu().double()
         ramp = torch.arange(1, flat.numel() + 1, dtype=torch.float64)
         h.update(f'{name}{tuple(t.shape)}{flat.sum():.12g}{(flat * ramp).sum():.12g}'.encode())
@@ -229,7 +238,9 @@ class _Interview:
     ):
         self.model, self.processor, self.task, self.noise = model, processor, task, noise
         self.max_new_tokens, self.blind, self.transform = max_new_tokens, blind, transform
-        self.device = next(model.parameters()).device
+        place = next(model.parameters()).device
+        # what lies on the disk is fetched to where its inputs are
+        self.device = torch.device('cpu') if place.type == 'meta' else place
         self.stops, self.written = stop_ids(model, processor), written_stop(processor)
         self.colour = mean_colour(processor)
         self.decode = lru_cache(maxsize=image_cache)(lambda ref: ref.load())

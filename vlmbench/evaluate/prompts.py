@@ -20,6 +20,7 @@ from ..data.record import ImageRef, Sample, Turn
 from ..data.template import EOS, get_template
 from ..models.pixels import stack_images
 from ..models.processor import VLMProcessor
+from ..models.text import TextProcessor
 
 # %% ../../nbs/evaluate/18_prompts.ipynb #c452cb65
 def mean_colour(processor: Any) -> tuple[int, int, int]:
@@ -42,14 +43,15 @@ def blinded(image: Image.Image | ImageRef, colour: tuple[int, int, int]) -> Imag
 # %% ../../nbs/evaluate/18_prompts.ipynb #0064118d
 def encodes_samples(processor: Any) -> bool:
     "Whether `processor` encodes prompts as it encodes training samples: ours, with a template."
-    return isinstance(processor, VLMProcessor) and processor.template is not None
+    ours = isinstance(processor, (VLMProcessor, TextProcessor))
+    return ours and processor.template is not None
 
 
 def render_prompt(processor: Any, sample: Sample) -> str:
     "The sample as one string that ends where the answer begins, image markers unexpanded."
 
     def content(text):
-        if isinstance(processor, VLMProcessor):
+        if isinstance(processor, (VLMProcessor, TextProcessor)):
             return text
         pictures = [dict(type='image')] * text.count('<image>')
         return [*pictures, dict(type='text', text=text.replace('<image>', '').strip())]

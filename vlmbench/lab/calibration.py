@@ -24,6 +24,7 @@ from transformers import (
 
 # %% ../../nbs/lab/12_calibration.ipynb #37ed2c0f
 from ..checkpoints.load import converts, load_vlm
+from ..checkpoints.zero_names import released_name
 from ..data.collate import collate_padded
 from ..data.record import Sample
 from ..data.template import to_messages
@@ -47,7 +48,7 @@ def load_any(
             f'{folder} has no config.json: pass the folder that save_pretrained wrote, such as '
             '<run folder>/model'
         )
-    if Path(folder).is_dir() and converts(folder):
+    if released_name(folder) or Path(folder).is_dir() and converts(folder):
         model, processor = load_vlm(folder, device, dtype=dtype)
         return (_with_adapters(model, adapters).eval() if adapters else model), processor
     try:

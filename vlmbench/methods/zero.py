@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_SCALES', 'Ranges', 'FRONT_END', 'STAGES',
-           'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'split', 'last_third', 'Zero', 'graft_onto']
+           'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of', 'Zero',
+           'graft_onto', 'check_origin']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
 
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.template import get_template
 from ..data.transform import Transform
-from ..data.wrapper import Wrapped
+from ..data.wrapper import WRAPPERS, Wrapped
 from ..distill.balance import Balanced
 from .base import Method, option, whole_language_model
 from .credits import CREDITS, REFERENCES
 from .llava import LLaVA
 from vlmbench.models.depth import (
     PUBLISHED_SPLITS,
+    Depth,
     SurrogateMap,
     build_surrogate,
     depth_of,
@@ -125,14 +127,18 @@ Ranges = Sequence[Sequence[int]]
 def default_ranges(scale: Scale) -> tuple[range, ...]:
     """The layers a surrogate of the scale's language model replaces: the published split, else the
     same share of the depth. Raises `RecipeError` for a decoder too shallow to cut."""
-    depth = scale.decoder_config.num_hidden_layers
-    published_depth, ranges = PUBLISHED_SPLITS.get(scale.name, (None, ()))
+    return ranges_at(scale.decoder_config.num_hidden_layers, scale.name)
+
+
+def ranges_at(depth: int, name: str = '') -> tuple[range, ...]:
+    "`default_ranges` of a language model of `depth` layers at the scale called `name`."
+    published_depth, ranges = PUBLISHED_SPLITS.get(name, (None, ()))
     if published_depth == depth:
         return tuple(ranges)
     if depth < 4:
         raise RecipeError(
-            f'zero: scale {scale.name!r} has {depth} decoder layers; a surrogate needs at least 4, '
-            'or give ranges'
+            f'zero: scale {name!r} has {depth} decoder layers; a surrogate needs at least 4, or '
+            'give ranges'
         )
     # 17 of 32 layers stay early, as in the published 8B model
     return (range(min(round(depth * 17 / 32), depth - 3), depth - 1),)
@@ -177,7 +183,11 @@ SETTINGS |= dict.fromkeys(PAPER_SCALES, _PUBLISHED)
 
 def last_third(scale: Scale) -> tuple[int, ...]:
     "Blocks of the vision encoder that train: 16..23 of CLIP-L's 24."
-    depth = scale.tower_config.num_hidden_layers
+    return last_third_of(scale.tower_config.num_hidden_layers)
+
+
+def last_third_of(depth: int) -> tuple[int, ...]:
+    "The last third of `depth` blocks, one at least."
     return tuple(range(min(round(depth * 2 / 3), depth - 1), depth))
 
 # %% ../../nbs/methods/40_zero.ipynb #fd83dc51
@@ -362,7 +372,9 @@ def build(self: Zero, state: RunState) -> None:
     embedding is added and original checkpoints fit."""
     family = family_of(state.scale.template)
     if family is None:
-        return Method.build(self, state)
+        Method.build(self, state)
+        _remember(self, state)
+        return
     if family.wrap and self.wrap is None:
         warnings.warn(
             f'zero: family {family.name!r} was published with wrapped questions about pictures, '
@@ -376,6 +388,13 @@ def build(self: Zero, state: RunState) -> None:
     state.model, state.processor = state.scale.build(
         state.recipe, state.seed, tokenizer=tokenizer, image_token=family.placeholder
     )
+    _remember(self, state)
+
+
+def _remember(method: Zero, state: RunState) -> None:
+    "The processor of a model whose questions are wrapped wraps them for whoever asks."
+    if method.wrap and state.processor is not None:
+        state.processor.talk_by(state.processor.template, WRAPPERS[0])
 
 
 @patch
@@ -400,6 +419,7 @@ def terms(self: Zero, state: RunState) -> None:
 @patch
 def before_stage(self: Zero, state: RunState) -> None:
     "Puts a surrogate, or the stand-in, in the place of the language model."
+    _remember(self, state)  # a run that goes on from another model has not built one
     on_surrogate = [name for name in self.stages if name in ON_SURROGATE]
     if self.stand_in:
         if on_surrogate and state.stage.name == on_surrogate[0]:
@@ -450,26 +470,37 @@ def graft_onto(where: str, state: RunState) -> nn.Module:
     side of `state.model`, a trained surrogate.
 
     No tensor of the language model changes. Raises ValueError if it is not the one that the
-    surrogate was cut from (its kept, untrained layers differ)."""
-    whole, record = _around(where, state), depth_of(state.model)
+    surrogate was cut from (its kept, untrained layers differ). One too large for memory:
+    `checkpoints.zero_release.graft_placed`."""
+    record = depth_of(state.model)
     if state.weightless:
-        return whole
-    theirs, ours = find_decoder(whole), find_decoder(state.model)
-    if len(theirs) != record.source_layers:
-        raise ValueError(
-            f'graft: the surrogate was cut from {record.source_layers} layers, this language model '
-            f'has {len(theirs)}'
-        )
-    for i, layer in enumerate(record.kept):
-        if i not in record.translators:
-            _check_untouched(ours.layers[i], theirs.layers[layer], layer)
+        return _around(where, state)
+    whole = _around(where, state)
+    check_origin(state.model, record, len(find_decoder(whole)), whole.state_dict())
     return whole
 
 
-def _check_untouched(ours: nn.Module, theirs: nn.Module, layer: int) -> None:
-    for (name, kept), original in zip(ours.named_parameters(), theirs.parameters()):
-        same = kept.shape == original.shape and torch.equal(kept.to(original.device), original)
-        if not same:
+def check_origin(
+    surrogate: nn.Module, record: Depth, depth: int, theirs: Mapping[str, Tensor]
+) -> None:
+    "Raises ValueError unless `surrogate` was cut from the language model with tensors `theirs`."
+    if depth != record.source_layers:
+        raise ValueError(
+            f'graft: the surrogate was cut from {record.source_layers} layers, this language model '
+            f'has {depth}'
+        )
+    ours = find_decoder(surrogate)
+    for i, layer in enumerate(record.kept):
+        if i not in record.translators:
+            _check_untouched(ours.layers[i], theirs, f'{ours.name}.{layer}.', layer)
+
+
+def _check_untouched(
+    ours: nn.Module, theirs: Mapping[str, Tensor], prefix: str, layer: int
+) -> None:
+    for name, kept in ours.named_parameters():
+        original = theirs[prefix + name].to(kept.device, kept.dtype)
+        if kept.shape != original.shape or not torch.equal(kept, original):
             raise ValueError(
                 f'graft: layer {layer} ({name}) differs from the surrogate: it was cut from '
                 'another language model, or its kept layers were trained'

@@ -7,7 +7,7 @@ __all__ = ['picture_of', 'VLMProcessor']
 
 # %% ../../nbs/models/15_processor.ipynb #dac3d074
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..data.picture import ImageError, load_image
 from ..data.record import Sample
 from ..data.template import IMAGE, ChatTemplate, Encoded, get_template
 from ..data.template import encode as _encode_turns
+from ..data.wrapper import wrap_question, wrapping_jinja
 from .config import AUTO_MAP, write_remote_file
 from .pixels import stack_images
 from .vision import num_image_tokens
@@ -106,7 +107,8 @@ class VLMProcessor(ProcessorMixin):
     `transform`: an `ImageTransform` or its dict. `front_end`: the front-end dict of the model's
     config (`vision_config`), which says how many tokens an image costs. `image_token`: the
     tokenizer's token that stands for one image feature; text always writes `<image>`. `template`:
-    name of the chat template used by `encode` and `apply_chat_template`."""
+    name of the chat template used by `encode` and `apply_chat_template`. `wrapper`: a sentence that
+    both put before the picture of a question (see `wrap_question`); None: questions stay plain."""
 
     def __init__(
         self,
@@ -116,11 +118,13 @@ class VLMProcessor(ProcessorMixin):
         image_token=IMAGE,
         template=None,
         chat_template=None,
+        wrapper=None,
     ):
         if not isinstance(transform, ImageTransform):
             transform = ImageTransform.from_dict(transform or {})
         self.transform = transform
-        self.front_end, self.image_token, self.template = front_end, image_token, template
+        self.front_end, self.image_token = front_end, image_token
+        self.template, self.wrapper = template, wrapper
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f'image_token {image_token!r} is not in the vocabulary of '
@@ -130,17 +134,22 @@ class VLMProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self._counts: dict[tuple[int, int], int] = {}
         if chat_template is None:
-            chat_template = self._default_chat_template(tokenizer, template)
+            chat_template = self._default_chat_template(tokenizer)
         super().__init__(tokenizer, chat_template=chat_template)
         # generation continues at the right end; a pipeline pads by what the tokenizer says
         self.tokenizer.padding_side = 'left'
 
-    @staticmethod
-    def _default_chat_template(tokenizer, template) -> str | None:
-        if template is not None:
-            return get_template(template).jinja(mark_targets=True)
+    def _default_chat_template(self, tokenizer) -> str | None:
+        first = _FLATTEN + wrapping_jinja(self.wrapper) if self.wrapper else ''
+        if self.template is not None:
+            return first + get_template(self.template).jinja(mark_targets=True)
         own = tokenizer.chat_template  # a dict of named templates stays with the tokenizer
-        return _FLATTEN + own if isinstance(own, str) else None
+        return (first or _FLATTEN) + own if isinstance(own, str) else None
+
+    def talk_by(self, template: str | None, wrapper: str | None = None) -> None:
+        "Render conversations by another `template` and `wrapper` from now on."
+        self.template, self.wrapper = template, wrapper
+        self.chat_template = self._default_chat_template(self.tokenizer)
 
     def num_image_tokens(self, height: int, width: int) -> int:
         "Tokens an image of `height` x `width` pixels (after the transform) costs."
@@ -437,8 +446,9 @@ def encode(
     entry per picture or tile.
 
     `template` defaults to the processor's. With `add_generation_prompt` the conversation must end
-    with a user turn: the prompt to generate from. `views`: see `load`. Raises `ImageError` for
-    pictures that cannot be read, `ValueError` when slots and images differ."""
+    with a user turn: the prompt to generate from. Questions are wrapped where the processor has a
+    `wrapper`. `views`: see `load`. Raises `ImageError` for pictures that cannot be read,
+    `ValueError` when slots and images differ."""
     template = template if template is not None else self.template
     if template is None:
         raise ValueError(
@@ -446,8 +456,11 @@ def encode(
             'template=))'
         )
     images = [self.load(image, views) for image in sample.images]
+    turns = sample.turns
+    if self.wrapper:
+        turns = [replace(turn, text=wrap_question(turn.text, self.wrapper)) for turn in turns]
     out = _encode_turns(
-        sample.turns,
+        turns,
         self.tokenizer,
         template,
         [_cost(parts) for parts in images],

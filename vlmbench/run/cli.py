@@ -386,7 +386,11 @@ def world(
 
 # %% ../../nbs/run/10_cli.ipynb #bd06f855
 _Model = Annotated[
-    str, typer.Argument(help='A folder saved by a run, a published folder, or a name on the Hub.')
+    str,
+    typer.Argument(
+        help='A folder saved by a run, a published folder, a name on the Hub or of a release '
+        '(zero:llama-3.2-3b, zero:llama-3.2-3b@surrogate), or a language model (text only).'
+    ),
 ]
 _Base = Annotated[
     Optional[str],
@@ -414,6 +418,14 @@ _DeviceMap = Annotated[
 ]
 _ImageMode = Annotated[
     str, typer.Option(help='native: pictures at their own resolution (VoRA, EVE).')
+]
+_Dtype = Annotated[
+    Optional[str],
+    typer.Option(help='float32, bfloat16 or float16; default: as the weights are stored.'),
+]
+_Offload = Annotated[
+    Optional[Path],
+    typer.Option(help='Folder for the layers that a device map puts on the disk.'),
 ]
 _Bits4 = Annotated[
     bool,
@@ -463,7 +475,12 @@ def chat(
         ),
     ] = None,
     system: Annotated[Optional[str], typer.Option(help='System message.')] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help='Longest answer.')] = 256,
+    max_new_tokens: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Longest answer; default: the model's own, 256, or 4096 for text alone."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help='0 is greedy.')] = 0.0,
     seed: Annotated[
         int, typer.Option(help='Seed of the draws when the temperature is above 0.')
@@ -476,11 +493,13 @@ def chat(
     image_mode: _ImageMode = '',
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
+    offload_folder: _Offload = None,
+    dtype: _Dtype = None,
     load_4bit: _Bits4 = False,
     load_8bit: _Bits8 = False,
 ) -> None:
-    """Talk about a picture and point at things in it: streams answers, remembers the turns, saves
-    the marked picture."""
+    """Talk about a picture and point at things in it, or, without --image, about text: streams
+    answers, remembers the turns, saves the marked picture."""
     from vlmbench.demo.terminal import chat_command
 
     _refusing(
@@ -505,6 +524,8 @@ def chat(
         base=base,
         vision=vision,
         image_mode=image_mode,
+        dtype=dtype,
+        offload_folder=offload_folder,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #4f33c593
@@ -535,6 +556,8 @@ def serve(
     vision: _Vision = None,
     device: _Device = 'auto',
     device_map: _DeviceMap = None,
+    offload_folder: _Offload = None,
+    dtype: _Dtype = None,
     load_4bit: _Bits4 = False,
     load_8bit: _Bits8 = False,
     api: Annotated[
@@ -563,6 +586,8 @@ def serve(
         base=base,
         vision=vision,
         image_mode=image_mode,
+        dtype=dtype,
+        offload_folder=offload_folder,
     )
 
 # %% ../../nbs/run/10_cli.ipynb #6ebabe24
@@ -571,7 +596,8 @@ def convert(
     folder: Annotated[
         str,
         typer.Argument(
-            help='A LLaVA or ViP-LLaVA folder, published or saved by a run, or a name on the Hub.'
+            help='A LLaVA or ViP-LLaVA folder, published or saved by a run, a name on the Hub or '
+            'of a release (zero:llama-3.1-8b, with @surrogate or without), or a .pth file of zero.'
         ),
     ],
     out: Annotated[Path, typer.Argument(help='New folder, which transformers loads by itself.')],
@@ -593,26 +619,40 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help='A VoRA model: a folder saved by a run, a published folder, or a torch file.'
+            help='A folder saved by a run (its model/ folder, or the run folder), a release, or a '
+            'torch file of VoRA.'
         ),
     ],
     out: Annotated[Path, typer.Argument(help='New folder.')],
     language_model: Annotated[
         bool,
         typer.Option(
-            '--language-model', help='The plain language model alone, as transformers loads it.'
+            '--language-model',
+            help='The plain language model alone (whole, pruned, surrogate, merged VoRA), as '
+            'transformers loads it.',
         ),
     ] = False,
     config: Annotated[
         Optional[str],
         typer.Option(help='Folder with the config.json of a torch file; default: where it lies.'),
     ] = None,
+    original: Annotated[
+        bool,
+        typer.Option('--original', help='A model of zero as the original .pth checkpoints.'),
+    ] = False,
 ) -> None:
-    """Write a trained VoRA model with its LoRA in the weights, as a VLM folder or as a plain
-    language model."""
+    """Write a trained VoRA model with its LoRA in the weights as a VLM folder, the language model
+    of any model as a plain one, or a model of zero as its original files."""
     from vlmbench.checkpoints.export import export_merged
+    from vlmbench.checkpoints.original import export_original, export_text
 
-    typer.echo(_refusing(export_merged, model, out, language_model, config))
+    if original and language_model:
+        raise ParameterError('--original and --language-model exclude each other')
+    if original:
+        typer.echo('\n'.join(map(str, _refusing(export_original, model, out))))
+        return
+    write = export_text if language_model else export_merged
+    typer.echo(_refusing(write, model, out, config=config))
 
 # %% ../../nbs/run/10_cli.ipynb #83ed34e1
 @app.command()

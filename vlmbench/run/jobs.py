@@ -263,8 +263,9 @@ def evaluate_job(
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
             parts = {name: settings[name] or None for name in ('base', 'vision')}
-            parts['image_mode'] = settings['image_mode']
-            loaded = load_vlm(model, str(job.ranks.device), **parts)
+            place = {name: settings[name] for name in ('dtype', 'device_map', 'offload_folder')}
+            place |= dict(parts, image_mode=settings['image_mode'])
+            loaded = load_vlm(model, str(job.ranks.device), **place)
             asked = settings['tasks'], settings['limit'], settings['image_roots']
             questions = load_tasks(data, *asked)
         return _assess(

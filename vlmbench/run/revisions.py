@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from ..checkpoints.zero_names import released_name
 from ..data.layouts import hub_parts, is_hub
 from ..data.mixture import Mixture
 from ..data.sources import plain_name
@@ -63,13 +64,20 @@ def revisions(models: Iterable[str | Path] = (), data: Iterable[str] = ()) -> di
     """Revisions of the Hub, by name: of `models` (names, or folders), and of the data sets in what
     stages read (`data`). Local folders and embedded assets are left out; None: a name of the Hub
     whose commit the cache does not know."""
-    names = [str(model) for model in models if str(model)]
+    named = [str(model) for model in models if str(model)]
+    names = [name for model in named for name in _parts(model)]
     asked = [name for name in names if model_revision(name) or _is_remote(name)]
     sets = [name for one in data for name in Mixture.parse(one) if is_hub(plain_name(name))]
     return dict(
         models={name: model_revision(name) for name in dict.fromkeys(asked)},
         data={plain_name(name): data_revision(name) for name in dict.fromkeys(sets)},
     )
+
+
+def _parts(model: str) -> list[str]:
+    "The names of the Hub that `model` is made of, where it is the name of a release; else itself."
+    released = released_name(model)
+    return [name for _, name in released.bases] if released else [model]
 
 
 def _is_remote(name: str) -> bool:

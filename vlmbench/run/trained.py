@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.zero_names import released_name
 from ..data.transform import Transform
 from ..methods.base import Method
 from ..methods.recipes import get_method
@@ -49,6 +50,8 @@ def trained_run(where: str | Path) -> TrainedRun:
     """The training run that folder `where` is, or that the model in it belongs to (`RUN/model`).
     Raises ValueError for a manifest or recipe that cannot be read."""
     where = Path(where)
+    if released_name(where):
+        return TrainedRun(where)
     home = where if (where / 'manifest.json').exists() else where.parent
     manifest, recipe = {}, None
     if (home / 'manifest.json').exists():
