@@ -231,6 +231,8 @@ def test_a_page_gives_the_language_model_to_its_parts_alone(parts, tmp_path, mon
     given = {}
 
     class Loaded:
+        sees = True
+
         def __init__(self, name):
             self.name = name
 
