@@ -212,7 +212,8 @@ def test_chat_and_the_page_take_it(name, zoo, picture):
     assert done.exit_code == 0, done.exception
     assert done.output.count(f'{name.split("/")[1]}') >= 1 and 'you> what is this ?' in done.output
     (served,) = load_models([name], base, device='cpu').values()
-    template = dict(eve='vicuna_v1', vora='chatml').get(LAYOUTS[name])
+    named = dict(eve='vicuna_v1', vora='chatml', visual_region='bunny_llama')
+    template = named.get(PUBLISHED[name].method)
     known = dict(vicuna='llava_v1', llama='llama_3', phi3='phi_3')
     assert served.processor.template == (template or known[family(PUBLISHED[name].base)])
 
@@ -228,6 +229,7 @@ def world(zoo):
 def test_an_evaluation_takes_it(name, zoo, world, tmp_path):
     settings = dict(tasks=['vqa_test'], limit=1, image_roots=[], device='cpu', max_new_tokens=3)
     settings |= dict(blind=False, batch_size=1, seed=0, base=base_of(name) or '', vision='')
+    settings |= dict(image_mode='', dtype=None, device_map=None, offload_folder=None)
     Manifest(tmp_path).start('evaluate', {})
     done = jobs.evaluate_job(settings, str(find_model(name)), world, str(tmp_path))
     assert done['summary']['vqa_test'] is not None and done['table']
