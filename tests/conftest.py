@@ -33,6 +33,14 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--slow'):
+        return
+    for item in items:
+        if 'slow' in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=f'{SLOW}'))
+
+
 @pytest.fixture(scope='session', autouse=True)
 def warm():
     "Kernels of notebooks are copies of a process that has imported everything (warm_kernels.py)."

@@ -395,6 +395,8 @@ def test_text_alone(tmp_path):
     llm = bases()[0]
     with pytest.raises(ChatError, match='no chat template.*--template'):
         ChatModel.load(llm, 'cpu')
+    with pytest.raises(ChatError, match='takes no pictures: leave image_mode out'):
+        ChatModel.load(llm, 'cpu', template='zero_llama3', image_mode='native')
     chat = vlmbench.load(llm, device='cpu', template='zero_llama3')
     assert not chat.sees and chat.longest == 4096 == ChatModel.load(PAIR, 'cpu').longest
     ids = ask(chat.processor, picture=None)['input_ids'][0].tolist()

@@ -34,13 +34,20 @@ def is_language_model(where: str | Path) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees
 
 
+_OF_PICTURES = {'base', 'vision', 'image_mode'}
+
+
 def load_text(
     where: str | Path, device: str | torch.device = 'cpu', template: str = '', **settings: Any
 ) -> tuple[PreTrainedModel, TextProcessor]:
     """The language model `where` and its tokenizer, ready to answer by one of our chat templates
     (`template`) or by its own (''). `settings`: as for `load_vlm`. Raises `LoadError`."""
     folder = find_model(where)
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {name: value for name, value in settings.items() if value not in (None, '')}
+    if seeing := sorted(_OF_PICTURES & settings.keys()):
+        raise LoadError(
+            f'{where} is a language model and takes no pictures: leave {", ".join(seeing)} out'
+        )
     if template and template not in TEMPLATES:
         raise LoadError(f'template {template!r} is unknown; there are {", ".join(TEMPLATES)}')
     try:
