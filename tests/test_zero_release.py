@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import typer.testing
+from mini_bases import write_bases
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
@@ -483,7 +484,8 @@ def test_an_offloaded_model_takes_a_graft(tmp_path):
 )
 def test_notebooks_take_the_name(notebook, more, tmp_path, cache, monkeypatch):
     monkeypatch.setenv('HF_HUB_CACHE', str(cache))  # of the kernel
-    given = dict(model=GRAFT, limit=2, device='cpu') | more
+    write_bases(tmp_path, 2, caption_train=4, vqa_train=4, vqa_test=2, text_test=2, text_train=2)
+    given = dict(model=GRAFT, limit=2, device='cpu', data=str(tmp_path / 'world')) | more
     assert run_notebook(notebook, given, tmp_path / 'run', progress=False, quiet=True) == 0
     manifest = json.loads((tmp_path / 'run' / 'manifest.json').read_text())
     assert manifest['status'] == 'completed'
