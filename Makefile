@@ -23,8 +23,8 @@ PORT   ?= 8888
 TORCH_INDEX ?=
 TORCH  := $(shell sed -n 's/^\(torch==[^;[:space:]]*\).*/\1/p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-# a test file stays with one process: its models are made once
-WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile
+# a test file stays with one process: its models are made once; files come in the order of conftest.py
+WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # what test-ranks runs; .ci/run leaves out the files that take longest
 RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background elastic large_models stream))
 # without this two torch processes on the same cores run several times slower

@@ -35,6 +35,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption('--slow'):
+        # files with slow tests first: else one of them is what the others wait for in the end
+        slow = {item.path for item in items if 'slow' in item.keywords}
+        items.sort(key=lambda item: item.path not in slow)
         return
     for item in items:
         if 'slow' in item.keywords:
