@@ -6,6 +6,7 @@
 #   CI=true make test     the same with the tests that take longest, as .ci/run does
 #   make test-ranks       every method on two and four processes, compared with one
 #   make test-slurm       jobs on a Slurm that the tests start and stop (needs the right to install it)
+#   make test-engines    answers of vLLM beside those of transformers, in .venv-engines (a gigabyte from PyPI)
 #   make docs             the documentation site in _site/ (warnings are errors)
 #   make lab              JupyterLab on 127.0.0.1
 #   make figures          redraw figures/ from the stored results
@@ -31,7 +32,7 @@ RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background 
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-notebooks test-python test-ranks test-slurm docs lab figures speed export clean venv venv-core
+.PHONY: help bench test test-notebooks test-python test-ranks test-slurm test-engines docs lab figures speed export clean venv venv-core
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -86,6 +87,11 @@ test-slurm: venv
 	$(PIP) --editable ".[slurm]"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q \
 		-m slurm --durations=0 tests/test_slurm.py
+
+test-engines: venv
+	@echo "== vLLM in an environment of its own (made once, a few minutes)"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1800 $(BIN)/python scripts/engines.py \
+		.venv-engines -q -m engines --durations=5 tests/test_vllm.py
 
 docs: venv
 	$(BIN)/python docs/build.py

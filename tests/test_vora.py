@@ -25,7 +25,7 @@ from vlmbench.data.collate import collate_packed
 from vlmbench.data.picture import ImageError
 from vlmbench.data.record import sample_from_vora
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.checkpoints.export import export_language_model
+from vlmbench.checkpoints.export import PATCHES, export_language_model
 from vlmbench.checkpoints.load import LoadError, load_vlm
 from vlmbench.methods.recipes import find_scale, get_method, get_recipe
 from vlmbench.methods.vora import LOSSES, PAPER_SCALE, VoRA
@@ -606,7 +606,9 @@ def test_the_merged_model_is_an_ordinary_folder(tmp_path):
         type(plain).__name__ == 'Qwen3ForCausalLM'
         and tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     )
-    assert (folder / 'vision_embedding.safetensors').exists()
+    assert (folder / PATCHES).exists()
+    # vLLM reads every file of weights beside the configuration
+    assert [file.name for file in folder.glob('*.safetensors')] == ['model.safetensors']
 
 
 @torch.no_grad()

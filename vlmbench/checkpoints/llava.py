@@ -557,7 +557,8 @@ def save_transformers(
     model: VLMForConditionalGeneration, processor: VLMProcessor, folder: str | Path
 ) -> Path:
     """Write `model` and `processor` as a LLaVA or ViP-LLaVA folder that transformers loads by
-    itself; returns the folder. Raises `CheckpointFormatError`, before anything is written."""
+    itself, and vLLM; returns the folder. Raises `CheckpointFormatError`, before anything is
+    written."""
     theirs, front = to_transformers(model), model.config.vision_config
     both = LlavaProcessor(
         _image_processor(processor.transform),
@@ -568,6 +569,10 @@ def save_transformers(
         image_token=processor.image_token,
         chat_template=processor.chat_template,
     )
+    if theirs.config.vision_config.model_type in ('clip_vision_model', 'siglip_vision_model'):
+        # a level deeper: so published folders name the tower's weights, and vLLM knows no other way
+        tower, theirs.model.vision_tower = theirs.model.vision_tower, nn.Module()
+        theirs.model.vision_tower.vision_model = tower
     theirs.save_pretrained(folder)
     both.save_pretrained(folder)
     share_weights(folder)

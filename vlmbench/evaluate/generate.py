@@ -235,8 +235,10 @@ class _Interview:
         transform: Callable[[Sample], Sample] | None,
         noise: tuple[float, int] | None,
         image_cache: int,
+        engine: Any = None,
     ):
         self.model, self.processor, self.task, self.noise = model, processor, task, noise
+        self.engine = engine  # what answers in the model's place
         self.max_new_tokens, self.blind, self.transform = max_new_tokens, blind, transform
         place = next(model.parameters()).device
         # what lies on the disk is fetched to where its inputs are
@@ -280,6 +282,9 @@ def answer(
     "The model's answers to a prepared batch (see `read_answers`)."
     inputs = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
     start, tokenizer = inputs['input_ids'].shape[1], self.processor.tokenizer
+    if self.engine is not None:
+        new = self.engine.generate(inputs, self.max_new_tokens, self.stops, self.written)
+        return read_answers(new, self.stops, tokenizer, self.written)
     if self.written:
         inputs['stopping_criteria'] = [WrittenStop(tokenizer, self.written, start)]
     if self.noise is not None:
@@ -421,6 +426,7 @@ def evaluate(
     sample_seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
     ranks: Any = None,
+    engine: Any = None,
 ) -> Results:
     """Answers of `model` to all of `task`, greedy, scored.
 
@@ -432,24 +438,34 @@ def evaluate(
     't<temperature>s<sample_seed>'. `image_cache`: decoded pictures kept; `examples`: pictures
     copied beside the results for the report. `on_batch(done, total)` is called after each batch;
     raise from it to stop early. `ranks`: the `Ranks` that share the questions, every one of which
-    must make this call; all get all answers, and rank 0 writes them.
+    must make this call; all get all answers, and rank 0 writes them. `engine`: what writes the
+    words in the model's place (`vlmbench.evaluate.engines`), greedily.
 
-    Raises ValueError for a blind run without pictures, a log of other weights, or a prompt that
-    differs from the training prompt."""
+    Raises ValueError for a blind run without pictures, a log of other weights or of another engine,
+    a prompt that differs from the training prompt, or an engine that should sample."""
     sampled = dict(temperature=temperature, sample_seed=sample_seed) if temperature else {}
     usual = _condition(task, blind, sampled)
     condition = condition or usual
+    if engine is not None and sampled:
+        raise ValueError(
+            f'temperature={temperature}: engine {engine.name} only decodes greedily; leave '
+            'temperature at 0, or ask without an engine'
+        )
     facts = dict(
-        model=fingerprint(model),
+        model=fingerprint(model) if engine is None else engine.fingerprint,
         dtype=str(next(model.parameters()).dtype).removeprefix('torch.'),
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         transform=_function_name(transform),
     )
+    if engine is not None:
+        facts['engine'] = f'{engine.name} {engine.version}'
     key = dict(blind=blind) | sampled | facts
     ranks = ranks or Alone()
     store = _open_log(None if ranks.rank else out_dir, task, condition, key, overwrite)
     noise, longest = (temperature, sample_seed) if sampled else None, facts['max_new_tokens']
-    interview = _Interview(model, processor, task, longest, blind, transform, noise, image_cache)
+    interview = _Interview(
+        model, processor, task, longest, blind, transform, noise, image_cache, engine
+    )
     name = f'{task.name} {condition}'
     answers, measured = _answer_all(interview, store, name, batch_size, on_batch, ranks)
     header = facts | dict(seed=seed, batch_size=batch_size) | measured | sampled
@@ -480,7 +496,7 @@ def rescore(task: Task, folder: str | Path, condition: str = 'image', save: bool
     old = path.with_name(f'{result_stem(task.name, condition)}.json')
     facts = json.loads(old.read_text(encoding='utf8')) if old.exists() else {}
     speed = ('seconds', 'tokens_per_s', 'items_per_s')
-    names = ('dtype', 'seed', 'batch_size', *speed, 'cut_short', 'examples')
+    names = ('dtype', 'engine', 'seed', 'batch_size', *speed, 'cut_short', 'examples')
     kept = {k: facts[k] for k in names if k in facts}
     stored = GenerationLog(path, key).rows
     header = dict(model=key['model'], max_new_tokens=key['max_new_tokens'], **kept)

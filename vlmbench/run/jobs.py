@@ -19,6 +19,8 @@ from ..checkpoints.projector import after_projector, use_projector
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
 from ..evaluate.assess import ask_before, assess, load_tasks
+from ..evaluate.engines import start_engine
+from ..evaluate.tasks import Task
 from ..methods.recipes import find_scale, get_method, get_recipe
 from ..models.vision import front_end_class
 from ..models.vlm import VLMForConditionalGeneration
@@ -258,21 +260,43 @@ def evaluate_job(
     settings: Mapping[str, Any], model: str, data: str, folder: str, stop_flag: Any = None
 ) -> dict[str, Any]:
     """Asks the model in folder `model` the tasks that `settings` (the parameters of notebook
-    `evaluate`) name and leaves the answers in run folder `folder`. Returns `table` and
-    `summary`."""
+    `evaluate`) name and leaves the answers in run folder `folder`. Returns `table`, `summary` and
+    `engine`: with `engine=vllm` how it compares with transformers, else None."""
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
             parts = {name: settings[name] or None for name in ('base', 'vision')}
+            # a model that transformers never asks need not fit one GPU
+            here = settings['engine'] == 'transformers' or settings['engine_check']
             place = {name: settings[name] for name in ('dtype', 'device_map', 'offload_folder')}
             place |= dict(parts, image_mode=settings['image_mode'])
-            loaded = load_vlm(model, str(job.ranks.device), **place)
+            loaded = load_vlm(model, str(job.ranks.device) if here else 'cpu', **place)
             asked = settings['tasks'], settings['limit'], settings['image_roots']
             questions = load_tasks(data, *asked)
-        return _assess(
-            job,
-            loaded,
-            (questions, data),
-            settings,
-            transform=trained_run(model).transform,
-            max_new_tokens=settings['max_new_tokens'],
+        more = dict(
+            transform=trained_run(model).transform, max_new_tokens=settings['max_new_tokens']
         )
+        compared = None
+        if settings['engine'] == 'vllm':
+            with job.phase('engine'):
+                more['engine'], compared = _start_engine(job, loaded, questions, settings, more)
+        return _assess(job, loaded, (questions, data), settings, **more) | dict(engine=compared)
+
+
+def _start_engine(
+    job: Job,
+    loaded: tuple,
+    questions: Mapping[str, Task],
+    settings: Mapping[str, Any],
+    ask: Mapping,
+) -> tuple:
+    "`start_engine` on the first questions, which are put as `settings` and `ask` say."
+    count, tasks = settings['engine_check'], list(questions.values())
+    return start_engine(
+        *loaded,
+        job.folder / 'cache',
+        tasks[0].head(count) if count and tasks else None,
+        settings['gpus'],
+        job.ranks.device,
+        dict(ask, batch_size=settings['batch_size']),
+        job.check,
+    )
