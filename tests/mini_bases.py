@@ -9,6 +9,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
+from vlmbench.run.engine import find_notebook
+from vlmbench.run.parameters import load_notebook, notebook_parameters
+
+
+def parameters_of(notebook, **given):
+    "All parameters of a run notebook: its defaults but for what is given."
+    found = notebook_parameters(load_notebook(find_notebook(notebook)))
+    return {name: one.default for name, one in found.items()} | given
 
 
 def write_bases(root, layers, **rows):

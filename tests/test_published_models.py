@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import fake_hub
-from mini_bases import write_bases
+from mini_bases import parameters_of, write_bases
 from PIL import Image
 from safetensors.torch import save_file
 from test_missing_weights import built
@@ -227,9 +227,8 @@ def world(zoo):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_an_evaluation_takes_it(name, zoo, world, tmp_path):
-    settings = dict(tasks=['vqa_test'], limit=1, image_roots=[], device='cpu', max_new_tokens=3)
-    settings |= dict(blind=False, batch_size=1, seed=0, base=base_of(name) or '', vision='')
-    settings |= dict(image_mode='', dtype=None, device_map=None, offload_folder=None)
+    given = dict(tasks=['vqa_test'], limit=1, device='cpu', max_new_tokens=3, blind=False)
+    settings = parameters_of('evaluate', base=base_of(name) or '', batch_size=1, **given)
     Manifest(tmp_path).start('evaluate', {})
     done = jobs.evaluate_job(settings, str(find_model(name)), world, str(tmp_path))
     assert done['summary']['vqa_test'] is not None and done['table']

@@ -19,6 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from mini_bases import parameters_of
 from vlmbench.checkpoints.llava import save_transformers
 from vlmbench.data.image import ImageTransform
 from vlmbench.data.scene import world_tokenizer
@@ -236,20 +237,8 @@ def test_a_run_records_how_the_engines_compare(vllm, data, tmp_path):
     model, processor = small(FRONTS['encoder'])
     for part in (model, processor):
         part.save_pretrained(tmp_path / 'm')
-    settings = dict(
-        base='',
-        vision='',
-        image_roots=[],
-        tasks=['vqa_test', 'text_test'],
-        batch_size=4,
-        max_new_tokens=6,
-        blind=True,
-        limit=None,
-        device='cpu',
-        gpus=1,
-        seed=0,
-        engine_check=4,
-    )
+    given = dict(tasks=['vqa_test', 'text_test'], batch_size=4, max_new_tokens=6, engine_check=4)
+    settings = parameters_of('evaluate', device='cpu', gpus=1, **given)
     done = {}
     for engine in engines.ENGINES:
         Manifest(tmp_path / engine).start('evaluate', {})

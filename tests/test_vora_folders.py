@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from typer.testing import CliRunner
 
 import vlmbench
+from mini_bases import parameters_of
 from test_vision_lora import awake, vlm
 from vlmbench.checkpoints.export import export_language_model, export_merged
 from vlmbench.checkpoints.load import LoadError, load_vlm
@@ -23,10 +24,9 @@ from vlmbench.models.vision import build_front_end
 from vlmbench.models.vision_lora import LoRASettings, merge_vision_lora
 from vlmbench.models.vlm import assemble, build_vlm
 from vlmbench.run.cli import app
-from vlmbench.run.engine import find_notebook, load_notebook
 from vlmbench.run.jobs import evaluate_job, train_job
 from vlmbench.run.manifest import Run
-from vlmbench.run.parameters import ParameterError, notebook_parameters
+from vlmbench.run.parameters import ParameterError
 from vlmbench.train.scale import base_model
 
 BLOCKS = 2  # with LoRA, of 3
@@ -84,11 +84,6 @@ def world(tmp_path_factory):
     )
 
 
-def settings(notebook, **more):
-    found = notebook_parameters(load_notebook(find_notebook(notebook)))
-    return {name: one.default for name, one in found.items()} | more
-
-
 FEW = {'pretrain': 2, 'finetune': 3}
 
 
@@ -100,7 +95,8 @@ def train(world, out, **more):
         for stage in FEW
         for k, v in (('batch_rows', 2), ('accumulation', 1))
     ]
-    given = settings('train', recipe='vora', device='cpu', evaluate=False, overrides=few) | more
+    given = dict(recipe='vora', device='cpu', evaluate=False, overrides=few) | more
+    given = parameters_of('train', **given)
     train_job(given, str(world), str(out))
     return load_file(out / 'model' / 'model.safetensors')
 
@@ -330,7 +326,7 @@ def test_evaluate_at_native_resolution(world_release, world, tmp_path, monkeypat
     for mode in ('', 'native'):
         out = tmp_path / (mode or 'own')
         Run(out, 'evaluate', {})
-        given = settings('evaluate', tasks=['vqa_test'], device='cpu', blind=False, limit=2)
+        given = parameters_of('evaluate', tasks=['vqa_test'], device='cpu', blind=False, limit=2)
         given |= dict(image_mode=mode, max_new_tokens=2, model=str(world_release))
         done = evaluate_job(given, str(world_release), str(world), str(out))
         assert done['summary']['vqa_test']
