@@ -228,6 +228,7 @@ def world(zoo):
 def test_an_evaluation_takes_it(name, zoo, world, tmp_path):
     settings = dict(tasks=['vqa_test'], limit=1, image_roots=[], device='cpu', max_new_tokens=3)
     settings |= dict(blind=False, batch_size=1, seed=0, base=base_of(name) or '', vision='')
+    settings |= dict(revert=[], revert_to='')
     Manifest(tmp_path).start('evaluate', {})
     done = jobs.evaluate_job(settings, str(find_model(name)), world, str(tmp_path))
     assert done['summary']['vqa_test'] is not None and done['table']
