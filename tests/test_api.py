@@ -58,7 +58,8 @@ def test_a_whole_answer_is_the_models(served):
     assert reply.choices[0].message.content == model.ask(picture(), QUESTION, max_new_tokens=8)
     assert reply.choices[0].finish_reason == 'stop'
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
-    assert [card.id for card in client.models.list()] == ['tiny']
+    (card,) = client.models.list()
+    assert card.id == 'tiny' and card.licence == model.licence != ''
 
 
 def test_a_stream_says_the_same(served):

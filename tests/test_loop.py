@@ -440,7 +440,7 @@ def test_missing_tracker_package_names_the_extra(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    with pytest.raises(ImportError, match=r'install vlmbench\[serve\]'):
+    with pytest.raises(ImportError, match=r'vlmbench\[serve\]'):
         run(tmp_path, 'frozen', steps=1, trackers=['wandb'])
 
 

@@ -4,13 +4,18 @@ on disk."""
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText
 
 import vlmbench.models.vlm  # noqa: F401
 from test_runs import bases, benched, trained  # noqa: F401
-from vlmbench.models.depth import depth_of
-from vlmbench.run.engine import run_notebook
+from vlmbench.checkpoints.load import load_vlm
+from vlmbench.data.world import asset_path
+from vlmbench.models.depth import depth_of, prune
+from vlmbench.run.engine import find_notebook, run_notebook
+from vlmbench.run.layer_jobs import prune_job
 from vlmbench.run.manifest import Manifest
+from vlmbench.run.parameters import load_notebook, notebook_parameters
 
 
 def test_a_run_loses_a_layer_and_is_healed(trained, bases, tmp_path):  # noqa: F811
@@ -46,6 +51,7 @@ def test_a_run_loses_a_layer_and_is_healed(trained, bases, tmp_path):  # noqa: F
     [
         (dict(model='nowhere'), 'nowhere: no model there'),
         (dict(k=2, region=[0]), 'only 1 layers lie outside'),
+        (dict(remove=[0], region=[0]), 'they cannot go and stay'),
     ],
 )
 def test_bad_requests_are_refused(trained, bases, tmp_path, given, says):  # noqa: F811
@@ -55,3 +61,28 @@ def test_bad_requests_are_refused(trained, bases, tmp_path, given, says):  # noq
     )
     assert run_notebook('prune', given, tmp_path / 'p', progress=False, quiet=True) == 1
     assert says in (tmp_path / 'p' / 'prune.ipynb').read_text()
+
+
+def test_named_layers_go_from_any_folder_and_keep_their_numbers(bases, tmp_path):  # noqa: F811
+    declared = notebook_parameters(load_notebook(find_notebook('prune')), 'prune')
+    settings = {name: one.default for name, one in declared.items()}
+    settings |= dict(tasks=['vqa_test'], limit=4, device='cpu', calibration=0, remove=[1])
+    source, gone = str(asset_path('vlm')), []
+    for number in (1, 3):
+        settings |= dict(model=source, remove=[number])
+        Manifest(tmp_path / str(number)).start('prune', settings)
+        done = prune_job(settings, str(bases / 'world'), str(tmp_path / str(number)))
+        gone += done['removed']
+        source = str(tmp_path / str(number) / 'model')
+    assert gone == [1, 3] and done['losses'] == [None, None]
+    assert {1, 3}.isdisjoint(done['kept']) and done['depth'] == len(done['kept']) + 1
+    whole, _ = load_vlm(asset_path('vlm'))
+    small, _ = load_vlm(source)
+    at_once = prune(whole, [1, 3]).eval()
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(small(input_ids=ids).logits, at_once(input_ids=ids).logits)
+    settings |= dict(model=source, remove=[3])
+    Manifest(tmp_path / 'again').start('prune', settings)
+    with pytest.raises(ValueError, match=r'remove: layers \[3\] are not there'):
+        prune_job(settings, str(bases / 'world'), str(tmp_path / 'again'))

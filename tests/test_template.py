@@ -42,6 +42,8 @@ CONTROL = [
     '<|end_header_id|>',
     '<|eot_id|>',
     '<|im_start|>',
+    '<start_of_turn>',
+    '<end_of_turn>',
     '<|im_end|>',
     '<|system|>',
     '<|user|>',

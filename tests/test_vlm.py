@@ -973,7 +973,8 @@ BEGINS = {
 }
 MARKS = (
     '<s> </s> <image> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> '
-    '<|im_start|> <|im_end|> <|system|> <|user|> <|assistant|> <|end|>'
+    '<|im_start|> <|im_end|> <|system|> <|user|> <|assistant|> <|end|> '
+    '<start_of_turn> <end_of_turn>'
 ).split()
 
 

@@ -152,6 +152,14 @@ _OF_LATER_MODELS = (
     _chatml('chatml', '', joiner='\n', default_system='You are a helpful assistant.'),
     _chatml('zero_qwen', '\n'),
     ChatTemplate(
+        'zero_gemma',
+        pieces(('<start_of_turn>',), 'system\n', CONTENT, ('<end_of_turn>',)),
+        pieces(('<start_of_turn>',), 'user\n', CONTENT, ('<end_of_turn>',)),
+        pieces(('<start_of_turn>',), 'model\n'),
+        pieces(CONTENT, ('<end_of_turn>',), target=True),
+        bos=BOS,
+    ),
+    ChatTemplate(
         'world',
         pieces(('<|system|>',), ' ', CONTENT, ' ', ('<|end|>',)),
         pieces(('<|user|>',), ' ', CONTENT),

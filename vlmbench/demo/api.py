@@ -190,7 +190,8 @@ def _refused(request, error):
 
 def build_api(models: Mapping[str, ChatModel], max_new_tokens: int = 256, size: int = 8):
     """A FastAPI application that answers for `models`, by name. `max_new_tokens`: the longest
-    answer, and the length where a request names none. `size`: questions answered at once."""
+    answer, and the length where a request names none. `size`: questions answered at once. The list
+    of models says the base and licence of each (`licence`)."""
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, StreamingResponse
@@ -202,7 +203,8 @@ def build_api(models: Mapping[str, ChatModel], max_new_tokens: int = 256, size: 
 
     @app.get('/v1/models')
     def list_models() -> dict[str, Any]:
-        cards = [dict(id=name, object='model', owned_by='vlmbench') for name in models]
+        whose = dict(object='model', owned_by='vlmbench')
+        cards = [dict(whose, id=name, licence=model.licence) for name, model in models.items()]
         return dict(object='list', data=cards)
 
     @app.post('/v1/chat/completions')

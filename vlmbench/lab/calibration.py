@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedTokenizerBase,
 )
 
 # %% ../../nbs/lab/12_calibration.ipynb #37ed2c0f
@@ -27,7 +28,7 @@ from ..checkpoints.load import converts, load_vlm
 from ..checkpoints.zero_names import released_name
 from ..data.collate import collate_padded
 from ..data.record import Sample
-from ..data.template import to_messages
+from ..data.template import encode, to_messages
 from ..evaluate.generate import render_prompt
 from ..models.vlm import load_complete
 
@@ -37,29 +38,32 @@ def load_any(
     device: str | torch.device = 'cpu',
     dtype: str = 'auto',
     adapters: str | Path = '',
+    device_map: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """`(model, processor or tokenizer)` of a local folder, of any layout, or Hub id, in evaluation
     mode. Raises
     FileNotFoundError for a folder without a model, and ValueError for a model that is neither a
     causal language model nor a VLM or that lacks weights, which are named. `adapters`: a folder of
-    LoRA weights that peft wrote, put on and not merged."""
+    LoRA weights that peft wrote, put on and not merged. `device_map`: spread the model as
+    `from_pretrained` does ('auto', 'balanced'), in the place of `device`."""
     if Path(folder).is_dir() and not (Path(folder) / 'config.json').exists():
         raise FileNotFoundError(
             f'{folder} has no config.json: pass the folder that save_pretrained wrote, such as '
             '<run folder>/model'
         )
     if released_name(folder) or Path(folder).is_dir() and converts(folder):
-        model, processor = load_vlm(folder, device, dtype=dtype)
+        model, processor = load_vlm(folder, device, dtype=dtype, device_map=device_map)
         return (_with_adapters(model, adapters).eval() if adapters else model), processor
     try:
         config = AutoConfig.from_pretrained(folder)
     except OSError as e:
         raise FileNotFoundError(f'no model at {folder!r}: {e}') from None
+    settings = dict(dtype=dtype) | (dict(device_map=device_map) if device_map else {})
     if type(config) in AutoModelForImageTextToText._model_mapping:
-        model = load_complete(AutoModelForImageTextToText, folder, dtype=dtype)
+        model = load_complete(AutoModelForImageTextToText, folder, **settings)
         processor = AutoProcessor.from_pretrained(folder)
     elif type(config) in AutoModelForCausalLM._model_mapping:
-        model = load_complete(AutoModelForCausalLM, folder, dtype=dtype)
+        model = load_complete(AutoModelForCausalLM, folder, **settings)
         processor = AutoTokenizer.from_pretrained(folder)
     else:
         raise ValueError(
@@ -68,7 +72,7 @@ def load_any(
         )
     if adapters:
         model = _with_adapters(model, adapters)
-    return model.to(device).eval(), processor
+    return (model if device_map else model.to(device)).eval(), processor
 
 
 def _with_adapters(model: nn.Module, folder: str | Path) -> PeftModel:
@@ -86,15 +90,23 @@ def _with_adapters(model: nn.Module, folder: str | Path) -> PeftModel:
 
 # %% ../../nbs/lab/12_calibration.ipynb #04f7c1ed
 def calibration(
-    processor: Any, samples: Sequence[Sample], batch_size: int = 8, max_tokens: int | None = None
+    processor: Any,
+    samples: Sequence[Sample],
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    template: str = '',
 ) -> list[dict]:
     """Batches of `input_ids`, `labels` (-100 before the last answer) and masks, pictures included,
     for `stream` and its companions. Raises ValueError naming a sample that has pictures for a
-    text-only model, no answer, or more than `max_tokens` tokens."""
+    text-only model, no answer, or more than `max_tokens` tokens. `template`: the name of the chat
+    template of a plain language model, which writes whole conversations, their ends included."""
     if batch_size < 1:
         raise ValueError(f'batch_size must be at least 1, got {batch_size}')
     if not len(samples):
         raise ValueError('there are no samples to calibrate with')
+    if template:
+        rows = [_templated(processor, s, template, max_tokens) for s in samples]
+        return [_pad(rows[i : i + batch_size], processor) for i in range(0, len(rows), batch_size)]
     if _ours(processor):
         docs = [_check_length(processor.encode(s), s, max_tokens) for s in samples]
         pad = processor.tokenizer.pad_token_id or 0
@@ -105,6 +117,19 @@ def calibration(
     if hasattr(processor, 'image_processor'):
         return rows  # pictures of any number and size: one at a time
     return [_pad(rows[i : i + batch_size], processor) for i in range(0, len(rows), batch_size)]
+
+
+def _templated(tokenizer, sample, template, most):
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f'template={template!r} goes with a plain language model: a model that sees has its own'
+        )
+    if sample.images:
+        raise ValueError(f'sample {sample.id!r} has pictures, but the model reads text only')
+    document = _check_length(encode(sample.turns, tokenizer, template), sample, most)
+    ids = document.input_ids[None]  # [1, tokens]
+    labels = document.labels[None]
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
 
 def _ours(processor):

@@ -14,7 +14,7 @@ from typing import Any, Iterator, Mapping
 import click, psutil
 
 # %% ../../nbs/run/00_engine.ipynb #312c4e54
-from .early import check_early
+from .early import check_early, check_places
 from .manifest import EXIT_CODES, Heartbeat, Manifest, RunFolderError, default_folder
 from vlmbench.run.parameters import (
     ParameterError,
@@ -359,6 +359,7 @@ def run_notebook(
     declared = notebook_parameters(load_notebook(path), path.stem)
     values = check_parameters(declared, params or {}, path.stem)
     full = {k: p.default for k, p in declared.items()} | values
+    check_places(full)  # while an address is still one: Path would make a folder of it
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
     if 'out' in declared:
         values['out'] = str(folder)

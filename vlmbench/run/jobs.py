@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.card import run_origin, with_scores, write_card
-from ..checkpoints.load import is_foreign, load_vlm
+from ..analysis.weights import revert_layers
+from ..checkpoints.load import find_model, is_foreign, load_vlm
 from ..checkpoints.projector import after_projector, use_projector
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
@@ -261,7 +262,8 @@ def evaluate_job(
 ) -> dict[str, Any]:
     """Asks the model in folder `model` the tasks that `settings` (the parameters of notebook
     `evaluate`) name and leaves the answers in run folder `folder`. Returns `table`, `summary` and
-    `engine`: with `engine=vllm` how it compares with transformers, else None."""
+    `engine`: with `engine=vllm` how it compares with transformers, else None. Raises what
+    `revert_layers` raises."""
     with Job(folder, stop_flag, settings['device']) as job:
         with job.phase('load'):
             parts = {name: settings[name] or None for name in ('base', 'vision')}
@@ -270,6 +272,9 @@ def evaluate_job(
             place = {name: settings[name] for name in ('dtype', 'device_map', 'offload_folder')}
             place |= dict(parts, image_mode=settings['image_mode'])
             loaded = load_vlm(model, str(job.ranks.device) if here else 'cpu', **place)
+            if settings['revert']:
+                before = find_model(settings['revert_to'])
+                revert_layers(loaded[0], before, settings['revert'])
             asked = settings['tasks'], settings['limit'], settings['image_roots']
             questions = load_tasks(data, *asked)
         more = dict(

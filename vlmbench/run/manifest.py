@@ -19,6 +19,7 @@ from fastcore.basics import patch
 import filelock, psutil
 
 from ..data.files import write_json
+from .early import check_places
 
 # %% ../../nbs/run/04_manifest.ipynb #17835ad7
 EXIT_CODES = dict(completed=0, failed=1, refused=2, preempted=75, interrupted=130)
@@ -469,6 +470,7 @@ class Run:
         parameters: Mapping[str, Any],
         overwrite: bool = False,
     ):
+        check_places(dict(out=out))
         engine = os.environ.get('VLMBENCH_RUN_FOLDER')
         self.joined = engine is not None and os.environ.get('VLMBENCH_NOTEBOOK') == notebook
         self.folder = Path(engine if self.joined else out or default_folder(notebook, parameters))

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'FLOP_CONVENTION', 'DATASHEET_TFLOPS', 'MetricLog', 'flatten', 'read_metrics', 'Tracker',
-           'TensorBoardTracker', 'TrackioTracker', 'WandbTracker', 'make_tracker', 'peak_memory', 'batch_counts',
-           'FlopModel', 'peak_flops']
+           'TensorBoardTracker', 'TrackioTracker', 'WandbTracker', 'MlflowTracker', 'tracker_class', 'make_tracker',
+           'peak_memory', 'batch_counts', 'FlopModel', 'peak_flops']
 
 # %% ../../nbs/train/06_metrics.ipynb #9e85112e
-import json, math, os, re, resource, sys, time, warnings
+import importlib, importlib.util, json, math, os, re, resource, sys, time, warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -126,7 +126,11 @@ def read_metrics(path: str | Path, event: str | None = 'step') -> pd.DataFrame:
 
 # %% ../../nbs/train/06_metrics.ipynb #7014f9e0
 class Tracker:
-    "Mirror of the metrics file: `log(flat row, step)` and `close()`."
+    """Mirror of the metrics file, made with `(out_dir, project, run, config)`: folder of the stage,
+    name of the project, name of the run and its settings. `log(flat row, step)` takes the numbers
+    of a step, `close()` ends it. `packages`: what must be installed for it."""
+
+    packages: ClassVar[tuple[str, ...]] = ()
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         raise TypeError(f'{type(self).__name__} must define log(row, step)')
@@ -135,22 +139,14 @@ class Tracker:
         "Finish writing."
 
 
-def _missing(name, package, error):
-    return ImportError(
-        f'tracker {name!r} needs the package {package!r}: install vlmbench[serve], or drop '
-        f'{name!r} '
-        f'from trackers ({error})'
-    )
-
-
 class TensorBoardTracker(Tracker):
     "TensorBoard event files under `out_dir/tensorboard`."
 
+    packages = ('tensorboard',)
+
     def __init__(self, out_dir, project, run, config):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as e:
-            raise _missing('tensorboard', 'tensorboard', e) from e
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(Path(out_dir) / 'tensorboard'))
         self.writer.add_text('config', f'```json\n{json.dumps(config, indent=1)}\n```')
 
@@ -175,28 +171,89 @@ class _RunTracker(Tracker):
 class TrackioTracker(_RunTracker):
     "A local trackio project (its dashboard: `trackio show`)."
 
+    packages = ('trackio',)
+
     def __init__(self, out_dir, project, run, config):
-        try:
-            import trackio
-        except ImportError as e:
-            raise _missing('trackio', 'trackio', e) from e
+        import trackio
+
         self.run = trackio.init(project=project, name=run, config=config, embed=False)
 
 
 class WandbTracker(_RunTracker):
     "A Weights & Biases run (offline with `WANDB_MODE=offline`)."
 
+    packages = ('wandb',)
+
     def __init__(self, out_dir, project, run, config):
-        try:
-            import wandb
-        except ImportError as e:
-            raise _missing('wandb', 'wandb', e) from e
+        import wandb
+
         self.run = wandb.init(
             project=project, name=run, dir=str(out_dir), config=config, reinit='create_new'
         )
 
+# %% ../../nbs/train/06_metrics.ipynb #56d0553b
+class MlflowTracker(Tracker):
+    """An MLflow run in the file `out_dir/mlflow.db` (its page: `mlflow ui --backend-store-uri
+    sqlite:///OUT_DIR/mlflow.db`); no server is asked."""
+
+    packages = ('mlflow', 'alembic')  # the second is what mlflow-skinny lacks
+
+    def __init__(self, out_dir, project, run, config):
+        from mlflow import MlflowClient
+
+        folder = Path(out_dir).resolve()
+        self.client = MlflowClient(tracking_uri=f'sqlite:///{folder}/mlflow.db')
+        known = self.client.get_experiment_by_name(project)  # of a run that was stopped
+        files = (folder / 'mlflow').as_uri()
+        where = known.experiment_id if known else self.client.create_experiment(project, files)
+        self.run = self.client.create_run(where, run_name=run).info.run_id
+        self.client.log_dict(self.run, config, 'config.json')
+
+    def log(self, row, step):
+        from mlflow.entities import Metric
+
+        now = round(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value in row.items()]
+        self.client.log_batch(self.run, metrics=metrics)
+
+    def close(self):
+        self.client.set_terminated(self.run)
+
 # %% ../../nbs/train/06_metrics.ipynb #ef14d29f
-TRACKERS = dict(tensorboard=TensorBoardTracker, trackio=TrackioTracker, wandb=WandbTracker)
+TRACKERS: dict[str, type[Tracker]] = dict(
+    tensorboard=TensorBoardTracker,
+    trackio=TrackioTracker,
+    wandb=WandbTracker,
+    mlflow=MlflowTracker,
+)
+
+
+def tracker_class(name: str) -> type[Tracker]:
+    """The class of the tracker called exactly `name`, or at `package.module:Class`. Raises
+    ValueError for another name or class, ImportError where its package is not installed."""
+    module, colon, own = name.partition(':')
+    if not colon and name not in TRACKERS:
+        raise ValueError(
+            f'unknown tracker {name!r}; trackers are {", ".join(TRACKERS)}, or a class of your own '
+            'as package.module:Class'
+        )
+    try:
+        found = vars(importlib.import_module(module)).get(own) if colon else TRACKERS[name]
+    except ImportError as e:
+        raise ImportError(f'tracker {name!r}: its module cannot be imported ({e})') from e
+    if not (isinstance(found, type) and issubclass(found, Tracker)):
+        raise ValueError(
+            f'tracker {name!r}: {module} has no class {own!r} that is a subclass of '
+            'vlmbench.train.metrics.Tracker'
+        )
+    missing = [one for one in found.packages if importlib.util.find_spec(one) is None]
+    if missing:
+        raise ImportError(
+            f'tracker {name!r} needs the package {missing[0]!r}, which is not installed: pip '
+            f'install {found.packages[0]} (all but mlflow come with vlmbench[serve]), or drop '
+            f'{name!r} from trackers'
+        )
+    return found
 
 
 def make_tracker(
@@ -206,13 +263,11 @@ def make_tracker(
     run: str = '',
     config: Mapping | None = None,
 ) -> Tracker:
-    """The tracker called exactly `name` (or `name` itself if it is one already). Raises ImportError
-    naming the extra when its package is missing."""
+    """The tracker called `name` (or `name` itself if it is one already), which mirrors the stage in
+    `out_dir`. Raises what `tracker_class` raises."""
     if isinstance(name, Tracker):
         return name
-    if name not in TRACKERS:
-        raise ValueError(f'unknown tracker {name!r}; trackers are {list(TRACKERS)}')
-    return TRACKERS[name](out_dir, project, run or Path(out_dir).name, dict(config or {}))
+    return tracker_class(name)(out_dir, project, run or Path(out_dir).name, dict(config or {}))
 
 # %% ../../nbs/train/06_metrics.ipynb #2974da4d
 def peak_memory() -> dict[str, float]:
