@@ -125,7 +125,7 @@ def test_models_that_it_cannot_express_are_refused(tmp_path):
 
 
 def test_a_run_is_refused_before_its_kernel(tmp_path, monkeypatch):
-    asked = dict(engine='vllm', engine_check=8, device=None, nodes=1, model='')
+    asked = parameters_of('evaluate', engine='vllm')
     monkeypatch.setattr(engines, 'find_spec', lambda name: None)
     with pytest.raises(ParameterError, match='vLLM is not installed here: pip install vllm'):
         check_evaluate(asked)

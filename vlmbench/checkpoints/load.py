@@ -211,12 +211,12 @@ def load_vlm(
     `quantization_config`, `device_map`, `max_memory`, `offload_folder`. Raises `LoadError`, which
     names the weights that a folder lacks."""
     folder = find_model(where)
-    layout = _converted(folder)
     settings = {name: value for name, value in settings.items() if value is not None}
-    settings |= _parts(folder, layout, base=base, vision=vision)
     if template and template not in TEMPLATES:
         raise LoadError(f'template {template!r} is unknown; there are {", ".join(TEMPLATES)}')
     try:
+        layout = _converted(folder)
+        settings |= _parts(folder, layout, base=base, vision=vision)
         if image_mode:
             check_image_mode(folder, image_mode)
         if layout:
