@@ -105,3 +105,11 @@ def test_data_world_refuses_with_a_reason(tmp_path, words, why):
     (tmp_path / 'file').write_text('x')
     done = vlmbench_process('data', 'world', tmp_path, *words, cwd=tmp_path)
     assert done.returncode == 2 and why in done.stderr and 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('words', ['convert m s3://b/x', 'export m gs://b/x', 'bench --out s3://b'])
+def test_an_address_is_no_folder_to_write(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, words.split())
+    assert said.exit_code == 1 and 'is a folder of this machine' in str(said.exception)
+    assert not list(tmp_path.iterdir())

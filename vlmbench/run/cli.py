@@ -19,6 +19,7 @@ from .cli_data import data_app
 from .cli_cite import cite
 from .cli_models import models
 from .cli_text import aligned, columns, method_page, runs_table
+from .early import check_places
 from .parameters import ParameterError
 
 # %% ../../nbs/run/10_cli.ipynb #9a144c90
@@ -197,6 +198,7 @@ def bench(
 
     chosen = [m.strip() for m in methods.split(',')] if methods else list(BUILT_IN)
     known = METHODS.offered()
+    check_places(dict(out=out))
     unknown = [m for m in chosen if m not in known]
     if unknown:
         raise ParameterError(f'unknown method(s) {", ".join(unknown)}; known: {", ".join(known)}')
@@ -611,6 +613,8 @@ def convert(
     transformers loads."""
     from vlmbench.checkpoints.load import convert as write
 
+    check_places(dict(out=out))
+
     typer.echo(_refusing(write, folder, out, vision, base, template))
 
 # %% ../../nbs/run/10_cli.ipynb #e0990fec
@@ -645,6 +649,8 @@ def export(
     of any model as a plain one, or a model of zero as its original files."""
     from vlmbench.checkpoints.export import export_merged
     from vlmbench.checkpoints.original import export_original, export_text
+
+    check_places(dict(out=out))
 
     if original and language_model:
         raise ParameterError('--original and --language-model exclude each other')

@@ -17,13 +17,19 @@ from .parameters import Parameter, ParameterError
 PLACES = ('out', 'data', 'images', 'image_roots')
 
 
+def _is_address(place: Any) -> bool:
+    if isinstance(place, Path):  # has swallowed one of the two slashes; a drive is one letter
+        return bool(re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(place)))
+    return isinstance(place, str) and bool(re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', place))
+
+
 def check_places(values: Mapping[str, Any]) -> None:
     """Refuse a value of `PLACES` among `values` that is an address (`scheme://...`). Raises
     `ParameterError`."""
     for name in PLACES:
         given = values.get(name)
         for one in given if isinstance(given, (list, tuple)) else [given]:
-            if isinstance(one, (str, Path)) and re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', str(one)):
+            if _is_address(one):
                 raise ParameterError(
                     f'{name}={one}: {name} is a folder of this machine, and nothing is read from '
                     'or written to an address. '
