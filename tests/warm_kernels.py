@@ -51,7 +51,10 @@ def connect(folder, owner):
         if not (Path(folder) / 'log').exists():
             with open(Path(folder) / 'log', 'w') as log:
                 command = [sys.executable, __file__, 'serve', folder, owner]
-                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                # a run ends every process that has its number
+                own = {k: v for k, v in os.environ.items() if not k.startswith('VLMBENCH_')}
+                nothing = subprocess.DEVNULL
+                subprocess.Popen(command, stdin=nothing, stdout=log, stderr=log, env=own)
     door = socket.socket(socket.AF_UNIX)
     try:
         door.connect(f'{folder}/socket')
