@@ -52,6 +52,7 @@ def work(tmp_path_factory):
 
 def command(environment, work, *words, ok=True):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
+    env.pop('JUPYTER_PATH')  # the tests' kernels do not see this environment
     done = subprocess.run(
         [environment, '-m', 'vlmbench', *map(str, words)],
         cwd=work,
