@@ -76,7 +76,7 @@ test-notebooks: venv
 
 test-python: venv
 	@echo "== pytest"
-	OMP_NUM_THREADS=1 timeout --kill-after=30 2400 $(BIN)/python -m pytest -q --durations=10 $(WORKERS)
+	OMP_NUM_THREADS=1 timeout --kill-after=30 3000 $(BIN)/python -m pytest -q --durations=10 $(WORKERS)
 
 test-ranks: venv
 	@echo "== several processes"
