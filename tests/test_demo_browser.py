@@ -226,6 +226,7 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
     assert not page.problems, page.problems
 
 
+@pytest.mark.usefixtures('real_kernels')
 def test_board_in_jupyterlab(browser, page, tmp_path):
     "The tutorial in JupyterLab: run it, draw, ask, read the answer, compare the picture."
     pytest.importorskip('jupyterlab', reason='jupyterlab is not installed (extra: dev)')

@@ -974,7 +974,7 @@ BEGINS = {
 MARKS = (
     '<s> </s> <image> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> '
     '<|im_start|> <|im_end|> <|system|> <|user|> <|assistant|> <|end|> '
-    '<start_of_turn> <end_of_turn>'
+    '<start_of_turn> <end_of_turn> <|endoftext|> <|end_of_text|>'
 ).split()
 
 
