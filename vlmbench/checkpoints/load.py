@@ -33,7 +33,7 @@ from vlmbench.checkpoints.llava import (
     save_transformers,
     with_template,
 )
-from .names import CheckpointFormatError
+from .names import CheckpointFormatError, hub_refusal
 from .release import read_config, set_template
 from .zero_names import released_name
 from ..data.template import TEMPLATES
@@ -66,12 +66,7 @@ def _fetch(name: str) -> Path:
             # a LoRA release keeps its projector in a pickle
             huggingface_hub.snapshot_download(name, allow_patterns=('*.bin',))
     except (OSError, ValueError) as e:
-        why = str(e).strip().splitlines()[0]
-        raise LoadError(
-            f'{name}: no such folder here, and the Hugging Face Hub did not give it '
-            f'({type(e).__name__}: {why}): correct the path or the name, connect or log in '
-            '(hf auth login), or fetch it once and work offline'
-        ) from None
+        raise LoadError(hub_refusal(f'{name}: no such folder here', 'it', e)) from None
     return folder
 
 

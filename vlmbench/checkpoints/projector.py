@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from .card import HUB_NAME
 from .llava import front_of, load_projector, names_of, tower_name
-from .names import CheckpointFormatError, check_exactly, refusing
+from vlmbench.checkpoints.names import (
+    CheckpointFormatError,
+    check_exactly,
+    hub_refusal,
+    refusing,
+)
 from .parts import PROJECTOR_FILE, read_projector
 from .release import read_json
 from ..models.vision import front_end_class
@@ -67,12 +72,8 @@ def _fetch(name: str, file: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(name, file))
     except (OSError, ValueError) as e:
-        why = str(e).strip().splitlines()[0]
-        raise CheckpointFormatError(
-            f'projector={name}: no such file or folder here, and the Hugging Face Hub did not give '
-            f'{file} ({type(e).__name__}: {why}): correct the path or the name, connect or log in '
-            '(hf auth login), or fetch it once and work offline'
-        ) from None
+        said = f'projector={name}: no such file or folder here'
+        raise CheckpointFormatError(hub_refusal(said, file, e)) from None
 
 
 def _fetch_config(name: str) -> Path | None:
