@@ -644,16 +644,24 @@ def export(
         bool,
         typer.Option('--original', help='A model of zero as the original .pth checkpoints.'),
     ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option('--adapter', help="A LoRA run as LLaVA's LoRA releases: adapter, projector."),
+    ] = False,
 ) -> None:
     """Write a trained VoRA model with its LoRA in the weights as a VLM folder, the language model
-    of any model as a plain one, or a model of zero as its original files."""
+    of any model as a plain one, a model of zero as its original files, or what LoRA has learnt."""
+    from vlmbench.checkpoints.adapter import export_adapter
     from vlmbench.checkpoints.export import export_merged
     from vlmbench.checkpoints.original import export_original, export_text
 
     check_places(dict(out=out))
 
-    if original and language_model:
-        raise ParameterError('--original and --language-model exclude each other')
+    if original + language_model + adapter > 1:
+        raise ParameterError('--original, --language-model and --adapter exclude each other')
+    if adapter:
+        typer.echo(_refusing(export_adapter, model, out))
+        return
     if original:
         typer.echo('\n'.join(map(str, _refusing(export_original, model, out))))
         return
