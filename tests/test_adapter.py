@@ -2,12 +2,12 @@
 read back logit for logit."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from warm_kernels import vlmbench
 
 from vlmbench.checkpoints.adapter import export_adapter
 from vlmbench.checkpoints.load import LoadError, load_vlm
@@ -53,11 +53,9 @@ def logits(folder):
         return model.eval()(**batch).logits
 
 
-def vlmbench(cwd, *arguments):
-    "The command, started in the folder `cwd`."
-    done = subprocess.run(
-        [sys.executable, '-m', 'vlmbench', *arguments], cwd=cwd, capture_output=True, text=True
-    )
+def command(cwd, *arguments):
+    "What the command prints, started in the folder `cwd`."
+    done = vlmbench(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -67,8 +65,8 @@ def vlmbench(cwd, *arguments):
 def test_two_stages_of_lora_are_one_adapter_that_reads_back(tmp_path, layout):
     settings = ['recipe=vip_llava', 'variant=["llm=lora"]', 'budget=0.01', 'evaluate=false']
     settings += ['device=cpu', *layout]
-    vlmbench(tmp_path, 'run', 'train', *settings, 'out=run')
-    vlmbench(tmp_path, 'export', 'run', 'alone', '--adapter')
+    command(tmp_path, 'run', 'train', *settings, 'out=run')
+    command(tmp_path, 'export', 'run', 'alone', '--adapter')
     alone = tmp_path / 'alone'
     factors = load_file(alone / 'adapter_model.safetensors')
     ranks = {len(t) for name, t in factors.items() if name.endswith('lora_A.weight')}
@@ -81,5 +79,5 @@ def test_two_stages_of_lora_are_one_adapter_that_reads_back(tmp_path, layout):
     size = sum(file.stat().st_size for file in alone.iterdir())
     assert size < (tmp_path / 'run' / 'model' / 'model.safetensors').stat().st_size / 2
     figure = world_picture().save(tmp_path / 'a.png') or 'a.png'
-    said = vlmbench(tmp_path, 'chat', 'alone', '--image', figure, '--question', 'what is this ?')
+    said = command(tmp_path, 'chat', 'alone', '--image', figure, '--question', 'what is this ?')
     assert said.strip()

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vlmbench
+import warm_kernels
 from vlmbench.run.cli import app
 from vlmbench.run.manifest import Run
 
@@ -15,14 +16,7 @@ def call(*words):
 
 
 def vlmbench_process(*words, cwd):
-    code = 'from vlmbench.run.cli import main; main()'
-    return subprocess.run(
-        [sys.executable, '-c', code, *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(COLUMNS='160'),
-    )
+    return warm_kernels.vlmbench(*words, cwd=cwd, env=os.environ | dict(COLUMNS='160'))
 
 
 def test_version_and_help_name_every_command():
