@@ -45,6 +45,13 @@ def test_a_mistyped_parameter_is_one_line_and_code_two(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
+def test_a_device_that_is_not_here_is_refused_before_the_kernel(tmp_path):
+    for device in ('gpu', 'cuda:99'):
+        done = vlmbench_process('run', 'evaluate', f'device={device}', 'out=r', cwd=tmp_path)
+        assert done.returncode == 2 and f"device '{device}'" in done.stderr, done.stderr
+        assert 'leave device out' in done.stderr and not (tmp_path / 'r').exists()
+
+
 def test_the_exit_code_is_the_notebooks_and_values_may_hold_equals_signs(tmp_path):
     import nbformat
 
