@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .names import check_exactly, refusing
+from vlmbench.checkpoints.names import (
+    CheckpointFormatError,
+    check_exactly,
+    hub_refusal,
+    refusing,
+)
 from vlmbench.checkpoints.release import (
     names_in_vlm,
     placed,
@@ -36,8 +41,10 @@ def weights_folder(where: str | Path) -> Path:
     `CheckpointFormatError` where the Hub does not give them."""
     if Path(where).is_dir():
         return Path(where)
-    with refusing(f'{where}: no folder here, and the Hub did not give it'):
+    try:
         return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=_FILES))
+    except (OSError, ValueError) as e:
+        raise CheckpointFormatError(hub_refusal(f'{where}: no such folder here', 'it', e)) from None
 
 
 def weightless(folder: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrainedModel:
