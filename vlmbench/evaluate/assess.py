@@ -239,8 +239,8 @@ def summary_rows(table: pd.DataFrame, summary: Mapping[str, Any]) -> pd.DataFram
         metrics = dict(entry.get('metrics') or {})
         main = entry.get('main', 'accuracy')
         first = {main: metrics[main]} if main in metrics and main != 'accuracy' else {}
-        facts = dict(task=name, condition='image', n=entry['n'])
-        rows += [dict(facts, metric=m, value=v) for m, v in first.items()]
+        facts = dict(task=name, condition='image')
+        rows += [dict(facts, n=entry['n'], metric=m, value=v) for m, v in first.items()]
         for row in table[(table['task'] == name) & (table['question_type'] == 'all')].to_dict(
             'records'
         ):

@@ -68,7 +68,7 @@ class Upload:
         part = path.with_name(f'{task.name}.part{os.getpid()}{self.ending}')
         rows = self.rows(task, frame)
         if self.form == 'xlsx':
-            pd.DataFrame(rows).to_excel(part, index=False)
+            pd.DataFrame(rows, columns=list(self.cells)).to_excel(part, index=False)
         else:
             part.write_text(_as_text(self.form, rows), encoding='utf8')
         os.replace(part, path)
