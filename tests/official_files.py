@@ -284,12 +284,13 @@ def mmmu(folder):
 def cmmmu(folder):
     def row(ident, kind, answer, texts):
         facts = dict(id=ident, type=kind, answer=answer, category='艺术与设计', subfield='音乐')
-        asked = dict(question='看图<img="tb_2.png">，对吗？', image_1_filename='tb_2.png')
-        pictures = dict(image_1=struct()) | {f'image_{i}': None for i in range(2, 6)}
+        asked = dict(question='看图<img="tb_2.png">，对吗？')
+        pictures = {f'image_{i}': struct() if i < 3 else None for i in range(1, 6)}
+        pictures |= {f'image_{i}_filename': f'tb_{3 - i}.png' for i in (1, 2)}
         return facts | asked | pictures | {f'option{i}': t for i, t in enumerate(texts, 1)}
 
     rows = [
-        row(1, '选择', 'B', ['红', '蓝', '绿', '黄']),
+        row(1, '选择', 'B', ['<img="tb_1.png">', '蓝', '绿', '黄']),
         row(2, '判断', '对', ['-'] * 4),
         row(3, '选择', 'AC', ['红', '蓝', '绿', '黄']),
     ]

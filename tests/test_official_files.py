@@ -148,7 +148,9 @@ def test_prompts_show_what_the_file_has(folders):
         'Is image 1 like image 2?',
     ]
     assert text(folders, 'mmmu', 1) == f'<image>\nWhy?\n{brief}'
-    assert text(folders, 'cmmmu').startswith('<image>\n看图图片1，对吗？\nA. 红\n')
+    assert text(folders, 'cmmmu').startswith(
+        '<image>\n<image>\n看图图片1，对吗？\nA. 图片2\nB. 蓝\n'
+    )
     assert text(folders, 'cvbench').splitlines()[-2:] == ['(C) 0', letter]
     assert text(folders, 'ocrvqa', rule='published').startswith(f'<image>\n{brief}\nWhat is')
     assert text(folders, 'mme').endswith('Please answer yes or no.')

@@ -353,6 +353,20 @@ def _pictures(
 _CHINESE_MARK = re.compile(r'<img="([^"]*)">')
 
 
+def _named_pictures(row: Mapping[str, Any], text: str, places: Mapping[int, int]) -> str:
+    "`text` with the marks of CMMMU, which name a file, as the number of that picture."
+    numbers = {row.get(f'image_{k}_filename'): place for k, place in places.items()}
+
+    def word(mark: re.Match) -> str:
+        if mark[1] in numbers:
+            return f'图片{numbers[mark[1]]}'
+        if len(places) == 1:
+            return '图片1'
+        raise ValueError(f'the text names {mark[0]}, and no picture of the row is called so')
+
+    return _CHINESE_MARK.sub(word, text)
+
+
 def _question(kind: Kind, asked: Asked, row: Mapping[str, Any], places: Mapping[int, int]) -> str:
     "The words of a question: its pieces, without marks of pictures and a prompt of the file's own."
     question = _filled(row, kind.question)
@@ -370,10 +384,7 @@ def _question(kind: Kind, asked: Asked, row: Mapping[str, Any], places: Mapping[
     tail = asked.prompt.partition('{question}')[2].strip()
     if tail and '{choices}' not in tail:
         text = text.strip().removesuffix(tail)
-    numbers = {row.get(f'image_{k}_filename'): k for k in places}
-    names = iter(range(1, len(places) + 1))
-    text = _CHINESE_MARK.sub(lambda m: f'图片{numbers.get(m[1]) or next(names, 1)}', text)
-    return name_pictures(text.strip(), places)
+    return name_pictures(_named_pictures(row, text.strip(), places), places)
 
 
 def _options(kind: Kind, row: Mapping[str, Any], question: str, places: Mapping[int, int]) -> Any:
@@ -382,7 +393,11 @@ def _options(kind: Kind, row: Mapping[str, Any], question: str, places: Mapping[
     if found is not None and str(found).strip() not in ('[]', ''):
         return shown_choices(found, places)
     cells = [_value(row, name) for name in kind.letters]
-    given = {'ABCDEFGH'[k]: str(cell) for k, cell in enumerate(cells) if cell is not None}
+    given = {
+        'ABCDEFGH'[k]: _named_pictures(row, str(cell), places)
+        for k, cell in enumerate(cells)
+        if cell is not None
+    }
     if kind.options_in_question:
         given = dict(re.findall(r'^\s*\(?([A-H])[.)]\s+(\S.*?)\s*$', question, re.M))
     return shown_choices(given, places) if len(set(given.values())) > 1 else None
@@ -460,7 +475,7 @@ def _samples(task, kind, asked, rows, folders) -> list[Sample]:
     for number, row in enumerate(rows):
         try:
             sample = _sample(kind, asked, row, number, folders, task)
-            if sample.meta['answers'] is not None:
+            if sample.meta['answers'] is not None and (number < 100 or sample.meta['choices']):
                 asked.scorer.score('', dict(sample.meta, id=sample.id))  # the truth can be read
             samples.append(sample)
         except NoPicture as e:
