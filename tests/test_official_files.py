@@ -33,6 +33,13 @@ from vlmbench.evaluate.assess import load_tasks
 from vlmbench.evaluate.kinds import OFFICIAL
 from vlmbench.evaluate.official_files import OfficialError, check_official, official_task
 from vlmbench.evaluate.results import Results, load_results, score_predictions
+from vlmbench.evaluate.suites import (
+    DEFAULT_TASKS,
+    SUITES,
+    chosen_rule,
+    chosen_tasks,
+    suite_table,
+)
 from vlmbench.evaluate.uploads import check_upload
 from vlmbench.run.cli import app
 
@@ -347,6 +354,51 @@ def test_a_limit_keeps_pairs(folders):
 def test_paths_below_the_data_folder(folders):
     data = folders['pope'].parent
     assert len(load_tasks(data, ['pope:pope', 'seed:seed/SEED-Bench.json'])) == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# a paper's list
+AUTHORS = dict(sqa='scienceqa', mmvet='mm-vet', seed='SEED-Bench', mme='MME', cvbench='CV-Bench')
+
+
+def write_suite(name, root):
+    "A folder for each benchmark of a suite, called as its authors call it."
+    tests = dict(vqav2=vqav2_test) | (dict(vizwiz=vizwiz_test) if name != 'zero' else {})
+    for kind in {column.kind for column in SUITES[name].columns}:
+        (tests.get(kind) or WRITERS[kind])(root / AUTHORS.get(kind, kind))
+    return root
+
+
+@pytest.mark.parametrize('name', SUITES)
+def test_a_suite_finds_and_asks_its_benchmarks(name, tmp_path):
+    names = chosen_tasks(DEFAULT_TASKS, name, write_suite(name, tmp_path))
+    check_official(names, tmp_path, rule=chosen_rule('', name))
+    tasks = load_tasks(tmp_path, names, rule='published')
+    assert list(tasks) == list(dict.fromkeys(column.kind for column in SUITES[name].columns))
+    right = {
+        kind: score_predictions(task, {i.id: i.answers[0] for i in task.items})
+        for kind, task in tasks.items()
+    }
+    summary = {
+        kind: dict(metrics=results.header['metrics']) if results.scored else {}
+        for kind, results in right.items()
+    }
+    table = suite_table(name, 'right', summary)
+    hidden = {'MM-Vet'} | ({'VQAv2', 'VizWiz'} if name != 'zero' else set())
+    missing = {column for column in table if pd.isna(table.loc['right', column])}
+    averages = {n for n, mean in SUITES[name].averages.items() if hidden & set(mean)}
+    assert missing == hidden & set(table) | averages
+    shown = table.loc['right'].drop(sorted(missing)).to_dict()
+    full = dict.fromkeys(shown, 100.0) | {'MME-P': 200.0, 'MME-C': 200.0, 'VizWiz': 95.0}
+    assert shown == pytest.approx({column: full[column] for column in shown})
+
+
+def test_a_suite_names_all_that_is_missing(tmp_path):
+    write_suite('eve', tmp_path)
+    (tmp_path / 'vqav2' / 'v2_OpenEnded_mscoco_test-dev2015_questions.json').unlink()
+    (tmp_path / 'gqa').rename(tmp_path / 'other')
+    with pytest.raises(OfficialError, match='VQAv2 test-dev2015.*gqa .folder'):
+        chosen_tasks(DEFAULT_TASKS, 'eve', tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------

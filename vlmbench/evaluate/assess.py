@@ -44,7 +44,7 @@ def load_tasks(
     kinds = [name.partition(':')[0] for name in names]
     for name, kind in zip(names, kinds):
         if is_official(name):
-            task = official_task(name, folder, roots, rule)
+            task = official_task(name, folder, roots, rule or 'ours')
             if kinds.count(kind) > 1:
                 part = task.facts['split'] or Path(task.facts['files'][0]).stem
                 task = replace(task, name=f'{kind}-{re.sub(r"[^0-9A-Za-z_.+-]", "-", part)}')
@@ -249,7 +249,7 @@ def summary_rows(table: pd.DataFrame, summary: Mapping[str, Any]) -> pd.DataFram
         rest = [m for m in metrics if m not in (main, 'accuracy')]
         rows += [dict(facts, metric=m, value=metrics[m]) for m in rest]
     columns = ['task', 'condition', 'metric', 'n', 'value', 'low', 'high']
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).astype(dict(n='Int64'))
 
 # %% ../../nbs/evaluate/25_assess.ipynb #3bfa3d40
 def accuracy_wide(table: pd.DataFrame, task: str) -> pd.DataFrame:

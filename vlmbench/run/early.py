@@ -96,14 +96,18 @@ def check_revert(values: Mapping[str, Any]) -> None:
 
 # %% ../../nbs/run/03_early.ipynb #12a50f6d
 def check_tasks(values: Mapping[str, Any]) -> None:
-    """Refuse tasks `KIND:PATH` of notebook `evaluate` whose kind is unknown, or whose files or
-    pictures are not there; `values`: all its parameters. Raises `ParameterError`."""
-    if not any(':' in task for task in values['tasks']):
+    """Refuse tasks `KIND:PATH`, or a suite, of notebook `evaluate` whose kind is unknown, or whose
+    files or pictures are not there; `values`: all its parameters. Raises `ParameterError`."""
+    suite = values['suite']
+    if not suite and not any(':' in task for task in values['tasks']):
         return
     from vlmbench.evaluate.official_files import check_official
+    from vlmbench.evaluate.suites import chosen_rule, chosen_tasks
 
     try:
-        check_official(values['tasks'], values['data'], values['image_roots'], values['rule'])
+        tasks = chosen_tasks(values['tasks'], suite, values['data'])
+        rule = chosen_rule(values['rule'], suite)
+        check_official(tasks, values['data'], values['image_roots'], rule)
     except (ValueError, ImportError) as e:
         raise ParameterError(f'tasks: {e}') from None
 
@@ -144,7 +148,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     'evaluate': (
         check_evaluate,
         ('engine', 'engine_check', 'device', 'nodes', 'model', 'revert', 'revert_to')
-        + ('tasks', 'data', 'image_roots', 'rule'),
+        + ('tasks', 'suite', 'data', 'image_roots', 'rule'),
     ),
 }
 
