@@ -324,6 +324,35 @@ def test_blind_questions_are_not_asked_by_accident(tmp_path):
         official_task(f'mmbench:{tmp_path / "dev.tsv"}')
 
 
+def test_splits_that_are_not_asked_may_come_first(tmp_path):
+    book = dict(questions=['Who?'], answers=['Ann'], split=1)
+    rows = {f'{i:04d}': book for i in range(9)} | {'0009': book | dict(split=3)}
+    write_json(tmp_path / 'dataset.json', rows)
+    picture(tmp_path / 'images' / '0009.jpg')
+    check_official([f'ocrvqa:{tmp_path}'])
+    assert [item.id for item in official_task(f'ocrvqa:{tmp_path}').items] == ['0009/0']
+
+
+def test_pictures_behind_a_link_to_their_folder(folders, tmp_path):
+    seed(tmp_path / 'seed')
+    (tmp_path / 'seed' / 'SEED-Bench-image').rename(tmp_path / 'elsewhere')
+    (tmp_path / 'seed' / 'SEED-Bench-image').symlink_to(tmp_path / 'elsewhere')
+    task = official_task(f'seed:{tmp_path / "seed"}')
+    assert [load_image(item.images[0]).size for item in task.items] == [(32, 32)] * 3
+
+
+def test_files_of_another_form(tmp_path):
+    (tmp_path / 'SEED-Bench.json').write_text('["a", "b"]')
+    with pytest.raises(OfficialError, match="'a' in .* is no row"):
+        official_task(f'seed:{tmp_path}')
+    write_json(tmp_path / 'dataset.json', {'1': dict(questions=['?'], split=3)})
+    with pytest.raises(OfficialError, match="dataset.json lack 'answers'"):
+        official_task(f'ocrvqa:{tmp_path / "dataset.json"}')
+    (tmp_path / 'mm-vet.json').write_text('{"v1_0": ')
+    with pytest.raises(ValueError, match='mm-vet.json: not JSON'):
+        official_task(f'mmvet:{tmp_path}')
+
+
 def test_files_with_a_prompt_of_their_own(tmp_path):
     brief = 'Answer the question using a single word or phrase.'
     row = dict(question_id=1, image='COCO_test2015_000000000001.jpg', category='default')

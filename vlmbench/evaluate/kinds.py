@@ -14,7 +14,7 @@ import pandas as pd
 
 # %% ../../nbs/evaluate/16_kinds.ipynb #52c1b8bd
 from .averages import Averages
-from .open_answers import ChoiceOrWords, Containment
+from .open_answers import ChoiceOrWords, Containment, LetterAlone
 from vlmbench.evaluate.scorers import (
     ANLS,
     MME,
@@ -338,7 +338,7 @@ CHOICES = dict(
         'seed_bench',
         (one('SEED-Bench.json'), one('test-*.parquet')),
         Asked(MultipleChoice(), LETTER),
-        Asked(MultipleChoice(), LETTER, tokens=128),
+        Asked(LetterAlone(), LETTER, tokens=128),
         question_type=('question_type_id',),
         letters=tuple(f'choice_{letter}' for letter in 'abcd'),
         facets=dict(data_type='data_type'),

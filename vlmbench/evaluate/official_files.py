@@ -238,34 +238,42 @@ def _one_each(row: dict[str, Any], columns: Sequence[str]) -> list[dict[str, Any
     ]
 
 # %% ../../nbs/evaluate/17_official_files.ipynb #6c0c2e84
-def official_rows(
-    task: str, kind: Kind, found: FoundFiles, first: int | None = None
-) -> list[dict[str, Any]]:
-    "The rows of a task, chosen as its kind says. Raises `OfficialError`."
-    rows = []
-    for part in found.parts:
-        if found.files.form == 'problems' and part:
-            continue
-        here = _rows_of(found, part, first)
-        if part:
-            here = [{kind.part: part, **row, '_part': part} for row in here]
-        rows += here[:first] if first else here
-    for beside, path in found.beside.items():
-        rows = _joined(task, rows, beside, path)
-    if kind.each:
-        rows = [one for row in rows for one in _one_each(row, kind.each)]
-    chosen = [
+def _chosen(kind: Kind, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "The rows that a kind asks, by their columns."
+    return [
         row
         for row in rows
         if all(str(row.get(column)) == value for column, value in kind.only.items())
         and not any(str(row.get(column)) == value for column, value in kind.without.items())
     ]
-    if kind.draw and first is None and len(chosen) > kind.draw[0]:
+
+
+def official_rows(
+    task: str, kind: Kind, found: FoundFiles, first: int | None = None
+) -> list[dict[str, Any]]:
+    "The rows of a task, chosen as its kind says. Raises `OfficialError`."
+    rows = []
+    few = None if kind.only or kind.without else first  # else the first rows may all be left out
+    for part in found.parts:
+        if found.files.form == 'problems' and part:
+            continue
+        here = _rows_of(found, part, few)
+        if odd := [row for row in here if not isinstance(row, Mapping)]:
+            raise OfficialError(f'task {task}: {odd[0]!r:.60} in {found.parts[part][0]} is no row')
+        if part:
+            here = [{kind.part: part, **row, '_part': part} for row in here]
+        rows += here[:few]
+    for beside, path in found.beside.items():
+        rows = _joined(task, rows, beside, path)
+    chosen = _chosen(kind, rows)
+    if kind.each:
+        chosen = [one for row in chosen[:first] for one in _one_each(row, kind.each)]
+    if kind.draw and len(chosen) > kind.draw[0]:
         count, seed = kind.draw
         chosen = random.Random(seed).sample(chosen, count)
-    if not chosen and first is None:
+    if not chosen:
         raise OfficialError(f'task {task}: no rows to ask in {", ".join(map(str, found.paths))}')
-    return chosen
+    return chosen if first is None or few else chosen[:first]
 
 # %% ../../nbs/evaluate/17_official_files.ipynb #9844aca0
 _FIELD = re.compile(r'\{([\w.]+)(?::[^}]*)?\}')
@@ -307,6 +315,7 @@ class _Folders:
         every = [base / sub for base in bases for sub in ('', *kind.folders)]
         self.places = [p for p in dict.fromkeys(every) if p.is_dir()]
         self.strip, self.roots = kind.strip, roots
+        self.within: dict[tuple[Path, Path], bool] = {}
 
     def find(self, name: str) -> list[ImageRef]:
         "The picture of that name, or the frames for one with `*`; none where there are none."
@@ -320,9 +329,16 @@ class _Folders:
                 if paths:
                     self.places.remove(place)
                     self.places.insert(0, place)
-                    root = allowed_roots(str(place), self.roots)
-                    return [ImageRef(p.relative_to(place).as_posix(), root) for p in paths]
+                    return [self._reference(place, path) for path in paths]
         return []
+
+    def _reference(self, place: Path, path: Path) -> ImageRef:
+        "The picture below `place`, or below its own folder where a link leads there."
+        link = place, path.parent
+        if link not in self.within:
+            self.within[link] = path.parent.resolve().is_relative_to(place.resolve())
+        root = place if self.within[link] else path.parent
+        return ImageRef(path.relative_to(root).as_posix(), allowed_roots(str(root), self.roots))
 
 
 def _by_number(path: Path) -> list:
@@ -524,7 +540,11 @@ def official_task(
     many rows of each file, to see whether they can be asked. Raises `OfficialError`."""
     name, kind, path = named(task, data)
     found, asked = find_files(task, kind, path), kind.asked(rule)
-    rows = official_rows(task, kind, found, first)
+    try:
+        rows = official_rows(task, kind, found, first)
+    except KeyError as e:
+        files = ', '.join(p.name for p in found.paths[:4])
+        raise OfficialError(f'task {task}: {files} lack {e}; {_expected(kind)}') from None
     if kind.circular:
         rows = (
             [row for row in rows if not str(row.get('image')).isdigit()]
