@@ -27,6 +27,7 @@ from official_files import (
 from typer.testing import CliRunner
 
 
+from vlmbench.data.cards import cards_dir
 from vlmbench.data.picture import load_image
 from vlmbench.data.world import asset_path
 from vlmbench.evaluate.assess import load_tasks
@@ -105,6 +106,13 @@ def answered(task, said):
 def test_every_kind_has_a_fake():
     assert set(WRITERS) | {'llava_wild'} == set(OFFICIAL)
     assert set(SAID) | {'mmvet', 'questions', 'llava_wild'} == set(OFFICIAL)
+
+
+def test_a_kind_s_card_names_its_task():
+    for kind, entry in OFFICIAL.items():
+        if entry.card and not entry.refused:
+            card = (cards_dir() / f'{entry.card}.md').read_text(encoding='utf8')
+            assert f'tasks={kind}:PATH' in card, entry.card
 
 
 @pytest.mark.parametrize('rule', ['ours', 'published'])
