@@ -391,6 +391,96 @@ def questions(folder):
     picture(folder / 'images' / 'a.jpg')
 
 
+# --------------------------------------------------------------------------------------------------
+# the same questions as the Hub's copies have them
+def hub_pope(folder):
+    rows = [
+        dict(id='0', question_id=str(q), question='Is there a dog?', answer=a, category=part)
+        | dict(image=struct(), image_source='COCO_val2014_1')
+        for part in ('adversarial', 'popular', 'random')
+        for q, a in ((1, 'yes'), (2, 'no'))
+    ]
+    write_parquet(folder / 'data' / 'test-00000-of-00001.parquet', rows)
+
+
+def hub_mme(folder):
+    rows = [
+        dict(question_id=f'{category}/{name}.png', image=struct(), category=category)
+        | dict(question='Is it red? Please answer yes or no.', answer=answer)
+        for category in ('code_reasoning', 'color')
+        for name in ('0001', '0002')
+        for answer in ('Yes', 'No')
+    ]
+    write_parquet(folder / 'data' / 'test-00000-of-00002.parquet', rows[:5])
+    write_parquet(folder / 'data' / 'test-00001-of-00002.parquet', rows[5:])
+
+
+def hub_sqa(folder):
+    facts = dict(question='Which?', choices=['north', 'south'], grade='grade2', task='x')
+    rows = [
+        facts | dict(image=struct(), answer=0, hint='Read the map.', subject='natural science'),
+        facts | dict(image=None, answer=1, hint='', subject='natural science'),
+    ]
+    write_parquet(folder / 'data' / 'test-00000-of-00001.parquet', rows)
+
+
+def hub_seed(folder):
+    def row(ident, kind, data_type, answer, frames):
+        texts = {f'choice_{c}': f'{c} thing' for c in 'abcd'}
+        facts = dict(question_id=ident, question_type_id=kind, data_id=f'x{ident}', answer=answer)
+        asked = dict(data_type=data_type, question='What is shown?', segment=None)
+        return facts | texts | asked | dict(image=[struct()] * frames)
+
+    rows = [row('1', 1, 'image', 'A', 1), row('2', 5, 'image', 'B', 1)]
+    rows.append(row('9', 10, 'video', 'C', 3))
+    write_parquet(folder / 'data' / 'test-00000-of-00001.parquet', rows)
+
+
+def hub_hallusionbench(folder):
+    def row(figure, question, answer, picture):
+        facts = dict(category='VS', subcategory='chart', set_id='0', figure_id=figure)
+        asked = dict(question_id=question, question='Is it so?', gt_answer=answer)
+        file = dict(filename='./hallusion_bench/VS/chart/0_1.png' if picture else None)
+        return facts | asked | file | dict(visual_input='1', image=picture)
+
+    rows = [row('1', '0', '0', struct()), row('1', '1', '1', struct())]
+    write_parquet(folder / 'data' / 'image-00000-of-00001.parquet', rows)
+    write_parquet(folder / 'data' / 'non_image-00000-of-00001.parquet', [row('0', '0', '1', None)])
+
+
+def hub_docvqa(folder):
+    rows = [
+        dict(questionId=str(i), question='What is the date?', question_types=['form'], docId=i)
+        | dict(image=struct(), answers=answers, data_split='val')
+        for i, answers in ((49153, ['hello world']), (49154, ['1990', '90']))
+    ]
+    write_parquet(folder / 'DocVQA' / 'validation-00000-of-00001.parquet', rows)
+
+
+def hub_textvqa(folder):
+    rows = [
+        dict(image_id=f'i{k}', question_id=k, question='What does it say?', image=struct())
+        | dict(ocr_tokens=words, answers=['stop'] * 10)
+        for k, words in ((1, ['STOP', 'HERE']), (2, []))
+    ]
+    write_parquet(folder / 'data' / 'validation-00000-of-00001.parquet', rows)
+
+
+def hub_chartqa(folder):
+    rows = [
+        dict(type=part, question='Which?', answer=label, image=struct())
+        for part, label in (('human', '20'), ('augmented', 'Peru'))
+    ]
+    write_parquet(folder / 'data' / 'test-00000-of-00001.parquet', rows)
+
+
+HUB = {
+    writer.__name__.removeprefix('hub_'): writer
+    for writer in (
+        *(hub_pope, hub_mme, hub_sqa, hub_seed, hub_hallusionbench, hub_docvqa, hub_textvqa),
+        hub_chartqa,
+    )
+}
 WRITERS = {
     writer.__name__: writer
     for writer in (
