@@ -62,7 +62,7 @@ SAID = dict(
     # the figure with a picture has one wrong answer, question 0 too
     hallusionbench=(
         ['Yes', 'Yes.', 'yes'],
-        dict(accuracy=2 / 3, figures_all_right=0.5, questions_all_right=0.5),
+        dict(accuracy=2 / 3, figures_all_right=0.0, questions_all_right=0.5),
     ),
     sqa=(['A', 'A'], {'accuracy': 0.5, 'accuracy/image': 1.0, 'accuracy/text': 0.0}),
     mmbench=(['A', 'A', 'D'], dict(accuracy=2 / 3, circular=0.5)),

@@ -209,7 +209,7 @@ SHORT_ANSWERS = dict(
 
 # %% ../../nbs/evaluate/16_kinds.ipynb #f03c1f0b
 _POPE_PARTS = ('adversarial', 'popular', 'random')
-_FIGURE = ('category', 'subcategory', 'set_id', 'figure_id')
+_FIGURE = ('category', 'subcategory', 'set_id', 'figure_id', 'filename')
 _SAME_QUESTION = ('category', 'subcategory', 'set_id', 'question_id')
 YES_NO = dict(
     pope=Kind(
