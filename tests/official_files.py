@@ -252,7 +252,7 @@ def qbench(folder):
     rows = [
         dict(img_path=f'{i}.jpg', question='Is it blurred?', question_type=0, type=i, concern=1)
         | dict(candidates=['Yes', 'No'], correct_ans='No')
-        for i in (1, 2)
+        for i in (0, 1)
     ]
     write_json(folder / 'llvisionqa_dev.json', rows)
     for row in rows:

@@ -343,7 +343,30 @@ def test_splits_that_are_not_asked_may_come_first(tmp_path):
     assert [item.id for item in official_task(f'ocrvqa:{tmp_path}').items] == ['0009/0']
 
 
-def test_pictures_behind_a_link_to_their_folder(folders, tmp_path):
+def test_pictures_do_not_leave_their_folder(tmp_path):
+    picture(tmp_path / 'secret.png')
+    row = dict(question_id=1, text='What?')
+    file = tmp_path / 'own' / 'questions.jsonl'
+    for image in ('../secret.png', str(tmp_path / 'secret.png')):
+        write_lines(file, [row | dict(image=image)])
+        with pytest.raises(OfficialError, match='leads out of the folder'):
+            official_task(f'questions:{file}')
+    (tmp_path / 'else').mkdir()
+    picture(tmp_path / 'else' / 'a.png')
+    (tmp_path / 'own' / 'link').symlink_to(tmp_path / 'else')
+    write_lines(file, [row | dict(image='link/a.png')])
+    with pytest.raises(OfficialError, match='name its folder in image_roots'):
+        official_task(f'questions:{file}')
+    item = official_task(f'questions:{file}', roots=[str(tmp_path / 'else')]).items[0]
+    assert load_image(item.images[0]).size == (32, 32)
+
+
+def test_question_types_of_zero_are_no_total(folders):
+    rows = [item.question_type for item in official_task(f'qbench:{folders["qbench"]}').items]
+    assert rows == ['0', '1']
+
+
+def test_pictures_behind_a_link_to_their_folder(tmp_path):
     seed(tmp_path / 'seed')
     (tmp_path / 'seed' / 'SEED-Bench-image').rename(tmp_path / 'elsewhere')
     (tmp_path / 'seed' / 'SEED-Bench-image').symlink_to(tmp_path / 'elsewhere')

@@ -83,10 +83,11 @@ class Asked:
 class Kind:
     """One benchmark. `title`, and `card`, its data card. `files`: see `Files`; `ours` and
     `published`: see `Asked`. Columns: `question`, `answers`, `id`, `question_type`, `facets` (name
-    -> column), `part` (filled with the part of the file where rows lack it), `options` (a list),
-    `letters` (one column an option), `group` (questions that belong together). `index`: answers in
-    digits number the options from 0; `means`: answers in the file -> in words; `hidden`: cells
-    that stand for a hidden answer; `circular`: copies of a question differ in id by this much.
+    -> column; `shown` is image or text), `part` (filled with the part of the file where rows lack
+    it), `options` (a list), `letters` (one column an option), `group` (questions that belong
+    together). `index`: answers in digits number the options from 0; `means`: answers in the file ->
+    in words; `hidden`: cells that stand for a hidden answer; `circular`: copies of a question
+    differ in id by this much.
     Pictures: `pictures` holds them or their paths, `names` makes paths of columns, below one of
     `folders`, also without `strip` in front; `blind`: some questions have none. Rows: `each` splits
     lists into rows, `only` and `without` choose by a column, `draw` takes (number, seed) at random.
@@ -291,7 +292,6 @@ CHOICES = dict(
         ),
         question_type=('subject',),
         options=('choices',),
-        facets=dict(shown='shown'),
         names=('{id}/{image}',),
         folders=('images/test', 'test', 'images', 'images/val', 'val'),
         blind=True,
@@ -343,10 +343,11 @@ CHOICES = dict(
         letters=tuple(f'choice_{letter}' for letter in 'abcd'),
         facets=dict(data_type='data_type'),
         names=(
-            'SEED-Bench-video-image/{question_type_id}_{question_id}.png',
-            'SEED-Bench-video-image/{question_type_id}_{question_id}_*.png',
-            'SEED-Bench-image/{data_id}',
+            '{question_type_id}_{question_id}.png',
+            '{question_type_id}_{question_id}_*.png',
+            '{data_id}',
         ),
+        folders=('SEED-Bench-image', 'SEED-Bench-video-image'),
         averages=Averages(('data_type',)),
     ),
     ai2d=Kind(

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 # %% ../../nbs/evaluate/17_official_files.ipynb #a3e5b6a3
@@ -315,11 +315,13 @@ class _Folders:
         every = [base / sub for base in bases for sub in ('', *kind.folders)]
         self.places = [p for p in dict.fromkeys(every) if p.is_dir()]
         self.strip, self.roots = kind.strip, roots
-        self.within: dict[tuple[Path, Path], bool] = {}
+        self.allowed: dict[Path, bool] = {}
 
     def find(self, name: str) -> list[ImageRef]:
         "The picture of that name, or the frames for one with `*`; none where there are none."
         name = name.removeprefix('./')
+        if PurePath(name).is_absolute() or '..' in PurePath(name).parts:
+            raise ValueError(f'the picture {name!r} leads out of the folder of its benchmark')
         for place in self.places:
             for tried in dict.fromkeys((name, name.removeprefix(self.strip))):
                 if '*' in tried:
@@ -333,12 +335,14 @@ class _Folders:
         return []
 
     def _reference(self, place: Path, path: Path) -> ImageRef:
-        "The picture below `place`, or below its own folder where a link leads there."
-        link = place, path.parent
-        if link not in self.within:
-            self.within[link] = path.parent.resolve().is_relative_to(place.resolve())
-        root = place if self.within[link] else path.parent
-        return ImageRef(path.relative_to(root).as_posix(), allowed_roots(str(root), self.roots))
+        "The picture below `place`; ValueError where a link leads to a folder that nobody named."
+        if path.parent not in self.allowed:
+            folder = path.parent.resolve()
+            named = [place, *map(Path, self.roots)]
+            self.allowed[path.parent] = any(folder.is_relative_to(p.resolve()) for p in named)
+        if not self.allowed[path.parent]:
+            raise ValueError(f'{path} lies behind a link: name its folder in image_roots')
+        return ImageRef(path.relative_to(place).as_posix(), allowed_roots(str(place), self.roots))
 
 
 def _by_number(path: Path) -> list:
@@ -460,6 +464,7 @@ def _sample(
     if kind.circular:
         group = int(ident) % kind.circular
     types, optional = _filled(row, kind.question_type), kind.options or kind.letters
+    types = 'all' if types is None else types
     columns = kind.upload.columns if kind.upload else []
     facets = {name: _value(row, column) for name, column in kind.facets.items()}
     facets |= dict(shown='image' if images else 'text')
@@ -468,7 +473,7 @@ def _sample(
         choices=choices,
         prompt=asked.open_prompt if choices is None and optional else asked.prompt,
         group=None if group is None else str(group),
-        question_type='+'.join(map(str, types)) if isinstance(types, list) else types,
+        question_type='+'.join(map(str, types if isinstance(types, list) else [types])),
         facets={name: str(value) for name, value in facets.items() if value is not None},
         upload=dict(id=ident) | {c: v for c in columns if (v := _cell(kind, row, c)) is not None},
     )
@@ -495,12 +500,14 @@ def _check_shown(choices: Any, text: str) -> None:
 def _pointed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     images = {str(row.get('index')): row.get('image') for row in rows}
     return [
-        row | dict(image=images[row['image']]) if row.get('image') in images else row
+        row | dict(image=images[str(row['image'])]) if str(row.get('image')) in images else row
         for row in rows
     ]
 
 
-def _samples(task, kind, asked, rows, folders) -> list[Sample]:
+def _samples(
+    task: str, kind: Kind, asked: Asked, rows: Sequence[Mapping[str, Any]], folders: _Folders
+) -> list[Sample]:
     "All rows as samples. Raises `OfficialError` naming the first row that cannot be asked."
     samples, lost = [], []
     for number, row in enumerate(rows):
