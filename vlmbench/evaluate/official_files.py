@@ -316,10 +316,15 @@ class _Folders:
         self.places = [p for p in dict.fromkeys(every) if p.is_dir()]
         self.strip, self.roots = kind.strip, roots
         self.allowed: dict[Path, bool] = {}
+        self.found: dict[str, list[ImageRef]] = {}  # several questions share a picture
 
     def find(self, name: str) -> list[ImageRef]:
         "The picture of that name, or the frames for one with `*`; none where there are none."
-        name = name.removeprefix('./')
+        if name not in self.found:
+            self.found[name] = self._look(name.removeprefix('./'))
+        return self.found[name]
+
+    def _look(self, name: str) -> list[ImageRef]:
         if PurePath(name).is_absolute() or '..' in PurePath(name).parts:
             raise ValueError(f'the picture {name!r} leads out of the folder of its benchmark')
         for place in self.places:
