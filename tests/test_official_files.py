@@ -30,6 +30,8 @@ from vlmbench.data.cards import cards_dir
 from vlmbench.data.picture import load_image
 from vlmbench.data.world import asset_path
 from vlmbench.evaluate.assess import load_tasks
+from vlmbench.evaluate.graded import grade_task
+from vlmbench.evaluate.judge import ChatJudge, Reply
 from vlmbench.evaluate.kinds import OFFICIAL
 from vlmbench.evaluate.official_files import OfficialError, check_official, official_task
 from vlmbench.evaluate.results import Results, load_results, score_predictions
@@ -259,6 +261,25 @@ def test_and_or_is_never_compared(folders):
     assert task.facts['unscored'] == 'a language model grades it' and task.max_new_tokens == 1024
 
 
+def test_a_judge_grades_every_ability(folders, tmp_path):
+    task = official_task(f'mmvet:{folders["mmvet"]}')
+    answered(task, ['-1 and -5', 'a red one']).save(tmp_path)
+    asked = []
+
+    def endpoint(messages, temperature, max_tokens):
+        asked.append(messages[0]['content'].splitlines()[-1])
+        return Reply('1.0' if '-5' in asked[-1].split(' | ')[2] else '0.4', 'made-up')
+
+    graded = grade_task(task, tmp_path, ChatJudge(endpoint), runs=2)
+    assert len(asked) == 4 and asked[0] == 'What is x? | -1 <AND> -5 | -1 and -5 | '
+    wanted = {'accuracy': 0.7, 'accuracy/math': 0.7, 'accuracy/ocr': 0.7}
+    assert graded.header['metrics'] == pytest.approx(wanted)
+    card = json.loads((tmp_path / 'mmvet@judged.json').read_text())
+    assert card['accuracy'] == pytest.approx(0.7) and card['published_prompt'] is False
+    grade_task(task, tmp_path, ChatJudge(endpoint), runs=2)
+    assert len(asked) == 4  # kept in the log
+
+
 def test_questions_of_one_s_own(folders):
     task = official_task(f'questions:{folders["questions"] / "questions.jsonl"}')
     sent = task.upload.rows(task, answered(task, ['a dog', 'a cat']).frame)
@@ -273,7 +294,7 @@ def test_questions_of_one_s_own(folders):
         ('popes:X', "kind 'popes' is unknown: use one of vqav2, gqa"),
         ('pope:', 'no path is given'),
         ('pope:nowhere', 'coco_pope_adversarial.json'),
-        ('llava_wild:X', 'questions:FILE'),
+        ('llava_wild:X', 'llava_in_the_wild in lmms-eval, or questions:FILE'),
     ],
 )
 def test_what_is_not_there_is_named(task, why, tmp_path):
@@ -490,7 +511,7 @@ def test_the_command_on_one_rank_and_on_two(tmp_path):
     (tmp_path / 'work').mkdir()
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path))
     shared = [f'model={asset_path("vlm")}', 'data=../EVAL', f'tasks={json.dumps(SEVERAL)}']
-    shared += ['max_new_tokens=3', 'batch_size=2', 'device=cpu', 'rule=published']
+    shared += ['max_new_tokens=3', 'batch_size=2', 'device=cpu', 'rule=published', 'judge=exact']
     for out, ranks in (('one', 1), ('two', 2)):
         words = [*shared, f'out={out}', f'gpus={ranks}']
         done = subprocess.run(
@@ -506,7 +527,7 @@ def test_the_command_on_one_rank_and_on_two(tmp_path):
     assert (one / 'summary.tsv').read_text() == (two / 'summary.tsv').read_text()
     table = pd.read_csv(one / 'summary.tsv', sep='\t')
     first = table.drop_duplicates('task').set_index('task')['metric']
-    assert first.to_dict() | dict(vqav2='', mmvet='') == dict(
+    assert first.to_dict() | dict(vqav2='') == dict(
         pope='mean_f1',
         mme='perception',
         mmbench='accuracy',
@@ -515,9 +536,11 @@ def test_the_command_on_one_rank_and_on_two(tmp_path):
         cvbench='mean_accuracy',
         hallusionbench='accuracy',
         vqav2='',
-        mmvet='',
+        mmvet='accuracy',
     )
-    assert 'no score' in first['vqav2'] and 'no score' in first['mmvet']
+    assert 'no score' in first['vqav2']
+    judged = json.loads((one / 'results' / 'mmvet@judged.json').read_text())
+    assert judged['judge_runs'] == 1 and set(judged['metrics']) > {'accuracy/ocr'}
     for name in first.index:
         mine, theirs = (pd.read_parquet(f / 'results' / f'{name}.parquet') for f in (one, two))
         assert mine[['id', 'prediction']].equals(theirs[['id', 'prediction']])

@@ -232,14 +232,14 @@ def summary_rows(table: pd.DataFrame, summary: Mapping[str, Any]) -> pd.DataFram
     for name, entry in summary.items():
         if name == 'score':
             continue
-        if 'image' not in entry:
+        if 'image' not in entry and 'judged' not in entry:
             where = f'no score; answers in {entry.get("upload", "results")}'
             rows.append(dict(task=name, condition='image', metric=where, n=entry['n']))
             continue
         metrics = dict(entry.get('metrics') or {})
         main = entry.get('main', 'accuracy')
         first = {main: metrics[main]} if main in metrics and main != 'accuracy' else {}
-        facts = dict(task=name, condition='image')
+        facts = dict(task=name, condition='image' if 'image' in entry else 'judged')
         rows += [dict(facts, n=entry['n'], metric=m, value=v) for m, v in first.items()]
         for row in table[(table['task'] == name) & (table['question_type'] == 'all')].to_dict(
             'records'

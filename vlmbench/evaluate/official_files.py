@@ -574,7 +574,8 @@ def official_task(
     if hidden or kind.judged:
         scorer, upload = Unscored(scorer), upload or Upload('lines', to='whoever has the truth')
         check_upload(upload)
-        facts = dict(unscored=f'{kind.judged} grades it' if kind.judged else 'answers are hidden')
+        why = f'{kind.judged} grades it' if kind.judged else 'answers are hidden'
+        facts = dict(unscored=why, judged=kind.judged)
     samples = [
         replace(s, meta=s.meta | dict(answers=s.meta['answers'] or [HIDDEN])) for s in samples
     ]
