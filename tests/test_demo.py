@@ -484,7 +484,7 @@ def test_a_missing_extra_is_named(missing, call, monkeypatch):
 class Slow(ChatModel):
     "A model that answers when it is let go; counts how many of its answers are under way."
 
-    def stream(self, turns, images=(), max_new_tokens=256, temperature=0.0, seed=0):
+    def stream(self, turns, images=(), **settings):
         self.waiting.set()
         assert self.go.wait(60)
         yield 'done '
@@ -560,7 +560,7 @@ class Tab:
         return self.http.post(
             f'{self.url}/gradio_api/queue/join',
             json=dict(
-                data=[question, json.dumps(list(marks)), 8, 0, None],
+                data=[question, json.dumps(list(marks)), 8, 0, 1, None],
                 fn_index=self.fns['ask'],
                 session_hash=self.session,
                 trigger_id=None,
@@ -788,7 +788,7 @@ def test_the_server_keeps_to_itself(gradio):
 class Endless(ChatModel):
     "A model that never ends an answer by itself."
 
-    def stream(self, turns, images=(), max_new_tokens=256, temperature=0.0, seed=0):
+    def stream(self, turns, images=(), **settings):
         self.closed = False
         try:
             while True:
