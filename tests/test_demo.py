@@ -36,6 +36,7 @@ from vlmbench.demo.board import (
 from vlmbench.demo.chat import Chat, ChatError, ChatModel, draw_prompts, parse_region, to_marker
 from vlmbench.demo.terminal import converse, free_name, open_picture
 from vlmbench.demo.serve import Limits, Visit, build_page, launch, launch_settings
+from vlmbench.demo.worker import add_command
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.tasks import Task
 from vlmbench.models.vlm import build_vlm
@@ -468,6 +469,7 @@ def test_weights_may_be_spread_by_a_device_map(model, picture, tmp_path):
     'missing, call',
     [
         ('gradio', lambda: build_page({})),
+        ('fastapi', lambda: add_command('any', 'http://127.0.0.1:1')),
         ('anywidget', marker_board),
         ('ipywidgets', lambda: PointAndAsk(None)),
     ],

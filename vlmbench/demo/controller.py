@@ -104,7 +104,8 @@ class Controller(Mapping):
 def reach(self: Controller, new: Worker) -> None:
     "Raises `ChatError` unless the model of `new` answers at its address."
     try:
-        reply = self.http.get(f'{new.address}/v1/models', headers=with_token(self.token))
+        know = with_token(self.token)
+        reply = self.http.get(f'{new.address}/v1/models', headers=know, timeout=10.0)
         served = [card['id'] for card in reply.json()['data']]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
         raise ChatError(

@@ -152,13 +152,14 @@ def seen(self: _Handlers, visit: Visit) -> list:
         if chat is None or chat.marked is None:
             galleries.append(self.gr.Gallery(value=[], visible=False))
             continue
+        marked = chat.history[-1].image if side in visit.answered else chat.marked
         try:
-            views = chat.model.encoder_view(chat.marked)
+            views = chat.model.encoder_view(marked)
         except ChatError:  # its worker has just left: the marked picture is what it was given
             views = []
-        labels = [f'marked, {chat.marked.width} × {chat.marked.height} px']
+        labels = [f'marked, {marked.width} × {marked.height} px']
         labels += [f'in its encoder, {view.width} × {view.height} px' for view in views]
-        pictures = [chat.marked, *views]
+        pictures = [marked, *views]
         # small pictures are enlarged without smoothing: a pixel is then a square
         small = max(max(picture.size) for picture in pictures) <= 512
         classes = ['seen', 'small'] if small else ['seen']

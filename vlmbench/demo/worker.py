@@ -99,6 +99,9 @@ class Heart:
             retry=retry_if_exception_type(httpx.HTTPError),
             stop=stop_after_delay(patience),
             wait=wait_fixed(2),
+            before_sleep=lambda state: (
+                state.attempt_number == 1 and print(f'waiting for {self.to}', flush=True)
+            ),
             reraise=True,
         )
         try:
@@ -143,6 +146,11 @@ def add_command(
     until Ctrl-C, or until the page at `to` drops it. `address`: where the page finds this worker;
     None: where its words come from. Raises `ChatError`."""
     to = checked_address(to, '--to')
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise ImportError(f"a worker needs fastapi ({e}): pip install 'vlmbench[serve]'") from None
     model = loading.load(folder, name)
     if not model.sees:
         raise ChatError(f'{folder} takes no pictures: vlmbench chat talks with it')

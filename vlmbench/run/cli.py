@@ -458,7 +458,7 @@ def export(
     if original + language_model + adapter > 1:
         raise ParameterError('--original, --language-model and --adapter exclude each other')
     if adapter:
-        typer.echo(_refusing(export_adapter, model, out))
+        typer.echo(refusing(export_adapter, model, out))
         return
     if original:
         typer.echo('\n'.join(map(str, refusing(export_original, model, out))))

@@ -119,7 +119,11 @@ def chat(
     ] = 0,
     top_p: Annotated[
         float,
-        typer.Option(help='Draw from the likeliest words that have this probability together.'),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help='Draw from the likeliest words that have this probability together.',
+        ),
     ] = 1.0,
     template: _Template = '',
     base: Base = None,
@@ -188,7 +192,7 @@ def serve(
     models: Annotated[
         Optional[list[str]],
         typer.Argument(
-            metavar='[MODEL...]',
+            metavar='MODEL',
             help='As for chat; two or more can be compared. None: workers bring them (--add).',
         ),
     ] = None,
