@@ -1,6 +1,7 @@
 """The list of models and the workers that answer for it: heartbeats, the shortest queue, tokens,
 and workers that die. Their processes and the page are in test_demo_browser.py."""
 
+import hashlib
 import json
 import time
 import warnings
@@ -23,6 +24,7 @@ from vlmbench.demo.chat import ChatModel
 from vlmbench.demo.controller import Controller, build_controller
 from vlmbench.demo.remote import Worker
 from vlmbench.demo.visit import SIDES, Limits, Visit
+from vlmbench.demo.votes import Votes
 from vlmbench.demo.worker import Heart, build_worker
 from vlmbench.models.vlm import build_vlm
 
@@ -246,6 +248,51 @@ def test_stopping_frees_the_worker(model, picture):
     assert controller.workers()[0].queue == 0 and batcher.pending == 0
     assert endless._lock.acquire(timeout=20), 'the worker still writes'
     server.should_exit = True
+
+
+# --------------------------------------------------------------------------------------------------
+# the page
+def test_the_page_follows_the_list(model, picture, tmp_path):
+    "What its events return: the choices of both sides, what is visible, and the votes."
+    pytest.importorskip('gradio', reason='gradio is not installed (extra: serve)')
+    from vlmbench.demo.serve import _Handlers
+
+    other = ChatModel(model.model, model.processor, 'other')
+    now = [0.0]
+    network = Network(a=build_worker(model), c=build_worker(other))
+    controller = listed(network, clock=lambda: now[0])
+    do = _Handlers(controller, Limits(), [picture], Votes(tmp_path))
+    visit, board, *page = do.start('http://here:10000')
+
+    def seen(page):
+        lists = page[: len(do.lists(visit, ''))]
+        (left, right), (column, _) = lists[:2], lists[2:4]
+        return left.choices, left.value, right.value, column.visible, lists[-1]
+
+    none = [('(none)', '(none)')]
+    *empty, told = seen(page)
+    assert empty == [none, '(none)', '(none)', False] and '--to http://here:10000' in told
+    *_, refused = do.ask(QUESTION, '[]', 8, 0.2, 0.7, visit)
+    assert 'Refused: no model is chosen' in str(refused)
+    for host, name in (('a', 'tiny'), ('c', 'other')):
+        controller.beat(Worker(f'id-of-{host}', name, f'http://{host}'))
+    visit, *page = do.reload(visit, 'http://here:10000')
+    *full, told = seen(page)
+    names = [('tiny', 'tiny'), ('other', 'other')]
+    assert full == [names, 'tiny', 'other', True] and '2 on the list' in told
+    *_, last = do.ask(QUESTION, '[]', 8, 0.2, 0.7, visit)
+    vote = do.controls(visit)[3]
+    assert vote.interactive and vote.visible
+    visit, *controls = do.vote('tie', visit)
+    assert not controls[3].interactive and controls[-1].value == 'Kept: Tie. Thank you.'
+    (line,) = map(json.loads, (tmp_path / 'votes.jsonl').read_text().splitlines())
+    assert line['models'] == dict(A='tiny', B='other') and line['answers']['A'] == 'three'
+    assert line['picture_sha256'] == hashlib.sha256(picture.convert('RGB').tobytes()).hexdigest()
+    now[0] = 31.0
+    controller.beat(Worker('id-of-c', 'other', 'http://c'))
+    visit, *page = do.reload(visit, 'http://here:10000')
+    *left, told = seen(page)
+    assert left[1:] == ['(none)', 'other', True] and '1 on the list' in told
 
 
 # --------------------------------------------------------------------------------------------------

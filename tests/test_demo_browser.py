@@ -320,7 +320,7 @@ def test_workers_come_answer_and_go(parts, page, tmp_path):
         page.wait_for_selector(f'#chat-{side} >> text=/no worker answers for untrained any more/')
         page.wait_for_timeout(5000)  # two heartbeats and a little
         page.reload()
-        page.wait_for_function("document.querySelector('#model-left input').value == 'small'")
+        page.wait_for_function("document.querySelector('#model-left input')?.value == 'small'")
         page.wait_for_selector('#model-right', state='hidden')
         dropped = subprocess.run(
             [sys.executable, '-m', 'vlmbench', 'serve', *common, '--drop', 'small', '--to', url],

@@ -91,7 +91,7 @@ def lists(self: _Handlers, visit: Visit, url: str) -> list:
         chosen = _NO_MODEL if chat is None else chat.model.name
         choices = names + [_NO_MODEL] * (k > 0 or chat is None)
         boxes.append(gr.Dropdown(choices=choices, value=chosen, interactive=len(choices) > 1))
-    second = len(names) > 1 or len(visit.active) > 1
+    second = len(names) > 1 or SIDES[1] in visit.active
     columns = [gr.Column(visible=second) for _ in self.sides[1:] * 2]
     texts = example_questions(next(iter(self.models.values()), None))
     tries = [gr.Button(text, visible=True) for text in texts]
