@@ -331,7 +331,7 @@ def test_chat_command_streams_turns_from_a_pipe_and_saves_the_marked_picture(
             ),
             '2 colours for 3',
         ),
-        (('--device', 'tpu'), 'use one of auto, cuda'),
+        (('--device', 'tpu'), 'use one of cuda'),
         (('--load-4bit', '--load-8bit'), 'exclude each other'),
         ((), 'no config.json'),
         (('--image', 'photo.png', '--color', 'pink', '--region', 'point:1,2'), 'colours are red'),
