@@ -399,11 +399,8 @@ def stream(
     'length' if the answer was cut. `max_new_tokens`: None for `longest`. `temperature` 0 is
     greedy; otherwise `top_p`: see `GumbelSample`. Raises `ChatError` for a conversation
     that is too long."""
-    streamer, halt, failed = (
-        WordStreamer(self.processor.tokenizer, self.stops),
-        threading.Event(),
-        [],
-    )
+    streamer = WordStreamer(self.processor.tokenizer, self.stops)
+    halt, failed = threading.Event(), []
     draw = [GumbelSample(temperature, seed, top_p)] if temperature else []
 
     def work():
