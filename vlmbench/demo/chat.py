@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'MAX_NUMBERS', 'EXAMPLES', 'VisualPrompt', 'to_marker', 'draw_prompts', 'parse_region', 'parse_color',
-           'ChatError', 'pick_device', 'quantization', 'WordStreamer', 'until', 'words', 'GumbelSample', 'ChatModel',
-           'room', 'Exchange', 'Chat', 'refer', 'example_questions', 'unknown_words', 'check_save', 'save_picture']
+           'ChatError', 'pick_device', 'quantization', 'ChatModel', 'Loading', 'room', 'Exchange', 'Chat', 'refer',
+           'example_questions', 'unknown_words']
 
 # %% ../../nbs/demo/00_chat.ipynb #aa86f44f
 import math, re, threading
@@ -15,13 +15,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from PIL import Image
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 # %% ../../nbs/demo/00_chat.ipynb #021c9eef
 from ..data.picture import MAX_PIXELS, load_image
@@ -43,6 +37,7 @@ from ..evaluate.prompts import prompt_inputs, stop_ids, written_stop
 from ..checkpoints.card import licence_line
 from ..checkpoints.load import LoadError, find_model, load_vlm
 from ..checkpoints.text import is_language_model, load_text
+from .words import GumbelSample, Halt, WordStreamer, words
 from ..models.depth import depth_of
 from ..models.device import check_device, first_device
 from ..models.text import TextProcessor
@@ -290,71 +285,6 @@ def quantization(
     )
     return quantization_config('4bit' if load_4bit else '8bit', half, skip)
 
-# %% ../../nbs/demo/00_chat.ipynb #8770d14f
-class WordStreamer(TextIteratorStreamer):
-    "Text of new tokens as words complete; tokens that end an answer are not text."
-
-    def __init__(self, tokenizer, stops):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stops, self.ended, self.written = set(stops), False, ''
-
-    def put(self, value):
-        if not self.next_tokens_are_prompt and (
-            self.ended or self.stops & set(value.flatten().tolist())
-        ):
-            self.ended = True
-            return
-        super().put(value)
-
-
-def until(streamer, stop):
-    "The pieces up to `stop`, which may stand across several of them."
-    held = ''
-    for piece in streamer:
-        said, streamer.written, _ = (held + piece).partition(stop)
-        if streamer.written:
-            yield said
-            return
-        n = next((n for n in range(len(stop) - 1, 0, -1) if said.endswith(stop[:n])), 0)
-        # the end may be the beginning of `stop`: it waits for the next piece
-        held, said = said[len(said) - n :], said[: len(said) - n]
-        yield said
-    yield held
-
-
-def words(streamer, stop):
-    "The pieces of an answer up to the text `stop` (None: all), from its first visible character."
-    started = False
-    for piece in until(streamer, stop) if stop else streamer:
-        piece = piece if started else piece.lstrip()
-        if piece:
-            started = True
-            yield piece
-
-
-class _Halt(StoppingCriteria):
-    def __init__(self, event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full(
-            (len(input_ids),), self.event.is_set(), device=input_ids.device, dtype=torch.bool
-        )
-
-
-class GumbelSample(LogitsProcessor):
-    """Gumbel noise from a generator of its own: the arg-max is then a draw from softmax(scores /
-    temperature)."""
-
-    def __init__(self, temperature, seed):
-        self.temperature, self.rng = temperature, torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids, scores):
-        # drawn on the CPU: the same seed gives the same words on every device. At u = 0 or 1 the
-        # logarithms would be infinite
-        u = torch.rand(scores.shape, generator=self.rng).clamp_(1e-20, 1 - 1e-7)
-        return scores.float() / self.temperature - torch.log(-torch.log(u)).to(scores.device)
-
 # %% ../../nbs/demo/00_chat.ipynb #9a5ac633
 # in full precision also under 4 or 8 bits: the head, and what makes image tokens
 _FULL = ('lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_projector')
@@ -420,6 +350,26 @@ class ChatModel:
             return 4096
         return self.model.generation_config.max_new_tokens or 256
 
+# %% ../../nbs/demo/00_chat.ipynb #8a2122f0
+@dataclass(frozen=True)
+class Loading:
+    "How a command loads its models: keywords of `ChatModel.load`, and what they are there."
+
+    device: str = 'auto'
+    device_map: str | None = None
+    dtype: str | None = None
+    offload_folder: str | Path | None = None
+    load_4bit: bool = False
+    load_8bit: bool = False
+    image_mode: str = ''
+    template: str = ''
+    base: str | Path | None = None
+    vision: str | Path | None = None
+
+    def load(self, folder: str | Path, name: str | None = None) -> ChatModel:
+        "The model in `folder` (or of that name); raises `ChatError`."
+        return ChatModel.load(folder, name=name, **vars(self))
+
 # %% ../../nbs/demo/00_chat.ipynb #e0fdab25
 def room(model, n: int, wanted: int) -> int:
     """How many tokens the answer to a prompt of `n` may have, `wanted` at most. Raises
@@ -443,17 +393,15 @@ def stream(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    top_p: float = 1.0,
 ) -> Iterator[str]:
     """Pieces of the answer to `turns`, as they are generated; the generator returns 'stop', or
     'length' if the answer was cut. `max_new_tokens`: None for `longest`. `temperature` 0 is
-    greedy. Raises `ChatError` for a conversation
+    greedy; otherwise `top_p`: see `GumbelSample`. Raises `ChatError` for a conversation
     that is too long."""
-    streamer, halt, failed = (
-        WordStreamer(self.processor.tokenizer, self.stops),
-        threading.Event(),
-        [],
-    )
-    extra = LogitsProcessorList([GumbelSample(temperature, seed)] if temperature else [])
+    streamer = WordStreamer(self.processor.tokenizer, self.stops)
+    halt, failed = threading.Event(), []
+    draw = [GumbelSample(temperature, seed, top_p)] if temperature else []
 
     def work():
         try:
@@ -471,13 +419,13 @@ def stream(
                         inputs['input_ids'].shape[1],
                         self.longest if max_new_tokens is None else max_new_tokens,
                     ),
-                    do_sample=False,  # `GumbelSample` draws: no top-k, no top-p
+                    do_sample=False,  # `GumbelSample` draws
                     num_beams=1,
                     eos_token_id=self.stops,
                     streamer=streamer,
                     pad_token_id=self.processor.tokenizer.pad_token_id,
-                    logits_processor=extra,
-                    stopping_criteria=StoppingCriteriaList([_Halt(halt)]),
+                    logits_processor=LogitsProcessorList(draw),
+                    stopping_criteria=StoppingCriteriaList([Halt(halt)]),
                 )
         except Exception as e:
             failed.append(e)  # raised again by the reader below
@@ -605,28 +553,40 @@ def ask(self: Chat, question: str, **settings) -> Iterator[str]:
     """Pieces of the answer, as they come (`settings`: see `ChatModel.stream`). The exchange joins
     the history when the answer is complete; a question that fails or is broken off leaves the
     history as it was. Raises `ChatError`."""
-    asked, image = refer(question, self.prompts), self._marked
+    asked = refer(question, self.prompts)
+    return self._answer(question, asked, self._marked, len(self.history), settings)
+
+
+@patch
+def again(self: Chat, **settings) -> Iterator[str]:
+    """Pieces of another answer to the last question, about the picture as it was marked then; it
+    takes the place of the last answer when it is complete. Raises `ChatError`."""
+    if not self.history:
+        raise ChatError('nothing was answered yet: ask first')
+    last = self.history[-1]
+    return self._answer(last.question, last.asked, last.image, len(self.history) - 1, settings)
+
+
+@patch
+def _answer(self: Chat, question, asked, image, kept, settings):
+    "Ask after the first `kept` exchanges; the new one then stands behind them."
     texts = []
-    for past in self.history:
+    for past in self.history[:kept]:
         texts += [('user', past.asked), ('assistant', past.answer)]
     texts.append(('user', asked))
     if image is not None:  # one picture, in front of the first question
         texts[0] = ('user', '<image>\n' + texts[0][1])
     turns = [Turn('system', self.system)] * bool(self.system) + [Turn(*t) for t in texts]
-
-    def answer():
-        pieces, source = [], self.model.stream(turns, [] if image is None else [image], **settings)
-        try:
-            while True:
-                pieces.append(next(source))
-                yield pieces[-1]
-        except StopIteration as e:
-            finish = e.value
-        finally:
-            source.close()
-        self.history.append(Exchange(question, asked, ''.join(pieces).strip(), image, finish))
-
-    return answer()
+    pieces, source = [], self.model.stream(turns, [] if image is None else [image], **settings)
+    try:
+        while True:
+            pieces.append(next(source))
+            yield pieces[-1]
+    except StopIteration as e:
+        finish = e.value
+    finally:
+        source.close()
+    self.history[kept:] = [Exchange(question, asked, ''.join(pieces).strip(), image, finish)]
 
 # %% ../../nbs/demo/00_chat.ipynb #e9b8cba9
 EXAMPLES = dict(
@@ -644,17 +604,17 @@ _GENERAL = (
 )
 
 
-def example_questions(model: ChatModel) -> tuple[str, ...]:
-    "Questions to begin with."
-    template = getattr(model.processor, 'template', None)
-    return EXAMPLES.get(
-        template if isinstance(template, str) else getattr(template, 'name', None), _GENERAL
-    )
+@patch(as_prop=True)
+def template(self: ChatModel) -> str | None:
+    "The name of its chat template, where it has one."
+    template = getattr(self.processor, 'template', None)
+    return template if isinstance(template, str) else getattr(template, 'name', None)
 
 
-def unknown_words(model: ChatModel, text: str) -> list[str]:
+@patch
+def unknown(self: ChatModel, text: str) -> list[str]:
     "Words of `text` that the tokenizer maps to its unknown token, in order."
-    tok = model.processor.tokenizer
+    tok = self.processor.tokenizer
     if tok.unk_token_id is None:
         return []
     return [
@@ -664,24 +624,11 @@ def unknown_words(model: ChatModel, text: str) -> list[str]:
     ]
 
 
-def check_save(path: str | Path, source: str | Path | None = None) -> Path:
-    """`path`, if a marked picture may be saved there: a PNG, and not `source`, the file it came
-    from. Raises `ChatError`."""
-    path = Path(path)
-    if path.suffix.lower() != '.png':
-        raise ChatError(f'{path}: the marked picture is saved as PNG; end the name in .png')
-    if source is not None and path.resolve() == Path(source).resolve():
-        raise ChatError(
-            f'{path} is the picture itself, which markers would be drawn over: save under another '
-            'name'
-        )
-    return path
+def example_questions(model: ChatModel | None) -> tuple[str, ...]:
+    "Questions to begin with; None: for whatever model will come."
+    return _GENERAL if model is None else EXAMPLES.get(model.template, _GENERAL)
 
 
-def save_picture(image: Image.Image, path: str | Path, source: str | Path | None = None) -> Path:
-    """Write `image` as PNG (lossless: what is in the file is what the model saw); returns the path.
-    Raises as `check_save`."""
-    path = check_save(path, source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, 'PNG')
-    return path
+def unknown_words(model: ChatModel, text: str) -> list[str]:
+    "Words of `text` that `model` does not know, in order."
+    return model.unknown(text)
