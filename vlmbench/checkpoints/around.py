@@ -28,6 +28,7 @@ from vlmbench.checkpoints.release import (
     read_weights,
     stored_dtype,
 )
+from ..data.home import kept_model
 from ..models.depth import depth_of
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.vlm import mend_generation
@@ -41,6 +42,8 @@ def weights_folder(where: str | Path) -> Path:
     `CheckpointFormatError` where the Hub does not give them."""
     if Path(where).is_dir():
         return Path(where)
+    if (kept := kept_model(where)) is not None:
+        return kept
     try:
         return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=_FILES))
     except (OSError, ValueError) as e:

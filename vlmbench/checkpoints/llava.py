@@ -230,7 +230,7 @@ def _tower(
 ):
     """The tower of a release, and the folder or name it was loaded from: `vision`, or what `config`
     says; None where it was built for its weights `inside` the release."""
-    where = vision or base_model(tower_name(config))
+    where = base_model(str(vision or tower_name(config)))
     if vision is None and inside and str(where).startswith('openai/clip-vit-'):
         return openai_clip(inside), None
     with refusing(
@@ -280,6 +280,7 @@ def _projected(
             f'was trained with{hint} (base=, or --base on the command line), or train on from it '
             '(vlmbench run train projector=...)'
         )
+    base = base_model(str(base))
     with refusing(f'{folder}: the language model {str(base)!r} cannot be loaded'):
         wide = AutoConfig.from_pretrained(base).get_text_config(decoder=True).hidden_size
         # every projector ends in a bias over the language model's width
