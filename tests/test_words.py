@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from mini_bases import parameters_of, write_bases
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
-from vlmbench.data.sources import StageData
+from vlmbench.data.sources import StageData, open_stage_data
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.tasks import rows_task
 from vlmbench.models.text import TextProcessor
@@ -36,6 +36,19 @@ def test_the_share_is_that_of_all_rows(every, capsys):
         check_words(STAGE, StageData(samples), world_tokenizer(), 0.001)
     check_words(STAGE, StageData(samples), world_tokenizer(), 0.5)
     assert "note: stage 's':" in capsys.readouterr().out
+
+
+def test_of_a_stream_one_shard_is_looked_at(tmp_path):
+    for shard in range(4):
+        talk = [{'from': 'human', 'value': 'what is quark ?'}, {'from': 'gpt', 'value': 'red'}]
+        rows = [dict(id=f'{shard}-{i}', conversations=talk) for i in range(100)]
+        place = tmp_path / 'parts' / f'part-{shard}.jsonl'
+        place.parent.mkdir(exist_ok=True)
+        place.write_text('\n'.join(map(json.dumps, rows)))
+    data = open_stage_data(tmp_path, 'stream:parts', stream_buffer=64)
+    found = count_words(data, world_tokenizer())
+    assert (found.words, found.share) == (64 * 5, 0.2)
+    assert [bool(stream._blocks) for stream in data.samples.streams] == [True, False, False, False]
 
 
 def write_talk(folder, word):

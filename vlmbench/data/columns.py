@@ -11,6 +11,7 @@ __all__ = ['PICTURE_COLUMNS', 'MEDIA_COLUMNS', 'UNREAD_COLUMNS', 'PICTURE_SUFFIX
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -22,6 +23,7 @@ from .quarantine import BadRecord
 from .region import _text
 
 # %% ../../nbs/data/03_columns.ipynb #7e6ea114
+@lru_cache(maxsize=4096)  # the rows of a file have the same few keys
 def column_name(key: str) -> str:
     "The key in lower case, without separators."
     return re.sub(r'[\W_]+', '', key).lower()
@@ -300,14 +302,17 @@ SYSTEM_COLUMNS = frozenset(f'system{end}' for end in _PROMPTS) | {'sysprompt'}
 _NO_PROMPT = frozenset('id name version type time date fingerprint info model hash'.split())
 
 
-def _is_prompt(key: str, value: Any) -> bool:
-    "Whether a column of another name than the known ones is called like a system prompt."
-    words = [word.lower() for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', key)]
-    if not words or not isinstance(value, (str, list, Mapping)) or is_empty(value):
-        return False
+@lru_cache(maxsize=4096)
+def _called_prompt(key: str) -> bool:
+    "Whether a key is called like a system prompt."
+    words = [word.lower() for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', key)] or ['']
     developer = words[0] == 'developer' and words[-1] in _PROMPTS and len(words) > 1
-    system = words[0] in ('system', 'sys') and words[-1] not in _NO_PROMPT
-    return developer or system
+    return developer or words[0] in ('system', 'sys') and words[-1] not in _NO_PROMPT
+
+
+def _is_prompt(key: str, value: Any) -> bool:
+    "Whether a column is called like a system prompt and holds something that may be one."
+    return _called_prompt(key) and isinstance(value, (str, list, Mapping)) and not is_empty(value)
 
 
 def system_column(row: Mapping[str, Any]) -> tuple[str, str]:

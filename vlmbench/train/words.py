@@ -6,7 +6,7 @@
 __all__ = ['LOOKED_AT', 'OF_STREAM', 'Words', 'unknown_words', 'words_of', 'spread_samples', 'count_words', 'check_words',
            'context_of', 'check_context']
 
-# %% ../../nbs/train/22_words.ipynb #fe235357
+# %% ../../nbs/train/22_words.ipynb #b4645a2a
 import math
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ from ..data.sources import StageData
 from ..data.stream import StreamedSamples
 from .recipe import RecipeError, Stage
 
-# %% ../../nbs/train/22_words.ipynb #70db9751
+# %% ../../nbs/train/22_words.ipynb #7e904674
 @dataclass
 class Words:
     "How many `words` were looked at, how many are `unknown`, and which."
@@ -56,16 +56,20 @@ def words_of(turns: Sequence[Turn]) -> list[str]:
 
 _MARKS = re.compile(rf'(\d+s: )?{re.escape(IMAGE_TOKEN)};?')
 
-# %% ../../nbs/train/22_words.ipynb #5bea3380
-LOOKED_AT = 256  # rows of a stage; of a stream, whose first rows have to be fetched, fewer
+# %% ../../nbs/train/22_words.ipynb #e2f1816b
+LOOKED_AT = 256  # rows of a stage; of a stream, whose rows have to be fetched, fewer
 OF_STREAM = 64
 
 
 def spread_samples(data: StageData, most: int = LOOKED_AT) -> Iterator[Sample]:
     "Up to `most` samples at even distances; a row that cannot be read is passed over."
-    streamed = isinstance(data.samples, StreamedSamples)
-    n = min(OF_STREAM, most) if streamed else len(data.samples)
-    for i in range(0, n, max(1, math.ceil(n / most))):
+    if isinstance(data.samples, StreamedSamples):
+        streams = data.samples.order.streams  # draw p is the next row of stream p % streams
+        numbers = range(0, streams * min(OF_STREAM, most), streams)
+    else:
+        n = len(data.samples)
+        numbers = range(0, n, max(1, math.ceil(n / most)))
+    for i in numbers:
         try:
             yield data.samples[i]
         except (ValueError, OSError):
@@ -91,7 +95,7 @@ def _turns(data: StageData, sample: Sample) -> Sequence[Turn]:
     except BadRecord:
         return []
 
-# %% ../../nbs/train/22_words.ipynb #fd01482a
+# %% ../../nbs/train/22_words.ipynb #dac829a7
 def check_words(stage: Stage, data: StageData, tokenizer: Any, most: float) -> Words:
     """Count the unknown words of a stage and print what was found. Raises `RecipeError` where they
     are more than the share `most`, 0 to 1."""
@@ -110,7 +114,7 @@ def check_words(stage: Stage, data: StageData, tokenizer: Any, most: float) -> W
     print(f'note: stage {stage.name!r}: {found}')
     return found
 
-# %% ../../nbs/train/22_words.ipynb #5dd84a67
+# %% ../../nbs/train/22_words.ipynb #d939b1eb
 def context_of(model: Any) -> int | None:
     """The positions that a model's language model was made for; None where its settings say none,
     or where it is no model of transformers."""
