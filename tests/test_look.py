@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import vlmbench
+from vlmbench.checkpoints.load import convert
 from vlmbench.data.sources import DataError
 from vlmbench.lab.look import data_sets, look, make_reader, pieces_of
 from vlmbench.data.record import Sample, Turn
@@ -60,6 +61,17 @@ def test_supervised_tokens_are_marked_and_no_others(folder):
     answer = ['the circle', '&lt;|end|&gt;']
     assert sorted(words) == sorted([*answer, 'a', '&lt;unk&gt; &lt;unk&gt;', 'circle', answer[1]])
     assert 'http' not in page and page.count('<img') == 1
+
+
+def test_a_model_in_another_layout_reads_the_same(folder, tmp_path):
+    "As transformers has LLaVA; which template it was trained by is asked where nobody knows."
+    convert(TINY, tmp_path / 'llava')
+    ours = look(folder, model=TINY).table
+    assert look(folder, model=str(tmp_path / 'llava'), template='world').table.equals(ours)
+    with pytest.raises(ValueError, match='no template is known for qwen3.*--template'):
+        make_reader(str(tmp_path / 'llava'))
+    with pytest.raises(DataError, match='leave one of them out'):
+        look(folder, model=TINY, tokenizer=TINY)
 
 
 @pytest.mark.parametrize('template', ['vicuna_v1', 'chatml', 'llama_3', 'world'])

@@ -24,6 +24,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 import vlmbench
 from ..checkpoints.load import find_model, load_vlm
+from ..checkpoints.llava import with_template
 from ..checkpoints.release import read_config, set_template
 from ..data.cards import find_place
 from ..data.layouts import is_hub
@@ -227,7 +228,9 @@ def _processor(model: str, template: str) -> VLMProcessor:
         if template:
             set_template(processor, template)
     else:
-        processor = load_vlm(model, template=template)[1]
+        loaded, processor = load_vlm(model, template=template)
+        if loaded.config.model_type in ('llava', 'vipllava') and not template:
+            processor = with_template(loaded, processor)[1]  # by the template of its training
     if not isinstance(processor, VLMProcessor):
         raise DataError(
             f'{model}: {type(processor).__name__} encodes no training rows; name its tokenizer, '
