@@ -163,6 +163,17 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(tmp_path, to, monkeypatc
     with pytest.raises(DataError, match='another shard_rows'):
         convert_data(source, tmp_path / 'stopped', to, name='rows', shard_rows=3)
     monkeypatch.setitem(convert.LAYOUTS, to, make)
+    write = convert.write_json
+
+    def stopping_at_the_end(path, value):
+        if path.name == 'conversion.json':
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(convert, 'write_json', stopping_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        convert_data(source, tmp_path / 'stopped', to, **settings)
+    monkeypatch.setattr(convert, 'write_json', write)
     convert_data(source, tmp_path / 'stopped', to, **settings)
     assert files(tmp_path / 'stopped') == files(tmp_path / 'whole')
     with pytest.raises(DataError, match='exists already'):
