@@ -100,6 +100,25 @@ def test_published_places_shards_and_what_is_none(tmp_path):
         look(tmp_path / 'none')
 
 
+def test_rows_of_frames_and_of_regions(tmp_path):
+    "VoRA's frames beside its annotations, and rows whose conversation is made from their regions."
+    for place in ('frames', 'annotations'):
+        (tmp_path / place).mkdir()
+    Image.new('RGB', (40, 40)).save(tmp_path / 'frames' / 'a.png')
+    talk = [{'from': 'human', 'value': 'what is red ?'}, {'from': 'gpt', 'value': 'the circle'}]
+    boxes = [[1, 1, 9, 9], [2, 2, 12, 12], [3, 3, 15, 15], [4, 4, 20, 20]]
+    rows = [
+        dict(id='clip', frames=['frames/a.png'] * 2, conversations=talk),
+        dict(id='v7w-1', image='frames/a.png', question='Which?', bboxes=boxes, answer=boxes[1]),
+        dict(id='text', conversations=talk),
+    ]
+    (tmp_path / 'annotations' / 'rows.json').write_text('\n'.join(map(json.dumps, rows)))
+    found = look(tmp_path / 'annotations' / 'rows.json', model=TINY)
+    (line,) = found.table.to_dict('records')
+    assert (line['bad'], line['pictures'], line['text only']) == (0, 3, 1), found.reasons
+    assert line['pictures in'] == str(tmp_path.resolve()) and found.page.count('<img') == 3
+
+
 def test_the_command_from_another_folder(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = ['look', 'data/mine.jsonl', '--images', 'data/images', '--out', 'new/look.html']
