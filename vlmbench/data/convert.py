@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'rows_from', 'Encoded', 'encode_picture', 'file_name', 'put_picture', 'llava_row', 'vora_row', 'chat_row',
            'parquet_row', 'Writer', 'JsonWriter', 'ParquetWriter', 'written_name', 'convert_data']
 
-# %% ../../nbs/data/80_convert.ipynb #600729b9
+# %% ../../nbs/data/80_convert.ipynb #42b51492
 import hashlib
 import io
 import json
@@ -37,7 +37,7 @@ from vlmbench.data.record import (
 from .rows import RawRow, iter_rows
 from .sources import DataError, find_data
 
-# %% ../../nbs/data/80_convert.ipynb #a092b3b6
+# %% ../../nbs/data/80_convert.ipynb #5fdcd3b9
 _STREAMED = ('.json', '.jsonl', '.ndjson', '.parquet', '.pq')
 
 
@@ -57,7 +57,7 @@ def rows_from(path: str | Path, first: int = 0) -> Iterator[RawRow]:
             yield RawRow(stored.numbers[i], error=str(e))
     yield from stored.errors[max(first - len(stored), 0) :]
 
-# %% ../../nbs/data/80_convert.ipynb #2f85bc9e
+# %% ../../nbs/data/80_convert.ipynb #32452a61
 @dataclass(frozen=True)
 class Encoded:
     "A picture as it is written: its bytes, the ending of its name, and its path before ('': none)."
@@ -95,7 +95,7 @@ def encode_picture(
     path = picture.path if isinstance(picture, ImageRef) else ''
     return Encoded(made.getvalue(), '.png', str(Path(path).with_suffix('.png')) if path else '')
 
-# %% ../../nbs/data/80_convert.ipynb #0a8c41b1
+# %% ../../nbs/data/80_convert.ipynb #46baa9ff
 _LONGEST_NAME = 150
 
 
@@ -122,7 +122,7 @@ def put_picture(out: Path, name: str, data: bytes, row: int) -> str:
         os.replace(part, place)
     return name
 
-# %% ../../nbs/data/80_convert.ipynb #c3ece0f5
+# %% ../../nbs/data/80_convert.ipynb #a01ccb6c
 def _image_name(picture: Encoded, id: str, k: int) -> str:
     "Where a picture of LLaVA's or a chat row goes, below the output folder."
     parts = Path(picture.path).parts
@@ -153,7 +153,7 @@ def llava_row(sample: Sample, pictures: Sequence[Encoded], out: Path, row: int) 
         except ValueError as e:
             raise BadRecord(f'no LLaVA row: {e}') from None
 
-# %% ../../nbs/data/80_convert.ipynb #fe183d54
+# %% ../../nbs/data/80_convert.ipynb #33aeacff
 def _vora_turns(sample: Sample) -> list[dict]:
     "The conversation as VoRA writes it. Raises `BadRecord` where it would be read as another."
     speaker = {'user': 'human', 'assistant': 'gpt', 'system': 'system'}
@@ -180,7 +180,7 @@ def vora_row(sample: Sample, pictures: Sequence[Encoded], out: Path, row: int) -
         made['frames'] = [put_picture(out, n, p.data, row) for n, p in zip(names, pictures)]
     return made | dict(conversations=turns)
 
-# %% ../../nbs/data/80_convert.ipynb #4aebc7b0
+# %% ../../nbs/data/80_convert.ipynb #8ae55aa3
 def _parts(text: str) -> list[dict] | str:
     "A turn's text as content parts, if they are read as the same text."
     parts: list[dict] = []
@@ -205,7 +205,7 @@ def chat_row(sample: Sample, pictures: Sequence[Encoded], out: Path, row: int) -
     made['messages'] = [dict(role=turn.role, content=_parts(turn.text)) for turn in sample.turns]
     return made | (dict(images=paths if isinstance(paths, list) else [paths]) if paths else {})
 
-# %% ../../nbs/data/80_convert.ipynb #8eb0fcf9
+# %% ../../nbs/data/80_convert.ipynb #01ce1378
 def parquet_row(sample: Sample, pictures: Sequence[Encoded], out: Path, row: int) -> dict:
     "A row of LLaVA whose `images` are bytes and paths. Raises `BadRecord`."
     cells = [dict(bytes=p.data, path=p.path or None) for p in pictures]
@@ -215,7 +215,7 @@ def parquet_row(sample: Sample, pictures: Sequence[Encoded], out: Path, row: int
         raise BadRecord(f'no parquet row: {e}') from None
     return made | (dict(images=cells) if cells else {})
 
-# %% ../../nbs/data/80_convert.ipynb #45468c47
+# %% ../../nbs/data/80_convert.ipynb #3e7a1a3e
 class Writer(Protocol):
     "Takes rows; `save` makes what was added safe and returns the state to go on from."
 
@@ -262,7 +262,7 @@ class JsonWriter:
         self.file.close()
         os.replace(self.part, self.path)
 
-# %% ../../nbs/data/80_convert.ipynb #eb2dd27d
+# %% ../../nbs/data/80_convert.ipynb #9e33a120
 _SHARD_BYTES = 256 << 20  # of pictures that wait for their shard
 
 
@@ -313,7 +313,7 @@ def _table(rows: Sequence[dict], note: Callable[[str], None]) -> Any:
         columns[name] = column
     return pa.table(columns)
 
-# %% ../../nbs/data/80_convert.ipynb #e952400e
+# %% ../../nbs/data/80_convert.ipynb #0e8fa274
 LAYOUTS = {'llava': llava_row, 'vora': vora_row, 'parquet': parquet_row, 'chat': chat_row}
 
 
@@ -357,7 +357,7 @@ def _begun(out: Path, settings: dict) -> dict:
         )
     return state
 
-# %% ../../nbs/data/80_convert.ipynb #b569c38f
+# %% ../../nbs/data/80_convert.ipynb #64f508d9
 def _row(raw: RawRow, parse: Callable, to: str, out: Path, done: int, note: Callable) -> dict:
     "The new row of a raw one. Raises `BadRecord`."
     if raw.error:
@@ -420,7 +420,10 @@ def convert_data(
     told = dict(to=to, name=name, counts=counts, bad_rows=listed.records)
     write_json(out / 'conversion.json', told)
     (out / '.conversion.json').unlink(missing_ok=True)
-    listed.close(f'What could be read is in {out}; the bad rows are in conversion.json')
+    listed.close(
+        f'What could be read is in {out}, and the bad rows are in its conversion.json; where '
+        'pictures are missing, name their folder (--images)'
+    )
     return counts
 
 
