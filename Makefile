@@ -71,8 +71,7 @@ test: test-notebooks test-python
 
 test-notebooks: venv
 	@echo "== notebooks' tests"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1200 $(BIN)/nbdev_test --n_workers 2 --do_print --timing \
-		--skip_folder_re '^([_.]|runs$$)'
+	timeout --kill-after=30 1200 $(BIN)/python scripts/test_notebooks.py
 
 test-python: venv
 	@echo "== pytest"

@@ -18,7 +18,7 @@ statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Produ
 pythons = ['3.10', '3.11', '3.12', '3.13']
 extras = {
     name: cfg[f'{name}_requirements'].split()
-    for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash')
+    for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash', 'train')
 }
 
 
@@ -62,15 +62,20 @@ setup(
         *(f'Programming Language :: Python :: {v}' for v in pythons),
     ],
     python_requires=f'>={cfg["min_python"]},<3.14',
-    # the cards lie beside the package in a checkout and inside it in a wheel
+    # cards and published tables lie beside the package in a checkout and inside it in a wheel
     packages=[
         *find_packages(include=[cfg['lib_name'], f'{cfg["lib_name"]}.*']),
         f'{cfg["lib_name"]}._data_cards',
+        f'{cfg["lib_name"]}._published',
     ],
-    package_dir={f'{cfg["lib_name"]}._data_cards': 'data_cards'},
+    package_dir={
+        f'{cfg["lib_name"]}._data_cards': 'data_cards',
+        f'{cfg["lib_name"]}._published': 'figures/published',
+    },
     package_data={
         cfg['lib_name']: ['py.typed', 'assets/**/*', '_notebooks/*.ipynb'],
         f'{cfg["lib_name"]}._data_cards': ['*.md'],
+        f'{cfg["lib_name"]}._published': ['*.csv'],
     },
     install_requires=cfg['requirements'].split(),
     extras_require=extras,

@@ -12,33 +12,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import groupby
-from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
+from copies import in_a_copy, warm_context
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from places import nbs, root, run_dir, src_dir
 
 SKIPPED = {'gpu', 'slow', 'notest'}  # cells with these flags are shown, not executed
-# other packages that nearly every notebook imports (ten seconds of a processor): they are imported
-# once, and each notebook runs in a copy of the process that did it. Never vlmbench itself: what a
-# notebook needs of it, it must import.
-IMPORTED = [
-    'torch',
-    'transformers.models.clip.modeling_clip',
-    'transformers.models.llama.modeling_llama',
-    'transformers.models.siglip.modeling_siglip',
-    'peft',
-    'accelerate',
-    'datasets',
-    'sklearn.metrics',
-    'scipy.stats',
-    'matplotlib.pyplot',
-    'nbdev.process',
-    'nbdev.processors',
-    'nbdev.showdoc',
-    'execnb.shell',
-]
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 
@@ -217,13 +198,14 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
 
 def fingerprint() -> str:
     """Changes when anything an executed notebook can see changes: package, assets, stored results,
-    these two files."""
+    these files."""
     h = hashlib.sha256()
     seen = [
         *(root / 'vlmbench').rglob('*'),
         *(root / 'data_cards').glob('*'),
         *(root / 'figures').rglob('*.json'),
         root / 'docs' / 'notebooks.py',
+        root / 'docs' / 'copies.py',
         root / 'docs' / 'render.py',
     ]
     for p in sorted(seen):
@@ -232,37 +214,11 @@ def fingerprint() -> str:
     return h.hexdigest()
 
 
-def copied_process(src: Path, dst: Path, execute: bool, said: Path) -> None:
-    "`prepare` in a copy of the process that has imported everything; what it says goes to `said`."
-    with open(said, 'w', encoding='utf8') as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    prepare(src, dst, execute)
-
-
-def prepared(src: Path, dst: Path, execute: bool, timeout: float, context) -> str | None:
-    "Prepare one notebook in a process of its own; what went wrong, or None."
-    rel = src.relative_to(nbs)
-    said = dst.with_suffix('.log')
-    said.parent.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=copied_process, args=(src, dst, execute, said))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        return f'{rel}: still running after {timeout:.0f} s'
-    if process.exitcode:
-        return f'{rel}: exit {process.exitcode}\n{said.read_text(encoding="utf8")[-8000:]}'
-    said.unlink()
-
-
 def execute_all(files: list[Path], jobs: int, execute: bool, timeout: int = 900) -> None:
     """Prepare the notebooks that changed, `jobs` at a time. Exits with every failed cell once all
     have been tried."""
     package = fingerprint()
-    os.environ |= dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')
-    context = get_context('forkserver')
-    context.set_forkserver_preload(IMPORTED)
+    context = warm_context()
 
     def one(src: Path) -> str | None:
         rel = src.relative_to(nbs)
@@ -271,8 +227,9 @@ def execute_all(files: list[Path], jobs: int, execute: bool, timeout: int = 900)
         stamp = dst.with_suffix('.key')
         if dst.exists() and stamp.exists() and stamp.read_text() == key:
             return None
-        if failure := prepared(src, dst, runs, timeout, context):
-            return failure
+        how = context, prepare, (src, dst, runs), dst.with_suffix('.log'), timeout
+        if failure := in_a_copy(*how):
+            return f'{rel}: {failure}'
         stamp.write_text(key)
         print(f'  {rel}', flush=True)
 

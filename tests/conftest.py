@@ -17,6 +17,10 @@ import warm_kernels
 SLOW = 'slow: takes minutes or installs something; runs with --slow or CI=true'
 
 
+# the files that take longest, which begin first: else one of them is what the others wait for
+LONGEST = [f'test_{name}.py' for name in 'launch runs missing_weights runs_regions engine'.split()]
+
+
 def pytest_addoption(parser):
     ci = os.environ.get('CI', '').lower() in ('1', 'true')
     parser.addoption('--slow', action='store_true', default=ci, help=SLOW)
@@ -34,10 +38,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = {item.path for item in items if 'slow' in item.keywords and config.getoption('--slow')}
+    items.sort(key=lambda item: item.path not in slow and item.path.name not in LONGEST)
     if config.getoption('--slow'):
-        # files with slow tests first: else one of them is what the others wait for in the end
-        slow = {item.path for item in items if 'slow' in item.keywords}
-        items.sort(key=lambda item: item.path not in slow)
         return
     for item in items:
         if 'slow' in item.keywords:

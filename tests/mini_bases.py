@@ -4,6 +4,7 @@ runs."""
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
@@ -11,6 +12,12 @@ from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
 from vlmbench.run.engine import find_notebook
 from vlmbench.run.parameters import load_notebook, notebook_parameters
+
+
+def first_always(values, count=1):
+    "Parameters of a test, of which those behind the first `count` take long to try as well."
+    values = list(values)
+    return values[:count] + [pytest.param(v, marks=pytest.mark.slow) for v in values[count:]]
 
 
 def parameters_of(notebook, **given):

@@ -124,7 +124,7 @@ def test_a_reader_who_leaves_frees_the_model(served):
 @pytest.mark.parametrize(
     'settings, said',
     [
-        (dict(top_p=0.5), 'top_p'),
+        (dict(top_p=1.5), 'top_p'),
         (dict(n=2), 'n:'),
         (dict(logprobs=True), 'logprobs is not supported here; known are'),
         (dict(temperature=-0.5), 'temperature'),

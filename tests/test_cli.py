@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vlmbench
+import warm_kernels
 from vlmbench.run.cli import app
 from vlmbench.run.manifest import Run
 
@@ -15,14 +16,7 @@ def call(*words):
 
 
 def vlmbench_process(*words, cwd):
-    code = 'from vlmbench.run.cli import main; main()'
-    return subprocess.run(
-        [sys.executable, '-c', code, *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | dict(COLUMNS='160'),
-    )
+    return warm_kernels.vlmbench(*words, cwd=cwd, env=os.environ | dict(COLUMNS='160'))
 
 
 def test_version_and_help_name_every_command():
@@ -49,6 +43,13 @@ def test_a_mistyped_parameter_is_one_line_and_code_two(tmp_path):
     assert done.returncode == 2 and not (tmp_path / 'runs').exists()
     assert "did you mean 'recipe'" in done.stderr and "'seed' must be int" in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+def test_a_device_that_is_not_here_is_refused_before_the_kernel(tmp_path):
+    for device in ('gpu', 'cuda:99'):
+        done = vlmbench_process('run', 'evaluate', f'device={device}', 'out=r', cwd=tmp_path)
+        assert done.returncode == 2 and f"device '{device}'" in done.stderr, done.stderr
+        assert 'leave device out' in done.stderr and not (tmp_path / 'r').exists()
 
 
 def test_the_exit_code_is_the_notebooks_and_values_may_hold_equals_signs(tmp_path):

@@ -36,6 +36,7 @@ from vlmbench.demo.board import (
 from vlmbench.demo.chat import Chat, ChatError, ChatModel, draw_prompts, parse_region, to_marker
 from vlmbench.demo.terminal import converse, free_name, open_picture
 from vlmbench.demo.serve import Limits, Visit, build_page, launch, launch_settings
+from vlmbench.demo.worker import add_command
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.tasks import Task
 from vlmbench.models.vlm import build_vlm
@@ -330,7 +331,7 @@ def test_chat_command_streams_turns_from_a_pipe_and_saves_the_marked_picture(
             ),
             '2 colours for 3',
         ),
-        (('--device', 'tpu'), 'use one of auto, cuda'),
+        (('--device', 'tpu'), 'use one of cuda'),
         (('--load-4bit', '--load-8bit'), 'exclude each other'),
         ((), 'no config.json'),
         (('--image', 'photo.png', '--color', 'pink', '--region', 'point:1,2'), 'colours are red'),
@@ -468,6 +469,7 @@ def test_weights_may_be_spread_by_a_device_map(model, picture, tmp_path):
     'missing, call',
     [
         ('gradio', lambda: build_page({})),
+        ('fastapi', lambda: add_command('any', 'http://127.0.0.1:1')),
         ('anywidget', marker_board),
         ('ipywidgets', lambda: PointAndAsk(None)),
     ],
@@ -484,7 +486,7 @@ def test_a_missing_extra_is_named(missing, call, monkeypatch):
 class Slow(ChatModel):
     "A model that answers when it is let go; counts how many of its answers are under way."
 
-    def stream(self, turns, images=(), max_new_tokens=256, temperature=0.0, seed=0):
+    def stream(self, turns, images=(), **settings):
         self.waiting.set()
         assert self.go.wait(60)
         yield 'done '
@@ -560,7 +562,7 @@ class Tab:
         return self.http.post(
             f'{self.url}/gradio_api/queue/join',
             json=dict(
-                data=[question, json.dumps(list(marks)), 8, 0, None],
+                data=[question, json.dumps(list(marks)), 8, 0, 1, None],
                 fn_index=self.fns['ask'],
                 session_hash=self.session,
                 trigger_id=None,
@@ -788,7 +790,7 @@ def test_the_server_keeps_to_itself(gradio):
 class Endless(ChatModel):
     "A model that never ends an answer by itself."
 
-    def stream(self, turns, images=(), max_new_tokens=256, temperature=0.0, seed=0):
+    def stream(self, turns, images=(), **settings):
         self.closed = False
         try:
             while True:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,117 @@ def test_refusals_are_readable_and_lose_nothing(served, browser, page, tmp_path)
     page.click('#ask')
     page.wait_for_selector('#chat-right .bot >> text=ten')
     assert not page.problems, page.problems
+
+
+@contextmanager
+def process(log, *words, **more):
+    "`vlmbench serve` in a process of its own, its output in the file `log`."
+    command = [sys.executable, '-m', 'vlmbench', 'serve', *map(str, words)]
+    env = os.environ | dict(PYTHONPATH=str(ROOT)) | more
+    with log.open('w') as out:
+        it = subprocess.Popen(command, env=env, cwd=log.parent, stdout=out, stderr=out)
+    try:
+        yield it
+    finally:
+        it.terminate()
+        try:
+            it.wait(20)
+        except subprocess.TimeoutExpired:
+            it.kill()
+
+
+def wait_for(log, text, running):
+    "Until `text` stands in the file `log`, which the process `running` writes."
+    end = time.monotonic() + 120
+    while text not in log.read_text():
+        assert running.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.2)
+
+
+def names(page, side):
+    "The models that can be chosen on a side."
+    page.locator(f'#model-{side} input').click()
+    page.wait_for_selector(f'#model-{side} [role=option]')
+    found = page.locator(f'#model-{side} [role=option]').all_inner_texts()
+    page.keyboard.press('Escape')
+    return [name.strip(' ✓\n') for name in found]
+
+
+@pytest.mark.slow
+def test_workers_come_answer_and_go(parts, page, tmp_path):
+    """A page with an empty list and two workers, each a process: both answer, again and are voted
+    on; one is killed and leaves the list, the other is dropped and ends."""
+    pytest.importorskip('gradio', reason='gradio is not installed (extra: serve)')
+    model, processor = parts
+    model.save_pretrained(tmp_path / 'secret' / 'untrained')
+    processor.save_pretrained(tmp_path / 'secret' / 'untrained')
+    token, logs = 'a-word-nobody-else-knows', [tmp_path / f'{n}.log' for n in range(3)]
+    url, know = f'http://127.0.0.1:{free_port()}', dict(WORKERS=token)
+    common = ('--token-env', 'WORKERS')
+    ready = (
+        "document.querySelector('#stop').disabled && !document.querySelector('#vote-A').disabled"
+    )
+    here = ('--port', url.rpartition(':')[2], '--heartbeat', 2, '--votes', tmp_path / 'votes')
+    add = ('--to', url, '--device', 'cpu', '--max-new-tokens', 8, '--add')
+    folders = asset_path('vlm'), tmp_path / 'secret' / 'untrained'
+    with ExitStack() as running:
+        start = lambda log, *words: running.enter_context(process(log, *common, *words, **know))
+        main = start(logs[0], *here)
+        wait_for(logs[0], f'no model yet at {url}; add one', main)
+        page.goto(url)
+        page.wait_for_selector(f'#add pre >> text=--to {url} --token-env VARIABLE')
+        small = start(logs[1], *add, folders[0], '--name', 'small')
+        untrained = start(logs[2], *add, folders[1])
+        wait_for(logs[1], 'small answers at port', small)
+        wait_for(logs[2], 'untrained answers at port', untrained)
+        page.click('#reload')
+        page.wait_for_selector('#add >> text=2 on the list')
+        assert sorted(names(page, 'left')) == ['small', 'untrained']
+        page.locator('#question textarea').fill('how many objects are there ?')
+        page.click('#ask')
+        page.wait_for_function(ready)
+        page.wait_for_selector('#seen-right img')
+        said = [page.locator(f'#chat-{side} .bot').first.inner_text() for side in ('left', 'right')]
+        page.click('#again')
+        page.wait_for_function(f'!({ready})')
+        page.wait_for_function(ready)
+        assert page.locator('#chat-left .user').count() == 1, (
+            'it takes the place of the last answer'
+        )
+        page.click('#vote-both-bad')
+        page.wait_for_selector('#voting >> text=Kept: Both are bad')
+        (vote,) = map(json.loads, (tmp_path / 'votes' / 'votes.jsonl').read_text().splitlines())
+        assert sorted(vote['models'].values()) == ['small', 'untrained'] and all(said)
+        drawn = dict(max_new_tokens=512, temperature=0.2, top_p=0.7, seed=1)
+        assert vote['settings'] == drawn and vote['vote'] == 'both bad'
+        assert len(vote['picture_sha256']) == 64 and set(vote) == {
+            *('time', 'vote', 'models', 'question', 'asked', 'markers', 'answers', 'settings'),
+            'picture_sha256',
+        }
+        shot(page, tmp_path, 'workers')
+        untrained.kill()
+        side = next(s for s, m in zip(('left', 'right'), vote['models'].values()) if m != 'small')
+        page.locator('#question textarea').fill('what is it ?')
+        page.click('#ask')
+        page.wait_for_selector(f'#chat-{side} >> text=/no worker answers for untrained any more/')
+        page.wait_for_timeout(5000)  # two heartbeats and a little
+        page.reload()
+        page.wait_for_function("document.querySelector('#model-left input')?.value == 'small'")
+        page.wait_for_selector('#model-right', state='hidden')
+        dropped = subprocess.run(
+            [sys.executable, '-m', 'vlmbench', 'serve', *common, '--drop', 'small', '--to', url],
+            env=os.environ | dict(PYTHONPATH=str(ROOT)) | know,
+            capture_output=True,
+            text=True,
+        )
+        assert dropped.stdout == 'small: 1 worker dropped\n', dropped.stderr
+        assert small.wait(30) == 0 and 'this worker ends' in logs[1].read_text()
+        page.click('#reload')
+        page.wait_for_selector('#add >> text=There is no model yet')
+        shown = page.content()
+    everything = shown + ''.join(log.read_text() for log in logs) + dropped.stderr
+    assert token not in everything and 'secret' not in shown
+    assert not page.problems and not page.foreign, (page.problems, page.foreign)
 
 
 @pytest.mark.usefixtures('real_kernels')

@@ -1,6 +1,6 @@
 """Captions: filtered by rules that are counted, the same bytes twice; written by a model."""
 
-import json, subprocess, sys
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from warm_kernels import vlmbench
 
 from vlmbench.data.clusters import cluster, nearest_to_centres
 from vlmbench.data.filter import Choice, filter_captions, is_cut, repeats_itself
@@ -19,9 +21,7 @@ FLAGS = '--above 448 --drop-repeats --drop-cut --cluster clip:clip --clusters 4 
 
 
 def command(*words, cwd):
-    done = subprocess.run(
-        [sys.executable, '-m', 'vlmbench', 'data', *words], cwd=cwd, capture_output=True, text=True
-    )
+    done = vlmbench('data', *words, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,9 +1,11 @@
 """Folders of pictures: what a copy of an instruction mix lacks is told by folder and source."""
 
-import json, subprocess, sys
+import json
 
 import pytest
 from PIL import Image
+
+from warm_kernels import vlmbench
 
 from vlmbench.data.cards import CardError, check, load_card
 
@@ -64,12 +66,7 @@ def test_a_whole_copy_is_clean_and_a_strange_folder_is_named(copy):
 
 def test_the_command_names_the_missing_folder_and_no_place_of_the_machine(copy, tmp_path):
     (tmp_path / 'here').mkdir()
-    done = subprocess.run(
-        [sys.executable, '-m', 'vlmbench', 'data', 'check', CARD, '..'],
-        cwd=tmp_path / 'here',
-        capture_output=True,
-        text=True,
-    )
+    done = vlmbench('data', 'check', CARD, '..', cwd=tmp_path / 'here')
     assert done.returncode == 1, done.stderr
     assert f'{GONE}: missing folder: is not there, and 2 rows need it' in done.stdout
     assert str(tmp_path) not in done.stdout

@@ -392,3 +392,17 @@ def test_transformers_own_llava(tasks):
         a.frame['prediction'].tolist() == b.frame['prediction'].tolist()
         and not a.header['prompt_checked']
     )
+
+
+def test_a_log_of_answers_knows_how_pictures_were_prepared(vlm, tasks, tmp_path):
+    model, processor = vlm
+    task = tasks['vqa_test'].head(2)
+    evaluate(model, processor, task, out_dir=tmp_path)
+    usual = processor.transform
+    try:
+        processor.transform = replace(usual, mode='crop')
+        with pytest.raises(ValueError, match='pictures was .*squash.*, is .*crop'):
+            evaluate(model, processor, task, out_dir=tmp_path)
+    finally:
+        processor.transform = usual
+    evaluate(model, processor, task, out_dir=tmp_path)

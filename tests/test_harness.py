@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import vlmbench
+from vlmbench.checkpoints.load import load_vlm
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.world import asset_path
+from vlmbench.demo.serve import world_picture
 from vlmbench.evaluate.harness import COLUMNS, harness_model, run_harness
 from zero_reference import loglikelihood
 from vlmbench.models.depth import build_surrogate
@@ -138,3 +141,51 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
         run_harness(plain(), TOKENIZER, ['hellaswag'])
     with pytest.raises(ValueError, match='at least one'):
         run_harness(plain(), TOKENIZER, [])
+
+
+TASK = """task: things
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {folder}/rows.parquet}}}}
+test_split: test
+output_type: generate_until
+doc_to_image: !function pictures.of
+doc_to_text: '<image>{{{{question}}}}'
+doc_to_target: '{{{{answer}}}}'
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+QUESTIONS = ['what is this ?', 'how many things are there ?', 'what color is the circle ?'] * 2
+
+
+@pytest.mark.slow
+def test_the_harness_asks_a_folder_about_pictures_unpatched(lm_eval, tmp_path):
+    "`lm_eval --model hf-multimodal` gives the answers that the model gives here."
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    model = vlmbench.load(asset_path('vlm'), device='cpu')
+    rows = [
+        dict(image=world_picture(number), question=question, answer='three')
+        for number, question in enumerate(QUESTIONS)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / 'rows.parquet')
+    (tmp_path / 'things.yaml').write_text(TASK.format(folder=tmp_path))
+    (tmp_path / 'pictures.py').write_text("def of(row):\n    return [row['image']]\n")
+    for part in load_vlm(asset_path('vlm')):
+        part.save_pretrained(tmp_path / 'model')
+    found = simple_evaluate(
+        model='hf-multimodal',
+        model_args=dict(pretrained=str(tmp_path / 'model'), dtype='float32'),
+        tasks=['things'],
+        task_manager=TaskManager(include_path=str(tmp_path)),
+        device='cpu',
+        batch_size=2,
+        apply_chat_template=True,
+        log_samples=True,
+    )
+    theirs = [row['resps'][0][0].strip() for row in found['samples']['things']]
+    assert theirs == [str(model.ask(row['image'], row['question'])) for row in rows]
+    assert len(set(theirs)) > 2
+    right = sum(answer == 'three' for answer in theirs) / len(theirs)
+    assert found['results']['things']['exact_match,none'] == pytest.approx(right)

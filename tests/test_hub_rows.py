@@ -1,11 +1,13 @@
 """Data sets of the Hub by name, from the cache that `datasets` keeps: no network."""
 
-import io, json, os, pickle, subprocess, sys
+import io, json, os, pickle
 
 import datasets
 import pytest
 from datasets.naming import camelcase_to_snakecase
 from PIL import Image
+
+from warm_kernels import vlmbench
 
 from vlmbench.data.mixture import StatefulSampler
 from vlmbench.data.quarantine import BadRecord, Quarantine
@@ -116,13 +118,8 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
 def test_a_run_trains_on_it(cache, tmp_path):
     words = ['recipe=llava', 'evaluate=false', 'out=run', 'budget=0.001', 'unknown_words=1']
     words += [f'overrides=["stages.{stage}.data={NAME}"]' for stage in ('align',)]
-    done = subprocess.run(
-        [sys.executable, '-m', 'vlmbench', 'run', 'train', *words],
-        cwd=tmp_path,
-        env=os.environ | dict(HF_DATASETS_CACHE=str(cache)),
-        capture_output=True,
-        text=True,
-    )
+    environment = os.environ | dict(HF_DATASETS_CACHE=str(cache))
+    done = vlmbench('run', 'train', *words, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     stage = json.loads((tmp_path / 'run' / 'recipe.json').read_text())['stages'][0]
     assert stage['data'] == NAME

@@ -48,6 +48,7 @@ def test_two_ranks_equal_one(tmp_path, uninterrupted):
         load_state(uninterrupted.path, ranks=1)
 
 
+@pytest.mark.slow
 def test_a_rank_without_pictures_keeps_up_with_shards(tmp_path, uninterrupted):
     "Under FSDP the rank of the text-only rows runs the front end along, on a blank picture."
     on_two_ranks('two_rank_run', tmp_path, steps=4, parallel='fsdp')
@@ -81,7 +82,7 @@ def test_sharded_tensors_are_saved_whole_and_put_back(tmp_path):
     assert state.optimizer['weight/exp_avg'].shape == (6, 4)
 
 
-@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+@pytest.mark.parametrize('parallel', ['fsdp', pytest.param('ddp', marks=pytest.mark.slow)])
 def test_non_finite_on_one_rank_stops_both_with_the_sample_named(tmp_path, parallel):
     with pytest.raises(LaunchError, match='NonFiniteLoss'):
         on_two_ranks('two_rank_run', tmp_path, steps=3, poison=True, parallel=parallel)

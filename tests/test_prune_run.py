@@ -51,7 +51,9 @@ def test_a_run_loses_a_layer_and_is_healed(trained, bases, tmp_path):  # noqa: F
     [
         (dict(model='nowhere'), 'nowhere: no model there'),
         (dict(k=2, region=[0]), 'only 1 layers lie outside'),
-        (dict(remove=[0], region=[0]), 'they cannot go and stay'),
+        pytest.param(
+            dict(remove=[0], region=[0]), 'they cannot go and stay', marks=pytest.mark.slow
+        ),
     ],
 )
 def test_bad_requests_are_refused(trained, bases, tmp_path, given, says):  # noqa: F811

@@ -200,7 +200,7 @@ SIGNALLED = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+@pytest.mark.parametrize('name', ['SIGTERM', pytest.param('SIGUSR1', marks=pytest.mark.slow)])
 def test_signal_saves_and_exits_75(tmp_path, name):
     p = subprocess.run(
         [sys.executable, '-c', SIGNALLED, str(tmp_path), str(HERE), name],

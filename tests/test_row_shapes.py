@@ -1,12 +1,14 @@
 """Rows in the shapes of other tools: read with their pictures, or refused with the key named."""
 
-import base64, io, json, os, pickle, subprocess, sys
+import base64, io, json, os, pickle
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
+from warm_kernels import vlmbench
 
 from vlmbench.data.cards import check
 from vlmbench.data.quarantine import BadRecord, Quarantine
@@ -264,11 +266,6 @@ def test_the_command_says_which_caption_is_blind(tmp_path):
     table = dict(id=['a'], image=[None], conversations=[json.dumps(BARE)])
     (tmp_path / 'copy').mkdir()
     pq.write_table(pa.table(table), tmp_path / 'copy' / 'x.parquet')
-    done = subprocess.run(
-        [sys.executable, '-m', 'vlmbench', 'data', 'check', 'vora_recap_8m', 'copy'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = vlmbench('data', 'check', 'vora_recap_8m', 'copy', cwd=tmp_path)
     assert done.returncode == 1 and 'row 0 (id a): ' not in done.stderr
     assert 'no picture' in done.stdout

@@ -1,13 +1,15 @@
 """What a run's `data` names: published rows in the eight shapes that they may have, a published
 folder, a name of the Hub; and what a stage reads then."""
 
-import io, json, os, subprocess, sys
+import io, json
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
+
+from warm_kernels import vlmbench
 
 from vlmbench.data.quarantine import BadRecord, Quarantine
 from vlmbench.data.sources import DataError, check_data, open_samples, open_stage_data, prepare_data
@@ -145,13 +147,7 @@ def test_a_run_trains_on_published_rows_by_their_name(tmp_path):
     write(tmp_path / 'data', 'frames of structs')
     words = ['recipe=vora', 'stages=["pretrain"]', f'data={NAME}', 'evaluate=false', 'out=run']
     words += ['overrides=["stages.pretrain.steps=2","stages.pretrain.global_rows=4"]']
-    done = subprocess.run(
-        [sys.executable, '-m', 'vlmbench', 'run', 'train', 'device=cpu', *words],
-        cwd=tmp_path,
-        env=os.environ | dict(PYTHONPATH=ROOT),
-        capture_output=True,
-        text=True,
-    )
+    done = vlmbench('run', 'train', 'device=cpu', *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     manifest = json.loads((tmp_path / 'run' / 'manifest.json').read_text())
     assert list(manifest['data']['files']) == [

@@ -166,7 +166,11 @@ def test_a_refusal_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(
     'variant, asked',
-    [(['regions=text'], ' at [ '), (['kinds=arrow'], ' pointed to by the '), (None, ' the ')],
+    [
+        (['kinds=arrow'], ' pointed to by the '),
+        pytest.param(['regions=text'], ' at [ ', marks=pytest.mark.slow),
+        pytest.param(None, ' the ', marks=pytest.mark.slow),
+    ],
 )
 def test_evaluate_draws_the_regions_of_questions_as_training_did(variant, asked, tmp_path):
     "`variant`: of the run that trained the model; None: a folder that no run left."

@@ -1,12 +1,14 @@
 """Rows read while they are needed: the same on any number of ranks, and after a resume."""
 
-import io, json, os, subprocess, sys
+import io, json, os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+
+from warm_kernels import vlmbench
 
 from vlmbench.data.mixture import StatefulSampler
 from vlmbench.data.packing import BatchLoader
@@ -183,13 +185,7 @@ def test_what_a_stream_cannot_do_is_said(place):
 def run(place, out, *words):
     common = ['recipe=llava', 'stages=["align"]', 'evaluate=false', 'device=cpu', 'streaming=true']
     common += ['data=hub:Org/Captions', 'stream_buffer=16', f'out={out}', *words]
-    return subprocess.run(
-        [sys.executable, '-m', 'vlmbench', 'run', 'train', *common],
-        cwd=place,
-        env=os.environ | dict(PYTHONPATH=ROOT, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE'),
-        capture_output=True,
-        text=True,
-    )
+    return vlmbench('run', 'train', *common, cwd=place)
 
 
 SIZES = ['batch_rows=2', 'accumulation=2', 'max_tokens=192', 'warmup_ratio=0']

@@ -1,7 +1,8 @@
-"""Notebook kernels without their start, for tests of what a notebook does. A process imports once
-what every run notebook imports, and each kernel is a copy of it; Jupyter starts `warm_kernels.py
-ask`, which stands for the kernel: it passes on signals, and ends when and as the copy does. What a
-kernel's start, its death and its signals do is tested with real ones (test_engine.py, test_cli.py).
+"""Notebook kernels and commands without their start, for tests of what they do. A process imports
+once what every run notebook imports, and each kernel is a copy of it; Jupyter starts
+`warm_kernels.py ask`, which stands for the kernel: it passes on signals, and ends when and as the
+copy does. `vlmbench` starts a command in the same way. What a start, a death and signals do is
+tested with real processes (test_engine.py, test_cli.py, test_wheel.py).
 """
 
 import atexit
@@ -34,13 +35,26 @@ def install(folder):
     spec = Path(folder) / 'kernels' / 'python3' / 'kernel.json'
     spec.parent.mkdir(parents=True)
     ask = [sys.executable, '-I', '-S', __file__, 'ask', str(folder), str(os.getpid())]
-    command = [*ask, '-f', '{connection_file}']
+    command = [*ask, 'ipykernel_launcher', '-f', '{connection_file}']
     spec.write_text(json.dumps(dict(argv=command, display_name='Python 3', language='python')))
 
 
+def vlmbench(*words, cwd=None, env=None, timeout=600):
+    "Run the command with `words` in the folder `cwd`, as subprocess.run does."
+    folder = os.environ['VLMBENCH_TEST_KERNELS']
+    spec = json.loads((Path(folder) / 'kernels' / 'python3' / 'kernel.json').read_text())
+    owner = spec['argv'][spec['argv'].index('ipykernel_launcher') - 1]
+    place = Path(folder) / 'commands'
+    place.mkdir(exist_ok=True)
+    command = [sys.executable, '-I', '-S', __file__, 'ask', str(place), owner, 'vlmbench']
+    command += map(str, words)
+    how = dict(cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
+    return subprocess.run(command, **how)
+
+
 def start_as_usual(arguments):
-    "Be a kernel without a copy."
-    os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *arguments])
+    "Be a kernel or a command without a copy."
+    os.execv(sys.executable, [sys.executable, '-m', *arguments])
 
 
 def connect(folder, owner):
@@ -84,23 +98,33 @@ def ask(folder, owner, *arguments):
     sys.exit(code)
 
 
-def become_kernel(asked, streams):
-    "What the copy does: take over streams, folder and environment, and be a kernel."
+def work(module):
+    "Be what `module` is."
+    if module == 'vlmbench':
+        from vlmbench.run.cli import main
+
+        main()
+    else:
+        from ipykernel import kernelapp
+
+        kernelapp.launch_new_instance()
+
+
+def become(asked, streams):
+    "What the copy does: take over streams, folder and environment, and be a kernel or command."
     os.setpgid(0, 0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.chdir(asked['folder'])
     os.environ.clear()
     os.environ.update(asked['environment'], JPY_PARENT_PID=str(os.getppid()))
-    sys.argv = ['ipykernel_launcher', *asked['arguments']]
+    sys.argv = asked['arguments']
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 0
     try:
-        from ipykernel import kernelapp
-
-        kernelapp.launch_new_instance()
+        work(sys.argv[0])
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 0
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
@@ -123,7 +147,7 @@ def take(door, environment, others):
         if pid == 0:
             for other in (door, *others):
                 other.close()
-            become_kernel(asked, streams)
+            become(asked, streams)
     for stream in streams:
         os.close(stream)
     door.sendall(f'{pid}\n'.encode())
@@ -143,9 +167,11 @@ def serve(folder, owner):
     "Import, then copy this process for each stand-in until the process `owner` is gone."
     os.setsid()
     environment = dict(os.environ)  # imports may add to it
-    import ipykernel.kernelapp  # noqa: F401
+    if not folder.endswith('commands'):  # what has imported this takes itself for a notebook
+        import ipykernel.kernelapp  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import vlmbench.lab.plots, vlmbench.lab.report, vlmbench.run.bench, vlmbench.run.jobs  # noqa
+    import vlmbench.run.cli  # noqa: F401
 
     sys.path.pop(0)
     listening = socket.socket(socket.AF_UNIX)

@@ -16,13 +16,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .names import check_exactly, refusing
+from vlmbench.checkpoints.names import (
+    CheckpointFormatError,
+    check_exactly,
+    hub_refusal,
+    refusing,
+)
 from vlmbench.checkpoints.release import (
     names_in_vlm,
     placed,
     read_weights,
     stored_dtype,
 )
+from ..data.home import kept_model
 from ..models.depth import depth_of
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.vlm import mend_generation
@@ -36,8 +42,12 @@ def weights_folder(where: str | Path) -> Path:
     `CheckpointFormatError` where the Hub does not give them."""
     if Path(where).is_dir():
         return Path(where)
-    with refusing(f'{where}: no folder here, and the Hub did not give it'):
+    if (kept := kept_model(where)) is not None:
+        return kept
+    try:
         return Path(huggingface_hub.snapshot_download(str(where), allow_patterns=_FILES))
+    except (OSError, ValueError) as e:
+        raise CheckpointFormatError(hub_refusal(f'{where}: no such folder here', 'it', e)) from None
 
 
 def weightless(folder: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrainedModel:

@@ -30,6 +30,7 @@ from ..distill.align import PatchAligner, grid_ratio
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vision import build_front_end
+from ..train.scale import base_model
 from ..models.vlm import assemble
 
 # %% ../../nbs/checkpoints/30_eve.ipynb #2212c0f5
@@ -177,7 +178,7 @@ def load_release(
     else `release_settings` by name. `dtype`: that of the weights as stored. `place`: as in
     `build_release`. Raises `CheckpointFormatError` naming what does not fit."""
     config = read_config(folder, 'eve')
-    beside = Path(str(config.get('mm_vision_tower') or '')) / 'preprocessor_config.json'
+    beside = Path(base_model(str(config.get('mm_vision_tower') or ''))) / 'preprocessor_config.json'
     where = preprocessor or (beside if beside.is_file() else None)
     front, transform = release_settings(config, None if where is None else read_json(where))
     published = read_weights(folder)  # first: a folder without any needs no model

@@ -36,6 +36,7 @@ from vlmbench.checkpoints.llava import (
 from .names import CheckpointFormatError, hub_refusal
 from .release import read_config, set_template
 from .zero_names import released_name
+from ..data.home import kept_model
 from ..data.template import TEMPLATES
 from ..models.quantized import prepare_quantized
 
@@ -85,6 +86,8 @@ def find_model(where: str | Path) -> Path:
     try:
         return model_folder(where)
     except FileNotFoundError:
+        if (kept := kept_model(where)) is not None:
+            return model_folder(kept)
         if not Path(where).exists() and HUB_NAME.fullmatch(str(where)):
             return _fetch(str(where))
         raise LoadError(

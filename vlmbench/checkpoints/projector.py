@@ -27,6 +27,7 @@ from vlmbench.checkpoints.names import (
 )
 from .parts import PROJECTOR_FILE, read_projector
 from .release import read_json
+from ..data.home import kept_model
 from ..models.vision import front_end_class
 from ..train.recipe import Recipe
 from ..train.scale import Scale
@@ -69,6 +70,9 @@ def find_projector(where: str | Path) -> Projector:
 
 # %% ../../nbs/checkpoints/25_projector.ipynb #318dc96f
 def _fetch(name: str, file: str) -> Path:
+    kept = kept_model(name)
+    if kept is not None and (kept / file).is_file():
+        return kept / file
     try:
         return Path(huggingface_hub.hf_hub_download(name, file))
     except (OSError, ValueError) as e:
@@ -78,6 +82,8 @@ def _fetch(name: str, file: str) -> Path:
 
 def _fetch_config(name: str) -> Path | None:
     "The configuration beside a projector on the Hub; None where the repository has none."
+    if (kept := kept_model(name)) is not None:
+        return kept / 'config.json' if (kept / 'config.json').is_file() else None
     try:
         return Path(huggingface_hub.hf_hub_download(name, 'config.json'))
     except (EntryNotFoundError, LocalEntryNotFoundError):

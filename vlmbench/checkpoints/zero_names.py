@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .names import CheckpointFormatError, refusing
+from ..data.home import kept_model
 from ..methods.zero import PAPER_SCALES, SETTINGS
 from ..train.scale import Scale
 
@@ -107,8 +108,13 @@ def released_name(where: str | Path) -> ReleasedName | None:
 def fetch_file(file: ReleasedFile) -> Path:
     """The local path of a released file, fetched into the Hub's cache where it is not yet. Raises
     `CheckpointFormatError` where it cannot be had, or where its hash differs from `file.sha256`."""
-    with refusing(f'{REPOSITORY}/{file.path}, revision {file.revision}, cannot be had'):
-        path = Path(huggingface_hub.hf_hub_download(REPOSITORY, file.path, revision=file.revision))
+    kept = kept_model(REPOSITORY)
+    if kept is not None and (kept / file.path).is_file():
+        path = kept / file.path
+    else:
+        place = dict(filename=file.path, revision=file.revision)
+        with refusing(f'{REPOSITORY}/{file.path}, revision {file.revision}, cannot be had'):
+            path = Path(huggingface_hub.hf_hub_download(REPOSITORY, **place))
     if file.sha256 is not None:
         with open(path, 'rb') as f:
             found = hashlib.file_digest(f, 'sha256').hexdigest()

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+# %% ../../nbs/data/64_clusters.ipynb #3c6fe521
+from .home import kept_model
+
 # %% ../../nbs/data/64_clusters.ipynb #57329012
 class ClipEmbedder:
     """Pictures -> float32 `[pictures, width]` of length 1, by the CLIP in `folder`. Raises
@@ -24,6 +27,7 @@ class ClipEmbedder:
 
         if device is None:
             device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        folder = kept_model(folder) or folder
         try:
             self.model = CLIPModel.from_pretrained(folder).eval().to(device)
             self.processor = AutoImageProcessor.from_pretrained(folder)

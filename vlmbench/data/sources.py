@@ -9,7 +9,7 @@ __all__ = ['COUNTED_ROWS', 'FIRST_STREAMED', 'Place', 'DataError', 'data_file', 
            'open_samples', 'check_regions', 'grouped_order', 'StageData', 'open_stage_data']
 
 # %% ../../nbs/data/75_sources.ipynb #b72d5cbe
-import difflib, itertools, json, os
+import difflib, itertools, json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from typing import Any
 
 from .cards import DataName, cards_dir, find_place, load_card
 from .columns import column_name, is_empty, picture_column
+from .home import home
 from .layouts import DATA_FILES, PACKED_FILES, is_hub, is_saved, open_rows
 from .mixture import Grouped, Mixture, Shuffled
 from .quarantine import BadRecord, Quarantine
@@ -185,8 +186,8 @@ def check_data(wanted: Mapping[str, str], folder: str | Path) -> None:
 # %% ../../nbs/data/75_sources.ipynb #6bb58850
 def data_roots() -> list[Path]:
     "The folders in which published data is looked for by its name, in order."
-    home = os.environ.get('VLMBENCH_HOME')
-    return [Path(), Path('data'), *([Path(home) / 'data'] if home else [])]
+    root = home()
+    return [Path(), Path('data'), *([] if root is None else [root / 'data'])]
 
 
 @cache

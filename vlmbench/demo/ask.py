@@ -39,6 +39,7 @@ def ask(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    top_p: float = 1.0,
 ) -> str | Iterator[str]:
     """The answer to `question` about `picture` (a PIL image, a file, a web address, bytes; None:
     no picture).
@@ -46,8 +47,9 @@ def ask(
     `regions`: markers drawn on it, each `kind:numbers` in pixels such as
     `rectangle:10,10,40,40`; `colors`: one for all or one for each. `stream`: an iterator of the
     answer's pieces as they come, instead of the whole text. `max_new_tokens`: None for the model's
-    own (`longest`). `temperature` 0 is greedy; `seed`
-    draws otherwise. Raises `ChatError`, `ImageError`, `ValueError`."""
+    own (`longest`). `temperature` 0 is greedy; `seed` draws otherwise, from the likeliest words
+    that have the probability `top_p` together. Raises `ChatError`, `ImageError`, `ValueError`."""
     chat = Chat(self, open_picture(picture), prompts_from_options(regions, colors), system)
-    pieces = chat.ask(question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
+    pieces = chat.ask(question, **settings)
     return pieces if stream else ''.join(pieces).strip()

@@ -9,6 +9,7 @@ __all__ = ['Question', 'Batcher', 'question_for', 'answer_pieces']
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..data.record import Sample, Turn
-from .chat import ChatError, ChatModel, GumbelSample, WordStreamer, room, words
+from .chat import ChatError, ChatModel, room
+from .words import GumbelSample, WordStreamer, words
 from ..evaluate.prompts import prompt_inputs
 
 # %% ../../nbs/demo/12_batches.ipynb #e86b1406
@@ -110,6 +112,8 @@ class Batcher:
     def __init__(self, model: ChatModel, size: int = 8):
         self.model, self.size = model, size
         self.largest = 0  # questions in the largest batch so far
+        self.pending = 0  # questions that wait or are being answered
+        self._count = threading.Lock()
         self._waiting: queue.Queue[Question | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, daemon=True, name=f'batch-{model.name}')
         self._thread.start()
@@ -118,6 +122,17 @@ class Batcher:
         "Finish the present batch and stop."
         self._waiting.put(None)
         self._thread.join()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        "One question more is `pending`, until the end of the block."
+        with self._count:
+            self.pending += 1
+        try:
+            yield
+        finally:
+            with self._count:
+                self.pending -= 1
 
     def _work(self) -> None:
         going_on = True
@@ -170,6 +185,7 @@ def question_for(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
+    top_p: float = 1.0,
 ) -> Question:
     """A `Question` that ends with the user's turn. Raises `ChatError` for a conversation that is
     too long, and what the processor says of pictures that it cannot read."""
@@ -180,19 +196,20 @@ def question_for(
         tokens,
         room(model.model, tokens, max_new_tokens),
         WordStreamer(model.processor.tokenizer, model.stops),
-        GumbelSample(temperature, seed) if temperature else None,
+        GumbelSample(temperature, seed, top_p) if temperature else None,
     )
 
 
 def answer_pieces(batcher: Batcher, question: Question) -> Iterator[str]:
     """Pieces of the answer as they come; the generator returns 'stop', or 'length' if the answer
     was cut. Raises what went wrong while it was generated."""
-    batcher._waiting.put(question)
     model = batcher.model
-    try:
-        yield from words(question.streamer, model.written)
-    finally:
-        question.gone.set()
+    with batcher.counted():
+        batcher._waiting.put(question)
+        try:
+            yield from words(question.streamer, model.written)
+        finally:
+            question.gone.set()
     if question.failed is not None:
         why = question.failed
         raise ChatError(f'{model.name} failed: {why}') if isinstance(why, RuntimeError) else why

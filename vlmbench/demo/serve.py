@@ -13,9 +13,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from fastcore.basics import patch
@@ -25,9 +26,12 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 # %% ../../nbs/demo/10_serve.ipynb #1df15712
 from ..checkpoints.load import LoadError, takes_base
 from ..data.picture import ImageError, load_image
+from .api import serve_api
 from .board import asset_text, board_js, board_settings, data_url
-from .chat import ChatError, ChatModel, example_questions
+from .chat import EXAMPLES, ChatError, ChatModel, Loading, example_questions
+from .controller import Controller, build_controller, is_here
 from .visit import SIDES, Limits, Visit, note
+from .votes import VOTES, Votes
 
 # %% ../../nbs/demo/10_serve.ipynb #b837463e
 def _gradio() -> ModuleType:
@@ -47,17 +51,23 @@ def world_picture(index: int = 7) -> Image.Image:
     return render(scene_samples('region', 'test', index, config)[0], config)
 
 # %% ../../nbs/demo/10_serve.ipynb #0cadcd5b
-_NO_MODEL = '(none)'  # the choice that empties the right side
+_NO_MODEL = '(none)'  # the choice that empties a side
 
 
 class _Handlers:
     "What the page's events do; every method gets the visitor's `Visit`, or None before it began."
 
     def __init__(
-        self, models: Mapping[str, ChatModel], limits: Limits, images: Sequence[Image.Image]
+        self,
+        models: Mapping[str, ChatModel],
+        limits: Limits,
+        images: Sequence[Image.Image],
+        votes: Votes | None,
     ):
         self.gr, self.models, self.limits, self.images = _gradio(), models, limits, images
-        self.sides = SIDES if len(models) > 1 else SIDES[:1]
+        self.live = isinstance(models, Controller)  # models come and go
+        self.sides = SIDES if self.live or len(models) > 1 else SIDES[:1]
+        self.votes = votes if len(self.sides) > 1 else None
 
     def visit(self, visit: Visit | None) -> Visit:
         return visit or Visit(self.models, self.limits)
@@ -73,11 +83,42 @@ class _Handlers:
 
 # %% ../../nbs/demo/10_serve.ipynb #b4ef3b67
 @patch
-def start(self: _Handlers) -> list:
+def lists(self: _Handlers, visit: Visit, url: str) -> list:
+    "What of the page depends on the list of models; `url`: where the visitor found the page."
+    gr, names, boxes = self.gr, list(self.models), []
+    for k, side in enumerate(self.sides):
+        chat = visit.chats[side]
+        chosen = _NO_MODEL if chat is None else chat.model.name
+        choices = names + [_NO_MODEL] * (k > 0 or chat is None)
+        boxes.append(gr.Dropdown(choices=choices, value=chosen, interactive=len(choices) > 1))
+    second = len(names) > 1 or SIDES[1] in visit.active
+    columns = [gr.Column(visible=second) for _ in self.sides[1:] * 2]
+    texts = example_questions(next(iter(self.models.values()), None))
+    tries = [gr.Button(text, visible=True) for text in texts]
+    tries += [gr.Button(visible=False)] * (_TRIES - len(texts))
+    shown = gr.skip() if names else gr.Accordion(open=True)
+    more = [shown, _how_to_add(self.models, url)] if self.live else []
+    return [*boxes, *columns, *tries, _head(self.models), *more]
+
+
+@patch
+def start(self: _Handlers, url: str) -> list:
     image = self.images[0]
-    return [Visit(self.models, self.limits, image), self.board(image)]
+    visit = Visit(self.models, self.limits, image)
+    return [visit, self.board(image), *self.lists(visit, url), *self.controls(visit)]
 
 
+@patch
+def reload(self: _Handlers, visit: Visit | None, url: str) -> list:
+    visit = self.visit(visit)
+    for side, chat in visit.active.items():
+        if chat.model.name not in self.models:
+            visit.choose(side, None)
+    visit.fill()
+    said = [visit.messages(side) for side in self.sides]
+    return [visit, *self.lists(visit, url), *said, *self.controls(visit)]
+
+# %% ../../nbs/demo/10_serve.ipynb #cad02623
 @patch
 def open_picture(self: _Handlers, data: Any, visit: Visit | None) -> list:
     visit = self.visit(visit)
@@ -86,20 +127,20 @@ def open_picture(self: _Handlers, data: Any, visit: Visit | None) -> list:
     except ImageError as e:
         # the time makes the note a new one, also for the same words twice
         told = self.gr.HTML(note=[time.time(), f'This picture was refused. {e}'])
-        return [visit, told, *self.skip(), *self.skip()]
+        return [visit, told, *self.skip(), *self.skip(), *self.controls(visit)]
     empty = [[] for _ in self.sides]
     unseen = [self.gr.Gallery(value=[], visible=False) for _ in self.sides]
-    return [visit, self.board(image), *empty, *unseen]
+    return [visit, self.board(image), *empty, *unseen, *self.controls(visit)]
 
 
 @patch
-def choose(self: _Handlers, side: str, name: str, visit: Visit | None) -> tuple[Visit, list[dict]]:
+def choose(self: _Handlers, side: str, name: str, visit: Visit | None) -> list:
     visit = self.visit(visit)
     try:
         visit.choose(side, None if name == _NO_MODEL else name)
     except ChatError as e:
         raise self.gr.Error(str(e), title='Refused', duration=12, print_exception=False) from None
-    return visit, visit.messages(side)
+    return [visit, visit.messages(side), *self.controls(visit)]
 
 # %% ../../nbs/demo/10_serve.ipynb #6c0e5ce0
 @patch
@@ -111,10 +152,14 @@ def seen(self: _Handlers, visit: Visit) -> list:
         if chat is None or chat.marked is None:
             galleries.append(self.gr.Gallery(value=[], visible=False))
             continue
-        views = chat.model.encoder_view(chat.marked)
-        labels = [f'marked, {chat.marked.width} × {chat.marked.height} px']
+        marked = chat.history[-1].image if side in visit.answered else chat.marked
+        try:
+            views = chat.model.encoder_view(marked)
+        except ChatError:  # its worker has just left: the marked picture is what it was given
+            views = []
+        labels = [f'marked, {marked.width} × {marked.height} px']
         labels += [f'in its encoder, {view.width} × {view.height} px' for view in views]
-        pictures = [chat.marked, *views]
+        pictures = [marked, *views]
         # small pictures are enlarged without smoothing: a pixel is then a square
         small = max(max(picture.size) for picture in pictures) <= 512
         classes = ['seen', 'small'] if small else ['seen']
@@ -124,25 +169,55 @@ def seen(self: _Handlers, visit: Visit) -> list:
 
 # %% ../../nbs/demo/10_serve.ipynb #d4ffcd63
 @patch
-def buttons(self: _Handlers, asking: bool) -> list:
-    "The buttons Ask and Stop while an answer is under way, and after."
-    return [self.gr.Button(interactive=not asking), self.gr.Button(interactive=asking)]
+def controls(self: _Handlers, visit: Visit, asking: bool = False) -> list:
+    "The buttons Ask, Stop, Regenerate, those of votes and what is said of them."
+    can = not asking, asking, not asking and visit.question is not None
+    buttons = [self.gr.Button(interactive=value) for value in can]
+    if self.votes is None:
+        return buttons
+    two = len(visit.active) > 1
+    vote = dict(interactive=not asking and visit.comparable, visible=two)
+    buttons += [self.gr.Button(**vote) for _ in VOTES]
+    said = _VOTING if visit.vote is None else f'Kept: {VOTES[visit.vote]}. Thank you.'
+    return [*buttons, self.gr.Markdown(said, visible=two)]
 
 
 @patch
 def ask(
-    self: _Handlers, question: str, marks: str, tokens: int, temperature: float, visit: Visit | None
+    self: _Handlers,
+    question: str,
+    marks: str,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    visit: Visit | None,
 ) -> Iterator[list]:
     visit = self.visit(visit)
+    answering = visit.ask(question, marks, tokens, temperature, top_p)
+    yield from self.follow(visit, answering, [''])
+
+
+@patch
+def again(
+    self: _Handlers, tokens: int, temperature: float, top_p: float, visit: Visit | None
+) -> Iterator[list]:
+    visit = self.visit(visit)
+    yield from self.follow(visit, visit.again(tokens, temperature, top_p), [])
+
+
+@patch
+def follow(self: _Handlers, visit: Visit, answering: Iterator[dict], box: list) -> Iterator[list]:
+    "The page while answers stream in; `box`: what stands in the box of the question meanwhile."
     try:
-        for state in visit.ask(question, marks, tokens, temperature):
+        for state in answering:
             shown = [state.get(side, []) for side in self.sides]
-            yield ['', *self.buttons(True), visit, *shown, *self.skip()]
+            yield [*box, *self.controls(visit, True), visit, *shown, *self.skip()]
     except ValueError as e:  # told where the answer would stand; the question stays in the box
         told = [visit.messages(side, [note(f'Refused: {e}')]) for side in self.sides]
-        yield [self.gr.skip(), *self.buttons(False), visit, *told, *self.skip()]
+        kept = [self.gr.skip()] * len(box)
+        yield [*kept, *self.controls(visit), visit, *told, *self.skip()]
         return
-    yield ['', *self.buttons(False), visit, *self.skip(), *self.seen(visit)]
+    yield [*box, *self.controls(visit), visit, *self.skip(), *self.seen(visit)]
 
 
 @patch
@@ -153,9 +228,19 @@ def stop(self: _Handlers, visit: Visit | None) -> None:
 
 @patch
 def fresh(self: _Handlers, visit: Visit | None) -> list:
-    if visit:
-        visit.reset()
-    return [[] for _ in self.sides]
+    visit = self.visit(visit)
+    visit.reset()
+    return [visit, *([] for _ in self.sides), *self.controls(visit)]
+
+
+@patch
+def vote(self: _Handlers, choice: str, visit: Visit | None) -> list:
+    visit = self.visit(visit)
+    try:
+        self.votes.cast(visit, choice)
+    except ChatError as e:
+        raise self.gr.Error(str(e), title='No vote', duration=8, print_exception=False) from None
+    return [visit, *self.controls(visit)]
 
 # %% ../../nbs/demo/10_serve.ipynb #6f7dcad0
 _HEAD = """
@@ -170,12 +255,24 @@ _HEAD = """
   {terms}
 </div>
 """
+_ADD = """
+<p>{there} Add one from any terminal:</p>
+<pre>vlmbench serve --add MODEL --to {url}{token}</pre>
+<p>then reload the list. <code>--drop NAME --to {url}{token}</code> takes it away.</p>
+"""
 
 
 def _head(models: Mapping[str, ChatModel]) -> str:
     "The top of the page: what to do, and the base and licence of every model that says them."
     said = [f'{name}: {model.licence}' for name, model in models.items() if model.licence]
     return _HEAD.format(terms=''.join(f'<p class="terms">{escape(line)}</p>' for line in said))
+
+
+def _how_to_add(models: Controller, url: str) -> str:
+    "How the list of models grows, for the page at `url`."
+    there = f'{len(models)} on the list.' if models else 'There is no model yet.'
+    token = '' if models.token is None else ' --token-env VARIABLE'
+    return _ADD.format(there=there, url=escape(url), token=token)
 
 
 def _picture_column(do: _Handlers) -> tuple[Any, Any, Any]:
@@ -217,19 +314,16 @@ def _picture_column(do: _Handlers) -> tuple[Any, Any, Any]:
     return board, upload, examples
 
 # %% ../../nbs/demo/10_serve.ipynb #04f1cc78
-def _conversations(do: _Handlers) -> tuple[list, list]:
-    "For each side the choice of its model, and its conversation."
-    gr, names, boxes, chats = do.gr, list(do.models), [], []
+def _conversations(do: _Handlers) -> tuple[list, list, list]:
+    "For each side the choice of its model, its conversation, and the column that holds them."
+    gr, boxes, chats, columns = do.gr, [], [], []
     with gr.Row():
-        for k, side in enumerate(do.sides):
-            with gr.Column(min_width=260):
-                box = gr.Dropdown(
-                    names + [_NO_MODEL] * (k > 0),
-                    value=names[k],
-                    label='model',
-                    show_label=False,
-                    container=False,
-                    interactive=len(names) > 1,
+        for letter, side in zip('AB', do.sides):
+            with gr.Column(min_width=260) as column:
+                box = gr.Dropdown(  # filled when the page opens
+                    [_NO_MODEL],
+                    value=_NO_MODEL,
+                    label=f'Model {letter}',
                     elem_id=f'model-{side}',
                 )
                 chat = gr.Chatbot(
@@ -245,7 +339,8 @@ def _conversations(do: _Handlers) -> tuple[list, list]:
                 )
                 boxes.append(box)
                 chats.append(chat)
-    return boxes, chats
+                columns.append(column)
+    return boxes, chats, columns
 
 
 def _question_row(do: _Handlers) -> tuple[Any, Any, Any, Any]:
@@ -268,13 +363,34 @@ def _question_row(do: _Handlers) -> tuple[Any, Any, Any, Any]:
         new = gr.Button('New chat', scale=1, min_width=120, elem_id='new')
     return question, ask, stop, new
 
+
+_VOTING = (
+    'A vote is kept with the question, the markers, both answers and a fingerprint of the picture, '
+    'without the picture.'
+)
+
+
+def _second_row(do: _Handlers) -> tuple[Any, list, Any]:
+    """The button Regenerate, those of votes with what is said of them, and the one that reloads the
+    list of models."""
+    gr, votes = do.gr, []
+    with gr.Row(elem_id='second'):
+        again = gr.Button('Regenerate', size='sm', interactive=False, elem_id='again')
+        for choice, text in VOTES.items() if do.votes else ():
+            name = f'vote-{choice.replace(" ", "-")}'
+            votes.append(gr.Button(text, size='sm', visible=False, elem_id=name))
+        reload = gr.Button('Reload the models', size='sm', elem_id='reload', visible=do.live)
+    if do.votes:
+        votes.append(gr.Markdown(_VOTING, visible=False, elem_id='voting', elem_classes=['label']))
+    return again, votes, reload
+
 # %% ../../nbs/demo/10_serve.ipynb #8603573e
-def _views(do: _Handlers) -> list:
-    "For each side a gallery of what its model saw."
-    gr, views = do.gr, []
+def _views(do: _Handlers) -> tuple[list, list]:
+    "For each side a gallery of what its model saw, and its column."
+    gr, views, columns = do.gr, [], []
     with gr.Row():
         for side in do.sides:
-            with gr.Column(min_width=260):
+            with gr.Column(min_width=260) as column:
                 gr.Markdown('The exact picture this model saw', elem_classes=['label'])
                 view = gr.Gallery(
                     value=[],
@@ -290,38 +406,54 @@ def _views(do: _Handlers) -> list:
                     elem_classes=['seen'],
                 )
                 views.append(view)
-    return views
+                columns.append(column)
+    return views, columns
 
 
-def _answer_settings(do: _Handlers) -> tuple[Any, Any]:
+def _answer_settings(do: _Handlers) -> list:
     "How long an answer may be, and how likely its words."
     gr, most = do.gr, do.limits.max_new_tokens
     with gr.Accordion('Answer settings', open=False):
-        tokens = gr.Slider(1, most, min(128, most), step=1, label='longest answer, in tokens')
+        tokens = gr.Slider(1, most, min(512, most), step=1, label='longest answer, in tokens')
         temperature = gr.Slider(
-            0.0, 2.0, 0.0, step=0.1, label='temperature (0: always the likeliest word)'
+            0.0, 2.0, 0.2, step=0.1, label='temperature (0: greedy, always the likeliest word)'
         )
-    return tokens, temperature
+        top_p = gr.Slider(
+            0.05,
+            1.0,
+            0.7,
+            step=0.05,
+            label='top-p (1: words are drawn from all, not the likeliest)',
+        )
+    return [tokens, temperature, top_p]
 
 # %% ../../nbs/demo/10_serve.ipynb #ab50f910
 _DIRECT = dict(queue=False, show_progress='hidden')  # answered at once, past the queue
 _OWN = _DIRECT | dict(api_visibility='private')
+_AT_ONCE = 16  # questions under way where workers may answer
 
 
-def _try_buttons(do: _Handlers, question: Any) -> None:
+def _found_at(request: Any) -> str:
+    "The address at which a visitor found the page."
+    return str(request.request.base_url).rstrip('/')
+
+
+_TRIES = max(map(len, [*EXAMPLES.values(), example_questions(None)]))
+
+
+def _try_buttons(do: _Handlers, question: Any) -> list:
     "A button for each example question; it puts the question into the box."
-
-    def put(text):
-        return lambda: text
-
+    buttons = []
     with do.gr.Row(elem_id='tries'):
-        for text in example_questions(next(iter(do.models.values()))):
-            button = do.gr.Button(text, size='sm', min_width=120)
-            button.click(put(text), None, question, queue=False, api_visibility='private')
+        for _ in range(_TRIES):  # the texts come with the list of models
+            button = do.gr.Button('', size='sm', min_width=120, visible=False)
+            button.click(lambda text: text, button, question, **_OWN)
+            buttons.append(button)
+    return buttons
 
 
 def _wire_picture(do: _Handlers, visit: Any, column: tuple, question: Any, shown: list) -> None:
-    "Events of the picture's column; `shown` are the conversations and views that begin anew."
+    "Events of the picture's column; `shown` is what begins anew."
     gr, (board, upload, examples) = do.gr, column
 
     # gradio tells by the annotation what kind of event a handler wants to see
@@ -337,53 +469,95 @@ def _wire_picture(do: _Handlers, visit: Any, column: tuple, question: Any, shown
     board.insert(insert, question, question, **_OWN)
 
 # %% ../../nbs/demo/10_serve.ipynb #0b4647bd
-def _chooser(do: _Handlers, side: str) -> Callable:
-    def choose(name, visit):
-        return do.choose(side, name, visit)
+def _lay_out(do: _Handlers) -> SimpleNamespace:
+    "The components of the page, and in lists those that change together."
+    gr, it = do.gr, SimpleNamespace()
+    it.visit = gr.State(None, time_to_live=3600)
+    head = gr.HTML('', elem_id='head')
+    with gr.Row():
+        it.column = _picture_column(do)
+        it.board = it.column[0]
+        with gr.Column(scale=7, min_width=420):
+            it.boxes, it.chats, columns = _conversations(do)
+            it.question, it.ask, it.stop, it.new = _question_row(do)
+            it.again, it.votes, it.reload = _second_row(do)
+            tries = _try_buttons(do, it.question)
+            it.views, more_columns = _views(do)
+            it.settings = _answer_settings(do)
+            with gr.Accordion('Add a model', open=False, visible=do.live) as more:
+                add = gr.HTML('', elem_id='add')
+    it.controls = [it.ask, it.stop, it.again, *it.votes]
+    it.lists = [*it.boxes, *columns[1:], *more_columns[1:], *tries, head, *[more, add] * do.live]
+    return it
 
-    return choose
+
+def _wire_models(do: _Handlers, it: SimpleNamespace) -> None:
+    "Events of the list of models, and of the choice among them."
+
+    def choose(side):
+        return lambda name, visit: do.choose(side, name, visit)
+
+    def start(request: do.gr.Request):
+        return do.start(_found_at(request))
+
+    def reload(visit, request: do.gr.Request):
+        return do.reload(visit, _found_at(request))
+
+    do.page.load(start, None, [it.visit, it.board, *it.lists, *it.controls], **_OWN)
+    it.reload.click(reload, it.visit, [it.visit, *it.lists, *it.chats, *it.controls], **_OWN)
+    for side, box, chat in zip(do.sides, it.boxes, it.chats):
+        box.input(choose(side), [box, it.visit], [it.visit, chat, *it.controls], **_OWN)
+        chat.clear(do.fresh, it.visit, [it.visit, *it.chats, *it.controls], **_OWN)
+
+
+def _wire_answers(do: _Handlers, it: SimpleNamespace) -> None:
+    "Events of asking, stopping, asking again and voting."
+
+    def vote(choice):
+        return lambda visit: do.vote(choice, visit)
+
+    waits = dict(
+        # models of this process share the device: one question at a time; workers have their own
+        concurrency_limit=_AT_ONCE if do.live else 1,
+        concurrency_id='answers',
+        show_progress='hidden',
+    )
+    shown = [*it.controls, it.visit, *it.chats, *it.views]
+    do.gr.on(
+        [it.ask.click, it.question.submit],
+        do.ask,
+        [it.question, it.board, *it.settings, it.visit],
+        [it.question, *shown],
+        api_name='ask',
+        **waits,
+    )
+    it.again.click(do.again, [*it.settings, it.visit], shown, api_visibility='private', **waits)
+    it.stop.click(do.stop, it.visit, None, **_OWN)
+    it.new.click(do.fresh, it.visit, [it.visit, *it.chats, *it.controls], **_OWN)
+    for choice, button in zip(VOTES, it.votes):
+        button.click(vote(choice), it.visit, [it.visit, *it.controls], **_OWN)
 
 
 def build_page(
-    models: Mapping[str, ChatModel], limits: Limits = Limits(), images: Sequence[Image.Image] = ()
+    models: Mapping[str, ChatModel],
+    limits: Limits = Limits(),
+    images: Sequence[Image.Image] = (),
+    votes: Votes | None = None,
 ) -> Any:
     """The demo as a `gradio.Blocks`, its queue bounded; `launch` it with the settings of
-    `launch_settings`. `images`: offered as examples, the first one opens with the page. Raises
-    `ImportError` naming the extra where gradio is missing."""
+    `launch_settings`. `models`: a `Controller` where they come and go. `images`: offered as
+    examples, the first one opens with the page. `votes`: where they are kept, None for no votes.
+    Raises `ImportError` naming the extra where gradio is missing."""
     gr = _gradio()
-    do = _Handlers(models, limits, list(images) or [world_picture()])
+    do = _Handlers(models, limits, list(images) or [world_picture()], votes)
     with gr.Blocks(
         title='Point at things', analytics_enabled=False, delete_cache=(600, 1800), fill_width=True
     ) as page:
-        visit = gr.State(None, time_to_live=3600)
-        gr.HTML(_head(models), elem_id='head')
-        with gr.Row():
-            column = _picture_column(do)
-            with gr.Column(scale=7, min_width=420):
-                boxes, chats = _conversations(do)
-                question, ask, stop, new = _question_row(do)
-                _try_buttons(do, question)
-                views = _views(do)
-                tokens, temperature = _answer_settings(do)
-        board = column[0]
-        page.load(do.start, None, [visit, board], **_OWN)
-        _wire_picture(do, visit, column, question, [*chats, *views])
-        for side, box, chat in zip(do.sides, boxes, chats):
-            box.change(_chooser(do, side), [box, visit], [visit, chat], **_OWN)
-            chat.clear(do.fresh, visit, chats, **_OWN)
-        gr.on(
-            [ask.click, question.submit],
-            do.ask,
-            [question, board, tokens, temperature, visit],
-            [question, ask, stop, visit, *chats, *views],
-            api_name='ask',
-            # one question at a time over all tabs: models share the device
-            concurrency_limit=1,
-            concurrency_id='answers',
-            show_progress='hidden',
-        )
-        stop.click(do.stop, visit, None, **_OWN)
-        new.click(do.fresh, visit, chats, **_OWN)
+        do.page, it = page, _lay_out(do)
+        begun = [*it.chats, *it.views, *it.controls]
+        _wire_picture(do, it.visit, it.column, it.question, begun)
+        _wire_models(do, it)
+        _wire_answers(do, it)
     return page.queue(max_size=limits.queue, default_concurrency_limit=1)
 
 # %% ../../nbs/demo/10_serve.ipynb #45f52f32
@@ -415,11 +589,19 @@ class _PoliteQueue:
         return polite_send
 
 # %% ../../nbs/demo/10_serve.ipynb #0315f6ee
-def launch_settings(limits: Limits, host: str = '127.0.0.1', port: int = 7860) -> dict:
-    "Keywords for `launch`: local unless `host` says otherwise, nothing shared, uploads bounded."
+def launch_settings(
+    limits: Limits,
+    host: str = '127.0.0.1',
+    port: int = 7860,
+    controller: Controller | None = None,
+) -> dict:
+    """Keywords for `launch`: local unless `host` says otherwise, nothing shared, uploads bounded.
+    With a `controller`, workers find it below `/workers`."""
     gr = _gradio()
     from starlette.middleware import Middleware  # gradio's own server is made of it
+    from starlette.routing import Mount
 
+    routes = [] if controller is None else [Mount('/workers', build_controller(controller))]
     font = ['system-ui', 'sans-serif']
     theme = gr.themes.Default(
         primary_hue='teal', neutral_hue='zinc', font=font, font_mono=['ui-monospace', 'monospace']
@@ -443,16 +625,22 @@ def launch_settings(limits: Limits, host: str = '127.0.0.1', port: int = 7860) -
         inline=False,
         theme=theme,
         css=asset_text('serve.css'),
-        app_kwargs=dict(middleware=[Middleware(_PoliteQueue, words=limits.full)]),
+        app_kwargs=dict(middleware=[Middleware(_PoliteQueue, words=limits.full)], routes=routes),
     )
 
 # %% ../../nbs/demo/10_serve.ipynb #97114886
-def launch(page: Any, limits: Limits, host: str = '127.0.0.1', port: int = 7860) -> str:
+def launch(
+    page: Any,
+    limits: Limits,
+    host: str = '127.0.0.1',
+    port: int = 7860,
+    controller: Controller | None = None,
+) -> str:
     """Start `page` in the background; returns its address. Raises `ChatError` where the port cannot
     be bound."""
 
     def start():
-        settings = launch_settings(limits, host, port)
+        settings = launch_settings(limits, host, port, controller)
         return page.launch(prevent_thread_lock=True, **settings)[1]
 
     # On a busy machine gradio may not reach its own server within three seconds. It then raises
@@ -504,53 +692,59 @@ def load_models(
     return models
 
 # %% ../../nbs/demo/10_serve.ipynb #cb431a6e
+def _tell(models: Controller, url: str, host: str) -> None:
+    "Print where the page is, what its models are, and who may reach it."
+    for name, model in models.items():
+        print(f'{name}: {model.licence}')
+    if models:
+        print(f'{", ".join(models)} at {url}', flush=True)
+    else:
+        print(f'no model yet at {url}; add one: vlmbench serve --add MODEL --to {url}', flush=True)
+    if is_here(host):
+        return
+    print(
+        f'warning: bound to {host}: whoever reaches this machine can use the models, there is '
+        'no password',
+        flush=True,
+    )
+    if models.token is None:
+        print('workers on other machines cannot register without --token-env', flush=True)
+
+
 def serve_command(
-    folders: Sequence[str | Path],
+    folders: Sequence[str | Path] = (),
     images: Sequence[str | Path] = (),
     host: str = '127.0.0.1',
     port: int = 7860,
     limits: Limits = Limits(),
-    device: str = 'auto',
-    load_4bit: bool = False,
-    load_8bit: bool = False,
-    device_map: str | None = None,
     api: int | None = None,
     wait: bool = True,
-    base: str | Path | None = None,
-    vision: str | Path | None = None,
-    image_mode: str = '',
-    dtype: str | None = None,
-    offload_folder: str | Path | None = None,
+    loading: Loading = Loading(),
+    votes: str | Path = '.',
+    heartbeat: float = 15.0,
+    token: str | None = None,
+    **settings: Any,
 ):
     """What `vlmbench serve` does; returns the running page when `wait` is false. `api`: the port of
-    an API for OpenAI's clients beside it, None for none; `base`, `vision`: see `load_models`;
-    `image_mode`: as for `load_vlm`. Raises `ChatError`, `ImageError`, or `ImportError` naming the
+    an API for OpenAI's clients beside it, None for none, which answers for `folders`; `votes`: the
+    folder of `votes.jsonl`; `heartbeat`, `token`: of the `Controller`; `settings`: fields of
+    `loading`, see `load_models`. Raises `ChatError`, `ImageError`, or `ImportError` naming the
     extra."""
     _gradio()
+    if api is not None and not folders:
+        raise ChatError('--api answers for the models named at start, and none is: name one')
     uploads = tempfile.mkdtemp(prefix='vlmbench-serve-')
     atexit.register(shutil.rmtree, uploads, ignore_errors=True)
     os.environ['GRADIO_TEMP_DIR'] = uploads
     pictures = [load_image(p, max_pixels=limits.max_pixels) for p in images]
-    settings = dict(device=device, load_4bit=load_4bit, load_8bit=load_8bit, device_map=device_map)
-    settings |= dict(dtype=dtype, offload_folder=offload_folder, image_mode=image_mode)
-    models = load_models(folders, base, vision, **settings)
-    page = build_page(models, limits, pictures)
-    url = launch(page, limits, host, port)
-    for name, model in models.items():
-        print(f'{name}: {model.licence}')
-    print(f'{", ".join(models)} at {url}', flush=True)
+    kept = Votes(votes)
+    local = load_models(folders, **vars(replace(loading, **settings)))
+    models = Controller(local, heartbeat, token)
+    page = build_page(models, limits, pictures, kept)
+    _tell(models, launch(page, limits, host, port, models).rstrip('/'), host)
     if api is not None:
-        # imported here: fastapi comes with the extra `serve`, which this module must not need
-        from vlmbench.demo.api import serve_api
-
-        _, address = serve_api(models, host, api, limits.max_new_tokens)
+        _, address = serve_api(local, host, api, limits.max_new_tokens)
         print(f"OpenAI's clients at {address}", flush=True)
-    if host not in ('127.0.0.1', 'localhost', '::1'):
-        print(
-            f'warning: bound to {host}: whoever reaches this machine can use the models, there is '
-            'no password',
-            flush=True,
-        )
     if wait:
         page.block_thread()
     return page

@@ -19,7 +19,7 @@ from PIL import Image
 from ..data.picture import ImageError, load_image
 from ..data.record import ImageRef
 from .board import prompts_from_marks
-from .chat import Chat, ChatError, ChatModel, refer, unknown_words
+from .chat import Chat, ChatError, ChatModel, VisualPrompt, refer, unknown_words
 
 # %% ../../nbs/demo/08_visit.ipynb #6480b4f1
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Limits:
     queue: int = 20
     max_upload_mb: float = 10.0
     max_pixels: int = 25_000_000
-    max_new_tokens: int = 256
+    max_new_tokens: int = 1024
     max_question: int = 2000
     max_aspect: float = 20.0
 
@@ -97,16 +97,35 @@ SIDES = 'left', 'right'
 
 class Visit:
     """One browser tab: a picture and a conversation for each side (a model's name, or None for an
-    empty side)."""
+    empty side); which sides have `answered` the last question, and the `vote` on it."""
 
     def __init__(
         self, models: Mapping[str, ChatModel], limits: Limits, image: Image.Image | None = None
     ):
         self.models, self.limits, self.image, self.halt = models, limits, image, threading.Event()
-        names = list(models)
         self.chats: dict[str, Chat | None] = {}
-        for side, name in zip(SIDES, [names[0], names[1] if len(names) > 1 else None]):
-            self.choose(side, name)
+        self.forget()
+        self.fill()
+
+    @property
+    def comparable(self) -> bool:
+        "Whether both sides have answered the last question, and nobody voted on it."
+        return self.vote is None and self.answered == set(SIDES)
+
+    def fill(self) -> None:
+        "Give the first models to an empty visit."
+        names = [*self.models, None, None]
+        if not self.active:
+            for side, name in zip(SIDES, names):
+                self.choose(side, name)
+
+    def forget(self) -> None:
+        "Nothing was asked."
+        self.question: str | None = None
+        self.prompts: Sequence[VisualPrompt] = ()
+        self.answered: set[str] = set()
+        self.settings: dict = {}
+        self.vote: str | None = None
 
     @property
     def active(self) -> dict[str, Chat]:
@@ -117,11 +136,13 @@ class Visit:
         """Another model on one side: its conversation starts anew. Raises `ChatError` for a name
         that is not served."""
         if name is not None and name not in self.models:
-            raise ChatError(f'no model {name!r}; served are {", ".join(self.models)}')
+            there = f'served are {", ".join(self.models)}' if self.models else 'none is served'
+            raise ChatError(f'no model {name!r}; {there}')
         old = self.chats.get(side)
         if old is not None and name == old.model.name:
             return
         self.chats[side] = None if name is None else Chat(self.models[name], self.image)
+        self.answered.discard(side)
 
 # %% ../../nbs/demo/08_visit.ipynb #730b582c
 @patch
@@ -142,6 +163,7 @@ def open(self: Visit, data: bytes | Image.Image) -> Image.Image:
             f'{limits.max_aspect:g} times the short one: cut out the part you ask about'
         )
     self.image = image
+    self.forget()
     for chat in self.active.values():
         chat.open(image)
     return image
@@ -150,22 +172,30 @@ def open(self: Visit, data: bytes | Image.Image) -> Image.Image:
 @patch
 def reset(self: Visit) -> None:
     "Forget the conversations; picture and models stay."
+    self.forget()
     for chat in self.active.values():
         chat.reset()
 
 # %% ../../nbs/demo/08_visit.ipynb #f1a6985a
 @patch
-def messages(self: Visit, side: str, tail: Sequence[dict] = ()) -> list[dict]:
-    "The conversation of one side as chat messages, `tail` appended."
+def messages(
+    self: Visit, side: str, tail: Sequence[dict] = (), kept: int | None = None
+) -> list[dict]:
+    "The first `kept` exchanges of one side (None: all) as chat messages, `tail` appended."
     chat = self.chats.get(side)
-    history = [] if chat is None else chat.history
+    history = [] if chat is None else chat.history[:kept]
     past = [exchange(e.asked, e.answer or '(no words)') for e in history]
     return [message for pair in past for message in pair] + list(tail)
 
 
 @patch
 def ask(
-    self: Visit, question: str, marks: str, max_new_tokens: int, temperature: float = 0.0
+    self: Visit,
+    question: str,
+    marks: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> Iterator[dict[str, list[dict]]]:
     """The messages of every side, again and again while the answers stream in. Raises
     `ChatError` before anything is asked; a model that fails while answering says so on its
@@ -175,34 +205,89 @@ def ask(
             f'the question has {len(question):,} characters, the limit is '
             f'{self.limits.max_question:,}'
         )
+    if not self.active:
+        raise ChatError('no model is chosen: choose one above, or add one and reload the list')
     prompts, marked, streams = prompts_from_marks(marks), None, {}
+    settings = self.answer_settings(max_new_tokens, temperature, top_p, 0)
     for side, chat in self.active.items():
         chat.mark(*prompts, marked=marked)
         marked = chat.marked  # drawn once for both sides
-        streams[side] = chat.ask(
-            question,
-            max_new_tokens=min(int(max_new_tokens), self.limits.max_new_tokens),
-            temperature=float(temperature),
-        )
-    self.halt.clear()
-    yield from _Answering(self, refer(question.strip(), prompts), streams).follow()
+        streams[side] = chat.ask(question, **settings)
+    self.forget()
+    self.question, self.prompts, self.settings = question, prompts, settings
+    yield from _Answering(self, refer(question, prompts), streams).follow()
+
+
+@patch
+def answer_settings(self: Visit, max_new_tokens, temperature, top_p, seed) -> dict:
+    "Keywords of `ChatModel.stream`, within the limits."
+    length = min(int(max_new_tokens), self.limits.max_new_tokens)
+    drawn = dict(temperature=float(temperature), top_p=float(top_p))
+    return dict(max_new_tokens=length, **drawn, seed=seed)
+
+
+@patch
+def again(
+    self: Visit, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+) -> Iterator[dict[str, list[dict]]]:
+    """The messages of every side while another answer to the last question streams in; it takes
+    the place of the last one when complete. Raises `ChatError`."""
+    if self.question is None or not self.active:
+        raise ChatError('nothing was asked yet: ask first')
+    seed = self.settings['seed'] + 1  # other words are drawn than before
+    self.settings = self.answer_settings(max_new_tokens, temperature, top_p, seed)
+    streams, kept = {}, {}
+    for side, chat in self.active.items():
+        if side in self.answered:
+            kept[side] = len(chat.history) - 1
+            streams[side] = chat.again(**self.settings)
+        else:
+            chat.mark(*self.prompts)
+            streams[side] = chat.ask(self.question, **self.settings)
+    asked = refer(self.question, self.prompts)
+    yield from _Answering(self, asked, streams, kept).follow()
 
 # %% ../../nbs/demo/08_visit.ipynb #5adff208
 class _Answering:
-    "One question under way on all sides of a visit."
+    "One question under way on all sides of a visit; `kept`: exchanges that stay, where not all."
 
-    def __init__(self, visit: Visit, asked: str, streams: Mapping[str, Iterator[str]]):
-        self.visit, self.asked, self.streams = visit, asked, streams
+    def __init__(
+        self,
+        visit: Visit,
+        asked: str,
+        streams: Mapping[str, Iterator[str]],
+        kept: Mapping[str, int] = {},
+    ):
+        self.visit, self.asked, self.streams, self.kept = visit, asked, streams, kept
         self.text = dict.fromkeys(streams, '')
+        self.before = {side: visit.chats[side].history[-1:] for side in streams}
         self.over: dict[str, list[dict]] = {}  # sides that are done, with their last messages
 
     def show(self) -> dict[str, list[dict]]:
         "The messages of every side as they are now."
         shown = {}
         for side, text in self.text.items():
-            streaming = exchange(self.asked, text + ' ▍')
-            shown[side] = self.visit.messages(side, self.over.get(side, streaming))
+            if side in self.over:
+                shown[side] = self.visit.messages(side, self.over[side])
+            else:
+                streaming = exchange(self.asked, text + ' ▍')
+                shown[side] = self.visit.messages(side, streaming, self.kept.get(side))
         return shown
+
+    def complete(self, side: str) -> None:
+        "End a side that has answered."
+        self.over[side] = self.remarks(side)
+        self.visit.answered.add(side)
+        self.visit.vote = None
+
+    def stop(self) -> None:
+        "End all sides; what was complete in the same moment counts."
+        for side in self.text.keys() - self.over.keys():
+            last = self.visit.chats[side].history[-1:]
+            if last and not any(last[0] is old for old in self.before[side]):
+                self.complete(side)
+            else:
+                self.fail(side, 'Stopped. This turn is not part of the conversation.')
 
     def fail(self, side: str, why: str) -> None:
         "End a side with a note; what it had said stays readable."
@@ -210,19 +295,20 @@ class _Answering:
 
     def follow(self, every: float = 0.04) -> Iterator[dict[str, list[dict]]]:
         "The messages, not more often than `every` seconds, until all sides are done."
+        self.visit.halt.clear()
         source, last = together(self.streams), 0.0
         yield self.show()
         for side, piece in source:
             if isinstance(piece, Exception):
                 self.fail(side, f'This model could not answer: {piece}')
             elif piece is None:
-                self.over.setdefault(side, self.remarks(side))
+                if side not in self.over:
+                    self.complete(side)
             else:
                 self.text[side] += piece
             if self.visit.halt.is_set():
                 source.close()
-                for stopped in self.text:
-                    self.fail(stopped, 'Stopped. This turn is not part of the conversation.')
+                self.stop()
                 break
             if time.monotonic() - last > every or piece is None:
                 last = time.monotonic()

@@ -11,6 +11,7 @@ import ast
 import base64
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
         return _json_lines(text)  # POPE: .json, one row a line
     if not isinstance(rows, dict):
         return rows
-    for key in ('data', 'questions'):
+    for key in ('data', 'questions', 'annotations'):
         if isinstance(rows.get(key), list):
             return rows[key]
     if all(isinstance(v, dict) for v in rows.values()):
@@ -57,20 +58,28 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     return [rows]  # JSON Lines with one line
 
 # %% ../../nbs/evaluate/04_benchmark_rows.ipynb #c7f24246
-def read_rows(path: str | Path, annotations: str | Path | None = None) -> list[dict[str, Any]]:
-    """Rows of a benchmark file: a JSON list, {'data': [...]} or {'questions': [...]}, {id: row}
-    (GQA), JSONL, CSV/TSV or parquet. `annotations` (VQA v2): a JSON with 'annotations', joined on
-    question_id. Raises ValueError for a file that is no JSON or lacks an annotation."""
+def read_rows(
+    path: str | Path, annotations: str | Path | None = None, first: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows of a benchmark file, or the `first` so many: a JSON list, {'data': [...]},
+    {'questions': [...]} or {'annotations': [...]}, {id: row} (GQA), JSONL, CSV/TSV or parquet.
+    `annotations` (VQA v2): a JSON with 'annotations', joined on question_id. Raises ValueError for
+    a file that is no JSON or lacks an annotation."""
     path = Path(path)
     if path.suffix in ('.tsv', '.csv'):
         csv.field_size_limit(2**31 - 1)
         with open(path, newline='', encoding=_encoding(path)) as f:
-            return list(csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ','))
+            table = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
+            return list(itertools.islice(table, first))
     if path.suffix == '.parquet':
         import pyarrow.parquet as pq
 
-        return pq.read_table(path).to_pylist()
-    rows = _json_rows(path)
+        if first is None:
+            return pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            batch = next(file.iter_batches(batch_size=first), None)
+        return [] if batch is None else batch.to_pylist()
+    rows = _json_rows(path)[:first]
     if annotations is None:
         return rows
     annotations = Path(annotations)

@@ -24,7 +24,7 @@ from accelerate.utils import align_module_device
 from fastcore.basics import patch
 import pandas as pd
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, ProcessorMixin
 
 # %% ../../nbs/evaluate/20_generate.ipynb #d72725f6
 from ..data.placement import transform_name
@@ -45,6 +45,7 @@ from vlmbench.evaluate.prompts import (
 )
 from .results import Results, result_stem, score_predictions
 from .tasks import Item, Task
+from ..models.processor import VLMProcessor
 from ..train.words import context_of
 
 # %% ../../nbs/evaluate/20_generate.ipynb #2fb9a131
@@ -399,6 +400,15 @@ def _function_name(function: Callable | None) -> str | None:
     return function.__name__ if inspect.isroutine(function) else transform_name(function)
 
 
+def _prepared(processor: Any) -> str:
+    "How `processor` prepares pictures, in words that are equal only where the pictures are."
+    if isinstance(processor, VLMProcessor):
+        return str(processor.transform)
+    if isinstance(processor, ProcessorMixin):  # transformers' own
+        return processor.image_processor.to_json_string()
+    return type(processor).__name__
+
+
 def _log_path(folder: str | Path, task: str, condition: str) -> Path:
     return Path(folder) / f'{result_stem(task, condition)}.generations.jsonl'
 
@@ -464,7 +474,8 @@ def evaluate(
     )
     if engine is not None:
         facts['engine'] = f'{engine.name} {engine.version}'
-    key = dict(blind=blind) | sampled | facts
+    # how pictures are prepared: the same weights answer otherwise at another resolution
+    key = dict(blind=blind, pictures=_prepared(processor)) | sampled | facts
     ranks = ranks or Alone()
     store = _open_log(None if ranks.rank else out_dir, task, condition, key, overwrite)
     noise, longest = (temperature, sample_seed) if sampled else None, facts['max_new_tokens']

@@ -78,6 +78,11 @@ class Results:
     def accuracy(self) -> float:
         return float(self.frame['score'].mean())
 
+    @property
+    def scored(self) -> bool:
+        "Whether the answers are public: without them no question has a score."
+        return bool(self.frame['score'].notna().all())
+
     def interval(self, level: float = 0.95, **kwargs) -> Interval:
         "Bootstrap interval of the mean score, resampling pictures."
         return bootstrap_ci(self.frame['score'], self.frame['cluster'].tolist(), level, **kwargs)
@@ -89,12 +94,12 @@ class Results:
 
     def summary(self, level: float = 0.95) -> dict[str, Any]:
         """What the JSON file holds: the header, n, accuracy with its interval, the table by
-        question type."""
+        question type. Without scores, only the header and n."""
+        known = dict(task=self.task, condition=self.condition, **self.header, n=len(self.frame))
+        if not self.scored:
+            return known | dict(scored=False)
         return dict(
-            task=self.task,
-            condition=self.condition,
-            **self.header,
-            n=len(self.frame),
+            **known,
             accuracy=self.accuracy,
             interval=self.interval(level).to_dict(),
             by_type=self.by_type(level).to_dict('records'),
@@ -127,7 +132,7 @@ def load(cls: Results, folder: str | Path, task: str, condition: str = 'image') 
             raise FileNotFoundError(f'{stem}{end} is missing: no such result was saved')
     card = json.loads(Path(f'{stem}.json').read_text(encoding='utf8'))
     # computed by `summary`, so not a part of the header
-    made = {'task', 'condition', 'n', 'accuracy', 'interval', 'by_type'}
+    made = {'task', 'condition', 'n', 'accuracy', 'interval', 'by_type', 'scored'}
     frame = pd.read_parquet(f'{stem}.parquet')
     frame['answers'] = frame['answers'].map(list)  # parquet gives arrays
     return cls(task, condition, frame, {k: v for k, v in card.items() if k not in made})
@@ -187,8 +192,12 @@ def score_predictions(
         content_hash=task.content_hash,
         scorer=task.scorer.spec,
         metrics=task.scorer.summary(frame),
+        **task.facts,
     )
-    return Results(task.name, condition, frame, {**(header or {}), **facts})
+    results = Results(task.name, condition, frame, {**(header or {}), **facts})
+    if task.averages is not None and results.scored:
+        results.header['metrics'] |= task.averages(task, frame)
+    return results
 
 # %% ../../nbs/evaluate/15_results.ipynb #0391f542
 def majority_baseline(task: Task, train: Task | Iterable[Sample]) -> Results:
@@ -329,6 +338,9 @@ def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
             missing.append(f'{folder.name}: results/*.parquet')
         for f in files:
             frame = pd.read_parquet(f)
+            if not frame['score'].notna().all():
+                missing.append(f'{folder.name}: scores of {f.stem} (its answers are not public)')
+                continue
             card = f.with_suffix('.json')
             card = json.loads(card.read_text(encoding='utf8')) if card.exists() else {}
             frames.append(

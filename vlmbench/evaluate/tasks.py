@@ -5,16 +5,17 @@
 # %% ../../nbs/evaluate/00_tasks.ipynb #a683d6fc
 from __future__ import annotations
 import hashlib, json, re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence
 
 from fastcore.basics import patch
 import numpy as np
 
 # %% auto #0
-__all__ = ['KINDS', 'Item', 'lettered', 'apply_prompt', 'sample_items', 'Task', 'load_task', 'rows_task']
+__all__ = ['KINDS', 'Item', 'lettered', 'apply_prompt', 'sample_items', 'Averaging', 'Uploading', 'Task', 'load_task',
+           'shown_choices', 'rows_task']
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #f301b4e2
 from ..data.record import IMAGE_TOKEN, Quarantine, Sample, Turn, allowed_roots, read_records
@@ -113,8 +114,10 @@ def sample_items(
     """The questions of a sample. `meta[type_key]` (or its plural), `meta['answers']`, `'choices'`
     and `'group'` belong to the one question or, as lists, to each in turn; without 'answers' the
     assistant's text is the answer. `meta['cluster']` (default: the first picture) names what
-    questions have in common. `indexed`: integers among the answers are indices into the choices
-    (`index_letters`). Raises ValueError naming the sample."""
+    questions have in common, `meta['prompt']` is used instead of `prompt`. `indexed`: integers
+    among the answers are indices into the choices (`index_letters`). Raises ValueError naming the
+    sample."""
+    prompt = sample.meta.get('prompt') or prompt
     system = tuple(t for t in sample.turns[:1] if t.role == 'system')
     turns = sample.turns[len(system) :]
     questions = [i for i, turn in enumerate(turns) if turn.role == 'user']
@@ -167,12 +170,30 @@ def _seen(item: Item) -> list:
     regions = [[region.box, region.polygons] for region in item.regions]
     return [item.id, turns, [image_key(x) for x in item.images], regions]
 
+# %% ../../nbs/evaluate/00_tasks.ipynb #53b13ba1
+class Averaging(Protocol):
+    "Numbers of a scored table beside its mean; `main`: the one that stands for the task."
+
+    main: str
+
+    def __call__(self, task: Any, frame: Any) -> dict[str, float]: ...
+
+
+class Uploading(Protocol):
+    "Writes the answers of a table into a file of `folder`, `to` whom they are sent."
+
+    to: str
+
+    def __call__(self, task: Any, frame: Any, folder: str | Path) -> Path: ...
+
 # %% ../../nbs/evaluate/00_tasks.ipynb #2e6f6b93
 @dataclass(frozen=True)
 class Task:
     """Records + prompt + scorer. `prompt` holds '{question}' (and '{choices}'); `scorer` is a
     `Scorer` or its name; `version` is raised by hand when records or prompt change meaning;
-    `max_new_tokens` bounds an answer; `history` keeps earlier turns of a dialogue."""
+    `max_new_tokens` bounds an answer; `history` keeps earlier turns of a dialogue. `averages`: what
+    is reported beside the mean score; `upload`: writes the answers for a server; `facts`: where the
+    task comes from, for the header of its results."""
 
     name: str
     samples: Sequence[Sample]
@@ -182,6 +203,9 @@ class Task:
     type_key: str = 'question_type'
     max_new_tokens: int = 16
     history: bool = False
+    averages: Averaging | None = None
+    upload: Uploading | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if not re.fullmatch(r'[\w.+-]+', self.name):
@@ -237,8 +261,11 @@ class Task:
 @patch
 def head(self: Task, n: int) -> Task:
     """The first `n` samples as a task named `<name>.head<n>`, so that its results are never
-    mistaken for the whole."""
-    return replace(self, name=f'{self.name}.head{n}', samples=self.samples[:n])
+    mistaken for the whole; with the rest of a group that begins among them (the pairs of MME)."""
+    groups, end = [sample.meta.get('group') for sample in self.samples], min(n, len(self.samples))
+    while 0 < end < len(groups) and groups[end] is not None and groups[end] == groups[end - 1]:
+        end += 1
+    return replace(self, name=f'{self.name}.head{n}', samples=self.samples[:end])
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #ca642b57
 def load_task(
@@ -309,7 +336,7 @@ def _cells(row: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     return cells
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #0806beaa
-def _shown_choices(value: Any, places: Mapping[int, int]) -> Any:
+def shown_choices(value: Any, places: Mapping[int, int]) -> Any:
     "The options in a cell, ready to be shown."
     if value is None:
         raise ValueError('no choices')
@@ -336,7 +363,7 @@ def _benchmark_sample(
     "One row of a benchmark as a sample; raises ValueError saying what is wrong with it."
     cells = _cells(row, keys)
     images, places = row_pictures(row, root, image_name, keys.get('image'))
-    choices = _shown_choices(cells['choices'], places) if options else cells['choices']
+    choices = shown_choices(cells['choices'], places) if options else cells['choices']
     text = mark_pictures(name_pictures(str(cells['question']), places), len(images))
     group, ident = cells['group'], number if cells['id'] is None else cells['id']
     if kind == 'mme':  # two questions share a picture and an id

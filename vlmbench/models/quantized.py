@@ -165,5 +165,6 @@ def dequantize(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
             'quantization_method',
         ):
             m.__dict__.pop(flag, None)
-    model.to(dtype)
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
     return len(found)

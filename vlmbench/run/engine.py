@@ -14,7 +14,7 @@ from typing import Any, Iterator, Mapping
 import click, psutil
 
 # %% ../../nbs/run/00_engine.ipynb #312c4e54
-from .early import check_early, check_places
+from .early import check_early, check_here, check_places
 from .manifest import EXIT_CODES, Heartbeat, Manifest, RunFolderError, default_folder
 from vlmbench.run.parameters import (
     ParameterError,
@@ -121,6 +121,7 @@ def _started(
     declared = notebook_parameters(nb, name)
     values = check_parameters(declared, nb.metadata.papermill.get('parameters', {}), name)
     check_early(name, declared, values)
+    check_here(values)
     folder = _run_folder(name, declared, values, output_path)
     if 'out' in declared:
         values['out'] = str(folder)

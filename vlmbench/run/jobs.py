@@ -276,7 +276,7 @@ def evaluate_job(
             if settings['revert']:
                 before = find_model(settings['revert_to'])
                 revert_layers(loaded[0], before, settings['revert'])
-            asked = settings['tasks'], settings['limit'], settings['image_roots']
+            asked = [settings[name] for name in ('tasks', 'limit', 'image_roots', 'rule')]
             questions = load_tasks(data, *asked)
         more = dict(
             transform=trained_run(model).transform, max_new_tokens=settings['max_new_tokens']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'rng_state', 'set_rng_state', 'frozen_hash', 'check_identity', 'optimizer_tensors', 'load_optimizer_tensors',
            'publish', 'save_state', 'best_state', 'state_problem', 'usable', 'latest', 'TrainState', 'load_state',
-           'load_tensors', 'load_weights', 'merged_state_dict', 'export']
+           'load_tensors', 'load_weights', 'merged_state_dict', 'export', 'save_adapters']
 
 # %% ../../nbs/train/20_checkpoint.ipynb #0d9a7ef9
 import hashlib, json, os, random, shutil, warnings
@@ -618,7 +618,7 @@ def export(
     if processor is not None:
         processor.save_pretrained(tmp)
     if not merge:
-        _save_adapters(model, tmp)
+        save_adapters(model, tmp)
     for p in tmp.rglob('*'):
         if p.is_file():
             _fsync(p)
@@ -628,7 +628,7 @@ def export(
     return folder
 
 # %% ../../nbs/train/20_checkpoint.ipynb #06640d2d
-def _save_adapters(model: nn.Module, folder: Path) -> None:
+def save_adapters(model: nn.Module, folder: Path) -> None:
     "The LoRA of every module group as a peft adapter in `folder/GROUP_lora`."
     found = lora_modules(model)
     for adapter in sorted({a for m in found.values() for a in m.lora_A}):

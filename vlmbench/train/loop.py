@@ -33,6 +33,7 @@ from vlmbench.train.callbacks import (
     set_aside_rng,
 )
 from vlmbench.train.checkpoint import (
+    save_adapters,
     CheckpointError,
     frozen_hash,
     load_state,
@@ -143,6 +144,8 @@ def run(self: Trainer) -> TrainResult:
         wide = self.plan.factors if self.stage.merge else ()
         self.layout.close(self.out_dir, self.stored, wide)
     if self.stage.merge:
+        if self.ranks.rank == 0:
+            save_adapters(self.model, self.out_dir)  # the updates alone: export --adapter
         self.plan.merge(self.layout.share(self.out_dir))
     store_precision(self.model, self.stored)
     return self.summary()

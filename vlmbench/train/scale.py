@@ -14,6 +14,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
+from ..data.home import kept_model
 from vlmbench.train.recipe import (
     Recipe,
     RecipeError,
@@ -178,9 +179,10 @@ def get_scale(name: str) -> Scale:
 
 # %% ../../nbs/train/01_scale.ipynb #ee21603a
 def base_model(where: str) -> str:
-    "`asset:llm` -> the folder of that embedded model; a folder or a Hub id stays as it is."
+    """`asset:llm` -> the folder of that embedded model, a Hub id -> the folder of that name below
+    `VLMBENCH_HOME/models`, if there is one; all else stays as it is."""
     if not where.startswith('asset:'):
-        return where
+        return str(kept_model(where) or where)
     from vlmbench.data.world import asset_path
 
     return str(asset_path(where.removeprefix('asset:')))
