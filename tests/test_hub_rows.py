@@ -116,7 +116,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_on_it(cache, tmp_path):
-    words = ['recipe=llava', 'evaluate=false', 'out=run', 'budget=0.001']
+    words = ['recipe=llava', 'evaluate=false', 'out=run', 'budget=0.001', 'unknown_words=1']
     words += [f'overrides=["stages.{stage}.data={NAME}"]' for stage in ('align',)]
     environment = os.environ | dict(HF_DATASETS_CACHE=str(cache))
     done = vlmbench('run', 'train', *words, cwd=tmp_path, env=environment)

@@ -225,7 +225,8 @@ def test_audit_lists_silent_parameters(tmp_path):
 
 
 def test_audit_waits_for_images_and_refuses_a_dead_group(tmp_path):
-    with pytest.warns(UserWarning, match='had no images'):
+    dead = pytest.raises(NoGradient, match=r"'projector' never .* else trained \(embed, layers")
+    with pytest.warns(UserWarning, match='had no images'), dead:
         train(
             tiny_vlm(),
             None,
@@ -236,6 +237,7 @@ def test_audit_waits_for_images_and_refuses_a_dead_group(tmp_path):
             device='cpu',
             progress_seconds=None,
         )
+    assert load_state(latest(tmp_path / 'a')).step == 1
     model = tiny_vlm()
     layer = model.model.language_model.layers[1]
     layer.forward = lambda hidden_states, *a, _f=layer.forward, **k: _f(

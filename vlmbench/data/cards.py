@@ -30,6 +30,7 @@ from vlmbench.data.record import (
     sample_from_vora,
 )
 from .region import parse_regions
+from .region_check import check_region_row
 from .rows import RawRow, iter_rows
 
 # %% ../../nbs/data/70_cards.ipynb #b6a1840b
@@ -520,7 +521,7 @@ def _row_images(row, entry, roots) -> Iterator[ImageRef | BadRecord]:
 _PARSE = dict(
     llava=sample_from_llava,
     vora=sample_from_vora,
-    region=lambda row, root: sample_from_llava(row, root, missing_mark='prepend', need_turns=False),
+    region=check_region_row,
 )
 
 # %% ../../nbs/data/70_cards.ipynb #42ad535c

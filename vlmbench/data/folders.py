@@ -35,6 +35,11 @@ def folder_problems(folders: Any) -> Iterator[str]:
             yield f'folders: {path}: missing {missing}, unknown {unknown}'
 
 # %% ../../nbs/data/68_folders.ipynb #fdb0b76f
+def _nothing() -> dict:
+    "The counts of a folder that no row has asked for."
+    return dict(rows=0, pictures=0, missing=0, first='', renamed=0, other='')
+
+
 @dataclass
 class FolderCounts:
     "Rows and missing pictures by folder below `root`; `listed`: what the card says of the folders."
@@ -43,10 +48,11 @@ class FolderCounts:
     listed: Sequence[Mapping[str, str]]
     counts: dict[str, dict] = field(default_factory=dict)
     _names: dict[str, frozenset[str]] = field(default_factory=dict)
+    _stems: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self):
         for one in self.listed:
-            self.counts[one['path']] = dict(rows=0, pictures=0, missing=0, first='')
+            self.counts[one['path']] = _nothing()
 
     def folder_of(self, path: PurePosixPath) -> str:
         "The listed folder that `path` lies in, else its first part."
@@ -64,6 +70,14 @@ class FolderCounts:
                 self._names[place] = frozenset()
         return path.name in self._names[place]
 
+    def _other_ending(self, path: PurePosixPath) -> str:
+        "The name under which a missing picture is there with another ending; '' where it is not."
+        place = str(path.parent)
+        if place not in self._stems:
+            names = self._names[place]
+            self._stems[place] = {name.rpartition('.')[0]: name for name in names}
+        return self._stems[place].get(path.stem, '')
+
     def see(self, refs: Sequence[Any]) -> list:
         "Count the pictures of one row; those that are there, and what is no path."
         kept, folders = [], set()
@@ -73,15 +87,16 @@ class FolderCounts:
                 continue
             path = PurePosixPath(ref.path)
             folders.add(self.folder_of(path))
-            entry = self.counts.setdefault(
-                self.folder_of(path), dict(rows=0, pictures=0, missing=0, first='')
-            )
+            entry = self.counts.setdefault(self.folder_of(path), _nothing())
             entry['pictures'] += 1
             if self._is_there(path):
                 kept.append(ref)
             else:
                 entry['missing'] += 1
                 entry['first'] = entry['first'] or ref.path
+                if other := self._other_ending(path):
+                    entry['renamed'] += 1
+                    entry['other'] = entry['other'] or other
         for name in folders:
             self.counts[name]['rows'] += 1
         return kept
@@ -106,10 +121,17 @@ def missing_folders(counts: FolderCounts) -> Iterator[tuple[str, str, str]]:
                 f'is not there, and {entry["rows"]:,} rows need it{source}',
             )
             continue
+        renamed = ''
+        if entry['renamed']:
+            renamed = (
+                f'; {entry["renamed"]:,} of them are there under another ending, such as '
+                f'{entry["other"]}: save them as {PurePosixPath(entry["first"]).suffix}'
+            )
         yield (
             name,
             'missing pictures',
-            f'{entry["missing"]:,} of {entry["pictures"]:,}, the first is {entry["first"]}{source}',
+            f'{entry["missing"]:,} of {entry["pictures"]:,}, the first is {entry["first"]}'
+            f'{renamed}{source}',
         )
 
 

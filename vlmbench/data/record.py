@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'ROLES', 'MISSING_MARK', 'READERS', 'Turn', 'Sample', 'parse_turns', 'allowed_roots',
-           'sample_from_llava', 'refuse_blind', 'frames_prompt', 'sample_from_vora', 'sample_from_row', 'read_llava',
-           'read_vora', 'read_regions', 'read_records', 'Records', 'to_llava_row', 'write_llava']
+           'sample_from_llava', 'refuse_blind', 'sample_from_vora', 'sample_from_row', 'read_llava', 'read_vora',
+           'read_regions', 'read_records', 'Records', 'to_llava_row', 'write_llava', 'frames_prompt']
 
 # %% ../../nbs/data/00_record.ipynb #1cf083d5
 import json, os
@@ -13,14 +13,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+import numpy as np
 from PIL import Image
-from .columns import is_empty, picture_column, refuse_pictures_in, system_column
+from vlmbench.data.columns import (
+    MEDIA_COLUMNS,
+    column_name,
+    is_empty,
+    picture_column,
+    picture_of_array,
+    refuse_unread_in,
+    system_column,
+)
 from .quarantine import BadRecord, Quarantine
 from .files import replacing
 from .layouts import open_rows
 from .picture import ImageRef
 from .region import Region, parse_regions, _text
-from .row_shapes import plain_row
+from .row_shapes import frames_prompt, plain_row
 from .rows import iter_rows
 
 # %% ../../nbs/data/00_record.ipynb #e0348d62
@@ -101,7 +110,7 @@ def parse_turns(conversation, first_turn: str = 'drop') -> tuple[list[Turn], int
     for i, turn in enumerate(conversation):
         if not isinstance(turn, dict):
             raise BadRecord(f'wrong type: turn {i} is {type(turn).__name__}, not an object')
-        refuse_pictures_in(turn, f'turn {i}')
+        refuse_unread_in(turn, f'turn {i}')
         role, text = turn.get('from', turn.get('role')), turn.get('value', turn.get('content'))
         if not isinstance(role, str) or role not in _ROLE_OF:
             raise BadRecord(
@@ -127,6 +136,8 @@ def parse_turns(conversation, first_turn: str = 'drop') -> tuple[list[Turn], int
 def _image_ref(value, root, allow_absolute=False) -> ImageRef | Image.Image:
     if isinstance(value, Image.Image):  # decoded already, as `datasets` gives it
         return value
+    if isinstance(value, np.ndarray):
+        return picture_of_array(value)
     if isinstance(value, dict):
         value = value.get('bytes') or value.get('path')  # a Hugging Face image column
     if isinstance(value, (bytes, bytearray)):
@@ -198,8 +209,8 @@ def _mark_pictures(turns, key, n, missing_mark, note):
     "`turns` with marks for the `n` pictures of column `key`, if they have none; checks the number."
     slots = sum(t.text.count(IMAGE_TOKEN) for t in turns)
     if missing_mark is None:
-        own = key in ('image', 'full_path') or n > 1
-        missing_mark = 'error' if own else 'prepend'
+        missing_mark = 'error' if key in ('image', 'full_path') else 'prepend'
+    _refuse_media_marks(turns)
     if n and not slots and missing_mark == 'prepend':
         first = next(i for i, t in enumerate(turns) if t.role == 'user')
         turns = list(turns)
@@ -212,6 +223,16 @@ def _mark_pictures(turns, key, n, missing_mark, note):
             f'image count: {slots} {IMAGE_TOKEN} in the text but {n} images{under}{hint}'
         )
     return turns
+
+
+def _refuse_media_marks(turns):
+    "Raise `BadRecord` where a question begins or ends with the mark of a film or a sound."
+    for i, turn in enumerate(turns):
+        said = turn.text.strip()
+        for mark in ('<video>', '<audio>'):
+            placed = said.startswith(mark) or said.endswith(mark)
+            if turn.role == 'user' and placed and mark.replace('<', '</') not in said:
+                raise BadRecord(f'media mark: turn {i} says {mark}, and the row has no frames')
 
 
 def _open_with(turns, key, prompt):
@@ -244,7 +265,7 @@ def sample_from_llava(
     """One LLaVA row as a `Sample`. Raises `BadRecord` with the reason.
 
     `missing_mark`: what becomes of images without `<image>`, 'error' or 'prepend'; None: 'prepend'
-    for a single picture in a column other than LLaVA's own, else 'error'. `need_turns=False`
+    for pictures in a column other than LLaVA's own, else 'error'. `need_turns=False`
     accepts region rows without `conversations` (ViP-LLaVA builds them from the markers it draws).
     `note` is told about each fallback that kept the row."""
     if not isinstance(row, dict):
@@ -301,11 +322,7 @@ def _id(value, where):
     return _text(str(value), 'id')
 
 # %% ../../nbs/data/00_record.ipynb #fc0a62e2
-def frames_prompt(n: int) -> str:
-    "The marks of `n` frames before a question: one alone, several with their time stamps."
-    if n < 2:
-        return IMAGE_TOKEN * n
-    return ''.join(f'{i}s: {IMAGE_TOKEN}; ' for i in range(1, n + 1)) + '\n'
+_all_ = ['frames_prompt']  # of data.row_shapes
 
 
 def sample_from_vora(
@@ -326,10 +343,14 @@ def sample_from_vora(
         raise BadRecord(f'wrong type: frames is {type(frames).__name__}, not a list')
     note = note or _no_note
     row = plain_row(row, note)
-    conversation = row.get('conversations')
-    rest = {k: v for k, v in row.items() if k not in ('frames', 'conversations')}
-    if frames and (rest.get('image') or rest.get('full_path')):
+    talk = 'messages' if row.get('conversations') is None else 'conversations'
+    conversation = row.get(talk)
+    rest = {k: v for k, v in row.items() if k not in ('frames', talk)}
+    if frames and not (is_empty(rest.get('image')) and is_empty(rest.get('full_path'))):
         raise BadRecord("picture columns: the row has 'frames' and 'image'; keep one of them")
+    # the film that frames were taken from is no picture that the row would train without
+    film = {k: v for k, v in rest.items() if frames and column_name(k) in MEDIA_COLUMNS}
+    rest = {k: v for k, v in rest.items() if k not in film}
     turns, dropped = parse_turns(conversation, first_turn)
     first = next(i for i, t in enumerate(turns) if t.role == 'user')
     text = turns[first].text
@@ -344,7 +365,7 @@ def sample_from_vora(
     if frames:
         if '<video>' in text:
             text = text.replace('<video>', prompt, 1)
-        elif IMAGE_TOKEN not in text:
+        elif not any(IMAGE_TOKEN in turn.text for turn in turns):
             text = prompt + text
         turns[first] = Turn('user', text)
     # back to a row: everything but the frames is read as in LLaVA's rows
@@ -353,15 +374,11 @@ def sample_from_vora(
         note('dropped leading assistant turn')
     if frames:
         rest['image'] = frames
-    return sample_from_llava(
-        {**rest, 'conversations': turns},
-        root,
-        allow_absolute,
-        first_turn,
-        source=source,
-        where=where,
-        note=note,
-    )
+    about = dict(source=source, where=where, note=note)
+    rest |= dict(conversations=turns)
+    sample = sample_from_llava(rest, root, allow_absolute, first_turn, **about)
+    sample.meta |= film
+    return sample
 
 # %% ../../nbs/data/00_record.ipynb #7202ffe3
 def sample_from_row(row: dict, image_root=None, allow_absolute: bool = False, **kwargs) -> Sample:

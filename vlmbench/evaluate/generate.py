@@ -34,6 +34,7 @@ from vlmbench.evaluate.prompts import (
     WrittenStop,
     blinded,
     check_prompt,
+    check_room,
     encodes_samples,
     mean_colour,
     prompt_inputs,
@@ -45,6 +46,7 @@ from vlmbench.evaluate.prompts import (
 from .results import Results, result_stem, score_predictions
 from .tasks import Item, Task
 from ..models.processor import VLMProcessor
+from ..train.words import context_of
 
 # %% ../../nbs/evaluate/20_generate.ipynb #2fb9a131
 def _offloaded(model: torch.nn.Module, name: str) -> torch.Tensor:
@@ -273,7 +275,10 @@ def prepare(
         return batch, [], {}
     samples = [self.sample(item) for item in batch]
     prompts = [render_prompt(self.processor, sample) for sample in samples]
-    return batch, prompts, prompt_inputs(self.processor, samples)
+    inputs = prompt_inputs(self.processor, samples)
+    names = [item.id for item in batch]
+    check_room(context_of(self.model), names, inputs['attention_mask'])
+    return batch, prompts, inputs
 
 
 @patch

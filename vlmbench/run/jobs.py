@@ -209,6 +209,7 @@ def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> R
             job.folder,
             roots=settings['image_roots'],
             bad_rows=settings['bad_rows'],
+            unknown_words=settings['unknown_words'],
             workers=settings['workers'],
             precision=settings['precision'],
             stop_flag=job.stop,

@@ -94,20 +94,18 @@ def _any(grad: torch.Tensor) -> bool:
 def close(
     self: GradientAudit, trained: Mapping[str, Mapping[str, nn.Parameter]], stage: str
 ) -> None:
-    """The verdict at the end of `stage`: groups that still wait never saw a picture. Raises
-    NoGradient where nothing else trained, so that the stage did nothing; warns where something
-    did."""
+    """The verdict at the end of `stage`. Raises NoGradient for groups that still wait: they were
+    to be trained, and no step had a picture."""
     if not self.waiting:
         return
     groups = ' and '.join(map(repr, self.waiting))
-    message = (
-        f'stage {stage!r} has ended and no step had a picture, so group {groups} never '
-        'received '
-        'a gradient: give it data with pictures, or freeze what it cannot train'
+    frozen = ', '.join(f'trains.{group}=frozen()' for group in self.waiting)
+    others = sorted(g for g, tensors in trained.items() if tensors and g not in self.waiting)
+    rest = f' What else trained ({", ".join(others)}) is in its last state.' if others else ''
+    raise NoGradient(
+        f'stage {stage!r} has ended and no step had a picture, so group {groups} never received '
+        f'a gradient: give it data with pictures, or freeze what it cannot train ({frozen}).{rest}'
     )
-    if all(group in self.waiting for group, tensors in trained.items() if tensors):
-        raise NoGradient(message)
-    warnings.warn(message)
 
 # %% ../../nbs/train/08_guard.ipynb #4435a2d6
 def samples_at(batch: Mapping[str, Any], mask: torch.Tensor) -> list[str]:

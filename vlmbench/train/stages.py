@@ -31,6 +31,7 @@ from .recipe import Recipe, RecipeError, Stage
 from .run_data import check_stream
 from .scale import Scale
 from .sharding import LAYOUTS, Parallel
+from .words import check_context, check_words
 
 # %% ../../nbs/train/25_stages.ipynb #d71f73cf
 @dataclass
@@ -175,11 +176,13 @@ def run_stages(
     on_stage: Callable[[TrainResult], None] | None = None,
     roots: Sequence[str] = (),
     bad_rows: float = 0.01,
+    unknown_words: float = 0.01,
     **settings: Any,
 ) -> RunResult:
     """Runs all stages of `state.recipe` on `state.model`, with data from `folder` (or samples in
     memory by a stage's `data`), into `out/stages/<stage>`. `on_stage` is called after each;
     `roots`: further folders that pictures may lie in; `bad_rows`: largest share of unusable rows;
+    `unknown_words`: largest share of words that the tokenizer does not know (`check_words`);
     `settings` go to `train_stage`
     and `train` (workers, precision, stop_flag, callbacks, ...). A loss term, and the teacher in
     it, is gone after the last stage that declares it. Raises what `check_stages` and `train`
@@ -198,7 +201,9 @@ def run_stages(
         place = out / 'stages' / stage.name
         place.mkdir(parents=True, exist_ok=True)
         with_list = Quarantine(bad_rows, path=place / 'quarantine.json')
-        trained = train_stage(hooks, state, folder, place, with_list, roots, **settings)
+        trained = train_stage(
+            hooks, state, folder, place, with_list, roots, unknown_words=unknown_words, **settings
+        )
         result.quarantined[stage.name] = with_list.n_bad
         result.notes[stage.name] = dict(with_list.notes)
         result.stages.append(trained)
@@ -235,11 +240,13 @@ def train_stage(
     roots: Sequence[str] = (),
     workers: int = 0,
     stream_buffer: int = STREAM_BUFFER,
+    unknown_words: float = 0.01,
     **settings: Any,
 ) -> TrainResult:
     """Opens the data of `state.stage`, lets the method prepare model and loss terms, and trains.
     `workers`: processes of this rank that read and encode rows ahead (0: a thread);
-    `stream_buffer`: rows of a stream that are shuffled among each other."""
+    `stream_buffer`: rows of a stream that are shuffled among each other; `unknown_words`: see
+    `run_stages`."""
     stage = state.stage
     data = open_stage_data(
         folder,
@@ -253,7 +260,10 @@ def train_stage(
         state.seed,
         stream_buffer,
     )
+    if state.processor is not None:  # None: a loader of encoded samples is given
+        check_words(stage, data, state.processor.tokenizer, unknown_words)
     hooks.before_stage(state)
+    check_context(stage, state.model)
     hooks.terms(state)
     result = train(
         state.model,
