@@ -84,6 +84,7 @@ setup(
         'papermill.engine': ['vlmbench=vlmbench.run.engine:VlmbenchEngine'],
         'vlmbench.methods': built_in('methods/recipes.py'),
         'vlmbench.front_ends': built_in('models/vision.py'),
+        'lmms_eval.models': ['vlmbench=vlmbench.evaluate.lmms:lmms_models'],
     },
     zip_safe=False,
 )

@@ -1,0 +1,166 @@
+"""lmms-eval asks a model of ours by its entry point, unpatched: its answers against those of
+`evaluate` and `ask`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import vlmbench
+from vlmbench.data.record import Sample, Turn
+from vlmbench.data.world import asset_path
+from vlmbench.demo.serve import world_picture
+from vlmbench.evaluate.generate import evaluate
+from vlmbench.evaluate.lmms import lmms_class
+from vlmbench.evaluate.tasks import Task
+
+TASK = """task: {name}
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {folder}/rows.parquet}}, cache_dir: {folder}/cache}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function pictures.{pictures}
+doc_to_text: '{{{{question}}}}'
+doc_to_target: '{{{{answer}}}}'
+generation_kwargs: {{until: {until}, max_new_tokens: {longest}, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 0.0}}
+"""
+PICTURES = """def one(row):
+    return [row['image'].convert('RGB')]
+
+
+def two(row):
+    return [row['image'].convert('RGB'), row['other'].convert('RGB')]
+"""
+QUESTIONS = [
+    'what is this ?',
+    'how many things are there in the picture ?',
+    'what color is the circle ?',
+    'how many circles ?',
+    'is there a red square ?',
+]
+
+
+def write_tasks(folder, **more):
+    "Tasks `things` (one picture), `pairs` (two) and `stopped`, over rows of this folder."
+    import datasets
+
+    rows = [
+        dict(image=world_picture(n), other=world_picture(n + 9), question=question, answer='three')
+        for n, question in enumerate(QUESTIONS)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / 'rows.parquet')
+    (folder / 'pictures.py').write_text(PICTURES)
+    for name, pictures, until, longest in (
+        ('things', 'one', '["\\n"]', 8),
+        ('pairs', 'two', '["\\n"]', 8),
+        ('stopped', 'one', '["t", "e"]', 8),
+    ):
+        text = TASK.format(
+            name=name, folder=folder, pictures=pictures, until=until, longest=longest
+        )
+        (folder / f'{name}.yaml').write_text(text)
+    return rows
+
+
+def samples(rows, *columns):
+    marks = '<image>\n' * len(columns)
+    return [
+        Sample(
+            str(n),
+            [Turn('user', marks + row['question']), Turn('assistant', row['answer'])],
+            [row[name] for name in columns],
+        )
+        for n, row in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope='module')
+def lmms_eval():
+    return pytest.importorskip(
+        'lmms_eval.evaluator',
+        reason='lmms-eval is not installed: pip install --no-deps lmms-eval==0.7.3',
+        exc_type=ImportError,
+    )
+
+
+@pytest.fixture(scope='module')
+def model():
+    return vlmbench.load(asset_path('vlm'), device='cpu')
+
+
+def answers(found, task):
+    rows = sorted(found['samples'][task], key=lambda row: row['doc_id'])
+    return [row['filtered_resps'][0] for row in rows]
+
+
+@pytest.mark.slow
+def test_its_answers_are_those_of_evaluate(lmms_eval, model, tmp_path):
+    "Batched, by falling length, one picture and two, in the order of the rows; stop strings cut."
+    from lmms_eval.tasks import TaskManager
+
+    rows = write_tasks(tmp_path)
+    found = lmms_eval.simple_evaluate(
+        model=lmms_class()((model.model, model.processor), batch_size=3, device='cpu'),
+        tasks=['things', 'pairs', 'stopped'],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    things = answers(found, 'things')
+    assert things == [str(model.ask(row['image'], row['question'])) for row in rows]
+    for task, columns in (('things', ['image']), ('pairs', ['image', 'other'])):
+        asked = Task(task, samples(rows, *columns), max_new_tokens=8)
+        ours = evaluate(model.model, model.processor, asked, batch_size=2)
+        assert answers(found, task) == ours.frame['prediction'].tolist()
+        assert found['results'][task]['exact_match,none'] == pytest.approx(ours.accuracy)
+    assert len(set(things)) > 2 and answers(found, 'pairs') != things
+    before = [min([text.partition(stop)[0] for stop in 'te'], key=len).strip() for text in things]
+    assert answers(found, 'stopped') == before != things
+
+
+def command(tmp_path, *launcher, model, tasks, logs):
+    "A user's command, from another folder; the entry point is read from metadata made afresh."
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    meta = tmp_path / 'metadata'
+    if not meta.exists():
+        meta.mkdir()
+        made = [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(meta)]
+        subprocess.run(made, cwd=root, check=True, capture_output=True)
+    line = [sys.executable, *launcher, '-m', 'lmms_eval', '--model', 'vlmbench']
+    line += ['--model_args', f'pretrained={model},device=cpu', '--tasks', tasks]
+    line += ['--include_path', str(tmp_path), '--batch_size', '2', '--log_samples']
+    env = os.environ | dict(
+        PYTHONPATH=os.pathsep.join([str(meta), root]), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'
+    )
+    line += ['--output_path', str(logs)]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+    said = (done.stdout + done.stderr)[-3000:]
+    assert done.returncode == 0, said
+    found = {}
+    for task in tasks.split(','):
+        logged = sorted(logs.rglob(f'*samples_{task}.jsonl'))
+        assert len(logged) == 1, said
+        rows = [json.loads(text) for text in logged[0].read_text().splitlines()]
+        found[task] = {row['doc_id']: row['filtered_resps'] for row in rows}
+    return found
+
+
+@pytest.mark.slow
+def test_the_command_on_one_rank_and_on_two(lmms_eval, model, tmp_path):
+    rows = write_tasks(tmp_path)
+    for part in (model.model, model.processor):
+        part.save_pretrained(tmp_path / 'saved')
+    where = dict(model=tmp_path / 'saved', tasks='things,pairs')
+    one = command(tmp_path, **where, logs=tmp_path / 'one')
+    ours = [str(model.ask(row['image'], row['question'])) for row in rows]
+    assert one['things'] == dict(enumerate(ours)) and len(one['pairs']) == len(rows)
+    launcher = ['-m', 'accelerate.commands.launch', '--num_processes=2', '--cpu']
+    assert command(tmp_path, *launcher, **where, logs=tmp_path / 'two') == one
