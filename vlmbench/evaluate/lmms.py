@@ -61,7 +61,7 @@ def marked_question(task: str, text: str, n: int, pictures: str = 'all') -> str:
         raise ValueError(f'task {task}: {e}') from None
 
 # %% ../../nbs/evaluate/48_lmms.ipynb #7c48dc47
-LONGEST = 256  # tokens of an answer where the task sets no limit
+LONGEST = 1024  # tokens of an answer where the task sets no limit
 _READ = ('until', 'max_new_tokens', 'max_gen_toks', 'do_sample', 'temperature', 'num_beams')
 # said by tasks to other models; without drawing and at the given length they change no word
 _IDLE = ('top_p', 'top_k', 'image_aspect_ratio', 'use_cache', 'seed')
