@@ -13,10 +13,21 @@ from vlmbench.checkpoints.load import load_vlm
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.data.world import asset_path
 from vlmbench.demo.serve import world_picture
-from vlmbench.evaluate.harness import COLUMNS, harness_model, run_harness
+from vlmbench.evaluate.harness import (
+    COLUMNS,
+    TEXT_SUITE,
+    harness_model,
+    named_task,
+    run_harness,
+)
 from zero_reference import loglikelihood
-from vlmbench.models.depth import build_surrogate
+from vlmbench.models.depth import build_surrogate, causal_lm
 from vlmbench.models.vlm import build_vlm
+from vlmbench.run.engine import find_notebook
+from vlmbench.run.harness_job import harness_job
+from vlmbench.run.manifest import Manifest
+from vlmbench.run.parameters import load_notebook, notebook_parameters
+from vlmbench.train.launch import launch
 
 TOKENIZER = world_tokenizer()
 
@@ -189,3 +200,90 @@ def test_the_harness_asks_a_folder_about_pictures_unpatched(lm_eval, tmp_path):
     assert len(set(theirs)) > 2
     right = sum(answer == 'three' for answer in theirs) / len(theirs)
     assert found['results']['things']['exact_match,none'] == pytest.approx(right)
+
+
+CHOICES = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/q.jsonl}}, cache_dir: {folder}/cache}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: [red, blue, two, square]
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def write_choices(folder):
+    "Task `colours` over seven rows of this folder."
+    words = ['red', 'blue', 'two', 'square', 'red', 'two', 'blue']
+    folder.mkdir()
+    rows = [dict(question=f'square {w} . what {w} ?', answer=w) for w in words]
+    (folder / 'q.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (folder / 'colours.yaml').write_text(CHOICES.format(name='colours', folder=folder))
+
+
+def likelihoods(rows):
+    "The log-likelihood of every choice, in the order of the questions."
+    ordered = sorted(rows, key=lambda row: row['doc_id'])
+    found = []
+    for row in ordered:
+        found += [value for value, greedy in map(tuple, row['filtered_resps'])]
+    return torch.tensor([float(value) for value in found])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['plain', 'surrogate_of_a_vlm'])
+def test_the_text_suite_equals_lm_eval_on_the_exported_model(lm_eval, tmp_path, kind):
+    "Without writing weights, on one rank and on two."
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    write_choices(tmp_path / 'tasks')
+    model = MODELS[kind]()
+    processor = TOKENIZER if kind == 'plain' else load_vlm(asset_path('vlm'))[1]
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / 'model')
+    for part in (causal_lm(model), TOKENIZER):
+        part.save_pretrained(tmp_path / 'exported')
+    theirs = simple_evaluate(
+        model='hf',
+        model_args=dict(pretrained=str(tmp_path / 'exported'), dtype='float32'),
+        tasks=['colours'],
+        task_manager=TaskManager(include_path=str(tmp_path / 'tasks'), include_defaults=False),
+        num_fewshot=2,
+        device='cpu',
+        batch_size=2,
+    )
+    declared = notebook_parameters(load_notebook(find_notebook('harness')))
+    asked = {name: one.default for name, one in declared.items()}
+    asked |= dict(model=str(tmp_path / 'model'), suite='text', tasks=['colours:2'], device='cpu')
+    asked |= dict(task_folder=str(tmp_path / 'tasks'), batch_size=2)
+    where = dict(settings=asked, model=str(tmp_path / 'model'))
+    for name in ('one', 'two'):
+        Manifest(tmp_path / name).start('harness', asked)
+    one = harness_job(**where, folder=str(tmp_path / 'one'))
+    two = launch(
+        'vlmbench.run.harness_job:harness_job',
+        where | dict(folder=str(tmp_path / 'two')),
+        2,
+        tmp_path / 'ranks',
+    )
+    scores = theirs['results']['colours']
+    want = likelihoods(theirs['samples']['colours'])
+    for name, found in (('one', one), ('two', two)):
+        rows = [(row['metric'], row['value'], row['n']) for row in found['table']]
+        assert rows == [('acc', scores['acc,none'], 7), ('acc_norm', scores['acc_norm,none'], 7)]
+        lines = (tmp_path / name / 'results' / 'colours.samples.jsonl').read_text().splitlines()
+        got = likelihoods([json.loads(line) for line in lines])
+        assert len(want) == 28 and torch.allclose(got, want, atol=1e-4)
+
+
+def test_the_usual_eight_are_asked_with_the_usual_examples():
+    assert [named_task(name)[1] for name in TEXT_SUITE] == [5, 10, 0, 25, 5, 0, 0, 0]
+    acc = {name for name, (_, metric) in TEXT_SUITE.items() if metric == 'acc'}
+    assert acc == {'mmlu', 'winogrande', 'boolq'}
+    assert {metric for _, metric in TEXT_SUITE.values()} == {'acc', 'acc_norm'}

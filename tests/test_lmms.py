@@ -9,12 +9,18 @@ import sys
 import pytest
 
 import vlmbench
+from judge_server import scripted
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import asset_path
 from vlmbench.demo.serve import world_picture
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.lmms import lmms_class
 from vlmbench.evaluate.tasks import Task
+from vlmbench.run.engine import find_notebook, run_notebook
+from vlmbench.run.harness_job import harness_job
+from vlmbench.run.manifest import Manifest
+from vlmbench.run.parameters import load_notebook, notebook_parameters
+from vlmbench.train.launch import launch
 
 TASK = """task: {name}
 dataset_path: parquet
@@ -164,3 +170,118 @@ def test_the_command_on_one_rank_and_on_two(lmms_eval, model, tmp_path):
     assert one['things'] == dict(enumerate(ours)) and len(one['pairs']) == len(rows)
     launcher = ['-m', 'accelerate.commands.launch', '--num_processes=2', '--cpu']
     assert command(tmp_path, *launcher, **where, logs=tmp_path / 'two') == one
+
+
+JUDGED = """
+
+def asks_nobody(row, results):
+    return dict(exact=float(row['answer'] == results[0]))
+
+
+def grade(row, results):
+    from lmms_eval.llm_judge import get_server
+    from lmms_eval.llm_judge.protocol import Request, ServerConfig
+
+    how = ServerConfig(model_name='made-up-judge', temperature=0.0, max_tokens=8)
+    asked = [dict(role='user', content=results[0])]
+    said = get_server('openai', how).evaluate(Request(messages=asked, config=how))
+    return dict(grade=float(said.content))
+
+
+def mean(items, args=None):
+    return sum(items) / len(items)
+"""
+
+
+def settings(model, tasks, folder, suite='vlm', **more):
+    "All parameters of notebook `harness`."
+    declared = notebook_parameters(load_notebook(find_notebook('harness')))
+    values = {name: one.default for name, one in declared.items()}
+    given = dict(model=str(model), tasks=tasks, suite=suite, task_folder=str(folder))
+    return values | given | dict(device='cpu', batch_size=2) | more
+
+
+def started(folder, asked):
+    "A run folder whose run has begun, as a job expects it."
+    Manifest(folder).start('harness', asked)
+    return str(folder)
+
+
+def said(folder, task):
+    lines = (folder / 'results' / f'{task}.samples.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row['doc_id'] for row in rows] == list(range(len(rows)))
+    return [row['filtered_resps'] for row in rows]
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_job_answer_as_one_and_write_no_weights(lmms_eval, model, tmp_path):
+    rows = write_tasks(tmp_path / 'tasks')
+    asked = settings(asset_path('vlm'), ['things', 'pairs'], tmp_path / 'tasks')
+    where = dict(settings=asked, model=str(asset_path('vlm')))
+    one = harness_job(**where, folder=started(tmp_path / 'one', asked))
+    two = launch(
+        'vlmbench.run.harness_job:harness_job',
+        where | dict(folder=started(tmp_path / 'two', asked)),
+        2,
+        tmp_path / 'ranks',
+    )
+    ours = [[str(model.ask(row['image'], row['question']))] for row in rows]
+    assert said(tmp_path / 'one', 'things') == ours
+    for task in ('things', 'pairs'):
+        assert said(tmp_path / 'two', task) == said(tmp_path / 'one', task)
+        assert two['quoted'][task] == pytest.approx(one['quoted'][task])
+    written = {path.suffix for path in tmp_path.joinpath('one').rglob('*.*')}
+    assert {'.json', '.csv'} <= written and not {'.safetensors', '.bin', '.pt'} & written
+
+
+@pytest.mark.slow
+def test_judged_tasks_wait_for_a_key_which_is_written_nowhere(
+    lmms_eval, tmp_path, monkeypatch, capsys
+):
+    rows = write_tasks(tmp_path / 'tasks')
+    folder, secret = tmp_path / 'tasks', 'a-key-of-nobody-42'
+    with open(folder / 'pictures.py', 'a') as f:
+        f.write(JUDGED)
+    for name, function, metric in (('free', 'asks_nobody', 'exact'), ('judged', 'grade', 'grade')):
+        text = TASK.format(
+            name=name, folder=folder, pictures='one', until='["\\n"]', longest=4
+        ).partition('metric_list')[0]
+        text += f'process_results: !function pictures.{function}\n'
+        text += f'metric_list: [{{metric: {metric}, aggregation: !function pictures.mean}}]\n'
+        (folder / f'{name}.yaml').write_text(text)
+    asked = settings(asset_path('vlm'), ['judged', 'free'], folder)
+    where = dict(settings=asked, model=str(asset_path('vlm')))
+    monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+    without = harness_job(**where, folder=started(tmp_path / 'without', asked))
+    assert list(without['skipped']) == ['judged'] and list(without['quoted']) == ['free']
+    assert 'skipped judged: judged is scored by a judge' in capsys.readouterr().out
+    with scripted(lambda n, request, headers: '0.25') as (url, seen):
+        monkeypatch.setenv('OPENAI_API_KEY', secret)
+        monkeypatch.setenv('OPENAI_API_URL', url)
+        monkeypatch.setenv('MODEL_VERSION', 'made-up-judge')
+        with_key = harness_job(**where, folder=started(tmp_path / 'with', asked))
+    assert with_key['skipped'] == {} and with_key['quoted']['judged'] == pytest.approx(0.25)
+    assert with_key['judge'] == dict(model='made-up-judge', url=url) and len(seen) == len(rows)
+    sent = {name.lower(): value for name, value in seen[0]['headers'].items()}
+    assert sent['authorization'] == f'Bearer {secret}'
+    written = [path.read_text() for path in (tmp_path / 'with').rglob('*.*')]
+    assert written and not any(secret in text for text in written)
+
+
+def test_wrong_requests_are_refused_before_a_model_is_loaded(lmms_eval, tmp_path):
+    write_tasks(tmp_path / 'tasks')
+    asked = settings(tmp_path, ['thing'], tmp_path / 'tasks')
+    with pytest.raises(ValueError, match="task 'thing' is unknown; there is things"):
+        harness_job(asked, str(tmp_path), str(tmp_path / 'run'))
+
+
+@pytest.mark.slow
+def test_the_run_notebook(lmms_eval, tmp_path):
+    write_tasks(tmp_path / 'tasks')
+    given = dict(model=str(asset_path('vlm')), tasks=['things'], limit=2, device='cpu')
+    given |= dict(task_folder=str(tmp_path / 'tasks'))
+    assert run_notebook('harness', given, tmp_path / 'run', progress=False) == 0
+    manifest = Manifest(tmp_path / 'run').read()
+    assert manifest['status'] == 'completed' and set(manifest['results']) == {'things'}
+    assert manifest['skipped'] == {} and len(said(tmp_path / 'run', 'things')) == 2

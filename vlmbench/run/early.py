@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'CHECKS', 'check_places', 'check_trackers', 'check_train', 'check_revert', 'check_tasks', 'check_judge',
-           'check_evaluate', 'check_early', 'check_here']
+           'check_evaluate', 'check_harness', 'check_early', 'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
 import re
@@ -159,6 +159,22 @@ def check_evaluate(values: Mapping[str, Any]) -> None:
             'both ways, and its attention is causal; use engine=transformers'
         )
 
+# %% ../../nbs/run/03_early.ipynb #db145d6b
+def check_harness(values: Mapping[str, Any]) -> None:
+    """Refuse a run of notebook `harness` that names no pictured task, or a task in another form, or
+    whose task folder is not there; `values`: all its parameters. Raises `ParameterError`."""
+    if values['suite'] == 'vlm' and not values['tasks']:
+        raise ParameterError('suite=vlm asks what tasks names, such as tasks=\'["mme", "pope"]\'')
+    if values['task_folder'] and not Path(values['task_folder']).is_dir():
+        raise ParameterError(f'task_folder={values["task_folder"]}: there is no such folder')
+    from vlmbench.evaluate.harness import named_task
+
+    try:
+        for text in values['tasks']:
+            named_task(text)
+    except ValueError as e:
+        raise ParameterError(str(e)) from None
+
 # %% ../../nbs/run/03_early.ipynb #83c4554b
 # notebook -> its check and the parameters that it reads
 CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] = {
@@ -173,6 +189,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
         + ('tasks', 'suite', 'data', 'image_roots', 'rule')
         + ('judge', 'judge_model', 'judge_key_env', 'judge_prompt'),
     ),
+    'harness': (check_harness, ('suite', 'tasks', 'task_folder')),
 }
 
 
