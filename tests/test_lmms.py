@@ -130,6 +130,10 @@ def test_its_answers_are_those_of_evaluate(lmms_eval, model, tmp_path):
     assert len(set(things)) > 2 and answers(found, 'pairs') != things
     before = [min([text.partition(stop)[0] for stop in 'te'], key=len).strip() for text in things]
     assert answers(found, 'stopped') == before != things
+    first = lmms_class()((model.model, model.processor), device='cpu', pictures='one')
+    shown = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lmms_eval.simple_evaluate(model=first, tasks=['pairs'], task_manager=shown)
+    assert answers(found, 'pairs') == things
 
 
 def command(tmp_path, *launcher, model, tasks, logs):
