@@ -5,16 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
 import vlmbench
 from judge_server import scripted
 from vlmbench.data.record import Sample, Turn
-from vlmbench.data.world import asset_path
+from vlmbench.data.scene import WorldConfig
+from vlmbench.data.world import WorldSize, asset_path, write_world
 from vlmbench.demo.serve import world_picture
+from vlmbench.evaluate.assess import load_tasks
 from vlmbench.evaluate.generate import evaluate
 from vlmbench.evaluate.lmms import lmms_class
+from vlmbench.evaluate.task_files import write_task
 from vlmbench.evaluate.tasks import Task
 from vlmbench.run.engine import find_notebook, run_notebook
 from vlmbench.run.harness_job import harness_job
@@ -289,3 +293,23 @@ def test_the_run_notebook(lmms_eval, tmp_path):
     manifest = Manifest(tmp_path / 'run').read()
     assert manifest['status'] == 'completed' and set(manifest['results']) == {'things'}
     assert manifest['skipped'] == {} and len(said(tmp_path / 'run', 'things')) == 2
+
+
+@pytest.mark.slow
+def test_a_task_of_ours_written_for_lmms_eval_scores_as_evaluate(lmms_eval, model, tmp_path):
+    "Questions of the embedded world, by the task's own scorer."
+    from lmms_eval.tasks import TaskManager
+
+    none = dict.fromkeys(asdict(WorldSize()), 0)
+    write_world(tmp_path / 'world', WorldConfig(), WorldSize(**none | dict(vqa_test=6)))
+    task = load_tasks(tmp_path / 'world', ['vqa_test'], 12)['vqa_test']
+    ours = evaluate(model.model, model.processor, task, batch_size=4)
+    write_task(task, tmp_path / 'tasks')
+    found = lmms_eval.simple_evaluate(
+        model=lmms_class()((model.model, model.processor), batch_size=4, device='cpu'),
+        tasks=[task.name],
+        task_manager=TaskManager(include_path=str(tmp_path / 'tasks'), include_defaults=False),
+        log_samples=True,
+    )
+    assert answers(found, task.name) == ours.frame['prediction'].tolist() and len(ours.frame) > 6
+    assert found['results'][task.name]['score,none'] == pytest.approx(ours.frame['score'].mean())
