@@ -48,7 +48,7 @@ $(VENV)/.core: constraints.txt settings.ini setup.py | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-# lmms-eval only serves as an independent check of our scorers; its own requirements would bring torchvision
+# lmms-eval asks our models and checks our scorers; its own requirements would bring torchvision and pin wandb
 $(VENV)/.dev: $(VENV)/.core
 	@echo "== installing the dev and docs extras into $(VENV)"
 	$(PIP) --editable ".[dev,docs]"

@@ -167,6 +167,8 @@ def check_harness(values: Mapping[str, Any]) -> None:
         raise ParameterError('suite=vlm asks what tasks names, such as tasks=\'["mme", "pope"]\'')
     if values['task_folder'] and not Path(values['task_folder']).is_dir():
         raise ParameterError(f'task_folder={values["task_folder"]}: there is no such folder')
+    if not any(':' in text for text in values['tasks']):
+        return  # plain names, which need no import
     from vlmbench.evaluate.harness import named_task
 
     try:
