@@ -48,6 +48,7 @@ def test_the_table_is_wide_and_argued():
 
 
 @pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.fault('letter-touches-text')
 def test_replies_are_graded_as_a_careful_human_would(kind):
     rows = [row for row in TABLE if row['kind'] == kind]
     wrong = [
