@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
 # %% ../../nbs/evaluate/08_choices.ipynb #55203a3b
-from .answers import final_answer, normalise
+from .answers import NUMBER_WORDS, final_answer, normalise
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b3b41437
 Choices = Sequence[str] | Mapping[str, str]
@@ -42,6 +42,7 @@ def _spaced(text: str) -> str:
     return _TOUCHING.sub(' ', text.strip())
 
 # %% ../../nbs/evaluate/08_choices.ipynb #ef290ec2
+_UNSPACED = r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]'  # scripts that put no space between words
 _FIRST_SIGN = 0xE000  # of Unicode's private use area
 
 
@@ -54,13 +55,27 @@ def _text_pattern(option: str) -> str:
         pattern += (r'[\s-]*' if words else r'\s*') + re.escape(piece)
     before = r'(?<![\w+-])(?<!\d[.,:/])' if pieces[0].isdigit() else r'(?<!\w)'
     after = r'(?![\w%°])(?![.,:/]\d)' if pieces[-1].isdigit() else r'(?!\w)'
-    return f'{before}{pattern}{after}'
+    unspaced = [bool(re.match(_UNSPACED, side)) for side in (pieces[0], pieces[-1][-1])]
+    before, after = '' if unspaced[0] else before, '' if unspaced[1] else after
+    return f'{before}{pattern}{after}' + _other_number(option.strip().lower())
+
+
+def _other_number(option: str) -> str:
+    "The alternative for an option that is a small number: two for 2, 2 for two."
+    if option in NUMBER_WORDS:
+        return rf'|(?<![\w+.,:/-]){NUMBER_WORDS.index(option)}(?![\w%°]|[.,:/]\d)'
+    if option.isdigit() and int(option) < len(NUMBER_WORDS):
+        one = r'(?<!the )(?<!no )(?<!this )(?<!that )(?<!which )(?<!any )' * (option == '1')
+        of = r'|\sof\b' * (option == '1')
+        return rf'|(?<![\w-]){one}{NUMBER_WORDS[int(option)]}(?![\w-]{of})'
+    return ''
 
 
 def _mask_options(text: str, options: Mapping[str, str]) -> str:
     "`text` with the private sign of an option (the first for the first) wherever its text stands."
     texts = [normalise(t, articles=True) and str(t) for t in options.values()]
     worded = [(t, k) for k, t in enumerate(texts) if re.search(r'\w', t) and len(t.strip()) > 1]
+    worded += [(t, k) for k, t in enumerate(texts) if re.fullmatch(_UNSPACED, t.strip())]
     worded += [(t, k) for k, t in enumerate(texts) if t.strip().isdigit() and len(t.strip()) == 1]
     for option, k in sorted(worded, key=lambda pair: -len(pair[0])):
         if texts.count(option) == 1:
@@ -95,7 +110,7 @@ def _bare(text: str, options: Mapping[str, str]) -> str:
 _ELEMENT = r'(?:(?:the|an?|option|both|either)\s+)*[(\[*"\']*({letter})[)\]*"\'.]*'
 _BETWEEN = (
     r'(?:\s*(?:/|\b(?:and/or|or|versus|vs)\b)\s*'
-    r'|\s*(?:,|;|&|\band\b|[和或与與とか]|또는|와\b|과\b|및)\s*(?:(?:and|or)\s+)?'
+    r'|\s*(?:,|&|\band\b|[和或与與とか]|또는|와\b|과\b|및)\s*(?:(?:and|or)\s+)?'
     r'(?=\W{0,3}(?:(?:the|an?|option)\s+)*.[)\]*"\'.]*\s*(?:$|[,;:/&!?.)\]}*"\n]|\s*(?:or|and|are|both|were)\b|\s*[和或与與都])))'
 )
 
@@ -178,7 +193,7 @@ _CHOSEN = (
 )
 _IT_IS = (
     r"(?:(?<![A-Za-z])(?:it|this|that|letter)(?:'s|\s+(?:is|was|(?:must|should|would|has\s+to)\s+be))"
-    r'\b|(?<!不)是)\s*'
+    r'\b|(?<![A-Za-z])(?:so|thus|hence|therefore|finally|final|overall)\b[,:]?|(?<!不)是)\s*'
 )
 _ENDS = r'[)\]*"]*(?:\s*(?:$|[.,;:!?\n])|\s+(?:because|since|as)\b)'
 _MENTIONED = (
@@ -188,7 +203,7 @@ _MENTIONED = (
 _JUDGED = (
     r'[)\]*."]*\s*(?:\s(?:is|would\s+be|must\s+be|seems?(?:\s+to\s+be)?|appears\s+to\s+be)\s+'
     r'(?:(?:the|clearly|indeed|most|therefore|probably|definitely|only)\s+)*'
-    r'(?:correct|right(?!\s+(?:of|side))|best|true|accurate|answer)\b'
+    r'(?:correct|right(?!\s+(?:of|side))|best|better|true|accurate|answer)\b'
     r'|(?:选项|選項)?\s*(?:是)?(?:正确|正確|对的|對的))'
 )
 
@@ -196,7 +211,7 @@ _JUDGED = (
 _NOT_A_NOUN = (
     r'(?:because|since|as|and|or|is|was|which|so|for|due|based|probably|likely|most\s+likely|maybe'
     r'|perhaps|definitely|certainly|clearly|obviously|surely|seems|looks|appears|would|will|must'
-    r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|it|i|if|but|not|then|rather)\b'
+    r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|only|alone|it|i|if|but|not|then|rather)\b'
 )
 _ARTICLE_BEHIND = re.compile(rf'\s+(?:(?!{_NOT_A_NOUN})[a-z]|[\ue000-\ue0ff])')
 _VERB_BEHIND = re.compile(
@@ -290,7 +305,7 @@ def _alone(text: str, options: Mapping[str, str]) -> str:
 
 _LEADS_TO_LETTER = (
     r'(?:probably|maybe|perhaps|likely|definitely|certainly|surely|obviously|clearly|so|thus|hence'
-    r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|ist|án|là)"
+    r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|but|only|just|simply|ans|ist|án|là)"
 )
 
 
@@ -322,15 +337,15 @@ def _by_text(text: str, masked: str, options: Mapping[str, str]) -> str:
     inside = [k for k, v in texts.items() if v and f' {v} ' in plain]
     return inside[0] if len(inside) == 1 else ''
 
-# %% ../../nbs/evaluate/08_choices.ipynb #1d2324dd
+# %% ../../nbs/evaluate/08_choices.ipynb #d9952e4f
 _TAKEN_BACK = re.compile(
-    r'(?:^|[\s.,;:!?…)*\-–—])(?:no\b(?=\s*[,.:;!?…—-])|(?:wait|actually|sorry|correction|oops|'
+    r'(?:^|[\s.,;:!?…()*\-–—])(?:no\b(?=\s*[,.:;!?…—-])|(?:wait|hmm|actually|sorry|correction|oops|'
     r'i\s+meant?|make\s+(?:it|that)|scratch\s+that|on\s+second\s+thought|rather)\b)[\s,.:;!…—-]*'
     r"(?:(?:no|wait|actually|i\s+meant?|it\s+is|it's|it\s+should\s+be|that\s+is|make\s+it"
     r'|(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|one)(?:\s+(?:is|should\s+be))?)\b[\s,.:;!…]*)*',
     re.I,
 )
-_LINE = r'^\W*([{letters}])\s*[).:\]-]'
+_LINE = r'^\W*(?:\d+[.)]\s*)?\W*([{letters}])\s*[).:\]-]'
 _MARKED_WRONG = re.compile(
     r'[✗✘❌×]|\b(?:no|not|wrong|incorrect|false|cannot|eliminated|excluded)\b|n\'t\b|错|錯|不', re.I
 )
@@ -360,7 +375,7 @@ def _enumerated(text: str, options: Mapping[str, str]) -> tuple[str, str]:
     rest = '\n'.join(line for m, line in lines if not m)
     return left.pop() if len(left) == 1 else '', rest
 
-# %% ../../nbs/evaluate/08_choices.ipynb #37620c81
+# %% ../../nbs/evaluate/08_choices.ipynb #e012ee23
 def _remaining(masked: str, options: Mapping[str, str]) -> str:
     "The one option that is not named where every other one is named and ruled out."
     single = rf"(?<![\w'-])([{_letters(options)}])(?![\w'-])|([\ue000-\ue0ff])"

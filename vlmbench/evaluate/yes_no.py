@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['parse_yes_no']
 
-# %% ../../nbs/evaluate/09_yes_no.ipynb #7806cf6f
+# %% ../../nbs/evaluate/09_yes_no.ipynb #84a7030e
 import re
 import unicodedata
 
-# %% ../../nbs/evaluate/09_yes_no.ipynb #a9afa0c3
+# %% ../../nbs/evaluate/09_yes_no.ipynb #99349311
 from .answers import final_answer
 
-# %% ../../nbs/evaluate/09_yes_no.ipynb #e61a5e3f
+# %% ../../nbs/evaluate/09_yes_no.ipynb #9b5e5698
 _YES_WORDS = 'yes|y|yeah|yep|yup|oui|sí|sim|ja|да'
 _NO_WORDS = 'no|n|nope|nah|nein|não|non|нет'
 _AGREES = (
@@ -36,9 +36,16 @@ _UNDECIDED = re.compile(
     r'|(?:无法|無法|不能|难以)(?:确定|確定|判断|判斷|回答|看出)|不知道|不清楚|不确定|不確定'
     r'|分かりません|わかりません|모르|알 수 없'
 )
+_NO_ANSWER = re.compile(
+    r'\bno (?:idea|clue|answer|comment|opinion|sé)\b|\bn/a\b|\bas an? (?:ai|language model)\b'
+    r"|(?:can ?not|can't|unable to|not able to) (?:see|view|access) (?:(?:the|this|your|any) )?"
+    r"(?:images?|pictures?|photos?)\b|\b(?:won't|refuse to|will not) answer\b|\bnot enough\b"
+    r'|\bneither yes nor no\b|\b(?:could|may|might) be yes, (?:it )?(?:could|may|might) be no\b'
+    r'|판단할 수 없'
+)
 _BOTH = re.compile(r'\b(?:yes|no)(?:\s*/\s*|,? (?:or|and) )(?:yes|no)\b')
 
-# %% ../../nbs/evaluate/09_yes_no.ipynb #5d46d8a1
+# %% ../../nbs/evaluate/09_yes_no.ipynb #0d1e8801
 _SECOND_THOUGHT = re.compile(
     rf'\W*(?:{_YES_WORDS}|{_NO_WORDS})\b(?:(?:\s*(?:\.\.+|…|\?|[.!]\s))+'
     r'\s*(?:no,? |oh,? |well,? )?'
@@ -66,7 +73,7 @@ def _corrected(text: str) -> str:
     tail = text[found.start('last') :]
     return _corrected(tail) or _side(found['last'])
 
-# %% ../../nbs/evaluate/09_yes_no.ipynb #8d9c5328
+# %% ../../nbs/evaluate/09_yes_no.ipynb #ac21e4ae
 _NEGATION = re.compile(r"\b(?:no|not|nope|none|cannot)\b|n't\b")
 _LEADING = re.compile(rf'\W*(?P<said>{_YES_WORDS}|{_NO_WORDS})(?![\w\'])(?P<ends>\s*(?:\W|$))?')
 
@@ -88,11 +95,14 @@ def _sentence(text: str) -> str:
         return ''
     if _NEGATION.search(text) or re.search(_NO_ELSEWHERE, text.strip()):
         return 'no'
-    if word := re.match(rf'\W*({_AGREES}|{_DENIES})\s*(?:[^\w\s]|$)', text):
+    that_is = r"(?:(?:that|this|it)(?:'s| is) )?"
+    if word := re.match(rf'\W*{that_is}({_AGREES}|{_DENIES})\s*(?:[^\w\s]|$)', text):
         return _side(word[1])
+    if re.match(r'\W*(?:indeed|certainly|definitely|absolutely|surely)\b', text):
+        return 'yes'
     return 'yes' if re.search(r'\b(?:yes|yeah|yep|yup)\b', text) else ''
 
-# %% ../../nbs/evaluate/09_yes_no.ipynb #972ddfe5
+# %% ../../nbs/evaluate/09_yes_no.ipynb #3b50edd2
 def parse_yes_no(text: str) -> str:
     """'yes', 'no' or '' as the reply `text` says: of its sentences, questions left out, the first
     that decides. Thoughts in front of the answer (`final_answer`) are not read."""
@@ -105,7 +115,8 @@ def parse_yes_no(text: str) -> str:
     sentences = [s for s in re.findall(r'[^.!?。\n]+[.!?。]*', said) if re.search(r'\w', s)]
     told = [s for s in sentences if not s.endswith('?') or _LEADING.match(s)] or sentences
     for sentence in told:
-        if _UNDECIDED.search(sentence) and not _LEADING.match(sentence):
+        undecided = _UNDECIDED.search(sentence) and not _LEADING.match(sentence)
+        if undecided or _NO_ANSWER.search(sentence):
             return ''
         if answer := _sentence(sentence.rstrip('.!?。 ')):
             return answer
