@@ -146,6 +146,9 @@ _BESIDES = r'\s+(?:because|since)\b|,\s+(?:because|since|as)\b'
 def _leading(text: str, options: Mapping[str, str]) -> str:
     "The letter that the reply begins with."
     letters = _letters(options)
+    marked = re.findall(rf'(?<!\w)([{letters}])[).:]', text)
+    if len(options) > 2 and marked[: len(options)] == list(options):
+        return ''  # all options in a row are the question again
     forms = (
         rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:]|{_BESIDES})(?!\w)',
         rf'(?i:[(\[*]+([{letters}])[)\]*]|([{letters}])(?:[).:](?=\s)|{_BESIDES}))',
@@ -337,7 +340,7 @@ def _by_text(text: str, masked: str, options: Mapping[str, str]) -> str:
     inside = [k for k, v in texts.items() if v and f' {v} ' in plain]
     return inside[0] if len(inside) == 1 else ''
 
-# %% ../../nbs/evaluate/08_choices.ipynb #d9952e4f
+# %% ../../nbs/evaluate/08_choices.ipynb #ccbae68a
 _TAKEN_BACK = re.compile(
     r'(?:^|[\s.,;:!?…()*\-–—])(?:no\b(?=\s*[,.:;!?…—-])|(?:wait|hmm|actually|sorry|correction|oops|'
     r'i\s+meant?|make\s+(?:it|that)|scratch\s+that|on\s+second\s+thought|rather)\b)[\s,.:;!…—-]*'
@@ -375,7 +378,7 @@ def _enumerated(text: str, options: Mapping[str, str]) -> tuple[str, str]:
     rest = '\n'.join(line for m, line in lines if not m)
     return left.pop() if len(left) == 1 else '', rest
 
-# %% ../../nbs/evaluate/08_choices.ipynb #e012ee23
+# %% ../../nbs/evaluate/08_choices.ipynb #f30008b4
 def _remaining(masked: str, options: Mapping[str, str]) -> str:
     "The one option that is not named where every other one is named and ruled out."
     single = rf"(?<![\w'-])([{_letters(options)}])(?![\w'-])|([\ue000-\ue0ff])"
