@@ -91,6 +91,7 @@ def test_ids_and_labels_of_three_turns(name):
 
 
 @pytest.mark.parametrize('name', GOLDEN)
+@pytest.mark.fault('vip-19')
 def test_ends_are_targets_although_pads_are_ends(name):
     tok = words(name)
     long, brief = (encode(turns, tok, name, [2]) for turns in (TURNS, TURNS[:2]))

@@ -95,6 +95,7 @@ def test_a_box_draws_every_kind_where_it_says(kind, size):
     )
 
 
+@pytest.mark.fault('vip-11')
 def test_strokes_outlines_and_corners_are_drawn_as_given():
     size = (100, 100)
     stroke = to_marker(parse_region('scribble:10,10,50,10,50,60'), size)
@@ -189,6 +190,7 @@ def test_the_stream_says_what_evaluation_says(model, picture):
     assert ''.join(model.stream([Turn('user', question)], [picture], 12)).strip() == told
 
 
+@pytest.mark.fault('vip-10')
 def test_history_pictures_and_markers(model, picture):
     chat = Chat(model, png(picture), ['rectangle:5,5,40,40'])
     pieces = list(chat.ask(QUESTION, max_new_tokens=5))
@@ -474,6 +476,7 @@ def test_weights_may_be_spread_by_a_device_map(model, picture, tmp_path):
         ('ipywidgets', lambda: PointAndAsk(None)),
     ],
 )
+@pytest.mark.fault('vip-13')
 def test_a_missing_extra_is_named(missing, call, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     _widget_class.cache_clear()

@@ -247,6 +247,7 @@ def test_audit_waits_for_images_and_refuses_a_dead_group(tmp_path):
         run(tmp_path / 'b', 'frozen', model=model)
 
 
+@pytest.mark.fault('stage-without-gradient')
 def test_a_text_only_step_leaves_a_lone_projector_alone(tmp_path):
     """Nothing that trains is reached: no gradient, no update, no decay; the run goes on to the end
     of its budget and says there that it trained nothing."""

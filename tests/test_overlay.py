@@ -153,6 +153,7 @@ def test_several_in_order(case):
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda c: c.name)
+@pytest.mark.fault('vip-17')
 def test_words_and_palette(case):
     d = json.loads((case / 'drawing/drawing.json').read_text())
     assert {k: list(v) for k, v in PALETTE.items()} == d['color_pool'] and {

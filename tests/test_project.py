@@ -305,6 +305,7 @@ def test_notebook_shows_what_it_exports(path):
 
 
 @pytest.mark.parametrize('path', sorted((NBS / 'runs').glob('*.ipynb')), ids=rel)
+@pytest.mark.fault('vip-14')
 def test_run_notebook_has_one_cell_of_typed_parameters(path):
     tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1, f'{len(tagged)} cells are tagged `parameters`'

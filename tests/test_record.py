@@ -637,6 +637,7 @@ def test_encoded_pictures_of_a_column(tmp_path):
         {'images': [3]},
     ],
 )
+@pytest.mark.fault('images-in-training')
 def test_a_picture_that_is_not_read_is_a_bad_row_that_names_its_column(tmp_path, cell):
     _, q = all_readers(tmp_path, {'conversations': TALK, **cell})
     reason = q.records[0]['reason']
@@ -751,6 +752,7 @@ def test_what_a_reader_gives_can_be_written_and_read_again(tmp_path):
 @pytest.mark.parametrize(
     'key', ['system', 'system_prompt', 'systemPrompt', 'system_message', 'System']
 )
+@pytest.mark.fault('system-column')
 def test_a_system_column_opens_the_conversation(tmp_path, key):
     prompt = 'Answer in French.'
     sample, q = all_readers(tmp_path, {'conversations': TALK, key: prompt})

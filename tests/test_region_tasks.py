@@ -473,6 +473,7 @@ def test_bad_coco_files(tmp_path, change, match):
         coco_objects(tmp_path / 'bad.json')
 
 
+@pytest.mark.fault('vip-18')
 def test_pointer_geometry_scales_with_the_picture():
     small, large = (
         Pointer((20, 20), (80, 80)).marker((100, 100)),

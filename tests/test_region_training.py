@@ -298,6 +298,7 @@ def test_bad_published_rows_name_the_row(mixed, change, match):
         )
 
 
+@pytest.mark.fault('vip-5')
 def test_a_point_on_a_box_is_refused_never_replaced(mixed):
     own = next(r for r in PUBLISHED if r['id'] == 'own-1')
     sample = open_samples(mixed([own]), 'mix', parse=DrawRegions.parse)[0]
@@ -312,6 +313,7 @@ def test_a_point_on_a_box_is_refused_never_replaced(mixed):
         )
 
 
+@pytest.mark.fault('vip-6')
 def test_bad_rows_of_a_run_are_listed_and_replaced(mixed, processor, stage, tmp_path):
     good = [dict(PUBLISHED[-3], id=f'own-{i}') for i in range(4)]
     bad = dict(PUBLISHED[-3], id='own-bad', regions=[dict(box=[900, 5, 990, 20])])

@@ -533,6 +533,7 @@ def test_a_token_across_the_start_of_an_answer_is_a_target():
 
 @pytest.mark.parametrize('answer,joined', [('\n\nRed', '\n\n'), ('\nRed', ''), ('Red', '')])
 @pytest.mark.parametrize('name', ['chatml', 'zero_qwen', 'mpt'])
+@pytest.mark.fault('joined-line-breaks')
 def test_an_answer_that_joins_the_end_of_its_prompt_is_announced(name, answer, joined):
     """haotian-liu/LLaVA#1153: a token across the border is learnt but cannot follow the prompt"""
     trained = Tokenizer(models.BPE())

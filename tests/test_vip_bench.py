@@ -109,6 +109,7 @@ def vlm():
     return model, processor
 
 
+@pytest.mark.fault('vip-20')
 def test_from_files_to_tables(bench, vlm, tmp_path):
     """Loader, greedy answers, a judge over HTTP with faults on the way, tables, saved results: the
     whole path."""
@@ -299,6 +300,7 @@ def test_marked_questions_through_the_evaluator(v7w, vlm, tmp_path):
     assert len(result.frame) == 6 and 1 / 3 <= result.header['agreement'] <= 1
 
 
+@pytest.mark.fault('vip-8')
 def test_sampled_answers_depend_on_seed_and_id_only(v7w, vlm, tmp_path):
     def answers(**kw):
         return evaluate(*vlm, v7w(), max_new_tokens=5, temperature=2.0, **kw)

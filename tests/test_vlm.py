@@ -1013,6 +1013,7 @@ def valid(batch):
 
 @pytest.mark.parametrize('begin', BEGINS)
 @pytest.mark.parametrize('template', list(TEMPLATES))
+@pytest.mark.fault('two-begin-tokens')
 def test_every_road_to_a_prompt_has_the_same_begin_token(begin, template):
     p = begin_processor(begin, template)
     red = picture('red')

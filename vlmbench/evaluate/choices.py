@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
 # %% ../../nbs/evaluate/08_choices.ipynb #55203a3b
-from .answers import final_answer, normalise
+from .answers import NUMBER_WORDS, final_answer, normalise
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b3b41437
 Choices = Sequence[str] | Mapping[str, str]
@@ -33,26 +33,49 @@ _TOUCHING = re.compile(rf'(?<={_OTHER_SCRIPT})(?=[A-Za-z])|(?<=[A-Za-z])(?={_OTH
 
 def _spaced(text: str) -> str:
     "Full-width letters as ordinary ones, and a space between a Latin letter and another script."
+    text = re.sub(r'[\u200b-\u200f\u2060\ufeff]', '', text)
     text = unicodedata.normalize('NFKC', text).translate(str.maketrans('。、’‘“”', '.,\'\'""'))
+    text = re.sub(r'\bN/A\b', 'none', text)
+    text = re.sub(r'\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}', r'\1', text)
+    text = re.sub(r'\\[()\[\]]|(?:<\|?\w{2,}\|?>|</\w+>)(?=\s*$)|^```\w*\s|```\s*$', ' ', text)
+    text = re.sub('[「」『』《》【】«»]', '"', text)
     return _TOUCHING.sub(' ', text.strip())
 
 # %% ../../nbs/evaluate/08_choices.ipynb #ef290ec2
+_UNSPACED = r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]'  # scripts that put no space between words
 _FIRST_SIGN = 0xE000  # of Unicode's private use area
 
 
 def _text_pattern(option: str) -> str:
     "An option's text, with any white space in it and nothing that would make it another word."
     pieces = re.findall(r'\w+|[^\w\s]', _spaced(option))
-    pattern = r'\s*'.join(map(re.escape, pieces))
+    pattern = re.escape(pieces[0])
+    for before, piece in zip(pieces, pieces[1:]):
+        words = before[0].isalpha() and piece[0].isalpha()
+        pattern += (r'[\s-]*' if words else r'\s*') + re.escape(piece)
     before = r'(?<![\w+-])(?<!\d[.,:/])' if pieces[0].isdigit() else r'(?<!\w)'
     after = r'(?![\w%°])(?![.,:/]\d)' if pieces[-1].isdigit() else r'(?!\w)'
-    return f'{before}{pattern}{after}'
+    unspaced = [bool(re.match(_UNSPACED, side)) for side in (pieces[0], pieces[-1][-1])]
+    before, after = '' if unspaced[0] else before, '' if unspaced[1] else after
+    return f'{before}{pattern}{after}' + _other_number(option.strip().lower())
+
+
+def _other_number(option: str) -> str:
+    "The alternative for an option that is a small number: two for 2, 2 for two."
+    if option in NUMBER_WORDS:
+        return rf'|(?<![\w+.,:/-]){NUMBER_WORDS.index(option)}(?![\w%°]|[.,:/]\d)'
+    if option.isdigit() and int(option) < len(NUMBER_WORDS):
+        one = r'(?<!the )(?<!no )(?<!this )(?<!that )(?<!which )(?<!any )' * (option == '1')
+        of = r'|\sof\b' * (option == '1')
+        return rf'|(?<![\w-]){one}{NUMBER_WORDS[int(option)]}(?![\w-]{of})'
+    return ''
 
 
 def _mask_options(text: str, options: Mapping[str, str]) -> str:
     "`text` with the private sign of an option (the first for the first) wherever its text stands."
     texts = [normalise(t, articles=True) and str(t) for t in options.values()]
     worded = [(t, k) for k, t in enumerate(texts) if re.search(r'\w', t) and len(t.strip()) > 1]
+    worded += [(t, k) for k, t in enumerate(texts) if re.fullmatch(_UNSPACED, t.strip())]
     worded += [(t, k) for k, t in enumerate(texts) if t.strip().isdigit() and len(t.strip()) == 1]
     for option, k in sorted(worded, key=lambda pair: -len(pair[0])):
         if texts.count(option) == 1:
@@ -61,7 +84,7 @@ def _mask_options(text: str, options: Mapping[str, str]) -> str:
     return text
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b2f2d6af
-_OPENING, _CLOSING = r'[\s(\[{*_"\'`$]*', r'[\s)\]}.:,;!*_"\'`$]*'
+_OPENING, _CLOSING = r'[\s(\[{*_"\'`$#>•<|-]*', r'[\s)\]}.:,;!?*_"\'`$>|]*'
 
 
 def _key(found: str, options: Mapping[str, str]) -> str:
@@ -84,6 +107,32 @@ def _bare(text: str, options: Mapping[str, str]) -> str:
     return found.pop() if len(found) == 1 and lines[0] else ''
 
 
+_ELEMENT = r'(?:(?:the|an?|option|both|either)\s+)*[(\[*"\']*({letter})[)\]*"\'.]*'
+_BETWEEN = (
+    r'(?:\s*(?:/|\b(?:and/or|or|versus|vs)\b)\s*'
+    r'|\s*(?:,|&|\band\b|[和或与與とか]|또는|와\b|과\b|및)\s*(?:(?:and|or)\s+)?'
+    r'(?=\W{0,3}(?:(?:the|an?|option)\s+)*.[)\]*"\'.]*\s*(?:$|[,;:/&!?.)\]}*"\n]|\s*(?:or|and|are|both|were)\b|\s*[和或与與都])))'
+)
+
+
+def _list_around(text: str, place: int, options: Mapping[str, str]) -> tuple[int, int] | None:
+    "Where the list of several options begins and ends that `place` is in, as A in A or B."
+    element = _ELEMENT.replace('{letter}', rf'(?i:[{_letters(options)}])|[\ue000-\ue0ff]')
+    bounded = rf"(?<![\w'-]){element}(?![\w'-])"
+    for m in re.finditer(rf'{bounded}(?:{_BETWEEN}{bounded})+', text):
+        if m.start() <= place < m.end():
+            single = rf"(?<![\w'-])(?i:[{_letters(options)}])(?![\w'-])|[\ue000-\ue0ff]"
+            pieces = re.sub(r'\b(?:an?|the)\s+(?=[\ue000-\ue0ff])', '', m[0])
+            several = len({_key(found, options) for found in re.findall(single, pieces)}) > 1
+            return m.span() if several else None
+    return None
+
+
+def _listed(text: str, place: int, options: Mapping[str, str]) -> bool:
+    "Whether the letter or sign at `place` is one of several in a list."
+    return _list_around(text, place, options) is not None
+
+
 def _word_for_word(text: str, options: Mapping[str, str]) -> str:
     "The one option whose text the reply is."
     said = normalise(text, articles=True)
@@ -91,17 +140,32 @@ def _word_for_word(text: str, options: Mapping[str, str]) -> str:
     return same[0] if len(same) == 1 and said else ''
 
 
+_BESIDES = r'\s+(?:because|since)\b|,\s+(?:because|since|as)\b'
+
+
 def _leading(text: str, options: Mapping[str, str]) -> str:
     "The letter that the reply begins with."
     letters = _letters(options)
+    marked = re.findall(rf'(?<!\w)([{letters}])[).:]', text)
+    if len(options) > 2 and marked[: len(options)] == list(options):
+        return ''  # all options in a row are the question again
     forms = (
-        rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:]|\s+(?:because|since)\b)(?!\w)',
-        rf'(?i:[(\[*]+([{letters}])[)\]*]|([{letters}])[).:](?=\s))',
+        rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:]|{_BESIDES})(?!\w)',
+        rf'(?i:[(\[*]+([{letters}])[)\]*]|([{letters}])(?:[).:](?=\s)|{_BESIDES}))',
     )
     for form in forms:
         if m := re.match(form, text):
-            return _key(m[1] or m[2], options)
+            place = m.start(1) if m[1] else m.start(2)
+            return '' if _listed(text, place, options) else _key(m[1] or m[2], options)
     return ''
+
+
+def _leading_text(masked: str, options: Mapping[str, str]) -> str:
+    "The option whose text the reply begins with, where a stop or a reason follows."
+    m = re.match(rf'\W*(?:(?:an?|the)\s+)?([\ue000-\ue0ff])(?:\W*$|[.,;:!\n]|{_BESIDES})', masked)
+    if not m or _listed(masked, m.start(1), options) or _ruled_out(masked, 0, m.end(1)):
+        return ''
+    return _key(m[1], options)
 
 # %% ../../nbs/evaluate/08_choices.ipynb #e0a89e47
 _NO_WORD = r'(?<![A-Za-z])'  # before a phrase; \b would not do next to Chinese
@@ -111,8 +175,8 @@ _FILLERS = (
     r'|definitely|certainly|obviously|simply|therefore|thus|indeed)\b)*'
 )
 _STATED = (
-    rf'{_NO_WORD}(?:answer|choice|option|response|solution|conclusion|(?:correct|right|best)\s+one)'
-    r'\b(?:\s+(?:to|for|of)\b[^.!?:;\n]{0,60}?)?[*_]*'
+    rf'{_NO_WORD}(?:answer|ans\.?|choice|option|response|solution|conclusion|(?:correct|right|best)\s+one)'
+    r'(?!\w)(?:\s+(?:to|for|of)\b[^.!?:;\n]{0,60}?)?[*_]*'
     rf'(?:{_IS}|\s*(?::|=|->|→|⇒)|\s+[-–—]\s)[*_]*:?{_FILLERS}:?\s*'
 )
 _STATED_ELSEWHERE = (
@@ -130,6 +194,11 @@ _CHOSEN = (
     r'\s+(?:choose|chose|select|selected|pick|picked|go\s+with|opt\s+for|say|guess|think|believe)\b'
     r"(?:\s+(?:that|it's|it|is|the|option|choice|letter|answer)\b)*\s*"
 )
+_IT_IS = (
+    r"(?:(?<![A-Za-z])(?:it|this|that|letter)(?:'s|\s+(?:is|was|(?:must|should|would|has\s+to)\s+be))"
+    r'\b|(?<![A-Za-z])(?:so|thus|hence|therefore|finally|final|overall)\b[,:]?|(?<!不)是)\s*'
+)
+_ENDS = r'[)\]*"]*(?:\s*(?:$|[.,;:!?\n])|\s+(?:because|since|as)\b)'
 _MENTIONED = (
     rf'(?:{_NO_WORD}(?:answer|option|choice|letter|choos(?:e|ing)|select(?:ing)?|pick(?:ing)?)\b'
     r'|选项|選項|選択肢)\s*:?\s*(?:option\s+)?'
@@ -137,12 +206,16 @@ _MENTIONED = (
 _JUDGED = (
     r'[)\]*."]*\s*(?:\s(?:is|would\s+be|must\s+be|seems?(?:\s+to\s+be)?|appears\s+to\s+be)\s+'
     r'(?:(?:the|clearly|indeed|most|therefore|probably|definitely|only)\s+)*'
-    r'(?:correct|right(?!\s+(?:of|side))|best|true|accurate|answer)\b'
+    r'(?:correct|right(?!\s+(?:of|side))|best|better|true|accurate|answer)\b'
     r'|(?:选项|選項)?\s*(?:是)?(?:正确|正確|对的|對的))'
 )
 
 # %% ../../nbs/evaluate/08_choices.ipynb #481dd1b9
-_NOT_A_NOUN = r'(?:because|since|as|and|or|is|was|which|so|for|due|based)\b'
+_NOT_A_NOUN = (
+    r'(?:because|since|as|and|or|is|was|which|so|for|due|based|probably|likely|most\s+likely|maybe'
+    r'|perhaps|definitely|certainly|clearly|obviously|surely|seems|looks|appears|would|will|must'
+    r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|only|alone|it|i|if|but|not|then|rather)\b'
+)
 _ARTICLE_BEHIND = re.compile(rf'\s+(?:(?!{_NOT_A_NOUN})[a-z]|[\ue000-\ue0ff])')
 _VERB_BEHIND = re.compile(
     r"\s+(?:think|believe|guess|say|see|am|was|would|will|can|cannot|can't|do|don't|did|have|chose"
@@ -161,7 +234,7 @@ def _is_word(letter: str, rest: str, announced: bool) -> bool:
 # %% ../../nbs/evaluate/08_choices.ipynb #bc57f566
 _CLAUSE = re.compile(r'[.!?;:,\n]|\b(?:but|so|thus|therefore|hence|because|then)\b', re.I)
 _NEGATED = re.compile(
-    r'(?:\b(?:not|never|neither|nor|no|without|except|excluding|exclude|eliminate|reject|avoid'
+    r'(?:\b(?:not|cannot|never|neither|nor|no|without|except|excluding|exclude|eliminate|reject|avoid'
     r"|rule\s+out|instead\s+of|rather\s+than|than|unlike)\b|n't\b)(?:\s+[\w']+){0,4}\s*$"
     r'|(?:不|非|没|沒|別|别|排除)\w{0,3}\s*$',
     re.I,
@@ -171,16 +244,24 @@ _SUPPOSED = re.compile(
 )
 _DOUBTED = re.compile(r"\b(?:might|may|could|seems?)\b(?:\s+[\w']+){0,5}\s*$", re.I)
 _REFUTED = re.compile(
-    r"""[)\]*."']*\s*(?:(?:is|are|was|would\s+be|seems|looks)\s+)?(?:(?:also|clearly|obviously
-    |definitely|simply|just)\s+)*(?:not\b|wrong\b|incorrect\b|false\b|invalid\b|eliminated\b
+    r"""[)\]*."':]*\s*[-–]?\s*(?:(?:is|are|was|were|would\s+be|seems|looks)\s+)?(?:(?:also|clearly
+    |obviously|definitely|simply|just|all|both)\s+)*(?:not\b(?!\s+\(?[A-Z]\b)|wrong\b|incorrect\b|false\b|invalid\b|eliminated\b
     |a\s+distractor\b|ruled\s+out\b|cannot\b|can't\b|doesn't\b|does\s+not\b|isn't\b|wasn't\b)
-    |\s*(?:选项|選項)?\s*(?:是)?(?:错|錯|不|误|誤|間違|틀)""",
+    |\s*(?:선택지|选项|選項)?\s*[は은는]?\s*(?:是)?(?:错|錯|不(?!是\s*\(?[A-Z])|误|誤|間違|틀|[✗✘❌×]
+    |ではな|じゃな|[가이는은]?\s*아니)""",
     re.I | re.X,
+)
+_ALL_BUT = re.compile(
+    r'\b(?:all|every\w*|none|nothing|any\w*|others?)\b[^.!?;\n]{0,25}\b(?:but|except(?:\s+for)?|besides'
+    r'|other\s+than)\s+(?:for\s+)?(?:option\s+)?[(\["\']*$',
+    re.I,
 )
 
 
 def _ruled_out(text: str, start: int, end: int) -> bool:
     "Whether what stands at `text[start:end]` is named to say that it is not the answer."
+    if _ALL_BUT.search(text[:start]):
+        return False
     clause = _CLAUSE.split(text[:start])[-1]
     return bool(_NEGATED.search(clause) or _SUPPOSED.search(clause) or _REFUTED.match(text[end:]))
 
@@ -194,7 +275,8 @@ def _named(
     letter = rf"(?<![A-Za-z0-9])(?<!\w')([{_letters(options)}\ue000-\ue0ff])(?![\w]|'\w|-\w)"
     for m in re.finditer(rf'{before}{article}{_OPENING}{letter}{behind}', text, re.I):
         if not _is_word(m[1], text[m.end(1) :], announced=bool(before)):
-            if not _ruled_out(text, m.start(), m.end(1)):
+            outside = not _listed(text, m.start(1), options)
+            if outside and not _ruled_out(text, m.start(), m.end(1)):
                 yield _key(m[1], options), m.start()
 
 
@@ -202,7 +284,8 @@ def _stated(text: str, options: Mapping[str, str]) -> str:
     "The option that a masked `text` states, else chooses, else calls right, else mentions."
     stated = f'(?:{_BOXED}|{_STATED}|{_STATED_ELSEWHERE}|{_PICKED_ELSEWHERE})'
     doubted = ''
-    for before, behind in ((stated, ''), (_CHOSEN, ''), ('', _JUDGED), (_MENTIONED, '')):
+    levels = ((stated, ''), (_CHOSEN, ''), (_IT_IS, _ENDS), ('', _JUDGED), (_MENTIONED, ''))
+    for before, behind in levels:
         for key, start in reversed(list(_named(text, options, before, behind))):
             if not _DOUBTED.search(_CLAUSE.split(text[:start])[-1]):
                 return key
@@ -218,7 +301,28 @@ def _alone(text: str, options: Mapping[str, str]) -> str:
         for m in re.finditer(letter, text)
         if not _is_word(m[1], text[m.end() :], announced=False)
         and not _ruled_out(text, m.start(), m.end())
+        and not _listed(text, m.start(), options)
     }
+    return found.pop() if len(found) == 1 else ''
+
+
+_LEADS_TO_LETTER = (
+    r'(?:probably|maybe|perhaps|likely|definitely|certainly|surely|obviously|clearly|so|thus|hence'
+    r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|but|only|just|simply|ans|ist|án|là)"
+)
+
+
+def _alone_small(text: str, options: Mapping[str, str]) -> str:
+    "The one small letter that stands alone in a masked `text`, and not next to a noun."
+    before = rf'(?:^|[^\w\s\'-]\s*|{_OTHER_SCRIPT}\s*|\b{_LEADS_TO_LETTER}\s+|\n\s*)'
+    letter = rf"(?<!\w)(?<!\w['-])([{_letters(options).lower()}])(?![\w]|'\w|-\w)"
+    found = set()
+    for m in re.finditer(before + letter, text, re.I):
+        rest = text[m.end() :]
+        if m[1].isupper() or _ARTICLE_BEHIND.match(rest) or _is_word(m[1], rest, announced=False):
+            continue
+        if not _ruled_out(text, m.start(1), m.end()) and not _listed(text, m.start(1), options):
+            found.add(_key(m[1], options))
     return found.pop() if len(found) == 1 else ''
 
 
@@ -236,6 +340,61 @@ def _by_text(text: str, masked: str, options: Mapping[str, str]) -> str:
     inside = [k for k, v in texts.items() if v and f' {v} ' in plain]
     return inside[0] if len(inside) == 1 else ''
 
+# %% ../../nbs/evaluate/08_choices.ipynb #ccbae68a
+_TAKEN_BACK = re.compile(
+    r'(?:^|[\s.,;:!?…()*\-–—])(?:no\b(?=\s*[,.:;!?…—-])|(?:wait|hmm|actually|sorry|correction|oops|'
+    r'i\s+meant?|make\s+(?:it|that)|scratch\s+that|on\s+second\s+thought|rather)\b)[\s,.:;!…—-]*'
+    r"(?:(?:no|wait|actually|i\s+meant?|it\s+is|it's|it\s+should\s+be|that\s+is|make\s+it"
+    r'|(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|one)(?:\s+(?:is|should\s+be))?)\b[\s,.:;!…]*)*',
+    re.I,
+)
+_LINE = r'^\W*(?:\d+[.)]\s*)?\W*([{letters}])\s*[).:\]-]'
+_MARKED_WRONG = re.compile(
+    r'[✗✘❌×]|\b(?:no|not|wrong|incorrect|false|cannot|eliminated|excluded)\b|n\'t\b|错|錯|不', re.I
+)
+_MARKED_RIGHT = re.compile(r'[✓✔✅]|\b(?:yes|right|correct|true)\b|正确|正確|对|對', re.I)
+
+
+def _corrected(masked: str, options: Mapping[str, str]) -> str:
+    "The option by which a reply replaces what it said before."
+    letter = rf'[(\[*"\']*(?:(?:option|an?|the)\s+)?([{_letters(options)}\ue000-\ue0ff])'
+    ends = r'(?=[)\]*"\'.!]*\s*(?:$|[.,;!\n]|(?:because|since|is\s+(?:right|correct))\b))'
+    for marker in reversed(list(_TAKEN_BACK.finditer(masked))):
+        m = re.compile(letter + ends, re.I).match(masked, marker.end())
+        if m and re.search(r'\w|[\ue000-\ue0ff]', masked[: marker.start()]):
+            return '' if _listed(masked, m.start(1), options) else _key(m[1], options)
+    return ''
+
+
+def _enumerated(text: str, options: Mapping[str, str]) -> tuple[str, str]:
+    "The option that a walk through the options leaves, and the text without its lines."
+    pattern = re.compile(_LINE.replace('{letters}', _letters(options)), re.I)
+    lines = [(pattern.match(line), line) for line in text.splitlines()]
+    walked = [(_key(m[1], options), line[m.end() :]) for m, line in lines if m]
+    if len({key for key, _ in walked}) < 2:
+        return '', text
+    right = {k for k, t in walked if _MARKED_RIGHT.search(t) and not _MARKED_WRONG.search(t)}
+    left = right or {key for key, told in walked if not _MARKED_WRONG.search(told)}
+    rest = '\n'.join(line for m, line in lines if not m)
+    return left.pop() if len(left) == 1 else '', rest
+
+# %% ../../nbs/evaluate/08_choices.ipynb #f30008b4
+def _remaining(masked: str, options: Mapping[str, str]) -> str:
+    "The one option that is not named where every other one is named and ruled out."
+    single = rf"(?<![\w'-])([{_letters(options)}])(?![\w'-])|([\ue000-\ue0ff])"
+    gone = set()
+    if re.search(r'\b(?:between|whether|decide|tell|know|sure|say)\b', masked, re.I):
+        return ''
+    for m in re.finditer(single, masked):
+        if m[1] and _is_word(m[1], masked[m.end() :], announced=False):
+            continue
+        start, end = _list_around(masked, m.start(), options) or m.span()
+        if not _ruled_out(masked, start, end):
+            return ''
+        gone.add(_key(m[0], options))
+    left = [k for k in options if k not in gone]
+    return left[0] if len(left) == 1 else ''
+
 # %% ../../nbs/evaluate/08_choices.ipynb #57f0499e
 def parse_choice(text: str, choices: Choices) -> str:
     """Option letter named by the reply `text`, or ''. `choices`: option texts in order (lettered
@@ -243,8 +402,17 @@ def parse_choice(text: str, choices: Choices) -> str:
     read."""
     options = lettered_options(choices)
     reply = _spaced(final_answer(text))
-    for read in (_bare, _word_for_word, _leading):
+    for read in (_bare, _word_for_word):
         if key := read(reply, options):
             return key
     masked = _mask_options(reply, options)
-    return _stated(masked, options) or _alone(masked, options) or _by_text(reply, masked, options)
+    if key := _corrected(masked, options):
+        return key
+    judged, rest = _enumerated(reply, options)
+    if rest != reply:
+        reply, masked = rest, _mask_options(rest, options)
+    if key := _leading(reply, options) or _leading_text(masked, options):
+        return key
+    said = _stated(masked, options) or _alone(masked, options) or _by_text(reply, masked, options)
+    said = said or judged or _alone_small(masked, options)
+    return said or _remaining(masked, options)

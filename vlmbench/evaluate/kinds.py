@@ -8,12 +8,13 @@ __all__ = ['BRIEF', 'LETTER', 'LETTER_CN', 'SHORT_ANSWERS', 'YES_NO', 'CHOICES',
 
 # %% ../../nbs/evaluate/16_kinds.ipynb #fa31e681
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
 # %% ../../nbs/evaluate/16_kinds.ipynb #52c1b8bd
 from .averages import Averages
+from .lmms_rules import LMMS_SCORERS
 from .open_answers import ChoiceOrWords, Containment, LetterAlone
 from vlmbench.evaluate.scorers import (
     ANLS,
@@ -82,12 +83,12 @@ class Asked:
 @dataclass(frozen=True)
 class Kind:
     """One benchmark. `title`, and `card`, its data card. `files`: see `Files`; `ours` and
-    `published`: see `Asked`. Columns: `question`, `answers`, `id`, `question_type`, `facets` (name
-    -> column; `shown` is image or text), `part` (filled with the part of the file where rows lack
-    it), `options` (a list), `letters` (one column an option), `group` (questions that belong
-    together). `index`: answers in digits number the options from 0; `means`: answers in the file ->
-    in words; `hidden`: cells that stand for a hidden answer; `circular`: copies of a question
-    differ in id by this much.
+    `published`: see `Asked`; `lmms`: the scorer that gives lmms-eval's verdicts. Columns:
+    `question`, `answers`, `id`, `question_type`, `facets` (name -> column; `shown` is image or
+    text), `part` (filled with the part of the file where rows lack it), `options` (a list),
+    `letters` (one column an option), `group` (questions that belong together). `index`: answers in
+    digits number the options from 0; `means`: answers in the file -> in words; `hidden`: cells that
+    stand for a hidden answer; `circular`: copies of a question differ in id by this much.
     Pictures: `pictures` holds them or their paths, `names` makes paths of columns, below one of
     `folders`, also without `strip` in front; `blind`: some questions have none. Rows: `each` splits
     lists into rows, `only` and `without` choose by a column, `draw` takes (number, seed) at random.
@@ -99,6 +100,7 @@ class Kind:
     files: tuple[Files, ...]
     ours: Asked
     published: Asked | None = None
+    lmms: Scorer | None = None
     question: tuple[str, ...] = ('question',)
     answers: tuple[str, ...] = ('answers', 'answer', 'label')
     id: tuple[str, ...] = ('question_id', 'id', 'index')
@@ -128,8 +130,18 @@ class Kind:
     refused: str = ''
 
     def asked(self, rule: str) -> Asked:
-        "How questions are put under `rule`, `ours` or `published`."
-        return self.published or self.ours if rule == 'published' else self.ours
+        "How questions are put under `rule`: `ours`, `published` or `lmms`."
+        if rule not in ('ours', 'published', 'lmms'):
+            raise ValueError(f'rule {rule!r}: choose ours, published or lmms')
+        asked = self.ours if rule == 'ours' else self.published or self.ours
+        if rule != 'lmms':
+            return asked
+        if self.lmms is None:
+            raise ValueError(
+                f"rule=lmms is not known for {self.title}: no scorer here gives lmms-eval's "
+                'verdicts for it; use rule=ours or rule=published'
+            )
+        return replace(asked, scorer=self.lmms)
 
 # %% ../../nbs/evaluate/16_kinds.ipynb #77854da7
 _COCO = '{image_id:012d}.jpg'
@@ -155,6 +167,7 @@ SHORT_ANSWERS = dict(
         ),
         Asked(VQASoft()),
         Asked(VQASoft(), tokens=128),
+        lmms=LMMS_SCORERS['vqav2'],
         question=('question', 'text'),
         question_type=('answer_type',),
         names=(f'COCO_val2014_{_COCO}', f'COCO_test2015_{_COCO}', f'COCO_train2014_{_COCO}'),
@@ -172,6 +185,7 @@ SHORT_ANSWERS = dict(
         ),
         Asked(SCORERS['gqa']),
         Asked(SCORERS['gqa'], tokens=128),
+        lmms=LMMS_SCORERS['gqa'],
         answers=('answer',),
         question_type=('types.structural',),
         names=('{imageId}.jpg',),
@@ -183,6 +197,7 @@ SHORT_ANSWERS = dict(
         (one('val.json', split='val'), one('test.json', split='test')),
         Asked(VQASoft(), _NOT_SURE),
         Asked(VQASoft(), _NOT_SURE, tokens=128),
+        lmms=LMMS_SCORERS['vizwiz'],
         id=('question_id', 'image'),
         answers=('answers',),
         question_type=('answer_type',),
@@ -202,6 +217,7 @@ SHORT_ANSWERS = dict(
         ),
         Asked(VQASoft(tokenize=True)),
         Asked(VQASoft(tokenize=True), words=_OCR, needs=('ocr_tokens',), tokens=128),
+        lmms=LMMS_SCORERS['textvqa'],
         answers=('answers',),
         names=('{image_id}.jpg',),
         folders=('train_images', 'images'),
@@ -222,6 +238,7 @@ YES_NO = dict(
         ),
         Asked(POPE()),
         Asked(POPE(reference=True), tokens=128),
+        lmms=LMMS_SCORERS['pope'],
         question=('text', 'question'),
         question_type=('category',),
         facets=dict(part='category'),
@@ -243,6 +260,7 @@ YES_NO = dict(
         (Files({'': '*'}, form='mme'), one('test-*.parquet')),
         Asked(MME(), '{question}'),
         Asked(MME(), BRIEF, tokens=128),
+        lmms=LMMS_SCORERS['mme'],
         question_type=('category',),
         group=('question_id',),
         averages=Averages(main='perception'),
@@ -290,6 +308,7 @@ CHOICES = dict(
             ('Context: {hint}\n', '{question}'),
             tokens=1024,
         ),
+        lmms=LMMS_SCORERS['sqa'],
         question_type=('subject',),
         options=('choices',),
         names=('{id}/{image}',),
@@ -310,6 +329,7 @@ CHOICES = dict(
         ),
         Asked(MultipleChoice(), LETTER, _HINTED),
         Asked(MultipleChoice(), LETTER, _HINTED, tokens=1024),
+        lmms=LMMS_SCORERS['mmbench'],
         id=('index',),
         question_type=('category',),
         letters=_ABCD,
@@ -339,6 +359,7 @@ CHOICES = dict(
         (one('SEED-Bench.json'), one('test-*.parquet')),
         Asked(MultipleChoice(), LETTER),
         Asked(LetterAlone(), LETTER, tokens=128),
+        lmms=LMMS_SCORERS['seed'],
         question_type=('question_type_id',),
         letters=tuple(f'choice_{letter}' for letter in 'abcd'),
         facets=dict(data_type='data_type'),
@@ -355,6 +376,7 @@ CHOICES = dict(
         'ai2d',
         (one('test-*.parquet'), one('AI2D_TEST.tsv')),
         Asked(MultipleChoice(), LETTER),
+        lmms=LMMS_SCORERS['ai2d'],
         options=('options',),
         letters=_ABCD,
         index=True,
@@ -404,6 +426,7 @@ MIXED = dict(
         ),
         Asked(ChoiceOrWords(), LETTER),
         Asked(ChoiceOrWords(), LETTER, tokens=128),
+        lmms=LMMS_SCORERS['mmmu'],
         answers=('answer',),
         question_type=('subfield',),
         facets=dict(question_type='question_type'),

@@ -548,10 +548,14 @@ def official_task(
     first: int | None = None,
 ) -> Task:
     """The task `KIND:PATH`; `data`: the folder that paths may also be relative to, `roots`:
-    further folders of pictures, `rule`: `ours` or `published` prompts and scorers, `first`: only so
+    further folders of pictures, `rule`: whose prompts and scorers (`Kind.asked`), `first`: only so
     many rows of each file, to see whether they can be asked. Raises `OfficialError`."""
     name, kind, path = named(task, data)
-    found, asked = find_files(task, kind, path), kind.asked(rule)
+    found = find_files(task, kind, path)
+    try:
+        asked = kind.asked(rule)
+    except ValueError as e:
+        raise OfficialError(f'task {task}: {e}') from None
     try:
         rows = official_rows(task, kind, found, first)
     except KeyError as e:

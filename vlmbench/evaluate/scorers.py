@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Mapping
 import pandas as pd
 
 # %% auto #0
-__all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'ExactMatch', 'vqa_normalise', 'VQASoft', 'parse_yes_no', 'POPE',
-           'MME', 'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed', 'get_scorer']
+__all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'ExactMatch', 'vqa_normalise', 'VQASoft', 'POPE', 'MME',
+           'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed', 'get_scorer']
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #8a406eda
-from .answers import final_answer, normalise
+from .answers import announced, final_answer, normalise
 from .choices import lettered_options, parse_choice
+from .yes_no import parse_yes_no
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #42e699f6
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class ExactMatch(Scorer):
     articles: bool = False
     reference: bool = False
     name: ClassVar[str] = 'exact_match'
-    version: ClassVar[str] = '2'
+    version: ClassVar[str] = '3'
 
     def parse(self, prediction, row):
-        said = prediction if self.reference else final_answer(prediction)
+        said = prediction if self.reference else announced(final_answer(prediction))
         return normalise(said, self.articles, self.reference)
 
     def score(self, prediction, row):
@@ -131,15 +132,17 @@ def vqa_normalise(text: str) -> str:
 class VQASoft(Scorer):
     """VQA soft accuracy: mean over left-out people of min(1, matches among the others / 3). Needs
     the human answers (ten in VQA v2, TextVQA and VizWiz). `tokenize=True` adds TextVQA's word
-    splitting (`'s` apart, commas and question marks dropped)."""
+    splitting (`'s` apart, commas and question marks dropped). `reference=True`: thoughts are part
+    of the answer, as in the published script."""
 
     tokenize: bool = False
+    reference: bool = False
     name: ClassVar[str] = 'vqa_soft'
-    version: ClassVar[str] = '2'
+    version: ClassVar[str] = '3'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
-        prediction = final_answer(prediction)
+        prediction = prediction if self.reference else final_answer(prediction)
         if self.tokenize:
             prediction = (
                 prediction.lower().replace(',', '').replace('?', '').replace("'s", " 's").strip()
@@ -161,22 +164,6 @@ class VQASoft(Scorer):
             (hits * min(1.0, (hits - 1) / 3) + (n - hits) * min(1.0, hits / 3)) / n if hits else 0.0
         )
 
-# %% ../../nbs/evaluate/10_scorers.ipynb #c2c1dbc2
-_NEGATION, _YES = (
-    re.compile(r"\b(no|not|nope|none|cannot)\b|n't\b", re.I),
-    re.compile(r'\b(yes|yeah|yep)\b', re.I),
-)
-
-
-def parse_yes_no(text: str) -> str:
-    """'yes', 'no' or '' from the first sentence of `text`; a leading yes or no decides, then a
-    negation, then a yes."""
-    first = re.split(r'[.!?。\n]', final_answer(text).strip(), maxsplit=1)[0]
-    lead = re.match(r'\W*(yes|no|y|n)\b', first, re.I)
-    if lead:
-        return 'yes' if lead[1][0] in 'yY' else 'no'
-    return 'no' if _NEGATION.search(first) else 'yes' if _YES.search(first) else ''
-
 # %% ../../nbs/evaluate/10_scorers.ipynb #7ad7bc92
 def _one_answer(row) -> str:
     return parse_yes_no(row_answers(row)[0])
@@ -190,7 +177,7 @@ class POPE(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'pope'
-    version: ClassVar[str] = '2'
+    version: ClassVar[str] = '3'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -233,13 +220,16 @@ MME_COGNITION = (
 @dataclass(frozen=True)
 class MME(Scorer):
     """Yes/no pairs (MME): `group` names the picture, `question_type` the category. `summary`:
-    accuracy, accuracy_plus, `score/<category>` in [0, 200], `perception` and `cognition` sums."""
+    accuracy, accuracy_plus, `score/<category>` in [0, 200], `perception` and `cognition` sums.
+    `reference=True`: thoughts are part of the answer, as in the published script."""
 
+    reference: bool = False
     name: ClassVar[str] = 'mme'
-    version: ClassVar[str] = '2'
+    version: ClassVar[str] = '3'
 
     def parse(self, prediction, row=None):
-        text = final_answer(prediction).lower().strip().replace('.', '')
+        said = prediction if self.reference else final_answer(prediction)
+        text = said.lower().strip().replace('.', '')
         if text in ('y', 'n', 'yes', 'no'):
             return {'y': 'yes', 'n': 'no'}.get(text, text)
         return 'yes' if 'yes' in text[:4] else 'no' if len(text) > 1 and 'no' in text[:4] else ''
@@ -310,7 +300,7 @@ class MultipleChoice(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
-    version: ClassVar[str] = '2'
+    version: ClassVar[str] = '3'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')
@@ -371,7 +361,7 @@ class ANLS(Scorer):
 
     threshold: float = 0.5
     name: ClassVar[str] = 'anls'
-    version: ClassVar[str] = '2'
+    version: ClassVar[str] = '3'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
@@ -399,7 +389,7 @@ class Relaxed(Scorer):
 
     tolerance: float = 0.05
     name: ClassVar[str] = 'relaxed'
-    version: ClassVar[str] = '2'
+    version: ClassVar[str] = '3'
 
     def parse(self, prediction, row=None):
         return final_answer(prediction).strip().lower()

@@ -17,6 +17,7 @@ import vlmbench
 from .cli_chat import Base, Vision, chat, refusing, serve
 from .cli_data import data_app
 from .cli_cite import cite
+from .cli_faults import faults
 from .cli_models import models
 from .cli_text import aligned, columns, method_page, runs_table
 from .early import check_places
@@ -243,6 +244,7 @@ def _submit_bench(
 # %% ../../nbs/run/10_cli.ipynb #a71420fc
 app.command()(cite)
 app.command()(models)
+app.command()(faults)
 
 
 @app.command()
