@@ -80,7 +80,9 @@ def test_evaluation_asks_with_the_ids_of_training(vora):
     check_prompt(processor, placed(), 'a red circle')
     # one picture has no stamp, and a question that speaks of its pictures keeps its own marks
     one = prompt_inputs(processor, [placed(1)])['input_ids'][0]
-    assert one.tolist() == processor.encode(placed(1), add_generation_prompt=True).input_ids.tolist()
+    assert (
+        one.tolist() == processor.encode(placed(1), add_generation_prompt=True).input_ids.tolist()
+    )
     own = Sample('q', [Turn('user', 'is <image> as <image> ?')], pictures(2))
     assert render_prompt(processor, own).count('1s:') == 0
 
@@ -170,7 +172,7 @@ def test_rows_widen_by_the_frames():
 
 @pytest.mark.parametrize('frames, kept', [(0, 5), (9, 9)])
 def test_nine_frames_train_at_tiny(tmp_path, frames, kept):
-    """Without the option a clip is cut to the frames that a row holds, with it all nine are seen."""
+    "Without the option a clip is cut to the frames that a row holds, with it all are seen."
     (tmp_path / 'world').mkdir()
     for i, picture in enumerate(pictures(9)):
         picture.save(tmp_path / f'world/{i}.png')

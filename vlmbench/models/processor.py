@@ -440,7 +440,7 @@ def __call__(
     parts = [part for row in pictures for image in row for part in image]
     return BatchFeature({**batch, **stack_images(parts)})
 
-# %% ../../nbs/models/15_processor.ipynb #eb68977d
+# %% ../../nbs/models/15_processor.ipynb #90f85e40
 @patch
 def apply_chat_template(
     self: VLMProcessor, conversation, chat_template: str | None = None, frames: int = 0, **settings
