@@ -154,6 +154,9 @@ def test_region_tasks(saved, tmp_path):
     kept = [json.loads(line) for line in lines]
     assert [row['question_id'] for row in kept] == [f'v7w-{i}' for i in range(4)]
     assert set(kept[0]) == {'question_id', 'text', 'answer_id', 'model_id', 'metadata'}
+    said = Results.load(tmp_path / 'out' / 'results', 'v7w').frame['prediction']
+    assert [row['text'] for row in kept] == said.tolist()
+    assert (tmp_path / 'out' / 'results' / 'v7w@ensemble.answers.jsonl').exists()
     assert 'circular' in found['arrow'] and 0.5 <= found['v7w vote']['agreement'] <= 1
     assert (tmp_path / 'out' / 'results' / 'v7w@ensemble.parquet').exists() and (
         tmp_path / 'out' / 'region_tasks.csv'

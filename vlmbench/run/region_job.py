@@ -30,7 +30,7 @@ from vlmbench.evaluate.region_tasks import (
     region_task,
     vote,
 )
-from ..evaluate.results import Results
+from ..evaluate.results import Results, result_stem
 from ..evaluate.tasks import Task
 from ..evaluate.uploads import write_answers
 from .jobs import Job
@@ -126,7 +126,8 @@ def _ask(
         results['vcr_qtoar'] = q_to_ar(results['vcr_qa'], results['vcr_qar'])
     for result in results.values() if job.main else ():
         result.save(store)
-        write_answers(result.frame, store / f'{result.task}.answers.jsonl', settings['recipe'])
+        stem = result_stem(result.task, result.condition)  # a vote has its task's name
+        write_answers(result.frame, store / f'{stem}.answers.jsonl', settings['recipe'])
     return results
 
 
