@@ -1,18 +1,21 @@
 """Region benchmarks from files in their published layouts: questions, pictures, scores, votes,
 arrows, bad rows."""
 
-import copy, json, random
+import copy, json, pickle, random
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from vlmbench.data.overlay import MARKERS, PALETTE, Marker, draw_marker
 from vlmbench.data.quarantine import BadRecord, Quarantine
 from vlmbench.data.record import ImageRef
+from vlmbench.data.refcocog import refcocog_problems
 from vlmbench.evaluate.captions import Caption
 from vlmbench.evaluate.generate import GenerationLog
 from vlmbench.evaluate.region_tasks import (
+    questions_of,
     SETS,
     MarkedImage,
     PlainMatch,
@@ -26,6 +29,7 @@ from vlmbench.evaluate.region_tasks import (
 )
 from vlmbench.evaluate.results import compare, score_predictions
 from vlmbench.evaluate.tasks import image_key
+from vlmbench.run.cli import app
 
 BOXES = [[10, 10, 60, 50], [80, 20, 140, 70], [20, 80, 90, 140], [120, 90, 190, 145]]
 MASK = [[20.0, 20.0], [70.0, 20.0], [70.0, 70.0], [20.0, 70.0]]
@@ -487,3 +491,70 @@ def test_pointer_geometry_scales_with_the_picture():
     short = Pointer((50, 50), (52, 52)).marker((1000, 1000))
     assert all(abs(p[0] - 52) < 3 for p in short.head)  # never longer than half the arrow
     assert draw_marker(Image.new('RGB', (100, 100)), small, (255, 0, 0), 255).getbbox()
+
+
+def official_refcocog(folder):
+    """RefCOCOg as published: two references of the test part, of two and one sentences, and one of
+    the training part."""
+    place = folder / 'refcocog'
+    place.mkdir()
+    refs = [
+        dict(ref_id=i, ann_id=10 + i, image_id=5, split=split, sentences=sentences)
+        for i, (split, sentences) in enumerate(
+            [
+                ('test', [dict(sent_id=1, sent='the cup'), dict(sent_id=2, sent='a red cup')]),
+                ('train', [dict(sent_id=3, sent='a bird')]),
+                ('test', [dict(sent_id=4, sent='the dog')]),
+            ]
+        )
+    ]
+    (place / 'refs(umd).p').write_bytes(pickle.dumps(refs, protocol=0))
+    outline = [[30.0, 30.0, 90.0, 30.0, 90.0, 90.0]]
+    runs = dict(counts=[1, 2], size=[150, 200])
+    shapes = (outline, outline, runs)
+    objects = [
+        dict(id=10 + i, image_id=5, bbox=[20 + 10 * i, 30, 60, 50], segmentation=shape)
+        for i, shape in enumerate(shapes)
+    ]
+    coco = dict(images=[dict(id=5, file_name='a.png')], annotations=objects)
+    (place / 'instances.json').write_text(json.dumps(coco))
+    return place
+
+
+def test_refcocog_is_read_from_its_official_files(root):
+    place = official_refcocog(root)
+    assert questions_of('refcocog', root) == place / 'refs(umd).p'
+    assert questions_of('v7w', root) == root / 'v7w-test.json'
+    task = region_task('refcocog', place / 'refs(umd).p', root / 'f', scorer=Caption(()))
+    assert [i.answers for i in task.items] == [('the cup', 'a red cup'), ('the dog',)]
+    boxes = [i.images[0].marks[0].region for i in task.items]
+    # left, top, width, height becomes left, top, right, bottom; runs of pixels are no outline
+    assert [b.box for b in boxes] == [(20, 30, 80, 80), (40, 30, 100, 80)]
+    assert [len(b.polygons) for b in boxes] == [1, 0]
+    said = score_predictions(task, {'refcocog-1': 'red cup', 'refcocog-4': 'cat'})
+    assert said.frame['score'].tolist() == [1, 0] and said.accuracy == 0.5
+    # a file of rows of one's own goes first
+    (root / 'refcocog-test.json').write_text('[]')
+    assert questions_of('refcocog', root) == root / 'refcocog-test.json'
+
+
+def test_a_damaged_refcocog_is_named(root):
+    place = official_refcocog(root)
+    problems = refcocog_problems(place)
+    assert problems[1:] == [
+        'row count: 0 sentences of split val, the card says 4,896',
+        'row count: 3 sentences of split test, the card says 9,602',
+    ]
+    found = CliRunner().invoke(app, ['data', 'check', 'refcocog', str(place)])
+    assert found.exit_code == 1 and '3 sentences of split test' in found.output
+    refs = place / 'refs(umd).p'
+    with pytest.raises(BadRecord, match='a.png is in none of'):
+        region_task('refcocog', refs, root / 'nowhere', scorer=Caption(()))
+    (place / 'instances.json').write_text(json.dumps(dict(images=[], annotations=[])))
+    with pytest.raises(BadRecord, match='reference 0: 10 is not in instances.json|reference 0'):
+        region_task('refcocog', refs, root / 'f', scorer=Caption(()))
+    refs.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR.")
+    with pytest.raises(BadRecord, match='asks for os.system, and data needs no code'):
+        region_task('refcocog', refs, root / 'f', scorer=Caption(()))
+    refs.unlink()
+    assert refcocog_problems(place) == [f'missing file: refs(umd).p is not in {place}']

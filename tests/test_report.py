@@ -18,6 +18,7 @@ from vlmbench.evaluate.results import (
     paired_table,
     score_predictions,
 )
+from vlmbench.evaluate.published import read_published
 from vlmbench.evaluate.tasks import Task
 from vlmbench.lab.report import collect_examples, read_run, retention_table, write_report
 
@@ -253,6 +254,49 @@ def test_a_method_and_seed_may_come_once(runs, tmp_path):
 
 # ---------------------------------------------------------------- in a browser
 
+
+@pytest.fixture(scope='module')
+def beside(tmp_path_factory):
+    """A report beside VoRA's paper: two runs asked TextVQA's official file and were right in 36 and
+    in 12 of its 48 answers."""
+    folder = tmp_path_factory.mktemp('official')
+    task, done = make_tasks(folder)['vqa_test'], []
+    for name, right in (('vora-0', 36), ('eve-0', 12)):
+        run = folder / name
+        run.mkdir()
+        facts = dict(parameters=dict(recipe=name[:-2], seed=0), status='completed')
+        (run / 'manifest.json').write_text(json.dumps(facts))
+        said = {i.id: i.answers[0] if n < right else '?' for n, i in enumerate(task.items)}
+        shown = score_predictions(task, said, header=dict(kind='textvqa', split='val'))
+        shown.task = 'textvqa'
+        shown.frame = shown.frame.assign(task='textvqa')
+        shown.save(run / 'results')
+        done.append(run)
+    return write_report(done, folder / 'report.html', figures=False, published='vora')
+
+
+def test_a_papers_numbers_stand_beside_those_measured(beside, runs, tmp_path):
+    html = beside.read_text()
+    part = html[html.index('id="published"') :]
+    text = re.sub(r'\s+', ' ', re.sub(r'<[^>]+>', ' ', part[: part.index('</section>')]))
+    paper = read_published('vora')
+    asked = paper[paper['benchmark'] == 'textvqa']
+    # 36 of 48 are 75.0 percent, 12 are 25.0
+    for value in asked['value']:
+        assert f'{value:.1f} 25.0 {25 - value:+.1f} 75.0 {75 - value:+.1f}' in text
+    left = len(paper) - len(asked)
+    assert f'{len(asked)} of {len(paper)} published numbers were measured here, {left} were' in text
+    pope = (paper['benchmark'] == 'pope').sum()
+    assert f'pope {pope}' in text and 'textvqa' not in text[text.index('by benchmark') :]
+    assert 'href="#published"' in html
+    # a report that names no paper has no such section; runs that asked no official file say so
+    none = write_report(runs[:1], tmp_path / 'none', figures=False, published='vora').read_text()
+    assert f'none of the {len(paper)} published numbers was measured here' in none
+    assert 'id="published"' not in write_report(runs[:1], tmp_path, figures=False).read_text()
+    with pytest.raises(ValueError, match='published=vara: use one of'):
+        write_report(runs[:1], tmp_path / 'x', figures=False, published='vara')
+
+
 CHROMIUM = next(
     (
         p
@@ -334,3 +378,16 @@ def test_looks_right(browser, page, width, scheme, tmp_path):
     colours = Image.open(tmp_path / 'page.png').convert('RGB').resize((200, 400)).getcolors(80000)
     assert len(colours) > 40
     tab.close()
+
+
+@pytest.mark.parametrize('width', [1200, 390])
+def test_the_paper_is_shown_within_the_page(browser, beside, width, tmp_path):
+    tab = browser.new_page(viewport=dict(width=width, height=850))
+    tab.goto(beside.as_uri())
+    assert tab.evaluate('document.documentElement.scrollWidth') <= width
+    section = tab.locator('#published')
+    assert section.locator('h2').inner_text() == 'Beside the paper'
+    assert section.locator('table tr').count() > 1
+    section.locator('summary').click()
+    assert section.locator('li', has_text='pope').is_visible()
+    section.screenshot(path=tmp_path / 'published.png')

@@ -177,11 +177,14 @@ def test_region_questions_are_answered_alike(one, tmp_path):
     both = asked(tmp_path, 'region_tasks', out='two', gpus=2, **given)
     assert single['results'] == both['results']
     assert both['results']['v7w']['n'] == 4 and 'v7w vote' in both['results']
-    files = [sorted((tmp_path / out / 'results').rglob('*.jsonl')) for out in ('one', 'two')]
+    found = [(tmp_path / out / 'results') for out in ('one', 'two')]
+    files = [sorted(place.rglob('*.generations.jsonl')) for place in found]
     assert len(files[0]) == 4
     for ours, theirs in zip(*files, strict=True):
         a, b = (path.read_text().splitlines()[1:] for path in (ours, theirs))
         assert a == b, ours.name
+    said = [{p.name: p.read_text() for p in place.glob('*.answers.jsonl')} for place in found]
+    assert said[0] == said[1] and len(said[0]) == 4  # three sets and a vote
     quarantined = json.loads((tmp_path / 'two' / 'quarantine-v7w.json').read_text())
     assert 'missing.png' in json.dumps(quarantined)
 

@@ -58,6 +58,10 @@ def test_vip_bench_with_a_model_and_a_judge(saved, tmp_path, monkeypatch):
     assert all(len(g['score']) == 2 for g in grades.values())
     answers = json.loads((tmp_path / 'out' / 'results' / 'vip_bench_bbox.answers.json').read_text())
     said = Results.load(tmp_path / 'out' / 'results', 'vip_bench_bbox', 'judged').frame
+    lines = (tmp_path / 'out' / 'results' / 'vip_bench_bbox.answers.jsonl').read_text()
+    kept = [json.loads(line) for line in lines.splitlines()]
+    assert {row['question_id']: row['text'] for row in kept} == answers
+    assert {row['model_id'] for row in kept} == {'tiny'}
     assert set(answers) == {f'v1_{i}' for i in range(5)} and answers == dict(
         zip(said['id'], said['prediction'])
     )
@@ -146,6 +150,13 @@ def test_region_tasks(saved, tmp_path):
         'arrow': 2,
         'vcr_qtoar': 1,
     }
+    lines = (tmp_path / 'out' / 'results' / 'v7w.answers.jsonl').read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert [row['question_id'] for row in kept] == [f'v7w-{i}' for i in range(4)]
+    assert set(kept[0]) == {'question_id', 'text', 'answer_id', 'model_id', 'metadata'}
+    said = Results.load(tmp_path / 'out' / 'results', 'v7w').frame['prediction']
+    assert [row['text'] for row in kept] == said.tolist()
+    assert (tmp_path / 'out' / 'results' / 'v7w@ensemble.answers.jsonl').exists()
     assert 'circular' in found['arrow'] and 0.5 <= found['v7w vote']['agreement'] <= 1
     assert (tmp_path / 'out' / 'results' / 'v7w@ensemble.parquet').exists() and (
         tmp_path / 'out' / 'region_tasks.csv'
@@ -162,6 +173,13 @@ def test_a_refusal_says_what_to_do(tmp_path):
     )
     assert 'model is empty' in json.dumps(Manifest(tmp_path / 'none').read())
     assert 'give either model=' in json.dumps(Manifest(tmp_path / 'out').read())
+
+
+def test_a_caption_metric_that_cannot_run_is_refused_before_a_run_begins(saved, tmp_path):
+    params = dict(model=str(saved), data=str(tmp_path), sets=['refcocog'], metrics=['rouge'])
+    assert run_notebook('region_tasks', params, tmp_path / 'out', progress=False) != 0
+    said = json.dumps(Manifest(tmp_path / 'out').read())
+    assert "caption metric 'rouge' is unknown" in said and 'missing' not in said
 
 
 @pytest.mark.parametrize(

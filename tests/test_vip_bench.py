@@ -1,14 +1,16 @@
 """ViP-Bench from files to tables, and region tasks through the ordinary evaluator with a real
 (tiny, random) model."""
 
-import json, warnings
+import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from judge_server import Step, scripted
+from PIL import Image
+from typer.testing import CliRunner
+
 from vlmbench.data.record import BadRecord
 from vlmbench.evaluate.captions import Caption, caption_scores, check_caption_metrics
 from vlmbench.evaluate.generate import evaluate
@@ -17,6 +19,7 @@ from vlmbench.evaluate.region_tasks import region_task, vote
 from vlmbench.evaluate.results import Results, compare, score_predictions
 from vlmbench.evaluate.vip_bench import (
     CAPABILITIES,
+    PUBLISHED_COUNTS,
     SPLITS,
     group_scores,
     judged,
@@ -25,7 +28,9 @@ from vlmbench.evaluate.vip_bench import (
     read_vip_meta,
     to_grade,
     vip_bench_task,
+    vip_problems,
 )
+from vlmbench.run.cli import app
 
 CAPS = (['rec'], ['know', 'rec'], ['ocr', 'math'], ['lang', 'ocr', 'rec'], ['rel', 'rec'])
 TRUTH = ('a dog', 'red<AND>blue', '4<OR>four', 'open', 'left of')
@@ -65,6 +70,7 @@ def bench(tmp_path):
 @pytest.fixture(scope='module')
 def vlm():
     from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen3Config, Qwen3ForCausalLM
+
     from vlmbench.data.image import ImageTransform
     from vlmbench.data.scene import world_tokenizer
     from vlmbench.models.vlm import build_vlm
@@ -388,3 +394,32 @@ def test_meteor_and_a_java_that_fails(monkeypatch):
     monkeypatch.setattr(meteor, 'METEOR_JAR', 'gone.jar')
     with pytest.raises(RuntimeError, match=r'METEOR \(Java\) gave no score: .*gone.jar'):
         caption_scores(SAID, REFERENCES, ['meteor'])
+
+
+def test_a_copy_is_counted_against_what_was_published(bench):
+    "Ten entries: five capability sets, each twice."
+    found = vip_problems(bench)
+    assert found[0] == 'vip-bench-meta-data.json: 10 questions, the card says 303'
+    counted = {c: 2 * sum(c in names for names in CAPS) for c in PUBLISHED_COUNTS}
+    assert [line.split(': ')[1].split(', ')[0] for line in found[1:]] == [
+        f'{counted[c]} {CAPABILITIES[c]}' for c in PUBLISHED_COUNTS
+    ]
+    checked = CliRunner().invoke(app, ['data', 'check', 'vip_bench', str(bench)])
+    assert checked.exit_code == 1 and '10 questions, the card says 303' in checked.output
+    (bench / 'vip-bench-meta-data.json').unlink()
+    checked = CliRunner().invoke(app, ['data', 'check', 'vip_bench', str(bench)])
+    assert checked.exit_code == 1 and 'vip-bench-meta-data.json is missing' in checked.output
+
+
+def test_the_published_counts_are_a_clean_copy(tmp_path):
+    "303 questions of which 240 are recognition, and so on, one capability after the other."
+    names = [[] for _ in range(303)]
+    at = 0
+    for capability, n in PUBLISHED_COUNTS.items():
+        for k in range(n):
+            names[(at + k) % 303].append(capability)
+        at += n
+    entry = dict(question='what ?', answer='a dog')
+    meta = {f'v1_{i}': dict(entry, capability=found) for i, found in enumerate(names)}
+    (tmp_path / 'vip-bench-meta-data.json').write_text(json.dumps(meta))
+    assert sum(PUBLISHED_COUNTS.values()) == 463 and vip_problems(tmp_path) == []

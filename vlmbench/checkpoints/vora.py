@@ -275,7 +275,7 @@ def load_release(
         lora = release_lora(extra, config.get('lora'), llm.config.num_hidden_layers)
         front = release_front(state, llm.config.rms_norm_eps, lora)
     side, patch = front['image_size'], front['patch_size']
-    return build_release(
+    model, processor = build_release(
         folder,
         VORA,
         state,
@@ -287,3 +287,5 @@ def load_release(
         transform=ImageTransform('pad', side, CLIP_MEAN, CLIP_STD, patch, background=(0, 0, 0)),
         bidirectional_images=True,
     )
+    processor.talk_by(processor.template, stamps=True)  # trained on frames
+    return model, processor

@@ -30,7 +30,7 @@ def load(model: str | Path, **settings) -> ChatModel:
 @patch
 def ask(
     self: ChatModel,
-    picture: Image.Image | str | Path | bytes | None,
+    picture: Image.Image | str | Path | bytes | Sequence | None,
     question: str,
     regions: Sequence[str] = (),
     colors: Sequence[str] = (),
@@ -42,14 +42,16 @@ def ask(
     top_p: float = 1.0,
 ) -> str | Iterator[str]:
     """The answer to `question` about `picture` (a PIL image, a file, a web address, bytes; None:
-    no picture).
+    no picture; a list of them: frames of a clip, with time stamps where the model was trained so).
 
     `regions`: markers drawn on it, each `kind:numbers` in pixels such as
     `rectangle:10,10,40,40`; `colors`: one for all or one for each. `stream`: an iterator of the
     answer's pieces as they come, instead of the whole text. `max_new_tokens`: None for the model's
     own (`longest`). `temperature` 0 is greedy; `seed` draws otherwise, from the likeliest words
     that have the probability `top_p` together. Raises `ChatError`, `ImageError`, `ValueError`."""
-    chat = Chat(self, open_picture(picture), prompts_from_options(regions, colors), system)
+    pictures = picture if isinstance(picture, (list, tuple)) else [picture]
+    shown = [open_picture(p) for p in pictures]
+    chat = Chat(self, shown, prompts_from_options(regions, colors), system)
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
     pieces = chat.ask(question, **settings)
     return pieces if stream else ''.join(pieces).strip()

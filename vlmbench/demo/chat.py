@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 # %% ../../nbs/demo/00_chat.ipynb #021c9eef
+from ..data.frames import check_frames
 from ..data.picture import MAX_PIXELS, load_image
 from vlmbench.data.overlay import (
     MARKERS,
@@ -481,13 +482,14 @@ class Exchange:
 
 
 class Chat:
-    """A conversation with `model` about `image` (None: text only). `prompts`: the markers;
+    """A conversation with `model` about `image` (None: text only; a list: several pictures, the
+    frames of a clip for a model trained on frames). `prompts`: the markers, on the first picture;
     `system`: a system message; `history`: the exchanges so far."""
 
     def __init__(
         self,
         model: ChatModel,
-        image: Image.Image | str | Path | bytes | None = None,
+        image: Image.Image | str | Path | bytes | Sequence | None = None,
         prompts: Sequence[VisualPrompt] = (),
         system: str | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -498,9 +500,12 @@ class Chat:
         self.open(image)
         self.mark(*prompts)
 
-    def open(self, image: Image.Image | str | Path | bytes | None) -> 'Chat':
-        "Another picture (decoded safely; raises `ImageError`): markers and history start anew."
+    def open(self, image: Image.Image | str | Path | bytes | Sequence | None) -> 'Chat':
+        "Other pictures (decoded safely; raises `ImageError`): markers and history start anew."
+        image, *more = image if isinstance(image, (list, tuple)) else [image]
+        check_frames([image, *more])
         self.image = None if image is None else load_image(image, max_pixels=self.max_pixels)
+        self.more = [load_image(other, max_pixels=self.max_pixels) for other in more]
         self.source = image if isinstance(image, (str, Path)) else None
         self.prompts, self.history, self._marked = (), [], self.image
         return self
@@ -574,10 +579,10 @@ def _answer(self: Chat, question, asked, image, kept, settings):
     for past in self.history[:kept]:
         texts += [('user', past.asked), ('assistant', past.answer)]
     texts.append(('user', asked))
-    if image is not None:  # one picture, in front of the first question
-        texts[0] = ('user', '<image>\n' + texts[0][1])
+    images = [] if image is None else [image, *self.more]  # in front of the first question
+    texts[0] = ('user', '<image>\n' * len(images) + texts[0][1])
     turns = [Turn('system', self.system)] * bool(self.system) + [Turn(*t) for t in texts]
-    pieces, source = [], self.model.stream(turns, [] if image is None else [image], **settings)
+    pieces, source = [], self.model.stream(turns, images, **settings)
     try:
         while True:
             pieces.append(next(source))

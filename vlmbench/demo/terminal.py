@@ -205,7 +205,7 @@ def _typed():
 # %% ../../nbs/demo/05_terminal.ipynb #3cdfd4cf
 def chat_command(
     model: str | Path,
-    image: str | Path | None = None,
+    image: str | Path | Sequence[str | Path] | None = None,
     regions: Sequence[str] = (),
     colors: Sequence[str] = (),
     questions: Sequence[str] = (),
@@ -221,18 +221,20 @@ def chat_command(
     loading: Loading = Loading(),
     **settings: Any,
 ) -> Chat:
-    """What `vlmbench chat` does; returns the session. Picture (a file or a web address), markers,
-    questions and the name to save under are checked before the model loads. `settings`: fields of
-    `loading`, such as `device`.
+    """What `vlmbench chat` does; returns the session. Picture (a file or a web address, or several:
+    frames of a clip), markers, questions and the name to save under are checked before the model
+    loads. `settings`: fields of `loading`, such as `device`.
 
     Raises `ChatError`, `ImageError` or `ValueError`."""
     prompts = prompts_from_options(regions, colors, alpha, width)
     if image is None and (prompts or save):
         raise ChatError('--region and --save need a picture: add --image FILE')
+    pictures = [*image] if isinstance(image, (list, tuple)) else [image]
+    image = pictures[0]
     if save:
         check_save(save, image)
     # without its model yet: bad pictures and markers are refused here, then bad questions
-    chat = Chat(None, open_picture(image), prompts, system, max_pixels)
+    chat = Chat(None, [open_picture(p) for p in pictures], prompts, system, max_pixels)
     for q in questions:
         refer(q, prompts)
     loaded = chat.model = replace(loading, **settings).load(model)

@@ -4,9 +4,9 @@
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #cf9d32d4
 from __future__ import annotations
-import hashlib, json, math, random, re
+import hashlib, itertools, json, math, random, re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 # %% auto #0
-__all__ = ['SETS', 'Pointer', 'MarkedImage', 'RegionSet', 'PlainMatch', 'draw_kinds', 'region_task', 'q_to_ar', 'vote',
-           'coco_objects', 'arrow_task']
+__all__ = ['SETS', 'Pointer', 'MarkedImage', 'RegionSet', 'PlainMatch', 'draw_kinds', 'questions_of', 'region_task', 'q_to_ar',
+           'vote', 'coco_objects', 'arrow_task']
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #e7e62630
 from vlmbench.data.overlay import (
@@ -30,6 +30,7 @@ from vlmbench.data.overlay import (
 from ..data.record import BadRecord, ImageRef, Quarantine, Sample, Turn
 from ..data.region import parse_region
 from ..data.region_rows import Mark, build_row, dataset_of, draw_marks, vcr_side_file
+from ..data.refcocog import REFS, refcocog_rows
 from ..data.rows import RawRow, iter_rows
 from .captions import Caption, check_caption_metrics
 from .results import Results, score_predictions
@@ -310,6 +311,20 @@ def _row_sample(
     return sample
 
 # %% ../../nbs/evaluate/40_region_tasks.ipynb #657899b6
+def _rows(path: Path, root: str | Path) -> Iterator[RawRow]:
+    "Rows of a file of region rows, or of RefCOCOg's own `refs(umd).p`."
+    if path.name == REFS:
+        return itertools.starmap(RawRow, enumerate(refcocog_rows(path.parent, root)))
+    return iter_rows(path)
+
+
+def questions_of(name: str, folder: str | Path) -> Path:
+    "The file of set `name` in `folder`: of RefCOCOg the published one where there is no other."
+    own = Path(folder) / SETS[name].file
+    places = [Path(folder) / REFS, Path(folder) / 'refcocog' / REFS] if name == 'refcocog' else []
+    return next((place for place in [own, *places] if place.exists()), own)
+
+
 def region_task(
     name: str,
     path: str | Path,
@@ -342,7 +357,7 @@ def region_task(
     if not path.exists():
         raise FileNotFoundError(f'{path} is missing: it holds the questions of {name}')
     how = dict(seed=seed, alpha=alpha, kind=kind, reference=reference, question=question)
-    for raw in iter_rows(path):
+    for raw in _rows(path, image_root):
         if limit and len(samples) >= limit:
             break
         if quarantine is not None:

@@ -4,7 +4,8 @@
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #3965023d
 from __future__ import annotations
-import json
+import itertools, json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['CAPABILITIES', 'SPLITS', 'VipItem', 'read_vip_meta', 'read_vip_bench', 'VipExact', 'vip_bench_task', 'to_grade',
-           'group_scores', 'published_scores', 'judged']
+__all__ = ['CAPABILITIES', 'SPLITS', 'PUBLISHED_COUNTS', 'PUBLISHED_ITEMS', 'VipItem', 'read_vip_meta', 'read_vip_bench',
+           'vip_problems', 'VipExact', 'vip_bench_task', 'to_grade', 'group_scores', 'published_scores', 'judged']
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #552a03cf
 from ..data.record import BadRecord, ImageRef, Sample, Turn
@@ -132,6 +133,25 @@ def read_vip_bench(folder: str | Path, split: str = 'bbox') -> list[VipItem]:
             f'{absent[0]!r}'
         )
     return list(items.values())
+
+# %% ../../nbs/evaluate/42_vip_bench.ipynb #a16a930b
+PUBLISHED_COUNTS = dict(rec=240, ocr=89, know=59, math=31, rel=28, lang=16)
+PUBLISHED_ITEMS = 303
+
+
+def vip_problems(folder: str | Path) -> list[str]:
+    "What the metadata of a copy in `folder` lacks, a line each."
+    path = Path(folder) / 'vip-bench-meta-data.json'
+    try:
+        meta = read_vip_meta(path)
+    except (FileNotFoundError, BadRecord) as e:
+        return [str(e)]
+    counts = Counter(itertools.chain(*(names for _, _, names in meta.values())))
+    found = [('questions', len(meta), PUBLISHED_ITEMS)]
+    found += [(CAPABILITIES[c], counts[c], n) for c, n in PUBLISHED_COUNTS.items()]
+    return [
+        f'{path.name}: {n} {what}, the card says {said}' for what, n, said in found if n != said
+    ]
 
 # %% ../../nbs/evaluate/42_vip_bench.ipynb #52a2ca10
 @dataclass(frozen=True)

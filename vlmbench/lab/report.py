@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPEED_COLUMNS', 'RunRecord', 'read_run', 'accuracy_html', 'text_tasks', 'retention_table', 'paired_html',
            'freeze_html', 'speed_row', 'speed_html', 'collect_examples', 'examples_html', 'manifests_html',
-           'write_report']
+           'beside_html', 'write_report']
 
 # %% ../../nbs/lab/10_report.ipynb #8d7e4915
 import datetime
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/lab/10_report.ipynb #42593606
+from ..evaluate.published import NOT_MEASURED, beside_published, measured_too
 from ..evaluate.results import accuracy_table, load_results, paired_table, run_facts
 from vlmbench.lab.page import (
     NOT_RECORDED,
@@ -380,6 +381,7 @@ class _Findings:
     frame: pd.DataFrame
     level: float
     control: str
+    published: str = ''
     draw: _Draw = field(default_factory=_Draw)
 
     def __post_init__(self):
@@ -487,6 +489,39 @@ def _freeze_section(found: _Findings) -> Section:
     note = 'Parameters per module group and stage.'
     return Section('freeze', 'What trains', note, macros('report.html.j2').freeze(boxes))
 
+# %% ../../nbs/lab/10_report.ipynb #cd58a57f
+def beside_html(table: pd.DataFrame) -> Markup:
+    "`beside_published` as HTML: what a run has measured, and the count of what none has."
+    both, shared = (
+        measured_too(table),
+        'model arm benchmark split metric shots value source difference',
+    )
+    names = [column for column in table if column not in shared.split()]
+    rows = []
+    for r in both.to_dict('records'):
+        about = ', '.join(r[key] for key in ('benchmark', 'split', 'metric') if r[key])
+        paper = ', '.join(r[key] for key in ('model', 'arm', 'shots') if r[key])
+        cells = [
+            NOT_RECORDED
+            if r[name] == NOT_MEASURED
+            else macros('report.html.j2').own(f'{r[name]:.1f}', f'{r[name] - r["value"]:+.1f}')
+            for name in names
+        ]
+        rows.append([macros('report.html.j2').about(paper, about), f'{r["value"]:.1f}', *cells])
+    left = table[table['difference'].isna()].groupby('benchmark', sort=False).size().to_dict()
+    shown = html_table(['', 'paper', *map(spaced, names)], rows) if rows else ''
+    return macros('report.html.j2').beside(shown, len(both), len(table), left)
+
+
+def _published_section(found: _Findings) -> Section:
+    table = beside_published([run.folder for run in found.runs], found.published)
+    sources = ', '.join(table['source'].str.split(' ').str[0].unique())
+    note = (
+        f"Numbers of {spaced(found.published)}'s paper ({sources}), in its units, and ours with "
+        'the difference in points, on the same benchmark, split and metric.'
+    )
+    return Section('published', 'Beside the paper', note, beside_html(table))
+
 # %% ../../nbs/lab/10_report.ipynb #1fdb6c04
 def _sections(found: _Findings) -> list[Section]:
     shown = 'Right and wrong answers of every question type in turn.'
@@ -495,6 +530,7 @@ def _sections(found: _Findings) -> list[Section]:
         *_accuracy_sections(found),
         _text_section(found),
         _paired_section(found),
+        *([_published_section(found)] if found.published else []),
         _loss_section(found),
         Section('examples', 'Examples', shown, examples_html(found.examples)),
         _freeze_section(found),
@@ -557,11 +593,13 @@ def write_report(
     baseline: str | None = None,
     figures: bool = True,
     level: float = 0.95,
+    published: str = '',
 ) -> Path:
     """Report over `run_dirs` (one folder per method and seed) at `out` (an .html file, or a folder
     for `report.html`); returns its path. `baseline`: the method others are compared with (default:
     `llava` if it is there); all pairs are folded away below. `figures`: also write PNG files to
-    `figures/` beside the page. Raises ValueError for no runs or two runs of one method and seed; a
+    `figures/` beside the page; `published`: a method whose paper's numbers stand beside those of
+    the runs. Raises ValueError for no runs or two runs of one method and seed; a
     run with missing pieces is reported, each hole shown as not recorded."""
     runs = [read_run(folder) for folder in dict.fromkeys(map(Path, run_dirs))]
     if not runs:
@@ -571,7 +609,7 @@ def write_report(
     out = Path(out) if Path(out).suffix == '.html' else Path(out) / 'report.html'
     out.parent.mkdir(parents=True, exist_ok=True)
     frame = load_results([run.folder for run in runs])
-    found = _Findings(runs, frame, level, baseline or 'llava')
+    found = _Findings(runs, frame, level, baseline or 'llava', published)
     sections = _sections(found)
     now = datetime.datetime.now().astimezone()
     foot = f'Written {now:%Y-%m-%d %H:%M %Z} by vlmbench from {len(runs)} run folder(s).'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'PAPER_SCALE', 'SETTINGS', 'CAPTIONS_AND_TEXT', 'CAPTIONS_OF_8M', 'PUBLISHED_INSTRUCTIONS',
-           'STEPS_OF_INSTRUCTIONS', 'VoRA']
+           'STEPS_OF_INSTRUCTIONS', 'VoRA', 'picture_tokens']
 
 # %% ../../nbs/methods/30_vora.ipynb #8ee6c1b5
 from copy import copy
@@ -14,8 +14,9 @@ from typing import Any, Literal, Optional
 import torch
 from fastcore.basics import patch
 
-from ..data.frames import SampleFrames
+from ..data.frames import MOST_FRAMES, SampleFrames
 from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
+from ..data.placement import in_order
 from ..data.sources import published_rows
 from ..data.transform import Transform
 from ..distill.blockwise import BlockwiseDistillation, check_grid
@@ -130,16 +131,17 @@ class VoRA(Method):
     init: Literal['teacher', 'own'] = option(
         'teacher', "where the patch embedding starts: as the teacher's where that fits, or as drawn"
     )
-    frames: int = option(0, 'frames drawn of a longer clip; 0: all of them')
+    frames: int = option(0, 'frames drawn of a longer clip; 0: as many as a row holds, at most 16')
 
     def check(self) -> None:
         for name in ('r', 'layers'):
             number = vars(self)[name]
             if number is not None and number < 1:
                 raise RecipeError(f'vora: {name} must be a whole number above 0, got {number!r}')
-        if self.frames < 0:
+        if not 0 <= self.frames <= MOST_FRAMES:
             raise RecipeError(
-                f'vora: frames must be a whole number, 0 for all, got {self.frames!r}'
+                'vora: frames must be a whole number, 0 for as many as a row holds, at most '
+                f'{MOST_FRAMES}, got {self.frames!r}'
             )
         if self.frames and self.regions is not None:
             raise RecipeError(
@@ -148,6 +150,11 @@ class VoRA(Method):
             )
 
 # %% ../../nbs/methods/30_vora.ipynb #f8fc5f3d
+def picture_tokens(scale: Scale) -> int:
+    "Tokens of a picture of the scale's size: one a patch."
+    return (scale.image_size // scale.tower_config.patch_size) ** 2
+
+
 @patch
 def reads(self: VoRA, kind: str, published: bool) -> str:
     "The data of a stage of `kind`: the published files, or the embedded world's."
@@ -165,7 +172,7 @@ def stage(self: VoRA, name: str, kind: str, trains: dict[str, Tune], scale: Scal
     """A stage of `kind` 'pretrain' or 'finetune': the published data and bound, or the control's
     budget."""
     settings = self.settings_at(scale)
-    room = settings['tokens']
+    room, picture = settings['tokens'], picture_tokens(scale)
     if 'published' in settings:
         rows, warm_up = settings['published'][kind]
         bound, steps = dict(steps=STEPS_OF_INSTRUCTIONS), STEPS_OF_INSTRUCTIONS
@@ -173,6 +180,7 @@ def stage(self: VoRA, name: str, kind: str, trains: dict[str, Tune], scale: Scal
             bound = dict(epochs=1.0, drop_last=True)
             steps = published_rows(self.reads(kind, published=True)) // rows
         if name == 'finetune_anyres':
+            picture = MOST_PATCHES
             room = MOST_PATCHES + 2048  # a picture and text
         bound |= dict(global_rows=rows, warmup_ratio=warm_up / steps)
         bound |= dict(packing=False, too_long='turns', gradient_checkpointing=True)
@@ -187,7 +195,7 @@ def stage(self: VoRA, name: str, kind: str, trains: dict[str, Tune], scale: Scal
         lr=settings[kind],
         template=scale.template,
         batch_rows=settings['rows'],
-        max_tokens=room,
+        max_tokens=room + picture * max(self.frames - 1, 0),  # the first is in `room`
         **bound,
     )
 
@@ -252,10 +260,14 @@ def front_end(self: VoRA, scale: Scale) -> dict[str, Any]:
 # %% ../../nbs/methods/30_vora.ipynb #201062a3
 @patch
 def transform(self: VoRA, state: RunState) -> Transform | None:
-    "Samples frames of longer clips, where the option `frames` says so."
+    "Samples frames of longer clips: as many as the option `frames` says, or as a row holds."
     if self.frames:
         return SampleFrames(self.frames)
-    return Method.transform(self, state)
+    drawn = Method.transform(self, state)
+    if state.stage is None:
+        return drawn
+    fit = state.stage.max_tokens * 2 // 3 // picture_tokens(state.scale)  # the rest is for text
+    return in_order(drawn, SampleFrames(min(max(fit, 1), MOST_FRAMES)))
 
 
 @patch
@@ -279,6 +291,8 @@ def build(self: VoRA, state: RunState) -> None:
         )
     kinds = 'aimv2_vision_model', 'siglip_vision_model'
     fits = teacher.config.hidden_size == recipe.front_end['width']
+    # pictures of a question are frames with their times, also when it is asked
+    state.processor.talk_by(state.processor.template, stamps=True)
     if self.init == 'teacher' and fits and teacher.config.model_type in kinds:
         init_from_teacher(state.model.model.vision, teacher)
 
@@ -338,7 +352,8 @@ def before_stage(self: VoRA, state: RunState) -> None:
     if state.stage.name != 'finetune_anyres':
         return
     front = state.model.config.vision_config
-    patches = min(MOST_PATCHES, state.stage.max_tokens * 2 // 3)  # the rest of a row is for text
+    share = state.stage.max_tokens * 2 // 3  # the rest of a row is for text
+    patches = min(MOST_PATCHES, share // max(self.frames, 1))
     state.processor = copy(state.processor)
     native = VoRAFrontEnd.native(front, state.processor.transform)
     state.processor.transform = replace(native, max_pixels=patches * front['patch_size'] ** 2)

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image as _fetch_image
 
+from ..data.frames import stamping_jinja, videos_as_images
 from ..data.image import ImageTransform
 from ..data.picture import ImageError, load_image
 from ..data.record import Sample
@@ -108,7 +109,8 @@ class VLMProcessor(ProcessorMixin):
     config (`vision_config`), which says how many tokens an image costs. `image_token`: the
     tokenizer's token that stands for one image feature; text always writes `<image>`. `template`:
     name of the chat template used by `encode` and `apply_chat_template`. `wrapper`: a sentence that
-    both put before the picture of a question (see `wrap_question`); None: questions stay plain."""
+    both put before the picture of a question (see `wrap_question`); None: questions stay plain.
+    `stamps`: several pictures of the first question are frames with their times (VoRA)."""
 
     def __init__(
         self,
@@ -119,12 +121,13 @@ class VLMProcessor(ProcessorMixin):
         template=None,
         chat_template=None,
         wrapper=None,
+        stamps=False,
     ):
         if not isinstance(transform, ImageTransform):
             transform = ImageTransform.from_dict(transform or {})
         self.transform = transform
         self.front_end, self.image_token = front_end, image_token
-        self.template, self.wrapper = template, wrapper
+        self.template, self.wrapper, self.stamps = template, wrapper, stamps
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f'image_token {image_token!r} is not in the vocabulary of '
@@ -140,15 +143,20 @@ class VLMProcessor(ProcessorMixin):
         self.tokenizer.padding_side = 'left'
 
     def _default_chat_template(self, tokenizer) -> str | None:
-        first = _FLATTEN + wrapping_jinja(self.wrapper) if self.wrapper else ''
+        first = stamping_jinja() if self.stamps else ''
+        first += _FLATTEN + wrapping_jinja(self.wrapper) if self.wrapper else ''
         if self.template is not None:
             return first + get_template(self.template).jinja(mark_targets=True)
         own = tokenizer.chat_template  # a dict of named templates stays with the tokenizer
-        return (first or _FLATTEN) + own if isinstance(own, str) else None
+        flat = first if self.wrapper else first + _FLATTEN
+        return flat + own if isinstance(own, str) else None
 
-    def talk_by(self, template: str | None, wrapper: str | None = None) -> None:
-        "Render conversations by another `template` and `wrapper` from now on."
+    def talk_by(
+        self, template: str | None, wrapper: str | None = None, stamps: bool | None = None
+    ) -> None:
+        "Render conversations by these from now on (`stamps` None: as before)."
         self.template, self.wrapper = template, wrapper
+        self.stamps = self.stamps if stamps is None else stamps
         self.chat_template = self._default_chat_template(self.tokenizer)
 
     def num_image_tokens(self, height: int, width: int) -> int:
@@ -431,6 +439,22 @@ def __call__(
         ]
     parts = [part for row in pictures for image in row for part in image]
     return BatchFeature({**batch, **stack_images(parts)})
+
+# %% ../../nbs/models/15_processor.ipynb #90f85e40
+@patch
+def apply_chat_template(
+    self: VLMProcessor, conversation, chat_template: str | None = None, frames: int = 0, **settings
+):
+    """As transformers' processors. A part of type `video` holds its frames, a list of pictures, and
+    is read as that many pictures, at most `frames` (0: 16) from equal parts of the clip. Raises
+    `ValueError` for a video file."""
+
+    def of_pictures(messages):
+        return [videos_as_images(message, frames) for message in messages]
+
+    several = bool(conversation) and isinstance(conversation[0], (list, tuple))
+    read = list(map(of_pictures, conversation)) if several else of_pictures(conversation)
+    return ProcessorMixin.apply_chat_template(self, read, chat_template, **settings)
 
 # %% ../../nbs/models/15_processor.ipynb #d28a1fe0
 @patch

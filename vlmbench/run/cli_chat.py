@@ -88,7 +88,10 @@ def refusing(function, *args, **kwargs):
 def chat(
     model: _Model,
     image: Annotated[
-        Optional[str], typer.Option(help='The picture to talk about: a file or a web address.')
+        Optional[list[str]],
+        typer.Option(
+            help='The picture to talk about: a file or a web address; repeated: frames of a clip.'
+        ),
     ] = None,
     region: _Regions = None,
     color: _Colors = None,
@@ -144,7 +147,7 @@ def chat(
     refusing(
         chat_command,
         model,
-        image,
+        image or None,
         region or (),
         color or (),
         question or (),

@@ -26,11 +26,13 @@ from vlmbench.evaluate.region_tasks import (
     coco_objects,
     draw_kinds,
     q_to_ar,
+    questions_of,
     region_task,
     vote,
 )
-from ..evaluate.results import Results
+from ..evaluate.results import Results, result_stem
 from ..evaluate.tasks import Task
+from ..evaluate.uploads import write_answers
 from .jobs import Job
 
 # %% ../../nbs/run/16_region_job.ipynb #4f37649b
@@ -56,7 +58,7 @@ def _load(settings: Mapping[str, Any], name: str, draw: int, kind: str | None, n
     share = settings['bad_rows']
     return region_task(
         name,
-        data / SETS[name].file,
+        questions_of(name, data),
         root,
         draw,
         settings['alpha'],
@@ -124,6 +126,8 @@ def _ask(
         results['vcr_qtoar'] = q_to_ar(results['vcr_qa'], results['vcr_qar'])
     for result in results.values() if job.main else ():
         result.save(store)
+        stem = result_stem(result.task, result.condition)  # a vote has its task's name
+        write_answers(result.frame, store / f'{stem}.answers.jsonl', settings['recipe'])
     return results
 
 
