@@ -24,8 +24,10 @@ PORT   ?= 8888
 TORCH_INDEX ?=
 TORCH  := $(shell sed -n 's/^\(torch==[^;[:space:]]*\).*/\1/p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-# a test file stays with one process: its models are made once; files come in the order of conftest.py
-WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# a test file stays with one process: its models are made once; files come in the order of conftest.py;
+# one process more than there are cores, since each waits much of its time for a kernel, a rank or a browser
+CORES := $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
+WORKERS ?= --numprocesses $$(($(CORES) + 1)) --dist loadfile --no-loadscope-reorder
 # what test-ranks runs; .ci/run leaves out the files that take longest
 RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background elastic large_models stream))
 # without this two torch processes on the same cores run several times slower

@@ -55,6 +55,12 @@ def warm():
         yield
 
 
+@pytest.fixture(autouse=True)
+def cut_pictures_are_refused(monkeypatch):
+    "lmms-eval, once imported, lets Pillow pass cut pictures as grey in the whole process."
+    monkeypatch.setattr('PIL.ImageFile.LOAD_TRUNCATED_IMAGES', False)
+
+
 @pytest.fixture
 def real_kernels(monkeypatch):
     "Kernels start as they do for a user, for tests of their start, their signals and their death."

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from vlmbench.run.cli import app
-from vlmbench.run.cli_faults import card_faults, faults_table
+from vlmbench.run.faults import card_faults, faults_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

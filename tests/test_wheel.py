@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash')
+EXTRAS = ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash', 'train')
 # development tools and extras: the package must import without any of them
 FORBIDDEN = """nbdev execnb ghapi fastgit jupyterlab notebook sphinx myst_nb pytest hypothesis
 playwright ruff
@@ -74,6 +74,7 @@ def wheel(tmp_path_factory):
         ROOT / 'vlmbench', tmp / 'vlmbench', ignore=shutil.ignore_patterns('__pycache__')
     )
     shutil.copytree(ROOT / 'data_cards', tmp / 'data_cards')
+    shutil.copytree(ROOT / 'figures' / 'published', tmp / 'figures' / 'published')
     build = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation']
     subprocess.run([*build, '--wheel-dir', tmp / 'dist', tmp], check=True, capture_output=True)
     return next((tmp / 'dist').glob('*.whl'))
@@ -100,6 +101,10 @@ def test_wheel_carries_package_assets_and_run_notebooks(wheel):
     assert runs == {Path(n).name for n in names if n.startswith('vlmbench/_notebooks/')}
     cards = {p.name for p in (ROOT / 'data_cards').glob('*.md')}
     assert cards and cards == {Path(n).name for n in names if n.startswith('vlmbench/_data_cards/')}
+    tables = {p.name for p in (ROOT / 'figures' / 'published').glob('*.csv')}
+    assert tables and tables == {
+        Path(n).name for n in names if n.startswith('vlmbench/_published/')
+    }
     assert set(meta.get_all('Provides-Extra')) == set(EXTRAS)
     assert '>=3.10' in meta['Requires-Python']
     for point in ('vlmbench=vlmbench.run.cli:main', 'vlmbench=vlmbench.run.engine:VlmbenchEngine'):
