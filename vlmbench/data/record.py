@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from vlmbench.data.columns import (
-    MEDIA_COLUMNS,
+    FILM_COLUMNS,
     column_name,
     is_empty,
     picture_column,
@@ -349,7 +349,7 @@ def sample_from_vora(
     if frames and not (is_empty(rest.get('image')) and is_empty(rest.get('full_path'))):
         raise BadRecord("picture columns: the row has 'frames' and 'image'; keep one of them")
     # the film that frames were taken from is no picture that the row would train without
-    film = {k: v for k, v in rest.items() if frames and column_name(k) in MEDIA_COLUMNS}
+    film = {k: v for k, v in rest.items() if frames and column_name(k) in FILM_COLUMNS}
     rest = {k: v for k, v in rest.items() if k not in film}
     turns, dropped = parse_turns(conversation, first_turn)
     first = next(i for i, t in enumerate(turns) if t.role == 'user')
