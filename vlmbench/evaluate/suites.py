@@ -10,6 +10,7 @@ __all__ = ['SUITES', 'DEFAULT_TASKS', 'Column', 'Suite', 'get_suite', 'suite_tas
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pandas as pd
 # %% ../../nbs/evaluate/19_suites.ipynb #429999ee
 from .kinds import OFFICIAL
 from .official_files import OfficialError, file_of_split
+from .published import read_published
 
 # %% ../../nbs/evaluate/19_suites.ipynb #95a8578c
 @dataclass(frozen=True)
@@ -35,14 +37,26 @@ class Column:
 @dataclass(frozen=True)
 class Suite:
     """A paper's list. `averages`: name -> columns and what each is divided by before the mean;
-    `published`: rows of the paper's table; `left_out`: a column that cannot be asked here, and
-    why."""
+    `table`: the published table (`read_published`), and `shown`, rows of it by the name they
+    get here: their model and arm; `left_out`: a column that cannot be asked here, and why."""
 
     title: str
     columns: tuple[Column, ...]
     averages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    published: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    table: str = ''
+    shown: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     left_out: str = ''
+
+    @cached_property
+    def published(self) -> dict[str, tuple[float | None, ...]]:
+        "The shown rows of the paper's table, column by column; None where the paper has no number."
+        table = read_published(self.table).set_index(['model', 'arm', 'benchmark', 'metric'])
+        found = table['value'].to_dict()
+        places = [(column.kind, column.metric) for column in self.columns]
+        return {
+            name: tuple(found.get((*which, *place)) for place in places)
+            for name, which in self.shown.items()
+        }
 
 # %% ../../nbs/evaluate/19_suites.ipynb #9e483f08
 _VQA = Column('VQAv2', 'vqav2', split='test-dev2015')
@@ -63,11 +77,8 @@ _WILD = 'LLaVA-Bench (in the wild), which a judge compares: take lmms-eval for i
 _EVE = Suite(
     'EVE, table 3',
     (_VQA, _GQA, _VIZWIZ, _SQA, _TEXT, _POPE, _MME_P, _MMB, _SEED, _SEED_I, _MMVET),
-    published={
-        'EVE-7B': (75.4, 60.8, 41.8, 63.0, 51.9, 83.6, 1217.3, 49.5, 54.3, 61.3, 25.6),
-        'EVE-7B-HD': (78.6, 62.6, 51.1, 64.9, 56.8, 85.0, 1305.7, 52.3, 56.8, 64.6, 25.7),
-        'LLaVA-1.5-7B': (78.5, 62.0, 50.0, 66.8, 58.2, 85.9, 1510.7, 64.3, 58.6, None, 30.5),
-    },
+    table='eve',
+    shown={name: (name, '') for name in ('EVE-7B', 'EVE-7B-HD', 'LLaVA-1.5-7B')},
 )
 
 # %% ../../nbs/evaluate/19_suites.ipynb #a73c621a
@@ -78,12 +89,10 @@ _VORA = Suite(
     + (Column('AI2D', 'ai2d'), Column('RealWorldQA', 'realworldqa'))
     + (Column('MMMU', 'mmmu', split='validation'),),
     {'mean of 8': {name: 20.0 if name == 'MME-P' else 1.0 for name in _EIGHT}},
-    {
-        'VoRA-7B': (76.0, 75.9, 56.3, 84.5, 1363.4, 311.1, 64.2, 67.5, 33.7, 65.6, 57.7, 32.2),
-        'Qwen2.5-7B + AIMv2': (
-            *(82.3, 77.5, 59.2, 85.2, 1582.3, 313.0),
-            *(66.3, 70.6, 33.7, 63.7, 60.0, 35.3),
-        ),
+    table='vora',
+    shown={
+        'VoRA-7B': ('VoRA-7B', '30M pre-training pairs'),
+        'Qwen2.5-7B + AIMv2': ('Qwen2.5-7B + AIMv2', '558K pre-training pairs'),
     },
 )
 
@@ -94,31 +103,11 @@ _ZERO = Suite(
     + (_SEED, _SEED_I, Column('SEED-V', 'seed', 'accuracy/video'), _MMVET, _MMB)
     + (Column('CV-2D', 'cvbench', 'accuracy/2D'), Column('CV-3D', 'cvbench', 'accuracy/3D'))
     + (Column('CV', 'cvbench', 'mean_accuracy'), _GQA, Column('VizWiz', 'vizwiz', split='val')),
-    published={
-        '70B SE': (
-            *(290.71, 1250.13, 86.29, 85.00, 65.92, 71.12, 46.21),
-            *(28.81, 63.06, 64.67, 64.00, 64.34, 56.50, 22.74),
-        ),
-        '70B ZG': (
-            *(302.50, 1298.21, 87.01, 86.40, 65.38, 70.68, 45.28),
-            *(32.75, 65.55, 63.21, 67.17, 65.19, 51.85, 40.00),
-        ),
-        '8B SE': (
-            *(281.43, 1063.29, 83.89, 83.54, 53.33, 57.28, 38.38),
-            *(17.61, 47.34, 49.58, 56.00, 52.79, 45.56, 34.85),
-        ),
-        '8B ZG': (
-            *(228.57, 982.64, 80.34, 82.08, 54.29, 58.40, 38.70),
-            *(24.68, 53.52, 50.83, 60.08, 55.46, 40.08, 51.24),
-        ),
-        '3B SE': (
-            *(266.79, 971.79, 78.10, 75.17, 50.06, 53.44, 37.26),
-            *(18.94, 44.85, 41.40, 48.25, 44.82, 43.51, 16.69),
-        ),
-        '3B ZG': (
-            *(294.64, 916.38, 79.33, 78.79, 48.99, 52.29, 36.49),
-            *(22.61, 41.75, 42.47, 52.45, 47.46, 39.37, 28.36),
-        ),
+    table='zero',
+    shown={
+        f'{model[-3:].lstrip("-")} {short}': (model, arm)
+        for model in ('Llama-3.1-70B', 'Llama-3.1-8B', 'Llama-3.2-3B')
+        for short, arm in (('SE', 'encoder on its surrogate'), ('ZG', 'zero-shot graft'))
     },
     left_out=_WILD,
 )
@@ -130,18 +119,20 @@ _REGION = Suite(
     (Column('OCRVQA', 'ocrvqa'), Column('DocVQA', 'docvqa', split='val'), _MMB, _GQA, _SQA, _TEXT)
     + (Column('MMMU', 'mmmu', split='validation'), _SEED_I),
     {'mean of 8': dict.fromkeys(_NAMES, 1.0)},
-    {
-        'all 32 layers': (64.26, 29.45, 74.74, 64.29, 79.28, 62.11, 40.6, 73.13),
-        'sparse uniform': (62.65, 29.51, 73.88, 63.68, 78.78, 62.43, 42.1, 72.61),
+    table='visual_region',
+    shown={
+        'all 32 layers': ('Bunny-Llama-3-8B-V', 'all 32 layers'),
+        'sparse uniform': ('Bunny-Llama-3-8B-V', 'sparse uniform, 8 layers'),
     },
 )
 _VIP = Suite(
     'ViP-LLaVA, image level',
     (_MMB, Column('MMB-CN', 'mmbench_cn', split='dev'), _POPE, _SQA, _MMVET, _VIZWIZ, _MME_P)
     + (_TEXT, _VQA, _GQA, _SEED_I),
-    published={
-        'ViP-LLaVA-7B': (68.0, 59.3, 87.1, 69.5, 33.1, 55.7, 1453.5, 57.8, 79.2, 62.2, 69.0),
-        'LLaVA-1.5-7B': (64.6, 57.5, 87.3, 69.5, 31.5, 50.0, 1506.5, 58.2, 78.3, 63.2, 66.2),
+    table='vip_llava',
+    shown={
+        'ViP-LLaVA-7B': ('ViP-LLaVA', 'Vicuna-7B'),
+        'LLaVA-1.5-7B': ('LLaVA-1.5', 'Vicuna-7B'),
     },
     left_out=_WILD,
 )
