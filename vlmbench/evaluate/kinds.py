@@ -298,7 +298,9 @@ CHOICES = dict(
         'ScienceQA',
         'scienceqa',
         (
-            Files({'': 'problems.json', 'splits': 'pid_splits.json'}, form='problems'),
+            Files(
+                {'': 'problems.json', 'splits': 'pid_splits.json'}, form='problems', split='test'
+            ),
             one('test-*.parquet', split='test'),
         ),
         Asked(MultipleChoice(), LETTER, ('Context: {hint}\n', '{question}')),
