@@ -561,6 +561,7 @@ def _image_processor(transform: ImageTransform):
             )
         return LlavaImageProcessorPil(do_pad=True, size=short_side, crop_size=square, **look)
     if transform.mode == 'crop':
+        short_side = dict(shortest_edge=transform.short or size)
         return CLIPImageProcessorPil(size=short_side, crop_size=square, **look)
     if transform.mode == 'squash':
         return CLIPImageProcessorPil(size=square, do_center_crop=False, **look)

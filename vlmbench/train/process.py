@@ -155,13 +155,14 @@ def _began(pid: int) -> str | None:
 
 # %% ../../nbs/train/09_process.ipynb #a4cc599f
 class Ranks:
-    """This process's `rank`, the `size` (number of ranks), the `device`, and the few collectives
-    (accelerate's PartialState underneath)."""
+    """This process's `rank`, the `size` (number of ranks), how many of them are `here` on this
+    machine, the `device`, and the few collectives (accelerate's PartialState underneath)."""
 
     def __init__(self, device: str | torch.device | None = None):
         cpu = str(device) == 'cpu' or not torch.cuda.is_available()
         state = PartialState(cpu=cpu)
         self.rank, self.size = state.process_index, state.num_processes
+        self.here = int(os.environ.get('LOCAL_WORLD_SIZE', self.size))  # as torchrun says
         self.device = (
             torch.device(device) if device is not None and self.size == 1 else state.device
         )
