@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['free_memory', 'Layout', 'memory_needed', 'what_fits', 'MemoryRefused', 'check_memory', 'here']
 
-# %% ../../nbs/cost/50_memory.ipynb #d054288e
+# %% ../../nbs/cost/50_memory.ipynb #8ab550a3
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from ..methods.base import Hooks
 from ..train.recipe import Recipe, RecipeError, Stage, override
 from ..train.scale import Scale
 
-# %% ../../nbs/cost/50_memory.ipynb #6d5fed49
+# %% ../../nbs/cost/50_memory.ipynb #c843b780
 def _group_room(folder: Path) -> int | None:
     "Bytes that a control group (version 2) may still take; None where it has no limit."
     try:
@@ -68,7 +68,7 @@ def free_memory(
     rooms = _group_rooms(Path(groups), Path('/proc/self/cgroup'))
     return min([psutil.virtual_memory().available, *rooms])
 
-# %% ../../nbs/cost/50_memory.ipynb #da3d2fea
+# %% ../../nbs/cost/50_memory.ipynb #8f7d6f14
 @dataclass(frozen=True)
 class Layout:
     """How a training lies on machines: `ranks` processes, `here` of them on this one; `parallel`
@@ -117,7 +117,7 @@ def _assumed(stage: Stage) -> Data:
         return Data(images=1.0)
     return Data()
 
-# %% ../../nbs/cost/50_memory.ipynb #cd13d339
+# %% ../../nbs/cost/50_memory.ipynb #3a21dc49
 def _smaller(stage: Stage, rows: int) -> dict[str, Any]:
     "Overrides that make a stage's step of micro-batches of so many `rows`."
     changes: dict[str, Any] = {'batch_rows': rows}
@@ -166,7 +166,7 @@ def what_fits(
         changes |= offers[bisect_left(range(len(offers)), True, key=is_enough)]
     return changes
 
-# %% ../../nbs/cost/50_memory.ipynb #4534a230
+# %% ../../nbs/cost/50_memory.ipynb #1f2f617d
 class MemoryRefused(RecipeError):
     "A training needs more memory than is free."
 
@@ -186,7 +186,7 @@ def check_memory(
         return f'{layout.device} does not say how much memory is free: nothing was compared'
     try:
         needed = memory_needed(method, recipe, scale, layout)
-    except (RecipeError, ValueError, NotImplementedError, RuntimeError) as e:
+    except (RecipeError, ValueError, RuntimeError) as e:
         return f'memory was not planned ({e}); {si(free, "B")} are free'
     # on a processor the ranks of this machine share what is free; a GPU is a rank's own
     together = layout.here if torch.device(layout.device).type == 'cpu' else 1
@@ -214,7 +214,7 @@ def _advice(fits: Mapping[str, Any] | None, most: pd.Series) -> str:
         f"are too many. These settings fit: overrides='[{said}]'; {insist}"
     )
 
-# %% ../../nbs/cost/50_memory.ipynb #3c6066aa
+# %% ../../nbs/cost/50_memory.ipynb #7f7ae4f0
 def here(stages: pd.DataFrame, device: str | None = None) -> str:
     """Whether one process of this machine could run the `stages` of a plan, as a sentence.
     `device`: None for CUDA where there is any."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized_settings', 'resize_tower']
 
-# %% ../../nbs/models/12_tower_size.ipynb #4796d7a6
+# %% ../../nbs/models/12_tower_size.ipynb #04af9551
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +15,15 @@ from transformers import MODEL_MAPPING, PreTrainedModel
 
 from .vision import num_prefix_tokens, tower_config
 
-# %% ../../nbs/models/12_tower_size.ipynb #9350b0a1
+# %% ../../nbs/models/12_tower_size.ipynb #92622986
 def sized_settings(settings: Mapping[str, Any], side: int) -> dict[str, Any]:
     """A copy of a tower's configuration dict (or a CLIP-like one that holds it) whose native
     pictures are `side` px wide. Raises `ValueError` where its patches do not divide them."""
     settings = copy.deepcopy(dict(settings))
     inner = settings.get('vision_config', settings)
-    patch = tower_config(settings).patch_size
-    if side % patch:
+    native, patch = tower_config(settings).image_size, tower_config(settings).patch_size
+    # SigLIP-so400m's own 384 px are no multiple of its 14: its last pixels are seen by nobody
+    if side != native and side % patch:
         fits = side // patch * patch
         raise ValueError(
             f'pictures of {side} px do not divide into the patches of {patch} px that '
@@ -31,7 +32,7 @@ def sized_settings(settings: Mapping[str, Any], side: int) -> dict[str, Any]:
     inner['image_size'] = side
     return settings
 
-# %% ../../nbs/models/12_tower_size.ipynb #02e99ef0
+# %% ../../nbs/models/12_tower_size.ipynb #cafa6b25
 def resize_tower(tower: PreTrainedModel, side: int) -> PreTrainedModel:
     """`tower` for pictures of `side` x `side` px: itself where that is its native size, else a copy
     with its table of positions stretched (bicubic, in float32) and its configuration changed.
