@@ -36,6 +36,7 @@ from vlmbench.checkpoints.llava import (
 from .names import CheckpointFormatError, hub_refusal
 from .release import read_config, set_template
 from .zero_names import released_name
+from .zoo import published_base
 from ..data.home import kept_model
 from ..data.template import TEMPLATES
 from ..models.quantized import prepare_quantized
@@ -163,6 +164,18 @@ def _parts(folder: Path, layout: str | None, **named: str | Path | None) -> dict
         )
     return given
 
+# %% ../../nbs/checkpoints/80_load.ipynb #8fe17623
+def _base(folder: Path, named: str | Path | None) -> str | Path | None:
+    "`named`, or the language model that a published projector in `folder` was trained before."
+    if named is not None or (known := published_base(folder)) is None:
+        return named
+    warnings.warn(
+        f'{folder} holds a projector alone: it is put before {known}, the language model that it '
+        'was trained with (base=, or --base on the command line, names another)',
+        stacklevel=3,
+    )
+    return known
+
 # %% ../../nbs/checkpoints/80_load.ipynb #23b3f91b
 def _load_as_it_is(folder: Path, template: str | None, settings: Mapping[str, Any]) -> tuple:
     "`(model, processor)` of a folder in our own or transformers' layout."
@@ -202,8 +215,9 @@ def load_vlm(
 ) -> tuple:
     """`(model, processor)` ready to answer, from `find_model(where)`. `template`: a chat template
     instead of the folder's own. `base`: the language model of a LoRA release or of a projector
-    alone; `vision`: the tower of a folder in the original layout. `image_mode`: 'native' for
-    pictures at their own resolution, where the model can (VoRA, EVE); empty: as the folder says.
+    alone, by default the one of its training, where the list of published models names it;
+    `vision`: the tower of a folder in the original layout. `image_mode`: 'native' for pictures at
+    their own resolution, where the model can (VoRA, EVE); empty: as the folder says.
     `settings`: of `from_pretrained`, for example `dtype` ('float16', 'bfloat16', 'float32',
     default that of the weights as stored),
     `quantization_config`, `device_map`, `max_memory`, `offload_folder`. Raises `LoadError`, which
@@ -214,6 +228,7 @@ def load_vlm(
         raise LoadError(f'template {template!r} is unknown; there are {", ".join(TEMPLATES)}')
     try:
         layout = _converted(folder)
+        base = _base(folder, base)
         settings |= _parts(folder, layout, base=base, vision=vision)
         if image_mode:
             check_image_mode(folder, image_mode)
@@ -250,7 +265,7 @@ def convert(
         raise LoadError(f'{out} exists already: name another folder, or remove it')
     if a_file or released_name(folder):
         return _convert_zero(folder, out, vision, base, template)
-    kind = read_config(folder).get('model_type')
+    kind, base = read_config(folder).get('model_type'), _base(folder, base)
     try:
         _parts(folder, _converted(folder), base=base, vision=vision)
         if kind in RELEASES:

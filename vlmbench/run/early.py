@@ -61,6 +61,7 @@ def check_train(values: Mapping[str, Any]) -> None:
     or do not fit; `values`: all its parameters. Raises `ParameterError`."""
     check_places(values)
     check_trackers(values['trackers'])
+    _check_start(values['model'])
     if not values['projector']:
         return
     if values['model']:
@@ -79,6 +80,20 @@ def check_train(values: Mapping[str, Any]) -> None:
         check_projector(find_projector(values['projector']), recipe, scale)
     except ValueError as e:
         raise ParameterError(str(e)) from None
+
+# %% ../../nbs/run/03_early.ipynb #0b3f8215
+def _check_start(model: str) -> None:
+    "Refuse to start from a projector alone of which nobody knows the language model."
+    if not model or not Path(model).is_dir():
+        return
+    from vlmbench.checkpoints.parts import is_projector_alone
+    from vlmbench.checkpoints.zoo import published_base
+
+    if is_projector_alone(model) and published_base(model) is None:
+        raise ParameterError(
+            f'model={model} holds a projector alone, and nothing says before which language model '
+            f'it was trained: give projector={model}, which puts it before that of the scale'
+        )
 
 # %% ../../nbs/run/03_early.ipynb #cec94dca
 def check_revert(values: Mapping[str, Any]) -> None:
