@@ -14,7 +14,12 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 
 from . import eve, vora, zero_release
 from vlmbench.checkpoints.card import (
@@ -39,6 +44,7 @@ from .zero_names import released_name
 from .zoo import published_base
 from ..data.home import kept_model
 from ..data.template import TEMPLATES
+from ..models.files import check_files, has_tokenizer
 from ..models.quantized import prepare_quantized
 
 # importing this module also registers our classes with transformers
@@ -179,12 +185,22 @@ def _base(folder: Path, named: str | Path | None) -> str | Path | None:
 # %% ../../nbs/checkpoints/80_load.ipynb #23b3f91b
 def _load_as_it_is(folder: Path, template: str | None, settings: Mapping[str, Any]) -> tuple:
     "`(model, processor)` of a folder in our own or transformers' layout."
-    ours = read_config(folder).get('model_type') == 'vlmbench'
+    kind = read_config(folder).get('model_type')
+    ours = kind == 'vlmbench'
+    if kind not in CONFIG_MAPPING:  # which transformers would run code from the folder for
+        raise LoadError(
+            f'{folder}: model type {kind!r} is known neither to vlmbench nor to this transformers; '
+            'code that a folder brings is not run'
+        )
+    if not has_tokenizer(folder):
+        raise LoadError(f'{folder} has no tokenizer (tokenizer.json or tokenizer.model)')
     model = _from_pretrained(folder, settings)
     if 'quantization_config' in settings:
         prepare_quantized(model, repack=True)
     backend = {} if ours else dict(backend='pil')  # ours has no other
     processor = AutoProcessor.from_pretrained(folder, **backend)
+    if ours and processor.tokenizer.pad_token is None:  # saved folders have one
+        raise LoadError(f'{folder} has no token for padding: is tokenizer_config.json there?')
     if template and not ours:
         return with_template(model, processor, template)
     if template:
@@ -227,6 +243,7 @@ def load_vlm(
     if template and template not in TEMPLATES:
         raise LoadError(f'template {template!r} is unknown; there are {", ".join(TEMPLATES)}')
     try:
+        check_files(folder)
         layout = _converted(folder)
         base = _base(folder, base)
         settings |= _parts(folder, layout, base=base, vision=vision)

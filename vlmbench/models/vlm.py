@@ -31,6 +31,7 @@ from transformers.utils.hub import cached_file
 from ..data.image import CLIP_MEAN, CLIP_STD, HALF, ImageTransform, from_image_processor
 from ..data.template import IMAGE
 from .attention import check_attention
+from .files import check_files, has_tokenizer
 from .groups import GROUPS
 from vlmbench.models.modeling import (
     VLMConfig,
@@ -63,7 +64,9 @@ AutoProcessor.register(VLMConfig, VLMProcessor)
 # %% ../../nbs/models/20_vlm.ipynb #7839dbc6
 def load_complete(auto_class: type, path: str | Path | None, **settings) -> PreTrainedModel:
     """`auto_class.from_pretrained(path, **settings)`, with generation settings that can be saved
-    again. Raises `ValueError` naming the weights that the folder lacks."""
+    again. Raises `ValueError` naming the weights that the folder lacks, or a damaged file."""
+    if path is not None:  # None: the settings bring configuration and weights
+        check_files(path)
     model, info = auto_class.from_pretrained(path, output_loading_info=True, **settings)
     _refuse_missing(info['missing_keys'], path, model)
     mend_generation(model, path)
@@ -112,6 +115,7 @@ def _unsaveable(settings) -> str | None:
 def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrainedModel:
     """The vision tower of a Hub-layout folder or name: vision-only, or the vision half of a
     CLIP-like model. Raises `ValueError` if weights miss."""
+    check_files(path)
     config = AutoConfig.from_pretrained(path)
     vision = tower_config(config)
     model, info = MODEL_MAPPING[type(vision)].from_pretrained(
@@ -128,7 +132,10 @@ def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTraine
 # %% ../../nbs/models/20_vlm.ipynb #d60e1b24
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub-layout folder or name, be it `tokenizer.json` or only
-    `tokenizer.model`. Raises `ValueError` where the latter cannot be read here, with the reason."""
+    `tokenizer.model`. Raises `ValueError` where there is none, or where the latter cannot be read
+    here, with the reason."""
+    if not has_tokenizer(path):
+        raise ValueError(f'{path} has no tokenizer (tokenizer.json or tokenizer.model)')
     try:
         return AutoTokenizer.from_pretrained(path)
     except (ValueError, ImportError) as e:
