@@ -49,6 +49,7 @@ def test_layers_and_convert_read_it(name, tmp_path):
     assert model.dtype == torch.bfloat16 and processor.tokenizer
     own = convert(folder, tmp_path / 'own')
     assert json.loads((own / 'config.json').read_text())['model_type'] == 'vlmbench'
+    assert 'written as a folder' in (own / 'README.md').read_text()
     again, beside = load_vlm(own)
     assert again.dtype == torch.bfloat16
     assert torch.equal(logits(again, beside), logits(model, processor))

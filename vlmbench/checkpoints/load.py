@@ -263,6 +263,9 @@ def load_vlm(
     return (model if 'device_map' in settings else model.to(device)).eval(), processor
 
 # %% ../../nbs/checkpoints/80_load.ipynb #8b43f3ab
+_AS_FOLDER = 'written as a folder by vlmbench convert'
+
+
 def convert(
     where: str | Path,
     out: str | Path,
@@ -286,7 +289,9 @@ def convert(
     try:
         _parts(folder, _converted(folder), base=base, vision=vision)
         if kind in RELEASES:
-            return export(*load_vlm(folder, template=template), out, overwrite=True)
+            export(*load_vlm(folder, template=template), out, overwrite=True)
+            write_card(out, with_step(origin_of(where, folder), _AS_FOLDER))
+            return out
         if kind == 'vlmbench':
             both = load_vlm(folder, template=template)
         else:
@@ -329,5 +334,5 @@ def _convert_zero(
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise _refusal(where, e, 'cannot be converted') from e
     export(model, processor, out, overwrite=True)
-    write_card(out, with_step(origin, 'written as a folder by vlmbench convert'))
+    write_card(out, with_step(origin, _AS_FOLDER))
     return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['file_fault', 'cached_folder', 'check_files', 'has_tokenizer']
 
-# %% ../../nbs/models/12_files.ipynb #f3141aae
+# %% ../../nbs/models/12_files.ipynb #cefb758d
 import json
 import zipfile
 from pathlib import Path
@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-# %% ../../nbs/models/12_files.ipynb #1e797cae
+# %% ../../nbs/models/12_files.ipynb #399577fb
 _POINTER = b'version https://git-lfs'
 
 
@@ -39,8 +39,9 @@ def file_fault(file: str | Path) -> str:
         return f'is cut or damaged ({e}): fetch it again'
     return ''
 
-# %% ../../nbs/models/12_files.ipynb #55053d41
-_READ = ('*config.json', 'tokenizer.json', '*.index.json', '*.safetensors', '*.bin')
+# %% ../../nbs/models/12_files.ipynb #43af61f0
+_READ = ('*config.json', 'tokenizer.json', '*.index.json', '*.safetensors', '*model*.bin')
+_READ += ('mm_projector.bin', 'non_lora_trainables.bin')
 _WORDS = (
     'tokenizer.json',
     'tokenizer.model',

@@ -62,6 +62,7 @@ def check_train(values: Mapping[str, Any]) -> None:
     check_places(values)
     check_trackers(values['trackers'])
     _check_start(values['model'])
+    _check_attention(values['attn_implementation'])
     if not values['projector']:
         return
     if values['model']:
@@ -82,6 +83,18 @@ def check_train(values: Mapping[str, Any]) -> None:
         raise ParameterError(str(e)) from None
 
 # %% ../../nbs/run/03_early.ipynb #0b3f8215
+def _check_attention(name: str | None) -> None:
+    "Refuse a back end that does not exist; whether it runs is seen on the machine of the run."
+    if not name:
+        return
+    from vlmbench.models.attention import ATTENTION
+
+    if name not in ATTENTION:
+        raise ParameterError(
+            f'attn_implementation={name} is unknown: use one of {", ".join(ATTENTION)}'
+        )
+
+
 def _check_start(model: str) -> None:
     "Refuse to start from a projector alone of which nobody knows the language model."
     if not model or not Path(model).is_dir():
@@ -198,7 +211,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     'train': (
         check_train,
         ('recipe', 'scale', 'budget', 'overrides', 'variant', 'stages', 'projector', 'model')
-        + ('trackers',),
+        + ('trackers', 'attn_implementation'),
     ),
     'evaluate': (
         check_evaluate,
