@@ -63,6 +63,23 @@ def test_training_stores_it_as_the_scale_says(name, tmp_path):
     assert model.dtype == torch.float32 and processor.template == scale.template
 
 
+@pytest.mark.parametrize('name', ['llava', *HUB])
+def test_a_release_that_brings_code_is_not_asked_about(name, tmp_path, monkeypatch, capfd):
+    folder = released(tmp_path, name)
+    code = f'open({str(tmp_path / "ran")!r}, "w")'
+    for file, classes in (
+        ('config.json', dict(AutoConfig='theirs.Config', AutoModelForCausalLM='theirs.Model')),
+        ('tokenizer_config.json', dict(AutoTokenizer=['theirs.Words', None])),
+    ):
+        settings = json.loads((folder / file).read_text()) | dict(auto_map=classes)
+        (folder / file).write_text(json.dumps(settings))
+    (folder / 'theirs.py').write_text(code)
+    monkeypatch.setattr('builtins.input', lambda *asked: pytest.fail(f'asked {asked}'))
+    model, processor = load(folder)
+    assert logits(model, processor).isfinite().all() and not (tmp_path / 'ran').exists()
+    assert 'You are using a model of type' not in capfd.readouterr().err
+
+
 def test_settings_of_a_base_that_could_not_be_saved(tmp_path):
     "As vicuna-7b-v1.5 ships them: found before the first step, not at the export."
     llm = language()

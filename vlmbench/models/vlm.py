@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AddedToken,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -67,7 +69,8 @@ def load_complete(auto_class: type, path: str | Path | None, **settings) -> PreT
     again. Raises `ValueError` naming the weights that the folder lacks, or a damaged file."""
     if path is not None:  # None: the settings bring configuration and weights
         check_files(path)
-    model, info = auto_class.from_pretrained(path, output_loading_info=True, **settings)
+    settings |= dict(output_loading_info=True, trust_remote_code=False)  # which never asks
+    model, info = auto_class.from_pretrained(path, **settings)
     _refuse_missing(info['missing_keys'], path, model)
     mend_generation(model, path)
     return model
@@ -116,7 +119,7 @@ def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTraine
     """The vision tower of a Hub-layout folder or name: vision-only, or the vision half of a
     CLIP-like model. Raises `ValueError` if weights miss."""
     check_files(path)
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     vision = tower_config(config)
     model, info = MODEL_MAPPING[type(vision)].from_pretrained(
         path, config=vision, dtype=dtype, output_loading_info=True
@@ -137,7 +140,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not has_tokenizer(path):
         raise ValueError(f'{path} has no tokenizer (tokenizer.json or tokenizer.model)')
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_config_for(path))
     except (ValueError, ImportError) as e:
         if (fault := _sentencepiece_fault(path)) is None:
             raise
@@ -145,6 +148,14 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f'{path} has its tokenizer as tokenizer.model only, and that cannot be read ({fault}): '
             "pip install 'sentencepiece>=0.2.1,<0.2.3' protobuf"
         ) from e
+
+
+def _config_for(path: str | Path) -> dict[str, PreTrainedConfig]:
+    "An empty configuration in place of one that transformers does not know, and remarks on."
+    file = Path(path) / 'config.json'
+    if not file.is_file() or json.loads(file.read_bytes()).get('model_type') in CONFIG_MAPPING:
+        return {}
+    return dict(config=PreTrainedConfig())
 
 
 def _sentencepiece_fault(path: str | Path) -> str | None:
