@@ -194,7 +194,7 @@ def read_config(where: str, scale: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base_model(where))
+        return AutoConfig.from_pretrained(base_model(where), trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise RecipeError(f'scale {scale!r}: no configuration of {where}: {e}') from None
 
