@@ -2,6 +2,8 @@
 numbers are those of the model at that step, on one rank and on two, whole or in shards."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -189,3 +191,21 @@ def test_wrong_settings_are_refused_before_anything_starts(bases, tmp_path):
     with pytest.raises(ValueError, match="task 'no_such_task' is unknown"):
         train_job(**begun)
     assert not (tmp_path / 'run' / 'stages').exists()
+
+
+def test_importing_a_harness_changes_nothing_of_the_process():
+    "lmms-eval silences warnings and lets cut pictures pass where it is imported."
+    pytest.importorskip('lmms_eval', exc_type=ImportError)
+    code = """
+import warnings
+from PIL import ImageFile
+from vlmbench.evaluate.in_process import SUITES
+before = list(warnings.filters)
+for suite in SUITES.values():
+    suite(dict(tasks=['mme'], task_folder=''))
+import lmms_eval.api.task
+assert list(warnings.filters) == before, warnings.filters
+assert not ImageFile.LOAD_TRUNCATED_IMAGES
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

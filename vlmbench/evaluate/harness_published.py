@@ -70,7 +70,7 @@ def beside_harness(found: Iterable[Mapping[str, Any]], method: str) -> pd.DataFr
         same = (
             paper[['benchmark', 'split', 'metric']]
             == [one['benchmark'], one['split'], one['metric']]
-        ).all(1)
+        ).all(axis=1)
         for row in paper[same].to_dict('records'):
             if row['shots'] not in ('', one['shots']):
                 continue

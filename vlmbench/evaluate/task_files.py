@@ -178,7 +178,8 @@ def named_tasks(
 ) -> list[tuple[Task, Transform | Callable | None]]:
     """Tasks by name with what is done to their questions: region sets (`SETS`) and ViP-Bench
     (`vip_bench_bbox`, `vip_bench_human`) in the folder `data`, their pictures below `images`; other
-    names as `load_tasks` knows them. Raises what these readers raise."""
+    names as `load_tasks` knows them. They are called `vlmbench_NAME`, since lmms-eval has a
+    refcocog and a mme of its own. Raises what these readers raise."""
     vip = {f'vip_bench_{split}': split for split in SPLITS}
     found = []
     for name in names:
@@ -194,4 +195,4 @@ def named_tasks(
         else:
             (task,) = load_tasks(data, [name], limit, [images] if images else []).values()
             found.append((task, shown_as(task, None)))
-    return found
+    return [(replace(task, name=f'vlmbench_{task.name}'), how) for task, how in found]

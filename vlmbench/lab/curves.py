@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['harness_numbers', 'harness_figure']
 
-# %% ../../nbs/lab/04_curves.ipynb #601e407e
+# %% ../../nbs/lab/04_curves.ipynb #b9fa7477
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from .plots import Chart, method_colors, style
 from ..train.metrics import read_metrics
 
-# %% ../../nbs/lab/04_curves.ipynb #9ffd82eb
+# %% ../../nbs/lab/04_curves.ipynb #9660e14c
 def harness_numbers(folder: str | Path) -> pd.DataFrame:
     """The benchmarks asked in the stage of `folder`: a row for each time (`step`), a column for
     each number; empty where none was asked."""
@@ -24,7 +24,7 @@ def harness_numbers(folder: str | Path) -> pd.DataFrame:
         return pd.DataFrame()
     return read_metrics(folder, 'harness').drop(columns='event', errors='ignore')
 
-# %% ../../nbs/lab/04_curves.ipynb #ba748b04
+# %% ../../nbs/lab/04_curves.ipynb #9475a342
 def harness_figure(
     asked: Mapping[tuple[str, int, str], pd.DataFrame], width: float = 11.2
 ) -> Figure:

@@ -185,16 +185,20 @@ def check_evaluate(values: Mapping[str, Any]) -> None:
 # %% ../../nbs/run/03_early.ipynb #db145d6b
 def check_harness(values: Mapping[str, Any]) -> None:
     """Refuse a run of notebook `harness` that names no pictured task, or a task in another form, or
-    whose task folder is not there; `values`: all its parameters. Raises `ParameterError`."""
+    whose task folder or published table is not there; `values`: all its parameters. Raises
+    `ParameterError`."""
     if values['suite'] == 'vlm' and not values['tasks']:
         raise ParameterError('suite=vlm asks what tasks names, such as tasks=\'["mme", "pope"]\'')
     if values['task_folder'] and not Path(values['task_folder']).is_dir():
         raise ParameterError(f'task_folder={values["task_folder"]}: there is no such folder')
-    if not any(':' in text for text in values['tasks']):
+    if not values['published'] and not any(':' in text for text in values['tasks']):
         return  # plain names, which need no import
     from vlmbench.evaluate.harness import named_task
+    from vlmbench.evaluate.published import read_published
 
     try:
+        if values['published']:
+            read_published(values['published'])
         for text in values['tasks']:
             named_task(text)
     except ValueError as e:
@@ -214,7 +218,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
         + ('tasks', 'suite', 'data', 'image_roots', 'rule')
         + ('judge', 'judge_model', 'judge_key_env', 'judge_prompt'),
     ),
-    'harness': (check_harness, ('suite', 'tasks', 'task_folder')),
+    'harness': (check_harness, ('suite', 'tasks', 'task_folder', 'published')),
 }
 
 

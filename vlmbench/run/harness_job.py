@@ -59,6 +59,7 @@ def harness_job(
     Returns `table` (rows with `COLUMNS`), `quoted` (task -> number), `skipped` (task -> reason),
     `judge`, and `published`: a paper's numbers beside these (`beside_harness`).
     Raises ValueError for an unknown task, ImportError where the harness is not installed."""
+    paper = paper_of(settings['published'], settings['recipe'])
     with Job(folder, stop_flag, settings['device']) as job:
         suite = SUITES[settings['suite']](settings)
         find_tasks(suite.index, [named_task(text)[0] for text in suite.tasks])
@@ -87,15 +88,14 @@ def harness_job(
         beside = []
         if job.main:
             table.to_csv(job.folder / 'harness.csv', index=False)
-            beside = _beside(settings, measured, job.folder)
+            beside = _beside(paper, measured, job.folder)
     judge = judge_facts(os.environ) if _sees(settings) and os.environ.get(KEY) else None
     rows = table.astype(object).where(table.notna(), None).to_dict('records')
     return dict(table=rows, quoted=numbers, skipped=skipped, judge=judge, published=beside)
 
 
-def _beside(settings: Mapping[str, Any], measured: list[dict], folder: Path) -> list[dict]:
+def _beside(paper: str, measured: list[dict], folder: Path) -> list[dict]:
     "The rows of published.csv, where the run has a paper to stand beside."
-    paper = paper_of(settings['published'], settings['recipe'])
     if not paper:
         return []
     table = beside_harness(measured, paper)
