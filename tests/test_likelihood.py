@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vlmbench
+from test_generate_eval import transformers_llava
 from test_lmms import command, write_tasks
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.world import asset_path
@@ -95,6 +96,25 @@ def test_what_ends_an_answer_as_text_is_no_part_of_it(model):
     assert without_stop(whole, [], tokenizer, 'blue circle') == ids('a red square')
     assert without_stop(whole, [], tokenizer, 'green') == whole
     assert without_stop(whole, ids('square'), tokenizer, 'blue') == ids('a red')
+
+
+def test_a_processor_of_another_library():
+    model, processor = transformers_llava()
+    tokenizer = processor.tokenizer
+    asked = [(sample, choice) for sample in questions()[::2] for choice in CHOICES]
+    want = []
+    for sample, answer in asked:
+        inputs = dict(prompt_inputs(processor, [sample]))
+        tokens = torch.tensor([tokenizer(answer, add_special_tokens=False).input_ids])
+        start = inputs['input_ids'].shape[1]
+        inputs['input_ids'] = torch.cat([inputs['input_ids'], tokens], 1)
+        inputs['attention_mask'] = torch.ones_like(inputs['input_ids'])
+        with torch.no_grad():
+            scores = model(**inputs).logits[0].log_softmax(-1)[start - 1 : -1]
+        want.append(scores.gather(1, tokens[0][:, None]).sum().item())
+    for size in (1, 6):
+        found = [value for value, _ in likelihoods(model, processor, asked, size)]
+        assert found == pytest.approx(want, abs=1e-3)
 
 
 LIKELY = """task: {name}

@@ -144,6 +144,15 @@ def test_all_three_evaluators_and_the_numbers_are_the_models(bases, task_folder,
 
 
 @pytest.mark.slow
+def test_nothing_is_left_in_half_precision(bases, task_folder, tmp_path):
+    more = dict(stages=['instruct'], precision='bf16')
+    train_job(**job(bases, tmp_path / 'plain', **more))
+    train_job(**job(bases, tmp_path / 'asked', **more, **all_of(task_folder)))
+    assert_equal(tmp_path / 'asked', tmp_path / 'plain')
+    assert len(numbers(tmp_path / 'asked')) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 def test_two_ranks_whole_or_in_shards(bases, task_folder, tmp_path, parallel):
     lanes = [f'stages.{stage}.accumulation=2' for stage in ('align', 'instruct')]
