@@ -20,6 +20,7 @@ from .cli_cite import cite
 from .cli_faults import faults
 from .cli_cost import cost
 from .cli_models import models
+from .cli_tasks import tasks_command
 from .cli_text import aligned, columns, method_page, runs_table
 from .early import check_places
 from .parameters import ParameterError
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(data_app, name='data')
+data_app.command('tasks')(tasks_command)
 
 
 @app.callback(invoke_without_command=True)
