@@ -14,7 +14,13 @@ from warm_kernels import vlmbench
 from vlmbench.data.mixture import StatefulSampler
 from vlmbench.data.packing import BatchLoader
 from vlmbench.data.quarantine import Quarantine, TooManyBadRecords
-from vlmbench.data.sources import DataError, open_stage_data, open_streamed, picture_share
+from vlmbench.data.sources import (
+    DataError,
+    open_samples,
+    open_stage_data,
+    open_streamed,
+    picture_share,
+)
 from vlmbench.data.stream import StreamError
 from vlmbench.data.template import Encoded
 from vlmbench.train.elastic import redeal
@@ -324,6 +330,24 @@ def test_a_line_that_is_no_json_is_a_bad_row(tmp_path):
     assert '4' not in {one for batch in found for one in batch}
     assert set(bad.summary()) == {'syntax error'}
     assert 'lines shard 0 row 4' in bad.records[0]['reason']
+
+
+def test_tars_of_the_hub_are_read_with_their_pictures(tmp_path, monkeypatch):
+    "As `datasets` has them: each file of a sample is a column of its own."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'Org' / 'Tars').mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(tmp_path / 'Org' / 'Tars' / f'train-{shard}.tar', 'w') as archive:
+            for i in range(shard, 10, 2):
+                for end, data in dict(json=json.dumps(written(i)).encode(), png=png(i)).items():
+                    member = tarfile.TarInfo(f'{i:04}.{end}')
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    streamed = open_streamed(tmp_path, 'stream:hub:Org/Tars', seed=1, buffer=4)
+    found = [streamed[draw] for draw in range(10)]
+    assert sorted(sample.id for sample in found) == [str(i) for i in range(10)]
+    for sample in [*found, *open_samples(tmp_path, 'hub:Org/Tars')]:
+        assert sample.images[0].load().getpixel((0, 0)) == (int(sample.id), 0, 0)
 
 
 MEASURE = """

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATA_FILES', 'PACKED_FILES', 'StoredRows', 'GzipRows', 'Member', 'sample_key', 'tar_members', 'TarRows', 'tar_row',
-           'is_saved', 'SavedRows', 'is_hub', 'hub_parts', 'HubRows', 'ParquetRows', 'open_rows']
+           'put_pictures', 'is_saved', 'SavedRows', 'is_hub', 'hub_parts', 'row_of_tar', 'HubRows', 'ParquetRows',
+           'open_rows']
 
 # %% ../../nbs/data/05b_layouts.ipynb #e447f50f
 import gzip, json, os, shutil, tarfile, tempfile, warnings, zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -176,25 +177,26 @@ def tar_row(path: Path, members: Sequence[Member]) -> Any:
         raise BadRecord(f'syntax error: {texts[0].name}: {e}') from None
     pictures = {m.name: m for m in members if m.name.lower().endswith(PICTURE_SUFFIXES)}
     if pictures and isinstance(row, dict):
-        _fill(path, row, pictures)
+        put_pictures(row, pictures, lambda m: dict(path=m.name, bytes=_bytes(path, m)))
     return row
 
 # %% ../../nbs/data/05b_layouts.ipynb #0154afe0
-def _fill(path: Path, row: dict, pictures: Mapping[str, Member]) -> None:
-    "Put the encoded pictures in the place of their names in `row`."
+def put_pictures(row: dict, pictures: Mapping[str, Any], read: Callable) -> None:
+    """Put `pictures`, by their names, in the place of the names in `row`, each as `read` gives it.
+    Raises `BadRecord` where they are not as many."""
     frames = row.get('frames')
     key, names = ('frames', frames) if frames else picture_column(row)
     by_name = {PurePosixPath(name).name: member for name, member in pictures.items()}
     wanted = [PurePosixPath(str(name)).name for name in names]
     if all(name in by_name for name in wanted) and names:
-        members = [by_name[name] for name in wanted]
+        found = [by_name[name] for name in wanted]
     elif not names or len(names) == len(pictures):  # named as before they were packed
-        members = list(pictures.values())
+        found = list(pictures.values())
     else:
         raise BadRecord(
             f'image count: the row names {len(names)} pictures, the archive has {list(by_name)}'
         )
-    cells = [dict(path=member.name, bytes=_bytes(path, member)) for member in members]
+    cells = [read(one) for one in found]
     row[key or 'image'] = cells if len(cells) > 1 or key == 'frames' else cells[0]
 
 
@@ -260,6 +262,22 @@ def hub_parts(name: str | Path) -> tuple[str, str | None, str]:
     return repository, config, further[-1] if further else 'train'
 
 
+def row_of_tar(cells: dict) -> dict:
+    """The row that `datasets` read from a webdataset tar, where each file of a sample is a column
+    named by its ending; any other row as it is. Raises `BadRecord` for another number of pictures
+    than the row names."""
+    if '__key__' not in cells or not isinstance(cells.get('json'), dict):
+        return cells
+    row = {key: value for key, value in cells['json'].items() if value is not None}
+    pictures = {}
+    for end, cell in cells.items():
+        if isinstance(cell, dict) and f'.{end}'.lower().endswith(PICTURE_SUFFIXES):
+            pictures[cell.get('path') or f'{cells["__key__"]}.{end}'] = cell
+    if pictures:
+        put_pictures(row, pictures, dict)
+    return row
+
+
 class HubRows(SavedRows):
     "Rows of a data set of the Hub by its name."
 
@@ -278,6 +296,9 @@ class HubRows(SavedRows):
             ) from None
         self.data = data.with_format('arrow')
         self.numbers = range(len(self.data))
+
+    def row(self, i):
+        return row_of_tar(super().row(i))
 
 # %% ../../nbs/data/05b_layouts.ipynb #d94b3070
 class ParquetRows(StoredRows):

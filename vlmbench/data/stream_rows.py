@@ -13,7 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .layouts import Member, hub_parts, is_hub, sample_key, tar_members, tar_row
+from vlmbench.data.layouts import (
+    Member,
+    hub_parts,
+    is_hub,
+    row_of_tar,
+    sample_key,
+    tar_members,
+    tar_row,
+)
 from .quarantine import BadRecord
 from .rows import rows_in
 
@@ -107,9 +115,13 @@ class TableShards(OpenShards):
             yield number, stored_cells(table)
 
 
-def stored_cells(table: Any) -> dict:
+def stored_cells(table: Any) -> dict | BadRecord:
     "The one row of an Arrow table; a column that is null is left out."
-    return {key: value for key, value in table.to_pylist()[0].items() if value is not None}
+    cells = {key: value for key, value in table.to_pylist()[0].items() if value is not None}
+    try:
+        return row_of_tar(cells)
+    except BadRecord as e:
+        return e
 
 # %% ../../nbs/data/44_stream_rows.ipynb #8f91f215
 def streamable(path: str | Path) -> bool:
