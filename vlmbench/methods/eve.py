@@ -50,10 +50,17 @@ _SMALL = dict(
 _STEPS = dict(
     prealign=dict(data='EVE-cap33M', epochs=16 / 33, drop_last=True, global_rows=512),
     pretrain=dict(data='EVE-cap33M', epochs=1.0, drop_last=True, global_rows=512),
-    finetune=dict(data='llava_v1_5_mix665k', steps=5_196, global_rows=128, grouping='modality'),
+    finetune=dict(
+        data='llava_v1_5_mix665k',
+        epochs=1.0,
+        drop_last=True,
+        global_rows=128,
+        grouping='modality',
+    ),
     finetune_hd=dict(
         data='eve_instruct_mix1.8m',
-        steps=14_060,
+        epochs=1.0,
+        drop_last=True,
         global_rows=128,
         grouping='modality',
         max_tokens=4096 + 2352,

@@ -32,6 +32,9 @@ _Gpu = Annotated[
 _Parallel = Annotated[
     Optional[str], typer.Option(help='The only layout to show: single, ddp, hsdp or fsdp.')
 ]
+_Load = Annotated[
+    Optional[str], typer.Option(help='Bits in which the model answers: 4bit or 8bit.')
+]
 _Figure = Annotated[Optional[Path], typer.Option(help='Write the table as a figure, too (.png).')]
 
 # %% ../../nbs/run/08_cli_cost.ipynb #d71b9f22
@@ -53,14 +56,16 @@ def cost(
     mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that is used.")] = 0.4,
     per_node: Annotated[int, typer.Option(min=1, help='GPUs of a node.')] = 8,
     parallel: _Parallel = None,
+    load: _Load = None,
     figure: _Figure = None,
 ) -> None:
     """What a recipe would cost: parameters, FLOPs and memory of each stage and of an answer,
     counted without weights."""
+    from vlmbench.cost.answering import answer_line, quantized
     from vlmbench.cost.memory import here
     from vlmbench.cost.planner import Data, cost_figure, layout, readable, survey
     from vlmbench.cost.published import published_lines
-    from vlmbench.cost.renting import renting
+    from vlmbench.cost.renting import find_gpu, renting
 
     if parallel is not None and gpu is None:
         raise ParameterError('parallel shows the memory of a layout on a GPU: say which (--gpu)')
@@ -69,24 +74,24 @@ def cost(
         stages, answer = survey(
             recipe, scale, variant or (), rows, data, precision, budget=budget, ranks=ranks
         )
-        rented = []
+        rented, answer = [], answer if load is None else quantized(answer, load)
         if gpu is not None:
             rented = [renting(stages, gpu, ranks, price, mfu, per_node, parallel)]
+            rented.append(answer_line(answer, find_gpu(gpu)))
         if gpu is not None and budget == 1:
             rented += published_lines(stages, recipe, scale, variant or (), mfu)
         said = layout(recipe, scale, variant or (), budget, ranks, rows)
     except ValueError as e:
         raise ParameterError(str(e)) from None
     per_stage = readable(stages).set_index('stage').T.rename_axis(None, axis=1)
-    per_answer = readable(answer.drop('recipe').to_frame().T).T
+    of_answer = readable(answer.drop('recipe').to_frame().T).T.to_string(header=False)
+    bits = '' if load is None else f', the blocks in {load}'
     told = f'a micro-batch of each stage, {text} tokens of text a sample; total: the whole stage; '
     told += 'fill: expected share of tokens in a batch of samples that differ in length'
     for heading, table in {
         f'{recipe} at {scale}, as published or as its level says': aligned(said),
         f'\n{recipe} at {scale}: {told}': per_stage.to_string(),
-        '\nan answer to one picture, 64 tokens of question, 32 of answer': per_answer.to_string(
-            header=False
-        ),
+        f'\nan answer to one picture, 64 tokens of question, 32 of answer{bits}': of_answer,
     }.items():
         typer.echo(f'{heading}\n\n{table}')
     typer.echo(f'\none process on this machine: {here(stages)}')

@@ -67,7 +67,7 @@ from .saver import Saver
 from .sharding import Parallel, lay_out
 
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
-# raised by all ranks together, so that together they can still hand the model back
+# raised by all ranks together; what has been learnt is in a state, if anywhere
 _ON_ALL_RANKS = (Preempted, TooManyBadRecords, NonFiniteLoss, NoGradient)
 # what is counted of every micro-batch and summed over a step
 COUNTS = (
@@ -139,7 +139,7 @@ def run(self: Trainer) -> TrainResult:
             self.steps()
             self.end()
         except _ON_ALL_RANKS:
-            self.layout.close(self.out_dir)
+            self.layout.leave()
             raise
         # a merge needs its updates as they trained
         wide = self.plan.factors if self.stage.merge else ()
