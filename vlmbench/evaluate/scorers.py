@@ -16,7 +16,7 @@ __all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'ExactMatch', 'v
            'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed', 'get_scorer']
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #8a406eda
-from .answers import announced, final_answer, normalise
+from .answers import announced, final_answer, normalise, spellings
 from .choices import lettered_options, parse_choice
 from .yes_no import parse_yes_no
 
@@ -85,8 +85,11 @@ class ExactMatch(Scorer):
         return normalise(said, self.articles, self.reference)
 
     def score(self, prediction, row):
-        truths = {normalise(a, self.articles, self.reference) for a in row_answers(row)}
-        return float(self.parse(prediction, row) in truths)
+        if self.reference:
+            truths = {normalise(a, self.articles, True) for a in row_answers(row)}
+            return float(self.parse(prediction, row) in truths)
+        said = spellings(announced(final_answer(prediction)), self.articles)
+        return float(any(said & spellings(a, self.articles) for a in row_answers(row)))
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6c4bc15b
 _CONTRACTIONS = """
