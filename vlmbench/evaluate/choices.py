@@ -10,6 +10,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 # %% ../../nbs/evaluate/08_choices.ipynb #55203a3b
 from .answers import final_answer, normalise, spellings
@@ -45,12 +46,13 @@ _TOUCHING = re.compile(rf'(?<={_OTHER_SCRIPT})(?=[A-Za-z])|(?<=[A-Za-z])(?={_OTH
 
 
 _RINGED = {start + k: 65 + k for start in (0x1F150, 0x1F170) for k in range(26)}  # 🅑, 🅱
-_ORDINARY = str.maketrans('。、’‘“”‐‑−', '.,\'\'""---')
+_ORDINARY = str.maketrans('。、’‘“”‐‑−⁄', '.,\'\'""---/')
 
 
 def _spaced(text: str) -> str:
     "Full-width letters as ordinary ones, and a space between a Latin letter and another script."
     text = re.sub(r'[\u200b-\u200f\u2060\ufeff]', '', text)
+    text = re.sub(r'(?<=\d)(?=[¼½¾⅐-⅞])', ' ', text)
     text = re.sub(r'(?<=\d)\s*[º˚]', '°', re.sub(r'(?<=[\w)])(?=[⁻⁰¹²³⁴⁵⁶⁷⁸⁹])', '^', text))
     text = unicodedata.normalize('NFKC', text.translate(_RINGED)).translate(_ORDINARY)
     text = re.sub(r'\bN/A\b', 'none', text)
@@ -69,6 +71,12 @@ def _is_joint(pieces: Sequence[str], k: int) -> bool:
     return 0 < k < len(pieces) - 1 and all(map(str.isalpha, around)) and max(map(len, around)) > 2
 
 
+_BEFORE_DIGITS = (  # $5, <5 and √5 are not 5; but -> 5 is
+    r'(?<![\w+$€£±≤≥√-])(?<!\d[.,:/])(?<![^-=][<>])(?<!^[<>])'
+)
+_BEHIND_DIGITS = r'(?![\w%°])(?![.,:/]\d)(?!\s+(?:hundred|thousand|million|billion)\b)(?!\s\d+/\d)'
+
+
 def _text_pattern(option: str) -> str:
     "An option's text, with any white space in it and nothing that would make it another word."
     pieces = re.findall(r'\w+|[^\w\s]', _spaced(option))
@@ -81,8 +89,9 @@ def _text_pattern(option: str) -> str:
             pattern += re.escape(piece)
         else:
             pattern += (r'[\s-]*' if words else r'\s*') + re.escape(piece)
-    before = r'(?<![\w+-])(?<!\d[.,:/])' if pieces[0].isdigit() else r'(?<!\w)'
-    after = r'(?![\w%°])(?![.,:/]\d)' if pieces[-1].isdigit() else r'(?!\w)'
+    whole = r'(?<!\d\s)' * ('/' in pieces)  # 1 1/2 is not 1/2
+    before = _BEFORE_DIGITS + whole if pieces[0].isdigit() else r'(?<!\w)'
+    after = _BEHIND_DIGITS if pieces[-1].isdigit() else r'(?!\w)'
     unspaced = [bool(re.match(_UNSPACED, side)) for side in (pieces[0], pieces[-1][-1])]
     before, after = '' if unspaced[0] else before, '' if unspaced[1] else after
     return f'{before}{pattern}{after}' + _other_number(option.strip().lower())
@@ -125,23 +134,31 @@ def _bare(text: str, options: Mapping[str, str]) -> str:
 
 _ELEMENT = r'(?:(?:the|an?|option|both|either)\s+)*[(\[*"\']*({letter})[)\]*"\'.]*'
 _BETWEEN = (
-    r'(?:\s*(?:/|\b(?:and/or|or|versus|vs)\b)\s*'
+    r'(?:\s*(?:/|\b(?:and/or|or|versus|vs)\b(?:\s+(?:perhaps|maybe|possibly|even)\b)?|还是|還是)\s*'
     r'|\s*(?:,|&|\band\b|[和或与與とか]|또는|와\b|과\b|및)\s*(?:(?:and|or)\s+)?'
     r'(?=\W{0,3}(?:(?:the|an?|option)\s+)*.[)\]*"\'.]*\s*(?:$|[,;:/&!?.)\]}*"\n]|\s*(?:or|and|are|both|were)\b|\s*[和或与與都])))'
 )
 
 
-def _list_around(text: str, place: int, options: Mapping[str, str]) -> tuple[int, int] | None:
-    "Where the list of several options begins and ends that `place` is in, as A in A or B."
+@lru_cache(maxsize=256)
+def _lists(text: str, keys: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    "Where the lists of several options in `text` begin and end, as A or B."
+    options = dict.fromkeys(keys, '')
     element = _ELEMENT.replace('{letter}', rf'(?i:[{_letters(options)}])|[\ue000-\ue0ff]')
     bounded = rf"(?<![\w'-]){element}(?![\w'-])"
+    single = rf"(?<![\w'-])(?i:[{_letters(options)}])(?![\w'-])|[\ue000-\ue0ff]"
+    found = []
     for m in re.finditer(rf'{bounded}(?:{_BETWEEN}{bounded})+', text):
-        if m.start() <= place < m.end():
-            single = rf"(?<![\w'-])(?i:[{_letters(options)}])(?![\w'-])|[\ue000-\ue0ff]"
-            pieces = re.sub(r'\b(?:an?|the)\s+(?=[\ue000-\ue0ff])', '', m[0])
-            several = len({_key(found, options) for found in re.findall(single, pieces)}) > 1
-            return m.span() if several else None
-    return None
+        pieces = re.sub(r'\b(?:an?|the)\s+(?=[\ue000-\ue0ff])', '', m[0])
+        if len({_key(one, options) for one in re.findall(single, pieces)}) > 1:
+            found.append(m.span())
+    return tuple(found)
+
+
+def _list_around(text: str, place: int, options: Mapping[str, str]) -> tuple[int, int] | None:
+    "Where the list of several options begins and ends that `place` is in; None outside of one."
+    lists = _lists(text, tuple(options))
+    return next((span for span in lists if span[0] <= place < span[1]), None)
 
 
 def _listed(text: str, place: int, options: Mapping[str, str]) -> bool:
@@ -150,9 +167,12 @@ def _listed(text: str, place: int, options: Mapping[str, str]) -> bool:
 
 
 def _folded(text: str) -> str:
-    "`text` without accents, and with one spelling of grey and colour."
+    "`text` without accents, with names of Greek letters, and one spelling of grey and colour."
     bare = ''.join(c for c in unicodedata.normalize('NFD', text) if not unicodedata.combining(c))
-    return re.sub(r'\bgrey', 'gray', bare).replace('colour', 'color')
+    bare = re.sub(r'\bgrey', 'gray', bare).replace('colour', 'color')
+    return re.sub(
+        '(?<!\\w)[α-ωΑ-Ω](?!\\w)', lambda m: unicodedata.name(m[0]).split()[-1].lower(), bare
+    )
 
 
 def _word_for_word(text: str, options: Mapping[str, str]) -> str:
@@ -183,6 +203,8 @@ def _leading(text: str, options: Mapping[str, str]) -> str:
     for form in forms:
         if m := re.match(form, text):
             place = m.start(1) if m[1] else m.start(2)
+            if re.match(rf'[)\]]\s*[(\[][{letters}][)\]]', text[place + 1 :]):
+                return ''  # (A)(B)
             return '' if _listed(text, place, options) else _key(m[1] or m[2], options)
     return ''
 
@@ -241,7 +263,8 @@ _JUDGED = (
 _NOT_A_NOUN = (
     r'(?:because|since|as|and|or|is|was|which|so|for|due|based|probably|likely|most\s+likely|maybe'
     r'|perhaps|definitely|certainly|clearly|obviously|surely|seems|looks|appears|would|will|must'
-    r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|only|alone|it|i|if|but|not|then|rather)\b'
+    r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|only|alone|it|i|if|but|not|then|rather'
+    r'|applies|holds|wins|works|with)\b'
 )
 _ARTICLE_BEHIND = re.compile(rf'\s+(?:(?!{_NOT_A_NOUN})[a-z]|[\ue000-\ue0ff])')
 _VERB_BEHIND = re.compile(
@@ -261,7 +284,7 @@ def _is_word(letter: str, rest: str, announced: bool) -> bool:
 # %% ../../nbs/evaluate/08_choices.ipynb #bc57f566
 _CLAUSE = re.compile(r'[.!?;:,\n]|\b(?:but|so|thus|therefore|hence|because|then)\b', re.I)
 _NEGATED = re.compile(
-    r'(?:\b(?:not|cannot|never|neither|nor|no|without|except|excluding|exclude|eliminate|reject|avoid'
+    r'(?:\b(?:not|cannot|doubt|hardly|не|nicht|keine?|never|neither|nor|no|without|except|excluding|exclude|eliminate|reject|avoid'
     r"|rule\s+out|instead\s+of|rather\s+than|than|unlike)\b|n't\b)(?:\s+[\w']+){0,4}\s*$"
     r'|(?:不|非|没|沒|別|别|排除)\w{0,3}\s*$',
     re.I,
@@ -273,13 +296,13 @@ _DOUBTED = re.compile(r"\b(?:might|may|could|seems?)\b(?:\s+[\w']+){0,5}\s*$", r
 _REFUTED = re.compile(
     r"""[)\]*."':]*\s*[-–]?\s*(?:(?:is|are|was|were|would\s+be|seems|looks)\s+)?(?:(?:also|clearly
     |obviously|definitely|simply|just|all|both)\s+)*(?:not\b(?!\s+\(?[A-Z]\b)|wrong\b|incorrect\b|false\b|invalid\b|eliminated\b
-    |a\s+distractor\b|ruled\s+out\b|cannot\b|can't\b|doesn't\b|does\s+not\b|isn't\b|wasn't\b)
+    |a\s+distractor\b|ruled\s+out\b|cannot\b|can't\b|doesn't\b|does\s+not\b|isn't\b|wasn't\b|\?\s*no\b)
     |\s*(?:선택지|选项|選項)?\s*[は은는]?\s*(?:是)?(?:错|錯|不(?!是\s*\(?[A-Z])|误|誤|間違|틀|[✗✘❌×]
     |ではな|じゃな|[가이는은]?\s*아니)""",
     re.I | re.X,
 )
 _ALL_BUT = re.compile(
-    r'\b(?:all|every\w*|none|nothing|any\w*|others?)\b[^.!?;\n]{0,25}\b(?:but|except(?:\s+for)?|besides'
+    r'\b(?:all|every\w*|none|nothing|any|others?)\b[^.!?;\n]{0,25}\b(?:but|except(?:\s+for)?|besides'
     r'|other\s+than)\s+(?:for\s+)?(?:option\s+)?[(\["\']*$',
     re.I,
 )
@@ -316,7 +339,10 @@ def _stated(text: str, options: Mapping[str, str]) -> str:
     doubted = ''
     levels = ((stated, ''), (_CHOSEN, ''), (_IT_IS, _ENDS), ('', _JUDGED), (_MENTIONED, ''))
     for before, behind in levels:
-        for key, start in reversed(list(_named(text, options, before, behind))):
+        named = list(_named(text, options, before, behind))
+        if before is _MENTIONED and len({key for key, _ in named}) > 1:
+            continue
+        for key, start in reversed(named):
             if not _DOUBTED.search(_CLAUSE.split(text[:start])[-1]):
                 return key
             doubted = doubted or key
@@ -345,7 +371,8 @@ def _only(found: Sequence[tuple[str, bool]]) -> str:
 
 _LEADS_TO_LETTER = (
     r'(?:probably|maybe|perhaps|likely|definitely|certainly|surely|obviously|clearly|so|thus|hence'
-    r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|but|only|just|simply|ans|ist|án|là)"
+    r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|but"
+    r'|only|just|simply|ans|vote|except|ist|lautet|cevap|är|án|là)'
 )
 
 

@@ -131,7 +131,8 @@ _REWRITTEN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r'\b(?:at\s+least|no\s+less\s+than|not\s+less\s+than)\s+(?=-?[\d.])', '≥'),
     (r'\b(?:less|smaller|lower|fewer)\s+than\s+(?=-?[\d.])|\b(?:under|below)\s+(?=-?[\d.])', '<'),
     (r'\b(?:greater|larger|higher|more)\s+than\s+(?=-?[\d.])|\b(?:over|above)\s+(?=-?[\d.])', '>'),
-    (r'(?<=[<>≤≥±])\s+(?=-?[\d.])', ''),
+    (r'(?:(?<=[^-=][<>≤≥±])|(?<=^[<>≤≥±]))\s+(?=-?[\d.])', ''),  # but not behind an arrow
+    (r'(?:\\|\b)sqrt\s*[{(]?\s*(\w+)\s*[})]?|\b(?:the\s+)?square\s+root\s+of\s+(\w+)', r'√\1\2'),
     (r'\b(\d{1,2})h(\d\d)\b', r'\1:\2'),
     (r'(?<=\d)\s+:\s+(?=\d\d\b)', ':'),
     (r'(?<=\d)\s*[x×*✕·]\s*(?=\d)', '×'),
@@ -194,7 +195,7 @@ def plain_value(text: str) -> str:
         return _decimal(Fraction(m[1]) * _SCALES[m[2]]) or text
     if m := re.fullmatch(r'(-?)(?:(\d+) )?(\d{1,3})/(\d{1,3})', text):
         top, bottom = int(m[3]), int(m[4])
-        if 0 < top < bottom and Fraction(top, bottom).denominator == bottom:  # 10/20: a score
+        if top and bottom > 1 and Fraction(top, bottom).denominator == bottom:  # 10/20: a score
             decimal = _decimal(int(m[2] or 0) + Fraction(top, bottom))
             return m[1] + decimal if decimal else text
     return text

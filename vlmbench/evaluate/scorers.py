@@ -78,7 +78,7 @@ class ExactMatch(Scorer):
     articles: bool = False
     reference: bool = False
     name: ClassVar[str] = 'exact_match'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row):
         said = prediction if self.reference else announced(final_answer(prediction))
@@ -141,7 +141,7 @@ class VQASoft(Scorer):
     tokenize: bool = False
     reference: bool = False
     name: ClassVar[str] = 'vqa_soft'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
@@ -180,7 +180,7 @@ class POPE(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'pope'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -228,7 +228,7 @@ class MME(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'mme'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
         said = prediction if self.reference else final_answer(prediction)
@@ -303,7 +303,7 @@ class MultipleChoice(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')
@@ -364,7 +364,7 @@ class ANLS(Scorer):
 
     threshold: float = 0.5
     name: ClassVar[str] = 'anls'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
@@ -392,7 +392,7 @@ class Relaxed(Scorer):
 
     tolerance: float = 0.05
     name: ClassVar[str] = 'relaxed'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
         return final_answer(prediction).strip().lower()
