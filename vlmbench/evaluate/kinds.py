@@ -610,6 +610,7 @@ FREE = dict(
         Asked(ExactMatch(), '{question}', tokens=1024),
         question=('text', 'question'),
         answers=(),
+        pictures=('image', 'images', 'image_path', 'image_paths', 'image_file'),
         blind=True,
         upload=Upload('lines', _LLAVA_LINES, to='whoever asked'),
         judged='nobody',

@@ -28,6 +28,7 @@ from vlmbench.evaluate.benchmark_rows import (
     read_rows,
     row_pictures,
     row_truths,
+    unshown_picture,
 )
 from .circular import circular_copies
 from .kinds import OFFICIAL, Asked, Beside, Files, Kind
@@ -398,6 +399,8 @@ def _pictures(
         raise NoPicture(' or '.join(named))
     if not paths:
         if kind.blind:
+            if lost := unshown_picture(row, shown=False):
+                raise ValueError(f'{lost!r} names a picture, film or sound that is not shown')
             return [], {}
         raise NoPicture(f'a picture in {" or ".join((*kind.pictures, *kind.names))}')
     found = [folders.find(path) for path in paths]
