@@ -267,7 +267,7 @@ YES_NO = dict(
         'mme',
         (Files({'': '*'}, form='mme'), one('test-*.parquet')),
         Asked(MME(), '{question}'),
-        Asked(MME(), BRIEF, tokens=128),
+        Asked(MME(reference=True), BRIEF, tokens=128),
         lmms=LMMS_SCORERS['mme'],
         question_type=('category',),
         group=('question_id',),

@@ -133,6 +133,7 @@ _REWRITTEN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r'\b(?:greater|larger|higher|more)\s+than\s+(?=-?[\d.])|\b(?:over|above)\s+(?=-?[\d.])', '>'),
     (r'(?:(?<=[^-=][<>≤≥±])|(?<=^[<>≤≥±]))\s+(?=-?[\d.])', ''),  # but not behind an arrow
     (r'(?:\\|\b)sqrt\s*[{(]?\s*(\w+)\s*[})]?|\b(?:the\s+)?square\s+root\s+of\s+(\w+)', r'√\1\2'),
+    (r'[(\[]-?[\d.]+(?:\s*,\s*-?[\d.]+)+[)\]]', lambda m: re.sub(r'\s*,\s*', ', ', m[0])),
     (r'\b(\d{1,2})h(\d\d)\b', r'\1:\2'),
     (r'(?<=\d)\s+:\s+(?=\d\d\b)', ':'),
     (r'(?<=\d)\s*[x×*✕·]\s*(?=\d)', '×'),

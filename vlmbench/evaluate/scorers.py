@@ -224,15 +224,17 @@ MME_COGNITION = (
 class MME(Scorer):
     """Yes/no pairs (MME): `group` names the picture, `question_type` the category. `summary`:
     accuracy, accuracy_plus, `score/<category>` in [0, 200], `perception` and `cognition` sums.
-    `reference=True`: thoughts are part of the answer, as in the published script."""
+    `reference=True` is the published rule: yes or no within the first four
+    characters."""
 
     reference: bool = False
     name: ClassVar[str] = 'mme'
     version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
-        said = prediction if self.reference else final_answer(prediction)
-        text = said.lower().strip().replace('.', '')
+        if not self.reference:
+            return parse_yes_no(prediction)
+        text = prediction.lower().strip().replace('.', '')
         if text in ('y', 'n', 'yes', 'no'):
             return {'y': 'yes', 'n': 'no'}.get(text, text)
         return 'yes' if 'yes' in text[:4] else 'no' if len(text) > 1 and 'no' in text[:4] else ''
