@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from vlmbench.data.cards import cards_dir
 from vlmbench.data.picture import load_image
 from vlmbench.data.world import asset_path
-from vlmbench.evaluate.assess import load_tasks
+from vlmbench.evaluate.assess import load_tasks, summary_rows
 from vlmbench.evaluate.graded import grade_task
 from vlmbench.evaluate.judge import ChatJudge, Reply
 from vlmbench.evaluate.kinds import OFFICIAL
@@ -561,6 +561,13 @@ def test_a_suite_names_all_that_is_missing(tmp_path):
     (tmp_path / 'gqa').rename(tmp_path / 'other')
     with pytest.raises(OfficialError, match='VQAv2 test-dev2015.*gqa .folder'):
         chosen_tasks(DEFAULT_TASKS, 'eve', tmp_path)
+
+
+def test_a_task_without_types_has_one_line_a_number():
+    line = dict(task='t', condition='image', question_type='all', n=2, score=0.5, low=0, high=1)
+    summary = dict(t=dict(n=2, image=0.5, metrics=dict(accuracy=0.5)))
+    rows = summary_rows(pd.DataFrame([line, line]), summary)
+    assert rows['metric'].tolist() == ['accuracy']
 
 
 # --------------------------------------------------------------------------------------------------
