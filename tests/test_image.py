@@ -442,7 +442,7 @@ def test_transform_refuses_unknown_settings():
         ({'resample': 9}, 'resample'),
         ({'size': {'longest_edge': 3}}, 'size'),
         ({'size': {'shortest_edge': 8}, 'do_center_crop': False}, 'do_center_crop'),
-        ({'size': {'shortest_edge': 9}, 'do_center_crop': True, 'crop_size': 8}, 'crop_size'),
+        ({'size': {'shortest_edge': 8}, 'do_center_crop': True, 'crop_size': 9}, 'short=8'),
     ):
         with pytest.raises(ValueError, match=key):
             from_image_processor(config)

@@ -24,10 +24,9 @@ from .base import Method, option, whole_language_model
 from .credits import CREDITS, REFERENCES
 from .llava import INSTRUCT_DATA, LLaVA
 from ..models.vision_lora import LoRASettings, merge_vision_lora
-from ..models.vlm import tower_transform
 from ..models.vora_patches import MOST_PATCHES, VoRAFrontEnd, init_from_teacher
 from ..train.recipe import Recipe, RecipeError, Stage, Tune, full
-from ..train.scale import Scale, base_model
+from ..train.scale import Scale
 from ..train.stages import RunState
 
 # %% ../../nbs/methods/30_vora.ipynb #2fc33e57
@@ -301,7 +300,7 @@ def build(self: VoRA, state: RunState) -> None:
 def _pictures(self: VoRA, scale: Scale, teacher: Any) -> ImageTransform:
     "Squashed as the teacher's processor does it, or padded in black as released."
     if scale.image_mode == 'squash':
-        return tower_transform(base_model(scale.vision), teacher.config)
+        return scale.pictures()
     patch_size = teacher.config.patch_size
     return ImageTransform(
         'pad', scale.image_size, CLIP_MEAN, CLIP_STD, patch_size, background=(0, 0, 0)

@@ -61,6 +61,8 @@ def check_train(values: Mapping[str, Any]) -> None:
     or do not fit; `values`: all its parameters. Raises `ParameterError`."""
     check_places(values)
     check_trackers(values['trackers'])
+    _check_start(values['model'])
+    _check_attention(values['attn_implementation'])
     if not values['projector']:
         return
     if values['model']:
@@ -79,6 +81,32 @@ def check_train(values: Mapping[str, Any]) -> None:
         check_projector(find_projector(values['projector']), recipe, scale)
     except ValueError as e:
         raise ParameterError(str(e)) from None
+
+# %% ../../nbs/run/03_early.ipynb #0b3f8215
+def _check_attention(name: str | None) -> None:
+    "Refuse a back end that does not exist; whether it runs is seen on the machine of the run."
+    if not name:
+        return
+    from vlmbench.models.attention import ATTENTION
+
+    if name not in ATTENTION:
+        raise ParameterError(
+            f'attn_implementation={name} is unknown: use one of {", ".join(ATTENTION)}'
+        )
+
+
+def _check_start(model: str) -> None:
+    "Refuse to start from a projector alone of which nobody knows the language model."
+    if not model or not Path(model).is_dir():
+        return
+    from vlmbench.checkpoints.parts import is_projector_alone
+    from vlmbench.checkpoints.zoo import published_base
+
+    if is_projector_alone(model) and published_base(model) is None:
+        raise ParameterError(
+            f'model={model} holds a projector alone, and nothing says before which language model '
+            f'it was trained: give projector={model}, which puts it before that of the scale'
+        )
 
 # %% ../../nbs/run/03_early.ipynb #cec94dca
 def check_revert(values: Mapping[str, Any]) -> None:
@@ -183,7 +211,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     'train': (
         check_train,
         ('recipe', 'scale', 'budget', 'overrides', 'variant', 'stages', 'projector', 'model')
-        + ('trackers',),
+        + ('trackers', 'attn_implementation'),
     ),
     'evaluate': (
         check_evaluate,

@@ -17,6 +17,7 @@ from ..checkpoints.card import run_origin, with_scores, write_card
 from ..analysis.weights import revert_layers
 from ..checkpoints.load import find_model, is_foreign, load_vlm
 from ..checkpoints.projector import after_projector, use_projector
+from ..cost.memory import Layout, MemoryRefused, check_memory
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
 from ..evaluate.assess import ask_before, assess, load_tasks
@@ -107,7 +108,9 @@ def train_job(
     recipe = after_projector(whole, settings['stages'], settings['projector'])
     check_data({stage.name: stage.data for stage in recipe.stages}, data)
     with Job(folder, stop_flag, settings['device']) as job:
-        state, announced = _build(job, method, recipe, scale, settings)
+        announced = [_memory(job, method, recipe, scale, settings)]
+        state, more = _build(job, method, recipe, scale, settings)
+        announced += more
         sizes = sum(p.numel() for p in state.model.parameters())
         shown = dict(parameters=sizes, device=str(job.ranks.device), announced=announced)
         questions, before = _questions(settings, data), {}
@@ -154,6 +157,28 @@ def asked_tasks(folder: str | Path, tasks: Sequence[str]) -> list[str]:
     files = [Path(folder) / f'{name}{end}' for name in tasks for end in DATA_FILES]
     there = [path for path in files if path.exists()]
     return [] if list(tasks) == WORLD_TASKS and not there else list(tasks)
+
+# %% ../../nbs/run/15_jobs.ipynb #807bafdd
+def _memory(job: Job, method, recipe, scale, settings) -> str:
+    """What the training needs beside what is free on the machine of the first rank, before any
+    weight loads. Raises `MemoryRefused` where it is more, unless `allow_over` insists."""
+    with job.phase('memory'):
+        if not job.main:
+            return ''
+        layout = Layout(
+            job.ranks.size,
+            job.ranks.here,
+            settings['parallel'],
+            settings['offload'],
+            str(job.ranks.device),
+            settings['precision'],
+        )
+        try:
+            return check_memory(method, recipe, scale, layout)
+        except MemoryRefused as e:
+            if not settings['allow_over']:
+                raise
+            return f'allow_over=true: {e}'
 
 # %% ../../nbs/run/15_jobs.ipynb #e3a65b2f
 def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
