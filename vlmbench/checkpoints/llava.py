@@ -551,7 +551,10 @@ def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
 def _image_processor(transform: ImageTransform):
     "transformers' image processor that does what `transform` does."
     size, look = transform.size, dict(image_mean=[*transform.mean], image_std=[*transform.std])
-    square, short_side = dict(height=size, width=size), dict(shortest_edge=size)
+    square, short_side = (
+        dict(height=size, width=size),
+        dict(shortest_edge=transform.short_side or size),
+    )
     if transform.mode == 'pad':
         mean = mean_color(transform.mean)
         if tuple(transform.background or mean) != mean:

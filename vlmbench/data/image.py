@@ -91,10 +91,13 @@ def pad_to_square(
     return canvas
 
 
-def crop(img: Image.Image, size: int, resample: str = 'bicubic') -> Image.Image:
-    "Resize the shorter side to `size`, then cut the central square."
+def crop(
+    img: Image.Image, size: int, resample: str = 'bicubic', short_side: int = 0
+) -> Image.Image:
+    "Resize the shorter side to `short_side` (0: `size`), then cut the central square of `size`."
     w, h = img.size
-    new = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    short = short_side or size
+    new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
     _size_limit(*new, f'resizing {w} x {h} by its short side')
     img = img.resize(new, RESAMPLE[resample])
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
@@ -232,7 +235,8 @@ class ImageTransform:
     `size`: side of the square (of a tile; the long side for any_aspect; of the square with the
     picture's area for area; unused by native), or (height, width) for squash. `multiple`: side
     lengths are multiples of it in any_aspect, area and native (0: `patch`). `background`: colour
-    for pad (None: the mean colour)."""
+    for pad (None: the mean colour). `short_side`: what crop resizes the shorter side to before it
+    cuts (0: `size`)."""
 
     mode: str = 'squash'
     size: int | tuple[int, int] = 224
@@ -245,6 +249,7 @@ class ImageTransform:
     multiple: int = 0
     min_pixels: int = 56 * 56
     max_pixels: int = 14 * 14 * 50 * 80
+    short_side: int = 0
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -258,6 +263,11 @@ class ImageTransform:
                 object.__setattr__(self, f.name, _tuples(v))
         if self.mode != 'squash' and not isinstance(self.size, int):
             raise ValueError(f'size={self.size} must be one number for mode={self.mode!r}')
+        if self.short_side and (self.mode != 'crop' or self.short_side < self.size):
+            raise ValueError(
+                f'short_side={self.short_side} goes with mode=crop and a size of at most that, '
+                f'got mode={self.mode!r} and size={self.size}'
+            )
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError('mean and std take three channel values')
 
@@ -298,7 +308,7 @@ def resize(self: ImageTransform, img: Image.Image) -> list[Image.Image]:
     if self.mode == 'tiles':
         return tiles(img, self.size, self.grid, self.resample)
     if self.mode == 'crop':
-        return [crop(img, self.size, self.resample)]
+        return [crop(img, self.size, self.resample, self.short_side)]
     if self.mode == 'any_aspect':
         return [any_aspect(img, self.size, multiple, self.resample)]
     if self.mode == 'area':
@@ -367,12 +377,14 @@ def from_image_processor(config: dict, mode: str | None = None, patch: int = 14)
     size, crops = _side(size, 'size'), config.get('do_center_crop', False) and cut is not None
     if mode is None:
         mode = _processor_mode(config, short, crops)
-    if crops and cut != size:
-        raise ValueError(f'crop_size={cut} differs from size={size}: not supported')
+    extra: dict = {}
+    if crops and cut != size:  # DINOv2's: resized to 256, cut to 224
+        extra = dict(short_side=size) if mode == 'crop' else {}
+        size = cut
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # changes nothing
     if config.get('do_normalize', True):
         mean = tuple(config.get('image_mean', CLIP_MEAN))
         std = tuple(config.get('image_std', CLIP_STD))
     grid = config.get('image_grid_pinpoints')
-    extra = dict(grid=_tuples(grid)) if grid else {}
+    extra |= dict(grid=_tuples(grid)) if grid else {}
     return ImageTransform(mode, size, mean, std, patch, by_number[resample], **extra)

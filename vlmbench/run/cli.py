@@ -20,6 +20,7 @@ from .cli_cite import cite
 from .cli_faults import faults
 from .cli_models import models
 from .cli_text import aligned, columns, method_page, runs_table
+from .cli_weights import weights
 from .early import check_places
 from .parameters import ParameterError
 
@@ -166,7 +167,7 @@ def bench(
         'runs/bench'
     ),
     scale: Annotated[
-        str, typer.Option(help='Base models: tiny (embedded), small, paper.')
+        str, typer.Option(help='Base models: tiny (embedded), laptop, small, paper.')
     ] = 'tiny',
     budget: Annotated[float, typer.Option(min=0.0, help="Factor on every stage's budget.")] = 1.0,
     data: Annotated[
@@ -245,6 +246,7 @@ def _submit_bench(
 app.command()(cite)
 app.command()(models)
 app.command()(faults)
+app.command()(weights)
 
 
 @app.command()
@@ -294,7 +296,7 @@ _Figure = Annotated[Optional[Path], typer.Option(help='Write the table as a figu
 def cost(
     recipe: Annotated[str, typer.Argument(help='A method, as `vlmbench methods` lists them.')],
     scale: Annotated[
-        str, typer.Option(help='tiny, small, paper, a published scale or a JSON file.')
+        str, typer.Option(help='tiny, laptop, small, paper, a published scale or a JSON file.')
     ] = 'paper',
     variant: _Variant = None,
     rows: _Rows = None,
