@@ -1,11 +1,11 @@
-"""Every method on pretrained weights, through the commands: seconds a step and peak memory, measured
-beside planned -> figures/laptop/steps.csv
+"""Every method on pretrained weights, through the commands: seconds a step and peak memory,
+measured beside planned -> figures/laptop/steps.csv
 
     export VLMBENCH_HOME=~/vlmbench; vlmbench weights laptop
     python scripts/laptop.py RUNS_FOLDER [METHOD ...]
 
-Each run trains every stage for two steps of one micro-batch, asks two questions and writes its model;
-rows of methods that are not named stay as they are stored. PRECISION=bf16 measures under autocast.
+Each run trains every stage for two steps of one micro-batch, asks two questions and writes its
+model; rows of methods that are not named stay as they are stored. PRECISION=bf16 measures under autocast.
 What is measured of a step is CPU time, which other processes on the same cores do not change much;
 a step on two idle cores takes half of it, times the micro-batches of the recipe.
 """
@@ -56,8 +56,8 @@ def steps_in(folder: Path, stage: str) -> int:
 
 
 def train(method: str, folder: Path, precision: str) -> dict[str, float]:
-    """A run of `method` through the command line; returns, for every stage, the CPU time that passed
-    between its first and its second step."""
+    """A run of `method` through the command line; returns, for every stage, the CPU time that
+    passed between its first and its second step."""
     stages = [stage.name for stage in get_recipe(method, find_scale('laptop')).stages]
     words = ['run', 'train', f'recipe={method}', 'scale=laptop', f'precision={precision}']
     words += [f'overrides={json.dumps(two_steps(method))}', 'limit=2', f'out={folder}']
