@@ -5,9 +5,9 @@ measured beside planned -> figures/laptop/steps.csv
     python scripts/laptop.py RUNS_FOLDER [METHOD ...]
 
 Each run trains every stage for two steps of one micro-batch, asks two questions and writes its
-model; rows of methods that are not named stay as they are stored. PRECISION=bf16 measures under autocast.
-What is measured of a step is CPU time, which other processes on the same cores do not change much;
-a step on two idle cores takes half of it, times the micro-batches of the recipe.
+model; rows of methods that are not named stay as they are stored. PRECISION=bf16 measures under
+autocast. What is measured of a step is CPU time, which other processes on the same cores hardly
+change: a step on two idle cores takes half of it, times the micro-batches of the recipe.
 """
 
 import json

@@ -39,10 +39,8 @@ def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         settings.pop(name, None)
     config = AutoConfig.for_model(**settings)
     config.architectures = [type(read).__name__]
-    with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict(), assign=True)
-    model.tie_weights()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
     ids = dict(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id)
     for kind, index in ids.items():
         setattr(model.config, f'{kind}_token_id', index)
