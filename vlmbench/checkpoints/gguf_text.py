@@ -7,6 +7,7 @@ __all__ = ['read_gguf', 'write_text']
 
 # %% ../../nbs/checkpoints/97_gguf_text.ipynb #8912d905
 import importlib.util
+import struct
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, struct.error) as e:
         raise WeightsError(f'{path} cannot be read as a GGUF file: {e}') from e
     settings = read.config.to_dict()
     for name in ('quantization_config', '_name_or_path'):
