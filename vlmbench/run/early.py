@@ -69,8 +69,8 @@ def check_weights(values: Mapping[str, Any]) -> None:
 
 # %% ../../nbs/run/03_early.ipynb #ddb32921
 def check_train(values: Mapping[str, Any]) -> None:
-    """Refuse a run of notebook `train` whose places, trackers, weights or published projector are not there
-    or do not fit; `values`: all its parameters. Raises `ParameterError`."""
+    """Refuse a run of notebook `train` whose places, trackers, weights or published projector are
+    not there or do not fit; `values`: all its parameters. Raises `ParameterError`."""
     check_places(values)
     check_trackers(values['trackers'])
     check_weights(values)
