@@ -120,6 +120,9 @@ def main(place: str, *methods: str) -> None:
             rows = pd.concat([old[~((old.method == method) & (old.precision == precision))], rows])
         STEPS.parent.mkdir(parents=True, exist_ok=True)
         rows.to_csv(STEPS, index=False)
+        lines = [list(rows.columns), ['---'] * len(rows.columns), *rows.values.tolist()]
+        text = [f'| {" | ".join(map(str, line))} |\n' for line in lines]
+        STEPS.with_name('table.md').write_text(''.join(text), encoding='utf8')
         print(rows.to_string(index=False), flush=True)
 
 

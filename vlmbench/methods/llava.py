@@ -29,7 +29,7 @@ _SMALL = dict(
     align=(1e-3, 8_000_000), instruct=(2e-5, 20_000_000), rows=(8, 8), tokens=2048, lora=(64, 2e-4)
 )
 _LAPTOP = dict(
-    align=(1e-3, 8_000),
+    align=(1e-3, 16_000),
     instruct=(1e-4, 32_000),
     rows=(8, 8),
     micro=1,

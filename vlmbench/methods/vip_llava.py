@@ -128,7 +128,7 @@ _SMALL = dict(
     lora=(64, 2e-4),
 )
 _LAPTOP = dict(
-    align=(1e-3, 8_000),
+    align=(1e-3, 16_000),
     region=(1e-4, 31_000),
     chat=(1e-6, 1_000),
     rows=(8, 8),

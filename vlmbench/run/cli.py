@@ -173,6 +173,12 @@ def bench(
     data: Annotated[
         Optional[str], typer.Option(help='A data folder instead of the embedded world.')
     ] = None,
+    precision: Annotated[
+        Optional[str],
+        typer.Option(
+            help='fp32 or bf16; default: fp32, at laptop what this processor is faster in.'
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option('--resume', help='Keep completed runs and continue stopped ones.')
     ] = False,
@@ -211,6 +217,8 @@ def bench(
             f'--nodes {nodes}: several nodes need a Slurm allocation; add --jobs slurm'
         )
     given = dict(scale=scale, budget=budget, data=data)
+    if precision is not None:
+        given['precision'] = precision
     if gpus is not None:
         given['gpus'] = gpus
     if nodes > 1:
