@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
@@ -13,9 +14,15 @@ from vlmbench.checkpoints import laptop
 from vlmbench.checkpoints.wheels import WeightsError
 from vlmbench.data.home import kept_model
 from vlmbench.data.template import get_template
+from vlmbench.methods.eve import teacher_ratio
+from vlmbench.methods.recipes import BUILT_IN
+from vlmbench.methods.vora import VoRA
+from vlmbench.methods.zero import split
 from vlmbench.data.record import Turn
 from vlmbench.models.vlm import load_tower, tower_transform
 from vlmbench.run.cli import app
+from vlmbench.run.expected import CORE_SECONDS
+from vlmbench.train.scale import Scale, get_scale
 
 
 @pytest.fixture(scope='module')
@@ -166,3 +173,29 @@ def test_the_template_is_chatml_with_a_newline_behind_every_turn():
     turns = [('system', said), *((t.role, t.text) for t in talk)]
     want = ''.join(f'<|im_start|>{role}\n{text}<|im_end|>\n' for role, text in turns)
     assert shown == want + '<|im_start|>assistant\n'
+
+
+def test_a_tower_that_takes_any_picture_teaches_at_the_scales_size(place, wheels):
+    ask('laptop', '--wheels', wheels[0])
+    text, tower = (part.hub for part in wheels[1])
+    scale = Scale('mini', text, tower, 56, 'smollm2', image_mode='pad', like='laptop')
+    teacher = scale.tower()
+    assert teacher.config.image_size == scale.tower_config.image_size == 56  # its file says 70
+    assert teacher(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 17, 64)
+    assert teacher_ratio(56, dict(patch_stride=7, conv_stride=2), scale.tower_config) == 1
+    seen = VoRA()._pictures(scale, teacher)
+    assert (seen.mode, seen.size, seen.mean) == ('pad', 56, (0.485, 0.456, 0.406))
+
+
+def test_the_surrogate_begins_where_the_trajectory_turns():
+    cut = split(get_scale('laptop'))
+    # the translator begins as the first layer that it replaces
+    assert ([*cut.kept], [*cut.translators]) == ([*range(22), 29], [21])
+
+
+def test_the_time_of_a_bench_is_that_of_the_stored_steps(project_root):
+    stored = pd.read_csv(project_root / 'figures' / 'laptop' / 'steps.csv')
+    for row in stored.itertuples():
+        told = CORE_SECONDS[row.precision][row.method][row.stage]
+        assert told == round(row.core_seconds * row.rows / row.micro_batch)
+    assert set(stored.method) == set(BUILT_IN) and stored.peak_gb.max() < 8
