@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CORE_SECONDS', 'QUESTIONS', 'MEASURED_SPEED', 'core_speed', 'best_precision', 'expected_seconds']
 
-# %% ../../nbs/run/19_expected.ipynb #27330298
+# %% ../../nbs/run/19_expected.ipynb #18c286ef
 import time
 from collections.abc import Mapping
 from typing import Any
 
-# %% ../../nbs/run/19_expected.ipynb #4a8af3a4
+# %% ../../nbs/run/19_expected.ipynb #f7a9defa
 def core_speed(precision: str = 'fp32', seconds: float = 0.3) -> float:
     "GFLOP of a product of matrices, 'fp32' or 'bf16', in a second of CPU time of one core."
     import torch
@@ -30,7 +30,7 @@ def best_precision() -> str:
     AVX512-BF16 or AMX do; else 'fp32'."""
     return 'bf16' if core_speed('bf16') > 1.5 * core_speed() else 'fp32'
 
-# %% ../../nbs/run/19_expected.ipynb #ef2c3746
+# %% ../../nbs/run/19_expected.ipynb #a6fdd9c1
 _ALIGN, _ASK, _POINT = 870, 360, 290  # captions, questions, questions about regions among others
 _STAGES = {
     'llava': dict(align=_ALIGN, instruct=_ASK),
@@ -50,12 +50,20 @@ CORE_SECONDS: dict[str, dict[str, dict[str, float]]] = {
         'vora': dict(pretrain=51, finetune=77),
         'eve': dict(prealign=50, pretrain=74, finetune=70),
     },
+    'bf16': {
+        'llava': dict(align=19, instruct=28),
+        'visual_region': dict(align=22, instruct=24),
+        'vip_llava': dict(align=19, region=30, chat=23),
+        'vora': dict(pretrain=24, finetune=30),
+        'zero': dict(adapt=17, encoder=18),
+        'eve': dict(prealign=22, pretrain=34, finetune=30),
+    },
 }
 # of all questions that a run asks by default: 1,050 with and without picture, 600 in text, twice
 QUESTIONS = 2_000.0
 MEASURED_SPEED = dict(fp32=106, bf16=490)  # `core_speed` of the cores it was measured on
 
-# %% ../../nbs/run/19_expected.ipynb #ffdac9b7
+# %% ../../nbs/run/19_expected.ipynb #d9c54268
 def expected_seconds(method: str, params: Mapping[str, Any]) -> float | None:
     """Seconds that a run of notebook `train` with these parameters takes on the cores that torch
     uses here, questions included; None for scales and methods that were not measured."""
