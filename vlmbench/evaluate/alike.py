@@ -86,7 +86,7 @@ def ways(piece: str) -> list[str]:
 # %% ../../nbs/evaluate/05b_alike.ipynb #e515ee69
 _HOURS = NUMBER_WORDS[1:13]
 _HOUR = rf'(?:{"|".join(_HOURS)}|1[0-2]|[1-9])'
-_FEW = r'(?:five|ten|fifteen|twenty(?:[\s-]five)?|[1-5]?\d)'
+_FEW = r'(?:five|ten|fifteen|thirty|twenty(?:[\s-]five)?|[1-5]?\d)'
 _BEHIND = r"(?:\s+o['’]?\s?clock)?(?![\w%°$€£-]|[.,:/]\d)"
 _PAST = re.compile(
     rf'\b(?:(half)|(?:an?\s+)?(quarter)|({_FEW})(?:\s+minutes?)?)[\s-](?:past|after)[\s-]({_HOUR}){_BEHIND}',
