@@ -307,3 +307,17 @@ def test_a_prompt_that_is_not_shown_is_counted(key, tmp_path):
     assert notes == [f'column {key!r} is not shown']
     sample_from_row(row | {key: 'What is it?'}, tmp_path, note=notes.append)
     assert len(notes) == 1  # the conversation says it
+
+
+@pytest.mark.parametrize(
+    'column, said',
+    [
+        (dict(media=[dict(type='image', path='a.png')]), "'media' names a picture"),
+        (dict(parts=[dict(type='image_url', image_url=dict(url='x'))]), "'parts' names a picture"),
+        (dict(preamble='be brief'), "'preamble' is called like one"),
+    ],
+)
+def test_pictures_in_parts_and_prompts_of_other_names_are_not_dropped(column, said):
+    turns = [{'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}]
+    with pytest.raises(BadRecord, match=said):
+        sample_from_llava(dict(id='1', conversations=turns, **column))
