@@ -110,7 +110,7 @@ def test_a_model_that_nobody_knows_runs_no_code(tmp_path):
 
 
 def not_a_number(name, place, part, value):
-    "A copy of an embedded model in which the first value of a weight whose name has `part` is `value`."
+    "A copy of an embedded model; `value` stands in the first weight whose name has `part`."
     folder = shutil.copytree(asset_path(name), place / 'm')
     state = load_file(folder / 'model.safetensors')
     key = next(key for key in state if part in key)
