@@ -12,6 +12,7 @@ change: a step on two idle cores takes half of it, times the micro-batches of th
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -76,7 +77,8 @@ def train(method: str, folder: Path, precision: str) -> tuple[dict[str, float], 
     words = ['run', 'train', f'recipe={method}', 'scale=laptop', f'precision={precision}']
     words += [f'overrides={json.dumps(two_steps(method))}', 'limit=2', f'out={folder}']
     words += [f'data={folder.parent / "world"}', 'batch_size=2']
-    command = [sys.executable, '-m', 'vlmbench', *words, '--overwrite']
+    command = [sys.executable, '-m', 'vlmbench', *words]
+    shutil.rmtree(folder, ignore_errors=True)  # the log of an earlier run has its steps already
     at: dict[tuple[str, int], float] = {}
     held, most = {}, 0.0
     begun = subprocess.Popen(command, env=os.environ | dict(HF_HUB_OFFLINE='1'))
