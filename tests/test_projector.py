@@ -94,7 +94,7 @@ def test_the_published_names_begin_at_the_second_stage(name, bases, tmp_path, hu
     hub(folder, name)
     seen = {}
 
-    def stop(job, method, state, settings, data):
+    def stop(job, method, state, settings, data, asking):
         seen.update(state=state)
         raise Built
 
