@@ -30,6 +30,7 @@ from ..evaluate.while_training import WhileTraining, harness_callback, sorted_ta
 from ..methods.recipes import find_scale, get_method, get_recipe
 from ..models.vision import front_end_class
 from ..models.vlm import VLMForConditionalGeneration
+from .cli_text import plain_warnings
 from .manifest import Manifest
 from .parameters import ParameterError
 from .trained import trained_run
@@ -55,9 +56,12 @@ class Job:
     def __enter__(self) -> 'Job':
         if self._own:
             self.stop.__enter__()
+        self._format = warnings.formatwarning
+        plain_warnings()  # into the log of the run and to whoever started it
         return self
 
     def __exit__(self, *error: Any) -> None:
+        warnings.formatwarning = self._format
         if self._own:
             self.stop.__exit__(*error)
 
