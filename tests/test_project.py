@@ -151,7 +151,9 @@ def test_constraints_satisfy_every_requirement(settings):
         if line and not line.startswith('#'):
             r = Requirement(line)
             pins[r.name.lower().replace('_', '-')] = next(iter(r.specifier)).version
-    for extra, r in requirements(settings, '', 'dev', 'docs', 'eval', 'serve', 'slurm', 'quant'):
+    for extra, r in requirements(
+        settings, '', 'dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'weights'
+    ):
         name = r.name.lower().replace('_', '-')
         assert name in pins, f'{extra or "core"} requirement {r} has no pin in constraints.txt'
         assert r.specifier.contains(pins[name]), (

@@ -127,10 +127,12 @@ WEIGHTS = {  # exact name, or organisation/beginning of a name with a star -> id
     'Qwen/Qwen2.5-32B*': ('apache-2.0',),
     'Qwen/Qwen2.5-72B*': ('qwen',),
     'Qwen/Qwen3-*': ('apache-2.0',),
+    'HuggingFaceTB/SmolLM2-*': ('apache-2.0',),
     # towers and teachers
     'openai/clip-vit-*': ('mit',),
     'google/siglip-*': ('apache-2.0',),
     'google/siglip2-*': ('apache-2.0',),
+    'facebook/dinov2-*': ('apache-2.0',),
     'apple/aimv2-*': ('apple-amlr',),
     # released models
     'liuhaotian/llava-v1.5-*': ('llama2',),

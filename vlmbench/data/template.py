@@ -74,14 +74,14 @@ def _llama(name: str, newline: str, **kw) -> ChatTemplate:
     )
 
 
-def _chatml(name: str, close: str, **kw) -> ChatTemplate:
+def _chatml(name: str, close: str, learnt: bool = True, **kw) -> ChatTemplate:
     turn = lambda role: pieces(('<|im_start|>',), f'{role}\n', CONTENT, ('<|im_end|>',), close)
     return ChatTemplate(
         name,
         turn('system'),
         turn('user'),
         pieces(('<|im_start|>',), 'assistant\n'),
-        pieces(CONTENT, ('<|im_end|>',), close, target=True),
+        pieces(CONTENT, ('<|im_end|>',), target=True) + pieces(close, target=learnt),
         image_sep='',
         **kw,
     )
@@ -151,6 +151,12 @@ _OF_LATER_MODELS = (
     _bunny('bunny_llama_spaced', '<|end_of_text|>', bos='<|begin_of_text|>'),
     _chatml('chatml', '', joiner='\n', default_system='You are a helpful assistant.'),
     _chatml('zero_qwen', '\n'),
+    _chatml(
+        'smollm2',
+        '\n',
+        learnt=False,
+        default_system='You are a helpful AI assistant named SmolLM, trained by Hugging Face',
+    ),
     ChatTemplate(
         'zero_gemma',
         pieces(('<start_of_turn>',), 'system\n', CONTENT, ('<end_of_turn>',)),

@@ -27,9 +27,9 @@ class Method(Hooks):
 
     `name`: what recipes, tables and commands call it. `paper`: title and source. `citation`: what
     to cite; `credits`: what it builds on, and licences. `settings`: rates,
-    rows and budgets, by the name of a published scale or by level ('tiny', 'small', 'paper').
-    `scales`: base models that its paper published, by name. `images_first`: whether it moves the
-    pictures of a message before its words, as LLaVA does."""
+    rows and budgets, by the name of a published scale or by level ('tiny', 'laptop', 'small',
+    'paper'). `scales`: base models that its paper published, by name. `images_first`: whether it
+    moves the pictures of a message before its words, as LLaVA does."""
 
     name: ClassVar[str] = ''
     paper: ClassVar[str] = ''

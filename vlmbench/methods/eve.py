@@ -45,6 +45,17 @@ _SMALL = dict(
     finetune=(2e-5, 0.01, 8),
     finetune_hd=(2e-5, 0.01, 8),
 )
+_LAPTOP = dict(
+    # windows of 14 px, as the teacher's patches: a picture takes 273 tokens
+    eve=(224, dict(channels=384, patch_stride=7)),
+    eve_v2=(224, dict(channels=384, patch_stride=7)),
+    tokens=1024,
+    micro=1,
+    prealign=(1e-3, 0.03, 8),
+    pretrain=(2e-4, 0.01, 8),
+    finetune=(1e-4, 0.01, 8),
+    finetune_hd=(1e-4, 0.01, 8),
+)
 # published: data, epochs and samples of a step over all ranks; the last stage, at twice the canvas,
 # holds 4,096 tokens of text beside the largest picture
 _STEPS = dict(
@@ -77,7 +88,7 @@ _PAPER = dict(
     finetune_hd=(2e-5, 0.01, 2),
     published=_STEPS,
 )
-SETTINGS = dict(tiny=_TINY, small=_SMALL, paper=_PAPER)
+SETTINGS = dict(tiny=_TINY, laptop=_LAPTOP, small=_SMALL, paper=_PAPER)
 
 # %% ../../nbs/methods/20_eve.ipynb #2609824f
 def stride_of(front_end: Mapping[str, Any]) -> int:
@@ -176,7 +187,7 @@ def stage(self: EVE, name: str, trains: dict[str, Tune], scale: Scale, budget: i
         lr=rate,
         template=scale.caption_template if captions else scale.template,
         warmup_ratio=warm_up,
-        batch_rows=rows,
+        batch_rows=settings.get('micro', rows),
         losses=('align',) if self.align else (),
         **dict(max_tokens=settings['tokens']) | bound | layout,
     )

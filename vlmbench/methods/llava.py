@@ -18,14 +18,23 @@ from ..train.scale import Scale
 FRONT_END = dict(type='encoder', select_layers=[-2], projector='mlp2x_gelu')
 INSTRUCT_DATA = 'vqa_train*9+text_train*1'
 
-# align, instruct: rate and target tokens of each stage; rows: of a micro-batch in each stage;
-# tokens: of a row; lora: rank and rate of the LoRA variant; published: of each stage its data, read
-# once, and the samples of a step; grouping: of the second stage
+# align, instruct: rate and target tokens of each stage; rows: of a micro-batch in each stage, or,
+# with micro, of a step that is made of micro-batches of so many; tokens: of a row; lora: rank and
+# rate of the LoRA variant; published: of each stage its data, read once, and the samples of a step;
+# grouping: of the second stage
 _TINY = dict(
     align=(2e-3, 40_000), instruct=(1e-3, 160_000), rows=(24, 24), tokens=192, lora=(16, 2e-3)
 )
 _SMALL = dict(
     align=(1e-3, 8_000_000), instruct=(2e-5, 20_000_000), rows=(8, 8), tokens=2048, lora=(64, 2e-4)
+)
+_LAPTOP = dict(
+    align=(1e-3, 16_000),
+    instruct=(1e-4, 32_000),
+    rows=(8, 8),
+    micro=1,
+    tokens=1024,
+    lora=(32, 5e-4),
 )
 _PAPER = dict(
     align=(1e-3, 16_000_000),
@@ -37,6 +46,7 @@ _PAPER = dict(
 )
 SETTINGS = {
     'tiny': _TINY,
+    'laptop': _LAPTOP,
     'small': _SMALL,
     'paper': _PAPER,
     'llama-3-8b': _PAPER | dict(rows=(32, 8)),
@@ -101,14 +111,14 @@ class LLaVA(Method):
             dict(projector=full()),
             lr=settings['align'][0],
             image_mode=first_stage_pictures(scale),
-            batch_rows=first,
+            batch_rows=settings.get('micro', first),
             **captions | shape | dict(template=scale.caption_template),
         )
         instruct = Stage(
             'instruct',
             dict(projector=full()) | self.language(scale, settings),
             lr=settings['instruct'][0],
-            batch_rows=second,
+            batch_rows=settings.get('micro', second),
             grouping=settings.get('grouping'),
             **questions | shape,
         )

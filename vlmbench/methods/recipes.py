@@ -101,9 +101,9 @@ def published_scales() -> dict[str, Scale]:
 
 
 def find_scale(name: str | Scale) -> Scale:
-    """A scale by name: `tiny`, `small`, `paper`, one that a paper published (`vora_paper`, or with
-    its method `vip_llava:llama-3-8b`), or the path of a JSON file with its fields. Raises
-    `RecipeError`."""
+    """A scale by name: `tiny`, `laptop`, `small`, `paper`, one that a paper published
+    (`vora_paper`, or with its method `vip_llava:llama-3-8b`), or the path of a JSON file with its
+    fields. Raises `RecipeError`."""
     if isinstance(name, Scale):
         return name
     method, colon, own = name.partition(':')

@@ -127,6 +127,15 @@ _SMALL = dict(
     tokens=2048,
     lora=(64, 2e-4),
 )
+_LAPTOP = dict(
+    align=(1e-3, 16_000),
+    region=(1e-4, 31_000),
+    chat=(1e-6, 1_000),
+    rows=(8, 8),
+    micro=1,
+    tokens=1024,
+    lora=(32, 5e-4),
+)
 _PAPER = dict(
     align=(1e-3, 16_000_000),
     region=(2e-5, 107_600_000),
@@ -142,6 +151,7 @@ _PAPER = dict(
 )
 SETTINGS = {
     'tiny': _TINY,
+    'laptop': _LAPTOP,
     'small': _SMALL,
     'paper': _PAPER,
     'llama-3-8b': _PAPER | dict(rows=(32, 8)),  # published: 8 rows at a time
@@ -246,7 +256,7 @@ def stage(
         lr=rate,
         template=scale.template,
         max_tokens=settings['tokens'],
-        batch_rows=rows,
+        batch_rows=settings.get('micro', rows),
         gradient_checkpointing='published' in settings,
         **bound,
     )

@@ -87,6 +87,7 @@ def published_share(scale: Scale) -> int | float:
 # r, alpha, dropout, lr: LoRA in the region; projector: its rate; full: rate of full tuning there
 SETTINGS = dict(
     tiny=dict(r=32, alpha=64, dropout=0.0, lr=4e-3, projector=1e-3, full=1e-3),
+    laptop=dict(r=32, alpha=64, dropout=0.05, lr=1e-3, projector=1e-4, full=1e-4),
     small=dict(r=64, alpha=128, dropout=0.05, lr=2e-4, projector=2e-5, full=2e-5),
     paper=dict(r=128, alpha=256, dropout=0.05, lr=2e-4, projector=2e-5, full=2e-5),
 )

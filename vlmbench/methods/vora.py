@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from ..data.frames import MOST_FRAMES, SampleFrames
-from ..data.image import CLIP_MEAN, CLIP_STD, ImageTransform
+from ..data.image import ImageTransform
 from ..data.placement import in_order
 from ..data.sources import published_rows
 from ..data.transform import Transform
@@ -77,6 +77,8 @@ PAPER_SCALE = Scale(
 # %% ../../nbs/methods/30_vora.ipynb #549cae8b
 _TINY = dict(r=48, pretrain=3e-3, finetune=1e-3, rows=8, tokens=512)
 _SMALL = dict(r=256, pretrain=2e-4, finetune=2e-5, rows=8, tokens=2048)
+_LAPTOP = dict(r=64, pretrain=1e-3, finetune=1e-4, rows=8, micro=1, tokens=1024)
+# published, without a bound one epoch: samples of a step over all ranks, steps of warm-up
 # published, one epoch each: samples of a step over all ranks, steps of warm-up
 _PAPER = dict(
     r=1024,
@@ -86,7 +88,7 @@ _PAPER = dict(
     tokens=3072,
     published=dict(pretrain=(256, 100), finetune=(128, 20)),
 )
-SETTINGS = dict(tiny=_TINY, small=_SMALL, paper=_PAPER)
+SETTINGS = dict(tiny=_TINY, laptop=_LAPTOP, small=_SMALL, paper=_PAPER)
 
 # the published parts of pre-training, weighted by their millions of rows, and what follows it
 CAPTIONS_AND_TEXT = 'VoRA-Recap-29M*29+VoRA-Recap-GLDv2-1.4M*1.4+VoRA-TextQA-Mixed*6.3'
@@ -189,7 +191,7 @@ def stage(self: VoRA, name: str, kind: str, trains: dict[str, Tune], scale: Scal
         self.reads(kind, 'published' in settings),
         lr=settings[kind],
         template=scale.template,
-        batch_rows=settings['rows'],
+        batch_rows=settings.get('micro', settings['rows']),
         max_tokens=room + picture * max(self.frames - 1, 0),  # the first is in `room`
         **bound,
     )
@@ -298,8 +300,9 @@ def _pictures(self: VoRA, scale: Scale, teacher: Any) -> ImageTransform:
     if scale.image_mode == 'squash':
         return scale.pictures()
     patch_size = teacher.config.patch_size
+    own = scale.pictures('pad')
     return ImageTransform(
-        'pad', scale.image_size, CLIP_MEAN, CLIP_STD, patch_size, background=(0, 0, 0)
+        'pad', scale.image_size, own.mean, own.std, patch_size, background=(0, 0, 0)
     )
 
 # %% ../../nbs/methods/30_vora.ipynb #26f0ad74

@@ -13,6 +13,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 # %% ../../nbs/run/20_bench.ipynb #6ce53f62
 from .engine import run_notebook
+from .expected import best_precision, expected_seconds
 from .manifest import EXIT_CODES, Manifest, code_state
 from .parameters import ParameterError
 
@@ -66,8 +67,9 @@ class Clock:
 
     @classmethod
     def of(cls, runs: Sequence[BenchRun]) -> 'Clock':
-        "What earlier manifests in the folders say."
-        past = {}
+        "What earlier manifests in the folders say, else what was measured of such runs."
+        told = {r.method: expected_seconds(r.method, r.params) for r in runs}
+        past = {method: seconds for method, seconds in told.items() if seconds is not None}
         for r in runs:
             if Manifest(r.folder).path.exists():
                 old = Manifest(r.folder).read()
@@ -115,6 +117,9 @@ def bench(
 
     out, began = Path(out), time.perf_counter()
     world = params.pop('data', None) or write_world(out / 'world')
+    if params.get('scale') == 'laptop' and 'precision' not in params:
+        params['precision'] = best_precision()
+        say(f'bench: training in {params["precision"]}, in which this processor is faster')
     runs = plan_bench(methods, seeds, out, data=str(world), **params)
     clock, failed = Clock.of(runs), []
     say(

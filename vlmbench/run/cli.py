@@ -22,6 +22,7 @@ from .cli_cost import cost
 from .cli_models import models
 from .cli_tasks import tasks_command
 from .cli_text import aligned, columns, method_page, plain_warnings, runs_table
+from .cli_weights import weights
 from .early import check_places
 from .parameters import ParameterError
 
@@ -169,11 +170,17 @@ def bench(
         'runs/bench'
     ),
     scale: Annotated[
-        str, typer.Option(help='Base models: tiny (embedded), small, paper.')
+        str, typer.Option(help='Base models: tiny (embedded), laptop, small, paper.')
     ] = 'tiny',
     budget: Annotated[float, typer.Option(min=0.0, help="Factor on every stage's budget.")] = 1.0,
     data: Annotated[
         Optional[str], typer.Option(help='A data folder instead of the embedded world.')
+    ] = None,
+    precision: Annotated[
+        Optional[str],
+        typer.Option(
+            help='fp32 or bf16; default: fp32, at laptop what this processor is faster in.'
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option('--resume', help='Keep completed runs and continue stopped ones.')
@@ -213,6 +220,8 @@ def bench(
             f'--nodes {nodes}: several nodes need a Slurm allocation; add --jobs slurm'
         )
     given = dict(scale=scale, budget=budget, data=data)
+    if precision is not None:
+        given['precision'] = precision
     if gpus is not None:
         given['gpus'] = gpus
     if nodes > 1:
@@ -248,6 +257,7 @@ def _submit_bench(
 app.command()(cite)
 app.command()(models)
 app.command()(faults)
+app.command()(weights)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from vlmbench.train.recipe import (
 )
 
 # %% ../../nbs/train/01_scale.ipynb #75b3bce1
-LEVELS = ('tiny', 'small', 'paper')
+LEVELS = ('tiny', 'laptop', 'small', 'paper')
 
 # templates of the published chat models; their caption stage has neither roles nor system prompt
 _CHAT_TEMPLATES = (
@@ -47,7 +47,7 @@ class Scale:
     `llm_config`, `vision_config`: transformers configuration dicts with `model_type`, used to build
     from shapes without weights. `image_size`: side of the square input in pixels. `template`: chat
     template. `image_mode`: what becomes of pictures that are not square. `dtype`: storage of frozen
-    weights. `like`: the level ('tiny', 'small', 'paper') whose settings methods take for it."""
+    weights. `like`: the level (one of `LEVELS`) whose settings methods take for it."""
 
     name: str
     llm: str
@@ -126,6 +126,36 @@ _SIGLIP_BASE = dict(
     patch_size=16,
 )
 
+_SMOLLM2 = dict(
+    model_type='llama',
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    vocab_size=49152,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    rope_theta=1e5,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=2,
+)
+
+# trained on 518 px in the end; its positions are stretched to any picture
+_DINOV2_SMALL = dict(
+    model_type='dinov2',
+    hidden_size=384,
+    num_hidden_layers=12,
+    num_attention_heads=6,
+    mlp_ratio=4,
+    image_size=518,
+    patch_size=14,
+    layer_norm_eps=1e-6,
+)
+
 _VICUNA_7B = dict(
     model_type='llama',
     hidden_size=4096,
@@ -166,7 +196,18 @@ _PAPER = Scale(
     dtype='bfloat16',
     notes='LLaVA-1.5 7B',
 )
-SCALES = {scale.name: scale for scale in (_TINY, _SMALL, _PAPER)}
+_LAPTOP = Scale(
+    'laptop',
+    'HuggingFaceTB/SmolLM2-135M-Instruct',
+    'facebook/dinov2-small',
+    224,
+    'smollm2',
+    llm_config=_SMOLLM2,
+    vision_config=_DINOV2_SMALL,
+    image_mode='pad',
+    notes='pretrained; two CPU cores, 8 GB',
+)
+SCALES = {scale.name: scale for scale in (_TINY, _LAPTOP, _SMALL, _PAPER)}
 
 
 def get_scale(name: str) -> Scale:
