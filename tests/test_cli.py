@@ -129,3 +129,13 @@ def test_cost_says_where_an_answer_has_room():
     assert weights[0] == weights[2] and weights[1] != weights[3]
     refused = call(*asked, '--load', '2bit')
     assert refused.exit_code and 'load must be one of 4bit, 8bit' in str(refused.exception)
+
+
+def test_a_warning_of_a_command_is_its_message(tmp_path):
+    "A row cache, a release, a base: whoever types a command sees no line of source."
+    code = (
+        'import sys, warnings; from vlmbench.run import cli; '
+        "cli.app = lambda: warnings.warn('the pictures are squashed'); cli.main()"
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == 'warning: the pictures are squashed\n'

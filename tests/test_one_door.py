@@ -97,6 +97,25 @@ def test_settings_of_a_base_that_could_not_be_saved(tmp_path):
         mend_generation(load_complete(type(llm), tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize('name', HUB)
+def test_a_release_answers_by_its_own_generation_settings(name, tmp_path):
+    folder = released(tmp_path, name)
+    said = dict(temperature=0.9, top_p=0.6, repetition_penalty=1.05, eos_token_id=[1, 999_999])
+    said |= dict(max_length=4096)
+    (folder / 'generation_config.json').write_text(json.dumps(said))
+    with pytest.warns(UserWarning) as announced:
+        model, processor = load(folder)
+    lines = [str(one.message) for one in announced]
+    assert any('eos_token_id=[1, 999999]' in line and 'left out' in line for line in lines)
+    assert any('do_sample=True is set' in line for line in lines)
+    kept = model.generation_config
+    assert (kept.repetition_penalty, kept.top_p, kept.do_sample) == (1.05, 0.6, True)
+    assert kept.eos_token_id != [1, 999_999] and kept.pad_token_id is not None
+    assert kept.max_length is None  # each answer has a bound of its own
+    own = convert(folder, tmp_path / 'own')  # what is taken up can be saved again
+    assert GenerationConfig.from_pretrained(own).repetition_penalty == 1.05
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'name,notebook',

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from vlmbench.data.mixture import EvenlyMixed, Grouped, Shuffled, StatefulSampler
+from vlmbench.data.collate import text_limit
 from vlmbench.data.packing import (
     BatchLoader,
     Packer,
@@ -194,6 +195,32 @@ def test_truncation_never_cuts_inside_an_image(tail, images, limit):
     assert len(cut.images) == len(set(cut.image_ids[cut.image_ids >= 0].tolist()))
     if limit < len(ids) and ids[limit] < 0:
         assert cut.n_tokens == limit
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=4),
+    st.integers(0, 20),
+    st.integers(1, 20),
+)
+def test_a_picture_is_one_token_of_the_text_bound(images, tail, bound):
+    ids = (
+        [-1] + [i for k, (gap, n) in enumerate(images) for i in [-1] * gap + [k] * n] + [-1] * tail
+    )
+    doc = Encoded(torch.arange(len(ids)), torch.arange(len(ids)), torch.tensor(ids), [])
+    words = ids.count(-1) + len(images)
+    fit = text_limit(doc, bound, 1000)
+    held = ids[:fit]
+    assert held.count(-1) + len(set(held) - {-1}) == min(words, bound)
+    assert all(held.count(k) in (0, n) for k, (_, n) in enumerate(images))
+    assert (fit == len(ids)) == (words <= bound) and text_limit(doc, None, 7) == 7
+
+
+def test_a_loader_cuts_text_beside_pictures_and_text_alone():
+    rows = [Row('0', 40, (1, 31)), Row('1', 40)]  # 11 tokens of text where a picture is one, and 40
+    once = StatefulSampler(2, 0, epochs=1)
+    data = loader(rows, sampler=once, too_long='truncate', max_text=20, packing=False, batch_rows=1)
+    held = {int(b['sample_ids'][0]): int((b['attention_mask'] > 0).sum()) for b in data}
+    assert held == {0: 40, 1: 20} and data.counts['truncated'] == 1
 
 
 # --- the collators

@@ -2,7 +2,7 @@
 file, a folder, or a cache of the Hub under the names that papers give."""
 
 import hashlib
-import json
+import json, warnings
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_the_published_names_begin_at_the_second_stage(name, bases, tmp_path, hu
     hub(folder, name)
     seen = {}
 
-    def stop(job, method, state, settings, data):
+    def stop(job, method, state, settings, data, asking):
         seen.update(state=state)
         raise Built
 
@@ -155,6 +155,14 @@ def test_what_does_not_fit_is_refused_before_the_kernel_starts(bases, tmp_path, 
     assert 'give one of both' in refusal(bases, SIGLIP, projector=file, model=tmp_path)
     said = refusal(bases, SIGLIP, projector='BoyaWu10/none-there')
     assert 'Hub did not give mm_projector.bin' in said
+
+
+def test_another_language_model_of_this_width_is_refused_before_a_run(bases, tmp_path):
+    scale = find_scale(str(bases / f'{CLIP}.json'))
+    deep = dict(num_hidden_layers=9, mm_vision_tower=f'openai/{CLIP}')
+    wrong = projector_folder(tmp_path / 'm', get_recipe('visual_region', scale), scale, **deep)
+    said = refusal(bases, CLIP, projector=str(wrong))
+    assert 'another language model' in said and 'num_hidden_layers=9 (here 4)' in said, said
 
 
 def test_a_layernorm_is_refused_by_name(bases, tmp_path):
@@ -243,6 +251,24 @@ def test_a_page_gives_the_language_model_to_its_parts_alone(parts, tmp_path, mon
     monkeypatch.setattr('vlmbench.demo.serve.ChatModel.load', load)
     assert list(load_models([folder, tmp_path / 'whole'], base, device='cpu')) == ['m', 'whole']
     assert (given['m']['base'], given['whole']['base']) == (base, None)
+
+
+def test_a_base_of_the_same_width_is_still_another(parts):
+    ours, processor, folder, base, clip = parts
+    whole_base(ours, processor, folder, base)
+    told = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(told | dict(_name_or_path='x/vicuna-7b-v1.5')))
+    with pytest.warns(UserWarning, match="trained before 'x/vicuna-7b-v1.5' by its config"):
+        load_vlm(folder, template='world', base=base, vision=clip)
+    (folder / 'config.json').write_text(json.dumps(told | dict(_name_or_path=str(base))))
+    with warnings.catch_warnings(record=True) as announced:
+        warnings.simplefilter('always')
+        load_vlm(folder, template='world', base=base, vision=clip)
+    assert not any('was trained before' in str(one.message) for one in announced)
+    wide = told['intermediate_size'] + 8
+    (folder / 'config.json').write_text(json.dumps(told | dict(intermediate_size=wide)))
+    with pytest.raises(LoadError, match=f'another language model .* intermediate_size={wide}'):
+        load_vlm(folder, vision=clip, base=base)
 
 
 def test_what_a_projector_alone_lacks_is_named(parts, tmp_path):

@@ -43,6 +43,7 @@ from vlmbench.run.cli import app
 from vlmbench.run.engine import run_notebook
 from vlmbench.run.layer_jobs import layers_job
 from vlmbench.run.manifest import Manifest
+from vlmbench.train.recipe import RecipeError
 
 LLM = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 LLM |= dict(num_key_value_heads=2)
@@ -295,6 +296,14 @@ def test_training_begins_with_it(name, zoo, world, tmp_path):
     trained, _ = load_vlm(tmp_path / 'model')
     assert trained.dtype == torch.float32
     assert any(name in line for line in (tmp_path / 'model' / 'README.md').read_text().split())
+
+
+def test_a_scale_of_other_layers_is_refused_before_the_weights(zoo, monkeypatch):
+    "The scale of a run is `tiny` where none is given, and a published model is not."
+    monkeypatch.setattr(jobs, 'load_vlm', lambda *a, **k: pytest.fail('weights were read'))
+    scale = find_scale('tiny')
+    with pytest.raises(RecipeError, match="select_layers=.* at scale 'tiny': .*scale=paper"):
+        jobs._trained_model('mucai/vip-llava-7b', get_recipe('vip_llava', scale), scale)
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -389,7 +389,9 @@ def test_convert_writes_a_runs_model_too(kind, cls, tmp_path):
 
 
 def test_a_language_model_alone_is_refused_in_one_line(tmp_path):
-    made('llava')[0].model.language_model.save_pretrained(tmp_path)
+    model, processor = made('llava')
+    model.model.language_model.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
         LoadError, match="of type 'llama' takes no pictures: give a vision-language model$"
     ):
@@ -433,7 +435,7 @@ def test_what_is_no_model_says_where_it_was_looked_for(where, why, tmp_path, mon
 
 def test_a_broken_configuration_is_refused_in_one_line(tmp_path):
     (tmp_path / 'config.json').write_text('{')
-    with pytest.raises(LoadError, match='config.json cannot be read'):
+    with pytest.raises(LoadError, match='config.json is cut or damaged.*: fetch it again'):
         load_vlm(tmp_path)
     done = CliRunner().invoke(app, ['chat', str(tmp_path), '--question', 'x'])
     assert isinstance(done.exception, ParameterError) and 'config.json cannot be read' in str(

@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vlmbench.checkpoints.names import (
     CheckpointFormatError,
@@ -27,11 +27,11 @@ from vlmbench.checkpoints.release import (
     placed,
     read_weights,
     stored_dtype,
+    take_generation,
 )
 from ..data.home import kept_model
 from ..models.depth import depth_of
 from ..models.modeling import VLMForConditionalGeneration
-from ..models.vlm import mend_generation
 
 # %% ../../nbs/checkpoints/12_around.ipynb #285e1357
 _FILES = ('*.json', '*.jinja', '*.model', '*.safetensors')
@@ -59,9 +59,7 @@ def weightless(folder: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrai
         stored = stored_dtype(read_weights(folder), dtype)
         with torch.device('meta'):
             llm = AutoModelForCausalLM.from_config(config, dtype=stored)
-    if (Path(folder) / 'generation_config.json').is_file():
-        llm.generation_config = GenerationConfig.from_pretrained(folder)
-    mend_generation(llm, folder)
+    take_generation(llm, folder)
     return llm
 
 # %% ../../nbs/checkpoints/12_around.ipynb #b9dee33c

@@ -46,6 +46,7 @@ from vlmbench.checkpoints.names import (
 )
 from vlmbench.checkpoints.parts import (
     PROJECTOR_FILE,
+    check_base,
     is_projector_alone,
     openai_clip,
     projector_tensors,
@@ -282,14 +283,15 @@ def _projected(
         )
     base = base_model(str(base))
     with refusing(f'{folder}: the language model {str(base)!r} cannot be loaded'):
-        wide = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        wide = wide.get_text_config(decoder=True).hidden_size
+        theirs = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        theirs = theirs.get_text_config(decoder=True)
         # every projector ends in a bias over the language model's width
         widths = {len(t) for n, t in projector.items() if n.endswith('.bias') and 'norm' not in n}
-        if wide not in widths:
+        if (wide := theirs.hidden_size) not in widths:
             raise CheckpointFormatError(
                 f'the projector was trained for width {max(widths, default=0)}, and it has {wide}'
             )
+        check_base('the projector', read_config(folder), theirs, base)
         return load_complete(AutoModelForCausalLM, base, dtype=dtype)
 
 

@@ -25,7 +25,7 @@ from vlmbench.checkpoints.names import (
     hub_refusal,
     refusing,
 )
-from .parts import PROJECTOR_FILE, read_projector
+from .parts import PROJECTOR_FILE, check_base, read_projector
 from .release import read_json
 from ..data.home import kept_model
 from ..models.vision import front_end_class
@@ -185,6 +185,8 @@ def check_tensors(
         )
     width, kind = scale.decoder_config.hidden_size, front_end_class(front)
     _check_widths(said, tensors, kind.channels(front), width, scale.name)
+    if found.config is not None:
+        check_base(said, found.config, scale.decoder_config, scale.llm)
     with torch.device('meta'):
         shell = nn.ModuleDict(dict(model=nn.ModuleDict(dict(vision=kind(front, width)))))
     names, start = names_of(front), 'model.vision.projector.'

@@ -13,7 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .collate import _n_tokens, _round_up, collate_packed, collate_padded, truncate
+from vlmbench.data.collate import (
+    _n_tokens,
+    _round_up,
+    collate_packed,
+    collate_padded,
+    text_limit,
+    truncate,
+)
 from .mixture import StatefulSampler
 from .quarantine import Quarantine
 from .shape import full_rows
@@ -216,6 +223,7 @@ class BatchLoader:
         prefetch: int = 0,  # batches made ahead in a thread, 0 = none
         workers: int = 1,  # threads that encode ahead, with `prefetch`
         processes: int = 0,  # processes that encode ahead, in place of threads; 0 = none
+        max_text: int | None = None,  # longest document where a picture is one token
     ):
         _check_policies(too_long=too_long, on_bad=on_bad, side=side)
         _check_sizes(max_tokens, batch_rows, batch_tokens, packing, prefetch, workers, min_fill)
@@ -228,7 +236,7 @@ class BatchLoader:
         self.too_long, self.on_bad, self.errors = too_long, on_bad, errors
         self.require_targets, self.rng_seed = require_targets, rng_seed
         self.quarantine, self.prefetch, self.workers = quarantine, prefetch, workers
-        self.processes = processes
+        self.processes, self.max_text = processes, max_text
         self.wait_seconds, self.counts = 0.0, Counter()
         # where the loader stands: the next draw, and [draw, tokens] of the documents that wait
         self._at, self._start = (sampler.position, []), sampler.position
@@ -257,14 +265,15 @@ def _document(self: BatchLoader, k: int, index: int) -> tuple[Encoded | None, li
             sample = self.samples[i]
             doc = self.encode_fn(sample, *rng)
             doc.id = doc.id or str(getattr(sample, 'id', ''))
-            if doc.n_tokens > self.max_tokens and self.too_long in ('truncate', 'turns'):
+            most = text_limit(doc, self.max_text, self.max_tokens)
+            if doc.n_tokens > most and self.too_long in ('truncate', 'turns'):
                 events.append(('truncated', i, doc.id, f'{doc.n_tokens} tokens'))
-                doc = truncate(doc, self.max_tokens, 'turns' if self.too_long == 'turns' else 'cut')
+                doc = truncate(doc, most, 'turns' if self.too_long == 'turns' else 'cut')
             reason = ''
             if self.require_targets and not doc.n_targets:
                 reason = 'no targets: no token carries the loss'
-            if doc.n_tokens > self.max_tokens:
-                reason = f'too long: {doc.n_tokens} tokens, max_tokens={self.max_tokens}'
+            if doc.n_tokens > most:
+                reason = f'too long: {doc.n_tokens} tokens, max_tokens={most}'
         except self.errors as e:
             reason = f'{e}' if ': ' in f'{e}' else f'{type(e).__name__}: {e}'
         name = str(getattr(sample, 'id', ''))
@@ -527,6 +536,7 @@ def _settings(self: BatchLoader) -> dict:
         version=self.version,
         n_samples=len(self.samples),
         **{n: getattr(self, n) for n in names},
+        **({} if self.max_text is None else dict(max_text=self.max_text)),
     )
 
 

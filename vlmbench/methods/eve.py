@@ -75,6 +75,7 @@ _STEPS = dict(
         global_rows=128,
         grouping='modality',
         max_tokens=4096 + 2352,
+        max_text_tokens=4096,
     ),
 )
 _PAPER = dict(
@@ -178,7 +179,7 @@ def stage(self: EVE, name: str, trains: dict[str, Tune], scale: Scale, budget: i
     bound: dict[str, Any] = dict(data=data, budget_targets=budget, global_rows=rows)
     layout: dict[str, Any] = {}
     if 'published' in settings:
-        bound = settings['published'][name]
+        bound = dict(max_text_tokens=2048) | settings['published'][name]
         layout = dict(packing=False, clip=None, gradient_checkpointing=True, too_long='truncate')
     return Stage(
         name,

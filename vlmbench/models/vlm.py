@@ -381,6 +381,7 @@ def assemble(
     config.text_config = llm.base_model.config  # the model's own: later changes to it are seen
     kept = llm.generation_config.to_diff_dict()
     kept.pop('transformers_version', None)
+    kept.pop('max_length', None)  # of prompt and answer; transformers warns of two bounds
     model.generation_config.update(**kept)
     model.config.dtype = llm.dtype
     return model.eval()

@@ -21,7 +21,7 @@ from .cli_faults import faults
 from .cli_cost import cost
 from .cli_models import models
 from .cli_tasks import tasks_command
-from .cli_text import aligned, columns, method_page, runs_table
+from .cli_text import aligned, columns, method_page, plain_warnings, runs_table
 from .cli_weights import weights
 from .early import check_places
 from .parameters import ParameterError
@@ -483,7 +483,8 @@ def submit(
 # %% ../../nbs/run/10_cli.ipynb #8d7b825d
 def main() -> None:
     """Entry point of the `vlmbench` command; a refusal is one line on stderr and exit code 2, not a
-    traceback."""
+    traceback, and a warning its message."""
+    plain_warnings()
     try:
         app()
     except ParameterError as e:

@@ -16,8 +16,10 @@ from typing import Any
 
 from ..checkpoints.card import run_origin, with_scores, write_card
 from ..analysis.weights import revert_layers
+from ..checkpoints.llava import front_of, is_original
 from ..checkpoints.load import find_model, is_foreign, load_vlm
 from ..checkpoints.projector import after_projector, use_projector
+from ..checkpoints.release import read_config
 from ..cost.memory import Layout, MemoryRefused, check_memory
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
@@ -28,6 +30,7 @@ from ..evaluate.while_training import WhileTraining, harness_callback, sorted_ta
 from ..methods.recipes import find_scale, get_method, get_recipe
 from ..models.vision import front_end_class
 from ..models.vlm import VLMForConditionalGeneration
+from .cli_text import plain_warnings
 from .manifest import Manifest
 from .parameters import ParameterError
 from .trained import trained_run
@@ -53,9 +56,12 @@ class Job:
     def __enter__(self) -> 'Job':
         if self._own:
             self.stop.__enter__()
+        self._format = warnings.formatwarning
+        plain_warnings()  # into the log of the run and to whoever started it
         return self
 
     def __exit__(self, *error: Any) -> None:
+        warnings.formatwarning = self._format
         if self._own:
             self.stop.__exit__(*error)
 
@@ -208,21 +214,28 @@ def _trained_model(where: str, recipe: Recipe, scale: Scale) -> tuple:
     settings = dict(attn_implementation=recipe.attn_implementation)
     if is_foreign(where):
         settings |= dict(dtype=scale.dtype, template=scale.template)
+    if (folder := find_model(where)).is_dir() and is_original(folder):
+        _check_front(where, front_of(read_config(folder)), recipe, scale)  # before its weights
     model, processor = load_vlm(where, **settings)
     if not isinstance(model, VLMForConditionalGeneration):
         raise RecipeError(
             f'model={where} is a {type(model).__name__}, which the stages do not train: give a '
             'folder that a run saved, or one in an original layout'
         )
+    _check_front(where, model.config.vision_config, recipe, scale)
+    return model, processor
+
+
+def _check_front(where: str, theirs: Mapping[str, Any], recipe: Recipe, scale: Scale) -> None:
     front = front_end_class(recipe.front_end).resolve(scale.front_end(recipe))
-    theirs = model.config.vision_config
     for name in ('type', 'select_layers', 'projector'):
         if front.get(name) != theirs.get(name):
             raise RecipeError(
                 f'model={where} has {name}={theirs.get(name)!r} in its front end, and recipe '
-                f'{recipe.name!r} trains {name}={front.get(name)!r}: give a model of this recipe'
+                f'{recipe.name!r} trains {name}={front.get(name)!r} at scale {scale.name!r}: give '
+                'a model of this recipe, and the scale that the model has (scale=paper for the '
+                'published 7B models)'
             )
-    return model, processor
 
 
 def _questions(settings: Mapping[str, Any], data: str) -> dict:

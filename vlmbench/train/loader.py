@@ -96,6 +96,7 @@ def make_loader(
         prefetch=ahead,
         processes=data.workers if processes is None else processes,
         rng_seed=seed if transform is not None and transform.per_draw else None,
+        max_text=stage.max_text_tokens,
     )
 
 # %% ../../nbs/train/09a_loader.ipynb #ad53ab75

@@ -212,7 +212,8 @@ class Stage:
     of its 'micro' batches. `grouping`: padded batches of samples of like 'length', or also of one
     'modality', pictures or text; None: as drawn. `image_mode`: what this stage does to pictures
     that are not square ('pad', 'crop', 'squash', see `ImageTransform`); None: as the scale says.
-    `save_every`: steps between states, where a run does not say its own."""
+    `save_every`: steps between states, where a run does not say its own. `max_text_tokens`: a
+    second bound beside `max_tokens`, of samples in which a picture counts as one token."""
 
     name: str
     trains: Mapping[str, Tune]
@@ -246,6 +247,7 @@ class Stage:
     global_rows: int | None = None
     image_mode: str | None = None
     save_every: int | None = None
+    max_text_tokens: int | None = None
 
     def __post_init__(self):
         _check_name(self.name)
@@ -369,7 +371,7 @@ def nearest_hint(word: Any, words: Iterable[str]) -> str:
 # %% ../../nbs/train/00_recipe.ipynb #44b5b28b
 BOUNDS = ('budget_targets', 'steps', 'epochs')  # what may bound a stage: one of them
 _COUNTS = ('budget_targets', 'steps', 'max_tokens', 'batch_rows', 'accumulation', 'global_rows')
-_COUNTS += ('save_every',)
+_COUNTS += ('save_every', 'max_text_tokens')
 
 
 def _check_numbers(stage: Stage) -> None:
