@@ -131,6 +131,7 @@ def check_train(values: Mapping[str, Any]) -> None:
     check_weights(values)
     _check_start(values['model'])
     _check_attention(values['attn_implementation'])
+    _check_precision(values)
     check_asked(values)
     if not values['projector']:
         return
@@ -152,6 +153,32 @@ def check_train(values: Mapping[str, Any]) -> None:
         raise ParameterError(str(e)) from None
 
 # %% ../../nbs/run/03_early.ipynb #0b3f8215
+def _check_precision(values: Mapping[str, Any]) -> None:
+    """Refuse what `settle_precision` would once the weights are there: float32 over frozen weights
+    that the scale stores in half precision, and fp16 over bf16."""
+    if values['precision'] == 'bf16' or values['model']:
+        return
+    from vlmbench.methods.recipes import RecipeError, find_scale, get_recipe
+
+    try:
+        scale = find_scale(values['scale'])
+        chosen = [values[name] for name in ('budget', 'overrides', 'variant')]
+        stages = get_recipe(values['recipe'], scale, *chosen).stages
+    except (RecipeError, ValueError):
+        return  # who takes the recipe says it better
+    if scale.dtype == 'float32' or (values['precision'], scale.dtype) == ('fp16', 'float16'):
+        return
+    asked = [stage for stage in stages if stage.name in (values['stages'] or [stage.name])]
+    frozen = [s.name for s in asked if any(tune.how != 'full' for tune in s.trains.values())]
+    if frozen or values['precision'] == 'fp16':
+        raise ParameterError(
+            f'precision={values["precision"]}: scale={scale.name} stores its weights in '
+            f'{scale.dtype}, in which they stay where a stage freezes them '
+            f'({", ".join(frozen) or "none"}). Train with precision=bf16, or with '
+            'a JSON file of the scale that says dtype float32'
+        )
+
+
 def _check_attention(name: str | None) -> None:
     "Refuse a back end that does not exist; whether it runs is seen on the machine of the run."
     if not name:
@@ -284,7 +311,14 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     'train': (
         check_train,
         ('recipe', 'scale', 'budget', 'overrides', 'variant', 'stages', 'projector', 'model')
-        + ('trackers', 'attn_implementation', 'harness_tasks', 'harness_every', 'harness_folder'),
+        + (
+            'trackers',
+            'precision',
+            'attn_implementation',
+            'harness_tasks',
+            'harness_every',
+            'harness_folder',
+        ),
     ),
     'evaluate': (
         check_evaluate,
