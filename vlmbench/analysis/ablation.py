@@ -192,7 +192,7 @@ def answer_loss(
 @dataclass(frozen=True)
 class Ablation:
     """Tidy `frame` of an ablation, the loss of the unchanged model, and the frames of `each` batch
-    alone (those with answers)."""
+    alone (empty for one without answers)."""
 
     frame: pd.DataFrame
     base: Loss
@@ -215,12 +215,13 @@ class _Variants:
     def add(self, one: tuple[Moments, Moments]) -> None:
         self.losses.merge(one[0])
         self.changes.merge(one[1])
-        if one[0].samples:
-            self.batches.append(one)
+        self.batches.append(one)
 
     def ablation(self, name: str, layers: Sequence[int]) -> Ablation:
         frame = self._frame(name, layers, _with_answers(self.losses), self.changes)
-        each = tuple(self._frame(name, layers, *one) for one in self.batches)
+        each = tuple(
+            self._frame(name, layers, *one) if one[0].samples else tidy([]) for one in self.batches
+        )
         return Ablation(frame, _loss(self.losses), each)
 
     @staticmethod
