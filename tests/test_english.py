@@ -1,5 +1,5 @@
-"""Held-out English, perplexity whole and cut, massive activations: through the commands, with models
-that hold them."""
+"""Held-out English, perplexity whole and cut, massive activations: through the commands, with
+models that hold them."""
 
 import json
 import math
