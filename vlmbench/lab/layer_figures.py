@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAP', 'row_ranks', 'distinct_rows', 'score_label', 'heat_figure', 'cka_figure', 'against_figure', 'cuts_figure']
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #193936ae
+# %% ../../nbs/lab/14_layer_figures.ipynb #410a875b
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from .plots import PALETTE, _figure, style
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #4eed842e
+# %% ../../nbs/lab/14_layer_figures.ipynb #fa471bcb
 MAP = 'YlGnBu'
 
 
@@ -38,7 +38,7 @@ def distinct_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
             same[name] = twin
     return table.loc[kept], same
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #320e5ec6
+# %% ../../nbs/lab/14_layer_figures.ipynb #16009221
 def score_label(metric: str, token_set: str) -> str:
     "A row's name in words."
     return f'{metric.replace("_", " ")} · {token_set.replace("_", " ")}'
@@ -82,7 +82,7 @@ def heat_figure(
             ax.add_patch(Rectangle((i - 0.5, -0.5), 1, len(t), fill=False, ec=PALETTE[1], lw=1.4))
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #44f94e4e
+# %% ../../nbs/lab/14_layer_figures.ipynb #45c49acb
 def _ranked_map(ax, matrix: np.ndarray, title: str) -> None:
     "One map by rank of its pairs, with a bar that names the values at the quartiles."
     pairs = np.isfinite(matrix)
@@ -122,7 +122,7 @@ def cka_figure(
                     _ranked_map(axes[row][column], found[name], what)
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #e787ed8d
+# %% ../../nbs/lab/14_layer_figures.ipynb #82643a7d
 def against_figure(table: pd.DataFrame, reference: str, width: float = 8.2) -> Figure:
     """Spearman's correlation of every score with `reference`, with its interval; `table`: columns
     `score`, `rho`, `low`, `high`, drawn from the highest down."""
@@ -143,18 +143,18 @@ def against_figure(table: pd.DataFrame, reference: str, width: float = 8.2) -> F
         ax.grid(axis='y', visible=False)
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #096120a2
-def cuts_figure(table: pd.DataFrame, width: float = 9.2) -> Figure:
+# %% ../../nbs/lab/14_layer_figures.ipynb #8bb3bd53
+def cuts_figure(table: pd.DataFrame, depth: int, width: float = 9.2) -> Figure:
     """Cross entropy without some layers: on the left which, on the right what is left of the
-    English. `table`: as `vlmbench.evaluate.perplexity.cuts_table` gives it."""
+    English. `table`: as `vlmbench.evaluate.perplexity.cuts_table` gives it for a decoder of
+    `depth` layers."""
     t = table.iloc[[0, *(1 + table.loss.iloc[1:].argsort())]].reset_index(drop=True)
     cut = [[int(i) for i in str(layers).split()] for layers in t.layers.fillna('')]
-    deepest = max((max(layers) for layers in cut if layers), default=0)
     with style():
         fig, axes = _figure(width, 1.1 + 0.27 * len(t), 1, 2)
         left, right = axes[0]
         for y, layers in enumerate(cut):
-            left.scatter(range(deepest + 1), [y] * (deepest + 1), s=11, marker='s', color='#d9dfe5')
+            left.scatter(range(depth), [y] * depth, s=11, marker='s', color='#d9dfe5')
             left.scatter(layers, [y] * len(layers), s=30, marker='s', color=PALETTE[1])
         left.set_yticks(t.index, t.cut, fontsize=8)
         left.set_xlabel('layers cut out')
