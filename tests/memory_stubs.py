@@ -132,3 +132,58 @@ def memory_run(root, out, name='llava', variant=(), dtype='float32', **settings)
     said['weights'] = weights_hash(ended.model.named_parameters())
     said['left'] = [path.name for path in Path(out).rglob('.tmp-*')]
     (Path(out) / f'memory-{ranks.rank}.json').write_text(json.dumps(said))
+
+
+class AtStep:
+    "A stop flag that is set when the loop asks for the `asked`-th time, which it does once a step."
+
+    reason = 'stopped by the test'
+
+    def __init__(self, asked):
+        self.left = asked
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def stopped_run(root, out, asked, name='llava', **settings):
+    """As `memory_run`, until a stop flag is seen. Each rank leaves in `stopped-RANK.json` what was
+    put together from the moment on in which its last state was begun, and the peak since then."""
+    from torch.distributed.tensor import DTensor
+
+    from vlmbench.train.process import Preempted
+
+    torch.set_num_threads(1)
+    method, said = get_method(name), dict(gathered=[], files=0)
+    scale = scale_of(root)
+    recipe = short(method.recipe(scale), 2)
+    full, through, save = DTensor.full_tensor, sharding.through_files, loop.Trainer.save
+    stops = []
+
+    def gathering(tensor, **kw):
+        said['gathered'] += [tensor.numel()] * bool(stops)
+        return full(tensor, **kw)
+
+    def writing(*given, **kw):
+        said['files'] += bool(stops)
+        return through(*given, **kw)
+
+    def saving(trainer, wait=True):
+        if trainer.asked_to_stop and not stops:
+            stops.append(Peak().__enter__())
+        return save(trainer, wait)
+
+    DTensor.full_tensor, sharding.through_files, loop.Trainer.save = gathering, writing, saving
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        state = method.start(recipe, scale, device='cpu')
+        settings = dict(progress_seconds=None, stop_flag=AtStep(asked)) | settings
+        try:
+            run_stages(method, state, Path(root) / 'world', Path(out), **settings)
+        except Preempted as e:
+            said['state'] = Path(e.path).name
+    stops[0].__exit__()
+    said['peak'] = stops[0].bytes
+    rank = Ranks('cpu').rank
+    (Path(out) / f'stopped-{rank}.json').write_text(json.dumps(said))

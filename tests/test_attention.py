@@ -150,5 +150,20 @@ def test_packed_rows_reach_flash_attention_as_lengths(monkeypatch):
     assert seen[0] == [0, 5, 12, 16, 21, 24]
 
 
+@pytest.mark.gpu
+def test_flash_attention_on_a_gpu_is_sdpa():
+    ids = torch.arange(10, 34, device='cuda').reshape(2, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 4 + [1] * 5 + [-1] * 3], device='cuda')
+    labels = torch.where(documents >= 0, ids, -100)
+    found = []
+    for name in ('sdpa', 'flash_attention_2'):
+        parts = asset_path('llm'), asset_path('vit')
+        how = dict(template='world', dtype=torch.bfloat16, attn_implementation=name)
+        model, _ = build_vlm(*parts, **how)
+        model.to('cuda')
+        found.append(model(input_ids=ids, document_ids=documents, labels=labels).loss.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
 def test_the_names_are_transformers_own():
     assert set(ATTENTION) - {'eager'} <= set(AttentionInterface().valid_keys())

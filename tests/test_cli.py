@@ -114,3 +114,18 @@ def test_an_address_is_no_folder_to_write(words, tmp_path, monkeypatch):
     said = CliRunner().invoke(app, words.split())
     assert said.exit_code == 1 and 'is a folder of this machine' in str(said.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_cost_says_where_an_answer_has_room():
+    asked = 'cost', 'llava', '--scale', 'tiny', '--gpu', 'rtx3090'
+    whole, fewer = call(*asked), call(*asked, '--load', '4bit')
+    assert 'has room on one rtx3090' in whole.output and 'the blocks in 4bit' in fewer.output
+    weights = [
+        line.split()[2:]
+        for said in (whole, fewer)
+        for line in said.output.splitlines()
+        if line.startswith('weights (B)')
+    ]
+    assert weights[0] == weights[2] and weights[1] != weights[3]
+    refused = call(*asked, '--load', '2bit')
+    assert refused.exit_code and 'load must be one of 4bit, 8bit' in str(refused.exception)

@@ -341,7 +341,8 @@ def test_batches_keep_picture_counts_apart(tasks):
     )
 
 
-def test_transformers_own_llava(tasks):
+def transformers_llava():
+    "A model of random weights and its processor, both of transformers."
     from transformers import (
         CLIPImageProcessorPil,
         LlavaConfig,
@@ -384,6 +385,11 @@ def test_transformers_own_llava(tasks):
         num_additional_image_tokens=1,
         chat_template=tok.chat_template,
     )
+    return model, processor
+
+
+def test_transformers_own_llava(tasks):
+    model, processor = transformers_llava()
     a, b = (
         evaluate(model, processor, tasks['vqa_test'], batch_size=n, max_new_tokens=4)
         for n in (6, 1)

@@ -21,7 +21,8 @@ from vlmbench.evaluate.harness import (
     run_harness,
 )
 from zero_reference import loglikelihood
-from vlmbench.models.depth import build_surrogate, causal_lm
+from vlmbench.evaluate.published import beside_published, measured_too, read_published
+from vlmbench.models.depth import build_surrogate, causal_lm, prune
 from vlmbench.models.vlm import build_vlm
 from vlmbench.run.engine import find_notebook
 from vlmbench.run.harness_job import harness_job
@@ -287,3 +288,78 @@ def test_the_usual_eight_are_asked_with_the_usual_examples():
     acc = {name for name, (_, metric) in TEXT_SUITE.items() if metric == 'acc'}
     assert acc == {'mmlu', 'winogrande', 'boolq'}
     assert {metric for _, metric in TEXT_SUITE.values()} == {'acc', 'acc_norm'}
+
+
+def prepared(where, name, **given):
+    declared = notebook_parameters(load_notebook(find_notebook('harness')))
+    asked = {key: one.default for key, one in declared.items()}
+    asked |= dict(model=str(where), suite='text', device='cpu', batch_size=2) | given
+    Manifest(name).start('harness', asked)
+    return dict(settings=asked, model=str(where), folder=str(name))
+
+
+def test_a_papers_numbers_stand_beside_those_of_the_same_benchmark(lm_eval, tmp_path):
+    "With the same examples in the prompt, and only of all questions; `compare` finds them, too."
+    write_choices(tmp_path / 'tasks')
+    for name in ('winogrande', 'mine'):
+        text = CHOICES.format(name=name, folder=tmp_path / 'tasks')
+        (tmp_path / 'tasks' / f'{name}.yaml').write_text(text)
+    for part in (plain(), TOKENIZER):
+        part.save_pretrained(tmp_path / 'model')
+    same = dict(task_folder=str(tmp_path / 'tasks'), published='zero')
+    found = {
+        name: harness_job(**prepared(tmp_path / 'model', tmp_path / name, **same | more))
+        for name, more in dict(
+            usual=dict(tasks=['winogrande', 'mine']),
+            none=dict(tasks=['winogrande:0']),
+            part=dict(tasks=['winogrande'], limit=2),
+        ).items()
+    }
+    assert found['none']['published'] == found['part']['published'] == []
+    paper = read_published('zero')
+    paper = paper[paper['benchmark'] == 'winogrande']
+    acc = 100 * found['usual']['quoted']['winogrande']
+    beside = found['usual']['published']
+    assert [row['published'] for row in beside] == paper['value'].tolist() and len(beside) == 6
+    for row in beside:
+        assert row['here'] == pytest.approx(acc, abs=0.01) and row['shots'] == '5'
+        assert row['difference'] == pytest.approx(acc - row['published'], abs=0.01)
+    assert (tmp_path / 'usual' / 'published.csv').exists()
+    table = measured_too(beside_published([tmp_path / n for n in found], 'zero'))
+    assert table['benchmark'].tolist() == ['winogrande'] * 6
+    assert table['usual'].tolist() == pytest.approx([acc] * 6, abs=0.01)
+    with pytest.raises(ValueError, match='published=nobody'):
+        harness_job(
+            **prepared(tmp_path / 'model', tmp_path / 'x', **same | dict(published='nobody'))
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['pruned', 'surrogate'])
+def test_folders_of_pruned_and_surrogate_models_are_asked(lm_eval, tmp_path, kind):
+    "By both suites; the text numbers are those of the model exported as plain Llama or Qwen."
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    write_choices(tmp_path / 'tasks')
+    vlm, processor = load_vlm(asset_path('vlm'), 'cpu')
+    vlm.float()
+    made = prune(vlm, [2]) if kind == 'pruned' else build_surrogate(vlm, [[2, 3]])
+    for part in (made, processor):
+        part.save_pretrained(tmp_path / 'model')
+    for part in (causal_lm(made), processor.tokenizer):
+        part.save_pretrained(tmp_path / 'exported')
+    how = dict(tasks=['colours:0'], task_folder=str(tmp_path / 'tasks'))
+    said = harness_job(**prepared(tmp_path / 'model', tmp_path / 'run', **how))
+    theirs = simple_evaluate(
+        model='hf',
+        model_args=dict(pretrained=str(tmp_path / 'exported'), dtype='float32'),
+        tasks=['colours'],
+        task_manager=TaskManager(include_path=str(tmp_path / 'tasks'), include_defaults=False),
+        device='cpu',
+        batch_size=2,
+    )
+    assert said['quoted']['colours'] == theirs['results']['colours']['acc,none']
+    lines = (tmp_path / 'run' / 'results' / 'colours.samples.jsonl').read_text().splitlines()
+    got, want = likelihoods(map(json.loads, lines)), likelihoods(theirs['samples']['colours'])
+    assert torch.allclose(got, want, atol=1e-3)

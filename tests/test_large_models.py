@@ -11,6 +11,7 @@ from memory_stubs import write_large
 from mini_bases import write_bases
 from sharding_stubs import ROWS
 from train_stubs import ENV
+from vlmbench.train.checkpoint import latest
 from vlmbench.train.launch import LaunchError, launch
 from vlmbench.train.mapped import mapped_ranges
 
@@ -33,7 +34,7 @@ def large(tmp_path_factory):
 
 def run(root, out, ranks, **settings):
     "The peaks of every rank, in bytes."
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     kwargs = dict(root=str(root), out=str(out), **settings)
     env = ENV | GIVEN_BACK
     logs = dict(log_dir=out / 'logs', threads=1, timeout=400, env=env)
@@ -72,6 +73,27 @@ def test_what_is_merged_and_trained_whole_stays_in_files(large, tmp_path):
     for said in (first, second):
         assert said['put together'] < 2 * UNIT
         assert said['kept'] < size / 2
+
+
+def test_a_stop_puts_nothing_together(large, tmp_path):
+    """Two ranks that train everything are told to stop: each writes its shards, no rank asks for a
+    whole tensor, and the run goes on to the weights of one that was not stopped."""
+    root, size = large
+    out = tmp_path / 'run'
+    out.mkdir()
+    kwargs = dict(root=str(root), out=str(out), asked=2, parallel='fsdp')
+    logs = dict(log_dir=out / 'logs', threads=1, timeout=400, env=ENV | GIVEN_BACK)
+    launch('memory_stubs:stopped_run', kwargs, 2, **logs)
+    for rank in (0, 1):
+        said = json.loads((out / f'stopped-{rank}.json').read_text())
+        assert said['state'] == 'step-00000001'  # of the second stage
+        assert said['gathered'] == [] and said['files'] == 0
+        assert said['peak'] < 2 * UNIT < size / 3
+    state = latest(out / 'stages' / 'instruct')
+    assert (state / 'shards').is_dir() and not (state / 'weights.safetensors').exists()
+    again = run(root, out, 2, parallel='fsdp')
+    whole = run(root, tmp_path / 'whole', 2, parallel='fsdp')
+    assert again[0]['weights'] == whole[0]['weights']
 
 
 def test_a_folder_without_all_weights_is_refused(large, tmp_path):

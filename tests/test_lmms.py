@@ -140,7 +140,7 @@ def test_its_answers_are_those_of_evaluate(lmms_eval, model, tmp_path):
     assert answers(found, 'pairs') == things
 
 
-def command(tmp_path, *launcher, model, tasks, logs):
+def command(tmp_path, *launcher, model, tasks, logs, more=()):
     "A user's command, from another folder; the entry point is read from metadata made afresh."
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     meta = tmp_path / 'metadata'
@@ -154,7 +154,7 @@ def command(tmp_path, *launcher, model, tasks, logs):
     env = os.environ | dict(
         PYTHONPATH=os.pathsep.join([str(meta), root]), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'
     )
-    line += ['--output_path', str(logs)]
+    line += ['--output_path', str(logs), *more]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
     said = (done.stdout + done.stderr)[-3000:]
     assert done.returncode == 0, said

@@ -49,6 +49,7 @@ def test_layers_and_convert_read_it(name, tmp_path):
     assert model.dtype == torch.bfloat16 and processor.tokenizer
     own = convert(folder, tmp_path / 'own')
     assert json.loads((own / 'config.json').read_text())['model_type'] == 'vlmbench'
+    assert 'written as a folder' in (own / 'README.md').read_text()
     again, beside = load_vlm(own)
     assert again.dtype == torch.bfloat16
     assert torch.equal(logits(again, beside), logits(model, processor))
@@ -60,6 +61,23 @@ def test_training_stores_it_as_the_scale_says(name, tmp_path):
     folder = released(tmp_path, name, torch.float16)
     model, processor = _trained_model(str(folder), get_recipe(name, scale), scale)
     assert model.dtype == torch.float32 and processor.template == scale.template
+
+
+@pytest.mark.parametrize('name', ['llava', *HUB])
+def test_a_release_that_brings_code_is_not_asked_about(name, tmp_path, monkeypatch, capfd):
+    folder = released(tmp_path, name)
+    code = f'open({str(tmp_path / "ran")!r}, "w")'
+    for file, classes in (
+        ('config.json', dict(AutoConfig='theirs.Config', AutoModelForCausalLM='theirs.Model')),
+        ('tokenizer_config.json', dict(AutoTokenizer=['theirs.Words', None])),
+    ):
+        settings = json.loads((folder / file).read_text()) | dict(auto_map=classes)
+        (folder / file).write_text(json.dumps(settings))
+    (folder / 'theirs.py').write_text(code)
+    monkeypatch.setattr('builtins.input', lambda *asked: pytest.fail(f'asked {asked}'))
+    model, processor = load(folder)
+    assert logits(model, processor).isfinite().all() and not (tmp_path / 'ran').exists()
+    assert 'You are using a model of type' not in capfd.readouterr().err
 
 
 def test_settings_of_a_base_that_could_not_be_saved(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from test_missing_weights import built
 from test_one_door import with_chatml
 from test_released_placement import released
+from test_zero_release import a_file, write_llm
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -28,16 +29,19 @@ from typer.testing import CliRunner
 
 from vlmbench.checkpoints import llava
 from vlmbench.checkpoints.load import find_model, load_vlm
+from vlmbench.checkpoints.zero_names import RELEASED_FILES, REPOSITORY
+from vlmbench.checkpoints.zero_release import outline
 from vlmbench.checkpoints.zoo import CLIP, PUBLISHED, SIGLIP
 from vlmbench.data.image import ImageTransform
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.demo.serve import load_models
-from vlmbench.lab.calibration import load_any
 from vlmbench.methods.recipes import find_scale, get_recipe
+from vlmbench.methods.zero import PAPER_SCALES, ranges_at
 from vlmbench.models.vlm import build_vlm
 from vlmbench.run import jobs
 from vlmbench.run.cli import app
 from vlmbench.run.engine import run_notebook
+from vlmbench.run.layer_jobs import layers_job
 from vlmbench.run.manifest import Manifest
 
 LLM = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -53,23 +57,25 @@ CONTROLS = {
         '<|eot_id|>',
         '<|end_of_text|>',
     ],
-    'phi3': ['<|user|>', '<|assistant|>', '<|system|>', '<|end|>'],
+    'phi3': ['<|user|>', '<|assistant|>', '<|system|>', '<|end|>', '<|endoftext|>'],
     'vicuna': [],
 }
 # tensors of surrogate grafting are `.pth` files of other names, with tests of their own
 NAMES = [name for name, model in PUBLISHED.items() if model.form != 'parts']
 # one name of every layout; the others differ from one of these in sizes alone
-LAYOUTS = {
-    'mucai/vip-llava-7b': 'vip_llava',
-    'mucai/vip-llava-llama-3-8b': 'vip_llava',
-    'mucai/vip-llava-phi-3-mini-3.8B': 'vip_llava',
-    'mucai/llava-1.5-llama-3-8b': 'llava',
-    'BAAI/EVE-7B-v1.0': 'eve',
-    'Hon-Wong/VoRA-7B-Instruct': 'vora',
-    'mucai/vip-llava-7b-pretrain': None,
-    'BoyaWu10/bunny-pretrain-llama3-8b-siglip': None,
-}
-WHOLE = [name for name, method in LAYOUTS.items() if method]
+LAYOUTS = (
+    'mucai/vip-llava-7b',
+    'mucai/vip-llava-llama-3-8b',
+    'mucai/vip-llava-phi-3-mini-3.8B',
+    'mucai/llava-1.5-llama-3-8b',
+    'BAAI/EVE-7B-v1.0',
+    'Hon-Wong/VoRA-7B-Instruct',
+    'mucai/vip-llava-7b-pretrain',
+    'BoyaWu10/bunny-pretrain-llama3-8b-siglip',
+    'zero:llama-3.2-3b',
+    'zero:llama-3.2-3b@surrogate',
+)
+EVERY = [n if n in LAYOUTS else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED]
 
 
 def family(base):
@@ -137,6 +143,20 @@ def in_llavas_layout(place, model):
     return golden
 
 
+def surrogates(root, clip, put):
+    "The language models and the `.pth` files of all sizes of surrogate grafting."
+    for scale, files in RELEASED_FILES.items():
+        llm = root / scale
+        write_llm(llm)
+        put(llm, PAPER_SCALES[scale].llm)
+        for number, (stage, file) in enumerate(files.items()):
+            shell, *_ = outline(llm, clip, ranges_at(6, scale) if stage == 'adapt' else None)
+            whole = dict(epoch=1, global_step=1, model=a_file(shell, stage, number))
+            (root / 'files' / file.path).parent.mkdir(parents=True)
+            torch.save(whole | dict(optimizer=None, scheduler=None), root / 'files' / file.path)
+    put(root / 'files', REPOSITORY)
+
+
 @pytest.fixture(scope='module')
 def zoo(tmp_path_factory):
     "All published names in one cache, and the golden model and processor of each."
@@ -159,6 +179,7 @@ def zoo(tmp_path_factory):
             put(place, name)
             if model.form == 'projector':
                 made |= {model.base: golden[name], model.vision: golden[name]}
+        clip = None
         for name, (whole, processor) in made.items():
             place = root / name.replace('/', '-')
             if name in (CLIP, SIGLIP):
@@ -168,12 +189,10 @@ def zoo(tmp_path_factory):
                 language(kind, processor.tokenizer).save_pretrained(place)
                 processor.tokenizer.save_pretrained(place)
             put(place, name)
+            clip = place if name == CLIP else clip
+        surrogates(root / 'zero', clip, put)
         # a whole release holds its tower: nobody has to fetch it, and here nobody can
         yield SimpleNamespace(root=root, golden=golden)
-
-
-def base_of(name):
-    return PUBLISHED[name].base if PUBLISHED[name].form == 'projector' else None
 
 
 @torch.no_grad()
@@ -188,7 +207,7 @@ def logits(model, processor):
 def test_a_published_name_loads_as_it_was(name, zoo):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model, processor = load_vlm(name, template='world', base=base_of(name))
+        model, processor = load_vlm(name, template='world')
     golden, pixels = zoo.golden[name]
     want = logits(golden, pixels)
     torch.testing.assert_close(logits(model, pixels), want, atol=1e-5, rtol=0)
@@ -203,19 +222,20 @@ def picture(zoo):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize('name', EVERY)
 def test_chat_and_the_page_take_it(name, zoo, picture):
-    base = base_of(name)
     words = ['chat', name, '--image', picture, '--question', 'what is this ?', '--device', 'cpu']
-    words += ['--max-new-tokens', '3', *(['--base', base] if base else [])]
-    done = CliRunner().invoke(app, words)
+    done = CliRunner().invoke(app, [*words, '--max-new-tokens', '3'])
     assert done.exit_code == 0, done.exception
-    assert done.output.count(f'{name.split("/")[1]}') >= 1 and 'you> what is this ?' in done.output
-    (served,) = load_models([name], base, device='cpu').values()
-    named = dict(eve='vicuna_v1', vora='chatml', visual_region='bunny_llama')
-    template = named.get(PUBLISHED[name].method)
+    short = name.rpartition('/')[2].rpartition(':')[2]
+    assert done.output.count(short) >= 1 and 'you> what is this ?' in done.output
+    (served,) = load_models([name], device='cpu').values()
     known = dict(vicuna='llava_v1', llama='llama_3', phi3='phi_3')
-    assert served.processor.template == (template or known[family(PUBLISHED[name].base)])
+    method, kind = PUBLISHED[name].method, family(PUBLISHED[name].base)
+    known |= dict(eve='vicuna_v1', vora='chatml', zero='zero_llama3')
+    if name.startswith('BoyaWu10/'):
+        known = dict(visual_region=dict(llama='bunny_llama', phi3='bunny_phi3')[kind])
+    assert served.processor.template == known.get(method, known.get(kind))
 
 
 @pytest.fixture(scope='module')
@@ -225,29 +245,56 @@ def world(zoo):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize('name', EVERY)
 def test_an_evaluation_takes_it(name, zoo, world, tmp_path):
     given = dict(tasks=['vqa_test'], limit=1, device='cpu', max_new_tokens=3, blind=False)
-    settings = parameters_of('evaluate', base=base_of(name) or '', batch_size=1, **given)
+    settings = parameters_of('evaluate', batch_size=1, **given)
     Manifest(tmp_path).start('evaluate', {})
     done = jobs.evaluate_job(settings, str(find_model(name)), world, str(tmp_path))
     assert done['summary']['vqa_test'] is not None and done['table']
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', WHOLE)
-def test_layers_and_training_begin_with_it(name, zoo, world, tmp_path):
-    model, processor = load_any(find_model(name))
-    assert processor.tokenizer and sum(p.numel() for p in model.parameters()) > 0
-    scale = find_scale('tiny')
-    if LAYOUTS[name] in ('llava', 'vip_llava'):
-        tower = find_model(CLIP)
-        told = dict(name='mine', llm='asset:llm', vision=str(tower), image_size=28)
-        (tmp_path / 'mine.json').write_text(json.dumps(told | dict(template='world', like='tiny')))
-        scale = find_scale(str(tmp_path / 'mine.json'))
-    recipe = get_recipe(LAYOUTS[name], scale)
-    start, beside = jobs._trained_model(name, recipe, scale)
-    assert start.dtype == torch.float32 and beside.template == 'world'
+@pytest.mark.parametrize('name', EVERY)
+def test_its_layers_are_measured(name, zoo, world, tmp_path):
+    given = dict(limit=1, drop=False, gradients=False, device='cpu', size=1)
+    settings = parameters_of('layers', **given)
+    Manifest(tmp_path).start('layers', {})
+    done = layers_job(settings, str(find_model(name)), '', world, str(tmp_path))
+    assert done['counts'] and done['samples'] == 1 and (tmp_path / 'region.json').exists()
+
+
+def scale_of(name, folder):
+    "A scale of the bases of a published model, as a file; training needs its recipe's sizes."
+    model = PUBLISHED[name]
+    if model.method in ('eve', 'vora'):
+        return 'tiny'
+    template = 'zero_llama3' if model.method == 'zero' else 'world'
+    told = dict(name='mine', llm=str(find_model(model.base)), vision=str(find_model(model.vision)))
+    told |= dict(image_size=28, template=template, like='tiny')
+    (folder / 'mine.json').write_text(json.dumps(told))
+    return str(folder / 'mine.json')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', EVERY)
+def test_training_begins_with_it(name, zoo, world, tmp_path):
+    model = PUBLISHED[name]
+    scale = scale_of(name, tmp_path)
+    last = get_recipe(model.method, find_scale(scale)).stages[-1].name
+    few = ('data=vqa_train', 'steps=1', 'batch_rows=2', 'global_rows=2', 'max_tokens=1024')
+    bound = [f'stages.{last}.{one}' for one in few]
+    # the aligner reads more layers than the stand-in has
+    variant = ['align=false'] if model.method == 'eve' else []
+    given = dict(recipe=model.method, scale=scale, model=name, stages=[last], overrides=bound)
+    given |= dict(variant=variant)
+    settings = parameters_of('train', evaluate=False, device='cpu', unknown_words=1.0, **given)
+    Manifest(tmp_path).start('train', settings)
+    done = jobs.train_job(settings, world, str(tmp_path))
+    assert done['stages'][0]['steps'] == 1
+    trained, _ = load_vlm(tmp_path / 'model')
+    assert trained.dtype == torch.float32
+    assert any(name in line for line in (tmp_path / 'model' / 'README.md').read_text().split())
 
 
 @pytest.mark.filterwarnings('ignore')

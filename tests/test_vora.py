@@ -221,7 +221,7 @@ def test_bad_recipes(kw, match):
 def test_bad_scales_and_losses():
     tiny = get_scale('tiny').to_dict()
     for change, match in (
-        (dict(image_size=60), 'no multiple'),
+        (dict(image_size=60), 'do not divide'),
         (dict(image_size=256), 'max_tokens'),
     ):
         with pytest.raises(RecipeError, match=match):

@@ -78,7 +78,7 @@ def test_the_tower_sees_as_its_processor_says(place, wheels):
     folder = kept_model(wheels[1][1].hub)
     tower = load_tower(folder)
     cut = tower_transform(folder, tower.config)
-    assert (cut.mode, cut.size, cut.short_side) == ('crop', 224, 256)
+    assert (cut.mode, cut.size, cut.short) == ('crop', 224, 256)
     assert cut.mean == (0.485, 0.456, 0.406)
     padded = tower_transform(folder, tower.config, 'pad')
     assert (padded.mode, padded.size, padded.mean) == ('pad', 224, cut.mean)

@@ -350,6 +350,11 @@ def test_the_pair_stays_a_surrogate_and_exports_plainly(bases, tmp_path):
     with pytest.raises(ValueError, match='cut from another language model'):
         state = RunState(Zero().recipe(bases[1]), bases[1], model=pair, processor=fitted.processor)
         graft_onto(str(bases[0] / 'other'), state)
+    tiny = get_scale('tiny')  # a decoder of another depth is refused before the stage trains
+    recipe = Zero().recipe(tiny)
+    state = RunState(recipe, tiny, model=pair, stage=recipe.stages[-1])
+    with pytest.raises(RecipeError, match='cut from a language model of 6 layers'):
+        Zero().before_stage(state)
 
 
 def test_stopped_between_stages_a_run_goes_on(bases, tmp_path):

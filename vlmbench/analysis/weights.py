@@ -99,7 +99,7 @@ def _described(folder):
     if folder is None or not (Path(folder) / 'config.json').exists():
         return None
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kinds = AutoModelForImageTextToText, AutoModelForCausalLM
     if (auto := next((a for a in kinds if type(config) in a._model_mapping), None)) is None:
         return None

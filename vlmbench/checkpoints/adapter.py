@@ -23,7 +23,8 @@ from .load import LoadError, load_vlm
 from ..methods.vip_llava import FEATURE_LAYERS
 from ..models.config import share_weights
 from ..models.modeling import VLMForConditionalGeneration
-from ..train.recipe import Recipe, Stage
+from ..train.recipe import Stage
+from ..train.stages import read_recipe
 
 # %% ../../nbs/checkpoints/94_adapter.ipynb #a48b74fb
 def joined(stages: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
@@ -41,11 +42,8 @@ _ADAPTER = 'layers_lora'  # of the module group `layers`: the decoder
 
 def _trained_stages(run: Path) -> list[tuple[Stage, Path]]:
     "The stages of a training run that ran, with their folders. Raises `LoadError`."
-    if not (run / 'recipe.json').is_file():
+    if (recipe := read_recipe(run)) is None:
         raise LoadError(f'{run}: --adapter needs the folder of a training run, with recipe.json')
-    settings = json.loads((run / 'recipe.json').read_text(encoding='utf8'))
-    settings.pop('scale', None)
-    recipe = Recipe.from_dict(settings)
     each = [(stage, run / 'stages' / stage.name) for stage in recipe.stages]
     return [(stage, folder) for stage, folder in each if folder.is_dir()]
 

@@ -55,7 +55,7 @@ def weightless(folder: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrai
     `dtype`: 'auto' for that of the weights as stored. Raises `CheckpointFormatError` for a folder
     without one."""
     with refusing(f'{folder} holds no causal language model'):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         stored = stored_dtype(read_weights(folder), dtype)
         with torch.device('meta'):
             llm = AutoModelForCausalLM.from_config(config, dtype=stored)

@@ -32,6 +32,7 @@ from vlmbench.checkpoints.licences import (
 from .release import read_json
 from .zero_names import read_original, released_name
 from .zero import stage_of
+from .zoo import published_projector
 from ..data.cards import cards_dir, load_card
 from ..data.files import replacing
 from ..data.layouts import hub_parts, is_hub
@@ -134,6 +135,8 @@ def origin_of(
             ),
             released.trained,
         )
+    if part == 'language model' and (projector := published_projector(where)):
+        return Origin([*_known(projector.base, part), *_known(projector.name, 'projector')])
     if Path(where).is_dir():
         try:
             folder = model_folder(where)

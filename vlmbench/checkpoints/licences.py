@@ -147,6 +147,8 @@ WEIGHTS = {  # exact name, or organisation/beginning of a name with a star -> id
     'mucai/llava-1.5-llama-3-8b*': ('llama3',),
     'mucai/llava-1.5-phi-3-mini-3.8B*': ('mit',),
     'BAAI/EVE-7B*': ('llama2',),
+    'BoyaWu10/bunny-pretrain-llama3-8b-siglip': ('llama3', 'apache-2.0'),
+    'BoyaWu10/bunny-pretrain-phi-3-siglip': ('mit', 'apache-2.0'),
     'Hon-Wong/VoRA-7B*': ('unknown', 'apple-amlr'),
     'tomg-group-umd/zero-model-checkpoints': ('cc-by-nc-4.0',),
 }

@@ -282,7 +282,8 @@ def _projected(
         )
     base = base_model(str(base))
     with refusing(f'{folder}: the language model {str(base)!r} cannot be loaded'):
-        wide = AutoConfig.from_pretrained(base).get_text_config(decoder=True).hidden_size
+        wide = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        wide = wide.get_text_config(decoder=True).hidden_size
         # every projector ends in a bias over the language model's width
         widths = {len(t) for n, t in projector.items() if n.endswith('.bias') and 'norm' not in n}
         if wide not in widths:
@@ -551,10 +552,7 @@ def to_transformers(model: VLMForConditionalGeneration) -> PreTrainedModel:
 def _image_processor(transform: ImageTransform):
     "transformers' image processor that does what `transform` does."
     size, look = transform.size, dict(image_mean=[*transform.mean], image_std=[*transform.std])
-    square, short_side = (
-        dict(height=size, width=size),
-        dict(shortest_edge=transform.short_side or size),
-    )
+    square, short_side = dict(height=size, width=size), dict(shortest_edge=size)
     if transform.mode == 'pad':
         mean = mean_color(transform.mean)
         if tuple(transform.background or mean) != mean:
@@ -564,6 +562,7 @@ def _image_processor(transform: ImageTransform):
             )
         return LlavaImageProcessorPil(do_pad=True, size=short_side, crop_size=square, **look)
     if transform.mode == 'crop':
+        short_side = dict(shortest_edge=transform.short or size)
         return CLIPImageProcessorPil(size=short_side, crop_size=square, **look)
     if transform.mode == 'squash':
         return CLIPImageProcessorPil(size=square, do_center_crop=False, **look)

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from .names import CheckpointFormatError, Names, check_exactly, refusing
+from ..models.files import file_fault
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vlm import build_vlm, load_complete, read_tokenizer
@@ -47,7 +48,10 @@ def read_config(folder: str | Path, *kinds: str) -> dict:
 def read_json(file: str | Path) -> dict:
     "The content of a JSON file. Raises `CheckpointFormatError` for one that cannot be read."
     with refusing(f'{file} cannot be read'):
-        return json.loads(Path(file).read_text(encoding='utf8'))
+        found = json.loads(Path(file).read_text(encoding='utf8'))
+        if not isinstance(found, dict):
+            raise ValueError(f'it holds a {type(found).__name__}, no settings by name')
+    return found
 
 # %% ../../nbs/checkpoints/10_release.ipynb #af419387
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -61,6 +65,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointFormatError(f'{path} holds no weights (*.safetensors, *.bin)')
     state = {}
     for file in files:
+        if fault := file_fault(file):
+            raise CheckpointFormatError(f'{file} {fault}')
         with refusing(f'{file} is not a file of tensors', Exception):  # whatever unpickling raises
             if file.suffix == '.safetensors':
                 state |= load_file(file)

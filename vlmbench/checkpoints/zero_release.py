@@ -119,7 +119,7 @@ def outline(
     if ranges is not None:
         llm = build_surrogate(llm, ranges)
     llm.generation_config.max_new_tokens = LONGEST
-    config = tower_config(AutoConfig.from_pretrained(vision))
+    config = tower_config(AutoConfig.from_pretrained(vision, trust_remote_code=False))
     with torch.device('meta'):
         tower = AutoModel.from_config(config)
     shell, processor = build_vlm(

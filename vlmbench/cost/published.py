@@ -8,6 +8,7 @@ __all__ = ['SCALE', 'TEXT_TOKENS', 'ROWS', 'PICTURED_ROWS', 'HOURS', 'SHARES', '
            'published_times', 'planned_hours', 'published_lines', 'times_table']
 
 # %% ../../nbs/cost/30_published.ipynb #13b65478
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,7 +115,8 @@ def answer_table() -> pd.DataFrame:
 # %% ../../nbs/cost/30_published.ipynb #0b189e44
 @dataclass(frozen=True)
 class PublishedTime:
-    "`hours` that `stages` (none: all) of a recipe took on `ranks` GPUs, as published."
+    """`hours` that `stages` (none: all) of a recipe took on `ranks` GPUs, as published; `text`:
+    tokens of text a sample held, as the sizes of its files say (None: nobody knows)."""
 
     recipe: str
     scale: str
@@ -124,6 +126,7 @@ class PublishedTime:
     stages: tuple[str, ...] = ()
     variant: tuple[str, ...] = ()
     note: str = ''
+    text: int | None = None
 
     @property
     def gpu_hours(self) -> float:
@@ -131,7 +134,8 @@ class PublishedTime:
 
 
 def _vip(scale: str, gpu: str, hours: float, stage: str) -> PublishedTime:
-    return PublishedTime('vip_llava', scale, gpu, 8, hours, (stage,))
+    text = 25 if stage == 'align' else 200
+    return PublishedTime('vip_llava', scale, gpu, 8, hours, (stage,), text=text)
 
 
 _TWO_DAYS = PublishedTime('vora', 'vora_paper', 'a100-80', 32, 48, note='of which run is not said')
@@ -179,28 +183,32 @@ def published_lines(
     for known in published_times(recipe, scale, variant):
         ours = planned_hours(known, stages, mfu)
         of = ' '.join(known.stages) or 'all stages'
+        notes = [known.note] if known.note else []
+        if known.text:
+            notes.append(f'about {known.text} tokens of text a sample, --text {known.text}')
         lines.append(
             f'published, {of}: {known.gpu_hours:,.4g} GPU-hours ({known.hours:g} h on '
-            f'{known.ranks} x {known.gpu}{"; " * bool(known.note)}{known.note}), planned there '
+            f'{known.ranks} x {known.gpu}{"".join(f"; {note}" for note in notes)}), planned there '
             f'{ours * known.ranks:,.4g} ({ours:.3g} h): {ours / known.hours:.2f} of it, '
             f'{planned_hours(known, stages, mfu, padded=True) / known.hours:.2f} with padding'
         )
     return lines
 
 # %% ../../nbs/cost/30_published.ipynb #2c8fb6a1
-def times_table(texts: Sequence[int] = (100, 300)) -> pd.DataFrame:
-    "Every published time with the hours planned for it, by tokens of text a sample."
+def times_table(text: int = 100) -> pd.DataFrame:
+    """Every published time with the hours planned for it: at `text` tokens of text a sample, and at
+    as many as the files hold."""
     rows, plans = [], {}
     for known in PUBLISHED_TIMES:
         row = dict(recipe=' '.join((known.recipe, *known.variant)), scale=known.scale)
         row |= dict(stages=' '.join(known.stages) or 'all', GPUs=f'{known.ranks} x {known.gpu}')
         row['published h'] = known.hours
-        for text in texts:
-            which = known.recipe, known.scale, known.variant, text
-            if which not in plans:
-                plans[which] = plan(*which[:3], data=Data(text_tokens=text), ranks=8)
-            row[f'planned h, text {text}'] = round(planned_hours(known, plans[which]), 1)
-            padded = planned_hours(known, plans[which], padded=True)
-            row[f'with padding, text {text}'] = round(padded, 1)
+        for name, tokens in {f'text {text}': text, 'own text': known.text}.items():
+            which = known.recipe, known.scale, known.variant, tokens
+            if tokens and which not in plans:
+                plans[which] = plan(*which[:3], data=Data(text_tokens=tokens), ranks=8)
+            for kind, padded in {'planned h': False, 'with padding': True}.items():
+                hours = planned_hours(known, plans[which], padded=padded) if tokens else math.nan
+                row[f'{kind}, {name}'] = round(hours, 2)
         rows.append(row)
     return pd.DataFrame(rows)

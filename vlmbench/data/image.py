@@ -10,7 +10,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'HALF', 'RESAMPLE', 'NEXT_GRID', 'MODES', 't
 
 # %% ../../nbs/data/20_image.ipynb #9997f75b
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 import numpy as np
 import torch
@@ -91,12 +91,11 @@ def pad_to_square(
     return canvas
 
 
-def crop(
-    img: Image.Image, size: int, resample: str = 'bicubic', short_side: int = 0
-) -> Image.Image:
-    "Resize the shorter side to `short_side` (0: `size`), then cut the central square of `size`."
+def crop(img: Image.Image, size: int, resample: str = 'bicubic', short: int = 0) -> Image.Image:
+    """Resize the shorter side to `short` (0: to `size`), then cut the central square of `size`.
+    Raises `ImageError` for slivers."""
     w, h = img.size
-    short = short_side or size
+    short = short or size
     new = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
     _size_limit(*new, f'resizing {w} x {h} by its short side')
     img = img.resize(new, RESAMPLE[resample])
@@ -235,8 +234,8 @@ class ImageTransform:
     `size`: side of the square (of a tile; the long side for any_aspect; of the square with the
     picture's area for area; unused by native), or (height, width) for squash. `multiple`: side
     lengths are multiples of it in any_aspect, area and native (0: `patch`). `background`: colour
-    for pad (None: the mean colour). `short_side`: what crop resizes the shorter side to before it
-    cuts (0: `size`)."""
+    for pad (None: the mean colour). `short`: side of the short edge before crop cuts the square
+    (0: `size`), which other modes ignore."""
 
     mode: str = 'squash'
     size: int | tuple[int, int] = 224
@@ -249,7 +248,7 @@ class ImageTransform:
     multiple: int = 0
     min_pixels: int = 56 * 56
     max_pixels: int = 14 * 14 * 50 * 80
-    short_side: int = 0
+    short: int = 0
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -263,11 +262,8 @@ class ImageTransform:
                 object.__setattr__(self, f.name, _tuples(v))
         if self.mode != 'squash' and not isinstance(self.size, int):
             raise ValueError(f'size={self.size} must be one number for mode={self.mode!r}')
-        if self.short_side and (self.mode != 'crop' or self.short_side < self.size):
-            raise ValueError(
-                f'short_side={self.short_side} goes with mode=crop and a size of at most that, '
-                f'got mode={self.mode!r} and size={self.size}'
-            )
+        if self.mode == 'crop' and 0 < self.short < self.size:
+            raise ValueError(f'short={self.short} is less than the size={self.size} to be cut')
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError('mean and std take three channel values')
 
@@ -281,6 +277,11 @@ class ImageTransform:
         if unknown := set(settings) - {f.name for f in fields(cls)}:
             raise ValueError(f'unknown image setting {sorted(unknown)}')
         return cls(**{k: _tuples(v) for k, v in settings.items()})
+
+    def resized(self, size: int) -> 'ImageTransform':
+        "The same policy for pictures of `size` px; what is cut off keeps its share."
+        short = round(self.short * size / self.size) if self.short else 0
+        return replace(self, size=size, short=short)
 
     @classmethod
     def from_image_processor(
@@ -308,7 +309,7 @@ def resize(self: ImageTransform, img: Image.Image) -> list[Image.Image]:
     if self.mode == 'tiles':
         return tiles(img, self.size, self.grid, self.resample)
     if self.mode == 'crop':
-        return [crop(img, self.size, self.resample, self.short_side)]
+        return [crop(img, self.size, self.resample, self.short)]
     if self.mode == 'any_aspect':
         return [any_aspect(img, self.size, multiple, self.resample)]
     if self.mode == 'area':
@@ -377,10 +378,11 @@ def from_image_processor(config: dict, mode: str | None = None, patch: int = 14)
     size, crops = _side(size, 'size'), config.get('do_center_crop', False) and cut is not None
     if mode is None:
         mode = _processor_mode(config, short, crops)
-    extra: dict = {}
-    if crops and cut != size:  # DINOv2's: resized to 256, cut to 224
-        extra = dict(short_side=size) if mode == 'crop' else {}
-        size = cut
+    extra = {}
+    if crops and cut != size:  # DINOv2: the short edge to 256 px, the central 224 of them
+        if mode == 'crop' and not isinstance(cut, int):
+            raise ValueError(f'crop_size={cut} is no square, which is not supported')
+        extra, size = dict(short=size) if mode == 'crop' else {}, cut
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # changes nothing
     if config.get('do_normalize', True):
         mean = tuple(config.get('image_mean', CLIP_MEAN))

@@ -17,7 +17,7 @@ from .collate import _n_tokens, _round_up, collate_packed, collate_padded, trunc
 from .mixture import StatefulSampler
 from .quarantine import Quarantine
 from .shape import full_rows
-from .stream import StreamedSamples, add_marks, new_marks, stream_marks
+from .stream import DrawnSamples
 from .template import Encoded
 from .workers import Workers
 
@@ -233,7 +233,7 @@ class BatchLoader:
         # where the loader stands: the next draw, and [draw, tokens] of the documents that wait
         self._at, self._start = (sampler.position, []), sampler.position
         self._turn, self._ended = 0, False
-        self.streamed = isinstance(samples, StreamedSamples)  # its rows are seen when drawn
+        self.streamed = isinstance(samples, DrawnSamples)  # its rows are seen when drawn
         if quarantine is not None and not quarantine.n_seen and not self.streamed:
             quarantine.seen(len(samples))  # unless its readers did
 
@@ -329,14 +329,14 @@ def _document_with_notes(self: BatchLoader, draw: tuple[int, int]) -> tuple:
 
     Quarantine.note = note  # in this process alone
     doc, events = self._document(*draw)
-    return draw[0], doc, events, notes, new_marks(self.samples) if self.streamed else []
+    return draw[0], doc, events, notes, self.samples.new_marks() if self.streamed else []
 
 
 @patch
 def _replay(self: BatchLoader, notes: list, marks: list) -> None:
     "Count the notes of a worker process where its readers would have; keep its stream's marks."
     if marks:
-        add_marks(self.samples, marks)
+        self.samples.add_marks(marks)
     place = self.quarantine
     if place is None:
         place = getattr(self.samples, 'quarantine', None)
@@ -537,7 +537,7 @@ def state_dict(self: BatchLoader) -> dict:
     first = min(self.sampler.draw(k) for k in [position, *(draw for draw, _ in waiting)])
     return dict(
         settings=self._settings(),
-        stream=stream_marks(self.samples, first) if self.streamed else None,
+        stream=self.samples.marks(first) if self.streamed else None,
         sampler=dict(self.sampler.state_dict(), position=position),
         waiting=[list(w) for w in waiting],
         counts=dict(self.counts),
@@ -557,7 +557,7 @@ def load_state_dict(self: BatchLoader, state: dict):
     if wrong:
         raise ValueError(f'the loader state belongs to other batches: {", ".join(wrong)}')
     if self.streamed:
-        add_marks(self.samples, list(state['stream'].items()))
+        self.samples.add_marks(list(state['stream'].items()))
     self.sampler.load_state_dict(state['sampler'])
     self._turn += 1  # a running iteration must not go on
     self._at = (self.sampler.position, [list(w) for w in state['waiting']])

@@ -6,7 +6,7 @@
 __all__ = ['Workers']
 
 # %% ../../nbs/data/49_workers.ipynb #75ac6bf1
-import io, multiprocessing, os, queue, signal, threading, warnings
+import io, itertools, mmap, multiprocessing, os, queue, signal, threading, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -51,18 +51,43 @@ def _sent(outcome: Any) -> tuple[bytes, list[memoryview]]:
         fault = outcome if isinstance(outcome, Exception) else e
         return _pickled(RuntimeError(f'{type(fault).__name__}: {fault}'))
 
+# %% ../../nbs/data/49_workers.ipynb #ff94d4bd
+_AHEAD = 4  # items that a worker has before it at most
+_SLOT = (
+    32 << 20
+)  # bytes of the largest result that is shared, an EVE canvas of 1,344 px takes 22 MB
+
+
+def _make_slots() -> np.ndarray:
+    "Memory for as many results as a worker is ahead, `[ahead, bytes]`."
+    return np.frombuffer(mmap.mmap(-1, _AHEAD * _SLOT), np.uint8).reshape(_AHEAD, _SLOT)
+
+
+def _pieces(slot: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    "The bytes of each of `sizes` in `slot`, one after the other."
+    ends = list(itertools.accumulate(sizes))
+    return [slot[end - size : end] for size, end in zip(sizes, ends)]
+
 # %% ../../nbs/data/49_workers.ipynb #c94dd580
-def _send(pipe: Any, data: bytes, buffers: list[memoryview]) -> None:
+def _send(pipe: Any, data: bytes, buffers: list[memoryview], slot: np.ndarray) -> None:
     "Send what `_sent` made."
-    pipe.send((data, [len(buffer) for buffer in buffers]))
-    for buffer in buffers:
+    sizes = [len(buffer) for buffer in buffers]
+    shared = sum(sizes) <= len(slot)
+    if shared:
+        for piece, buffer in zip(_pieces(slot, sizes), buffers):
+            np.copyto(piece, np.frombuffer(buffer, np.uint8))
+    pipe.send((data, sizes, shared))
+    for buffer in () if shared else buffers:
         while len(buffer):
             buffer = buffer[os.write(pipe.fileno(), buffer) :]
 
 
-def _receive(pipe: Any) -> Any:
+def _receive(pipe: Any, slot: np.ndarray) -> Any:
     "What was sent. Raises EOFError where the other side is gone."
-    data, sizes = pipe.recv()
+    data, sizes, shared = pipe.recv()
+    if shared:
+        buffers = [piece.copy() for piece in _pieces(slot, sizes)]
+        return ForkingPickler.loads(data, buffers=buffers)
     buffers = [np.empty(size, np.uint8) for size in sizes]
     for buffer in buffers:
         rest = memoryview(buffer)
@@ -75,10 +100,9 @@ def _receive(pipe: Any) -> Any:
 
 # %% ../../nbs/data/49_workers.ipynb #ff1aedc0
 _IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
-_AHEAD = 4  # items that a worker has before it at most
 
 
-def _serve(work: Callable[[Any], Any], pipe: Any, parent: int) -> None:
+def _serve(work: Callable[[Any], Any], pipe: Any, slots: np.ndarray, parent: int) -> None:
     "What a worker does until the parent closes the pipe or is gone."
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -87,8 +111,9 @@ def _serve(work: Callable[[Any], Any], pipe: Any, parent: int) -> None:
 
     def send() -> None:
         try:
-            while True:
-                _send(pipe, *results.get())
+            for turn in itertools.count():
+                # the parent has taken what lay here before it asks for this item
+                _send(pipe, *results.get(), slots[turn % _AHEAD])
         except OSError:  # the parent takes no more
             os._exit(0)
 
@@ -117,11 +142,12 @@ class Workers:
             raise ValueError(f'count={count}: at least 1 worker')
         fork = multiprocessing.get_context('fork')
         self.processes, self.pipes = [], []
+        self.slots, self.taken = [_make_slots() for _ in range(count)], [0] * count
         for number in range(count):
             mine, theirs = fork.Pipe()
             process = fork.Process(
                 target=_serve,
-                args=(work, theirs, os.getpid()),
+                args=(work, theirs, self.slots[number], os.getpid()),
                 name=f'vlmbench-worker-{number}',
                 daemon=True,
             )
@@ -171,8 +197,10 @@ def _send(self: Workers, number: int, item: Any) -> None:
 
 @patch
 def _take(self: Workers, number: int, item: Any) -> Any:
+    slot = self.slots[number][self.taken[number] % _AHEAD]
+    self.taken[number] += 1
     try:
-        outcome = _receive(self.pipes[number])
+        outcome = _receive(self.pipes[number], slot)
     except (EOFError, OSError):
         raise self._died(number, item) from None
     if isinstance(outcome, Exception):

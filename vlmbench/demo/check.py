@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.load import find_model
-from ..checkpoints.zoo import PUBLISHED
+from ..checkpoints.zero_names import released_name
 from ..data.scene import WorldConfig, make_scene
 from ..data.world import render
 from .chat import Chat, ChatError, ChatModel
@@ -34,14 +34,11 @@ def check_model(
 ) -> Iterator[str]:
     """Loads the model `name`, asks it `question` about a picture, and yields what was found, a line
     each, as it is found. `base`: the language model of a projector alone, by default the one that
-    was published with it; `settings`: of `ChatModel.load`. Raises `ChatError` where it does not
+    it was trained with; `settings`: of `ChatModel.load`. Raises `ChatError` where it does not
     load, has broken weights, or answers nothing."""
-    known = PUBLISHED.get(str(name))
-    if known is not None and known.form == 'projector' and base is None:
-        base = known.base
     began = time.perf_counter()
     model = ChatModel.load(name, base=base, **settings)
-    if known is None or known.form != 'parts':
+    if not released_name(name):  # of which the parts lie in several places
         yield f'found: {find_model(name)}'
     weights = sum(p.numel() for p in model.model.parameters())
     seconds = time.perf_counter() - began

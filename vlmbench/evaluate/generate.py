@@ -442,6 +442,7 @@ def evaluate(
     on_batch: Callable[[int, int], None] | None = None,
     ranks: Any = None,
     engine: Any = None,
+    weights: str | None = None,
 ) -> Results:
     """Answers of `model` to all of `task`, greedy, scored.
 
@@ -454,7 +455,8 @@ def evaluate(
     copied beside the results for the report. `on_batch(done, total)` is called after each batch;
     raise from it to stop early. `ranks`: the `Ranks` that share the questions, every one of which
     must make this call; all get all answers, and rank 0 writes them. `engine`: what writes the
-    words in the model's place (`vlmbench.evaluate.engines`), greedily.
+    words in the model's place (`vlmbench.evaluate.engines`), greedily. `weights`: what the results
+    call the weights (None: their `fingerprint`).
 
     Raises ValueError for a blind run without pictures, a log of other weights or of another engine,
     a prompt that differs from the training prompt, or an engine that should sample."""
@@ -467,7 +469,7 @@ def evaluate(
             'temperature at 0, or ask without an engine'
         )
     facts = dict(
-        model=fingerprint(model) if engine is None else engine.fingerprint,
+        model=weights or (fingerprint(model) if engine is None else engine.fingerprint),
         dtype=str(next(model.parameters()).dtype).removeprefix('torch.'),
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         transform=_function_name(transform),

@@ -45,6 +45,7 @@ def read_published(method: str) -> pd.DataFrame:
 
 # %% ../../nbs/evaluate/21_published.ipynb #a6012f37
 _SAME = ['benchmark', 'split', 'metric']
+_MEASURED = [*_SAME, 'shots', 'value']
 _WHOLE = {'perception', 'cognition', 'score', 'meteor', 'cider'}  # no shares of one
 
 
@@ -55,20 +56,23 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def measured(folders: Iterable[str | Path]) -> pd.DataFrame:
-    """What evaluations in `folders` have measured on official files, with the pictures shown: run,
-    benchmark, split, metric and value, in the units of the papers."""
+    """What evaluations in `folders` have measured on official files, with the pictures shown, and
+    harnesses on theirs: run, benchmark, split, metric, shots and value, in the units of the
+    papers."""
     rows = []
     for folder in map(Path, folders):
         for path in sorted((folder / 'results').glob('*.json')):
             result = json.loads(path.read_text(encoding='utf8'))
-            if not isinstance(result, dict) or 'kind' not in result:
+            if not isinstance(result, dict):
                 continue
-            if result.get('condition') in ('image', 'judged'):
+            for one in result.get('measured') or []:  # by a harness, in the papers' units
+                rows.append(dict(run=folder.name, **{k: one[k] for k in _MEASURED}))
+            if 'kind' in result and result.get('condition') in ('image', 'judged'):
                 same = dict(run=folder.name, benchmark=result['kind'], split=result['split'] or '')
                 for metric, value in _numbers(result).items():
                     units = value if metric in _WHOLE else 100 * value
-                    rows.append(dict(same, metric=metric, value=units))
-    return pd.DataFrame(rows, columns=['run', *_SAME, 'value'])
+                    rows.append(dict(same, metric=metric, shots='', value=units))
+    return pd.DataFrame(rows, columns=['run', *_MEASURED])
 
 # %% ../../nbs/evaluate/21_published.ipynb #e4558c82
 NOT_MEASURED = 'not measured here'
@@ -76,19 +80,26 @@ NOT_MEASURED = 'not measured here'
 
 def beside_published(folders: Sequence[str | Path], method: str) -> pd.DataFrame:
     """The published table of a method with a column for each run in `folders`: its number on the
-    same benchmark, split and metric, or `NOT_MEASURED`. `difference` is that of the last run that
-    has a number. Raises `ValueError` for a method without a table."""
+    same benchmark, split and metric (and examples in the prompt), or `NOT_MEASURED`. `difference`
+    is that of the last run that has a number. Raises `ValueError` for a method without a table."""
     paper = read_published(method)
     own = measured(folders)
     table = paper[['model', 'arm', *_SAME, 'shots', 'value', 'source']].copy()
     table['difference'] = float('nan')
     for name, part in own.groupby('run', sort=False):
-        found = part.set_index(_SAME)['value'].to_dict()
-        values = [found.get(tuple(row)) for row in table[_SAME].to_numpy()]
+        found = part.set_index([*_SAME, 'shots'])['value'].to_dict()
+        values = [_value(found, tuple(row)) for row in table[[*_SAME, 'shots']].to_numpy()]
         table[name] = [NOT_MEASURED if v is None else round(v, 2) for v in values]
         there = pd.Series(values, index=table.index, dtype=float) - table['value']
         table['difference'] = there.where(there.notna(), table['difference'])
     return table.reset_index(drop=True)
+
+
+def _value(found: Mapping[tuple, float], asked: tuple) -> float | None:
+    "The number with the paper's examples, or any where the paper does not say how many."
+    if asked[-1] or asked in found:
+        return found.get(asked)
+    return next((value for key, value in found.items() if key[:-1] == asked[:-1]), None)
 
 
 def measured_too(table: pd.DataFrame) -> pd.DataFrame:

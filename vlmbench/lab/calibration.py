@@ -24,7 +24,7 @@ from transformers import (
 )
 
 # %% ../../nbs/lab/12_calibration.ipynb #37ed2c0f
-from ..checkpoints.load import converts, load_vlm
+from ..checkpoints.load import converts, known_type, load_vlm
 from ..checkpoints.zero_names import released_name
 from ..data.collate import collate_padded
 from ..data.record import Sample
@@ -54,17 +54,19 @@ def load_any(
     if released_name(folder) or Path(folder).is_dir() and converts(folder):
         model, processor = load_vlm(folder, device, dtype=dtype, device_map=device_map)
         return (_with_adapters(model, adapters).eval() if adapters else model), processor
+    if Path(folder).is_dir():
+        known_type(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except OSError as e:
         raise FileNotFoundError(f'no model at {folder!r}: {e}') from None
     settings = dict(dtype=dtype) | (dict(device_map=device_map) if device_map else {})
     if type(config) in AutoModelForImageTextToText._model_mapping:
         model = load_complete(AutoModelForImageTextToText, folder, **settings)
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     elif type(config) in AutoModelForCausalLM._model_mapping:
         model = load_complete(AutoModelForCausalLM, folder, **settings)
-        processor = AutoTokenizer.from_pretrained(folder)
+        processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     else:
         raise ValueError(
             f'{folder}: {config.model_type} is neither a causal language model nor an '

@@ -25,6 +25,7 @@ from PIL import Image
 # %% ../../nbs/lab/10_report.ipynb #42593606
 from ..evaluate.published import NOT_MEASURED, beside_published, measured_too
 from ..evaluate.results import accuracy_table, load_results, paired_table, run_facts
+from .curves import harness_figure, harness_numbers
 from vlmbench.lab.page import (
     NOT_RECORDED,
     Section,
@@ -480,6 +481,19 @@ def _loss_section(found: _Findings) -> Section:
     return Section('loss', 'Training loss', '', content)
 
 
+def _harness_section(found: _Findings) -> list[Section]:
+    "What was asked while the runs trained; no section where nothing was."
+    asked = {
+        (run.method, run.seed, stage): harness_numbers(run.folder / 'stages' / stage)
+        for run in found.runs
+        for stage in run.metrics
+    }
+    if not any(map(len, asked.values())):
+        return []
+    drawn = found.draw('harness', 'Benchmarks while training', harness_figure, asked)
+    return [Section('harness', 'While training', '', drawn)]
+
+
 def _freeze_section(found: _Findings) -> Section:
     boxes = []
     for method in found.methods:
@@ -532,6 +546,7 @@ def _sections(found: _Findings) -> list[Section]:
         _paired_section(found),
         *([_published_section(found)] if found.published else []),
         _loss_section(found),
+        *_harness_section(found),
         Section('examples', 'Examples', shown, examples_html(found.examples)),
         _freeze_section(found),
         Section('speed', 'Speed and memory', speed, speed_html(found.runs)),

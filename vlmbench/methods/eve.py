@@ -20,9 +20,8 @@ from .base import Method, option, whole_language_model
 from .credits import CREDITS, REFERENCES
 from .llava import INSTRUCT_DATA, LLaVA
 from ..models.vision import front_end_class
-from ..models.vlm import tower_transform
 from ..train.recipe import Recipe, RecipeError, Stage, Tune, full
-from ..train.scale import Scale, base_model
+from ..train.scale import Scale
 from ..train.stages import RunState, stage_processor
 
 # %% ../../nbs/methods/20_eve.ipynb #4f7b6c74
@@ -62,10 +61,17 @@ _LAPTOP = dict(
 _STEPS = dict(
     prealign=dict(data='EVE-cap33M', epochs=16 / 33, drop_last=True, global_rows=512),
     pretrain=dict(data='EVE-cap33M', epochs=1.0, drop_last=True, global_rows=512),
-    finetune=dict(data='llava_v1_5_mix665k', steps=5_196, global_rows=128, grouping='modality'),
+    finetune=dict(
+        data='llava_v1_5_mix665k',
+        epochs=1.0,
+        drop_last=True,
+        global_rows=128,
+        grouping='modality',
+    ),
     finetune_hd=dict(
         data='eve_instruct_mix1.8m',
-        steps=14_060,
+        epochs=1.0,
+        drop_last=True,
         global_rows=128,
         grouping='modality',
         max_tokens=4096 + 2352,
@@ -229,8 +235,7 @@ def build(self: EVE, state: RunState) -> None:
     multiple = stride_of(front_end)
     if self.align:
         multiple *= teacher_ratio(recipe.canvas, front_end, scale.tower_config)
-    where = base_model(scale.vision)
-    colours = tower_transform(where, scale.tower_config)
+    colours = scale.pictures()
     mode = 'any_aspect' if self.patches == 'eve' else 'area'
     state.model, state.processor = scale.build(
         recipe,
@@ -263,7 +268,7 @@ def make_aligner(state: RunState, canvas: int) -> PatchAligner:
     ratio = teacher_ratio(canvas, front_end, teacher.config)
     view = ImageTransform()
     if not state.weightless:
-        view = tower_transform(base_model(state.scale.vision), teacher.config)
+        view = state.scale.pictures()
     with torch.random.fork_rng(devices=[]), torch.device('meta' if state.weightless else 'cpu'):
         torch.manual_seed(state.seed)
         return PatchAligner(

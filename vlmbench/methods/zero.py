@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_SCALES', 'Ranges', 'MEASURED_SPLITS', 'FRONT_END',
            'STAGES', 'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of',
-           'Zero', 'graft_onto', 'check_origin']
+           'Zero', 'check_target', 'graft_onto', 'check_origin']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
@@ -433,6 +433,26 @@ def before_stage(self: Zero, state: RunState) -> None:
     if state.stage.name in on_surrogate and self.cuts and not depth_of(state.model).translators:
         ranges = default_ranges(state.scale) if self.ranges is None else self.ranges
         state.model = build_surrogate(state.model, ranges)
+    if state.stage.name in on_surrogate and self.grafts and not state.weightless:
+        check_target(state)
+
+
+def check_target(state: RunState) -> None:
+    """Raises `RecipeError` where the surrogate in `state.model` cannot be grafted onto the scale's
+    language model, by what its configuration says: before it trains, not after."""
+    record = depth_of(state.model)
+    if not record.translators:
+        return
+    ours = state.model.config.get_text_config()
+    theirs = state.scale.decoder_config
+    cut_from = record.source_layers, ours.hidden_size
+    target = theirs.num_hidden_layers, theirs.hidden_size
+    if cut_from != target:
+        raise RecipeError(
+            f'graft: the surrogate was cut from a language model of {cut_from[0]} layers of width '
+            f'{cut_from[1]}, and {state.scale.llm} has {target[0]} of {target[1]}: give the scale '
+            'of the one that it was cut from, or keep the surrogate (variant=["grafts=no"])'
+        )
 
 
 @patch

@@ -180,6 +180,17 @@ class VLMProcessor(ProcessorMixin):
         return {**super().to_dict(), **ours}
 
     @classmethod
+    def get_processor_dict(cls, where, **settings) -> tuple[dict, dict]:
+        "As in transformers; `OSError` for a folder that does not say how pictures become tokens."
+        found, rest = super().get_processor_dict(where, **settings)
+        if 'front_end' not in found:
+            raise OSError(
+                f'{where} has no processor_config.json that says how pictures become tokens: give '
+                'the whole folder, as it was saved'
+            )
+        return found, rest
+
+    @classmethod
     def register_for_auto_class(cls, auto_class='AutoProcessor'):
         "Nothing: saving would copy our sources beside the file that imports them."
 

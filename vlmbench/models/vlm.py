@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AddedToken,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,6 +33,7 @@ from transformers.utils.hub import cached_file
 from ..data.image import CLIP_MEAN, CLIP_STD, HALF, ImageTransform, from_image_processor
 from ..data.template import IMAGE
 from .attention import check_attention
+from .files import check_files, has_tokenizer
 from .groups import GROUPS
 from vlmbench.models.modeling import (
     VLMConfig,
@@ -63,8 +66,11 @@ AutoProcessor.register(VLMConfig, VLMProcessor)
 # %% ../../nbs/models/20_vlm.ipynb #7839dbc6
 def load_complete(auto_class: type, path: str | Path | None, **settings) -> PreTrainedModel:
     """`auto_class.from_pretrained(path, **settings)`, with generation settings that can be saved
-    again. Raises `ValueError` naming the weights that the folder lacks."""
-    model, info = auto_class.from_pretrained(path, output_loading_info=True, **settings)
+    again. Raises `ValueError` naming the weights that the folder lacks, or a damaged file."""
+    if path is not None:  # None: the settings bring configuration and weights
+        check_files(path)
+    settings |= dict(output_loading_info=True, trust_remote_code=False)  # which never asks
+    model, info = auto_class.from_pretrained(path, **settings)
     _refuse_missing(info['missing_keys'], path, model)
     mend_generation(model, path)
     return model
@@ -112,7 +118,8 @@ def _unsaveable(settings) -> str | None:
 def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrainedModel:
     """The vision tower of a Hub-layout folder or name: vision-only, or the vision half of a
     CLIP-like model. Raises `ValueError` if weights miss."""
-    config = AutoConfig.from_pretrained(path)
+    check_files(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     vision = tower_config(config)
     model, info = MODEL_MAPPING[type(vision)].from_pretrained(
         path, config=vision, dtype=dtype, output_loading_info=True
@@ -128,9 +135,12 @@ def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTraine
 # %% ../../nbs/models/20_vlm.ipynb #d60e1b24
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub-layout folder or name, be it `tokenizer.json` or only
-    `tokenizer.model`. Raises `ValueError` where the latter cannot be read here, with the reason."""
+    `tokenizer.model`. Raises `ValueError` where there is none, or where the latter cannot be read
+    here, with the reason."""
+    if not has_tokenizer(path):
+        raise ValueError(f'{path} has no tokenizer (tokenizer.json or tokenizer.model)')
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_config_for(path))
     except (ValueError, ImportError) as e:
         if (fault := _sentencepiece_fault(path)) is None:
             raise
@@ -138,6 +148,14 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f'{path} has its tokenizer as tokenizer.model only, and that cannot be read ({fault}): '
             "pip install 'sentencepiece>=0.2.1,<0.2.3' protobuf"
         ) from e
+
+
+def _config_for(path: str | Path) -> dict[str, PreTrainedConfig]:
+    "An empty configuration in place of one that transformers does not know, and remarks on."
+    file = Path(path) / 'config.json'
+    if not file.is_file() or json.loads(file.read_bytes()).get('model_type') in CONFIG_MAPPING:
+        return {}
+    return dict(config=PreTrainedConfig())
 
 
 def _sentencepiece_fault(path: str | Path) -> str | None:

@@ -7,8 +7,9 @@ __all__ = ['Base', 'Vision', 'refusing', 'chat', 'serve']
 
 # %% ../../nbs/run/09_cli_chat.ipynb #55747f5b
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -24,7 +25,10 @@ _Model = Annotated[
 ]
 Base = Annotated[
     Optional[str],
-    typer.Option(help='Language model of a LoRA release or of a projector alone (folder or name).'),
+    typer.Option(
+        help='Language model of a LoRA release or of a projector alone (folder or name); default: '
+        'the one that it was published with.'
+    ),
 ]
 Vision = Annotated[
     Optional[str],
@@ -84,6 +88,13 @@ def refusing(function, *args, **kwargs):
     except (ValueError, ImportError, OSError) as e:
         raise ParameterError(str(e)) from e
 
+# %% ../../nbs/run/09_cli_chat.ipynb #6a95c961
+def _loading(options: Mapping[str, Any]) -> Any:
+    "How a command with these `options` loads its models: those that a `Loading` has."
+    from vlmbench.demo.chat import Loading
+
+    return Loading(**{field.name: options[field.name] for field in fields(Loading)})
+
 # %% ../../nbs/run/09_cli_chat.ipynb #b30c2cde
 def chat(
     model: _Model,
@@ -141,7 +152,7 @@ def chat(
 ) -> None:
     """Talk about a picture and point at things in it, or, without --image, about text: streams
     answers, remembers the turns, saves the marked picture."""
-    from vlmbench.demo.chat import Loading
+    loading = _loading(locals())
     from vlmbench.demo.terminal import chat_command
 
     refusing(
@@ -159,18 +170,7 @@ def chat(
         temperature,
         seed,
         top_p,
-        loading=Loading(
-            device=device,
-            device_map=device_map,
-            dtype=dtype,
-            offload_folder=offload_folder,
-            load_4bit=load_4bit,
-            load_8bit=load_8bit,
-            image_mode=image_mode,
-            template=template,
-            base=base,
-            vision=vision,
-        ),
+        loading=loading,
     )
 
 # %% ../../nbs/run/09_cli_chat.ipynb #4d198481
@@ -297,7 +297,7 @@ def serve(
     vlmbench serve --drop NAME --to http://HOST:10000"""
     here = dict(models=models, image=image, api=api)
     _check_role(add, drop, to, here, dict(name=name, address=address))
-    from vlmbench.demo.chat import Loading
+    loading = _loading(locals())
     from vlmbench.demo.controller import token_from
     from vlmbench.demo.serve import Limits, serve_command
     from vlmbench.demo.worker import add_command, drop_command
@@ -307,18 +307,6 @@ def serve(
         gone = refusing(drop_command, drop, to, token)
         typer.echo(f'{drop}: {gone} worker{"s" if gone > 1 else ""} dropped')
         return
-    loading = Loading(
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        offload_folder=offload_folder,
-        load_4bit=load_4bit,
-        load_8bit=load_8bit,
-        image_mode=image_mode,
-        template=template,
-        base=base,
-        vision=vision,
-    )
     if add is not None:
         place = dict(host=host, port=port or 0, address=address, name=name, token=token)
         refusing(add_command, add, to, **place, max_new_tokens=max_new_tokens, loading=loading)

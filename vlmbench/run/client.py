@@ -6,7 +6,7 @@
 __all__ = ['STOP_SIGNALS', 'OUTPUT_CAP', 'Signals', 'NotebookClient']
 
 # %% ../../nbs/run/06_client.ipynb #b872ef57
-import os, signal, threading, uuid
+import os, signal, threading, time, uuid
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,12 @@ def _handles(pid: int, number: int) -> bool:
 class Signals:
     """While entered, catches TERM, INT, USR1, USR2 and passes them to the kernel process `pid`.
     `received` holds their names, `stopping` is true after the first. After `grace` seconds a kernel
-    that has not stopped is interrupted, then killed."""
+    that has not stopped is interrupted, then killed; at a second signal at once."""
 
     def __init__(self, grace: float):
         self.pid: int | None = None
         self.received: list[str] = []
-        self.grace, self._old, self._timers = grace, {}, []
+        self.grace, self._old, self._timers, self._asked = grace, {}, [], 0.0
 
     @property
     def stopping(self) -> bool:
@@ -64,24 +64,27 @@ class Signals:
             signal.signal(s, handler)
 
     def _caught(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        first = not self.received
+        if not first and now - self._asked < 1:
+            return  # one wish: a launcher may pass a signal on that came to us as well
         self.received.append(signal.Signals(number).name)
+        self._asked = now
         if self.pid is None:
             return  # no kernel yet: the next cell is not started
-        first = len(self.received) == 1
-        if len(self.received) > 2:
-            self._send(signal.SIGKILL)
-        elif first and number in STOP_SIGNALS and _handles(self.pid, number):
+        if first and number in STOP_SIGNALS and _handles(self.pid, number):
             self._send(number)
         else:
             self._send(signal.SIGINT)
-        if first:
-            self._timers = [
-                threading.Timer(self.grace, self._send, [signal.SIGINT]),
-                threading.Timer(self.grace + 10, self._send, [signal.SIGKILL]),
-            ]
-            for t in self._timers:
-                t.daemon = True  # a waiting timer must not keep the engine alive
-                t.start()
+        # who asks twice does not wait for a step to end, nor for a library to come back
+        self._later(self.grace if first else 2, signal.SIGINT)
+        self._later(self.grace + 10 if first else 3, signal.SIGKILL)
+
+    def _later(self, seconds: float, number: int) -> None:
+        timer = threading.Timer(seconds, self._send, [number])
+        timer.daemon = True  # a waiting timer must not keep the engine alive
+        timer.start()
+        self._timers.append(timer)
 
     def _send(self, number: int) -> None:
         try:

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from ..checkpoints.card import run_origin, with_scores, write_card
 from ..analysis.weights import revert_layers
 from ..checkpoints.load import find_model, is_foreign, load_vlm
 from ..checkpoints.projector import after_projector, use_projector
+from ..cost.memory import Layout, MemoryRefused, check_memory
 from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
 from ..evaluate.assess import ask_before, assess, load_tasks
 from ..evaluate.engines import start_engine
 from ..evaluate.tasks import Task
+from ..evaluate.while_training import WhileTraining, harness_callback, sorted_tasks
 from ..methods.recipes import find_scale, get_method, get_recipe
 from ..models.vision import front_end_class
 from ..models.vlm import VLMForConditionalGeneration
@@ -32,6 +35,7 @@ from ..train.checkpoint import CheckpointError, check_identity, export
 from ..train.process import Preempted, Ranks, StopFlag
 from ..train.recipe import Recipe, RecipeError
 from ..train.scale import Scale
+from ..train.sharding import LAYOUTS, Parallel
 from ..train.stages import RunResult, RunState, run_stages
 
 # %% ../../nbs/run/15_jobs.ipynb #43a09ea0
@@ -107,7 +111,12 @@ def train_job(
     recipe = after_projector(whole, settings['stages'], settings['projector'])
     check_data({stage.name: stage.data for stage in recipe.stages}, data)
     with Job(folder, stop_flag, settings['device']) as job:
-        state, announced = _build(job, method, recipe, scale, settings)
+        announced = [_memory(job, method, recipe, scale, settings)]
+        asking = _asking(job, settings, data)  # an unknown task ends the run here
+        state, more = _build(job, method, recipe, scale, settings)
+        announced += more
+        if asking is not None:
+            asking.transform = partial(method.transform, state)
         sizes = sum(p.numel() for p in state.model.parameters())
         shown = dict(parameters=sizes, device=str(job.ranks.device), announced=announced)
         questions, before = _questions(settings, data), {}
@@ -118,7 +127,7 @@ def train_job(
                 before = ask_before(
                     state.model, state.processor, questions, folder, job.check, **ask
                 )
-        trained = _train(job, method, state, settings, data)
+        trained = _train(job, method, state, settings, data, asking)
         with job.phase('export'):
             if job.main:
                 export(trained.model, trained.processor, job.folder / 'model', overwrite=True)
@@ -154,6 +163,28 @@ def asked_tasks(folder: str | Path, tasks: Sequence[str]) -> list[str]:
     files = [Path(folder) / f'{name}{end}' for name in tasks for end in DATA_FILES]
     there = [path for path in files if path.exists()]
     return [] if list(tasks) == WORLD_TASKS and not there else list(tasks)
+
+# %% ../../nbs/run/15_jobs.ipynb #807bafdd
+def _memory(job: Job, method, recipe, scale, settings) -> str:
+    """What the training needs beside what is free on the machine of the first rank, before any
+    weight loads. Raises `MemoryRefused` where it is more, unless `allow_over` insists."""
+    with job.phase('memory'):
+        if not job.main:
+            return ''
+        layout = Layout(
+            job.ranks.size,
+            job.ranks.here,
+            settings['parallel'],
+            settings['offload'],
+            str(job.ranks.device),
+            settings['precision'],
+        )
+        try:
+            return check_memory(method, recipe, scale, layout)
+        except MemoryRefused as e:
+            if not settings['allow_over']:
+                raise
+            return f'allow_over=true: {e}'
 
 # %% ../../nbs/run/15_jobs.ipynb #e3a65b2f
 def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
@@ -200,7 +231,15 @@ def _questions(settings: Mapping[str, Any], data: str) -> dict:
     return load_tasks(data, settings['tasks'], settings['limit'], settings['image_roots'])
 
 # %% ../../nbs/run/15_jobs.ipynb #2b8ae4dc
-def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> RunResult:
+def _train(
+    job: Job,
+    method,
+    state,
+    settings: Mapping[str, Any],
+    data: str,
+    asking: WhileTraining | None = None,
+) -> RunResult:
+    callbacks = [harness_callback(asking, settings['harness_every'])] if asking else []
     with job.phase('train'):
         return run_stages(
             method,
@@ -221,7 +260,24 @@ def _train(job: Job, method, state, settings: Mapping[str, Any], data: str) -> R
             offload=settings['offload'],
             stream_buffer=settings['stream_buffer'],
             compile=settings['compile'],
+            callbacks=callbacks,
         )
+
+
+def _asking(job: Job, settings: Mapping[str, Any], data: str) -> WhileTraining | None:
+    "What asks the tasks of `harness_tasks` while stages train; None where there are none."
+    names = sorted_tasks(settings['harness_tasks'])
+    if not any(names.values()):
+        return None
+    own = load_tasks(data, names['ours'], settings['harness_limit'], settings['image_roots'])
+    layout = LAYOUTS[Parallel(settings['parallel']).over(job.ranks.size)]
+    how = dict(
+        batch_size=settings['batch_size'],
+        limit=settings['harness_limit'],
+        task_folder=settings['harness_folder'],
+        device=str(job.ranks.device),
+    )
+    return WhileTraining(own, names, how, job.folder, job.ranks, in_step=layout.shards)
 
 
 def _stages(trained: RunResult) -> list[dict]:

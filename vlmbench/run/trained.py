@@ -6,7 +6,6 @@
 __all__ = ['TrainedRun', 'trained_run']
 
 # %% ../../nbs/run/05_trained.ipynb #8ab8395a
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..methods.base import Method
 from ..methods.recipes import get_method
 from .manifest import Manifest
 from ..train.recipe import Recipe
-from ..train.stages import RunState
+from ..train.stages import RunState, read_recipe
 
 # %% ../../nbs/run/05_trained.ipynb #af86b169
 @dataclass(frozen=True)
@@ -53,17 +52,13 @@ def trained_run(where: str | Path) -> TrainedRun:
     if released_name(where):
         return TrainedRun(where)
     home = where if (where / 'manifest.json').exists() else where.parent
-    manifest, recipe = {}, None
+    manifest = {}
     if (home / 'manifest.json').exists():
         manifest = Manifest(home).read()
-    if (home / 'recipe.json').exists():
-        settings = json.loads((home / 'recipe.json').read_text(encoding='utf8'))
-        settings.pop('scale', None)
-        recipe = Recipe.from_dict(settings)
     return TrainedRun(
         home,
         manifest.get('notebook', ''),
         manifest.get('parameters') or {},
         manifest.get('results') or {},
-        recipe,
+        read_recipe(home),
     )

@@ -16,7 +16,6 @@ from typing import Any
 
 from ..data.mixture import StatefulSampler
 from ..data.packing import BatchLoader
-from ..data.stream import add_marks
 from .checkpoint import CheckpointError
 
 # %% ../../nbs/train/18_elastic.ipynb #9aa218eb
@@ -138,7 +137,7 @@ def redeal(loader: Any, states: Sequence[Mapping[str, Any]], rank: int, ranks: i
         _check_order(one, lanes[0])
         if one.streamed:
             for lane in lanes:
-                add_marks(one.samples, list(lane['stream'].items()))
+                one.samples.add_marks(list(lane['stream'].items()))
         first = bad if number == 0 else None  # rank 0 goes on with it
         if len(lanes) == len(own) * ranks:
             take_up(one, dict(lanes[number], quarantine=first))

@@ -45,6 +45,7 @@ from vlmbench.train.checkpoint import (
 )
 from .elastic import Lanes, redeal, take_up
 from .forward import Forward, autocast, match_terms
+from .grace import Grace
 from .guard import GradientAudit, NoGradient, NonFiniteLoss
 from .loader import in_steps, lane_numbers, make_lanes, samples_hash, take
 from vlmbench.train.metrics import (
@@ -66,7 +67,7 @@ from .saver import Saver
 from .sharding import Parallel, lay_out
 
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
-# raised by all ranks together, so that together they can still hand the model back
+# raised by all ranks together; what has been learnt is in a state, if anywhere
 _ON_ALL_RANKS = (Preempted, TooManyBadRecords, NonFiniteLoss, NoGradient)
 # what is counted of every micro-batch and summed over a step
 COUNTS = (
@@ -138,7 +139,7 @@ def run(self: Trainer) -> TrainResult:
             self.steps()
             self.end()
         except _ON_ALL_RANKS:
-            self.layout.close(self.out_dir)
+            self.layout.leave()
             raise
         # a merge needs its updates as they trained
         wide = self.plan.factors if self.stage.merge else ()
@@ -301,6 +302,9 @@ def begin(self: Trainer, cleanup: ExitStack) -> None:
     self.stop = self.stop_flag
     if self.stop is None:
         self.stop = cleanup.enter_context(StopFlag())
+    # several ranks can only stop together, at the end of a step
+    seconds = None if self.ranks.size == 1 else 0
+    self.grace = cleanup.enter_context(Grace(self.stop, self._rescue, seconds))
     self.began = time.perf_counter(), self.used
 
 
@@ -408,6 +412,7 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
 def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
     """Make one optimizer step. Returns its row of metrics (None where the data has ended) and its
     micro-batches."""
+    self.grace.enter(self._place)
     started = time.perf_counter()
     micro, counts = take(self.batches, self.stage.accumulation, self._count)
     waited = time.perf_counter() - started
@@ -420,6 +425,7 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
         raise RecipeError(f'step {self.step + 1}: no sample of {ids} has a target token')
     shares, most = self._shares(micro, counts), self.most_micro
     parts = self.layout.backward(micro, shares, most, counts)
+    self.grace.leave()
     self.loss_scale.unscale(self.optimizer)
     norm = self.layout.clip(self.stage.clip or math.inf)
     parts, norm = self._agree(parts, norm)
@@ -573,15 +579,31 @@ def record(self: Trainer, row: dict, last: bool) -> None:
 
 # %% ../../nbs/train/10_loop.ipynb #c79ce4af
 @patch
-def save(self: Trainer, wait: bool = True) -> Path:
+def _place(self: Trainer) -> dict[str, Any]:
+    "Where this rank is: its generators and its position in the data."
+    return dict(rng=rng_state(), loader=self.loader.state_dict())
+
+
+@patch
+def save(self: Trainer, wait: bool = True, place: dict | None = None) -> Path:
     """Write a training state: trained weights, optimizer, data position, generators, counters.
-    Without `wait` the training may go on before it is on the disk."""
-    local = dict(rng=rng_state(), loader=self.loader.state_dict())
+    Without `wait` the training may go on before it is on the disk. `place`: default, here."""
+    local = place or self._place()
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
     if self.precision == 'fp16':
         shared['loss_scale'] = self.loss_scale.state_dict()
     state = self.step, self.params, self.optimizer, shared, local, self.metric
     return self.saver.save(*state, wait=wait)
+
+
+@patch
+def _rescue(self: Trainer, place: dict) -> Path | None:
+    "The state before the step that is running; None where no step was made yet."
+    self.saver.wait()
+    done = self.out_dir / 'checkpoints' / f'step-{self.step:08d}'
+    if done.exists() or not self.step:
+        return done if self.step else None
+    return self.save(place=place)
 
 
 @patch

@@ -38,7 +38,7 @@ class StopFlag:
     and the file work."""
 
     def __init__(self):
-        self.reason, self._old = None, {}
+        self.reason, self._old, self._first = None, {}, None
         self._file = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
 
     def set(self, reason: str = 'stop requested') -> None:
@@ -50,8 +50,11 @@ class StopFlag:
         return self.reason is not None
 
     def _caught(self, number, frame):
-        if number == signal.SIGINT and self.is_set():
+        now = time.monotonic()
+        # who asks twice wants the end at once; a launcher may pass one signal on twice in a moment
+        if self._first is not None and number != signal.SIGUSR1 and now - self._first > 1:
             raise KeyboardInterrupt
+        self._first = self._first or now
         self.set(f'received {signal.Signals(number).name}')
 
     def __enter__(self):
@@ -155,13 +158,14 @@ def _began(pid: int) -> str | None:
 
 # %% ../../nbs/train/09_process.ipynb #a4cc599f
 class Ranks:
-    """This process's `rank`, the `size` (number of ranks), the `device`, and the few collectives
-    (accelerate's PartialState underneath)."""
+    """This process's `rank`, the `size` (number of ranks), how many of them are `here` on this
+    machine, the `device`, and the few collectives (accelerate's PartialState underneath)."""
 
     def __init__(self, device: str | torch.device | None = None):
         cpu = str(device) == 'cpu' or not torch.cuda.is_available()
         state = PartialState(cpu=cpu)
         self.rank, self.size = state.process_index, state.num_processes
+        self.here = int(os.environ.get('LOCAL_WORLD_SIZE', self.size))  # as torchrun says
         self.device = (
             torch.device(device) if device is not None and self.size == 1 else state.device
         )

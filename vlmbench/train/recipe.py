@@ -301,9 +301,10 @@ def _refuse_layout(stage: Stage, ranks: int) -> None:
     why = f'{ranks} ranks cannot share them evenly'
     if stage.reduction == 'micro':
         whole = [n for n in whole if stage.step_rows // n % stage.batch_rows == 0]
-        why = f"its loss is a mean of micro-batches of {stage.batch_rows} rows (reduction='micro')"
+        rows = f'{stage.batch_rows} rows'
+        why = f"on {ranks} ranks its loss is a mean of micro-batches of {rows} (reduction='micro')"
     raise RecipeError(
-        f'stage {stage.name!r}: a step has {stage.step_rows} rows, and on {ranks} ranks {why}: use '
+        f'stage {stage.name!r}: a step has {stage.step_rows} rows, and {why}: use '
         f'{", ".join(map(str, whole))} ranks, or set global_rows'
     )
 

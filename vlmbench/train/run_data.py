@@ -34,7 +34,7 @@ def as_stream(data: str) -> str:
     return '+'.join(part if is_stream(part) else STREAM + part for part in data.split('+'))
 
 
-def _unserved(stage: Stage, names: Sequence[str]) -> list[tuple[str, str]]:
+def _unserved(stage: Stage) -> list[tuple[str, str]]:
     "What `stage` asks of a stream that has no number of rows, and the override that does not."
     at, found = f'stages.{stage.name}', []
     if stage.epochs is not None:
@@ -44,16 +44,12 @@ def _unserved(stage: Stage, names: Sequence[str]) -> list[tuple[str, str]]:
     if stage.grouping is not None:
         needs = f'grouping={stage.grouping} needs the length of every row'
         found.append((needs, f'{at}.grouping=null'))
-    if len(names) > 1:
-        needs = f'a mixture of {len(names)} names needs the number of rows of each'
-        found.append((needs, f'{at}.data={names[0]}'))
     return found
 
 
 def check_stream(stage: Stage) -> None:
     "Raises `RecipeError` listing what `stage` asks of a stream in vain, and what to set."
-    names = list(Mixture.parse(stage.data))
-    faults = _unserved(stage, names) if any(map(is_stream, names)) else []
+    faults = _unserved(stage) if any(map(is_stream, Mixture.parse(stage.data))) else []
     if faults:
         needs, settings = zip(*faults)
         raise RecipeError(

@@ -235,7 +235,7 @@ def read_config(where: str, scale: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base_model(where))
+        return AutoConfig.from_pretrained(base_model(where), trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise RecipeError(f'scale {scale!r}: no configuration of {where}: {e}') from None
 
@@ -250,10 +250,17 @@ def llm_settings(self: Scale) -> dict[str, Any]:
 
 @patch
 def vision_settings(self: Scale) -> dict[str, Any]:
-    "Configuration of the vision model as a dict. Raises `RecipeError` where none is found."
-    if self.vision_config is not None:
-        return dict(self.vision_config)
-    return read_config(self.vision, self.name).to_dict()
+    """Configuration of the vision model as a dict, its native pictures `image_size` px wide. Raises
+    `RecipeError` where none is found, and where its patches do not divide such a picture."""
+    from vlmbench.models.tower_size import sized_settings
+
+    settings = self.vision_config
+    if settings is None:
+        settings = read_config(self.vision, self.name).to_dict()
+    try:
+        return sized_settings(settings, self.image_size)
+    except ValueError as e:
+        raise RecipeError(f'scale {self.name!r}: image_size={self.image_size}: {e}') from None
 
 
 @patch(as_prop=True)
@@ -266,21 +273,12 @@ def decoder_config(self: Scale) -> Any:
 
 @patch(as_prop=True)
 def tower_config(self: Scale) -> Any:
-    """transformers configuration of the vision tower alone: depth, width, patch, picture (that of
-    the scale, where the tower takes any)."""
+    "transformers configuration of the vision tower alone: depth, width, patch, picture."
     from transformers import AutoConfig
 
     from vlmbench.models.vision import tower_config
 
-    found = tower_config(AutoConfig.for_model(**self.vision_settings()))
-    return _at_size(found, self.image_size)
-
-
-def _at_size(config: Any, image_size: int) -> Any:
-    "`config` with pictures of `image_size` px, where the tower fits its positions to all."
-    if config.model_type in ('dinov2', 'dinov2_with_registers'):
-        config.image_size = image_size
-    return config
+    return tower_config(AutoConfig.for_model(**self.vision_settings()))
 
 
 @patch(as_prop=True)
@@ -298,13 +296,15 @@ def build(self: Scale, recipe: Recipe, seed: int = 0, **other: Any) -> tuple[Any
     from vlmbench.models.vlm import build_vlm, read_tokenizer
 
     stop = _end_of_text(self.template)
+    if 'vision' not in other:
+        other['vision'] = self.tower(dtype=self.dtype)
+    if 'transform' not in other:
+        # a squashed picture is what the tower's own processor makes
+        other['transform'] = self.pictures(None if self.image_mode == 'squash' else self.image_mode)
     follow = dict(
         llm=base_model(self.llm),
-        vision=base_model(self.vision),
         front_end=dict(recipe.front_end),
         template=self.template,
-        # a squashed picture is what the tower's own processor makes
-        transform=None if self.image_mode == 'squash' else self.image_mode,
         dtype=self.dtype,
         bidirectional_images=recipe.bidirectional_images,
         attn_implementation=recipe.attn_implementation,
@@ -333,19 +333,33 @@ def _end_of_text(template: str) -> str | None:
 
 
 @patch
-def tower(self: Scale, weightless: bool = False) -> Any:
-    "The vision tower by itself, in float32: what teaches. `weightless`: shapes on the meta device."
+def tower(self: Scale, weightless: bool = False, dtype: str = 'float32') -> Any:
+    """The vision tower by itself, for pictures of `image_size` px. `weightless`: shapes on the meta
+    device. Raises `RecipeError` for a tower that cannot be brought to that size."""
     import torch
     from transformers import AutoModel
 
+    from vlmbench.models.tower_size import resize_tower
     from vlmbench.models.vlm import load_tower
 
-    if not weightless:
-        teacher = load_tower(base_model(self.vision), torch.float32)
-        _at_size(teacher.config, self.image_size)
-        return teacher
-    with torch.device('meta'):
-        return AutoModel.from_config(self.tower_config)
+    if weightless:
+        with torch.device('meta'):
+            return AutoModel.from_config(self.tower_config)
+    tower = load_tower(base_model(self.vision), getattr(torch, dtype))
+    try:
+        return resize_tower(tower, self.image_size)
+    except ValueError as e:
+        raise RecipeError(f'scale {self.name!r}: {e}') from None
+
+
+@patch
+def pictures(self: Scale, mode: str | None = None) -> Any:
+    """The `ImageTransform` of the tower's own processor (its `mode`, or the one given), for
+    pictures of `image_size` px whatever size that processor names."""
+    from vlmbench.models.vlm import tower_transform
+
+    found = tower_transform(base_model(self.vision), self.tower_config, mode)
+    return found.resized(self.image_size)
 
 # %% ../../nbs/train/01_scale.ipynb #a564798e
 @patch

@@ -173,6 +173,10 @@ class Single:
         if self.parallel.compile:
             undo_compile(self.model)
 
+    def leave(self) -> None:
+        "Let go of the model where training stops before its end: what it has learnt is in a state."
+        self.close(Path())
+
     def share(self, folder: Path) -> Callable[[ToMake], Iterable[tuple[str, torch.Tensor]]]:
         "How new tensors of whole size are made behind a stage (`made_here`)."
         return made_here
@@ -544,6 +548,20 @@ def close(
     gathered = self._gather(parameters, dtype, {f'model.{name}' for name in wide})
     for name, tensor in through_files(gathered, folder, self.ranks):
         parameters[name].data = tensor
+    self._let_go()
+
+
+@patch
+def leave(self: Sharded) -> None:
+    # gathering would take memory that no rank has and time that a stop does not leave: what was
+    # cut is left without values
+    for parameter in self.original.parameters():
+        parameter.grad = None
+    self._let_go()
+
+
+@patch
+def _let_go(self: Sharded) -> None:
     self.step, self.blank = None, None
     (self.plan, self.heads), self.compute = self.given, self.original.compute
     self.model = self.compute.model

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RunState', 'Hooks', 'BareRecipe', 'check_pictures', 'check_stages', 'world_size', 'RunResult', 'run_stages',
-           'sharing', 'forget_terms', 'train_stage', 'stage_processor']
+           'sharing', 'forget_terms', 'read_recipe', 'train_stage', 'stage_processor']
 
 # %% ../../nbs/train/25_stages.ipynb #4a7923b5
-import copy, itertools, os
+import copy, itertools, json, os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -229,6 +229,19 @@ def forget_terms(state: RunState) -> None:
     later = stages[stages.index(state.stage) + 1 :]
     needed = {name for stage in later for name, _ in stage.losses}
     state.terms = {name: term for name, term in state.terms.items() if name in needed}
+
+# %% ../../nbs/train/25_stages.ipynb #69aa4771
+def read_recipe(folder: str | Path) -> Recipe | None:
+    """The recipe that a run left in its folder, None where there is none. Raises `RecipeError` for
+    a file that holds no recipe."""
+    file = Path(folder) / 'recipe.json'
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding='utf8'))
+        return Recipe.from_dict({k: v for k, v in settings.items() if k != 'scale'})
+    except (ValueError, AttributeError) as e:
+        raise RecipeError(f'{file} holds no recipe of a run: {e}') from None
 
 # %% ../../nbs/train/25_stages.ipynb #b70eb619
 def train_stage(

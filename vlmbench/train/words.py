@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..data.quarantine import BadRecord
 from ..data.record import IMAGE_TOKEN, Sample, Turn
 from ..data.sources import StageData
-from ..data.stream import StreamedSamples
+from ..data.stream import DrawnSamples
 from .recipe import RecipeError, Stage
 
 # %% ../../nbs/train/22_words.ipynb #7e904674
@@ -63,9 +63,8 @@ OF_STREAM = 64
 
 def spread_samples(data: StageData, most: int = LOOKED_AT) -> Iterator[Sample]:
     "Up to `most` samples at even distances; a row that cannot be read is passed over."
-    if isinstance(data.samples, StreamedSamples):
-        streams = data.samples.order.streams  # draw p is the next row of stream p % streams
-        numbers = range(0, streams * min(OF_STREAM, most), streams)
+    if isinstance(data.samples, DrawnSamples):
+        numbers = data.samples.early(min(OF_STREAM, most))
     else:
         n = len(data.samples)
         numbers = range(0, n, max(1, math.ceil(n / most)))
