@@ -23,6 +23,11 @@ def struct(colour='red'):
     return dict(bytes=png(colour), path=None)
 
 
+def pixels():
+    "A picture in base64."
+    return base64.b64encode(png()).decode()
+
+
 def picture(path, colour='red'):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new('RGB', (32, 32), colour).save(path)
@@ -180,7 +185,7 @@ def sqa(folder):
 
 
 def _mmbench(path, answers=True, hint='Look closely.'):
-    pixels = base64.b64encode(png()).decode()
+    pixels_of = pixels()
     rows = []
     for index, texts, answer in (
         (5, ('red', 'blue', '', ''), 'A'),
@@ -189,7 +194,7 @@ def _mmbench(path, answers=True, hint='Look closely.'):
     ):
         row = dict(index=index, question='Which one?', hint=hint if index == 6 else 'nan')
         row |= dict(zip('ABCD', texts)) | (dict(answer=answer) if answers else {})
-        image = pixels if index != 1_000_005 else '5'  # the copy names the row with the picture
+        image = pixels_of if index != 1_000_005 else '5'  # the copy names the row with the picture
         rows.append(row | {'category': 'color', 'image': image, 'l2-category': 'perception'})
     write_tsv(path, rows)
 
@@ -233,6 +238,23 @@ def ai2d(folder):
         dict(question='Which part?', options=['leaf', 'root'], answer='0', image=struct()),
     ]
     write_parquet(folder / 'data' / 'test-00000-of-00001.parquet', rows)
+
+
+def ai2d_folder(folder):
+    "AI2D as its archive unpacks, with the list of test pictures beside it: 12 is one, 3 is not."
+    asked = {
+        'What is A?': dict(abcLabel=True, answerTexts=['ear', 'leg'], correctAnswer=1),
+        'How many legs?': dict(abcLabel=False, answerTexts=['4', '2', '{}', '4'], correctAnswer=0),
+    }
+    label = dict(rectangle=[[10, 10], [30, 25]], value='leg', replacementText='A')
+    for name, questions in (('12.png', asked), ('3.png', dict(list(asked.items())[1:]))):
+        rows = {q: f | dict(questionId=f'{name}-{k}') for k, (q, f) in enumerate(questions.items())}
+        home = folder / 'ai2d'
+        write_json(home / 'questions' / f'{name}.json', dict(imageName=name, questions=rows))
+        write_json(home / 'annotations' / f'{name}.json', dict(imageName=name, text=dict(T0=label)))
+        picture(home / 'images' / name)
+    write_json(folder / 'ai2d' / 'categories.json', {'12.png': 'partsOfA', '3.png': 'lifeCycles'})
+    (folder / 'ai2d_test_ids.csv').write_text('12\n')
 
 
 def cvbench(folder):

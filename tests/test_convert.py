@@ -89,12 +89,15 @@ def test_the_layout_of_vora(tmp_path):
     told = json.loads(made.pop('conversion.json'))
     assert [(row['id'], row['row']) for row in told['bad_rows']] == [('broken', 1)]
     names = 'sa_1 2 clip clip_1 clip_2 phone web'.split()
-    assert set(made) == {'annotations/recap.json', *(f'frames/{n}.jpg' for n in names)}
+    frames = {f'frames/{n}.{"png" if n in ("2", "clip_2", "web") else "jpg"}' for n in names}
+    assert set(made) == {'annotations/recap.json', *frames}
     assert made['frames/sa_1.jpg'] == picture(1) and made['frames/clip_1.jpg'] == picture(4)
-    assert made['frames/2.jpg'] == picture(2, 'PNG') and made['frames/phone.jpg'] == turned()
+    assert made['frames/2.png'] == picture(2, 'PNG') and made['frames/phone.jpg'] == turned()
+    for name, data in made.items():  # a name says what is in the file
+        assert data.startswith({'jpg': b'\xff\xd8', 'png': b'\x89PNG'}.get(name[-3:], b''))
     rows = [json.loads(line) for line in made['annotations/recap.json'].splitlines()]
     assert rows[0] == dict(id='sa/1', frames=['frames/sa_1.jpg'], conversations=TALK)
-    assert rows[2]['frames'] == [f'frames/clip{end}.jpg' for end in ('', '_1', '_2')]
+    assert rows[2]['frames'] == [f'frames/clip{end}' for end in ('.jpg', '_1.jpg', '_2.png')]
     assert rows[3] == dict(id='text', conversations=TALK)
 
 

@@ -93,3 +93,17 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert time.monotonic() - began < 10 and process.returncode not in (0, 75)
+
+
+def test_nothing_of_a_training_that_is_over_is_kept(tmp_path):
+    "Its optimizer's moments would lie beside those of the next stage."
+    import gc
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(tmp_path / 'run', stage=a_stage(steps=2))
+        left = [one for one in gc.get_objects() if type(one).__name__ == 'Trainer']
+    finally:
+        gc.enable()
+    assert not left

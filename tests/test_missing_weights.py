@@ -103,6 +103,15 @@ def test_own_layout(name, tmp_path):
     refuses_each(tmp_path)
 
 
+def test_a_file_that_was_cut_off_is_named(tmp_path):
+    for part in built('llava'):
+        part.save_pretrained(tmp_path)
+    file = tmp_path / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(LoadError, match=re.escape(str(tmp_path))):
+        load_vlm(tmp_path)
+
+
 def test_a_tied_head_is_not_missing(tmp_path):
     for part in built('llava', tied=True):
         part.save_pretrained(tmp_path / 'own')

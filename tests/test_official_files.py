@@ -11,9 +11,11 @@ import pytest
 from official_files import (
     HUB,
     WRITERS,
+    ai2d_folder,
     docvqa_test,
     mmbench_test,
     picture,
+    pixels,
     pope,
     seed,
     vizwiz_test,
@@ -29,7 +31,7 @@ from typer.testing import CliRunner
 from vlmbench.data.cards import cards_dir
 from vlmbench.data.picture import load_image
 from vlmbench.data.world import asset_path
-from vlmbench.evaluate.assess import load_tasks
+from vlmbench.evaluate.assess import load_tasks, summary_rows
 from vlmbench.evaluate.graded import grade_task
 from vlmbench.evaluate.judge import ChatJudge, Reply
 from vlmbench.evaluate.kinds import OFFICIAL
@@ -168,9 +170,86 @@ def test_prompts_show_what_the_file_has(folders):
         '<image>\n<image>\n看图图片1，对吗？\nA. 图片2\nB. 蓝\n'
     )
     assert text(folders, 'cvbench').splitlines()[-2:] == ['(C) 0', letter]
-    assert text(folders, 'ocrvqa', rule='published').startswith(f'<image>\n{brief}\nWhat is')
+    first = '<image>\nPlease answer the question in one words.\nWhat is'
+    assert text(folders, 'ocrvqa', rule='published').startswith(first)
     assert text(folders, 'mme').endswith('Please answer yes or no.')
     assert 'Unanswerable' in text(folders, 'vizwiz')
+
+
+# a model that always says the same letter, and one that knows, on a file without copies
+@pytest.mark.parametrize('rule', ['ours', 'published'])
+def test_mmbench_s_copies_are_made_where_a_file_has_none(rule, tmp_path):
+    rows = [
+        dict(index=7, question='Which?', A='red', B='blue', C='', D='', answer='B', image=pixels()),
+        dict(index=9, question='How many?', A='1', B='2', C='3', D='4', answer='D', image=pixels()),
+    ]
+    write_tsv(tmp_path / 'MMBench_DEV_EN_V11.tsv', rows)
+    task = official_task(f'mmbench:{tmp_path}', rule=rule)
+    ids = ['7', '1000007', '9', '1000009', '2000009', '3000009']
+    assert [item.id for item in task.items] == ids and task.facts['copies_made'] == 4
+    assert [item.answers[0] for item in task.items] == ['B', 'A', 'D', 'C', 'B', 'A']
+    assert [list(item.choices.values()) for item in task.items][3] == ['2', '3', '4', '1']
+    assert 'A. 2\nB. 3\nC. 4\nD. 1' in task.items[3].turns[-1].text
+    metrics = answered(task, ['B', 'B', 'D', 'C', 'B', 'A']).header['metrics']
+    assert (metrics['circular'], metrics['accuracy']) == (0.5, 5 / 6)
+    results = answered(task, ['4', 'red', '4', '4', '4', '4'])
+    assert results.header['metrics']['circular'] == 0.5
+    assert [row['index'] for row in task.upload.rows(task, results.frame)] == [7, 9]
+    assert answered(task, ['D'] * 6).header['metrics']['circular'] == 0
+
+
+def test_copies_are_not_made_twice_nor_for_lmms_eval_s_verdict(folders, tmp_path):
+    task = official_task(f'mmbench:{folders["mmbench"]}')
+    assert len(task) == 3 and task.facts['copies_made'] == 0
+    row = dict(index=7, question='?', A='x', B='y', C='', D='', answer='B', image=pixels())
+    write_tsv(tmp_path / 'MMBench_DEV_EN.tsv', [row])
+    assert len(official_task(f'mmbench:{tmp_path}', rule='lmms')) == 1
+
+
+def test_ai2d_is_read_as_it_is_unpacked(tmp_path):
+    ai2d_folder(tmp_path)
+    task = official_task(f'ai2d:{tmp_path}')
+    assert [item.id for item in task.items] == ['12.png-0', '12.png-1']
+    assert task.items[0].turns[-1].text.startswith('<image>\nWhat is A?\nA. ear\nB. leg\nAnswer')
+    assert [item.answers[0] for item in task.items] == ['B', 'A']
+    assert [item.question_type for item in task.items] == ['partsOfA'] * 2
+    lettered, plain = (load_image(item.images[0]) for item in task.items)
+    assert plain.getpixel((12, 12)) == (255, 0, 0) != lettered.getpixel((12, 12))
+    assert lettered.getpixel((2, 2)) == (254, 0, 0) or lettered.getpixel((2, 2)) == (255, 0, 0)
+    assert answered(task, ['leg', 'B']).header['metrics']['accuracy'] == 0.5
+    assert len(official_task(f'ai2d:{tmp_path / "ai2d"}', rule='lmms')) == 2
+    check_official([f'ai2d:{tmp_path}'])
+
+
+def test_ai2d_without_the_list_of_its_test_says_so(tmp_path):
+    ai2d_folder(tmp_path)
+    (tmp_path / 'ai2d_test_ids.csv').unlink()
+    with pytest.warns(UserWarning, match='no ai2d_test_ids.csv there or beside it'):
+        task = official_task(f'ai2d:{tmp_path}')
+    assert len(task) == 3 and task.facts['split'] == 'train and test'
+    (tmp_path / 'ai2d' / 'annotations' / '12.png.json').unlink()
+    with pytest.raises(OfficialError, match='ai2d.*12.png.json is not there'):
+        with pytest.warns(UserWarning):
+            official_task(f'ai2d:{tmp_path}')
+    ai2d_folder(tmp_path)
+    (tmp_path / 'ai2d' / 'images' / '12.png').unlink()
+    with pytest.raises(OfficialError, match='12.png is not below'):
+        official_task(f'ai2d:{tmp_path}')
+
+
+def test_cvbench_is_read_by_its_brackets(folders):
+    task = official_task(f'cvbench:{folders["cvbench"]}', rule='published')
+    right = [item.answers[0].strip('()') for item in task.items]
+    for form, score in (('({})', 1), ('{}', 1), ('{})', 1), ('It is ({})', 0), ('{}.', 0)):
+        said = [form.format(letter) for letter in right]
+        assert answered(task, said).header['metrics']['mean_accuracy'] == score, form
+
+
+def test_tdiuc_as_the_study_asks_it(folders):
+    task = official_task(f'tdiuc:{folders["tdiuc"]}', rule='published')
+    assert task.items[0].turns[-1].text == '<image>\nWhat? Answer the question in one word.'
+    assert answered(task, ['Red', 'two']).header['metrics']['accuracy'] == 1
+    assert answered(task, ['red.', 'Two of them']).header['metrics']['accuracy'] == 0.5
 
 
 def test_seed_takes_frames(folders, tmp_path):
@@ -484,6 +563,13 @@ def test_a_suite_names_all_that_is_missing(tmp_path):
         chosen_tasks(DEFAULT_TASKS, 'eve', tmp_path)
 
 
+def test_a_task_without_types_has_one_line_a_number():
+    line = dict(task='t', condition='image', question_type='all', n=2, score=0.5, low=0, high=1)
+    summary = dict(t=dict(n=2, image=0.5, metrics=dict(accuracy=0.5)))
+    rows = summary_rows(pd.DataFrame([line, line]), summary)
+    assert rows['metric'].tolist() == ['accuracy']
+
+
 # --------------------------------------------------------------------------------------------------
 # the command
 def test_a_kernel_does_not_start_for_files_that_are_not_there(tmp_path, monkeypatch):
@@ -530,7 +616,7 @@ def test_the_command_on_one_rank_and_on_two(tmp_path):
     assert first.to_dict() | dict(vqav2='') == dict(
         pope='mean_f1',
         mme='perception',
-        mmbench='accuracy',
+        mmbench='circular',
         sqa='accuracy/image',
         seed='accuracy',
         cvbench='mean_accuracy',

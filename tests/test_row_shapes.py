@@ -269,3 +269,41 @@ def test_the_command_says_which_caption_is_blind(tmp_path):
     done = vlmbench('data', 'check', 'vora_recap_8m', 'copy', cwd=tmp_path)
     assert done.returncode == 1 and 'row 0 (id a): ' not in done.stderr
     assert 'no picture' in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------
+# what is shown nowhere
+@pytest.mark.parametrize('read', READERS[:2])
+@pytest.mark.parametrize(
+    'row, why',
+    [
+        (dict(messages=chat(said('What is it?', image='a.png'))), "'image' in a text"),
+        (dict(messages=chat(dict(type='image', image='a.png', text='What?'))), 'text in a picture'),
+        (dict(conversations=BARE, jpg=b'\xff\xd8\xff'), "'jpg' names a picture"),
+        (dict(conversations=BARE, jpg=base64.b64encode(png()).decode()), "'jpg' names a picture"),
+        (
+            dict(conversations=BARE, extra=base64.b64encode(png()).decode()),
+            "'extra' names a picture",
+        ),
+        (dict(conversations=BARE, pixel_values=[[1, 2]]), "'pixel_values' names a picture"),
+        (
+            dict(conversations=[dict(BARE[0], value='<img>a.png</img>What?'), BARE[1]]),
+            'picture mark',
+        ),
+        (dict(conversations=[dict(BARE[0], value='<ImageHere>What?'), BARE[1]]), 'picture mark'),
+        (dict(conversations=[dict(BARE[0], value='<|image_pad|>What?'), BARE[1]]), 'picture mark'),
+    ],
+)
+def test_no_picture_or_text_is_lost_on_the_way(row, why, read, tmp_path):
+    with pytest.raises(BadRecord, match=why):
+        read(dict(id=1, **row), tmp_path)
+
+
+@pytest.mark.parametrize('key', ['instruction', 'context', 'tools', 'persona', 'documents'])
+def test_a_prompt_that_is_not_shown_is_counted(key, tmp_path):
+    notes = []
+    row = dict(id=1, conversations=BARE) | {key: 'Answer in French.'}
+    sample_from_row(row, tmp_path, note=notes.append)
+    assert notes == [f'column {key!r} is not shown']
+    sample_from_row(row | {key: 'What is it?'}, tmp_path, note=notes.append)
+    assert len(notes) == 1  # the conversation says it

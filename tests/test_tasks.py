@@ -466,3 +466,34 @@ def test_byte_order_marks(encoding, tmp_path):
 def test_a_line_separator_inside_a_json_string(tmp_path):
     (tmp_path / 'r.jsonl').write_text('{"question": "a\u2028b"}\n', encoding='utf8')
     assert read_rows(tmp_path / 'r.jsonl') == [dict(question='a\u2028b')]
+
+
+@pytest.mark.parametrize(
+    'more',
+    [dict(img='a.png'), dict(photo='a.png'), dict(image_url='a.png'), dict(video='a.mp4')]
+    + [dict(decoded_image=dict(bytes=b'\x89PNG')), dict(file_name='a.png'), dict(clip=['a.mp4'])],
+)
+def test_no_question_is_asked_blind_by_accident(more, tmp_path):
+    row = dict(id=1, question='What?', answer='red', **more)
+    with pytest.raises(ValueError, match=f'{next(iter(more))}.* names a picture, film or sound'):
+        rows_task('own', [row], 'exact', tmp_path)
+
+
+def test_marks_and_prompts_of_other_tools_are_not_lost(tmp_path):
+    row = dict(id=1, question='<ImageHere>What?', answer='red')
+    with pytest.raises(ValueError, match='picture mark: the question has'):
+        rows_task('own', [row], 'exact', tmp_path)
+    for key in ('hint', 'system', 'context'):
+        row = dict(id=1, question='What?', answer='red') | {key: 'Look left.'}
+        with pytest.warns(UserWarning, match=f"column '{key}' of 1 rows is not shown"):
+            rows_task('own', [row], 'exact', tmp_path)
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.jsonl', 'a.json'])
+def test_a_file_in_another_encoding_is_named(name, tmp_path):
+    (tmp_path / name).write_bytes('{"id": 1, "question": "caf\u00e9?"}'.encode('latin-1'))
+    with pytest.raises(ValueError, match=f'{name}.*UTF-8'):
+        read_rows(tmp_path / name)
+    (tmp_path / 'b.jsonl').write_text('{"id": 1}\n{"id": 2}{"id": 3}')
+    with pytest.raises(ValueError, match='b.jsonl line 2: not JSON'):
+        read_rows(tmp_path / 'b.jsonl')

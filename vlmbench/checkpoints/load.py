@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import huggingface_hub
+from safetensors import SafetensorError
 import torch
 from transformers import (
     CONFIG_MAPPING,
@@ -263,7 +264,7 @@ def load_vlm(
             set_image_mode(processor, image_mode)
     except LoadError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise _refusal(folder, e, 'is not a model that can answer') from e
     # a device map has put every module where it belongs
     return (model if 'device_map' in settings else model.to(device)).eval(), processor

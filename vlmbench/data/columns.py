@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_COLUMNS', 'FILM_COLUMNS', 'MEDIA_COLUMNS', 'UNREAD_COLUMNS', 'PICTURE_SUFFIXES', 'MEDIA_SUFFIXES',
            'SYSTEM_COLUMNS', 'column_name', 'is_empty', 'looks_like_picture', 'looks_like_media', 'picture_column',
-           'picture_of_array', 'system_column', 'refuse_unread_in']
+           'picture_of_array', 'system_column', 'refuse_unread_in', 'unshown_columns', 'refuse_foreign_marks']
 
 # %% ../../nbs/data/03_columns.ipynb #a06c79c6
 import os
@@ -67,6 +67,7 @@ PICTURE_SUFFIXES = tuple(
     '.jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .jp2 .heic .ppm .ico .tga .pcx'.split()
 )
 MEDIA_SUFFIXES = tuple('.mp4 .avi .mov .mkv .webm .m4v .wav .mp3 .flac .ogg .m4a'.split())
+_BASE64_BEGINS = ('iVBORw0KGgo', '/9j/', 'R0lGOD', 'UklGR')  # PNG, JPEG, GIF, WebP
 _LONGEST_PATH = 1000  # a longer text is prose, whatever it ends with
 
 
@@ -101,7 +102,11 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, Mapping):
         return set(value) <= {'bytes', 'path'} and not is_empty(value)
     return isinstance(value, str) and (
-        value.startswith('data:image/') or _ends_like(value, PICTURE_SUFFIXES)
+        value.startswith('data:image/')
+        or _ends_like(value, PICTURE_SUFFIXES)
+        or len(value) > 60
+        and value.startswith(_BASE64_BEGINS)
+        and ' ' not in value
     )
 
 
@@ -207,6 +212,10 @@ _TEXT_COLUMNS = frozenset(
 _BESIDE = frozenset('mask masks segmentation depth thumbnail heatmap'.split())
 
 
+# a picture under its format's name, as shards of tar files have it, or already in numbers
+_ENCODED_COLUMNS = frozenset('jpg jpeg png webp pixelvalues pixels'.split())
+
+
 def _is_numbered(key: str) -> bool:
     "Whether a column is one of several pictures, such as `image_2`."
     name = column_name(key)
@@ -250,6 +259,8 @@ def _lost(key: str, value: Any, pictures: list, top: bool) -> str:
     if name in UNREAD_COLUMNS and not number:  # addresses and encoded text
         several = isinstance(value, (list, tuple)) and len(value) != len(pictures)
         return 'picture' if not pictures or several else ''
+    if name in _ENCODED_COLUMNS and not number and not pictures:
+        return 'picture'
     if name in PICTURE_COLUMNS and top or pictures and name in _BESIDE:
         return ''  # judged already, or of these pictures
     named = _is_numbered(key) and not number
@@ -353,3 +364,36 @@ def refuse_unread_in(turn: Mapping[str, Any], what: str):
             raise BadRecord(
                 f'system prompt: {key!r} of {what} is not read; put it under the row\'s "system"'
             )
+
+# %% ../../nbs/data/03_columns.ipynb #58dd540e
+_PROMPT_COLUMNS = frozenset(
+    'instruction instructions prompt preamble persona context background developer roleprompt'
+    ' history knowledge document documents tools functions input'.split()
+)
+_FOREIGN_MARK = re.compile(
+    r'<(?:image_?here|image_?placeholder|img_?placeholder|image_soft_token|start_of_image)>'
+    r'|<\|(?:image|image_pad|image_1|vision_start|media_placeholder)\|>'
+    r'|<img>\s*[^<>\n]{1,300}\.(?:jpe?g|png|webp|gif|bmp)\s*</img>',
+    re.I,
+)
+
+
+def unshown_columns(row: Mapping[str, Any], said: str) -> list[str]:
+    "Columns of a row that are called like a prompt, and whose text `said` does not hold."
+    return [
+        key
+        for key, value in row.items()
+        if column_name(key) in _PROMPT_COLUMNS
+        and isinstance(value, (str, list, Mapping))
+        and not is_empty(value)
+        and not (isinstance(value, str) and value.strip() in said)
+    ]
+
+
+def refuse_foreign_marks(text: str, what: str) -> None:
+    "Raise `BadRecord` where `text`, which is `what`, marks a picture in another tool's way."
+    if m := _FOREIGN_MARK.search(text):
+        raise BadRecord(
+            f'picture mark: {what} has {m[0]!r}, which is not read; write <image> in its place, '
+            "and the picture's path under 'image'"
+        )

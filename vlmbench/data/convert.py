@@ -170,13 +170,14 @@ def _vora_turns(sample: Sample) -> list[dict]:
 
 
 def vora_row(sample: Sample, pictures: Sequence[Encoded], out: Path, row: int) -> dict:
-    "A row of VoRA, its frames `out/frames/ID.jpg`, `ID_1.jpg`, ... Raises `BadRecord`."
+    "A row of VoRA, its frames `out/frames/ID.jpg` (or `.png`), `ID_1.jpg`, ... Raises `BadRecord`."
     if sample.regions:
         raise BadRecord('regions: a VoRA row has no place for them; convert to llava')
     made, name = dict(id=sample.id), file_name(sample.id)
     turns = _vora_turns(sample)
     if pictures:
-        names = [f'frames/{name}{f"_{k}" if k else ""}.jpg' for k in range(len(pictures))]
+        ends = [f'_{k}'[: 2 * k] + picture.ending for k, picture in enumerate(pictures)]
+        names = [f'frames/{name}{end}' for end in ends]
         made['frames'] = [put_picture(out, n, p.data, row) for n, p in zip(names, pictures)]
     return made | dict(conversations=turns)
 

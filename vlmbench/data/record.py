@@ -22,7 +22,9 @@ from vlmbench.data.columns import (
     picture_column,
     picture_of_array,
     refuse_unread_in,
+    refuse_foreign_marks,
     system_column,
+    unshown_columns,
 )
 from .quarantine import BadRecord, Quarantine
 from .files import replacing
@@ -229,6 +231,8 @@ def _refuse_media_marks(turns):
     "Raise `BadRecord` where a question begins or ends with the mark of a film or a sound."
     for i, turn in enumerate(turns):
         said = turn.text.strip()
+        if turn.role == 'user':
+            refuse_foreign_marks(said, f'turn {i}')
         for mark in ('<video>', '<audio>'):
             placed = said.startswith(mark) or said.endswith(mark)
             if turn.role == 'user' and placed and mark.replace('<', '</') not in said:
@@ -300,6 +304,8 @@ def sample_from_llava(
     turns = _open_with(turns, prompt_key, prompt)
     if turns:
         turns = _mark_pictures(turns, key, len(images), missing_mark, note)
+        for column in unshown_columns(row, '\n'.join(turn.text for turn in turns)):
+            note(f'column {column!r} is not shown')
     read = _LLAVA_KEYS | {key, prompt_key}
     meta = {k: v for k, v in row.items() if k not in read}
     _strings_only(meta)

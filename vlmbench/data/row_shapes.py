@@ -98,6 +98,15 @@ def _kind_of(part: Any, at: str) -> str:
     )
 
 
+def _refuse_beside_text(part: Mapping[str, Any], at: str) -> None:
+    "Raise `BadRecord` for a picture, film or sound in a part that is a text."
+    for key in (*_CARRIERS, 'images', 'video', 'frames', 'audio'):
+        if not is_empty(part.get(key)):
+            raise BadRecord(
+                f'content part: {at} has {key!r} in a text: give it a part of its own, of its type'
+            )
+
+
 def _joined(parts: Sequence, at: str, found: list) -> str:
     "The text of a message in parts; its pictures are appended to `found`."
     text, after_picture = '', False
@@ -107,9 +116,13 @@ def _joined(parts: Sequence, at: str, found: list) -> str:
             text, after_picture = text + frames_prompt(len(frames)), False
             continue
         if _kind_of(part, at) == 'image':
+            if isinstance(part.get('text'), str) and part['text'].strip():
+                raise BadRecord(f'content part: {at} has text in a picture: make a part of it')
             found.append(_part_picture(part, at))
             text, after_picture = text + _MARK, True
             continue
+        if isinstance(part, Mapping):
+            _refuse_beside_text(part, at)
         said = _text(part if isinstance(part, str) else part.get('text'), f'a text part of {at}')
         line = '\n' if after_picture and not said.startswith('\n') else ''
         text, after_picture = text + line + said, False

@@ -241,9 +241,8 @@ def summary_rows(table: pd.DataFrame, summary: Mapping[str, Any]) -> pd.DataFram
         first = {main: metrics[main]} if main in metrics and main != 'accuracy' else {}
         facts = dict(task=name, condition='image' if 'image' in entry else 'judged')
         rows += [dict(facts, n=entry['n'], metric=m, value=v) for m, v in first.items()]
-        for row in table[(table['task'] == name) & (table['question_type'] == 'all')].to_dict(
-            'records'
-        ):
+        total = table[(table['task'] == name) & (table['question_type'] == 'all')]
+        for row in total.drop_duplicates('condition', keep='last').to_dict('records'):
             kept = {k: row[k] for k in ('task', 'condition', 'n', 'low', 'high')}
             rows.append(kept | dict(metric='accuracy', value=row['score']))
         rest = [m for m in metrics if m not in (main, 'accuracy')]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_COLUMNS', 'IMAGE_LISTS', 'read_rows', 'is_missing', 'read_list', 'row_choices', 'row_truths', 'read_picture',
-           'image_key', 'picture_columns', 'row_pictures', 'name_pictures', 'mark_pictures']
+           'image_key', 'picture_columns', 'unshown_picture', 'unshown_prompts', 'row_pictures', 'name_pictures',
+           'mark_pictures']
 
 # %% ../../nbs/evaluate/04_benchmark_rows.ipynb #a3c7711a
 import ast
@@ -23,6 +24,16 @@ import pandas as pd
 from PIL import Image
 
 # %% ../../nbs/evaluate/04_benchmark_rows.ipynb #1d39314e
+from vlmbench.data.columns import (
+    PICTURE_COLUMNS,
+    UNREAD_COLUMNS,
+    column_name,
+    looks_like_media,
+    looks_like_picture,
+    refuse_foreign_marks,
+    system_column,
+    unshown_columns,
+)
 from ..data.record import IMAGE_TOKEN, ImageRef
 
 # %% ../../nbs/evaluate/04_benchmark_rows.ipynb #b856bad6
@@ -32,22 +43,36 @@ def _encoding(path: Path) -> str:
         return 'utf-16' if f.read(2) in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
 
 
-def _json_lines(text: str) -> list[dict[str, Any]]:
+def _text_of(path: Path) -> str:
+    "The text of a file. Raises ValueError for one in another encoding."
+    try:
+        return path.read_text(encoding=_encoding(path)).removeprefix('\ufeff')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path}: neither UTF-8 nor UTF-16 ({e}); save it as UTF-8') from None
+
+
+def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
     # not splitlines: JSON strings may hold separators that it takes for the end of a line
-    return [json.loads(line) for line in text.split('\n') if line.strip()]
+    rows = []
+    for number, line in enumerate(text.split('\n'), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as e:
+            raise ValueError(f'{path} line {number}: not JSON: {e}') from None
+    return rows
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     "Rows of a JSON file in any of the wrappings of `read_rows`."
-    text = path.read_text(encoding=_encoding(path))
+    text = _text_of(path)
     if path.suffix == '.jsonl':
-        return _json_lines(text)
+        return _json_lines(text, path)
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as e:
         if 'Extra data' not in e.msg:
             raise ValueError(f'{path}: not JSON: {e}') from None
-        return _json_lines(text)  # POPE: .json, one row a line
+        return _json_lines(text, path)  # POPE: .json, one row a line
     if not isinstance(rows, dict):
         return rows
     for key in ('data', 'questions', 'annotations'):
@@ -70,7 +95,10 @@ def read_rows(
         csv.field_size_limit(2**31 - 1)
         with open(path, newline='', encoding=_encoding(path)) as f:
             table = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
-            return list(itertools.islice(table, first))
+            try:
+                return list(itertools.islice(table, first))
+            except UnicodeDecodeError as e:
+                raise ValueError(f'{path}: not UTF-8 ({e}); save it as UTF-8') from None
     if path.suffix == '.parquet':
         import pyarrow.parquet as pq
 
@@ -248,6 +276,26 @@ def picture_columns(row: Mapping[str, Any]) -> list[list[str]]:
     return filled if len(filled) < 2 else [group for group in filled if group not in ids]
 
 # %% ../../nbs/evaluate/04_benchmark_rows.ipynb #0f13b579
+def unshown_picture(row: Mapping[str, Any], shown: bool) -> str:
+    """The column of a row that names a picture, where none is `shown`, or a film or sound; '' where
+    there is none."""
+    for key, value in row.items():
+        if is_missing(value) or isinstance(value, (bool, int, float)) or not isinstance(key, str):
+            continue
+        named = column_name(key) in PICTURE_COLUMNS | UNREAD_COLUMNS or looks_like_picture(value)
+        if looks_like_media(value) or named and not shown:
+            return key
+    return ''
+
+
+def unshown_prompts(row: Mapping[str, Any], said: str) -> list[str]:
+    "The columns of a row that are called like a prompt or a hint and are no part of `said`."
+    hint = row.get('hint')
+    hints = ['hint'] if isinstance(hint, str) and hint.strip() not in (said, '', 'nan') else []
+    system = [key for key, _ in [system_column(row)] if key]
+    return [*unshown_columns(row, said), *(h for h in hints if str(hint) not in said), *system]
+
+
 def row_pictures(
     row: Mapping[str, Any],
     root: Any,
@@ -301,6 +349,7 @@ def mark_pictures(text: str, n: int) -> str:
     """A question with one `<image>` for each of `n` pictures: its own, or else in front. Raises
     ValueError where it has marks, but not as many."""
     text = re.sub(IMAGE_TOKEN, IMAGE_TOKEN, text, flags=re.I)
+    refuse_foreign_marks(text, 'the question')
     own = text.count(IMAGE_TOKEN)
     if own not in (0, n):
         raise ValueError(f'the question has {own} {IMAGE_TOKEN} but the row has {n} picture(s)')

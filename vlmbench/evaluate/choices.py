@@ -10,9 +10,23 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 # %% ../../nbs/evaluate/08_choices.ipynb #55203a3b
-from .answers import NUMBER_WORDS, final_answer, normalise
+from .answers import final_answer, normalise, spellings
+from .quantities import NUMBER_WORDS, one_spelling
+from vlmbench.evaluate.weighed import (
+    FIRST_SIGN,
+    by_place,
+    comes_second,
+    is_hedged,
+    likeliest,
+    same_parts,
+    verdicts,
+)
+from .weighed import option_key as _key
+from .weighed import option_letters as _letters
+from .yes_no import parse_yes_no
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b3b41437
 Choices = Sequence[str] | Mapping[str, str]
@@ -31,30 +45,53 @@ _OTHER_SCRIPT = (
 _TOUCHING = re.compile(rf'(?<={_OTHER_SCRIPT})(?=[A-Za-z])|(?<=[A-Za-z])(?={_OTHER_SCRIPT})')
 
 
+_RINGED = {start + k: 65 + k for start in (0x1F150, 0x1F170) for k in range(26)}  # 🅑, 🅱
+_ORDINARY = str.maketrans('。、’‘“”‐‑−⁄', '.,\'\'""---/')
+
+
 def _spaced(text: str) -> str:
     "Full-width letters as ordinary ones, and a space between a Latin letter and another script."
     text = re.sub(r'[\u200b-\u200f\u2060\ufeff]', '', text)
-    text = unicodedata.normalize('NFKC', text).translate(str.maketrans('。、’‘“”', '.,\'\'""'))
+    text = re.sub(r'(?<=\d)(?=[¼½¾⅐-⅞])', ' ', text)
+    text = re.sub(r'(?<=\d)\s*[º˚]', '°', re.sub(r'(?<=[\w)])(?=[⁻⁰¹²³⁴⁵⁶⁷⁸⁹])', '^', text))
+    text = unicodedata.normalize('NFKC', text.translate(_RINGED)).translate(_ORDINARY)
     text = re.sub(r'\bN/A\b', 'none', text)
     text = re.sub(r'\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}', r'\1', text)
     text = re.sub(r'\\[()\[\]]|(?:<\|?\w{2,}\|?>|</\w+>)(?=\s*$)|^```\w*\s|```\s*$', ' ', text)
     text = re.sub('[「」『』《》【】«»]', '"', text)
-    return _TOUCHING.sub(' ', text.strip())
+    return _TOUCHING.sub(' ', one_spelling(text.strip()))
 
 # %% ../../nbs/evaluate/08_choices.ipynb #ef290ec2
 _UNSPACED = r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]'  # scripts that put no space between words
-_FIRST_SIGN = 0xE000  # of Unicode's private use area
+
+
+def _is_joint(pieces: Sequence[str], k: int) -> bool:
+    "Whether the hyphen at `k` joins two words, one of them longer than two letters."
+    around = pieces[k - 1 : k] + pieces[k + 1 : k + 2]
+    return 0 < k < len(pieces) - 1 and all(map(str.isalpha, around)) and max(map(len, around)) > 2
+
+
+_BEFORE_DIGITS = (  # $5, <5 and √5 are not 5; but -> 5 is
+    r'(?<![\w+$€£±≤≥√-])(?<!\d[.,:/])(?<![^-=][<>])(?<!^[<>])'
+)
+_BEHIND_DIGITS = r'(?![\w%°])(?![.,:/]\d)(?!\s+(?:hundred|thousand|million|billion)\b)(?!\s\d+/\d)'
 
 
 def _text_pattern(option: str) -> str:
     "An option's text, with any white space in it and nothing that would make it another word."
     pieces = re.findall(r'\w+|[^\w\s]', _spaced(option))
     pattern = re.escape(pieces[0])
-    for before, piece in zip(pieces, pieces[1:]):
+    for k, (before, piece) in enumerate(zip(pieces, pieces[1:])):
         words = before[0].isalpha() and piece[0].isalpha()
-        pattern += (r'[\s-]*' if words else r'\s*') + re.escape(piece)
-    before = r'(?<![\w+-])(?<!\d[.,:/])' if pieces[0].isdigit() else r'(?<!\w)'
-    after = r'(?![\w%°])(?![.,:/]\d)' if pieces[-1].isdigit() else r'(?!\w)'
+        if piece == '-' and _is_joint(pieces, k + 1):
+            pattern += r'[\s-]*'  # ice-cream is ice cream
+        elif before == '-' and _is_joint(pieces, k):
+            pattern += re.escape(piece)
+        else:
+            pattern += (r'[\s-]*' if words else r'\s*') + re.escape(piece)
+    whole = r'(?<!\d\s)' * ('/' in pieces)  # 1 1/2 is not 1/2
+    before = _BEFORE_DIGITS + whole if pieces[0].isdigit() else r'(?<!\w)'
+    after = _BEHIND_DIGITS if pieces[-1].isdigit() else r'(?!\w)'
     unspaced = [bool(re.match(_UNSPACED, side)) for side in (pieces[0], pieces[-1][-1])]
     before, after = '' if unspaced[0] else before, '' if unspaced[1] else after
     return f'{before}{pattern}{after}' + _other_number(option.strip().lower())
@@ -79,24 +116,12 @@ def _mask_options(text: str, options: Mapping[str, str]) -> str:
     worded += [(t, k) for k, t in enumerate(texts) if t.strip().isdigit() and len(t.strip()) == 1]
     for option, k in sorted(worded, key=lambda pair: -len(pair[0])):
         if texts.count(option) == 1:
-            sign = chr(_FIRST_SIGN + k)
+            sign = chr(FIRST_SIGN + k)
             text = re.sub(_text_pattern(option), sign, text, flags=re.I)
     return text
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b2f2d6af
 _OPENING, _CLOSING = r'[\s(\[{*_"\'`$#>•<|-]*', r'[\s)\]}.:,;!?*_"\'`$>|]*'
-
-
-def _key(found: str, options: Mapping[str, str]) -> str:
-    "The option's own letter for a letter of either case or a private sign."
-    if ord(found) >= _FIRST_SIGN:
-        return list(options)[ord(found) - _FIRST_SIGN]
-    return next(k for k in options if k.upper() == found.upper())
-
-
-def _letters(options: Mapping[str, str]) -> str:
-    "The options' letters for a character class of a regular expression."
-    return ''.join(re.escape(k) for k in options if len(k) == 1)
 
 
 def _bare(text: str, options: Mapping[str, str]) -> str:
@@ -109,23 +134,31 @@ def _bare(text: str, options: Mapping[str, str]) -> str:
 
 _ELEMENT = r'(?:(?:the|an?|option|both|either)\s+)*[(\[*"\']*({letter})[)\]*"\'.]*'
 _BETWEEN = (
-    r'(?:\s*(?:/|\b(?:and/or|or|versus|vs)\b)\s*'
+    r'(?:\s*(?:/|\b(?:and/or|or|versus|vs)\b(?:\s+(?:perhaps|maybe|possibly|even)\b)?|还是|還是)\s*'
     r'|\s*(?:,|&|\band\b|[和或与與とか]|또는|와\b|과\b|및)\s*(?:(?:and|or)\s+)?'
     r'(?=\W{0,3}(?:(?:the|an?|option)\s+)*.[)\]*"\'.]*\s*(?:$|[,;:/&!?.)\]}*"\n]|\s*(?:or|and|are|both|were)\b|\s*[和或与與都])))'
 )
 
 
-def _list_around(text: str, place: int, options: Mapping[str, str]) -> tuple[int, int] | None:
-    "Where the list of several options begins and ends that `place` is in, as A in A or B."
+@lru_cache(maxsize=256)
+def _lists(text: str, keys: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    "Where the lists of several options in `text` begin and end, as A or B."
+    options = dict.fromkeys(keys, '')
     element = _ELEMENT.replace('{letter}', rf'(?i:[{_letters(options)}])|[\ue000-\ue0ff]')
     bounded = rf"(?<![\w'-]){element}(?![\w'-])"
+    single = rf"(?<![\w'-])(?i:[{_letters(options)}])(?![\w'-])|[\ue000-\ue0ff]"
+    found = []
     for m in re.finditer(rf'{bounded}(?:{_BETWEEN}{bounded})+', text):
-        if m.start() <= place < m.end():
-            single = rf"(?<![\w'-])(?i:[{_letters(options)}])(?![\w'-])|[\ue000-\ue0ff]"
-            pieces = re.sub(r'\b(?:an?|the)\s+(?=[\ue000-\ue0ff])', '', m[0])
-            several = len({_key(found, options) for found in re.findall(single, pieces)}) > 1
-            return m.span() if several else None
-    return None
+        pieces = re.sub(r'\b(?:an?|the)\s+(?=[\ue000-\ue0ff])', '', m[0])
+        if len({_key(one, options) for one in re.findall(single, pieces)}) > 1:
+            found.append(m.span())
+    return tuple(found)
+
+
+def _list_around(text: str, place: int, options: Mapping[str, str]) -> tuple[int, int] | None:
+    "Where the list of several options begins and ends that `place` is in; None outside of one."
+    lists = _lists(text, tuple(options))
+    return next((span for span in lists if span[0] <= place < span[1]), None)
 
 
 def _listed(text: str, place: int, options: Mapping[str, str]) -> bool:
@@ -133,11 +166,25 @@ def _listed(text: str, place: int, options: Mapping[str, str]) -> bool:
     return _list_around(text, place, options) is not None
 
 
+def _folded(text: str) -> str:
+    "`text` without accents, with names of Greek letters, and one spelling of grey and colour."
+    bare = ''.join(c for c in unicodedata.normalize('NFD', text) if not unicodedata.combining(c))
+    bare = re.sub(r'\bgrey', 'gray', bare).replace('colour', 'color')
+    return re.sub(
+        '(?<!\\w)[α-ωΑ-Ω](?!\\w)', lambda m: unicodedata.name(m[0]).split()[-1].lower(), bare
+    )
+
+
 def _word_for_word(text: str, options: Mapping[str, str]) -> str:
     "The one option whose text the reply is."
-    said = normalise(text, articles=True)
-    same = [k for k, v in options.items() if normalise(_spaced(str(v)), articles=True) == said]
-    return same[0] if len(same) == 1 and said else ''
+    said = spellings(text, articles=True)
+    for fold in (lambda words: words, _folded):
+        wanted = {fold(words) for words in said if words}
+        texts = {k: spellings(_spaced(str(v)), articles=True) for k, v in options.items()}
+        same = [k for k, words in texts.items() if wanted & set(map(fold, words))]
+        if same:
+            return same[0] if len(same) == 1 else ''
+    return ''
 
 
 _BESIDES = r'\s+(?:because|since)\b|,\s+(?:because|since|as)\b'
@@ -156,6 +203,8 @@ def _leading(text: str, options: Mapping[str, str]) -> str:
     for form in forms:
         if m := re.match(form, text):
             place = m.start(1) if m[1] else m.start(2)
+            if re.match(rf'[)\]]\s*[(\[][{letters}][)\]]', text[place + 1 :]):
+                return ''  # (A)(B)
             return '' if _listed(text, place, options) else _key(m[1] or m[2], options)
     return ''
 
@@ -214,7 +263,8 @@ _JUDGED = (
 _NOT_A_NOUN = (
     r'(?:because|since|as|and|or|is|was|which|so|for|due|based|probably|likely|most\s+likely|maybe'
     r'|perhaps|definitely|certainly|clearly|obviously|surely|seems|looks|appears|would|will|must'
-    r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|only|alone|it|i|if|but|not|then|rather)\b'
+    r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|only|alone|it|i|if|but|not|then|rather'
+    r'|applies|holds|wins|works|with)\b'
 )
 _ARTICLE_BEHIND = re.compile(rf'\s+(?:(?!{_NOT_A_NOUN})[a-z]|[\ue000-\ue0ff])')
 _VERB_BEHIND = re.compile(
@@ -234,7 +284,7 @@ def _is_word(letter: str, rest: str, announced: bool) -> bool:
 # %% ../../nbs/evaluate/08_choices.ipynb #bc57f566
 _CLAUSE = re.compile(r'[.!?;:,\n]|\b(?:but|so|thus|therefore|hence|because|then)\b', re.I)
 _NEGATED = re.compile(
-    r'(?:\b(?:not|cannot|never|neither|nor|no|without|except|excluding|exclude|eliminate|reject|avoid'
+    r'(?:\b(?:not|cannot|doubt|hardly|не|nicht|keine?|never|neither|nor|no|without|except|excluding|exclude|eliminate|reject|avoid'
     r"|rule\s+out|instead\s+of|rather\s+than|than|unlike)\b|n't\b)(?:\s+[\w']+){0,4}\s*$"
     r'|(?:不|非|没|沒|別|别|排除)\w{0,3}\s*$',
     re.I,
@@ -246,13 +296,13 @@ _DOUBTED = re.compile(r"\b(?:might|may|could|seems?)\b(?:\s+[\w']+){0,5}\s*$", r
 _REFUTED = re.compile(
     r"""[)\]*."':]*\s*[-–]?\s*(?:(?:is|are|was|were|would\s+be|seems|looks)\s+)?(?:(?:also|clearly
     |obviously|definitely|simply|just|all|both)\s+)*(?:not\b(?!\s+\(?[A-Z]\b)|wrong\b|incorrect\b|false\b|invalid\b|eliminated\b
-    |a\s+distractor\b|ruled\s+out\b|cannot\b|can't\b|doesn't\b|does\s+not\b|isn't\b|wasn't\b)
+    |a\s+distractor\b|ruled\s+out\b|cannot\b|can't\b|doesn't\b|does\s+not\b|isn't\b|wasn't\b|\?\s*no\b)
     |\s*(?:선택지|选项|選項)?\s*[は은는]?\s*(?:是)?(?:错|錯|不(?!是\s*\(?[A-Z])|误|誤|間違|틀|[✗✘❌×]
     |ではな|じゃな|[가이는은]?\s*아니)""",
     re.I | re.X,
 )
 _ALL_BUT = re.compile(
-    r'\b(?:all|every\w*|none|nothing|any\w*|others?)\b[^.!?;\n]{0,25}\b(?:but|except(?:\s+for)?|besides'
+    r'\b(?:all|every\w*|none|nothing|any|others?)\b[^.!?;\n]{0,25}\b(?:but|except(?:\s+for)?|besides'
     r'|other\s+than)\s+(?:for\s+)?(?:option\s+)?[(\["\']*$',
     re.I,
 )
@@ -263,6 +313,8 @@ def _ruled_out(text: str, start: int, end: int) -> bool:
     if _ALL_BUT.search(text[:start]):
         return False
     clause = _CLAUSE.split(text[:start])[-1]
+    if comes_second(text, start, end):
+        return True
     return bool(_NEGATED.search(clause) or _SUPPOSED.search(clause) or _REFUTED.match(text[end:]))
 
 # %% ../../nbs/evaluate/08_choices.ipynb #faca7419
@@ -276,6 +328,7 @@ def _named(
     for m in re.finditer(rf'{before}{article}{_OPENING}{letter}{behind}', text, re.I):
         if not _is_word(m[1], text[m.end(1) :], announced=bool(before)):
             outside = not _listed(text, m.start(1), options)
+            outside = outside and not comes_second(text, m.start(1), m.end(1))
             if outside and not _ruled_out(text, m.start(), m.end(1)):
                 yield _key(m[1], options), m.start()
 
@@ -286,7 +339,10 @@ def _stated(text: str, options: Mapping[str, str]) -> str:
     doubted = ''
     levels = ((stated, ''), (_CHOSEN, ''), (_IT_IS, _ENDS), ('', _JUDGED), (_MENTIONED, ''))
     for before, behind in levels:
-        for key, start in reversed(list(_named(text, options, before, behind))):
+        named = list(_named(text, options, before, behind))
+        if before is _MENTIONED and len({key for key, _ in named}) > 1:
+            continue
+        for key, start in reversed(named):
             if not _DOUBTED.search(_CLAUSE.split(text[:start])[-1]):
                 return key
             doubted = doubted or key
@@ -294,21 +350,29 @@ def _stated(text: str, options: Mapping[str, str]) -> str:
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b455facf
 def _alone(text: str, options: Mapping[str, str]) -> str:
-    "The one capital letter that stands alone in a masked `text`."
-    letter = rf"(?<!\w)(?<!\w['-])([{_letters(options)}])(?![\w]|'\w|-\w)"
-    found = {
-        m[1]
+    "The one capital letter that stands alone in a masked `text`, of several the one without doubt."
+    letter = rf"(?<![\w°])(?<!\w['-])([{_letters(options)}])(?![\w]|'\w|-\w)"
+    found = [
+        m
         for m in re.finditer(letter, text)
         if not _is_word(m[1], text[m.end() :], announced=False)
         and not _ruled_out(text, m.start(), m.end())
         and not _listed(text, m.start(), options)
-    }
-    return found.pop() if len(found) == 1 else ''
+    ]
+    return _only([(m[1], is_hedged(text, m.start(), m.end())) for m in found])
+
+
+def _only(found: Sequence[tuple[str, bool]]) -> str:
+    "The one thing found, or the one of several found without doubt."
+    every, sure = {what for what, _ in found}, {what for what, hedged in found if not hedged}
+    left = every if len(every) == 1 else sure
+    return left.pop() if len(left) == 1 else ''
 
 
 _LEADS_TO_LETTER = (
     r'(?:probably|maybe|perhaps|likely|definitely|certainly|surely|obviously|clearly|so|thus|hence'
-    r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|but|only|just|simply|ans|ist|án|là)"
+    r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|but"
+    r'|only|just|simply|ans|vote|except|ist|lautet|cevap|är|án|là)'
 )
 
 
@@ -326,15 +390,24 @@ def _alone_small(text: str, options: Mapping[str, str]) -> str:
     return found.pop() if len(found) == 1 else ''
 
 
+def _list_ruled_out(masked: str, place: int, options: Mapping[str, str]) -> bool:
+    "Whether `place` is in an or-list that is ruled out, as in: not red or blue."
+    around = _list_around(masked, place, options)
+    return bool(around and re.search(r'\bn?or\b', masked[slice(*around)])) and _ruled_out(
+        masked, *around
+    )
+
+
 def _by_text(text: str, masked: str, options: Mapping[str, str]) -> str:
     "The one option whose text occurs in the reply."
-    signs = {
-        m[0]
+    signs = [
+        (m[0], is_hedged(masked, m.start(), m.end()))
         for m in re.finditer('[\ue000-\ue0ff]', masked)
         if not _ruled_out(masked, m.start(), m.end())
-    }
-    if len(signs) == 1:
-        return _key(signs.pop(), options)
+        and not _list_ruled_out(masked, m.start(), options)
+    ]
+    if sign := _only(signs):
+        return _key(sign, options)
     plain = f' {normalise(text, articles=True)} '
     texts = {k: normalise(_spaced(str(v)), articles=True) for k, v in options.items()}
     inside = [k for k, v in texts.items() if v and f' {v} ' in plain]
@@ -342,8 +415,11 @@ def _by_text(text: str, masked: str, options: Mapping[str, str]) -> str:
 
 # %% ../../nbs/evaluate/08_choices.ipynb #ccbae68a
 _TAKEN_BACK = re.compile(
-    r'(?:^|[\s.,;:!?…()*\-–—])(?:no\b(?=\s*[,.:;!?…—-])|(?:wait|hmm|actually|sorry|correction|oops|'
-    r'i\s+meant?|make\s+(?:it|that)|scratch\s+that|on\s+second\s+thought|rather)\b)[\s,.:;!…—-]*'
+    r'(?:^|[\s.,;:!?…()*\-–—])(?:(?:no|nein|non)\b(?=\s*[,.:;!?…—-])|(?:wait|hmm|actually|sorry'
+    r'|correction|oops|edit|i\s+meant?|make\s+(?:it|that)|scratch\s+that|on\s+(?:second\s+thought'
+    r'|reflection)|rather|never\s+mind|hold\s+on|my\s+(?:mistake|bad)|i\s+take\s+(?:that|it)\s+back'
+    r'|let\s+me\s+(?:re\w+|correct)(?:\s+(?:that|it|this|myself))?)\b|(?:不对|不對|错了|錯了|更正|不是?(?=\s*,)))[\s,.:;!…—-]*'
+    r'(?:(?:应该|應該)?\s*[是选選为為]\s*)?'
     r"(?:(?:no|wait|actually|i\s+meant?|it\s+is|it's|it\s+should\s+be|that\s+is|make\s+it"
     r'|(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|one)(?:\s+(?:is|should\s+be))?)\b[\s,.:;!…]*)*',
     re.I,
@@ -402,11 +478,14 @@ def parse_choice(text: str, choices: Choices) -> str:
     read."""
     options = lettered_options(choices)
     reply = _spaced(final_answer(text))
-    for read in (_bare, _word_for_word):
-        if key := read(reply, options):
-            return key
+    if any(re.search('°[CF]', _spaced(str(option))) for option in options.values()):
+        reply = re.sub(r'(?<=\d)\s?(?=[CF](?!\w))', '°', reply)  # 20 C names no option C
+    lines = len([line for line in reply.splitlines() if line.strip()])
+    if key := (_bare(reply, options) if lines == 1 else '') or _word_for_word(reply, options):
+        return key
     masked = _mask_options(reply, options)
-    if key := _corrected(masked, options):
+    weighed = _corrected(masked, options) or verdicts(masked, options) or likeliest(masked, options)
+    if key := weighed or _bare(reply, options) or same_parts(reply, options):
         return key
     judged, rest = _enumerated(reply, options)
     if rest != reply:
@@ -414,5 +493,8 @@ def parse_choice(text: str, choices: Choices) -> str:
     if key := _leading(reply, options) or _leading_text(masked, options):
         return key
     said = _stated(masked, options) or _alone(masked, options) or _by_text(reply, masked, options)
-    said = said or judged or _alone_small(masked, options)
-    return said or _remaining(masked, options)
+    said = said or judged or _alone_small(masked, options) or _remaining(masked, options)
+    if not said and {str(v).strip().lower() for v in options.values()} == {'yes', 'no'}:
+        answer = parse_yes_no(reply)
+        said = next((k for k, v in options.items() if str(v).strip().lower() == answer), '')
+    return said or by_place(masked, options)

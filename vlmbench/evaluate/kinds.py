@@ -15,7 +15,13 @@ import pandas as pd
 # %% ../../nbs/evaluate/16_kinds.ipynb #52c1b8bd
 from .averages import Averages
 from .lmms_rules import LMMS_SCORERS
-from .open_answers import ChoiceOrWords, Containment, LetterAlone
+from vlmbench.evaluate.open_answers import (
+    BracketedLetter,
+    ChoiceOrWords,
+    Containment,
+    LetterAlone,
+    OneWord,
+)
 from vlmbench.evaluate.scorers import (
     ANLS,
     MME,
@@ -43,7 +49,8 @@ class Beside:
 class Files:
     """One set of files that makes a task. `parts`: name of a part -> pattern below the folder, all
     of them read (a single file has the part ''). `form`: `rows` as `read_rows` reads them,
-    `problems` (rows of the ids that `pid_splits.json` lists), or `mme` (a folder a category).
+    `problems` (rows of the ids that `pid_splits.json` lists), `mme` (a folder a category) or `ai2d`
+    (a file of questions a picture).
     `split`: what it is called where a task must say which one was read."""
 
     parts: Mapping[str, str]
@@ -88,7 +95,8 @@ class Kind:
     text), `part` (filled with the part of the file where rows lack it), `options` (a list),
     `letters` (one column an option), `group` (questions that belong together). `index`: answers in
     digits number the options from 0; `means`: answers in the file -> in words; `hidden`: cells that
-    stand for a hidden answer; `circular`: copies of a question differ in id by this much.
+    stand for a hidden answer; `circular`: copies of a question differ in id by this much, and are
+    made where a file has none.
     Pictures: `pictures` holds them or their paths, `names` makes paths of columns, below one of
     `folders`, also without `strip` in front; `blind`: some questions have none. Rows: `each` splits
     lists into rows, `only` and `without` choose by a column, `draw` takes (number, seed) at random.
@@ -259,7 +267,7 @@ YES_NO = dict(
         'mme',
         (Files({'': '*'}, form='mme'), one('test-*.parquet')),
         Asked(MME(), '{question}'),
-        Asked(MME(), BRIEF, tokens=128),
+        Asked(MME(reference=True), BRIEF, tokens=128),
         lmms=LMMS_SCORERS['mme'],
         question_type=('category',),
         group=('question_id',),
@@ -291,6 +299,7 @@ YES_NO = dict(
 # %% ../../nbs/evaluate/16_kinds.ipynb #293222a3
 _ABCD = ('A', 'B', 'C', 'D')
 _HINTED = ('{hint}\n', '{question}')
+_WITH_CHOICES = "{question}\nAnswer with the option's letter from the given choices directly."
 _MMBENCH_CELLS = {name: name for name in ('index', 'question', *_ABCD)} | dict(prediction=ANSWER)
 _MMBENCH = Upload('xlsx', _MMBENCH_CELLS, 'parsed', 'MMBench submission (opencompass.org.cn)')
 CHOICES = dict(
@@ -336,6 +345,7 @@ CHOICES = dict(
         question_type=('category',),
         letters=_ABCD,
         circular=1_000_000,
+        averages=Averages(main='circular'),
         upload=_MMBENCH,
     ),
     mmbench_cn=Kind(
@@ -353,6 +363,7 @@ CHOICES = dict(
         question_type=('category',),
         letters=_ABCD,
         circular=1_000_000,
+        averages=Averages(main='circular'),
         upload=_MMBENCH,
     ),
     seed=Kind(
@@ -376,9 +387,15 @@ CHOICES = dict(
     ai2d=Kind(
         'AI2D',
         'ai2d',
-        (one('test-*.parquet'), one('AI2D_TEST.tsv')),
+        (
+            one('test-*.parquet'),
+            one('AI2D_TEST.tsv'),
+            Files({'': 'questions/*.json', 'ids': 'ai2d_test_ids.csv'}, form='ai2d'),
+            Files({'': 'questions/*.json'}, form='ai2d', split='train and test'),
+        ),
         Asked(MultipleChoice(), LETTER),
         lmms=LMMS_SCORERS['ai2d'],
+        question_type=('category',),
         options=('options',),
         letters=_ABCD,
         index=True,
@@ -389,8 +406,9 @@ CHOICES = dict(
         (Files({'2D': 'test_2d.parquet', '3D': 'test_3d.parquet'}),),
         Asked(
             MultipleChoice(),
-            "{question}\nAnswer with the option's letter from the given choices directly.",
+            _WITH_CHOICES,
         ),
+        Asked(BracketedLetter(), _WITH_CHOICES),
         question=('prompt',),
         id=('idx',),
         question_type=('task',),
@@ -467,7 +485,7 @@ MIXED = dict(
 _DOC_UPLOAD = Upload(
     'list', dict(questionId='questionId', answer=ANSWER), 'words', 'rrc.cvc.uab.es (task DocVQA)'
 )
-_FIRST = 'Answer the question using a single word or phrase.\n{question}'
+_FIRST = 'Please answer the question in one words.\n{question}'  # as the released code has it
 READING = dict(
     docvqa=Kind(
         'DocVQA',
@@ -541,9 +559,14 @@ READING = dict(
                 Beside('mscoco_val2014_annotations.json', 'question_id'),
                 split='val2014',
             ),
+            one(
+                'tenth_filtered_val2014_questions.json',
+                Beside('tenth_filtered_val2014_annotations.json', 'question_id'),
+                split='val2014-tenth',
+            ),
         ),
         Asked(ExactMatch()),
-        Asked(ExactMatch(), tokens=100),
+        Asked(OneWord(), '{question} Answer the question in one word.', tokens=512),
         question_type=('question_type',),
         facets=dict(question_type='question_type'),
         without=dict(question_type='absurd'),
@@ -587,6 +610,7 @@ FREE = dict(
         Asked(ExactMatch(), '{question}', tokens=1024),
         question=('text', 'question'),
         answers=(),
+        pictures=('image', 'images', 'image_path', 'image_paths', 'image_file'),
         blind=True,
         upload=Upload('lines', _LLAVA_LINES, to='whoever asked'),
         judged='nobody',

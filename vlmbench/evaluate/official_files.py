@@ -20,6 +20,7 @@ from typing import Any
 # %% ../../nbs/evaluate/17_official_files.ipynb #a3e5b6a3
 from ..data.picture import ImageRef
 from ..data.record import Sample, Turn, allowed_roots
+from .ai2d import ai2d_home, ai2d_rows, ai2d_test_ids
 from vlmbench.evaluate.benchmark_rows import (
     is_missing,
     mark_pictures,
@@ -27,7 +28,9 @@ from vlmbench.evaluate.benchmark_rows import (
     read_rows,
     row_pictures,
     row_truths,
+    unshown_picture,
 )
+from .circular import circular_copies
 from .kinds import OFFICIAL, Asked, Beside, Files, Kind
 from .open_answers import HIDDEN, Unscored
 from .scorers import MultipleChoice, index_letters, row_answers
@@ -112,6 +115,13 @@ def _of_folder(task: str, kind: Kind, folder: Path) -> FoundFiles:
             if categories := mme_categories(folder):
                 return FoundFiles(files, {'': categories}, {}, categories[0].parent)
             continue
+        if files.form == 'ai2d':
+            home = ai2d_home(folder)
+            listed = home and ai2d_test_ids(home)
+            if home and (listed is not None) == ('ids' in files.parts):
+                parts = {'': [home / 'questions']} | (dict(ids=[listed]) if listed else {})
+                return FoundFiles(files, parts, {}, home)
+            continue
         parts = {part: _matches(folder, pattern) for part, pattern in files.parts.items()}
         missing = [files.parts[part] for part, found in parts.items() if not found]
         if not missing:
@@ -129,7 +139,7 @@ def _of_file(task: str, kind: Kind, path: Path) -> FoundFiles:
     near = [path.parent, path.parent.parent]
     for files in kind.files:
         for part, pattern in files.parts.items():
-            if files.form == 'mme' or not fnmatch(path.name, pattern):
+            if files.form in ('mme', 'ai2d') or not fnmatch(path.name, pattern):
                 continue
             if files.form == 'problems':
                 return _of_folder(task, kind, path.parent)
@@ -206,6 +216,8 @@ def _mme_rows(category: Path) -> list[dict[str, Any]]:
 def _rows_of(found: FoundFiles, part: str, first: int | None) -> list[dict[str, Any]]:
     if found.files.form == 'mme':
         return [row for path in found.parts[part] for row in _mme_rows(path)]
+    if found.files.form == 'ai2d':
+        return ai2d_rows(found.root, first)
     if found.files.form == 'problems':
         problems, splits = (found.parts[name][0] for name in ('', 'splits'))
         ids = json.loads(splits.read_text(encoding='utf-8-sig'))['test']
@@ -248,6 +260,11 @@ def _chosen(kind: Kind, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _question_number(row: Mapping[str, Any]) -> tuple[int, str]:
+    ident = str(row.get('question_id', ''))
+    return (int(ident) if ident.isdigit() else 0), ident
+
+
 def official_rows(
     task: str, kind: Kind, found: FoundFiles, first: int | None = None
 ) -> list[dict[str, Any]]:
@@ -255,7 +272,7 @@ def official_rows(
     rows = []
     few = None if kind.only or kind.without else first  # else the first rows may all be left out
     for part in found.parts:
-        if found.files.form == 'problems' and part:
+        if found.files.form in ('problems', 'ai2d') and part:
             continue
         here = _rows_of(found, part, few)
         if odd := [row for row in here if not isinstance(row, Mapping)]:
@@ -270,7 +287,7 @@ def official_rows(
         chosen = [one for row in chosen[:first] for one in _one_each(row, kind.each)]
     if kind.draw and len(chosen) > kind.draw[0]:
         count, seed = kind.draw
-        chosen = random.Random(seed).sample(chosen, count)
+        chosen = random.Random(seed).sample(sorted(chosen, key=_question_number), count)
     if not chosen:
         raise OfficialError(f'task {task}: no rows to ask in {", ".join(map(str, found.paths))}')
     return chosen if first is None or few else chosen[:first]
@@ -382,6 +399,8 @@ def _pictures(
         raise NoPicture(' or '.join(named))
     if not paths:
         if kind.blind:
+            if lost := unshown_picture(row, shown=False):
+                raise ValueError(f'{lost!r} names a picture, film or sound that is not shown')
             return [], {}
         raise NoPicture(f'a picture in {" or ".join((*kind.pictures, *kind.names))}')
     found = [folders.find(path) for path in paths]
@@ -540,6 +559,24 @@ def _samples(
     ]
 
 # %% ../../nbs/evaluate/17_official_files.ipynb #12cab31f
+def _rows_to_ask(
+    task: str, kind: Kind, found: FoundFiles, first: int | None
+) -> list[dict[str, Any]]:
+    "`official_rows`, each with its own picture. Raises `OfficialError` for whatever is wrong."
+    try:
+        rows = official_rows(task, kind, found, first)
+    except OfficialError:
+        raise
+    except ValueError as e:
+        raise OfficialError(f'task {task}: {e}') from None
+    except KeyError as e:
+        files = ', '.join(p.name for p in found.paths[:4])
+        raise OfficialError(f'task {task}: {files} lack {e}; {_expected(kind)}') from None
+    if kind.circular and first:
+        return [row for row in rows if not str(row.get('image')).isdigit()]
+    return _pointed(rows) if kind.circular else rows
+
+
 def official_task(
     task: str,
     data: str | Path = '',
@@ -556,17 +593,7 @@ def official_task(
         asked = kind.asked(rule)
     except ValueError as e:
         raise OfficialError(f'task {task}: {e}') from None
-    try:
-        rows = official_rows(task, kind, found, first)
-    except KeyError as e:
-        files = ', '.join(p.name for p in found.paths[:4])
-        raise OfficialError(f'task {task}: {files} lack {e}; {_expected(kind)}') from None
-    if kind.circular:
-        rows = (
-            [row for row in rows if not str(row.get('image')).isdigit()]
-            if first
-            else _pointed(rows)
-        )
+    rows = _rows_to_ask(task, kind, found, first)
     samples = _samples(task, kind, asked, rows, _Folders(kind, found, data, roots))
     hidden = sum(sample.meta['answers'] is None for sample in samples)
     if hidden and hidden < len(samples) and not kind.judged:
@@ -580,6 +607,9 @@ def official_task(
         check_upload(upload)
         why = f'{kind.judged} grades it' if kind.judged else 'answers are hidden'
         facts = dict(unscored=why, judged=kind.judged)
+    elif kind.circular and rule != 'lmms' and not first:
+        asked_once, samples = len(samples), circular_copies(samples, kind.circular)
+        facts = dict(copies_made=len(samples) - asked_once)
     samples = [
         replace(s, meta=s.meta | dict(answers=s.meta['answers'] or [HIDDEN])) for s in samples
     ]

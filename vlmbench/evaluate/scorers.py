@@ -16,7 +16,7 @@ __all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'ExactMatch', 'v
            'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed', 'get_scorer']
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #8a406eda
-from .answers import announced, final_answer, normalise
+from .answers import announced, final_answer, normalise, spellings
 from .choices import lettered_options, parse_choice
 from .yes_no import parse_yes_no
 
@@ -78,15 +78,18 @@ class ExactMatch(Scorer):
     articles: bool = False
     reference: bool = False
     name: ClassVar[str] = 'exact_match'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row):
         said = prediction if self.reference else announced(final_answer(prediction))
         return normalise(said, self.articles, self.reference)
 
     def score(self, prediction, row):
-        truths = {normalise(a, self.articles, self.reference) for a in row_answers(row)}
-        return float(self.parse(prediction, row) in truths)
+        if self.reference:
+            truths = {normalise(a, self.articles, True) for a in row_answers(row)}
+            return float(self.parse(prediction, row) in truths)
+        said = spellings(announced(final_answer(prediction)), self.articles)
+        return float(any(said & spellings(a, self.articles) for a in row_answers(row)))
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6c4bc15b
 _CONTRACTIONS = """
@@ -138,7 +141,7 @@ class VQASoft(Scorer):
     tokenize: bool = False
     reference: bool = False
     name: ClassVar[str] = 'vqa_soft'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
@@ -177,7 +180,7 @@ class POPE(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'pope'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -221,15 +224,17 @@ MME_COGNITION = (
 class MME(Scorer):
     """Yes/no pairs (MME): `group` names the picture, `question_type` the category. `summary`:
     accuracy, accuracy_plus, `score/<category>` in [0, 200], `perception` and `cognition` sums.
-    `reference=True`: thoughts are part of the answer, as in the published script."""
+    `reference=True` is the published rule: yes or no within the first four
+    characters."""
 
     reference: bool = False
     name: ClassVar[str] = 'mme'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
-        said = prediction if self.reference else final_answer(prediction)
-        text = said.lower().strip().replace('.', '')
+        if not self.reference:
+            return parse_yes_no(prediction)
+        text = prediction.lower().strip().replace('.', '')
         if text in ('y', 'n', 'yes', 'no'):
             return {'y': 'yes', 'n': 'no'}.get(text, text)
         return 'yes' if 'yes' in text[:4] else 'no' if len(text) > 1 and 'no' in text[:4] else ''
@@ -300,7 +305,7 @@ class MultipleChoice(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')
@@ -361,7 +366,7 @@ class ANLS(Scorer):
 
     threshold: float = 0.5
     name: ClassVar[str] = 'anls'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
@@ -389,7 +394,7 @@ class Relaxed(Scorer):
 
     tolerance: float = 0.05
     name: ClassVar[str] = 'relaxed'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
         return final_answer(prediction).strip().lower()

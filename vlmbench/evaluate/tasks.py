@@ -4,7 +4,7 @@
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #a683d6fc
 from __future__ import annotations
-import hashlib, json, re
+import hashlib, json, re, warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,8 @@ from vlmbench.evaluate.benchmark_rows import (
     row_choices,
     row_pictures,
     row_truths,
+    unshown_picture,
+    unshown_prompts,
 )
 from .scorers import MultipleChoice, Scorer, get_scorer, index_letters, row_answers
 
@@ -363,6 +365,8 @@ def _benchmark_sample(
     "One row of a benchmark as a sample; raises ValueError saying what is wrong with it."
     cells = _cells(row, keys)
     images, places = row_pictures(row, root, image_name, keys.get('image'))
+    if 'image' not in keys and (lost := unshown_picture(row, bool(images))):
+        raise ValueError(f'{lost!r} names a picture, film or sound that is not shown')
     choices = shown_choices(cells['choices'], places) if options else cells['choices']
     text = mark_pictures(name_pictures(str(cells['question']), places), len(images))
     group, ident = cells['group'], number if cells['id'] is None else cells['id']
@@ -407,9 +411,13 @@ def rows_task(
     scorer, prompt = kwargs.pop('scorer', KINDS[kind][0]), kwargs.pop('prompt', KINDS[kind][1])
     options = '{choices}' in prompt or isinstance(get_scorer(scorer), MultipleChoice)
     root = allowed_roots(str(image_root), roots)
-    samples = []
+    samples, hidden = [], dict[str, int]()
     for n, row in enumerate(rows):
         try:
+            for column in unshown_prompts(
+                row, ' '.join(map(str, _cells(row, keys or {}).values()))
+            ):
+                hidden[column] = hidden.get(column, 0) + 1
             sample = _benchmark_sample(row, n, kind, options, root, keys or {}, image_name, name)
         except ValueError as e:
             raise ValueError(
@@ -417,4 +425,8 @@ def rows_task(
                 'columns to read'
             ) from None
         samples.append(sample)
+    for column, count in hidden.items():
+        warnings.warn(
+            f'{name}: column {column!r} of {count} rows is not shown; put it into the question'
+        )
     return Task(name, samples, scorer, prompt, **kwargs)

@@ -54,10 +54,11 @@ class Upload:
         return vqa_normalise(words) if self.says == 'vqa' else words
 
     def rows(self, task: Any, frame: pd.DataFrame) -> list[dict[str, Any]]:
-        "The objects of the file, in the order of the questions."
-        known = {str(sample.id): sample.meta['upload'] for sample in task.samples}
+        "The objects of the file, in the order of the questions; copies made here are not in it."
+        asked = {str(sample.id): sample.meta for sample in task.samples}
+        known = {ident: meta['upload'] for ident, meta in asked.items() if 'upload' in meta}
         rows = []
-        for row in frame.to_dict('records'):
+        for row in frame[frame['id'].isin(list(known))].to_dict('records'):
             cells = known[row['id']] | {ANSWER: self._said(row)}
             rows.append({name: cells[c] for name, c in self.cells.items() if c in cells})
         return rows

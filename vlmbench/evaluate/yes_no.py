@@ -13,15 +13,20 @@ import unicodedata
 from .answers import final_answer
 
 # %% ../../nbs/evaluate/09_yes_no.ipynb #9b5e5698
-_YES_WORDS = 'yes|y|yeah|yep|yup|oui|sí|sim|ja|да'
-_NO_WORDS = 'no|n|nope|nah|nein|não|non|нет'
+_YES_WORDS = 'yes|y|yeah|yep|yup|aye|oui|sí|sì|sim|ja|да|evet|tak|ναι'
+_NO_WORDS = 'no|n|nope|nah|nay|nein|não|non|нет|не|nie|hayır|όχι|nej'
 _AGREES = (
     'true|correct|right|absolutely|certainly|definitely|sure|indeed|affirmative|of course|surely'
+    '|without (?:a|any) doubt|i (?:think|believe) so|uh-?huh'
 )
-_DENIES = 'false|incorrect|wrong|negative|never'
-_YES_ELSEWHERE = r'(?:是的?|有的?|对的?|對的?|はい|네|예)(?=\W|$)'
+_DENIES = 'false|incorrect|wrong|negative|never|nothing|i doubt it|unlikely|zero|neither'
+_YES_ELSEWHERE = (
+    r'(?:嗯\W*)?(?:是的?|有的?|对的?|對的?|没错|沒錯|正[确確]的?|はい|そうです|正しいです?|います|あります|네|예'
+    r'|그렇습니다|맞[아습]\w*|있[습어]\w*|हाँ|نعم)(?=\W|$)'
+)
 _NO_ELSEWHERE = (
-    r'不是|不对|不對|没有|沒有|^[不否没沒无無](?=\W|$)|いいえ|ありません|いません|아니[요오]?|없'
+    r'不是|不对|不對|不正[确確]|不存在|[错錯][误誤]|没有|沒有|^[不否没沒无無错錯](?=\W|$)|いいえ|ありません|いません'
+    r'|違います|아니[요오]?|아닙니다|없|नहीं|^لا(?=\W|$)'
 )
 _NOTHING_DENIED = re.compile(
     r'\b(?:no|without (?:a|any)|beyond (?:a|any)) (?:doubt|problem|question|worries|matter)\b'
@@ -36,23 +41,33 @@ _UNDECIDED = re.compile(
     r'|(?:无法|無法|不能|难以)(?:确定|確定|判断|判斷|回答|看出)|不知道|不清楚|不确定|不確定'
     r'|分かりません|わかりません|모르|알 수 없'
 )
+_PICTURE = r'(?:images?|pictures?|photos?)'
 _NO_ANSWER = re.compile(
     r'\bno (?:idea|clue|answer|comment|opinion|sé)\b|\bn/a\b|\bas an? (?:ai|language model)\b'
     r"|(?:can ?not|can't|unable to|not able to) (?:see|view|access) (?:(?:the|this|your|any) )?"
-    r"(?:images?|pictures?|photos?)\b|\b(?:won't|refuse to|will not) answer\b|\bnot enough\b"
+    rf"{_PICTURE}\b|\b(?:won't|refuse to|will not) answer\b|\bnot enough\b"
+    r'|\brather not (?:say|answer)\b'
     r'|\bneither yes nor no\b|\b(?:could|may|might) be yes, (?:it )?(?:could|may|might) be no\b'
-    r'|판단할 수 없'
+    rf'|\bno {_PICTURE}(?=\W*$| (?:is|was|are|were|has been|provided|given|attached|available)\b)'
+    r"|(?:do not|don't|did not|didn't) (?:see|receive|have) (?:an?|any|the|your) "
+    rf'{_PICTURE}(?=\W*$)'
+    r'|\bno way (?:to|of) (?:tell|know|say|determin|be sure)\w*|\bnot applicable\b'
+    r'|판단할 수 없|\bnão sei\b|\bне знаю\b'
 )
 _BOTH = re.compile(r'\b(?:yes|no)(?:\s*/\s*|,? (?:or|and) )(?:yes|no)\b')
 
 # %% ../../nbs/evaluate/09_yes_no.ipynb #0d1e8801
+_FILLERS = (
+    'wait|actually|sorry|correction|oops|hmm|i mean|rather|on second thought|on reflection|hold on'
+    '|my mistake|scratch that|let me (?:reconsider|think again|correct (?:that|myself))|edit'
+)
 _SECOND_THOUGHT = re.compile(
     rf'\W*(?:{_YES_WORDS}|{_NO_WORDS})\b(?:(?:\s*(?:\.\.+|…|\?|[.!]\s))+'
     r'\s*(?:no,? |oh,? |well,? )?'
-    r'|[\W]+(?:no,? )?)(?:(?:wait|actually|sorry|correction|oops|hmm|i mean|rather)\W+)*'
+    rf'|[\W]+(?:no,? )?)(?:(?:{_FILLERS})\W+)*'
     r'(?P<last>yes|yeah|yep|no|nope)(?=\W*$|[.!,;:])'
 )
-_FILLER = re.compile(r'\b(?:wait|actually|sorry|correction|oops|hmm|i mean|rather)\b|\.\.|…|[?.!]')
+_FILLER = re.compile(rf'\b(?:{_FILLERS})\b|\.\.|…|[?.!]')
 _CONCLUDED = re.compile(
     rf'(?:\banswer(?: is| would be| should be|:)|\b(?:so|but|thus|therefore|hence|it is|it\'s)\b,?'
     rf'|[:;,→])\W*(?:(?:the )?(?:final )?answer is\W*)?(?P<last>{_YES_WORDS}|{_NO_WORDS})\W*$'
@@ -95,7 +110,7 @@ def _sentence(text: str) -> str:
         return ''
     if _NEGATION.search(text) or re.search(_NO_ELSEWHERE, text.strip()):
         return 'no'
-    that_is = r"(?:(?:that|this|it)(?:'s| is) )?"
+    that_is = r"(?:(?:(?:that|this|it)|(?:the|this|that) (?:statement|claim|sentence))(?:'s| is) )?"
     if word := re.match(rf'\W*{that_is}({_AGREES}|{_DENIES})\s*(?:[^\w\s]|$)', text):
         return _side(word[1])
     if re.match(r'\W*(?:indeed|certainly|definitely|absolutely|surely)\b', text):
@@ -110,6 +125,12 @@ def parse_yes_no(text: str) -> str:
     said = re.sub(r'\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}', r'\1', said)
     said = re.sub(r'[*_`"#$\u200b\ufeff]', ' ', said.replace('’', "'")).strip()
     said = re.sub(r'^(?:ans(?:wer)?|response|assistant)\s*:\s*', '', said)
+    said = re.sub(
+        r'^(?:答案|回答|答え|정답|답)\s*(?:是|为|は|은|는|:)\s*|[“”‘’「」]', ' ', said
+    ).strip()
+    if said and not re.search(r'\w', said):
+        marks = {mark in '✓✔✅☑👍' for mark in said if mark in '✓✔✅☑👍✗✘❌👎'}
+        return ('yes' if marks.pop() else 'no') if len(marks) == 1 else ''
     if corrected := _corrected(said):
         return corrected
     sentences = [s for s in re.findall(r'[^.!?。\n]+[.!?。]*', said) if re.search(r'\w', s)]

@@ -72,6 +72,9 @@ class Grace:
     def __exit__(self, *error: Any) -> None:
         self.closed.set()
         self.ear.__exit__()
+        # whose method it is holds this object: together they would keep an optimizer's moments
+        # alive beside those of the next stage
+        self.save = self.place = None
 
     def enter(self, place: Callable[[], Any]) -> None:
         "A step begins; `place()` says where the training is."
