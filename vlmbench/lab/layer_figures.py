@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAP', 'row_ranks', 'distinct_rows', 'score_label', 'heat_figure', 'cka_figure', 'against_figure', 'cuts_figure']
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #410a875b
+# %% ../../nbs/lab/14_layer_figures.ipynb #e2faa761
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from .plots import PALETTE, _figure, style
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #fa471bcb
+# %% ../../nbs/lab/14_layer_figures.ipynb #6d92fcfc
 MAP = 'YlGnBu'
 
 
@@ -38,7 +38,7 @@ def distinct_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
             same[name] = twin
     return table.loc[kept], same
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #16009221
+# %% ../../nbs/lab/14_layer_figures.ipynb #d4015475
 def score_label(metric: str, token_set: str) -> str:
     "A row's name in words."
     return f'{metric.replace("_", " ")} · {token_set.replace("_", " ")}'
@@ -82,7 +82,7 @@ def heat_figure(
             ax.add_patch(Rectangle((i - 0.5, -0.5), 1, len(t), fill=False, ec=PALETTE[1], lw=1.4))
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #45c49acb
+# %% ../../nbs/lab/14_layer_figures.ipynb #45a74593
 def _ranked_map(ax, matrix: np.ndarray, title: str) -> None:
     "One map by rank of its pairs, with a bar that names the values at the quartiles."
     pairs = np.isfinite(matrix)
@@ -111,7 +111,8 @@ def cka_figure(
     down = 2 if trimmed else 1
     side = width / max(3, len(seen))
     with style():
-        fig, axes = _figure(width, down * (side + 0.3), down, max(3, len(seen)))
+        wide = width * len(seen) / max(3, len(seen))
+        fig, axes = _figure(wide, down * (0.9 * side + 0.2), down, len(seen))
         for ax in axes.flat:
             ax.set_visible(False)
         for column, name in enumerate(seen):
@@ -122,7 +123,7 @@ def cka_figure(
                     _ranked_map(axes[row][column], found[name], what)
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #82643a7d
+# %% ../../nbs/lab/14_layer_figures.ipynb #8975ce35
 def against_figure(table: pd.DataFrame, reference: str, width: float = 8.2) -> Figure:
     """Spearman's correlation of every score with `reference`, with its interval; `table`: columns
     `score`, `rho`, `low`, `high`, drawn from the highest down."""
@@ -143,7 +144,7 @@ def against_figure(table: pd.DataFrame, reference: str, width: float = 8.2) -> F
         ax.grid(axis='y', visible=False)
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #8bb3bd53
+# %% ../../nbs/lab/14_layer_figures.ipynb #e90c649d
 def cuts_figure(table: pd.DataFrame, depth: int, width: float = 9.2) -> Figure:
     """Cross entropy without some layers: on the left which, on the right what is left of the
     English. `table`: as `vlmbench.evaluate.perplexity.cuts_table` gives it for a decoder of
