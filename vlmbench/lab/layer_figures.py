@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAP', 'row_ranks', 'distinct_rows', 'score_label', 'heat_figure', 'cka_figure', 'against_figure', 'cuts_figure']
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #e2faa761
+# %% ../../nbs/lab/14_layer_figures.ipynb #7602e50b
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from .plots import PALETTE, _figure, style
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #6d92fcfc
+# %% ../../nbs/lab/14_layer_figures.ipynb #fe52fc11
 MAP = 'YlGnBu'
 
 
@@ -38,7 +38,7 @@ def distinct_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
             same[name] = twin
     return table.loc[kept], same
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #d4015475
+# %% ../../nbs/lab/14_layer_figures.ipynb #6b63c13a
 def score_label(metric: str, token_set: str) -> str:
     "A row's name in words."
     return f'{metric.replace("_", " ")} · {token_set.replace("_", " ")}'
@@ -82,7 +82,7 @@ def heat_figure(
             ax.add_patch(Rectangle((i - 0.5, -0.5), 1, len(t), fill=False, ec=PALETTE[1], lw=1.4))
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #45a74593
+# %% ../../nbs/lab/14_layer_figures.ipynb #3cf1b622
 def _ranked_map(ax, matrix: np.ndarray, title: str) -> None:
     "One map by rank of its pairs, with a bar that names the values at the quartiles."
     pairs = np.isfinite(matrix)
@@ -119,11 +119,11 @@ def cka_figure(
             for row, found in enumerate((maps, trimmed)[:down]):
                 if name in found:
                     axes[row][column].set_visible(True)
-                    what = f'{name}, without massive activations' if row else name
+                    what = f'{name}, trimmed' if row else name
                     _ranked_map(axes[row][column], found[name], what)
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #8975ce35
+# %% ../../nbs/lab/14_layer_figures.ipynb #6ba1f7a4
 def against_figure(table: pd.DataFrame, reference: str, width: float = 8.2) -> Figure:
     """Spearman's correlation of every score with `reference`, with its interval; `table`: columns
     `score`, `rho`, `low`, `high`, drawn from the highest down."""
@@ -144,7 +144,7 @@ def against_figure(table: pd.DataFrame, reference: str, width: float = 8.2) -> F
         ax.grid(axis='y', visible=False)
     return fig
 
-# %% ../../nbs/lab/14_layer_figures.ipynb #e90c649d
+# %% ../../nbs/lab/14_layer_figures.ipynb #f28f88c5
 def cuts_figure(table: pd.DataFrame, depth: int, width: float = 9.2) -> Figure:
     """Cross entropy without some layers: on the left which, on the right what is left of the
     English. `table`: as `vlmbench.evaluate.perplexity.cuts_table` gives it for a decoder of

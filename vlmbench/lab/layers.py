@@ -421,6 +421,8 @@ def trajectory_figure(measured: LayerScores, width: float = 11.2) -> Figure:
             s = 'answer_predicting' if 'answer_predicting' in set(sets) else sets.iloc[0]
             axes[0][2].set_prop_cycle(color=PALETTE)
             ax = plot_lens(measured.frame, LENS[:3], s, ax=axes[0][2])
+            values = np.concatenate([line.get_ydata() for line in ax.lines])
+            ax.set_ylim(0, 1.15 * np.quantile(values, 0.97))  # the embedding's own is off the scale
             ax.set_title('logit lens')
             ax.set_ylabel('nats')
             ax.legend(

@@ -102,4 +102,14 @@ def rankings_against(texts: Sequence[Sequence[pd.DataFrame]], left: list[str]) -
         return pd.DataFrame(columns=['score', 'rho', 'low', 'high', 'texts'])
     frames = [pd.concat(tables, ignore_index=True) for tables in texts]
     frames = [pd.concat([frame, cka_change(frame)], ignore_index=True) for frame in frames]
-    return against([text_rankings(frame) for frame in frames], REFERENCE)
+    return against(_distinct([text_rankings(frame) for frame in frames]), REFERENCE)
+
+
+def _distinct(texts: Sequence[Mapping[str, tuple[pd.Series, float]]]) -> list[dict]:
+    "The rankings without those that repeat an earlier one's numbers in every text."
+    kept: list[str] = []
+    same = lambda text, a, b: a in text and b in text and np.allclose(text[a][0], text[b][0])
+    for name in RANKINGS:
+        if not any(all(same(text, name, earlier) for text in texts) for earlier in kept):
+            kept.append(name)
+    return [{name: text[name] for name in kept if name in text} for text in texts]
