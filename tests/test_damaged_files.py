@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vlmbench.checkpoints.release import CheckpointFormatError, read_weights
+from vlmbench.checkpoints.load import load_vlm
 from vlmbench.checkpoints.text import load_text
 from vlmbench.data.world import asset_path
 from vlmbench.lab.calibration import load_any
@@ -106,3 +107,50 @@ def test_a_model_that_nobody_knows_runs_no_code(tmp_path):
     (folder / 'config.json').write_text(json.dumps(config | dict(model_type='their_own')))
     with pytest.raises(ValueError, match="'their_own' is known neither.*is not run"):
         CliRunner().invoke(app, ['chat', str(folder), '--device', 'cpu'], catch_exceptions=False)
+
+
+def not_a_number(name, place, part, value):
+    "A copy of an embedded model; `value` stands in the first weight whose name has `part`."
+    folder = shutil.copytree(asset_path(name), place / 'm')
+    state = load_file(folder / 'model.safetensors')
+    key = next(key for key in state if part in key)
+    state[key].view(-1)[0] = value
+    save_file(state, folder / 'model.safetensors', metadata={'format': 'pt'})
+    return folder
+
+
+@pytest.mark.parametrize(
+    'name, part, value',
+    [
+        ('vlm', 'projector', float('nan')),
+        ('vlm', 'embed', float('inf')),
+        ('llm', 'mlp', float('nan')),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name, part, value):
+    folder = not_a_number(name, tmp_path, part, value)
+    picture = ['--image', str(tmp_path / 'a.png')] if name == 'vlm' else []
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    result = CliRunner().invoke(app, ['chat', str(folder), *picture], input='what ?\n')
+    assert result.exit_code
+    assert 'NaN or infinity in 1 weights' in str(result.exception) and part in str(result.exception)
+
+
+def test_a_base_model_or_tower_with_nan_is_refused(tmp_path):
+    vit = not_a_number('vit', tmp_path, 'layers', float('nan'))
+    with pytest.raises(ValueError, match='NaN or infinity'):
+        build_vlm(asset_path('llm'), vit)
+    with pytest.raises(ValueError, match='NaN or infinity'):
+        build_vlm(not_a_number('llm', tmp_path / 'llm', 'mlp', float('-inf')))
+
+
+def test_weights_beyond_the_model_are_announced(tmp_path):
+    folder = shutil.copytree(asset_path('vlm'), tmp_path / 'm')
+    state = load_file(folder / 'model.safetensors')
+    save_file(
+        state | {'extra.weight': torch.ones(2)}, folder / 'model.safetensors', {'format': 'pt'}
+    )
+    with pytest.warns(
+        UserWarning, match=r"holds 1 weights .*no place for, e\.g\. \['extra.weight'\]"
+    ):
+        load_vlm(folder)

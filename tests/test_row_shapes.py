@@ -307,3 +307,27 @@ def test_a_prompt_that_is_not_shown_is_counted(key, tmp_path):
     assert notes == [f'column {key!r} is not shown']
     sample_from_row(row | {key: 'What is it?'}, tmp_path, note=notes.append)
     assert len(notes) == 1  # the conversation says it
+
+
+@pytest.mark.parametrize(
+    'column, said',
+    [
+        (dict(media=[dict(type='image', path='a.png')]), "'media' names a picture"),
+        (dict(parts=[dict(type='image_url', image_url=dict(url='x'))]), "'parts' names a picture"),
+        (dict(preamble='be brief'), "'preamble' is called like one"),
+    ],
+)
+def test_pictures_in_parts_and_prompts_of_other_names_are_not_dropped(column, said):
+    turns = [{'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}]
+    with pytest.raises(BadRecord, match=said):
+        sample_from_llava(dict(id='1', conversations=turns, **column))
+
+
+@pytest.mark.parametrize('name', ['rows.json', 'rows.jsonl'])
+def test_a_file_in_utf_16_is_refused_by_its_encoding(tmp_path, name):
+    turns = [{'from': 'human', 'value': 'what ?'}, {'from': 'gpt', 'value': 'red'}]
+    row = dict(id='1', conversations=turns)
+    text = json.dumps([row] if name == 'rows.json' else row)
+    (tmp_path / name).write_bytes(text.encode('utf-16'))
+    ran = vlmbench('data', 'look', str(tmp_path / name))
+    assert 'the file is UTF-16; save it as UTF-8' in ran.stdout + ran.stderr

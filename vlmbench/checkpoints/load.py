@@ -47,6 +47,7 @@ from .zoo import published_base
 from ..data.home import kept_model
 from ..data.template import TEMPLATES
 from ..models.files import check_files, has_tokenizer
+from ..models.finite import refuse_not_finite
 from ..models.quantized import prepare_quantized
 
 # importing this module also registers our classes with transformers
@@ -156,6 +157,7 @@ def _load_converted(
             stacklevel=3,
         )
         model, processor = load_published(folder, template=template, **settings)
+    refuse_not_finite(model, folder)
     if 'quantization_config' in settings:
         prepare_quantized(model, repack=True)
     return model, processor

@@ -92,7 +92,7 @@ def _ends_like(value: Any, suffixes: tuple[str, ...]) -> bool:
 
 def looks_like_picture(value: Any) -> bool:
     """Whether a cell holds a picture or the place of one: bytes, a decoded picture, a path or
-    address, a list with one."""
+    address, a part of a chat message that is one, a list with one."""
     if isinstance(value, (bytes, bytearray, Image.Image)):
         return True
     if isinstance(value, np.ndarray):
@@ -100,7 +100,8 @@ def looks_like_picture(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(looks_like_picture(v) for v in value)
     if isinstance(value, Mapping):
-        return set(value) <= {'bytes', 'path'} and not is_empty(value)
+        part = str(value.get('type')).lower() in ('image', 'image_url', 'input_image')
+        return (part or set(value) <= {'bytes', 'path'}) and not is_empty(value)
     return isinstance(value, str) and (
         value.startswith('data:image/')
         or _ends_like(value, PICTURE_SUFFIXES)
@@ -319,6 +320,8 @@ def _called_prompt(key: str) -> bool:
     "Whether a key is called like a system prompt."
     words = [word.lower() for word in re.findall('[A-Z]?[a-z]+|[A-Z]+', key)] or ['']
     developer = words[0] == 'developer' and words[-1] in _PROMPTS and len(words) > 1
+    if words == ['preamble']:
+        return True
     return developer or words[0] in ('system', 'sys') and words[-1] not in _NO_PROMPT
 
 

@@ -167,6 +167,8 @@ def _json_lines(file) -> Iterator[tuple[int, int, RawRow]]:
                 error = 'syntax error: nested too deeply'
             except ValueError as e:
                 error, cut = f'syntax error: {e}', not line.endswith(b'\n')
+            if error and not start and line.startswith((b'\xff\xfe', b'\xfe\xff')):
+                error, cut = 'encoding: the file is UTF-16; save it as UTF-8', False
             if cut:
                 error = (
                     f'too long: a row of over {MAX_ROW:,} bytes'

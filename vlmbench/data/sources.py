@@ -51,7 +51,12 @@ def data_file(folder: str | Path, name: str) -> Path:
             return Path(folder) / f'{name}{end}'
     there = sorted(p.name for p in Path(folder).glob('*') if _is_data(p))
     wanted = ', '.join(f'{name}{end}' for end in DATA_FILES)
-    raise DataError(f'{folder} has no {wanted}; it has {there}')
+    what = f'it has {there}' if there else 'it has no file of rows'
+    if not Path(folder).is_dir():
+        what = 'there is no such folder'
+    elif not any(Path(folder).iterdir()):
+        what = 'the folder is empty'
+    raise DataError(f'{folder} has no {wanted}; {what}')
 
 
 def _is_data(path: Path) -> bool:

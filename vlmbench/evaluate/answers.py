@@ -13,6 +13,7 @@ import string
 import unicodedata
 from collections.abc import Mapping
 
+from .alike import in_digits, one_writing, scaled
 from .quantities import NUMBER_WORDS, UNIT, one_spelling, plain_value
 
 # %% ../../nbs/evaluate/06_answers.ipynb #43689de8
@@ -233,7 +234,8 @@ def _one_form(text: str) -> str:
     text = re.sub(r'(?<=[\w)])(?=[⁻⁰¹²³⁴⁵⁶⁷⁸⁹])', '^', text)  # 5² is not 52
     text = re.sub(r'(?<=\d)(?=[¼½¾⅐-⅞])', ' ', text)  # and 1½ is not 11/2
     text = unicodedata.normalize('NFKC', text.translate(_SAME)).translate(_SAME)
-    text = re.sub(r'(?<=\b\w) & (?=\w\b)', '&', one_spelling(text).lower())
+    text = one_spelling(one_writing(text))
+    text = re.sub(r'(?<=\b\w) & (?=\w\b)', '&', text.lower())
     return re.sub(r'(?<!\S)-\s+(?=\.?\d)', '-', text)  # a minus apart from its number
 
 # %% ../../nbs/evaluate/06_answers.ipynb #6bf8088f
@@ -292,9 +294,13 @@ def normalise(text: str, articles: bool = False, reference: bool = False) -> str
 
 
 def spellings(text: str, articles: bool = False) -> set[str]:
-    "`normalise`d, with words that a hyphen joins as one and as several: ice-cream, ice cream."
+    """`normalise`d, with words that a hyphen joins as one and as several (ice-cream, ice cream),
+    numbers in words and in digits (first, 1st), and 2k as 2000."""
     apart = re.sub(r'(?<=[^\W\d])[-‐‑](?=[^\W\d]{2})', ' ', text)
-    return {normalise(text, articles), normalise(apart, articles)}
+    forms = {normalise(form, articles) for form in (text, apart, scaled(text.strip()))}
+    if re.fullmatch(r'\W*an?\s+(?:third|quarter|fourth|fifth)\W*', text, re.I):
+        forms.add(normalise(text, articles=True))  # a third is 1/3, the third is not
+    return forms | set(map(in_digits, forms))
 
 
 _ANNOUNCED = re.compile(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 # %% ../../nbs/evaluate/08_choices.ipynb #55203a3b
+from .alike import clock_of, one_writing, ways
 from .answers import final_answer, normalise, spellings
 from .quantities import NUMBER_WORDS, one_spelling
 from vlmbench.evaluate.weighed import (
@@ -59,7 +60,7 @@ def _spaced(text: str) -> str:
     text = re.sub(r'\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}', r'\1', text)
     text = re.sub(r'\\[()\[\]]|(?:<\|?\w{2,}\|?>|</\w+>)(?=\s*$)|^```\w*\s|```\s*$', ' ', text)
     text = re.sub('[「」『』《》【】«»]', '"', text)
-    return _TOUCHING.sub(' ', one_spelling(text.strip()))
+    return _TOUCHING.sub(' ', one_spelling(one_writing(text.strip())))
 
 # %% ../../nbs/evaluate/08_choices.ipynb #ef290ec2
 _UNSPACED = r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]'  # scripts that put no space between words
@@ -77,18 +78,22 @@ _BEFORE_DIGITS = (  # $5, <5 and √5 are not 5; but -> 5 is
 _BEHIND_DIGITS = r'(?![\w%°])(?![.,:/]\d)(?!\s+(?:hundred|thousand|million|billion)\b)(?!\s\d+/\d)'
 
 
+def _piece(piece: str) -> str:
+    return f'(?:{"|".join(map(re.escape, ways(piece)))})'
+
+
 def _text_pattern(option: str) -> str:
     "An option's text, with any white space in it and nothing that would make it another word."
     pieces = re.findall(r'\w+|[^\w\s]', _spaced(option))
-    pattern = re.escape(pieces[0])
+    pattern = _piece(pieces[0])
     for k, (before, piece) in enumerate(zip(pieces, pieces[1:])):
         words = before[0].isalpha() and piece[0].isalpha()
         if piece == '-' and _is_joint(pieces, k + 1):
             pattern += r'[\s-]*'  # ice-cream is ice cream
         elif before == '-' and _is_joint(pieces, k):
-            pattern += re.escape(piece)
+            pattern += _piece(piece)
         else:
-            pattern += (r'[\s-]*' if words else r'\s*') + re.escape(piece)
+            pattern += (r'[\s-]*' if words else r'\s*') + _piece(piece)
     whole = r'(?<!\d\s)' * ('/' in pieces)  # 1 1/2 is not 1/2
     before = _BEFORE_DIGITS + whole if pieces[0].isdigit() else r'(?<!\w)'
     after = _BEHIND_DIGITS if pieces[-1].isdigit() else r'(?!\w)'
@@ -134,9 +139,15 @@ def _bare(text: str, options: Mapping[str, str]) -> str:
 
 _ELEMENT = r'(?:(?:the|an?|option|both|either)\s+)*[(\[*"\']*({letter})[)\]*"\'.]*'
 _BETWEEN = (
-    r'(?:\s*(?:/|\b(?:and/or|or|versus|vs)\b(?:\s+(?:perhaps|maybe|possibly|even)\b)?|还是|還是)\s*'
+    r'(?:\s*(?:/|\.{2,}|[~…]|[至到]|\b(?:and/or|or|versus|vs|to|through|thru|until)\b(?:\s+(?:perhaps|maybe|possibly|even)\b)?|还是|還是|または|或是|或者)\s*'
     r'|\s*(?:,|&|\band\b|[和或与與とか]|또는|와\b|과\b|및)\s*(?:(?:and|or)\s+)?'
     r'(?=\W{0,3}(?:(?:the|an?|option)\s+)*.[)\]*"\'.]*\s*(?:$|[,;:/&!?.)\]}*"\n]|\s*(?:or|and|are|both|were)\b|\s*[和或与與都])))'
+)
+
+
+_MOVED = re.compile(  # from one option to another, which is no range of options
+    r'\b(?:prefer|chang|switch|mov|correct|revis|updat|amend)\w*\b(?:\s+(?:my|the|answer|choice|from|it|option))*\s*$',
+    re.I,
 )
 
 
@@ -145,12 +156,14 @@ def _lists(text: str, keys: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     "Where the lists of several options in `text` begin and end, as A or B."
     options = dict.fromkeys(keys, '')
     element = _ELEMENT.replace('{letter}', rf'(?i:[{_letters(options)}])|[\ue000-\ue0ff]')
-    bounded = rf"(?<![\w'-]){element}(?![\w'-])"
+    sign = r'[\ue000-\ue0ff]'  # has no letters of Latin script around it
+    bounded = rf"(?:(?<![\w'-])|(?={sign})){element}(?:(?![\w'-])|(?<={sign}))"
     single = rf"(?<![\w'-])(?i:[{_letters(options)}])(?![\w'-])|[\ue000-\ue0ff]"
     found = []
     for m in re.finditer(rf'{bounded}(?:{_BETWEEN}{bounded})+', text):
         pieces = re.sub(r'\b(?:an?|the)\s+(?=[\ue000-\ue0ff])', '', m[0])
-        if len({_key(one, options) for one in re.findall(single, pieces)}) > 1:
+        moved = re.search(r'\bto\b', m[0]) and _MOVED.search(text[: m.start()])
+        if not moved and len({_key(one, options) for one in re.findall(single, pieces)}) > 1:
             found.append(m.span())
     return tuple(found)
 
@@ -245,7 +258,7 @@ _CHOSEN = (
 )
 _IT_IS = (
     r"(?:(?<![A-Za-z])(?:it|this|that|letter)(?:'s|\s+(?:is|was|(?:must|should|would|has\s+to)\s+be))"
-    r'\b|(?<![A-Za-z])(?:so|thus|hence|therefore|finally|final|overall)\b[,:]?|(?<!不)是)\s*'
+    r'\b|(?<![A-Za-z])(?:so|thus|hence|therefore|finally|final|overall)\b[,:]?|(?<![不还還])是)\s*'
 )
 _ENDS = r'[)\]*"]*(?:\s*(?:$|[.,;:!?\n])|\s+(?:because|since|as)\b)'
 _MENTIONED = (
@@ -472,12 +485,21 @@ def _remaining(masked: str, options: Mapping[str, str]) -> str:
     return left[0] if len(left) == 1 else ''
 
 # %% ../../nbs/evaluate/08_choices.ipynb #57f0499e
+_ASKS_BACK = re.compile(
+    r'\W*(?:so\W+)?(?:(?:do|did|are|would|can|could)\s+you\s+(?:mean|ask|want|refer|talk|say|like)'
+    r'|(?:should|shall|may|can)\s+i\b|你|您|请问|請問)[^.!?\n]*\?\W*',
+    re.I,
+)
+
+
 def parse_choice(text: str, choices: Choices) -> str:
     """Option letter named by the reply `text`, or ''. `choices`: option texts in order (lettered
     from A) or a letter -> text mapping. Thoughts in front of the answer (`final_answer`) are not
     read."""
     options = lettered_options(choices)
-    reply = _spaced(final_answer(text))
+    reply = _spaced(clock_of(final_answer(text), map(str, options.values())))
+    if _ASKS_BACK.fullmatch(reply):
+        return ''
     if any(re.search('°[CF]', _spaced(str(option))) for option in options.values()):
         reply = re.sub(r'(?<=\d)\s?(?=[CF](?!\w))', '°', reply)  # 20 C names no option C
     lines = len([line for line in reply.splitlines() if line.strip()])

@@ -16,6 +16,7 @@ __all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'ExactMatch', 'v
            'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed', 'get_scorer']
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #8a406eda
+from .alike import clock_of
 from .answers import announced, final_answer, normalise, spellings
 from .choices import lettered_options, parse_choice
 from .yes_no import parse_yes_no
@@ -88,8 +89,11 @@ class ExactMatch(Scorer):
         if self.reference:
             truths = {normalise(a, self.articles, True) for a in row_answers(row)}
             return float(self.parse(prediction, row) in truths)
-        said = spellings(announced(final_answer(prediction)), self.articles)
-        return float(any(said & spellings(a, self.articles) for a in row_answers(row)))
+        said = announced(final_answer(prediction))
+        pairs = ((clock_of(said, [a]), a) for a in map(str, row_answers(row)))
+        return float(
+            any(spellings(x, self.articles) & spellings(a, self.articles) for x, a in pairs)
+        )
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6c4bc15b
 _CONTRACTIONS = """

@@ -101,28 +101,40 @@ def likeliest(masked: str, options: Mapping[str, str]) -> str:
 
 # %% ../../nbs/evaluate/07_weighed.ipynb #f7ece9a9
 _ORDINALS = 'first second third fourth fifth sixth'.split()
+_NAMED_PLACE = rf'{"|".join(_ORDINALS)}|[1-6](?:st|nd|rd|th)|last'
 _PLACE = re.compile(
-    rf'\b({"|".join(_ORDINALS)}|[1-6](?:st|nd|rd|th)|last)\s+(?:option|one|choice|answer|alternative)\b'
+    rf'\b({_NAMED_PLACE})\s+(?:option|one|choice|answer|alternative)\b'
     r'|(?:\b(?:option|choice|alternative|answer|number|no\.)\s*|#\s*)([1-6]|one|two|three|four|five|six)\b',
     re.I,
 )
+_PLACE_ALONE = re.compile(
+    r'[\s(\[*"\'`]*(?:(?:the|my|final|correct)\s+)*(?:(?:answer|choice|option)\s*(?:is\b|:|=)|it\s+is\b|it\'s\b)?'
+    rf'[\s(\[*"\'`#]*(?:(?:the|number)\s+)*({_NAMED_PLACE}|[1-6](?![\d.,]\d)|one|two|three|four|five|six)'
+    r'[\s)\]*"\'`.!:]*',
+    re.I,
+)
+_PLACE_ELSEWHERE = re.compile(r'第\s*([一二三四五六1-6])\s*(?:个|個|项|項|选项|選項|番目|つ目)?')
+
+
+def _place(said: str, last: int) -> int:
+    "The place that a word, a digit, an ordinal or a Chinese numeral names."
+    for words in (_ORDINALS, '一二三四五六'):
+        if said in words:
+            return words.index(said) + 1
+    if said == 'last':
+        return last
+    return int(said[0]) if said[0].isdigit() else NUMBER_WORDS.index(said)
 
 
 def by_place(masked: str, options: Mapping[str, str]) -> str:
-    "The one option that is named by its place among them."
+    "The one option that is named by its place among them: option 3, the third, or 3 alone."
     numbers = rf'\d|\b(?:{"|".join(_ORDINALS + NUMBER_WORDS)})\b'
     if any(re.search(numbers, str(text), re.I) for text in options.values()):
         return ''
-    found = set()
-    for m in _PLACE.finditer(masked):
-        said = (m[1] or m[2]).lower()
-        if said == 'last':
-            place = len(options)
-        elif said in _ORDINALS:
-            place = _ORDINALS.index(said) + 1
-        else:
-            place = int(said[0]) if said[0].isdigit() else NUMBER_WORDS.index(said)
-        found.add(place)
+    said = [m[1] or m[2] for m in _PLACE.finditer(masked)]
+    said += [m[1] for m in [_PLACE_ALONE.fullmatch(masked)] if m]
+    said += [m[1] for m in _PLACE_ELSEWHERE.finditer(masked)]
+    found = {_place(word.lower(), len(options)) for word in said}
     place = found.pop() if len(found) == 1 else 0
     return list(options)[place - 1] if 0 < place <= len(options) else ''
 

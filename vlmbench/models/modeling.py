@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention import document_lengths
 from .config import VLMConfig, share_weights
+from .finite import refuse_not_finite
 from .masks import attention_mask as build_mask, document_positions, image_ids_of
 from .vision import FrontEnd, build_front_end
 
@@ -78,6 +79,13 @@ class VLMPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class='AutoModel'):
         "Nothing: saving would copy our sources; the config writes a file that imports them."
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **settings):
+        "As for any transformers model; `ValueError` for weights that are no numbers."
+        loaded = super().from_pretrained(path, *args, **settings)
+        refuse_not_finite(loaded[0] if isinstance(loaded, tuple) else loaded, path)
+        return loaded
 
     def save_pretrained(self, save_directory, **settings):
         "As any transformers model, with weight files that others may read."

@@ -34,6 +34,7 @@ from ..data.image import CLIP_MEAN, CLIP_STD, HALF, ImageTransform, from_image_p
 from ..data.template import IMAGE
 from .attention import check_attention
 from .files import check_files, has_tokenizer
+from .finite import refuse_not_finite, say_unexpected
 from .groups import GROUPS
 from vlmbench.models.modeling import (
     VLMConfig,
@@ -66,12 +67,16 @@ AutoProcessor.register(VLMConfig, VLMProcessor)
 # %% ../../nbs/models/20_vlm.ipynb #7839dbc6
 def load_complete(auto_class: type, path: str | Path | None, **settings) -> PreTrainedModel:
     """`auto_class.from_pretrained(path, **settings)`, with generation settings that can be saved
-    again. Raises `ValueError` naming the weights that the folder lacks, or a damaged file."""
+    again. Raises `ValueError` naming the weights that the folder lacks or that are no numbers, or a
+    damaged file."""
     if path is not None:  # None: the settings bring configuration and weights
         check_files(path)
     settings |= dict(output_loading_info=True, trust_remote_code=False)  # which never asks
     model, info = auto_class.from_pretrained(path, **settings)
     _refuse_missing(info['missing_keys'], path, model)
+    refuse_not_finite(model, path)
+    if isinstance(model, VLMForConditionalGeneration):
+        say_unexpected(info['unexpected_keys'], path, model)
     mend_generation(model, path)
     return model
 
@@ -117,7 +122,7 @@ def _unsaveable(settings) -> str | None:
 # %% ../../nbs/models/20_vlm.ipynb #e4de08ea
 def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTrainedModel:
     """The vision tower of a Hub-layout folder or name: vision-only, or the vision half of a
-    CLIP-like model. Raises `ValueError` if weights miss."""
+    CLIP-like model. Raises `ValueError` if weights miss or are no numbers."""
     check_files(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     vision = tower_config(config)
@@ -130,6 +135,7 @@ def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTraine
         model = whole.vision_model
         missing = [name for name in info['missing_keys'] if name.startswith('vision_model.')]
     _refuse_missing(missing, path, model)
+    refuse_not_finite(model, path)
     return model
 
 # %% ../../nbs/models/20_vlm.ipynb #d60e1b24
@@ -261,6 +267,8 @@ def build_vlm(
         )
     loaded = isinstance(vision, PreTrainedModel)
     tower = vision if loaded or vision is None else load_tower(vision, llm.dtype)
+    if loaded:
+        refuse_not_finite(vision, 'vision')
     settings = _front_end_settings(front_end, tower, drop_unused_blocks)
     if transform is None or isinstance(transform, str):
         if tower is None:
@@ -288,6 +296,8 @@ def _language_model(
     if source is not None:
         attn = {} if attn_implementation is None else dict(attn_implementation=attn_implementation)
         llm = load_complete(AutoModelForCausalLM, source, dtype=dtype, **attn)
+    else:
+        refuse_not_finite(llm, 'llm')
     _check_weights(llm)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = read_tokenizer(tokenizer or source)

