@@ -191,10 +191,12 @@ def answer_loss(
 # %% ../../nbs/analysis/14_ablation.ipynb #dc9e575b
 @dataclass(frozen=True)
 class Ablation:
-    "Tidy `frame` of an ablation, and the loss of the unchanged model."
+    """Tidy `frame` of an ablation, the loss of the unchanged model, and the frames of `each` batch
+    alone (empty for one without answers)."""
 
     frame: pd.DataFrame
     base: Loss
+    each: tuple[pd.DataFrame, ...] = ()
 
 
 class _Variants:
@@ -202,6 +204,7 @@ class _Variants:
 
     def __init__(self):
         self.losses, self.changes = Moments(), Moments()
+        self.batches: list[tuple[Moments, Moments]] = []
 
     @staticmethod
     def of(whole: tuple[Tensor, Tensor], variants: list, sample: Tensor) -> tuple[Moments, Moments]:
@@ -212,10 +215,19 @@ class _Variants:
     def add(self, one: tuple[Moments, Moments]) -> None:
         self.losses.merge(one[0])
         self.changes.merge(one[1])
+        self.batches.append(one)
 
     def ablation(self, name: str, layers: Sequence[int]) -> Ablation:
-        value, error, n = _with_answers(self.losses).pooled()
-        change, change_error, _ = self.changes.pooled()
+        frame = self._frame(name, layers, _with_answers(self.losses), self.changes)
+        each = tuple(
+            self._frame(name, layers, *one) if one[0].samples else tidy([]) for one in self.batches
+        )
+        return Ablation(frame, _loss(self.losses), each)
+
+    @staticmethod
+    def _frame(name: str, layers: Sequence[int], losses: Moments, changes: Moments) -> pd.DataFrame:
+        value, error, n = losses.pooled()
+        change, change_error, _ = changes.pooled()
         ratio = change[:, 0].exp()
         columns = {
             'loss': (value[1:, 0], error[1:, 0]),
@@ -226,7 +238,7 @@ class _Variants:
         records = []
         for column, of_layers in columns.items():
             records += rows(f'{name}_{column}', 'answer', (*of_layers, n), layers)
-        return Ablation(tidy(records), _loss(self.losses))
+        return tidy(records)
 
 # %% ../../nbs/analysis/14_ablation.ipynb #4381efd4
 @torch.no_grad()

@@ -86,7 +86,6 @@ class CKA(StreamMetric):
 @patch
 def measure(self: CKA, states: States) -> Part:
     part = Part((*states.layers, max(states.layers) + 1), more={})
-    draw = np.random.default_rng([self.seed, states.number])  # alike on whichever rank
     for k in self.token_sets:
         if k not in states.sets or not states.sets[k].any():
             continue
@@ -96,6 +95,8 @@ def measure(self: CKA, states: States) -> Part:
             part.more[k] = None
             continue
         if self.max_tokens and len(at) > self.max_tokens:
+            # alike on whichever rank, and in sets of the same tokens
+            draw = np.random.default_rng([self.seed, states.number])
             chosen = np.sort(draw.choice(len(at), self.max_tokens, replace=False))
             at = at[torch.from_numpy(chosen).to(at.device)]
         # [states, tokens, hidden] -> biased and debiased HSIC, [2, states, states]

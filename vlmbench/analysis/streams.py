@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'LABEL_SETS', 'IMAGE_SETS', 'ANNOTATIONS', 'Record', 'tidy
            'check_head']
 
 # %% ../../nbs/analysis/00_streams.ipynb #f1c9b2c5
+import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -70,13 +71,14 @@ IMAGE_SETS = ('image', 'text_after_image', 'text_after_images')
 
 @dataclass(frozen=True)
 class TokenSets:
-    """Masks `[batch, tokens]` by name, sample number per token (-1 = padding) and next-token
-    targets (-100 = none)."""
+    """Masks `[batch, tokens]` by name, sample number per token (-1 = padding), next-token targets
+    (-100 = none) and the ids of the tokens, where the batch has them."""
 
     masks: dict[str, Tensor]
     samples: Tensor
     targets: Tensor
     image: Tensor | None = None
+    ids: Tensor | None = None
 
 # %% ../../nbs/analysis/00_streams.ipynb #9966adf3
 def _valid_mask(batch, ids, pad_token_id):
@@ -152,7 +154,7 @@ def token_sets(
         targets[:, :-1] = torch.where(
             masks['answer_predicting'][:, :-1], labels[:, 1:].long(), targets[:, :-1]
         )
-    return TokenSets(masks, samples, targets, image)
+    return TokenSets(masks, samples, targets, image, ids)
 
 
 def _image_bounds(image, samples):
@@ -578,12 +580,14 @@ class StateNorm(StreamMetric):
 # %% ../../nbs/analysis/00_streams.ipynb #4e65adc3
 @dataclass
 class StreamResult:
-    "Tidy `frame` of all records, samples and tokens seen, `snapshots` {samples: frame}."
+    """Tidy `frame` of all records, samples and tokens seen, `snapshots` {samples: frame}, and
+    `each` batch's own frame where it was asked for."""
 
     frame: pd.DataFrame
     n_samples: int
     n_tokens: int
     snapshots: dict[int, pd.DataFrame] = field(default_factory=dict)
+    each: list[pd.DataFrame] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -594,14 +598,16 @@ def stream(
     skip: Sequence[int] = (),
     snapshots: Sequence[int] = (),
     ranks: Any = None,
+    each: bool = False,
 ) -> StreamResult:
     """One forward pass per batch feeding every metric in `metrics`.
 
     `skip`: layers to leave out; layer numbers in the records stay original. `ranks`: share the
-    batches and all get the same result, see `vlmbench.analysis.sharing.in_turn`. Raises ValueError
-    for batches without any valid token, token sets that do not exist, post-norm or non-finite
-    states."""
-    d, todo, kept = find_decoder(model), sorted(snapshots), {}
+    batches and all get the same result, see `vlmbench.analysis.sharing.in_turn`. `each`: also keep
+    the records of every batch alone. Raises ValueError for batches without any valid token, token
+    sets that do not exist, post-norm or non-finite states."""
+    d, todo, kept, alone = find_decoder(model), sorted(snapshots), {}, []
+    blank = copy.deepcopy(list(metrics)) if each else []
     n_samples = n_tokens = 0
     left = [i for i in range(len(d)) if i not in skip]
 
@@ -630,11 +636,22 @@ def stream(
             n_tokens += tokens
             while todo and n_samples >= todo[0]:
                 kept[todo.pop(0)] = tidy(r for m in metrics for r in m.records())
+            if each:
+                alone.append(_records_of(blank, parts))
     if not n_samples:
         raise ValueError('the stream held no batch')
     for m in metrics:
         m.check_found()
-    return StreamResult(tidy(r for m in metrics for r in m.records()), n_samples, n_tokens, kept)
+    frame = tidy(r for m in metrics for r in m.records())
+    return StreamResult(frame, n_samples, n_tokens, kept, alone)
+
+
+def _records_of(blank: Sequence[StreamMetric], parts: Sequence[Part]) -> pd.DataFrame:
+    "The records of one batch, from what the metrics took of it; `blank` ones stay as they are."
+    metrics = copy.deepcopy(list(blank))
+    for metric, part in zip(metrics, parts):
+        metric.absorb(part)
+    return tidy(r for m in metrics for r in m.records())
 
 # %% ../../nbs/analysis/00_streams.ipynb #36ef03ad
 def check_head(last: Tensor, out, decoder: Decoder):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'CHECKS', 'check_places', 'check_trackers', 'check_asked', 'check_weights', 'check_train', 'check_revert',
-           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_early', 'check_here']
+           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity', 'check_early',
+           'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
 import re
@@ -305,6 +306,24 @@ def check_harness(values: Mapping[str, Any]) -> None:
     except ValueError as e:
         raise ParameterError(str(e)) from None
 
+# %% ../../nbs/run/03_early.ipynb #92a3331e
+def check_perplexity(values: Mapping[str, Any]) -> None:
+    """Refuse a run of notebook `perplexity` whose sizes do not fit, whose text is no file or whose
+    cuts cannot be read; `values`: all its parameters. Raises `ParameterError`."""
+    if values['text'] and not Path(values['text']).is_file():
+        raise ParameterError(
+            f'text={values["text"]}: there is no such file; give a text in UTF-8, or leave text '
+            'out for the held-out docstrings'
+        )
+    from vlmbench.evaluate.perplexity import check_sizes, parse_cut
+
+    try:
+        check_sizes(values['tokens'], values['block'])
+        for cut in values['cuts']:
+            parse_cut(cut, 10_000)  # the depth is the model's: it is asked once that is loaded
+    except ValueError as e:
+        raise ParameterError(str(e)) from None
+
 # %% ../../nbs/run/03_early.ipynb #83c4554b
 # notebook -> its check and the parameters that it reads
 CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] = {
@@ -327,6 +346,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
         + ('judge', 'judge_model', 'judge_key_env', 'judge_prompt'),
     ),
     'harness': (check_harness, ('suite', 'tasks', 'task_folder', 'published')),
+    'perplexity': (check_perplexity, ('text', 'tokens', 'block', 'cuts')),
 }
 
 
