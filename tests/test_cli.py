@@ -139,3 +139,18 @@ def test_a_warning_of_a_command_is_its_message(tmp_path):
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == 'warning: the pictures are squashed\n'
+
+
+def test_the_early_checks_of_a_training_bring_no_torch():
+    "They run in the process that starts the kernel, which imports it all again."
+    code = """
+import sys
+from vlmbench.run.early import check_train
+from vlmbench.run.engine import find_notebook
+from vlmbench.run.parameters import load_notebook, notebook_parameters
+declared = notebook_parameters(load_notebook(find_notebook('train')))
+check_train({name: one.default for name, one in declared.items()})
+print('torch' in sys.modules)
+"""
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert said.stdout == 'False\n', said.stderr

@@ -95,6 +95,7 @@ def test_train_leaves_a_complete_run_folder(trained):
     assert m['status'] == 'completed' and m['exit_code'] == 0 and m['seeds'] == dict(seed=0)
     assert [p['name'] for p in m['phases']] == [
         'data',
+        'memory',
         'build',
         'before',
         'train',

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash', 'train')
+EXTRAS = ('dev', 'docs', 'eval', 'serve', 'slurm', 'quant', 'flash', 'train', 'weights')
 # development tools and extras: the package must import without any of them
 FORBIDDEN = """nbdev execnb ghapi fastgit jupyterlab notebook sphinx myst_nb pytest hypothesis
 playwright ruff

@@ -93,16 +93,28 @@ def check_weights(values: Mapping[str, Any]) -> None:
         _check_bases(values['scale'])
 
 
+def _scale_of(name: str) -> Any:
+    "The scale called so, a level without the methods, which bring torch; None: there is none."
+    from vlmbench.train.scale import SCALES
+
+    if name in SCALES:
+        return SCALES[name]
+    from vlmbench.methods.recipes import RecipeError, find_scale
+
+    try:
+        return find_scale(name)
+    except RecipeError:
+        return None
+
+
 def _check_bases(name: str) -> None:
     "Refuse a scale of which a base model, called by its Hub name, is neither here nor to be had."
     import huggingface_hub
 
     from vlmbench.data.home import home, kept_model
-    from vlmbench.methods.recipes import RecipeError, find_scale
 
-    try:
-        scale = find_scale(name)
-    except RecipeError:
+    scale = _scale_of(name)
+    if scale is None:
         return  # who takes the scale says it better
     for part, where in (('language model', scale.llm), ('vision encoder', scale.vision)):
         is_name = re.fullmatch(r'[\w.-]+/[\w.-]+', where) and not Path(where).exists()
@@ -157,7 +169,10 @@ def check_train(values: Mapping[str, Any]) -> None:
 def _check_precision(values: Mapping[str, Any]) -> None:
     """Refuse what `settle_precision` would once the weights are there: float32 over frozen weights
     that the scale stores in half precision, and fp16 over bf16."""
-    if values['precision'] == 'bf16' or values['model']:
+    from vlmbench.train.scale import SCALES
+
+    level = SCALES.get(values['scale'])  # known without the methods, which bring torch
+    if values['precision'] == 'bf16' or values['model'] or (level and level.dtype == 'float32'):
         return
     from vlmbench.methods.recipes import RecipeError, find_scale, get_recipe
 
