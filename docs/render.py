@@ -63,6 +63,8 @@ def annotation(a: Any) -> str:
         getattr(a, '__origin__', a) if hasattr(a, '__metadata__') else a
     )  # the type that is annotated
     text = a if isinstance(a, str) else inspect.formatannotation(a)
+    # typing's few classes (BinaryIO) come as what Python prints for a class
+    text = re.sub(r"<class '([\w.]+)'>", r'\1', text)
     homes = (
         r'typing|collections\.abc|pathlib|PIL\.Image|torch\.nn\.modules\.module|vlmbench(?:\.\w+)+'
     )
