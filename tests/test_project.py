@@ -3,6 +3,7 @@ unsafe."""
 
 import ast
 import configparser
+import importlib
 import json
 import re
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from pygments.lexers import PythonLexer
+from pygments.token import Error
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, NBS = ROOT / 'vlmbench', ROOT / 'nbs'
@@ -397,3 +400,24 @@ def test_weights_are_safetensors_and_small():
     files = [p for p in (PACKAGE / 'assets').rglob('*') if p.is_file()]
     assert not [rel(p) for p in files if p.suffix in ('.bin', '.pt', '.pth', '.pkl', '.ckpt')]
     assert sum(p.stat().st_size for p in files) <= 10_000_000, 'the embedded assets may take 10 MB'
+
+
+def test_every_signature_on_the_site_is_python():
+    "The site's build counts what a lexer cannot read as an error, after half an hour of building."
+    sys.path.insert(0, str(ROOT / 'docs'))
+    try:
+        from render import signature
+    finally:
+        sys.path.pop(0)
+    unreadable, seen = [], 0
+    for path in MODULES:
+        name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+        if path.stem.startswith('__'):
+            continue
+        module = importlib.import_module(name)
+        for public in module.__all__ if '__all__' in vars(module) else ():
+            if callable(vars(module).get(public)):
+                shown, seen = signature(vars(module)[public], public), seen + 1
+                if any(kind is Error for kind, _ in PythonLexer().get_tokens(shown)):
+                    unreadable.append(f'{name}.{public}: {shown}')
+    assert seen > 1000 and not unreadable, '\n'.join(unreadable)
