@@ -28,6 +28,7 @@ from .renting import rank_memory
 from ..methods.base import Hooks
 from ..train.recipe import Recipe, RecipeError, Stage, override
 from ..train.scale import Scale
+from ..train.sharding import Parallel
 
 # %% ../../nbs/cost/50_memory.ipynb #c843b780
 def _group_room(folder: Path) -> int | None:
@@ -81,11 +82,6 @@ class Layout:
     device: str = 'cpu'
     precision: str = 'fp32'
 
-    @property
-    def shared(self) -> str:
-        "`parallel`, with the loop's default."
-        return self.parallel or ('single' if self.ranks == 1 else 'ddp')
-
 
 def memory_needed(
     method: Hooks, recipe: Recipe, scale: Scale, layout: Layout = Layout()
@@ -93,7 +89,7 @@ def memory_needed(
     """One row per stage: `rows` of a micro-batch, `accumulation`, and bytes of a rank: `states`,
     `total`. Raises `RecipeError` where a model cannot be planned."""
     half = layout.precision != 'fp32' or scale.dtype != 'float32'
-    table = []
+    parallel, table = Parallel(layout.parallel).over(layout.ranks), []
     for state, prepared in stage_states(method, recipe, scale):
         if prepared is None:
             break
@@ -102,8 +98,7 @@ def memory_needed(
         terms = terms_on_shapes(method, state, work)
         precision = 'bf16' if half else 'fp32'
         row = stage_row(state, prepared, work, terms, precision, ranks=layout.ranks)
-        per_node = max(1, layout.here)
-        needs = rank_memory(pd.Series(row), layout.shared, layout.ranks, per_node)
+        needs = rank_memory(pd.Series(row), parallel, layout.ranks, max(1, layout.here))
         sizes = dict(rows=stage.batch_rows, accumulation=stage.accumulation, tokens=work.tokens)
         table.append(dict(stage=stage.name, **sizes, states=needs['states'], total=needs['total']))
     return pd.DataFrame(table)

@@ -74,9 +74,10 @@ def load_complete(auto_class: type, path: str | Path | None, **settings) -> PreT
     settings |= dict(output_loading_info=True, trust_remote_code=False)  # which never asks
     model, info = auto_class.from_pretrained(path, **settings)
     _refuse_missing(info['missing_keys'], path, model)
-    refuse_not_finite(model, path)
-    if isinstance(model, VLMForConditionalGeneration):
+    if isinstance(model, VLMForConditionalGeneration):  # has looked at its numbers itself
         say_unexpected(info['unexpected_keys'], path, model)
+    else:
+        refuse_not_finite(model, path)
     mend_generation(model, path)
     return model
 

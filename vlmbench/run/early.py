@@ -153,39 +153,42 @@ def check_train(values: Mapping[str, Any]) -> None:
             f'projector={values["projector"]} goes with the base models of the scale, and '
             f'model={values["model"]} has a projector: give one of both'
         )
-    from vlmbench.checkpoints.projector import after_projector, check_projector, find_projector
-    from vlmbench.methods.recipes import find_scale, get_recipe
+    from vlmbench.checkpoints.projector import check_projector, find_projector
 
     try:
-        scale = find_scale(values['scale'])
-        chosen = [values[name] for name in ('budget', 'overrides', 'variant')]
-        whole = get_recipe(values['recipe'], scale, *chosen)
-        recipe = after_projector(whole, values['stages'], values['projector'])
+        scale, recipe = _planned(values)
         check_projector(find_projector(values['projector']), recipe, scale)
     except ValueError as e:
         raise ParameterError(str(e)) from None
+
+
+def _planned(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    "The scale of a training, and its recipe with the stages that are made. Raises `ValueError`."
+    from vlmbench.checkpoints.projector import after_projector
+    from vlmbench.methods.recipes import find_scale, get_recipe
+
+    scale = find_scale(values['scale'])
+    chosen = [values[name] for name in ('budget', 'overrides', 'variant')]
+    whole = get_recipe(values['recipe'], scale, *chosen)
+    return scale, after_projector(whole, values['stages'], values['projector'])
 
 # %% ../../nbs/run/03_early.ipynb #0b3f8215
 def _check_precision(values: Mapping[str, Any]) -> None:
     """Refuse what `settle_precision` would once the weights are there: float32 over frozen weights
     that the scale stores in half precision, and fp16 over bf16."""
-    from vlmbench.train.scale import SCALES
-
-    level = SCALES.get(values['scale'])  # known without the methods, which bring torch
-    if values['precision'] == 'bf16' or values['model'] or (level and level.dtype == 'float32'):
+    scale = _scale_of(values['scale'])
+    kept = ('float32', 'float16') if values['precision'] == 'fp16' else ('float32',)
+    if values['precision'] == 'bf16' or values['model'] or scale is None or scale.dtype in kept:
         return
-    from vlmbench.methods.recipes import RecipeError, find_scale, get_recipe
-
     try:
-        scale = find_scale(values['scale'])
-        chosen = [values[name] for name in ('budget', 'overrides', 'variant')]
-        stages = get_recipe(values['recipe'], scale, *chosen).stages
-    except (RecipeError, ValueError):
+        _, recipe = _planned(values)
+        empty = ('lm_head',) if scale.tied_embeddings else ()
+    except ValueError:
         return  # who takes the recipe says it better
-    if scale.dtype == 'float32' or (values['precision'], scale.dtype) == ('fp16', 'float16'):
-        return
-    asked = [stage for stage in stages if stage.name in (values['stages'] or [stage.name])]
-    frozen = [s.name for s in asked if any(tune.how != 'full' for tune in s.trains.values())]
+    frozen = []
+    for stage in recipe.stages:
+        if any(tune.how != 'full' for group, tune in stage.trains.items() if group not in empty):
+            frozen.append(stage.name)
     if frozen or values['precision'] == 'fp16':
         raise ParameterError(
             f'precision={values["precision"]}: scale={scale.name} stores its weights in '
