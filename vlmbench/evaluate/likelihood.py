@@ -16,12 +16,13 @@ from ..data.record import Sample, Turn
 from vlmbench.evaluate.prompts import (
     as_frames,
     encodes_samples,
+    padded_texts,
+    padded_tokens,
     prompt_inputs,
     render_prompt,
     stop_ids,
     written_stop,
 )
-from ..models.pixels import stack_images
 
 # %% ../../nbs/evaluate/23_likelihood.ipynb #d18f8e31
 def without_stop(
@@ -90,19 +91,10 @@ def answered(model: Any, processor: Any, sample: Sample, answer: str) -> Answere
 def _inputs(processor: Any, rows: Sequence[Answered]) -> dict[str, torch.Tensor]:
     "What the model reads for `rows`, padded on the right."
     if rows[0].sample is not None:
-        made = processor(
-            text=[row.text for row in rows],
-            images=[row.sample.images for row in rows] if rows[0].sample.images else None,
-            return_tensors='pt',
-            padding=True,
-            padding_side='right',
-            add_special_tokens=False,
-        )
-        return dict(made)
-    pad = processor.tokenizer.pad(
-        dict(input_ids=[row.tokens for row in rows]), padding_side='right', return_tensors='pt'
-    )
-    return {**pad, **stack_images([image for row in rows for image in row.images])}
+        texts, samples = [row.text for row in rows], [row.sample for row in rows]
+        return padded_texts(processor, texts, samples, 'right')
+    images = [image for row in rows for image in row.images]
+    return padded_tokens(processor, [row.tokens for row in rows], images, 'right')
 
 
 def _judge(model: Any, rows: Sequence[Answered], inputs: dict) -> list[tuple[float, bool]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 from .assess import checked, shown_as
 from .generate import evaluate
 from .harness import named_task, results_table
@@ -75,7 +76,8 @@ class WhileTraining:
             self.suites[name] = suite, asked
 
 # %% ../../nbs/evaluate/54_while_training.ipynb #3bc6fbf9
-def _harness_numbers(self: WhileTraining, model: tuple) -> dict[str, float]:
+@patch
+def harness_numbers(self: WhileTraining, model: tuple) -> dict[str, float]:
     "The numbers of the harnesses' tasks, on rank 0."
     numbers = {}
     for name, (suite, tasks) in self.suites.items():
@@ -91,7 +93,8 @@ def _harness_numbers(self: WhileTraining, model: tuple) -> dict[str, float]:
     return numbers
 
 
-def _numbers(self: WhileTraining, report: StepReport) -> dict[str, float]:
+@patch
+def __call__(self: WhileTraining, report: StepReport) -> dict[str, float]:
     "The numbers of all tasks by name, the same on every rank."
     numbers, shared = {}, None if self.in_step else self.ranks
     for name, task in self.own.items():
@@ -108,9 +111,6 @@ def _numbers(self: WhileTraining, report: StepReport) -> dict[str, float]:
         numbers[name] = float(found.accuracy)
     numbers |= self.harness_numbers((report.model, report.processor))
     return self.ranks.gather(numbers)[0]
-
-
-WhileTraining.harness_numbers, WhileTraining.__call__ = _harness_numbers, _numbers
 
 # %% ../../nbs/evaluate/54_while_training.ipynb #98d15071
 def harness_callback(asking: WhileTraining, every: int | None) -> Callback:
