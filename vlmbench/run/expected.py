@@ -43,12 +43,12 @@ _STAGES = {
 # precision -> method -> stage -> core-seconds of a step at scale laptop
 CORE_SECONDS: dict[str, dict[str, dict[str, float]]] = {
     'fp32': {
-        'llava': dict(align=51, instruct=71),
-        'visual_region': dict(align=50, instruct=53),
-        'zero': dict(adapt=42, encoder=41),
-        'vip_llava': dict(align=50, region=85, chat=62),
-        'vora': dict(pretrain=51, finetune=77),
-        'eve': dict(prealign=50, pretrain=74, finetune=70),
+        'llava': dict(align=50, instruct=71),
+        'visual_region': dict(align=50, instruct=52),
+        'zero': dict(adapt=38, encoder=39),
+        'vip_llava': dict(align=49, region=71, chat=59),
+        'vora': dict(pretrain=53, finetune=70),
+        'eve': dict(prealign=51, pretrain=74, finetune=70),
     },
     'bf16': {
         'llava': dict(align=19, instruct=28),
