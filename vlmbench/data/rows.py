@@ -218,11 +218,9 @@ def file_format(path: str | Path) -> str:
     """'json', 'jsonl' or 'parquet' for the file at `path`. Raises ValueError for another suffix,
     OSError where it cannot be read."""
     suffix = Path(path).suffix.lower()
-    if suffix in ('.jsonl', '.ndjson'):
-        return 'jsonl'
     if suffix in ('.parquet', '.pq'):
         return 'parquet'
-    if suffix != '.json':
+    if suffix not in ('.json', '.jsonl', '.ndjson'):
         raise ValueError(
             f'{path}: unknown suffix {suffix!r}; use .json, .jsonl or .parquet, or name the format'
         )
@@ -230,7 +228,9 @@ def file_format(path: str | Path) -> str:
         head = f.read(64).lstrip(b'\xef\xbb\xbf').lstrip()
         while not head and (more := f.read(WINDOW)):
             head = more.lstrip()
-    return 'json' if not head or head[:1] == b'[' else 'jsonl'
+    if not head:
+        return 'json' if suffix == '.json' else 'jsonl'
+    return 'json' if head[:1] == b'[' else 'jsonl'  # no row is a list, whatever the file is called
 
 # %% ../../nbs/data/05_rows.ipynb #564b5083
 def _spans(path, format=None, encoding='utf-8'):
