@@ -78,6 +78,10 @@ def look_command(
         with replacing(out) as file:
             file.write(found.page)
         typer.echo(f'page: {out}')
+    if not found.readable:
+        count = found.table['bad'].sum()
+        typer.echo(f'{data}: no row can be trained on, {count:,} are bad', err=True)
+        raise typer.Exit(1)
 
 # %% ../../nbs/run/09_cli_data.ipynb #7ef89a90
 @data_app.command('convert')
