@@ -161,7 +161,8 @@ def mix_command(
             wanted = dict(genqa=text_rows)
     except (ValueError, OSError, TooManyBadRecords) as e:
         raise ParameterError(str(e)) from None
-    _say_counts(mix.counts | dict(rows=sum(mix.counts.values())))
+    left_out = {f'bad: {why}': n for why, n in mix.bad.items()}
+    _say_counts(mix.counts | dict(rows=sum(mix.counts.values())) | left_out)
     for name, n in wanted.items():
         if mix.counts[name] < n:
             typer.echo(f'note: {name} has {mix.counts[name]:,} rows that could be taken, not {n:,}')
