@@ -37,12 +37,14 @@ from vlmbench.evaluate.graded import grade_task, make_judge
 from vlmbench.evaluate.judge import ChatJudge, Reply
 from vlmbench.evaluate.kinds import COMPARER, OFFICIAL
 from vlmbench.evaluate.official_files import OfficialError, check_official, official_task
+from vlmbench.evaluate.published import read_published
 from vlmbench.evaluate.results import Results, load_results, score_predictions
 from vlmbench.evaluate.suites import (
     DEFAULT_TASKS,
     SUITES,
     chosen_rule,
     chosen_tasks,
+    suite_average,
     suite_table,
 )
 from vlmbench.evaluate.uploads import check_upload
@@ -590,6 +592,19 @@ def test_a_suite_finds_and_asks_its_benchmarks(name, tmp_path):
     shown = table.loc['right'].drop(sorted(missing)).to_dict()
     full = dict.fromkeys(shown, 100.0) | {'MME-P': 200.0, 'MME-C': 200.0, 'VizWiz': 95.0}
     assert shown == pytest.approx({column: full[column] for column in shown})
+
+
+def test_vora_s_mean_of_eight_gives_its_published_means():
+    "The paper's ablation: the mean of eight columns, MME's perception divided by 20."
+    suite = SUITES['vora']
+    names = {(column.kind, column.metric): column.name for column in suite.columns}
+    found = []
+    for (_, arm), rows in read_published('vora').groupby(['model', 'arm']):
+        if arm.startswith('r'):
+            cells = zip(zip(rows['benchmark'], rows['metric']), rows['value'])
+            values = {names[cell]: value for cell, value in cells if cell in names}
+            found.append(suite_average(values, suite.averages['mean of 8']))
+    assert sorted(found) == pytest.approx([50.6, 50.7, 52.9, 53.2, 55.6, 55.6], abs=0.05)
 
 
 def test_a_suite_names_all_that_is_missing(tmp_path):
