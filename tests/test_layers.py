@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depth_models import decoder, llava, qwen3_vl
@@ -200,6 +201,27 @@ def test_token_types_reach_the_model(tmp_path):
         'mm_token_type_ids'
     }
     assert 'token_type_ids' not in model_inputs(llava(), batch)
+
+
+@pytest.mark.parametrize('single', ['<bos> $A', '<bos> $A <|end|>', '$A'])
+def test_a_base_model_reads_after_what_its_tokenizer_begins_with(single):
+    "Without a chat template nobody else writes it; with one it is there once; an end never is."
+    tokenizer = world_tokenizer()
+    named = [(word, tokenizer.convert_tokens_to_ids(word)) for word in ('<bos>', '<|end|>')]
+    adds = TemplateProcessing(single=single, special_tokens=named)
+    tokenizer.backend_tokenizer.post_processor = adds
+    asked = Sample('a', [Turn('user', 'what is red ?'), Turn('assistant', 'the circle')])
+    tokenizer.chat_template = None
+    (bare,) = calibration(tokenizer, [asked])
+    tokenizer.chat_template = (
+        "{{ bos_token }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    (talk,) = calibration(tokenizer, [asked])
+    bos, end = (number for _, number in named)
+    for batch, times in ((bare, int('bos' in single)), (talk, 1)):
+        ids = batch['input_ids'][0].tolist()
+        assert ids.count(bos) == times and ids[:1].count(bos) == times and end not in ids
+        assert batch['labels'][0][0] == -100 and batch['attention_mask'].all()
 
 
 def test_another_vlm_of_transformers(tmp_path):

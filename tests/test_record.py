@@ -141,7 +141,8 @@ def test_odd_lists(data, n, error):
 def test_lines_survive_bad_lines(tmp_path):
     p = tmp_path / 'a.jsonl'
     p.write_bytes(
-        b'\xef\xbb\xbf{"id": 0}\r\n\n{"id": 1\n' + b'[' * 100_000 + b'\n{"id": "\xff"}\n{"id": 4}'
+        b'\xef\xbb\xbf{"id": 0}\r\n\n{"id": 1\n' + b'[' * 100_000 + b'\n{"id": "\xff"}\n'
+        b'\xef\xbb\xbf{"id": 4}'  # as where files with a mark were joined
     )
     got = list(iter_rows(p))
     assert [r.error is None for r in got] == [True, False, False, True, True] and not any(

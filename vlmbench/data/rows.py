@@ -157,12 +157,10 @@ def _json_lines(file) -> Iterator[tuple[int, int, RawRow]]:
     number, start = 0, 0
     while line := file.readline(MAX_ROW):
         end = start + len(line)
-        if line.lstrip(b'\xef\xbb\xbf' if not start else b'').strip():
+        if line.removeprefix(b'\xef\xbb\xbf').strip():  # also inside, where files were joined
             value, error, cut = None, None, False
             try:
-                value = json.loads(
-                    line.decode('utf-8-sig' if not start else 'utf-8', 'surrogateescape')
-                )
+                value = json.loads(line.decode('utf-8-sig', 'surrogateescape'))
             except RecursionError:
                 error = 'syntax error: nested too deeply'
             except ValueError as e:
@@ -310,7 +308,7 @@ class RowIndex(Sequence):
         ) as f:  # no state to share between threads or workers
             f.seek(self.starts[i])
             data = f.read(self.ends[i] - self.starts[i])
-        return json.loads(data.decode('utf-8-sig' if not i else 'utf-8', 'surrogateescape'))
+        return json.loads(data.decode('utf-8-sig', 'surrogateescape'))
 
     def _parquet_row(self, i):
         group = bisect_right(self.starts, i) - 1
