@@ -328,7 +328,9 @@ class ChatModel:
             settings |= dict(quantization_config=bits, device_map=device_map)
             read = load_text if is_language_model(folder) else load_vlm
             both = read(folder, place, template, **settings)
-            terms = licence_line(folder, find_model(folder))
+            terms = licence_line(
+                folder, find_model(folder), settings.get('base'), settings.get('vision')
+            )
         except LoadError as e:
             raise ChatError(str(e)) from e
         return cls(*both, name or model_name(folder), terms)
