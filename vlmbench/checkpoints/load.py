@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELEASES', 'LoadError', 'find_model', 'converts', 'is_foreign', 'takes_base', 'published_name', 'known_type',
-           'load_vlm', 'convert']
+           'seeing_type', 'load_vlm', 'convert']
 
 # %% ../../nbs/checkpoints/80_load.ipynb #353498e9
 import warnings
@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedModel,
 )
 
 from . import eve, vora, zero_release
@@ -197,13 +198,24 @@ def known_type(folder: str | Path) -> str:
         )
     return kind
 
+
+def seeing_type(folder: str | Path) -> str:
+    """`known_type` of a folder whose model answers about pictures. Raises `LoadError` for a
+    language model or a tower, whatever files it lacks besides."""
+    kind = known_type(folder)
+    if CONFIG_MAPPING[kind] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return kind
+    speaks = CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    what = 'takes no pictures' if speaks else 'answers no questions'
+    raise LoadError(f'{folder}: a model of type {kind!r} {what}: give a vision-language model')
+
 # %% ../../nbs/checkpoints/80_load.ipynb #23b3f91b
 def _load_as_it_is(folder: Path, template: str | None, settings: Mapping[str, Any]) -> tuple:
     "`(model, processor)` of a folder in our own or transformers' layout."
-    ours = known_type(folder) == 'vlmbench'
+    ours = seeing_type(folder) == 'vlmbench'
     if not has_tokenizer(folder):
         raise LoadError(f'{folder} has no tokenizer (tokenizer.json or tokenizer.model)')
-    model = _from_pretrained(folder, settings)
+    model = load_complete(AutoModelForImageTextToText, folder, use_safetensors=True, **settings)
     if 'quantization_config' in settings:
         prepare_quantized(model, repack=True)
     backend = {} if ours else dict(backend='pil')  # ours has no other
@@ -215,18 +227,6 @@ def _load_as_it_is(folder: Path, template: str | None, settings: Mapping[str, An
     if template:
         set_template(processor, template)
     return model, processor
-
-
-def _from_pretrained(folder: Path, settings: Mapping[str, Any]) -> PreTrainedModel:
-    try:
-        return load_complete(AutoModelForImageTextToText, folder, use_safetensors=True, **settings)
-    except ValueError as e:  # which lists every model that would do
-        if 'Unrecognized configuration class' not in str(e):
-            raise
-        kind = read_config(folder).get('model_type')
-        raise LoadError(
-            f'{folder}: a model of type {kind!r} takes no pictures: give a vision-language model'
-        ) from None
 
 # %% ../../nbs/checkpoints/80_load.ipynb #8a91db8b
 def load_vlm(
@@ -304,6 +304,8 @@ def convert(
         if kind == 'vlmbench':
             both = load_vlm(folder, template=template)
         else:
+            if not is_original(folder):
+                seeing_type(folder)
             both = load_published(folder, vision, template or None, base=base)
         save_transformers(*both, out)
         write_card(out, converted_origin(where, folder, base, vision), kind='transformers')

@@ -311,13 +311,14 @@ class ChatModel:
         device_map: str | dict | None = None,
         name: str | None = None,
         template: str = '',
+        seeing: bool = False,
         **settings,
     ) -> 'ChatModel':
         """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how
         to spread it over GPUs ('auto', 'balanced', or module -> device); several CUDA devices with
         `device='auto'` mean 'auto'. `settings`: more of `load_vlm` (`image_mode`, `dtype`,
-        `max_memory`, `offload_folder`). A language model is asked without pictures. Raises
-        `ChatError`."""
+        `max_memory`, `offload_folder`). A language model is asked without pictures; it is refused
+        before its weights are read where `seeing`. Raises `ChatError`."""
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1
@@ -326,8 +327,13 @@ class ChatModel:
             if device_map is None and bits is not None:
                 device_map = {'': place}
             settings |= dict(quantization_config=bits, device_map=device_map)
-            read = load_text if is_language_model(folder) else load_vlm
-            both = read(folder, place, template, **settings)
+            speaks = is_language_model(folder)
+            if speaks and seeing:
+                raise LoadError(
+                    f'{folder} is a language model and takes no pictures: name a model that does, '
+                    'or ask without one (vlmbench chat, no --image)'
+                )
+            both = (load_text if speaks else load_vlm)(folder, place, template, **settings)
             terms = licence_line(
                 folder, find_model(folder), settings.get('base'), settings.get('vision')
             )
@@ -369,9 +375,9 @@ class Loading:
     base: str | Path | None = None
     vision: str | Path | None = None
 
-    def load(self, folder: str | Path, name: str | None = None) -> ChatModel:
-        "The model in `folder` (or of that name); raises `ChatError`."
-        return ChatModel.load(folder, name=name, **vars(self))
+    def load(self, folder: str | Path, name: str | None = None, seeing: bool = False) -> ChatModel:
+        "The model in `folder` (or of that name), one that takes pictures if `seeing`; `ChatError`."
+        return ChatModel.load(folder, name=name, seeing=seeing, **vars(self))
 
 # %% ../../nbs/demo/00_chat.ipynb #e0fdab25
 def room(model, n: int, wanted: int) -> int:
