@@ -305,7 +305,7 @@ class ChatModel:
     def load(
         cls,
         folder: str | Path,
-        device: str = 'auto',
+        device: str | torch.device = 'auto',
         load_4bit: bool = False,
         load_8bit: bool = False,
         device_map: str | dict | None = None,
@@ -319,6 +319,7 @@ class ChatModel:
         `device='auto'` mean 'auto'. `settings`: more of `load_vlm` (`image_mode`, `dtype`,
         `max_memory`, `offload_folder`). A language model is asked without pictures; it is refused
         before its weights are read where `seeing`. Raises `ChatError`."""
+        device = str(device)
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1
@@ -382,7 +383,9 @@ class Loading:
 # %% ../../nbs/demo/00_chat.ipynb #e0fdab25
 def room(model, n: int, wanted: int) -> int:
     """How many tokens the answer to a prompt of `n` may have, `wanted` at most. Raises
-    `ChatError` where the prompt alone is too long."""
+    `ChatError` where that is no number, or the prompt alone is too long."""
+    if type(wanted) is not int or wanted < 1:
+        raise ChatError(f'max_new_tokens={wanted!r}: give a whole number above 0')
     text = getattr(model.config, 'text_config', model.config)
     limit = getattr(text, 'max_position_embeddings', None)
     if limit is None:
