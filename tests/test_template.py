@@ -334,6 +334,22 @@ def test_an_empty_system_turn_switches_the_default_off():
         assert 'Be brief.' in other and t.default_system not in other
 
 
+@pytest.mark.parametrize('name', ['llava_v1', 'llava_llama_2', 'phi_3', 'smollm2'])
+def test_a_developer_message_is_the_system_prompt(name):
+    "As servers and newer chat rows call it; a template with a default leaves that out."
+    said = [dict(role='system', content='Be brief.'), dict(role='user', content='Hi')]
+    shown = [
+        render_tok().apply_chat_template(
+            [dict(said[0], role=role), said[1]],
+            chat_template=TEMPLATES[name].jinja(),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for role in ('system', 'developer')
+    ]
+    assert shown[0] == shown[1] and shown[0].count('Be brief.') == 1
+
+
 def test_images_first_keeps_every_slot():
     moved = images_first(
         [Turn('user', f'a {IMAGE} b {IMAGE}'), Turn('assistant', ' x '), Turn('user', ' y ')]
