@@ -29,14 +29,15 @@ def distinct_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
     """`table` without rows that repeat an earlier one's numbers, and {row left out: row kept}: text
     alone has no image tokens, so that `all` and `text` are one set."""
     kept, same = [], {}
-    for at, name in enumerate(table.index):
-        row = table.iloc[at].to_numpy()
-        twin = next((k for k in kept if np.allclose(table.loc[[k]].to_numpy()[0], row)), None)
+    for at, row in enumerate(table.to_numpy()):
+        # no absolute tolerance: Fisher scores are 1e-10 and smaller
+        alike = (k for k in kept if np.allclose(table.iloc[k], row, rtol=1e-6, atol=0))
+        twin = next(alike, None)
         if twin is None:
-            kept.append(name)
+            kept.append(at)
         else:
-            same[name] = twin
-    return table.loc[kept], same
+            same[table.index[at]] = table.index[twin]
+    return table.iloc[kept], same
 
 # %% ../../nbs/lab/14_layer_figures.ipynb #6b63c13a
 def score_label(metric: str, token_set: str) -> str:
