@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'MOST_CURVES', 'LONGEST', 'SCALES', 'REGIONS', 'SeenPicture', 'store_views', 'LayerTables', 'cka_maps',
-           'read_layers', 'score_rows', 'robust_rows', 'runs_of', 'region_variant']
+           'read_layers', 'robust_rows', 'runs_of', 'region_variant']
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #224d8d7d
+# %% ../../nbs/lab/19_layer_tables.ipynb #520ddef3
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +17,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..analysis.glossary import repeats
 from ..analysis.picture_attention import PictureAttention, grid_of
-from .layer_figures import distinct_rows, row_ranks
+from .layer_figures import row_ranks, score_rows
 from .layer_sources import run_facts
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #927a305f
+# %% ../../nbs/lab/19_layer_tables.ipynb #945d5c39
 VIEWS = 'views'
 MOST_CURVES = 200
 LONGEST = 336  # pixels of a kept picture's longer side
@@ -73,7 +72,7 @@ def store_views(
         (place / 'attention.json').write_text(json.dumps(said, indent=1), encoding='utf8')
     return place
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #aded1a34
+# %% ../../nbs/lab/19_layer_tables.ipynb #55d4a64f
 @dataclass(frozen=True)
 class LayerTables:
     """A finished `layers` run: `frame` of records, `curves` by name `[samples, layers]`, `cka` maps
@@ -148,23 +147,7 @@ def read_layers(folder: str | Path) -> LayerTables:
     seen, facts = _read_seen(folder / VIEWS), run_facts(folder)
     return LayerTables(folder, frame, region, curves, cka_maps(frame, region['depth']), seen, facts)
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #ad888eca
-def score_rows(frame: pd.DataFrame, span: int = 1) -> tuple[pd.DataFrame, dict]:
-    """Rows (metric, token set) x layers of the scores in `frame` that say something of their own,
-    and {row left out: row that stands for it}. `span` 0: scores of states."""
-    those = frame[frame.span == span]
-    table = those.pivot_table('value', ['metric', 'token_set'], 'layer', sort=False)
-    table = table[table.notna().all(axis=1)]
-    gone = {}
-    for metric, token_set in table.index:
-        twin = repeats(metric), token_set
-        if twin in table.index:
-            gone[metric, token_set] = twin
-    kept, same = distinct_rows(table.drop(index=list(gone)))
-    stands = {row: same.get(twin, twin) for row, twin in gone.items()}
-    return kept, stands | same
-
-
+# %% ../../nbs/lab/19_layer_tables.ipynb #80b4ecc6
 def robust_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Every row by its distance from the median in interquartile ranges, 0 for -2 and below to 1
     for 2 and above; a row without spread between the quartiles is scaled by its range."""
@@ -177,7 +160,7 @@ def robust_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 SCALES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = dict(rank=row_ranks, robust=robust_rows)
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #d0163964
+# %% ../../nbs/lab/19_layer_tables.ipynb #0df23903
 def runs_of(layers: Sequence[int]) -> list[list[int]]:
     "`layers` as lists of consecutive ones."
     found: list[list[int]] = []
