@@ -6,14 +6,14 @@
 __all__ = ['STATES', 'PREDICTIONS', 'ATTENTION', 'LOSS', 'GRADIENTS', 'WEIGHTS', 'GLOSSARY', 'REPEATS', 'TOKEN_SETS',
            'MetricText', 'explain', 'glossary_table', 'repeats']
 
-# %% ../../nbs/analysis/50_glossary.ipynb #2521ef7a
+# %% ../../nbs/analysis/50_glossary.ipynb #d67306c8
 from dataclasses import dataclass
 
 import pandas as pd
 
 from .massive import SUFFIX
 
-# %% ../../nbs/analysis/50_glossary.ipynb #070854fc
+# %% ../../nbs/analysis/50_glossary.ipynb #8cc026b6
 @dataclass(frozen=True)
 class MetricText:
     """What is to be known of a score: its `name` in the table, `title` in words, `formula`,
@@ -28,7 +28,7 @@ class MetricText:
     sign: int = 1
     unit: str = ''
 
-# %% ../../nbs/analysis/50_glossary.ipynb #7b2936d9
+# %% ../../nbs/analysis/50_glossary.ipynb #2f42db79
 _MOVED = 'How far a layer turns the state of a token: near 0, it could be left out'
 STATES = (
     MetricText(
@@ -95,7 +95,7 @@ STATES = (
     ),
 )
 
-# %% ../../nbs/analysis/50_glossary.ipynb #136fb79e
+# %% ../../nbs/analysis/50_glossary.ipynb #1e2e5810
 PREDICTIONS = (
     MetricText(
         'trajectory_zero',
@@ -153,27 +153,29 @@ PREDICTIONS = (
     ),
 )
 
-# %% ../../nbs/analysis/50_glossary.ipynb #173cd4bc
+# %% ../../nbs/analysis/50_glossary.ipynb #15e189d0
 _WORDS = dict(
     system='the text before the picture',
     image='the picture',
     instruction='the question',
     answer='the answer so far',
 )
+_SHORT = dict(system='text before', image='picture', instruction='question', answer='answer')
 
 
 def _segment_texts(segment: str, words: str) -> tuple[MetricText, MetricText]:
     "Mass and efficiency of attention on a segment of the keys."
+    short = _SHORT[segment]
     mass = MetricText(
         f'attention_mass_{segment}',
-        f'attention on {words}',
+        f'attention: {short}',
         f'Σ of attention over the tokens of {words}, mean over heads and queries',
         f'Which share of its attention a layer spends on {words}.',
         'attention',
     )
     efficiency = MetricText(
         f'attention_efficiency_{segment}',
-        f'attention on {words}, by its size',
+        f'attention lift: {short}',
         f'attention on {words} / its share of the tokens in sight',
         f'Above 1, a token of {words} gets more attention than an average one.',
         'attention',
@@ -184,21 +186,21 @@ def _segment_texts(segment: str, words: str) -> tuple[MetricText, MetricText]:
 ATTENTION = (
     MetricText(
         'attention_image',
-        'attention on the picture',
+        'attention: picture',
         'Σ of attention over image tokens, mean over heads and queries',
         'Which share of its attention a layer spends on the picture: near 0, it does not look.',
         'attention',
     ),
     MetricText(
         'attention_max_head',
-        'attention on the picture, best head',
+        'attention: best head',
         'the largest over heads of Σ of attention over image tokens',
         'Whether at least one head looks at the picture where the mean over heads hides it.',
         'attention',
     ),
     MetricText(
         'attention_lift',
-        'attention on the picture, by its size',
+        'attention lift: picture',
         'attention on the picture / its share of the tokens in sight',
         'Above 1, an image token gets more attention than an average token.',
         'attention',
@@ -206,7 +208,7 @@ ATTENTION = (
     *(text for pair in map(_segment_texts, _WORDS, _WORDS.values()) for text in pair),
 )
 
-# %% ../../nbs/analysis/50_glossary.ipynb #cadf96e7
+# %% ../../nbs/analysis/50_glossary.ipynb #c1f137a4
 def _loss_texts(prefix: str, title: str, without: str) -> tuple[MetricText, ...]:
     "The four numbers of a model that lacks a layer, or has an older one in its place."
     return (
@@ -249,7 +251,7 @@ LOSS = (
     *_loss_texts('revert_one', 'put back', 'with the layer of the model before tuning'),
 )
 
-# %% ../../nbs/analysis/50_glossary.ipynb #f39d8515
+# %% ../../nbs/analysis/50_glossary.ipynb #417986a1
 _ESTIMATE = 'An estimate of what the loss would change by without the weights of the layer'
 GRADIENTS = (
     MetricText('taylor', 'Taylor', 'Σ over weights of |w · g|', f'{_ESTIMATE}.', 'gradients'),
@@ -318,7 +320,7 @@ GRADIENTS = (
     ),
 )
 
-# %% ../../nbs/analysis/50_glossary.ipynb #a8ee3a0d
+# %% ../../nbs/analysis/50_glossary.ipynb #3cc54ca8
 _NORM = 'Frobenius norm'
 WEIGHTS = (
     MetricText(
@@ -379,7 +381,7 @@ WEIGHTS = (
     ),
 )
 
-# %% ../../nbs/analysis/50_glossary.ipynb #a23e175b
+# %% ../../nbs/analysis/50_glossary.ipynb #31c08f7c
 GLOSSARY = {
     text.name: text for text in (*STATES, *PREDICTIONS, *ATTENTION, *LOSS, *GRADIENTS, *WEIGHTS)
 }
@@ -415,7 +417,7 @@ def glossary_table() -> pd.DataFrame:
         rows.append(words | dict(important=ways[text.sign], unit=text.unit, needs=text.group))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/analysis/50_glossary.ipynb #73807b9a
+# %% ../../nbs/analysis/50_glossary.ipynb #ca9afcb0
 REPEATS = {  # score: the one that orders layers alike, or exactly the other way round
     'cka': 'cka_change',
     'snip': 'taylor',
@@ -434,7 +436,7 @@ def repeats(metric: str) -> str:
     end = metric[len(plain) :]
     return REPEATS[plain] + end if plain in REPEATS else ''
 
-# %% ../../nbs/analysis/50_glossary.ipynb #2999b8be
+# %% ../../nbs/analysis/50_glossary.ipynb #8bbed1e3
 TOKEN_SETS = dict(
     all='every token',
     image='image tokens',

@@ -196,7 +196,9 @@ function lxHeat(state, act) {
       parts.push(lxMake('text', end, entry.set.replaceAll('_', ' ')));
       const only = entry.of.length === 1 ? entry.of[0] : null;
       if (only && width - blocks[0].right > 140) {
-        const range = [only.low, only.middle, only.high].map(lxShort).join(' · ');
+        const small = 1e-5 * Math.max(Math.abs(only.low), Math.abs(only.high));
+        const ends = [only.low, only.middle, only.high].map(v => (Math.abs(v) < small ? 0 : v));
+        const range = ends.map(lxShort).join(' · ');
         parts.push(lxMake('text', { x: blocks[0].right + 10, y, class: 'lx-dim' }, range));
       }
     });
@@ -412,12 +414,12 @@ function lxTrajectory(model, state) {
   const holder = lxMake('div');
   const draw = () => {
     const { lines, median, top } = model.curves[list.value];
-    const [width, height, left, foot] = [400, 220, 40, 26];
-    const x = layer => left + 6 + (layer / Math.max(1, model.depth - 1)) * (width - left - 14);
+    const [width, height, left, foot] = [300, 230, 38, 36];
+    const x = layer => left + 2 + ((layer + 0.5) / model.depth) * (width - left - 6);
     const y = value => 6 + (1 - Math.min(1, value / top)) * (height - foot - 10);
     const svg = lxMake('svg', { width: '100%', viewBox: `0 0 ${width} ${height}`, role: 'img' });
     svg.setAttribute('aria-label', 'prediction trajectories, one line a sample, the median bold');
-    const half = (x(1) - x(0) || 10) / 2;
+    const half = (x(1) - x(0)) / 2;
     const end = { y: 4, height: height - foot - 2 };
     for (const layer of state.region.filter(l => l < model.depth)) {
       const size = { x: x(layer) - half, width: 2 * half, ...end };
@@ -440,11 +442,11 @@ function lxTrajectory(model, state) {
     }
     const step = Math.ceil(model.depth / 10);
     for (let layer = 0; layer < model.depth; layer += step) {
-      const at = { x: x(layer), y: height - 12, 'text-anchor': 'middle', class: 'lx-dim' };
+      const at = { x: x(layer), y: height - 20, 'text-anchor': 'middle', class: 'lx-dim' };
       svg.append(lxMake('text', at, String(layer)));
     }
-    const words = { x: width / 2, y: height - 1, 'text-anchor': 'middle', class: 'lx-dim' };
-    svg.append(lxMake('text', words, 'layer; KL to the last layer, nats; the median bold'));
+    const words = { x: (left + width) / 2, y: height - 4, 'text-anchor': 'middle', class: 'lx-dim' };
+    svg.append(lxMake('text', words, 'layer; KL to the last, in nats; median bold'));
     holder.replaceChildren(svg);
   };
   return { title: 'Prediction trajectory', nodes: [lxMake('div', { class: 'lx-line' }, list), holder], draw };
@@ -532,14 +534,13 @@ function lxAttention(model, state, act) {
     canvas.width = picture.width;
     canvas.height = picture.height;
     const pen = canvas.getContext('2d');
-    pen.filter = 'grayscale(0.8) brightness(0.85)';
+    pen.filter = 'grayscale(0.6) brightness(0.85)';
     pen.drawImage(picture, 0, 0);
     pen.filter = 'none';
     if (!grid) return;
     const [rows, columns] = grid, top = Math.max(...values) || 1;
     for (let at = 0; at < values.length; at += 1) {
-      const share = values[at] / top;
-      pen.fillStyle = `rgba(${lxRgb(share).join(',')},${0.25 + 0.5 * share})`;
+      pen.fillStyle = `rgba(254,232,56,${(0.8 * values[at]) / top})`;
       const [w, h] = [canvas.width / columns, canvas.height / rows];
       pen.fillRect((at % columns) * w, Math.floor(at / columns) * h, w, h);
     }
@@ -608,7 +609,7 @@ function lxTools(state, draw, save) {
   };
   const once = values => [...new Set(values)].map(v => [v, v.replaceAll('_', ' ')]);
   const sets = [['', 'every set'], ...once(state.rows.map(r => r.set))];
-  const groups = [['', 'every kind'], ...once(state.rows.map(r => r.group))];
+  const groups = [['main', 'the main ones'], ['', 'all of them'], ...once(state.rows.map(r => r.group))];
   const trimmed = lxMake('input', { type: 'checkbox', onchange: () => draw((state.trimmed = trimmed.checked)) });
   const colors = [['rank', 'by rank in its row'], ['robust', 'by distance from the median']];
   const ramp = [...Array(9).keys()].map(i => lxColor(i / 8)).join(',');
@@ -639,7 +640,7 @@ function mountExplorer(el, data, on) {
     region: [...data.region],
     chosen: data.scale,
     scale: 'rank',
-    group: '',
+    group: rows.some(row => row.main && !row.trimmed) ? 'main' : '',
     set: '',
     trimmed: false,
     variant: '',
@@ -665,7 +666,7 @@ function mountExplorer(el, data, on) {
   const act = {
     draw,
     visible: row =>
-      (!state.group || row.group === state.group) &&
+      (state.group === 'main' ? row.main : !state.group || row.group === state.group) &&
       (!state.set || row.set === state.set) &&
       (state.trimmed || !row.trimmed),
     row: key => (state.row = key),
@@ -766,10 +767,9 @@ function mountExplorer(el, data, on) {
     lxMake(
       'div',
       { class: 'lx-main' },
-      lxMake('section', { class: 'lx-card' }, heat.box),
+      lxMake('div', {}, lxMake('section', { class: 'lx-card' }, heat.box), views),
       lxMake('div', { class: 'lx-side' }, about.card, region.card)
-    ),
-    views
+    )
   );
   el.append(root);
   const watch = new ResizeObserver(soon);
