@@ -233,32 +233,38 @@ def luminance(color):
 COLORS = """names => names.map(name => {
   const pen = document.createElement('canvas').getContext('2d');
   const span = document.querySelector('.lx').appendChild(document.createElement('span'));
-  span.style.color = `var(--lx-${name})`;
-  pen.fillStyle = getComputedStyle(span).color;
-  pen.fillRect(0, 0, 1, 1);
+  for (const over of ['paper', name]) { // an ink may be half transparent
+    span.style.color = `var(--lx-${over})`;
+    pen.fillStyle = getComputedStyle(span).color;
+    pen.fillRect(0, 0, 1, 1);
+  }
   span.remove();
   return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255);
 })"""
 
 
-@pytest.mark.parametrize('scheme', ['light', 'dark', 'lab_dark'])
+JUPYTERLAB = {  # its own themes: grounds and inks
+    'lab_light': ['#fff', '#eee', 'rgba(0,0,0,0.87)', 'rgba(0,0,0,0.54)'],
+    'lab_dark': ['#111', '#424242', 'rgba(255,255,255,1)', 'rgba(255,255,255,0.87)'],
+}
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark', *JUPYTERLAB])
 def test_every_text_can_be_read_in_both_themes(browser, runs, explorer, scheme, tmp_path):
-    page = opened(browser, explorer, 'dark' if scheme == 'dark' else 'light')
-    if scheme == 'lab_dark':  # JupyterLab's own dark theme on a light system
+    # JupyterLab's theme wins over the system's
+    system = {'lab_light': 'dark', 'lab_dark': 'light'}.get(scheme, scheme)
+    page = opened(browser, explorer, system)
+    if scheme in JUPYTERLAB:
         page.evaluate(
-            """colors => { document.body.dataset.jpThemeLight = 'false';
-            for (const [name, value] of Object.entries(colors))
-              document.body.style.setProperty(`--jp-${name}`, value); }""",
-            {
-                'layout-color1': '#111',
-                'layout-color2': '#424242',
-                'ui-font-color1': 'white',
-                'ui-font-color2': 'rgba(255,255,255,0.87)',
-            },
+            """([light, ...colors]) => {
+            document.body.dataset.jpThemeLight = light;
+            const names = ['layout-color1', 'layout-color2', 'ui-font-color1', 'ui-font-color2'];
+            names.forEach((n, i) => document.body.style.setProperty(`--jp-${n}`, colors[i])); }""",
+            [str(scheme == 'lab_light').lower(), *JUPYTERLAB[scheme]],
         )
     names = ['paper', 'soft', 'ink', 'dim', 'accent', 'on-accent', 'bad']
     color = dict(zip(names, page.evaluate(COLORS, names)))
-    assert (luminance(color['paper']) < 0.1) == (scheme != 'light')
+    assert (luminance(color['paper']) < 0.1) == scheme.endswith('dark')
     pairs = [(front, back) for front in ('ink', 'dim') for back in ('paper', 'soft')]
     for front, back in [*pairs, ('on-accent', 'accent'), ('accent', 'paper'), ('bad', 'paper')]:
         light, dark = sorted((luminance(color[front]), luminance(color[back])), reverse=True)

@@ -84,7 +84,7 @@ function lxCsv(models) {
 
 // the heat map; `state` is shared with the rest and read anew by every draw
 function lxHeat(state, act) {
-  const box = lxMake('div');
+  const box = lxMake('div', { style: 'overflow-x:auto' });
   const row = 18, label = 300, gap = 22, top = state.models.length > 1 ? 40 : 24;
   let blocks = [], width = 0, shown = [];
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main_rows', 'model_data', 'fitting_scales', 'region_cost', 'explorer_js', 'LayerExplorer']
 
-# %% ../../nbs/lab/20_explorer.ipynb #b4a451c6
+# %% ../../nbs/lab/20_explorer.ipynb #762d093d
 import base64
 import io
 import json
@@ -34,7 +34,7 @@ from ..methods.recipes import find_scale, get_recipe, published_scales
 from ..train.recipe import RecipeError
 from ..train.scale import SCALES as BASE_SCALES
 
-# %% ../../nbs/lab/20_explorer.ipynb #8f7bd580
+# %% ../../nbs/lab/20_explorer.ipynb #ae2fbe91
 def _row(
     name: tuple[str, str], table: pd.DataFrame, scaled: Mapping, stands: Mapping, main: bool
 ) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def model_data(tables: LayerTables) -> dict[str, Any]:
         seen=[_look(one) for one in tables.seen],
     )
 
-# %% ../../nbs/lab/20_explorer.ipynb #a23fced6
+# %% ../../nbs/lab/20_explorer.ipynb #6c82a0c9
 def fitting_scales(depth: int, model: str | Path = '') -> list[str]:
     """Names of scales whose decoder has `depth` layers; that of the run that trained `model` comes
     first."""
@@ -135,10 +135,13 @@ def fitting_scales(depth: int, model: str | Path = '') -> list[str]:
     return sorted(names, key=lambda name: name != trained)
 
 
-def region_cost(recipe: str, scale: str, layers: Sequence[int], depth: int) -> pd.DataFrame:
-    """What the planner says of `recipe` at `scale` with `layers` of a decoder of `depth`: columns
-    `stage`, `trained` parameters, `peak` memory of one rank, `steps`, `compute`. Raises ValueError
-    for layers that the recipe does not take and RecipeError for a scale of another depth."""
+def region_cost(
+    recipe: str, scale: str, layers: Sequence[int], depth: int, budget: float = 1.0
+) -> pd.DataFrame:
+    """What the planner says of `recipe` at `scale` with `layers` of a decoder of `depth`, its
+    budget multiplied: columns `stage`, `trained` parameters, `peak` memory of one rank, `steps`,
+    `compute`. Raises ValueError for layers that the recipe does not take and RecipeError for a
+    scale of another depth."""
     variant = region_variant(recipe, layers)
     if not scale:
         raise RecipeError(f'no scale has {depth} layers: write one (a JSON file) to see the cost')
@@ -147,7 +150,7 @@ def region_cost(recipe: str, scale: str, layers: Sequence[int], depth: int) -> p
         raise RecipeError(
             f'scale {scale} has {theirs} layers and the model {depth}: choose another'
         )
-    table = plan(recipe, scale, variant)
+    table = plan(recipe, scale, variant, budget=budget)
     return pd.DataFrame(
         dict(
             stage=table.stage,
@@ -158,7 +161,7 @@ def region_cost(recipe: str, scale: str, layers: Sequence[int], depth: int) -> p
         )
     )
 
-# %% ../../nbs/lab/20_explorer.ipynb #ea42c63a
+# %% ../../nbs/lab/20_explorer.ipynb #f7d00f08
 def _asset(name: str) -> str:
     return (files('vlmbench') / 'assets' / name).read_text(encoding='utf8')
 
@@ -193,7 +196,7 @@ def _widget_class() -> type:
 
     return ExplorerWidget
 
-# %% ../../nbs/lab/20_explorer.ipynb #6a3f1f1e
+# %% ../../nbs/lab/20_explorer.ipynb #b1782707
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Layers of {{ title }}</title>
@@ -212,7 +215,7 @@ _STATIC = Environment(autoescape=True).from_string("""<figure>
 <figcaption>{{ caption }}</figcaption></figure>
 """)
 
-# %% ../../nbs/lab/20_explorer.ipynb #f3fab56d
+# %% ../../nbs/lab/20_explorer.ipynb #b1905107
 class LayerExplorer:
     """One model's layer scores, or two beside each other, in a notebook cell.
 
@@ -221,7 +224,8 @@ class LayerExplorer:
     (default: `visual_region`, the scale the model was trained at or one of its depth). train:
     parameters of the run that the button starts. measure: parameters of the `layers` run.
     `tables` holds what was read, `widget` the view. Raises what `open_layers` and `read_layers`
-    raise, and ValueError for a recipe that takes no layers."""
+    raise, and ValueError for a recipe that takes no layers or a `train` that names what the view
+    chooses."""
 
     def __init__(
         self,
@@ -235,6 +239,8 @@ class LayerExplorer:
     ):
         if recipe not in REGIONS:
             region_variant(recipe, [0])
+        if chosen := sorted({'recipe', 'scale', 'variant', 'out'} & set(train or {})):
+            raise ValueError(f'train sets {", ".join(chosen)}: leave that to the view')
         sources = [source] if other is None else [source, other]
         folders = [open_layers(one, runs, **(measure or {})) for one in sources]
         self.tables = [read_layers(folder) for folder in folders]
@@ -270,7 +276,7 @@ class LayerExplorer:
     @property
     def region(self) -> list[int]:
         "The layers that are chosen."
-        return list(self.widget.region)
+        return list(self.data['region'] if self._widget is None else self._widget.region)
 
     @region.setter
     def region(self, layers: Sequence[int]) -> None:
@@ -287,7 +293,7 @@ class LayerExplorer:
     def cost(self) -> pd.DataFrame:
         "What the planner says of it; see `region_cost`."
         chosen = self.widget.recipe, self.widget.scale, self.region
-        return region_cost(*chosen, self.tables[0].depth)
+        return region_cost(*chosen, self.tables[0].depth, self.train.get('budget', 1.0))
 
     def scores(self, number: int = 0) -> pd.DataFrame:
         "The rows of model `number` as a table: scores x layers."
@@ -300,7 +306,7 @@ class LayerExplorer:
             worker.join()
         return self
 
-# %% ../../nbs/lab/20_explorer.ipynb #50c91197
+# %% ../../nbs/lab/20_explorer.ipynb #1dce6f7a
 @patch
 def _chosen(self: LayerExplorer, _: Any = None) -> None:
     "Another region, recipe or scale."
@@ -332,7 +338,7 @@ def _count(self: LayerExplorer) -> None:
                 return
         if key not in self._costs:
             try:
-                table = region_cost(*key, self.tables[0].depth)
+                table = region_cost(*key, self.tables[0].depth, self.train.get('budget', 1.0))
                 self._costs[key] = table.to_dict('records')
             except ValueError as e:  # RecipeError among them
                 self._costs[key] = str(e)
@@ -341,7 +347,7 @@ def _count(self: LayerExplorer) -> None:
             self.widget.cost = [] if isinstance(found, str) else found
             self.widget.note = found if isinstance(found, str) else ''
 
-# %% ../../nbs/lab/20_explorer.ipynb #0a3014ad
+# %% ../../nbs/lab/20_explorer.ipynb #994212ed
 @patch
 def start(self: LayerExplorer) -> StartedRun:
     """Starts the training of the chosen region below `runs`; the view shows its folder and status.
@@ -385,7 +391,7 @@ def _message(self: LayerExplorer, _: Any, content: Mapping, buffers: Sequence = 
         except (ValueError, RuntimeError) as e:
             self.widget.note = str(e)
 
-# %% ../../nbs/lab/20_explorer.ipynb #ae1b3442
+# %% ../../nbs/lab/20_explorer.ipynb #c8af98ae
 @patch
 def figure(self: LayerExplorer, number: int = 0) -> Any:
     "The heat map of model `number` with the region framed, as a matplotlib figure."
@@ -409,7 +415,8 @@ def save_csv(self: LayerExplorer, path: str | Path, number: int = 0) -> Path:
 def save_html(self: LayerExplorer, path: str | Path) -> Path:
     "The explorer as one file that needs nothing else; returns its path."
     titles = ' and '.join(tables.title for tables in self.tables)
-    data = self.data | dict(live=False, region=self.region, recipe=self.widget.recipe)
+    recipe = self.data['recipe'] if self._widget is None else self._widget.recipe
+    data = self.data | dict(live=False, region=self.region, recipe=recipe)
     page = _PAGE.render(title=titles, data=data, code=explorer_js())
     Path(path).write_text(page, encoding='utf8')
     return Path(path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_facts', 'stored_layers', 'StartedRun', 'command_words', 'start_run', 'measure_layers', 'open_layers']
 
-# %% ../../nbs/lab/17_layer_sources.ipynb #d00c9eb2
+# %% ../../nbs/lab/17_layer_sources.ipynb #3a6b17d6
 import json
 import os
 import shlex
@@ -19,7 +19,7 @@ from typing import Any
 
 from ..checkpoints.load import LoadError, find_model
 
-# %% ../../nbs/lab/17_layer_sources.ipynb #738d777e
+# %% ../../nbs/lab/17_layer_sources.ipynb #3eb8b65b
 def run_facts(folder: str | Path) -> dict[str, Any]:
     "The manifest of the run in `folder`; empty where there is none."
     path = Path(folder) / 'manifest.json'
@@ -38,11 +38,11 @@ def stored_layers(model: str | Path, runs: str | Path = 'runs') -> Path | None:
         if not _finished(facts, 'layers') or not (path.parent / 'scores.csv').is_file():
             continue
         scored = facts['parameters']['model']
-        if Path(scored).resolve() == Path(model).resolve():
+        if Path(scored).expanduser().resolve() == Path(model).resolve():
             found.append((facts['started'], path.parent))
     return max(found)[1] if found else None
 
-# %% ../../nbs/lab/17_layer_sources.ipynb #b0424e72
+# %% ../../nbs/lab/17_layer_sources.ipynb #f67f2ac0
 @dataclass
 class StartedRun:
     "A run that was started here: `folder`, `process`, and the `command` as one would type it."
@@ -94,7 +94,7 @@ def start_run(
         )
     return StartedRun(folder, process, shlex.join(['vlmbench', *words]))
 
-# %% ../../nbs/lab/17_layer_sources.ipynb #61a1232c
+# %% ../../nbs/lab/17_layer_sources.ipynb #92c8d7fd
 def _progress(begun: StartedRun, seconds: float) -> str:
     "One line on a run that goes on."
     phases = run_facts(begun.folder).get('phases') or [dict(name='starting')]

@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'MOST_CURVES', 'LONGEST', 'SCALES', 'REGIONS', 'SeenPicture', 'store_views', 'LayerTables', 'cka_maps',
            'read_layers', 'robust_rows', 'runs_of', 'region_variant']
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #520ddef3
+# %% ../../nbs/lab/19_layer_tables.ipynb #ac3a587b
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ..analysis.picture_attention import PictureAttention, grid_of
 from .layer_figures import row_ranks, score_rows
 from .layer_sources import run_facts
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #945d5c39
+# %% ../../nbs/lab/19_layer_tables.ipynb #7c065b37
 VIEWS = 'views'
 MOST_CURVES = 200
 LONGEST = 336  # pixels of a kept picture's longer side
@@ -72,7 +72,7 @@ def store_views(
         (place / 'attention.json').write_text(json.dumps(said, indent=1), encoding='utf8')
     return place
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #55d4a64f
+# %% ../../nbs/lab/19_layer_tables.ipynb #f2a4d8e4
 @dataclass(frozen=True)
 class LayerTables:
     """A finished `layers` run: `frame` of records, `curves` by name `[samples, layers]`, `cka` maps
@@ -94,9 +94,9 @@ class LayerTables:
 
     @property
     def title(self) -> str:
-        "The model in short."
+        "The model in short: the name of its folder, or of the run whose `model/` it is."
         place = Path(self.region['model'])
-        return f'{place.parent.name}/{place.name}' if place.name == 'model' else place.name
+        return place.parent.name if place.name == 'model' else place.name
 
     @property
     def samples(self) -> str:
@@ -147,7 +147,7 @@ def read_layers(folder: str | Path) -> LayerTables:
     seen, facts = _read_seen(folder / VIEWS), run_facts(folder)
     return LayerTables(folder, frame, region, curves, cka_maps(frame, region['depth']), seen, facts)
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #80b4ecc6
+# %% ../../nbs/lab/19_layer_tables.ipynb #bfe195a2
 def robust_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Every row by its distance from the median in interquartile ranges, 0 for -2 and below to 1
     for 2 and above; a row without spread between the quartiles is scaled by its range."""
@@ -160,7 +160,7 @@ def robust_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 SCALES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = dict(rank=row_ranks, robust=robust_rows)
 
-# %% ../../nbs/lab/19_layer_tables.ipynb #0df23903
+# %% ../../nbs/lab/19_layer_tables.ipynb #adb100b6
 def runs_of(layers: Sequence[int]) -> list[list[int]]:
     "`layers` as lists of consecutive ones."
     found: list[list[int]] = []
