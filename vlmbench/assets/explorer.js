@@ -85,8 +85,8 @@ function lxCsv(models) {
 // the heat map; `state` is shared with the rest and read anew by every draw
 function lxHeat(state, act) {
   const box = lxMake('div', { style: 'overflow-x:auto' });
-  const row = 18, label = 300, gap = 22, top = state.models.length > 1 ? 40 : 24;
-  let blocks = [], width = 0, shown = [];
+  const row = 18, gap = 22, top = state.models.length > 1 ? 40 : 24;
+  let label = 300, blocks = [], width = 0, shown = [];
 
   const place = event => {
     const area = box.firstChild.getBoundingClientRect();
@@ -193,7 +193,7 @@ function lxHeat(state, act) {
       }
       parts.push(lxMake('text', { x: 4, y }, entry.title));
       const end = { x: label - 12, y, 'text-anchor': 'end', class: 'lx-dim' };
-      parts.push(lxMake('text', end, entry.set.replaceAll('_', ' ')));
+      if (label > 200) parts.push(lxMake('text', end, entry.set.replaceAll('_', ' ')));
       const only = entry.of.length === 1 ? entry.of[0] : null;
       if (only && width - blocks[0].right > 140) {
         const small = 1e-5 * Math.max(Math.abs(only.low), Math.abs(only.high));
@@ -205,7 +205,8 @@ function lxHeat(state, act) {
   };
 
   const draw = () => {
-    width = Math.max(420, box.clientWidth || 900);
+    width = Math.max(330, box.clientWidth || 900);
+    label = width < 560 ? 190 : 300; // a phone: the token set stands in the text below
     shown = state.rows.filter(act.visible);
     const depths = state.models.map(model => model.depth);
     const range = depths.length === 1 && width > 620 ? 165 : 4;
@@ -227,7 +228,7 @@ function lxHeat(state, act) {
     }
     const words = lxMake('text', { x: 4, y: top - 7, class: 'lx-dim' }, 'score');
     const sets = { x: label - 12, y: top - 7, 'text-anchor': 'end', class: 'lx-dim' };
-    parts.push(words, lxMake('text', sets, 'tokens  ·  layer →'));
+    parts.push(words, lxMake('text', sets, label > 200 ? 'tokens  ·  layer →' : 'layer →'));
     if (depths.length === 1 && width - blocks[0].right > 140) {
       const at = { x: blocks[0].right + 10, y: top - 7, class: 'lx-dim' };
       parts.push(lxMake('text', at, 'low · median · high'));
@@ -413,11 +414,14 @@ function lxTrajectory(model, state) {
   names.forEach(name => list.append(lxMake('option', { value: name }, model.curves[name].label)));
   const holder = lxMake('div');
   const draw = () => {
-    const { lines, median, top } = model.curves[list.value];
+    const { lines, median } = model.curves[list.value];
+    const tops = state.models.map(one => (one.curves[list.value] || { top: 0 }).top);
+    const top = Math.max(...tops); // two checkpoints on one scale
     const [width, height, left, foot] = [300, 230, 38, 36];
     const x = layer => left + 2 + ((layer + 0.5) / model.depth) * (width - left - 6);
     const y = value => 6 + (1 - Math.min(1, value / top)) * (height - foot - 10);
     const svg = lxMake('svg', { width: '100%', viewBox: `0 0 ${width} ${height}`, role: 'img' });
+    svg.style.maxWidth = '360px';
     svg.setAttribute('aria-label', 'prediction trajectories, one line a sample, the median bold');
     const half = (x(1) - x(0)) / 2;
     const end = { y: 4, height: height - foot - 2 };
@@ -736,7 +740,8 @@ function mountExplorer(el, data, on) {
     csv: () => lxSave('layers.csv', new Blob([lxCsv(state.models)], { type: 'text/csv' })),
     png: () => lxPng(heat.svg, blob => lxSave('layers.png', blob)),
   };
-  const views = lxMake('div', { class: 'lx-views' });
+  const several = state.models.length > 1 ? ' lx-two' : '';
+  const views = lxMake('div', { class: `lx-views${several}` });
   for (const make of [lxTrajectory, lxCka, lxAttention]) {
     for (const model of state.models) {
       const view = make(model, state, act);
