@@ -284,6 +284,16 @@ def test_two_checkpoints_and_the_page_without_a_kernel(browser, runs, tmp_path):
     heat = page.locator('.lx-heat')
     assert heat.locator('text=m0').count() == heat.locator('text=m1').count() == 1
     assert page.locator('.lx-views .lx-card').count() == 6
+    page.select_option('[data-part=scale]', 'change')
+    ranks = [{row['metric']: row['rank'] for row in one['rows']} for one in both.data['models']]
+    rows = both.data['models'][0]['rows']
+    shown = [row['metric'] for row in rows if row['main'] and not row['trimmed']]
+    at = shown.index('taylor')
+    for layer in range(DEPTH):
+        cell = heat.locator(f'rect[data-at="{at}:{layer}"]').nth(1)
+        red, _, blue = map(int, re.findall(r'\d+', cell.get_attribute('fill')))
+        change = ranks[1]['taylor'][layer] - ranks[0]['taylor'][layer]
+        assert np.sign(red - blue) == np.sign(change)
     heat.focus()
     for key in ('Escape', 'Home', 'Space', 'Shift+End'):
         page.keyboard.press(key)

@@ -13,6 +13,14 @@ function lxRgb(share) {
 }
 const lxColor = share => (Number.isFinite(share) ? `rgb(${lxRgb(share).join(',')})` : 'none');
 
+// difference of two ranks, -1..1: blue, white, orange
+function lxChange(difference) {
+  if (!Number.isFinite(difference)) return 'none';
+  const end = difference < 0 ? [33, 102, 172] : [179, 88, 6];
+  const share = Math.min(1, Math.abs(difference));
+  return `rgb(${end.map(v => Math.round(247 + (v - 247) * share)).join(',')})`;
+}
+
 function lxMake(tag, attributes = {}, ...children) {
   const svg = ['svg', 'g', 'rect', 'text', 'path', 'line', 'title'].includes(tag);
   const node = svg
@@ -159,10 +167,14 @@ function lxHeat(state, act) {
     shown.forEach((entry, at) => {
       const mine = entry.of[block.number];
       if (!mine) return;
-      mine[state.scale].forEach((share, layer) => {
+      const first = state.scale === 'change' && block.number ? entry.of[0] : null;
+      const colors = first
+        ? mine.rank.map((share, layer) => lxChange(share - first.rank[layer]))
+        : mine[state.scale === 'change' ? 'rank' : state.scale].map(lxColor);
+      colors.forEach((fill, layer) => {
         const [x, y] = [block.left + layer * block.cell, top + at * row];
         const size = { x, y, width: Math.max(1, block.cell - 1), height: row - 1 };
-        parts.push(lxMake('rect', { ...size, fill: lxColor(share), 'data-at': `${at}:${layer}` }));
+        parts.push(lxMake('rect', { ...size, fill, 'data-at': `${at}:${layer}` }));
       });
     });
     for (const layer of state.region.filter(l => l < block.depth)) {
@@ -616,7 +628,12 @@ function lxTools(state, draw, save) {
   const groups = [['main', 'the main ones'], ['', 'all of them'], ...once(state.rows.map(r => r.group))];
   const trimmed = lxMake('input', { type: 'checkbox', onchange: () => draw((state.trimmed = trimmed.checked)) });
   const colors = [['rank', 'by rank in its row'], ['robust', 'by distance from the median']];
-  const ramp = [...Array(9).keys()].map(i => lxColor(i / 8)).join(',');
+  if (state.models.length > 1) colors.push(['change', 'second: change of rank']);
+  const ramp = color => {
+    const steps = [...Array(9).keys()].map(i => color(i / 8));
+    const style = `background:linear-gradient(90deg,${steps.join(',')})`;
+    return lxMake('span', { class: 'lx-legend', style });
+  };
   return lxMake(
     'div',
     { class: 'lx-tools' },
@@ -625,8 +642,11 @@ function lxTools(state, draw, save) {
     pick('Colour', colors, 'scale'),
     state.rows.some(r => r.trimmed) ? lxMake('label', {}, trimmed, 'without massive activations') : '',
     lxMake('span', { class: 'lx-dim' }, 'low'),
-    lxMake('span', { class: 'lx-legend', style: `background:linear-gradient(90deg,${ramp})` }),
+    ramp(lxColor),
     lxMake('span', { class: 'lx-dim' }, 'high'),
+    ...(state.models.length > 1
+      ? [ramp(share => lxChange(2 * share - 1)), lxMake('span', { class: 'lx-dim' }, 'change')]
+      : []),
     lxMake('button', { type: 'button', 'data-part': 'png', onclick: save.png }, 'PNG'),
     lxMake('button', { type: 'button', 'data-part': 'csv', onclick: save.csv }, 'CSV')
   );

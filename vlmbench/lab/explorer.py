@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main_rows', 'model_data', 'fitting_scales', 'region_cost', 'explorer_js', 'LayerExplorer']
 
-# %% ../../nbs/lab/20_explorer.ipynb #762d093d
+# %% ../../nbs/lab/20_explorer.ipynb #2b84e633
 import base64
 import io
 import json
@@ -34,7 +34,7 @@ from ..methods.recipes import find_scale, get_recipe, published_scales
 from ..train.recipe import RecipeError
 from ..train.scale import SCALES as BASE_SCALES
 
-# %% ../../nbs/lab/20_explorer.ipynb #ae2fbe91
+# %% ../../nbs/lab/20_explorer.ipynb #3edb4436
 def _row(
     name: tuple[str, str], table: pd.DataFrame, scaled: Mapping, stands: Mapping, main: bool
 ) -> dict[str, Any]:
@@ -106,6 +106,15 @@ def _look(one: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def _source(region: Mapping[str, Any]) -> str:
+    "How the run chose its region; runs of before it was said in words have the names alone."
+    if region.get('metric'):
+        named = f'the highest by {region["metric"]}'
+    else:
+        named = f'strategy {region.get("strategy", "unknown")}: no score was used'
+    return region.get('source', named)
+
+
 def model_data(tables: LayerTables) -> dict[str, Any]:
     "One run as the browser takes it."
     kept, stands = score_rows(tables.frame)
@@ -116,7 +125,7 @@ def model_data(tables: LayerTables) -> dict[str, Any]:
         depth=tables.depth,
         samples=tables.samples,
         region=list(tables.region['where']),
-        source=tables.region.get('source', 'by a score'),
+        source=_source(tables.region),
         rows=[_row(n, kept, scaled, stands, n in main) for n in _in_groups(kept.index)],
         curves={
             name: _curve(name, tables.curves[name]) for name in _CURVES if name in tables.curves
@@ -125,7 +134,7 @@ def model_data(tables: LayerTables) -> dict[str, Any]:
         seen=[_look(one) for one in tables.seen],
     )
 
-# %% ../../nbs/lab/20_explorer.ipynb #6c82a0c9
+# %% ../../nbs/lab/20_explorer.ipynb #c345ec50
 def fitting_scales(depth: int, model: str | Path = '') -> list[str]:
     """Names of scales whose decoder has `depth` layers; that of the run that trained `model` comes
     first."""
@@ -161,7 +170,7 @@ def region_cost(
         )
     )
 
-# %% ../../nbs/lab/20_explorer.ipynb #f7d00f08
+# %% ../../nbs/lab/20_explorer.ipynb #d040fae5
 def _asset(name: str) -> str:
     return (files('vlmbench') / 'assets' / name).read_text(encoding='utf8')
 
@@ -196,7 +205,7 @@ def _widget_class() -> type:
 
     return ExplorerWidget
 
-# %% ../../nbs/lab/20_explorer.ipynb #b1782707
+# %% ../../nbs/lab/20_explorer.ipynb #8d392586
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Layers of {{ title }}</title>
@@ -215,7 +224,7 @@ _STATIC = Environment(autoescape=True).from_string("""<figure>
 <figcaption>{{ caption }}</figcaption></figure>
 """)
 
-# %% ../../nbs/lab/20_explorer.ipynb #b1905107
+# %% ../../nbs/lab/20_explorer.ipynb #fb49ff62
 class LayerExplorer:
     """One model's layer scores, or two beside each other, in a notebook cell.
 
@@ -306,7 +315,7 @@ class LayerExplorer:
             worker.join()
         return self
 
-# %% ../../nbs/lab/20_explorer.ipynb #1dce6f7a
+# %% ../../nbs/lab/20_explorer.ipynb #c79e5485
 @patch
 def _chosen(self: LayerExplorer, _: Any = None) -> None:
     "Another region, recipe or scale."
@@ -347,7 +356,7 @@ def _count(self: LayerExplorer) -> None:
             self.widget.cost = [] if isinstance(found, str) else found
             self.widget.note = found if isinstance(found, str) else ''
 
-# %% ../../nbs/lab/20_explorer.ipynb #994212ed
+# %% ../../nbs/lab/20_explorer.ipynb #e5ff08f0
 @patch
 def start(self: LayerExplorer) -> StartedRun:
     """Starts the training of the chosen region below `runs`; the view shows its folder and status.
@@ -391,7 +400,7 @@ def _message(self: LayerExplorer, _: Any, content: Mapping, buffers: Sequence = 
         except (ValueError, RuntimeError) as e:
             self.widget.note = str(e)
 
-# %% ../../nbs/lab/20_explorer.ipynb #c8af98ae
+# %% ../../nbs/lab/20_explorer.ipynb #da416c69
 @patch
 def figure(self: LayerExplorer, number: int = 0) -> Any:
     "The heat map of model `number` with the region framed, as a matplotlib figure."
