@@ -165,12 +165,13 @@ function lxHeat(state, act) {
   };
   const body = (block, parts) => {
     shown.forEach((entry, at) => {
-      const mine = entry.of[block.number];
-      if (!mine) return;
-      const first = state.scale === 'change' && block.number ? entry.of[0] : null;
-      const colors = first
-        ? mine.rank.map((share, layer) => lxChange(share - first.rank[layer]))
-        : mine[state.scale === 'change' ? 'rank' : state.scale].map(lxColor);
+      const mine = entry.of[block.number], first = entry.of[0];
+      const nothing = Array(block.depth).fill('var(--lx-soft)'); // not measured
+      let colors = mine ? mine[state.scale === 'robust' ? 'robust' : 'rank'].map(lxColor) : nothing;
+      if (state.scale === 'change' && block.number) {
+        const change = layer => lxChange(mine.rank[layer] - first.rank[layer]);
+        colors = mine && first ? nothing.map((_, layer) => change(layer)) : nothing;
+      }
       colors.forEach((fill, layer) => {
         const [x, y] = [block.left + layer * block.cell, top + at * row];
         const size = { x, y, width: Math.max(1, block.cell - 1), height: row - 1 };

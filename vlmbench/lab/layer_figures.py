@@ -29,16 +29,20 @@ def row_ranks(table: pd.DataFrame) -> pd.DataFrame:
 
 def distinct_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
     """`table` without rows that repeat an earlier one's numbers, and {row left out: row kept}: text
-    alone has no image tokens, so that `all` and `text` are one set."""
+    alone has no image tokens, so that `all` and `text` are one set. Numbers repeat that differ by
+    less than a hundredth of their row's interquartile range, or not at all."""
+    if table.empty:
+        return table, {}
     kept, same = [], {}
-    for at, row in enumerate(table.to_numpy()):
-        # no absolute tolerance: Fisher scores are 1e-10 and smaller
-        alike = (k for k in kept if np.allclose(table.iloc[k], row, rtol=1e-6, atol=0))
-        twin = next(alike, None)
-        if twin is None:
-            kept.append(at)
+    rows = table.to_numpy(float)
+    spread = np.subtract(*np.quantile(rows, [0.75, 0.25], axis=1))
+    for at, row in enumerate(rows):
+        off = np.abs(rows[kept] - row).max(axis=1)
+        twins = np.flatnonzero((off == 0) | (off < 0.01 * spread[at]))
+        if len(twins):
+            same[table.index[at]] = table.index[kept[twins[0]]]
         else:
-            same[table.index[at]] = table.index[twin]
+            kept.append(at)
     return table.iloc[kept], same
 
 # %% ../../nbs/lab/14_layer_figures.ipynb #e5af8628
