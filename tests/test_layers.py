@@ -12,10 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from depth_models import decoder, llava, qwen3_vl
 from vlmbench.analysis.ablation import answer_loss, greedy_drop, revert_one
+from vlmbench.analysis.glossary import explain
 from vlmbench.analysis.streams import model_inputs, scores
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.lab.calibration import calibration, load_any
+from vlmbench.lab.layer_sources import stored_layers
+from vlmbench.lab.layer_tables import read_layers
 from vlmbench.lab.layers import RANKINGS, choose, figures, measure
 from vlmbench.methods.recipes import get_method
 from vlmbench.models.depth import prune
@@ -370,6 +373,14 @@ def test_the_run_notebook_writes_a_region_that_the_recipe_takes(lm_folder, tmp_p
         'trajectory',
         'similarity',
     }
+    tables = read_layers(tmp_path / 'r')
+    assert {name: lines.shape for name, lines in tables.curves.items()} == {
+        'zero': (12, 5),
+        'vocabulary': (12, 5),
+    }
+    assert tables.cka['all'].shape == (6, 6) and not tables.seen
+    assert stored_layers(lm_folder, tmp_path) == tmp_path / 'r'
+    assert {explain(metric).name for metric in tables.frame.metric} == set(tables.frame.metric)
     recipe = get_method('visual_region', region['variant']).recipe(get_scale('tiny'))
     assert list(recipe.stages[-1].trains['layers'].layers) == region['where']
     table = [f'where={tmp_path}/r/scores.csv', 'metric=drop_one_delta', 'share=1']
