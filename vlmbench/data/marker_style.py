@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['AROUND', 'MARKER_STYLES', 'FINE', 'MarkerStyle', 'mark_region']
 
-# %% ../../nbs/data/62_marker_style.ipynb #42ea5172
+# %% ../../nbs/data/62_marker_style.ipynb #d171576a
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
@@ -26,7 +25,7 @@ from vlmbench.data.overlay import (
 from .picture import upright
 from .region import Region
 
-# %% ../../nbs/data/62_marker_style.ipynb #1ae72bd6
+# %% ../../nbs/data/62_marker_style.ipynb #9e8eff33
 AROUND = ('rectangle', 'ellipse', 'arrow')  # kinds that can keep a gap
 
 
@@ -63,14 +62,17 @@ MARKER_STYLES = dict(
     thin=MarkerStyle(('rectangle', 'ellipse'), 1, 2, ('lime', 'fuchsia', 'aqua'), 220),
 )
 
-# %% ../../nbs/data/62_marker_style.ipynb #d988798f
+# %% ../../nbs/data/62_marker_style.ipynb #b39e8013
 FINE = 8  # points per pixel and direction
 
 
-def _ellipse_around(box: Sequence[float]) -> tuple[float, float, float, float]:
-    "The smallest ellipse of a box's proportions that goes through its corners."
-    (l, t, r, b), more = box, 2**0.5
-    cx, cy, hw, hh = (l + r) / 2, (t + b) / 2, (r - l) / 2 * more, (b - t) / 2 * more
+def _ellipse_around(region: Region, gap: float) -> tuple[float, float, float, float]:
+    "The smallest ellipse of the proportions of a region's box that holds its outline and a gap."
+    l, t, r, b = region.bounds
+    cx, cy, hw, hh = (l + r) / 2, (t + b) / 2, (r - l) / 2, (b - t) / 2
+    outline = [v for p in region.polygons for v in zip(p[::2], p[1::2])] or [(l, t)]
+    more = max(np.hypot((x - cx) / hw, (y - cy) / hh) for x, y in outline)
+    hw, hh = hw * more + gap, hh * more + gap
     return cx - hw, cy - hh, cx + hw, cy + hh
 
 
@@ -103,14 +105,14 @@ def _cover(kind: str, box, stroke: float, rng: random.Random, size) -> Image.Ima
         (d.rectangle if kind == 'rectangle' else d.ellipse)(outer, outline=255, width=width)
     return fine.resize(size, Image.Resampling.BOX)
 
-# %% ../../nbs/data/62_marker_style.ipynb #b37c7bff
+# %% ../../nbs/data/62_marker_style.ipynb #e261c94f
 def _box_of(kind: str, region: Region, style: MarkerStyle, size) -> tuple[float, ...]:
     "What the stroke of a marker lies around: the region and its gap, inside the picture."
     l, t, r, b = region.bounds
     l, t, r, b = l - style.gap, t - style.gap, r + style.gap, b + style.gap
     if kind == 'ellipse':
-        l, t, r, b = _ellipse_around((l, t, r, b))
-    if kind == 'arrow':
+        l, t, r, b = _ellipse_around(region, style.gap)
+    if kind != 'rectangle':  # a curve that is pushed inward would cross the region: it is cut off
         return l, t, r, b
     edge = style.stroke
     return max(l, edge), max(t, edge), min(r, size[0] - edge), min(b, size[1] - edge)
