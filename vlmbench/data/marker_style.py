@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AROUND', 'MARKER_STYLES', 'FINE', 'MarkerStyle', 'mark_region']
 
-# %% ../../nbs/data/62_marker_style.ipynb #d171576a
+# %% ../../nbs/data/62_marker_style.ipynb #6ebfaa78
 import random
 from dataclasses import dataclass
 import numpy as np
@@ -25,7 +25,7 @@ from vlmbench.data.overlay import (
 from .picture import upright
 from .region import Region
 
-# %% ../../nbs/data/62_marker_style.ipynb #9e8eff33
+# %% ../../nbs/data/62_marker_style.ipynb #a88306e3
 AROUND = ('rectangle', 'ellipse', 'arrow')  # kinds that can keep a gap
 
 
@@ -62,7 +62,7 @@ MARKER_STYLES = dict(
     thin=MarkerStyle(('rectangle', 'ellipse'), 1, 2, ('lime', 'fuchsia', 'aqua'), 220),
 )
 
-# %% ../../nbs/data/62_marker_style.ipynb #b39e8013
+# %% ../../nbs/data/62_marker_style.ipynb #76c79338
 FINE = 8  # points per pixel and direction
 
 
@@ -105,7 +105,7 @@ def _cover(kind: str, box, stroke: float, rng: random.Random, size) -> Image.Ima
         (d.rectangle if kind == 'rectangle' else d.ellipse)(outer, outline=255, width=width)
     return fine.resize(size, Image.Resampling.BOX)
 
-# %% ../../nbs/data/62_marker_style.ipynb #e261c94f
+# %% ../../nbs/data/62_marker_style.ipynb #5bf50a70
 def _box_of(kind: str, region: Region, style: MarkerStyle, size) -> tuple[float, ...]:
     "What the stroke of a marker lies around: the region and its gap, inside the picture."
     l, t, r, b = region.bounds
