@@ -284,7 +284,7 @@ def test_text_alone_answers_what_is_asked_of_it():
 
 def test_guessing_is_held_down():
     config = ThingConfig()
-    train = rows_of('vqa', 'train', 150, config)
+    train = rows_of('vqa', 'train', 80, config)
     test = rows_of('vqa', 'test', 260, config) + rows_of('region', 'test', 150, config)
     levels = guess_levels(train, test)
     assert levels.n.sum() > 1000
