@@ -2,6 +2,7 @@
 and thin markers."""
 
 import json
+import pickle
 import random
 import re
 from collections import Counter
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from vlmbench.data.cards import check, load_card
-from vlmbench.data.marker_style import MARKER_STYLES, MarkerStyle, mark_region
+from vlmbench.data.marker_style import MARKER_STYLES, DrawStyled, MarkerStyle, mark_region
 from vlmbench.data.overlay import PALETTE
+from vlmbench.data.record import BadRecord
 from vlmbench.data.scene import DIGITS, NUMBERS, PLACES, SPLITS
 from vlmbench.data.thing_scene import (
     APART,
@@ -341,6 +343,23 @@ def test_a_thin_marker_leaves_its_thing_as_it_is(kind):
         without = replace(scene, things=tuple(o for o in scene.things if o is not t))
         shown = np.abs(np.asarray(picture).astype(int) - np.asarray(render_things(without)))
         assert not (changed & (shown.max(2) > 40)).any()
+
+
+def test_several_regions_of_a_row_are_told_apart():
+    scene, (row, *_) = thing_samples('region', 'test', 4, ThingConfig(), one_question=True)
+    regions = [placed_region(t, scene) for t in scene.things[:3]]
+    text = '<image>\nwhat are the things <region0> , <region1> and <region2> ?'
+    turns = [replace(row.turns[0], text=text), row.turns[1]]
+    many = replace(row, regions=regions, turns=turns, images=[render_things(scene)])
+    said = {DrawStyled()(many, np.random.default_rng(i)).turns[0].text for i in range(10)}
+    for one in said:
+        named = re.findall(r'within the (\S+ \S+)', one)
+        assert len(named) == len(set(named)) == 3
+    assert len(said) > 3 and many.regions == regions
+    unsaid = replace(many, turns=[replace(row.turns[0], text='<image>\nwhat ?'), row.turns[1]])
+    with pytest.raises(BadRecord, match='never referred to'):
+        DrawStyled()(unsaid)
+    assert pickle.loads(pickle.dumps(DrawStyled())) == DrawStyled()
 
 
 def test_the_published_style_is_still_there():
