@@ -357,6 +357,15 @@ def check_harness(values: Mapping[str, Any]) -> None:
     `ParameterError`."""
     if values['suite'] == 'vlm' and not values['tasks']:
         raise ParameterError('suite=vlm asks what tasks names, such as tasks=\'["mme", "pope"]\'')
+    if values['preset'] and (values['tasks'] or values['suite'] != 'text'):
+        raise ParameterError(
+            f'preset={values["preset"]} is a list of text tasks: give it with suite=text, and give '
+            'tasks or preset, not both'
+        )
+    if values['before'] and not (Path(values['before']) / 'results').is_dir():
+        raise ParameterError(
+            f'before={values["before"]} is no run of notebook harness: it has no folder results'
+        )
     if values['task_folder'] and not Path(values['task_folder']).is_dir():
         raise ParameterError(f'task_folder={values["task_folder"]}: there is no such folder')
     if not values['published'] and not any(':' in text for text in values['tasks']):
@@ -426,7 +435,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
         + ('tasks', 'suite', 'data', 'image_roots', 'rule')
         + ('judge', 'judge_model', 'judge_key_env', 'judge_prompt'),
     ),
-    'harness': (check_harness, ('suite', 'tasks', 'task_folder', 'published')),
+    'harness': (check_harness, ('suite', 'tasks', 'preset', 'before', 'task_folder', 'published')),
     'perplexity': (check_perplexity, ('text', 'tokens', 'block', 'cuts')),
 }
 
