@@ -8,6 +8,7 @@ function h(tag, props = {}, ...children) {
     if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
     else if (name === 'class') node.className = value;
     else if (name === 'style') Object.assign(node.style, value);
+    else if (/^(aria|data)-/.test(name)) node.setAttribute(name, value);
     else if (value === true) node.setAttribute(name, '');
     else if (value !== false && value != null) node.setAttribute(name, value);
   }

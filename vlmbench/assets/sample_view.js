@@ -28,6 +28,10 @@ function mountViewer(el, model) {
     onclick: () => move(name) }, name < 0 ? '◀ row' : 'row ▶');
   const [back, on] = [step(-1), step(1)];
   const where = h('span', { class: 'vc-dim' });
+  const under = select('Under each token', ['id', 'position', 'document'], () => {
+    showTokens();
+    look(at);
+  });
   function move(by) {
     let [number, next] = [row.number, row.row + by];
     if (next < 0) [number, next] = [number - 1, -1];
@@ -141,7 +145,7 @@ function mountViewer(el, model) {
       'data-learnt': t.learnt[i], onclick: () => look(i),
       title: `token ${i}: id ${t.id[i]}, document ${t.document[i]}, position ${t.position[i]}` +
         `${t.learnt[i] ? ', learnt' : ''}` },
-      VISIBLE(t.piece[i]), h('small', {}, String(t.id[i])));
+      VISIBLE(t.piece[i]), h('small', {}, String(t[under.value][i])));
   }
   function folded(first, last) {
     const t = row.tokens;
@@ -191,9 +195,10 @@ function mountViewer(el, model) {
     Array.from({ length: to - from }, (_, k) => from + k));
   function paintMask(canvas = mask, side = SIDE, ratio = devicePixelRatio || 1) {
     const n = row.tokens.id.length;
-    [canvas.width, canvas.height] = [side * ratio, side * ratio];
+    const fine = Math.ceil((side * ratio) / n); // whole pixels for each token, else lines blur
+    [canvas.width, canvas.height] = [n * fine, n * fine];
     const c = canvas.getContext('2d');
-    c.scale((side * ratio) / n, (side * ratio) / n);
+    c.scale(fine, fine);
     const style = theme(root);
     c.fillStyle = style.paper;
     c.fillRect(0, 0, n, n);
@@ -267,7 +272,8 @@ function mountViewer(el, model) {
     key('learnt', { background: 'color-mix(in srgb, #d55e00 25%, transparent)', borderBottomColor: '#d55e00' }),
     key('read', {}), key('picture', { borderBottomColor: '#0072b2' }),
     key('control', { borderStyle: 'dashed', borderBottomStyle: 'solid' }),
-    h('span', { class: 'vc-dim' }, 'pale: not seen by the token with the frame'));
+    h('span', { class: 'vc-dim' }, 'pale: not seen by the token with the frame'),
+    h('span', { class: 'vc-fill' }), h('label', {}, 'under each', under));
   const about = h('p', { class: 'vc-dim', style: { margin: '6px 0 0' } });
   const root = h('section', { class: 'vc sv', 'aria-label': 'Sample viewer' }, bar, note, pictures,
     h('div', { class: 'sv-columns' }, h('div', {}, legend, flow),

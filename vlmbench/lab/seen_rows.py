@@ -9,6 +9,7 @@ __all__ = ['KEPT', 'SeenStage', 'see_stage', 'dense_mask', 'runs_of', 'token_pla
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class SeenStage:
     seed: int = 0
     kept: dict[int, dict] = field(default_factory=dict)
     _next: int = 0
-    _batches: Iterator[dict] | None = None
+    _loader: Any = None
 
     @property
     def processor(self) -> Any:
@@ -54,19 +55,28 @@ class SeenStage:
     def batch(self, number: int) -> dict[str, Any]:
         """Micro-batch `number` (from 0) as the loop gets it. Raises IndexError where the data ends
         before."""
-        if number not in self.kept and (self._batches is None or number < self._next):
-            self._batches, self._next = iter(self._loader()), 0
-        while number not in self.kept:
+        if number not in self.kept and (self._loader is None or number < self._next):
+            self._loader, self._next = self._open(), 0
+        if number not in self.kept:
+            # a loader goes on where it was; its thread must not outlive this call
+            with closing(iter(self._loader)) as batches:
+                while number not in self.kept:
+                    self._take_step(batches)
+        return self.kept[number]
+
+    def _take_step(self, batches: Iterator[dict]) -> None:
+        "The micro-batches of one step, which its lanes make in turn."
+        whole = self.state.stage.accumulation
+        for _ in range(whole):
             try:
-                self.kept[self._next] = next(self._batches)
+                self.kept[self._next] = next(batches)
             except StopIteration:
                 raise IndexError(f'the data end after {self._next} micro-batches') from None
             self._next += 1
-            for old in [n for n in self.kept if n <= self._next - KEPT - 1]:
-                del self.kept[old]
-        return self.kept[number]
+        for old in [n for n in self.kept if n < self._next - max(KEPT, whole)]:
+            del self.kept[old]
 
-    def _loader(self) -> Any:
+    def _open(self) -> Any:
         stage, views = self.state.stage, {}
         for term in self.state.stage_terms().values():
             views |= term.views
