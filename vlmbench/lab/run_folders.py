@@ -224,8 +224,8 @@ def _queued(self: RunIndex, row: dict, before: Mapping | None, waiting: Mapping 
         row['queue'], row['where'] = waiting.get(row['job'], ('', ''))
     elif before is not None:
         row['queue'], row['where'] = before['queue'], before['where']
-    if row['queue'] and row['status'] == 'never started':
-        row['status'] = 'submitted'
+    if row['status'] in ('never started', 'submitted'):
+        row['status'] = 'submitted' if row['queue'] else 'never started'
 
 # %% ../../nbs/lab/22_run_folders.ipynb #f2876210
 class MetricTail:
