@@ -16,6 +16,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sharding_stubs import scale_of, short
 from vlmbench.data.scene import world_tokenizer
+from vlmbench.evaluate.assess import load_tasks
+from vlmbench.evaluate.generate import evaluate
+from vlmbench.evaluate.in_shards import ready_to_ask
 from vlmbench.methods.recipes import get_method
 from vlmbench.train import loop, sharding
 from vlmbench.train.checkpoint import export
@@ -101,10 +104,17 @@ def note_drawn(said):
     loop.Trainer.begin = noted
 
 
+def ask(ended, ranks, parallel, root, out):
+    "Ask the trained model about pictures."
+    (task,) = load_tasks(Path(root) / 'world', ['vqa_test'], 4).values()
+    with ready_to_ask(ended.model, ranks, sharding.Parallel(parallel), out) as (model, how):
+        evaluate(model, ended.processor, task, 2, **how)
+
+
 def memory_run(root, out, name='llava', variant=(), dtype='float32', **settings):
     """All stages of a method on the large model, two steps each. Each rank leaves in
     `memory-RANK.json` the peaks while it was built, cut, trained, put together, merged and
-    exported, what it has for itself behind the last stage, and a hash of the weights."""
+    exported and asked, what it has for itself behind the last stage, and a hash of the weights."""
     torch.set_num_threads(1)
     method = get_method(name, dict(variant))
     scale = scale_of(root, dtype)
@@ -129,6 +139,9 @@ def memory_run(root, out, name='llava', variant=(), dtype='float32', **settings)
                 export(ended.model, ended.processor, Path(out) / 'model')
         said['export'] = peak.bytes
         ranks.agree(True)
+        with Peak() as peak:
+            ask(ended, ranks, settings.get('parallel'), root, out)
+        said['ask'] = peak.bytes
     said['weights'] = weights_hash(ended.model.named_parameters())
     said['left'] = [path.name for path in Path(out).rglob('.tmp-*')]
     (Path(out) / f'memory-{ranks.rank}.json').write_text(json.dumps(said))

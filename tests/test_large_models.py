@@ -1,5 +1,5 @@
 """No rank of a sharded model has the whole of it as memory of its own, not while it is loaded and
-cut, not when it is put together, and not when LoRA is merged."""
+cut, not when it is put together or asked, and not when LoRA is merged."""
 
 import json
 import shutil
@@ -43,8 +43,8 @@ def run(root, out, ranks, **settings):
 
 
 def test_a_rank_has_its_share_and_one_unit(large, tmp_path):
-    """Loaded, cut, trained, put together and exported by four ranks: what is drawn is that of one
-    process bit for bit, and what is exported is close."""
+    """Loaded, cut, trained, put together, exported, asked by four ranks: what is drawn is that of
+    one process bit for bit, and what is exported is close."""
     root, size = large
     settings = dict(variant=dict(llm='lora'))
     (alone,) = run(root, tmp_path / 'one', 1, **settings)
@@ -57,6 +57,8 @@ def test_a_rank_has_its_share_and_one_unit(large, tmp_path):
         assert said['put together'] < 2 * UNIT
         assert said['merge'] < UNIT and said['kept'] < size / 2
         assert said['weights'] == four[0]['weights'] and not said['left']
+        # of blocks: one in use, one gathered ahead, one being unpacked
+        assert said['ask'] < size / 4 + 3 * UNIT
     exported = load_file(tmp_path / 'four' / 'model' / 'model.safetensors')
     expected = load_file(tmp_path / 'one' / 'model' / 'model.safetensors')
     assert exported.keys() == expected.keys()

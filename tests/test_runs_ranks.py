@@ -74,6 +74,8 @@ def test_two_ranks_train_and_answer_as_one(bases, one, tmp_path, parallel):
     done = run(tmp_path, 'train', **settings(bases, out='run', gpus=2, parallel=parallel))
     assert done.returncode == 0, done.stderr
     assert_same_end(tmp_path / 'run', one)
+    for task in ('vqa_test', 'text_test'):
+        assert answers(tmp_path / 'run', task) == answers(one, task)
     assert (tmp_path / 'run' / 'ranks' / 'rank-1.log').exists()
 
 

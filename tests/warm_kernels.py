@@ -27,7 +27,16 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 def read_early(environment):
     "The part of an environment that a finished import cannot follow."
-    return {k: v for k, v in environment.items() if k.startswith(READ_EARLY)}
+    early = {k: v for k, v in environment.items() if k.startswith(READ_EARLY)}
+    early.pop('OMP_NUM_THREADS', None)  # `use_threads` follows it
+    return early
+
+
+def use_threads(environment):
+    "Compute with as many threads as `environment` says, all cores where it says nothing."
+    import torch
+
+    torch.set_num_threads(int(environment.get('OMP_NUM_THREADS', os.cpu_count())))
 
 
 def install(folder):
@@ -118,6 +127,7 @@ def become(asked, streams):
     os.chdir(asked['folder'])
     os.environ.clear()
     os.environ.update(asked['environment'], JPY_PARENT_PID=str(os.getppid()))
+    use_threads(asked['environment'])
     sys.argv = asked['arguments']
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 0

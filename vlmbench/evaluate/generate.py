@@ -322,7 +322,7 @@ def _dealt_out(batches: Sequence[list[Item]], ranks: Any) -> Iterator[list[Item]
     """This rank's batches; an empty one where the last round has none left for it: all ranks make
     the same number of rounds."""
     for start in range(0, len(batches), ranks.size):
-        mine = start + ranks.rank
+        mine = start + ranks.rank % ranks.size  # size 1: all answer together
         yield batches[mine] if mine < len(batches) else []
 
 # %% ../../nbs/evaluate/20_generate.ipynb #9e1389c0

@@ -109,6 +109,7 @@ def _scale_of(name: str) -> Any:
 
 def _check_bases(name: str) -> None:
     "Refuse a scale of which a base model, called by its Hub name, is neither here nor to be had."
+    import httpx
     import huggingface_hub
 
     from vlmbench.data.home import home, kept_model
@@ -125,7 +126,7 @@ def _check_bases(name: str) -> None:
         try:
             address = huggingface_hub.hf_hub_url(where, 'config.json')
             huggingface_hub.get_hf_file_metadata(address, timeout=10)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, httpx.HTTPError) as e:
             raise ParameterError(
                 f'scale={scale.name} needs {where} as its {part}, which is neither a folder below '
                 'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and the Hub does '
@@ -137,13 +138,16 @@ def _check_bases(name: str) -> None:
 
 # %% ../../nbs/run/03_early.ipynb #ddb32921
 def check_train(values: Mapping[str, Any]) -> None:
-    """Refuse a run of notebook `train` whose places, trackers, weights or published projector are
-    not there or do not fit; `values`: all its parameters. Raises `ParameterError`."""
+    """Refuse a run of notebook `train` whose recipe, scale, settings, places, files, trackers,
+    weights or published projector are not there or do not fit; `values`: all its parameters. Raises
+    `ParameterError`."""
     check_places(values)
+    _check_names(values)
     check_trackers(values['trackers'])
     check_weights(values)
     _check_start(values['model'])
     _check_attention(values['attn_implementation'])
+    _check_plan(values)
     _check_precision(values)
     check_asked(values)
     if not values['projector']:
@@ -171,6 +175,50 @@ def _planned(values: Mapping[str, Any]) -> tuple[Any, Any]:
     chosen = [values[name] for name in ('budget', 'overrides', 'variant')]
     whole = get_recipe(values['recipe'], scale, *chosen)
     return scale, after_projector(whole, values['stages'], values['projector'])
+
+# %% ../../nbs/run/03_early.ipynb #a170512e
+def _check_names(values: Mapping[str, Any]) -> None:
+    "Refuse a recipe or scale that does not exist."
+    from vlmbench.methods.names import METHODS
+    from vlmbench.plugins import PluginError
+
+    try:
+        METHODS.find(values['recipe'])
+    except PluginError as e:
+        raise ParameterError(str(e)) from None
+    from vlmbench.train.scale import SCALES
+
+    if values['scale'] in SCALES:
+        return
+    from vlmbench.methods.recipes import RecipeError, find_scale
+
+    try:
+        find_scale(values['scale'])
+    except (RecipeError, OSError) as e:
+        raise ParameterError(str(e)) from None
+
+
+def _check_plan(values: Mapping[str, Any]) -> None:
+    "Refuse settings of the recipe that it does not have, and data that its stages do not find."
+    said = [values[name] for name in ('variant', 'overrides', 'stages', 'data')]
+    if not any(said) and values['budget'] > 0:
+        return
+    from vlmbench.data.layouts import is_hub
+    from vlmbench.data.sources import check_data
+    from vlmbench.methods.recipes import override
+    from vlmbench.options import parse_assignment
+    from vlmbench.train.run_data import run_data
+
+    try:
+        _, recipe = _planned(values)
+        if not values['data']:
+            return  # the embedded world, which is written where it is not there
+        found = run_data(recipe, values['data'], values['difficulty'], values['streaming'])
+        recipe = override(recipe, dict(map(parse_assignment, found.overrides())))
+        reads = {stage.name: stage.data for stage in recipe.stages if not is_hub(stage.data)}
+        check_data(reads, found.folder)
+    except (ValueError, OSError) as e:
+        raise ParameterError(str(e)) from None
 
 # %% ../../nbs/run/03_early.ipynb #0b3f8215
 def _check_precision(values: Mapping[str, Any]) -> None:
@@ -355,6 +403,9 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
             'harness_tasks',
             'harness_every',
             'harness_folder',
+            'data',
+            'difficulty',
+            'streaming',
         ),
     ),
     'evaluate': (

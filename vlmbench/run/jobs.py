@@ -9,7 +9,7 @@ __all__ = ['WORLD_TASKS', 'Job', 'refuse_other_recipe', 'train_job', 'asked_task
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..data.layouts import DATA_FILES
 from ..data.sources import check_data
 from ..evaluate.assess import ask_before, assess, load_tasks
 from ..evaluate.engines import start_engine
+from ..evaluate.in_shards import ready_to_ask
 from ..evaluate.tasks import Task
 from ..evaluate.while_training import WhileTraining, harness_callback, sorted_tasks
 from ..methods.recipes import find_scale, get_method, get_recipe
@@ -127,12 +128,9 @@ def train_job(
         shown = dict(parameters=sizes, device=str(job.ranks.device), announced=announced)
         questions, before = _questions(settings, data), {}
         if questions:
-            state.model.to(job.ranks.device)
-            with job.phase('before'):
-                ask = dict(batch_size=settings['batch_size'], ranks=job.ranks)
-                before = ask_before(
-                    state.model, state.processor, questions, folder, job.check, **ask
-                )
+            with job.phase('before'), _asked(job, state.model, settings) as (model, how):
+                how['batch_size'] = settings['batch_size']
+                before = ask_before(model, state.processor, questions, folder, job.check, **how)
         trained = _train(job, method, state, settings, data, asking)
         with job.phase('export'):
             if job.main:
@@ -146,15 +144,16 @@ def train_job(
             stages=_stages(trained),
         )
         if questions:
-            trained.model.to(job.ranks.device)  # where it was in shards it is on the CPU
-            shown |= _assess(
-                job,
-                (trained.model, trained.processor),
-                (questions, data),
-                settings,
-                transform=method.transform(state),
-                before=before,
-            )
+            with _asked(job, trained.model, settings) as (model, how):
+                shown |= _assess(
+                    job,
+                    (model, trained.processor),
+                    (questions, data),
+                    settings,
+                    transform=method.transform(state),
+                    before=before,
+                    **how,
+                )
             if job.main:  # the card says how well it answers as soon as that is known
                 write_card(job.folder / 'model', with_scores(origin, shown['table']))
     return shown
@@ -238,6 +237,12 @@ def _check_front(where: str, theirs: Mapping[str, Any], recipe: Recipe, scale: S
             )
 
 
+def _asked(job: Job, model, settings: Mapping[str, Any]) -> AbstractContextManager:
+    "The `model` where its questions are asked, in shards if it trains in shards."
+    parallel = Parallel(settings['parallel'], offload=settings['offload'])
+    return ready_to_ask(model, job.ranks, parallel, job.folder)
+
+
 def _questions(settings: Mapping[str, Any], data: str) -> dict:
     if not settings['evaluate']:
         return {}
@@ -319,7 +324,6 @@ def _assess(
             job.folder,
             settings['blind'],
             check=job.check,
-            ranks=job.ranks,
             batch_size=settings['batch_size'],
             seed=settings['seed'],
             **more,
@@ -354,7 +358,8 @@ def evaluate_job(
         if settings['engine'] == 'vllm':
             with job.phase('engine'):
                 more['engine'], compared = _start_engine(job, loaded, questions, settings, more)
-        return _assess(job, loaded, (questions, data), settings, **more) | dict(engine=compared)
+        table = _assess(job, loaded, (questions, data), settings, ranks=job.ranks, **more)
+        return table | dict(engine=compared)
 
 
 def _start_engine(
