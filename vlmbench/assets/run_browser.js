@@ -324,7 +324,8 @@ function mountBrowser(el, model) {
     const empty = !chosen.size ? 'choose a run above: click, or arrow keys and space'
       : settings.static && ![...chosen.keys()].some(f => got.curves.has(f))
         ? 'this page holds no curves of that run; the browser in a notebook does'
-        : 'no steps have been logged yet';
+        : [...chosen.keys()].every(f => got.curves.has(f)) ? 'no steps have been logged yet'
+          : 'asked the kernel, which answers when no cell is running …';
     plot.draw({ lines, marks, x: over.value, y: metric.value, log: log.checked, empty });
   }
 
