@@ -315,7 +315,10 @@ def test_a_run_of_another_process_is_watched_and_stopped_in_jupyterlab(page, tmp
     page.set_default_timeout(60_000)
     try:
         open_notebook(page, url, lab, time.monotonic() + 90)
-        page.locator('.rb-line[data-folder=going]').click()
+        page.focus('.rb-body')
+        page.keyboard.press('ArrowDown')  # keys that JupyterLab has its own use for
+        page.keyboard.press('Enter')
+        page.wait_for_selector('.rb-line[data-folder=going][aria-selected=true]')
         progress = page.locator('.rb-line[data-folder=going] .rb-wide').last
         before = progress.inner_text()
         assert before.startswith('align step')

@@ -447,7 +447,7 @@ function mountBrowser(el, model) {
   };
 
   const uid = `rb${Math.random().toString(36).slice(2, 8)}`;
-  const root = h('section', { class: 'vc rb', 'aria-label': 'Run browser' }, bar, table,
+  const root = h('section', { class: 'vc rb', 'data-lm-suppress-shortcuts': true, 'aria-label': 'Run browser' }, bar, table,
     h('div', { class: 'vc-bar' }, legend, h('span', { class: 'vc-fill' }),
       settings.static ? null : [resume, stop]), note, strip.bar, holder);
   el.append(h('style', {}, WIDGET_CSS), root);

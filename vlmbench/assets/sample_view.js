@@ -275,7 +275,7 @@ function mountViewer(el, model) {
     h('span', { class: 'vc-dim' }, 'pale: not seen by the token with the frame'),
     h('span', { class: 'vc-fill' }), h('label', {}, 'under each', under));
   const about = h('p', { class: 'vc-dim', style: { margin: '6px 0 0' } });
-  const root = h('section', { class: 'vc sv', 'aria-label': 'Sample viewer' }, bar, note, pictures,
+  const root = h('section', { class: 'vc sv', 'data-lm-suppress-shortcuts': true, 'aria-label': 'Sample viewer' }, bar, note, pictures,
     h('div', { class: 'sv-columns' }, h('div', {}, legend, flow),
       h('div', { class: 'sv-mask' }, mask, about)));
   const uid = `sv${Math.random().toString(36).slice(2, 8)}`;
