@@ -137,7 +137,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def get_recipe(
     name: str,
-    scale: Scale,
+    scale: str | Scale,
     budget: float = 1.0,
     overrides: Sequence[str] = (),
     variant: Sequence[str] = (),
@@ -146,9 +146,9 @@ def get_recipe(
 ) -> Recipe:
     """The recipe of method `name` at `scale` with the options of `variant`, its budget multiplied,
     single settings overridden, cut to `stages` (none: all), and checked (`check_pictures`).
-    `attn_implementation`: the attention back end, None for transformers' choice. Raises
-    `RecipeError`."""
-    method = get_method(name, variant)
+    `scale`: one, or what `find_scale` takes; `attn_implementation`: the attention back end, None:
+    as transformers chooses. Raises `RecipeError`."""
+    scale, method = find_scale(scale), get_method(name, variant)
     recipe = override(scaled_budget(method.recipe(scale), budget), parse_overrides(overrides))
     recipe = recipe.only(stages)
     if attn_implementation is not None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'CHECKS', 'check_places', 'check_trackers', 'check_asked', 'check_weights', 'check_train', 'check_revert',
-           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity', 'check_early',
-           'check_here']
+           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity', 'check_model',
+           'check_early', 'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
 import re
@@ -390,6 +390,18 @@ def check_perplexity(values: Mapping[str, Any]) -> None:
     except ValueError as e:
         raise ParameterError(str(e)) from None
 
+# %% ../../nbs/run/03_early.ipynb #93377256
+def check_model(values: Mapping[str, Any]) -> None:
+    "Refuse a `model` among `values` that is a path where nothing is. Raises `ParameterError`."
+    from vlmbench.data.home import is_path
+
+    model = values.get('model')
+    if isinstance(model, str) and is_path(model) and not Path(model).expanduser().exists():
+        raise ParameterError(
+            f'model={model}: nothing is there (relative paths begin at {Path.cwd()}). Give the '
+            'folder of a finished run, of a model in any published layout, or a name of the Hub'
+        )
+
 # %% ../../nbs/run/03_early.ipynb #83c4554b
 # notebook -> its check and the parameters that it reads
 CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] = {
@@ -424,6 +436,7 @@ def check_early(notebook: str, declared: Mapping[str, Parameter], given: Mapping
     where that needs no model. Raises `ParameterError`."""
     values = {name: one.default for name, one in declared.items()} | dict(given)
     check_places(values)
+    check_model(values)
     check, reads = CHECKS.get(notebook, (None, ()))
     if check is not None and declared.keys() >= set(reads):
         check(values)
