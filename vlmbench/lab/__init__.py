@@ -1,6 +1,10 @@
 """Plots and widgets for the notebook."""
 
-WIDGETS = {'RunBrowser': 'run_browser', 'SampleViewer': 'sample_view'}
+WIDGETS = {
+    'LayerExplorer': 'explorer',
+    'RunBrowser': 'run_browser',
+    'SampleViewer': 'sample_view',
+}
 
 
 def __getattr__(name):
