@@ -284,13 +284,13 @@ def look_of(transform: Transform | None) -> MarkerStyle | None:
 
 
 def in_look(transform: Transform | None, look: MarkerStyle) -> Transform | None:
-    "A transform whose markers are drawn in another style; one that draws none draws it first."
-    if look_of(transform) is None:
+    "A transform with its regions drawn in a style; one that shows no regions draws them first."
+    if transform is None or not transform.shows_regions:
         return in_order(draws_look(look), transform)
-    steps = transform.steps if isinstance(transform, Chain) else (transform,)
     changed = []
-    for step in steps:
-        drawn = isinstance(step, (DrawStyled, DrawRegions))
-        reference = drawn and isinstance(step, DrawRegions) and step.reference
-        changed.append(draws_look(look, reference=reference) if drawn else step)
+    for step in transform.steps if isinstance(transform, Chain) else (transform,):
+        if isinstance(step, (DrawStyled, DrawRegions)):
+            reference = isinstance(step, DrawRegions) and step.reference
+            step = draws_look(look, reference=reference)
+        changed.append(step)
     return in_order(*changed)

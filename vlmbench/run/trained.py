@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.zero_names import released_name
+from ..data.marker_style import MarkerStyle, look_of, look_text
 from ..data.transform import Transform
 from ..methods.base import Method
 from ..methods.recipes import get_method
@@ -44,6 +45,16 @@ class TrainedRun:
         method = self.method
         return None if method is None else method.transform(RunState(self.recipe))
 
+    def marker_note(self, asked: MarkerStyle) -> str:
+        "A sentence where its training drew markers in another style than `asked`; else ''."
+        look = look_of(self.transform)
+        if look is None or look == asked:
+            return ''
+        return (
+            f'{self.folder} was trained with markers of style {look_text(look)}, and is asked with '
+            f'{look_text(asked)}'
+        )
+
 
 def trained_run(where: str | Path) -> TrainedRun:
     """The training run that folder `where` is, or that the model in it belongs to (`RUN/model`).
@@ -55,10 +66,12 @@ def trained_run(where: str | Path) -> TrainedRun:
     manifest = {}
     if (home / 'manifest.json').exists():
         manifest = Manifest(home).read()
+    markers = manifest.get('markers') or {}
+    chosen = {'variant': markers['variant']} if 'variant' in markers else {}
     return TrainedRun(
         home,
         manifest.get('notebook', ''),
-        manifest.get('parameters') or {},
+        (manifest.get('parameters') or {}) | chosen,
         manifest.get('results') or {},
         read_recipe(home),
     )
