@@ -30,7 +30,7 @@ from ..data.transform import Transform
 from .generate import evaluate
 from .official_files import is_official, official_task
 from .open_answers import Unscored
-from .results import Results, majority_baseline, text_retention
+from .results import Results, majority_baseline, scores_by, text_retention
 from .tasks import Task, load_task
 
 # %% ../../nbs/evaluate/25_assess.ipynb #2f4dd199
@@ -197,6 +197,13 @@ def _sent_in(task: Task, answers: Results, store: Path, write: bool) -> dict[str
     return dict(upload=f'{store.name}/{path.name}', scored=scored)
 
 # %% ../../nbs/evaluate/25_assess.ipynb #719db5ce
+def _write_by(answers: Results, task: Task, store: Path) -> None:
+    "Scores by what the rows say of their scene, as `TASK-by.csv`, where they say anything."
+    table = scores_by(answers, task)
+    if len(table):
+        table.to_csv(store / f'{task.name}-by.csv', index=False)
+
+
 def assess(
     model: Any,
     processor: Any,
@@ -222,6 +229,8 @@ def assess(
         ask = dict(out_dir=store, transform=shown, on_batch=checked(check), ranks=ranks, **settings)
         done = {'image': evaluate(model, processor, task, examples=examples, **ask)}
         main = ranks is None or ranks.rank == 0
+        if main and done['image'].scored:
+            _write_by(done['image'], task, store)
         entry: dict[str, Any] = dict(n=len(task)) | _sent_in(task, done['image'], store, main)
         summary[name] = entry
         if isinstance(task.scorer, Unscored):
