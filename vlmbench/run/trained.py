@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.zero_names import released_name
-from ..data.marker_style import MarkerStyle, look_of, look_text
+from ..data.marker_style import MarkerStyle, look_text
 from ..data.transform import Transform
 from ..methods.base import Method
 from ..methods.recipes import get_method
@@ -23,13 +23,15 @@ from ..train.stages import RunState, read_recipe
 @dataclass(frozen=True)
 class TrainedRun:
     """A folder that may hold a run. `notebook`, `parameters`, `results`: of its manifest, empty
-    where there is none; `recipe`: what it trained, None where the folder does not say."""
+    where there is none; `recipe`: what it trained, None where the folder does not say; `markers`:
+    the look of those it trained with, empty where none were drawn."""
 
     folder: Path
     notebook: str = ''
     parameters: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
+    markers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> Method | None:
@@ -47,13 +49,10 @@ class TrainedRun:
 
     def marker_note(self, asked: MarkerStyle) -> str:
         "A sentence where its training drew markers in another style than `asked`; else ''."
-        look = look_of(self.transform)
-        if look is None or look == asked:
+        look, shown = self.markers.get('look', ''), look_text(asked)
+        if look in ('', shown):
             return ''
-        return (
-            f'{self.folder} was trained with markers of style {look_text(look)}, and is asked with '
-            f'{look_text(asked)}'
-        )
+        return f'{self.folder} was trained with markers of style {look}, and is asked with {shown}'
 
 
 def trained_run(where: str | Path) -> TrainedRun:
@@ -74,4 +73,5 @@ def trained_run(where: str | Path) -> TrainedRun:
         (manifest.get('parameters') or {}) | chosen,
         manifest.get('results') or {},
         read_recipe(home),
+        markers,
     )
