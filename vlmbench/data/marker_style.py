@@ -223,7 +223,7 @@ def _names(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
     "The names in a text such as 'lime+aqua'. Raises `ValueError` for one that is unknown."
     found = tuple(name.strip() for name in text.split('+'))
     if unknown := [name for name in found if name not in known]:
-        raise ValueError(f'marker {what} {unknown[0]!r} is unknown; use {", ".join(known)}')
+        raise ValueError(f'marker {what} {unknown[0]!r} is unknown; {what}s are {", ".join(known)}')
     return found
 
 
