@@ -153,8 +153,12 @@ def chat(
     """Talk about a picture and point at things in it, or, without --image, about text: streams
     answers, remembers the turns, saves the marked picture."""
     loading = _loading(locals())
+    from vlmbench.data.marker_style import MarkerStyle
     from vlmbench.demo.terminal import chat_command
+    from vlmbench.run.trained import trained_run
 
+    if region and (note := refusing(trained_run, model).marker_note(MarkerStyle())):
+        print(f'note: {note}', flush=True)
     refusing(
         chat_command,
         model,
