@@ -5,6 +5,7 @@
 # %% ../../nbs/data/55_scene.ipynb #a15dba68
 from __future__ import annotations
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
 
@@ -309,15 +310,17 @@ def world_words() -> list[str]:
     )
 
 
-def world_tokenizer():
-    """Word-level `PreTrainedTokenizerFast` of the embedded world: lower-cases, splits on spaces and
+def world_tokenizer(
+    words: Sequence[str] | None = None,  # in id order; None: those of this world
+):
+    """Word-level `PreTrainedTokenizerFast` of an embedded world: lower-cases, splits on spaces and
     punctuation, chat template 'world'."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from vlmbench.data.template import get_template
 
     tok = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(world_words())}, unk_token='<unk>')
+        models.WordLevel({w: i for i, w in enumerate(words or world_words())}, unk_token='<unk>')
     )
     tok.normalizer = normalizers.Lowercase()
     tok.pre_tokenizer = pre_tokenizers.Sequence(

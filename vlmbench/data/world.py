@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import filelock
@@ -35,7 +35,7 @@ from vlmbench.data.scene import (
 
 # %% auto #0
 __all__ = ['KINDS', 'digit_pool', 'shape_distance', 'geometry', 'coverage', 'render', 'thing_region', 'scene_samples',
-           'WorldSize', 'write_world', 'load_world', 'asset_path']
+           'WorldSize', 'WorldParts', 'write_world', 'load_world', 'asset_path']
 
 # %% ../../nbs/data/60_world.ipynb #69cd42dd
 @functools.lru_cache(maxsize=None)
@@ -236,15 +236,28 @@ class WorldSize:
     probe_train: int = 1500
     probe_test: int = 400
 
+
+@dataclass(frozen=True)
+class WorldParts:
+    "What a second world is written with, in place of this one's scenes and pictures."
+
+    name: str  # written into world.json
+    samples: Callable  # (kind, split, index, config, one_question) -> (scene, rows)
+    render: Callable  # (scene, config) -> picture
+
 # %% ../../nbs/data/60_world.ipynb #71c6903b
 def write_world(
     folder: str | os.PathLike,  # created; must be new, or hold the same world
     config: WorldConfig = WorldConfig(),  # difficulty and seed
     sizes: WorldSize = WorldSize(),  # scenes of each file; 0 leaves a file out
+    parts: WorldParts | None = None,  # another world; None is the first one
 ) -> Path:
     """Write the world as `folder/<kind>_<split>.json` with `folder/images/`; returns the folder.
     Raises `FileExistsError` for another world in the same place."""
     folder, want = Path(folder), dict(config=asdict(config), sizes=asdict(sizes), format=1)
+    if parts is not None:
+        # through JSON, as it will be read back: a tuple of the settings is a list there
+        want = json.loads(json.dumps({**want, 'world': parts.name}))
     if _holds_world(folder, want):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +270,7 @@ def write_world(
         try:
             for name, n in asdict(sizes).items():
                 if n:
-                    rows[name] = _write_split(work, name, n, config)
+                    rows[name] = _write_split(work, name, n, config, parts)
             (work / 'world.json').write_text(json.dumps({**want, 'rows': rows}, indent=1))
             try:
                 if folder.exists():
@@ -306,15 +319,18 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         lock.release()
 
 # %% ../../nbs/data/60_world.ipynb #b0ecaf9f
-def _write_split(folder: Path, name: str, n: int, config: WorldConfig) -> int:
+def _write_split(
+    folder: Path, name: str, n: int, config: WorldConfig, parts: WorldParts | None
+) -> int:
     "Write one JSON file and its pictures; returns the number of rows."
     (kind, split), rows = name.split('_'), []
+    samples_of, draw = (scene_samples, render) if parts is None else (parts.samples, parts.render)
     for i in range(n):
-        scene, samples = scene_samples(kind, split, i, config, one_question=split != 'train')
+        scene, samples = samples_of(kind, split, i, config, one_question=split != 'train')
         if scene:
             path = f'images/{name}/{i:06d}.png'
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            render(scene, config).save(folder / path, compress_level=1)
+            draw(scene, config).save(folder / path, compress_level=1)
             for s in samples:
                 s.images.append(ImageRef(path, str(folder)))
         rows += [to_llava_row(s) for s in samples]
