@@ -320,13 +320,16 @@ def world(
     folder: Annotated[Path, typer.Argument(help='New folder to write into.')],
     difficulty: Annotated[str, typer.Option(help='easy, default or hard.')] = 'default',
     seed: Annotated[int, typer.Option(help='Seed of the scenes.')] = 0,
+    name: Annotated[
+        str,
+        typer.Option('--world', help='world1 (coloured shapes) or things (120 nameable things).'),
+    ] = 'world1',
 ) -> None:
-    "Write the embedded world as LLaVA JSON files and images."
-    from dataclasses import replace
-    from vlmbench.data.world import WorldConfig, write_world
+    "Write an embedded world as LLaVA JSON files and images."
+    from vlmbench.data.thing_world import write_named_world
 
     try:
-        written = write_world(folder, replace(WorldConfig.at(difficulty), seed=seed))
+        written = write_named_world(name, folder, difficulty, seed)
     except (ValueError, FileExistsError) as e:
         raise ParameterError(str(e)) from None
     for p in sorted(written.glob('*_*.json')):
