@@ -82,7 +82,7 @@ setup(
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'papermill.engine': ['vlmbench=vlmbench.run.engine:VlmbenchEngine'],
-        'vlmbench.methods': built_in('methods/recipes.py'),
+        'vlmbench.methods': built_in('methods/names.py'),
         'vlmbench.front_ends': built_in('models/vision.py'),
         'lmms_eval.models': ['vlmbench=vlmbench.evaluate.lmms:lmms_models'],
     },

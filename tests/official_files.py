@@ -407,6 +407,19 @@ def mmvet(folder):
         picture(folder / 'images' / f'v1_{i}.png')
 
 
+def llava_wild(folder):
+    kinds = ('conv', 'detail')
+    asked = [dict(question_id=i, image=f'00{i}.jpg', text='What is it?') for i in (0, 1)]
+    write_lines(folder / 'questions.jsonl', [a | dict(category=k) for a, k in zip(asked, kinds)])
+    told = [dict(id=f'00{i}', image=f'00{i}.jpg', caption=f'picture {i}') for i in (0, 1)]
+    write_lines(folder / 'context.jsonl', told)
+    said = [a | dict(prompt='What is it?', text=f'A boat, {a["image"]}.') for a in asked]
+    said = [a | dict(answer_id=f'a{i}', model_id='gpt-4-0314') for i, a in enumerate(said)]
+    write_lines(folder / 'answers_gpt4.jsonl', said)
+    for i in (0, 1):
+        picture(folder / 'images' / f'00{i}.jpg')
+
+
 def questions(folder):
     rows = [dict(question_id=i, image='a.jpg', text='What is it?', category='x') for i in (0, 1)]
     write_lines(folder / 'questions.jsonl', rows)
@@ -508,7 +521,7 @@ WRITERS = {
     for writer in (
         *(vqav2, gqa, vizwiz, textvqa, pope, mme, hallusionbench, sqa, mmbench, mmbench_cn, seed),
         *(ai2d, cvbench, qbench, mmmu, cmmmu, realworldqa, docvqa, infovqa, chartqa, ocrvqa),
-        *(tdiuc, mmvet, questions),
+        *(tdiuc, mmvet, llava_wild, questions),
     )
 }
 

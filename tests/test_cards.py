@@ -37,7 +37,7 @@ pope mme mmbench mmbench_cn seed_bench mm_vet llava_bench_wild q_bench mmmu cmmm
 docvqa
 infographic_vqa ocr_vqa tdiuc cv_bench hallusion_bench realworldqa mmlu bbh c_eval cmmlu hellaswag
 arc_easy
-arc_challenge winogrande piqa boolq openbookqa ocrbench st_vqa world
+arc_challenge winogrande piqa boolq openbookqa ocrbench st_vqa world things
 """.split()
 
 

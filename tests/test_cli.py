@@ -154,3 +154,43 @@ print('torch' in sys.modules)
 """
     said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert said.stdout == 'False\n', said.stderr
+
+
+@pytest.mark.parametrize(
+    'given, why',
+    [
+        (dict(recipe='lava'), "unknown recipe 'lava'; recipes are llava"),
+        (dict(scale='tinny'), "unknown scale 'tinny'; scales are tiny"),
+        (dict(variant='["llm=lorra"]'), 'choose one of full, lora'),
+        (dict(stages='["algin"]'), "did you mean 'align'"),
+        (dict(overrides='["stages.align.rate=1"]'), "'align' has no setting 'rate'"),
+        (dict(data='.'), "stage 'align' reads caption_train"),
+        (dict(data='nowhere'), 'is no folder'),
+    ],
+)
+def test_a_plan_that_cannot_be_leaves_no_folder(given, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f'{name}={value}' for name, value in given.items()]
+    refused = call('run', 'train', *words)
+    assert refused.exit_code and why in str(refused.exception)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_hub_that_cannot_be_reached_is_no_traceback(tmp_path, monkeypatch):
+    "Without a network, and nobody having said that there is none."
+    import httpx
+    import huggingface_hub
+
+    def unreachable(*given, **more):
+        raise httpx.ConnectError('Name or service not known')
+
+    monkeypatch.setenv('VLMBENCH_HOME', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, 'get_hf_file_metadata', unreachable)
+    for scale, fetch in (('small', 'hf download'), ('laptop', 'vlmbench weights laptop')):
+        refused = call('run', 'train', f'scale={scale}')
+        assert fetch in str(refused.exception) and 'ConnectError' in str(refused.exception)
+
+
+def test_run_alone_lists_the_notebooks():
+    said = call('run').output
+    assert 'train ' in said and 'a language model learns to see' in said

@@ -3,6 +3,7 @@ transformers' own VLM."""
 
 import json
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,7 @@ from vlmbench.evaluate.generate import (
     rescore,
     written_stop,
 )
+from vlmbench.evaluate.likelihood import likelihoods
 from vlmbench.evaluate.results import Results, compare, load_results, text_retention
 from vlmbench.evaluate.tasks import Task
 from vlmbench.models.vlm import build_vlm
@@ -290,6 +292,22 @@ def test_unreadable_pictures_name_the_item(vlm, tasks, tmp_path):
     broken = replace(t, samples=[replace(t.samples[0], images=[ref])])
     with pytest.raises(ValueError, match=f'item .*{t.items[0].id}'):
         evaluate(*vlm, broken)
+
+
+@pytest.mark.fault('nan-logits')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_weights_that_overflow_are_refused_where_they_do(vlm, tasks, dtype):
+    "All weights are numbers and the logits are not: no answer is written, whatever the precision."
+    model, processor = deepcopy(vlm[0]).to(dtype), vlm[1]
+    layers = [(n, m) for n, m in model.named_modules() if n.endswith('mlp.down_proj')]
+    name, layer = layers[-1]
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.sign() * 3e38)
+    task = tasks['vqa_test']
+    with pytest.raises(ValueError, match=rf'first such output is that of {name}: .*dtype=float32'):
+        evaluate(model, processor, task, batch_size=2)
+    with pytest.raises(ValueError, match=f"are NaN or infinite .*first '{task.items[0].id}'"):
+        likelihoods(model, processor, [(task.items[0].sample(), 'red')])
 
 
 def test_training_mode_is_left_as_it_was(vlm, tasks):

@@ -22,6 +22,7 @@ from vlmbench.evaluate.harness import (
 )
 from zero_reference import loglikelihood
 from vlmbench.evaluate.published import beside_published, measured_too, read_published
+from vlmbench.evaluate.retention import text_kept
 from vlmbench.models.depth import build_surrogate, causal_lm, prune
 from vlmbench.models.vlm import build_vlm
 from vlmbench.run.engine import find_notebook
@@ -281,6 +282,9 @@ def test_the_text_suite_equals_lm_eval_on_the_exported_model(lm_eval, tmp_path, 
         lines = (tmp_path / name / 'results' / 'colours.samples.jsonl').read_text().splitlines()
         got = likelihoods([json.loads(line) for line in lines])
         assert len(want) == 28 and torch.allclose(got, want, atol=1e-4)
+    kept = text_kept(tmp_path / 'one', tmp_path / 'two')
+    assert kept.before.tolist() == kept.after.tolist() == 2 * [one['quoted']['colours']]
+    assert kept.questions['colours'] == 7
 
 
 def test_the_usual_eight_are_asked_with_the_usual_examples():

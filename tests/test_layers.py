@@ -7,14 +7,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from depth_models import decoder, llava, qwen3_vl
 from vlmbench.analysis.ablation import answer_loss, greedy_drop, revert_one
+from vlmbench.analysis.glossary import explain
 from vlmbench.analysis.streams import model_inputs, scores
 from vlmbench.data.record import Sample, Turn
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.lab.calibration import calibration, load_any
+from vlmbench.lab.layer_sources import stored_layers
+from vlmbench.lab.layer_tables import read_layers
 from vlmbench.lab.layers import RANKINGS, choose, figures, measure
 from vlmbench.methods.recipes import get_method
 from vlmbench.models.depth import prune
@@ -202,6 +206,27 @@ def test_token_types_reach_the_model(tmp_path):
     assert 'token_type_ids' not in model_inputs(llava(), batch)
 
 
+@pytest.mark.parametrize('single', ['<bos> $A', '<bos> $A <|end|>', '$A'])
+def test_a_base_model_reads_after_what_its_tokenizer_begins_with(single):
+    "Without a chat template nobody else writes it; with one it is there once; an end never is."
+    tokenizer = world_tokenizer()
+    named = [(word, tokenizer.convert_tokens_to_ids(word)) for word in ('<bos>', '<|end|>')]
+    adds = TemplateProcessing(single=single, special_tokens=named)
+    tokenizer.backend_tokenizer.post_processor = adds
+    asked = Sample('a', [Turn('user', 'what is red ?'), Turn('assistant', 'the circle')])
+    tokenizer.chat_template = None
+    (bare,) = calibration(tokenizer, [asked])
+    tokenizer.chat_template = (
+        "{{ bos_token }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    (talk,) = calibration(tokenizer, [asked])
+    bos, end = (number for _, number in named)
+    for batch, times in ((bare, int('bos' in single)), (talk, 1)):
+        ids = batch['input_ids'][0].tolist()
+        assert ids.count(bos) == times and ids[:1].count(bos) == times and end not in ids
+        assert batch['labels'][0][0] == -100 and batch['attention_mask'].all()
+
+
 def test_another_vlm_of_transformers(tmp_path):
     from transformers import (
         CLIPImageProcessorPil,
@@ -348,6 +373,14 @@ def test_the_run_notebook_writes_a_region_that_the_recipe_takes(lm_folder, tmp_p
         'trajectory',
         'similarity',
     }
+    tables = read_layers(tmp_path / 'r')
+    assert {name: lines.shape for name, lines in tables.curves.items()} == {
+        'zero': (12, 5),
+        'vocabulary': (12, 5),
+    }
+    assert tables.cka['all'].shape == (6, 6) and not tables.seen
+    assert stored_layers(lm_folder, tmp_path) == tmp_path / 'r'
+    assert {explain(metric).name for metric in tables.frame.metric} == set(tables.frame.metric)
     recipe = get_method('visual_region', region['variant']).recipe(get_scale('tiny'))
     assert list(recipe.stages[-1].trains['layers'].layers) == region['where']
     table = [f'where={tmp_path}/r/scores.csv', 'metric=drop_one_delta', 'share=1']

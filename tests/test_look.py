@@ -130,6 +130,20 @@ def test_the_command_from_another_folder(folder, tmp_path, monkeypatch):
     assert done.exit_code != 0 and 'is no file' in str(done.exception)
 
 
+def test_data_without_one_good_row_ends_as_an_error(folder, tmp_path):
+    "All pictures missing, all rows of another kind; one good row among them is enough for 0."
+    gone = tmp_path / 'gone.jsonl'
+    gone.write_text('\n'.join(json.dumps(row(str(i), f'none{i}.png')) for i in range(3)))
+    other = tmp_path / 'other.json'
+    other.write_text(json.dumps([dict(id='1', image='a.png', caption='no conversation')] * 2))
+    for file, count in ((gone, 3), (other, 2)):
+        done = CliRunner().invoke(data_app, ['look', str(file)])
+        assert done.exit_code == 1, done.output
+        assert f'no row can be trained on, {count} are bad' in done.output
+    gone.write_text(gone.read_text() + '\n' + json.dumps(row('t', '', 'Hi', 'Yes')))
+    assert CliRunner().invoke(data_app, ['look', str(gone)]).exit_code == 0
+
+
 def test_the_page_in_a_browser(folder, tmp_path, browser):
     (tmp_path / 'look.html').write_text(look(folder, model=TINY).page)
     colours = set()

@@ -1,6 +1,7 @@
 """`vlmbench data mix`: zero's pictures and text, EVE's eighteen sources, equal bytes by a seed."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -135,6 +136,10 @@ def test_counts_bad_rows_and_missing_sources(tmp_path, monkeypatch):
     monkeypatch.setitem(EVE_TABLE7, 'vqav2', 12)
     made = mix_sources('eve_table7', tmp_path / 'out', bad_rows=0.5)
     assert (made.counts['vqav2'], made.counts['docvqa']) == (12, 30)
+    assert made.bad.keys() == {'no turns'} and 3 <= made.bad['no turns'] <= 6
+    asked = ['data', 'mix', 'eve_table7', str(tmp_path / 'by'), '--bad-rows', '0.5']
+    done = CliRunner().invoke(app, asked)
+    assert f'bad: no turns  {made.bad["no turns"]}' in re.sub(' {3,}', '  ', done.stdout)
     with pytest.raises(DataError, match='does not lie below'):
         mix_sources('eve_table7', tmp_path / 'in' / 'out', data=tmp_path / 'gqa')
     inside = pa.table(

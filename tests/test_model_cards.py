@@ -101,7 +101,16 @@ def test_names_are_known_exactly_or_by_a_declared_beginning():
 
 def test_a_published_folder_is_known_by_its_card_or_its_configuration(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(dict(mm_vision_tower=CLIP)))
-    assert licence_line(tmp_path) == f'base {CLIP}: MIT License'
+    # terms of a tower are not those of the language model
+    own = f'base {tmp_path.name}, {CLIP}: licence unknown'
+    assert licence_line(tmp_path) == own
+    # the language model that is named by hand (chat F --base) binds
+    named = licence_line(tmp_path, base='lmsys/vicuna-7b-v1.5')
+    assert named == f'base lmsys/vicuna-7b-v1.5, {CLIP}: Llama 2 Community License'
+    held = tmp_path / 'somebody'
+    held.mkdir()
+    (held / 'config.json').write_text('{}')
+    assert licence_line(tmp_path, base=held) == f'base somebody, {CLIP}: licence unknown'
     (tmp_path / 'adapter_config.json').write_text(
         json.dumps(dict(base_model_name_or_path='lmsys/vicuna-13b-v1.5'))
     )

@@ -8,6 +8,7 @@ import sys
 
 import pandas as pd
 import pytest
+from judge_server import scripted
 from official_files import (
     HUB,
     WRITERS,
@@ -32,16 +33,18 @@ from vlmbench.data.cards import cards_dir
 from vlmbench.data.picture import load_image
 from vlmbench.data.world import asset_path
 from vlmbench.evaluate.assess import load_tasks, summary_rows
-from vlmbench.evaluate.graded import grade_task
+from vlmbench.evaluate.graded import grade_task, make_judge
 from vlmbench.evaluate.judge import ChatJudge, Reply
-from vlmbench.evaluate.kinds import OFFICIAL
+from vlmbench.evaluate.kinds import COMPARER, OFFICIAL
 from vlmbench.evaluate.official_files import OfficialError, check_official, official_task
+from vlmbench.evaluate.published import read_published
 from vlmbench.evaluate.results import Results, load_results, score_predictions
 from vlmbench.evaluate.suites import (
     DEFAULT_TASKS,
     SUITES,
     chosen_rule,
     chosen_tasks,
+    suite_average,
     suite_table,
 )
 from vlmbench.evaluate.uploads import check_upload
@@ -107,13 +110,13 @@ def answered(task, said):
 
 
 def test_every_kind_has_a_fake():
-    assert set(WRITERS) | {'llava_wild'} == set(OFFICIAL)
+    assert set(WRITERS) == set(OFFICIAL)
     assert set(SAID) | {'mmvet', 'questions', 'llava_wild'} == set(OFFICIAL)
 
 
 def test_a_kind_s_card_names_its_task():
     for kind, entry in OFFICIAL.items():
-        if entry.card and not entry.refused:
+        if entry.card:
             card = (cards_dir() / f'{entry.card}.md').read_text(encoding='utf8')
             assert f'tasks={kind}:PATH' in card, entry.card
 
@@ -359,6 +362,42 @@ def test_a_judge_grades_every_ability(folders, tmp_path):
     assert len(asked) == 4  # kept in the log
 
 
+def test_a_judge_compares_answers_with_references(folders, tmp_path, monkeypatch):
+    """By the command's own steps: without a judge a file and no score, with one the sum of scores
+    over that of the references, what it cannot read asked for again and left out."""
+    task = official_task(f'llava_wild:{folders["llava_wild"]}')
+    assert task.facts['unscored'] == f'{COMPARER} grades it' and task.max_new_tokens == 1024
+    results = answered(task, ['A red boat.', 'a cat'])
+    assert results.frame['score'].map(math.isnan).all()
+    sent = dict(question_id=1, prompt='What is it?', text='a cat')
+    assert task.upload.rows(task, results.frame)[1] == sent
+    results.save(tmp_path)
+
+    def play(n, request, headers):
+        text = request['messages'][0]['content']
+        assert headers['Authorization'] == 'Bearer secret'
+        if '[Context]\npicture 0' in text:
+            reference, own = text.index('A boat, 000.jpg.'), text.index('A red boat.')
+            assert text.index('[Assistant 1]') < reference < text.index('[Assistant 2]') < own
+            return '8 10\nThe second is better.'
+        return 'I would rather not.' if n < 2 else '8/10 2/10'
+
+    monkeypatch.setenv('JUDGE_KEY', 'secret')
+    with scripted(play) as (url, seen):
+        judge = make_judge(url, 'made-up-judge', 'JUDGE_KEY')
+        graded = grade_task(task, tmp_path, judge, runs=1, workers=1)
+    assert [r['temperature'] for r in seen] == [0.0, 0.0, 0.5]
+    metrics = graded.header['metrics']
+    wanted = {'relative': 12 / 16, 'relative/conv': 10 / 8, 'relative/detail': 2 / 8}
+    assert metrics == pytest.approx(wanted | dict(own=6.0, reference=8.0))
+    assert graded.header['unparsed'] == 0 and 'secret' not in json.dumps(graded.header)
+    assert graded.frame['score'].tolist() == [1.0, 0.2]
+    (folders['llava_wild'] / 'context.jsonl').rename(tmp_path / 'context.jsonl')
+    with pytest.raises(OfficialError, match='context.jsonl is missing beside questions.jsonl'):
+        official_task(f'llava_wild:{folders["llava_wild"]}')
+    (tmp_path / 'context.jsonl').rename(folders['llava_wild'] / 'context.jsonl')
+
+
 def test_questions_of_one_s_own(folders):
     task = official_task(f'questions:{folders["questions"] / "questions.jsonl"}')
     sent = task.upload.rows(task, answered(task, ['a dog', 'a cat']).frame)
@@ -373,7 +412,6 @@ def test_questions_of_one_s_own(folders):
         ('popes:X', "kind 'popes' is unknown: use one of vqav2, gqa"),
         ('pope:', 'no path is given'),
         ('pope:nowhere', 'coco_pope_adversarial.json'),
-        ('llava_wild:X', 'llava_in_the_wild in lmms-eval, or questions:FILE'),
     ],
 )
 def test_what_is_not_there_is_named(task, why, tmp_path):
@@ -521,6 +559,7 @@ def test_paths_below_the_data_folder(folders):
 # --------------------------------------------------------------------------------------------------
 # a paper's list
 AUTHORS = dict(sqa='scienceqa', mmvet='mm-vet', seed='SEED-Bench', mme='MME', cvbench='CV-Bench')
+AUTHORS |= dict(llava_wild='llava-bench-in-the-wild')
 
 
 def write_suite(name, root):
@@ -546,13 +585,26 @@ def test_a_suite_finds_and_asks_its_benchmarks(name, tmp_path):
         for kind, results in right.items()
     }
     table = suite_table(name, 'right', summary)
-    hidden = {'MM-Vet'} | ({'VQAv2', 'VizWiz'} if name != 'zero' else set())
+    hidden = {'MM-Vet', 'LLaVA-W'} | ({'VQAv2', 'VizWiz'} if name != 'zero' else set())
     missing = {column for column in table if pd.isna(table.loc['right', column])}
     averages = {n for n, mean in SUITES[name].averages.items() if hidden & set(mean)}
     assert missing == hidden & set(table) | averages
     shown = table.loc['right'].drop(sorted(missing)).to_dict()
     full = dict.fromkeys(shown, 100.0) | {'MME-P': 200.0, 'MME-C': 200.0, 'VizWiz': 95.0}
     assert shown == pytest.approx({column: full[column] for column in shown})
+
+
+def test_vora_s_mean_of_eight_gives_its_published_means():
+    "The paper's ablation: the mean of eight columns, MME's perception divided by 20."
+    suite = SUITES['vora']
+    names = {(column.kind, column.metric): column.name for column in suite.columns}
+    found = []
+    for (_, arm), rows in read_published('vora').groupby(['model', 'arm']):
+        if arm.startswith('r'):
+            cells = zip(zip(rows['benchmark'], rows['metric']), rows['value'])
+            values = {names[cell]: value for cell, value in cells if cell in names}
+            found.append(suite_average(values, suite.averages['mean of 8']))
+    assert sorted(found) == pytest.approx([50.6, 50.7, 52.9, 53.2, 55.6, 55.6], abs=0.05)
 
 
 def test_a_suite_names_all_that_is_missing(tmp_path):
@@ -584,6 +636,7 @@ def test_a_kernel_does_not_start_for_files_that_are_not_there(tmp_path, monkeypa
 
 SEVERAL = ['pope:pope', 'mme:mme', 'mmbench:mmbench', 'sqa:sqa', 'seed:seed/SEED-Bench.json']
 SEVERAL += ['cvbench:cvbench', 'hallusionbench:hallusionbench', 'vqav2:test', 'mmvet:mmvet']
+SEVERAL += ['llava_wild:llava_wild']
 
 
 @pytest.mark.slow
@@ -623,6 +676,7 @@ def test_the_command_on_one_rank_and_on_two(tmp_path):
         hallusionbench='accuracy',
         vqav2='',
         mmvet='accuracy',
+        llava_wild='accuracy',
     )
     assert 'no score' in first['vqav2']
     judged = json.loads((one / 'results' / 'mmvet@judged.json').read_text())

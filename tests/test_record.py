@@ -141,7 +141,8 @@ def test_odd_lists(data, n, error):
 def test_lines_survive_bad_lines(tmp_path):
     p = tmp_path / 'a.jsonl'
     p.write_bytes(
-        b'\xef\xbb\xbf{"id": 0}\r\n\n{"id": 1\n' + b'[' * 100_000 + b'\n{"id": "\xff"}\n{"id": 4}'
+        b'\xef\xbb\xbf{"id": 0}\r\n\n{"id": 1\n' + b'[' * 100_000 + b'\n{"id": "\xff"}\n'
+        b'\xef\xbb\xbf{"id": 4}'  # as where files with a mark were joined
     )
     got = list(iter_rows(p))
     assert [r.error is None for r in got] == [True, False, False, True, True] and not any(
@@ -245,11 +246,14 @@ def test_roles_and_order():
         {'role': 'assistant', 'content': 'b'},
     ]
     assert [t.role for t in parse_turns(chat)[0]] == ['system', 'user', 'assistant']
+    developer = [dict(chat[0], role='developer'), *chat[1:]]
+    assert parse_turns(developer) == parse_turns(chat)
     assert parse_turns(chat[1:2])[0] == [Turn('user', 'a')]  # a question without answer
     for bad, reason in (
         ([], 'asks nothing'),
         (chat[2:], 'asks nothing'),
         (chat[1:] + chat[:1], 'after the start'),
+        (chat[:1] + developer, 'after the start'),
         ([{'from': 'bot', 'value': 'x'}], 'unknown role'),
         (['x'], 'turn 0 is str'),
         ('x', 'not a list'),

@@ -286,6 +286,8 @@ def test_the_command_says_which_caption_is_blind(tmp_path):
             "'extra' names a picture",
         ),
         (dict(conversations=BARE, pixel_values=[[1, 2]]), "'pixel_values' names a picture"),
+        (dict(conversations=BARE, image_embeds=[0.5]), "'image_embeds' names a picture"),
+        (dict(conversations=BARE, vision_features='f.npy'), "'vision_features' names a picture"),
         (
             dict(conversations=[dict(BARE[0], value='<img>a.png</img>What?'), BARE[1]]),
             'picture mark',

@@ -334,6 +334,22 @@ def test_an_empty_system_turn_switches_the_default_off():
         assert 'Be brief.' in other and t.default_system not in other
 
 
+@pytest.mark.parametrize('name', ['llava_v1', 'llava_llama_2', 'phi_3', 'smollm2'])
+def test_a_developer_message_is_the_system_prompt(name):
+    "As servers and newer chat rows call it; a template with a default leaves that out."
+    said = [dict(role='system', content='Be brief.'), dict(role='user', content='Hi')]
+    shown = [
+        render_tok().apply_chat_template(
+            [dict(said[0], role=role), said[1]],
+            chat_template=TEMPLATES[name].jinja(),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for role in ('system', 'developer')
+    ]
+    assert shown[0] == shown[1] and shown[0].count('Be brief.') == 1
+
+
 def test_images_first_keeps_every_slot():
     moved = images_first(
         [Turn('user', f'a {IMAGE} b {IMAGE}'), Turn('assistant', ' x '), Turn('user', ' y ')]
@@ -555,6 +571,36 @@ def test_an_answer_that_joins_the_end_of_its_prompt_is_announced(name, answer, j
     assert torch.equal(full[: len(prompt)], prompt) == (not joined)
 
 
+LLAMA_3_RULE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+
+
+@pytest.mark.parametrize('rule,answer', [('gpt2', 'Red'), ('gpt2', '12'), ('llama', 'Red')])
+@pytest.mark.fault('split-line-breaks')
+def test_a_prompts_end_that_is_read_otherwise_before_an_answer_is_announced(rule, answer):
+    "GPT-2's rule gives the last line break to the word behind it; Llama 3's keeps both together."
+    trained = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule == 'gpt2')
+    split = pre_tokenizers.Split(Regex(LLAMA_3_RULE), 'isolated')
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level][rule == 'gpt2' :])
+    marks = '<|begin_of_text|> <|eot_id|> <|start_header_id|> <|end_header_id|>'.split()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    joins = trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, initial_alphabet=alphabet, special_tokens=marks
+    )
+    trained.train_from_iterator(['a\n\n', 'a\n\nb'] * 50, joins)
+    tok = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token='<|eot_id|>')
+    talk = [Turn('user', 'q'), Turn('assistant', answer)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        prompt = encode(talk[:1], tok, 'llama_3', add_generation_prompt=True).input_ids
+        full = encode(talk, tok, 'llama_3').input_ids
+    assert ['not what is asked' in str(w.message) for w in said] == [True] * (rule == 'gpt2')
+    assert torch.equal(full[: len(prompt)], prompt) == (rule == 'llama')
+
+
 def test_a_control_token_that_swallows_an_answers_space_is_not_a_target():
     tok = sentencepiece_like('legacy', rstrip=True)
     e = encode([Turn('user', 'the'), Turn('assistant', 'red')], tok, 'world')
@@ -680,7 +726,9 @@ def test_slow_tokenizers_are_announced_and_labelled():
 def test_encoding_is_quiet_for_fast_tokenizers(tok):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        encode([Turn('user', 'q'), Turn('assistant', 'a')], tok, 'llama_3')
+        # llama_3's header does not belong to GPT-2's rule, which is announced
+        name = 'chatml' if tok.family == 'bytes' else 'llama_3'
+        encode([Turn('user', 'q'), Turn('assistant', 'a')], tok, name)
 
 
 # --- the reference's own vectors

@@ -2,6 +2,7 @@
 and thin markers."""
 
 import json
+import pickle
 import random
 import re
 from collections import Counter
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vlmbench.data.marker_style import MARKER_STYLES, MarkerStyle, mark_region
+from vlmbench.data.cards import check, load_card
+from vlmbench.data.marker_style import MARKER_STYLES, DrawStyled, MarkerStyle, mark_region
 from vlmbench.data.overlay import PALETTE
+from vlmbench.data.record import BadRecord
 from vlmbench.data.scene import DIGITS, NUMBERS, PLACES, SPLITS
 from vlmbench.data.thing_scene import (
     APART,
@@ -283,7 +286,7 @@ def test_text_alone_answers_what_is_asked_of_it():
 
 def test_guessing_is_held_down():
     config = ThingConfig()
-    train = rows_of('vqa', 'train', 150, config)
+    train = rows_of('vqa', 'train', 80, config)
     test = rows_of('vqa', 'test', 260, config) + rows_of('region', 'test', 150, config)
     levels = guess_levels(train, test)
     assert levels.n.sum() > 1000
@@ -337,9 +340,26 @@ def test_a_thin_marker_leaves_its_thing_as_it_is(kind):
         changed = (np.asarray(marked) != np.asarray(picture)).any(2)
         assert 8 < changed.sum() < 0.06 * changed.size
         (t,) = (t for t in scene.things if t.name == row.regions[0].label)
-        x0, y0, x1, y1 = (int(v) for v in t.box)
-        ink = changed[y0:y1, x0:x1]
-        assert not ink.any()
+        without = replace(scene, things=tuple(o for o in scene.things if o is not t))
+        shown = np.abs(np.asarray(picture).astype(int) - np.asarray(render_things(without)))
+        assert not (changed & (shown.max(2) > 40)).any()
+
+
+def test_several_regions_of_a_row_are_told_apart():
+    scene, (row, *_) = thing_samples('region', 'test', 4, ThingConfig(), one_question=True)
+    regions = [placed_region(t, scene) for t in scene.things[:3]]
+    text = '<image>\nwhat are the things <region0> , <region1> and <region2> ?'
+    turns = [replace(row.turns[0], text=text), row.turns[1]]
+    many = replace(row, regions=regions, turns=turns, images=[render_things(scene)])
+    said = {DrawStyled()(many, np.random.default_rng(i)).turns[0].text for i in range(10)}
+    for one in said:
+        named = re.findall(r'within the (\S+ \S+)', one)
+        assert len(named) == len(set(named)) == 3
+    assert len(said) > 3 and many.regions == regions
+    unsaid = replace(many, turns=[replace(row.turns[0], text='<image>\nwhat ?'), row.turns[1]])
+    with pytest.raises(BadRecord, match='never referred to'):
+        DrawStyled()(unsaid)
+    assert pickle.loads(pickle.dumps(DrawStyled())) == DrawStyled()
 
 
 def test_the_published_style_is_still_there():
@@ -348,7 +368,27 @@ def test_the_published_style_is_still_there():
     assert not set(MARKER_STYLES['thin'].palette) & set(TILES)
 
 
+def test_the_world_matches_its_card(tmp_path):
+    names = [Path(f['path']).stem for f in load_card('things').files]
+    write_things(tmp_path / 'things', sizes=ThingSize(**dict.fromkeys(names, 3)))
+    report = check('things', tmp_path / 'things', full=True)
+    assert report.status == 0, str(report)
+    assert sorted(report.summary.file) == sorted(f'{name}.json' for name in vars(ThingSize()))
+    assert load_card('things').front['size']['images'] == sum(
+        n for name, n in vars(ThingSize()).items() if 'text' not in name
+    )
+
+
 def test_the_card_states_the_guessing_levels():
+    "The shares of the first rows are near those that the card states of all of them."
     card = (Path(__file__).parents[1] / 'data_cards' / 'things.md').read_text()
-    for kind in ('name', 'relation', 'region', 'bigger'):
-        assert re.search(rf'^\| {kind} \| \d', card, re.M), kind
+    config = ThingConfig()
+    rows = rows_of('region', 'test', 60, config) + rows_of('vqa', 'test', 60, config)
+    levels = guess_levels(rows_of('vqa', 'train', 5, config), rows)
+    for kind in levels.index:
+        found = re.search(rf'^\| {kind} \| (.*) \|$', card, re.M)[1].split(' | ')
+        share = levels.loc[kind, 'frequent'] / 100
+        error = 4 * (max(share, 0.1) / levels.n[kind]) ** 0.5
+        assert abs(float(found[2]) / 100 - share) < error + 0.05, kind
+        if kind in ('region', 'bigger'):
+            assert abs(float(found[5]) - levels.best_guess[kind]) < 5

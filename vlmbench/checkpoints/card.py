@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Kind', 'HUB_NAME', 'Origin', 'origin_of', 'joined_bases', 'base_origin', 'data_origin', 'card_data', 'model_card',
-           'write_card', 'with_step', 'zero_origin', 'converted_origin', 'origin_line', 'licence_line', 'run_origin',
-           'with_scores']
+           'write_card', 'with_step', 'zero_origin', 'with_parts', 'converted_origin', 'origin_line', 'licence_line',
+           'run_origin', 'with_scores']
 
 # %% ../../nbs/checkpoints/75_card.ipynb #b76ab503
 import re
@@ -38,6 +38,7 @@ from ..data.files import replacing
 from ..data.layouts import hub_parts, is_hub
 from ..data.mixture import Mixture
 from ..data.sources import published_names
+from ..models.files import cached_folder
 from ..models.vlm import model_folder, model_name
 
 # %% ../../nbs/checkpoints/75_card.ipynb #11ecddb4
@@ -116,8 +117,11 @@ def _of_folder(folder: Path, part: str) -> 'Origin':
         fields = {name: kept[name] for name in Origin.__dataclass_fields__ if name in kept}
         return Origin(**fields)
     resolved = folder.resolve()
-    unknown = dict(part=part, name=model_name(resolved), licences=[UNKNOWN.id])
-    return Origin(_stated(resolved, part) or [unknown])
+    stated = _stated(resolved, part)
+    if not any(base['part'] == part for base in stated):
+        # a tower that is named says nothing of the rest of the weights
+        stated.insert(0, dict(part=part, name=model_name(resolved), licences=[UNKNOWN.id]))
+    return Origin(stated)
 
 
 def origin_of(
@@ -345,20 +349,33 @@ def zero_origin(file: str | Path, base: str | Path, vision: str | Path) -> Origi
     )
 
 
+def with_parts(
+    where: str | Path,
+    fetched: str | Path | None = None,
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
+) -> Origin:
+    """`origin_of(where, fetched)` once it is put together with what was named by hand: `base`, the
+    language model of a LoRA release or of a projector alone; `vision`, the tower."""
+    whole = origin_of(where, fetched)
+    if base is not None:
+        # a part without stated terms is no base: what it was put before is
+        stated = [one for one in whole.bases if one['licences'] != [UNKNOWN.id]]
+        before = origin_of(base, cached_folder(base))
+        whole = replace(whole, bases=joined_bases(before, Origin(stated)))
+    if vision is not None:
+        tower = origin_of(vision, cached_folder(vision), part='vision tower')
+        whole = replace(whole, bases=joined_bases(whole, tower))
+    return whole
+
+
 def converted_origin(
     where: str | Path, folder: str | Path, base: str | Path | None, vision: str | Path | None
 ) -> Origin:
-    """The origin of the model `where`, whose files are in `folder`, after `vlmbench convert`.
-    `base`, `vision`: the language model of a LoRA release and the tower, where named by hand."""
-    parts = [origin_of(where, folder)]
-    if base is not None:
-        parts.insert(0, origin_of(base))
-    if vision is not None:
-        parts.append(origin_of(vision, part='vision tower'))
-    known = [one for one in parts if UNKNOWN not in one.licences]
-    source = next(one for one in parts if one.bases)
-    whole = replace(source, bases=joined_bases(*(known or parts)))
-    return with_step(whole, "written in transformers' layout by vlmbench convert")
+    """The origin of the model `where`, whose files are in `folder`, after `vlmbench convert` with
+    `base` and `vision` (as for `with_parts`)."""
+    done = "written in transformers' layout by vlmbench convert"
+    return with_step(with_parts(where, folder, base, vision), done)
 
 # %% ../../nbs/checkpoints/75_card.ipynb #9bf225db
 def origin_line(origin: Origin) -> str:
@@ -371,9 +388,14 @@ def origin_line(origin: Origin) -> str:
     return f'base {names}: licence unknown{beside}'
 
 
-def licence_line(where: str | Path, fetched: str | Path | None = None) -> str:
-    "The base and the licence of the model `where` (as for `origin_of`) in one line."
-    return origin_line(origin_of(where, fetched))
+def licence_line(
+    where: str | Path,
+    fetched: str | Path | None = None,
+    base: str | Path | None = None,
+    vision: str | Path | None = None,
+) -> str:
+    "The base and the licence of a model (as for `with_parts`) in one line."
+    return origin_line(with_parts(where, fetched, base, vision))
 
 # %% ../../nbs/checkpoints/75_card.ipynb #21567abc
 def run_origin(

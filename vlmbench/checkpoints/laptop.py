@@ -209,6 +209,7 @@ def check_set(name: str) -> None:
     parts = SETS.get(name, ())
     if all(map(state_of, parts)):
         return
+    import httpx
     import huggingface_hub
 
     for part in parts:
@@ -217,7 +218,7 @@ def check_set(name: str) -> None:
         try:
             address = huggingface_hub.hf_hub_url(part.hub, 'config.json')
             huggingface_hub.get_hf_file_metadata(address, timeout=10)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, httpx.HTTPError) as e:
             raise WeightsError(
                 f'scale {name!r} needs {part.hub}, which is neither below VLMBENCH_HOME/models nor '
                 f'in the cache of the Hugging Face Hub, and the Hub does not give it '

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RELEASES', 'LoadError', 'find_model', 'converts', 'is_foreign', 'takes_base', 'published_name', 'known_type',
-           'load_vlm', 'convert']
+           'seeing_type', 'checked_settings', 'load_vlm', 'convert']
 
 # %% ../../nbs/checkpoints/80_load.ipynb #353498e9
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,10 @@ from safetensors import SafetensorError
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedModel,
 )
 
 from . import eve, vora, zero_release
@@ -46,6 +48,7 @@ from .zero_names import released_name
 from .zoo import published_base
 from ..data.home import kept_model
 from ..data.template import TEMPLATES
+from ..models.attention import check_attention
 from ..models.files import check_files, has_tokenizer
 from ..models.finite import refuse_not_finite
 from ..models.quantized import prepare_quantized
@@ -53,6 +56,7 @@ from ..models.quantized import prepare_quantized
 # importing this module also registers our classes with transformers
 from ..models.vlm import load_complete, model_folder, model_name
 from ..train.checkpoint import export
+from ..train.scale import base_model
 
 # %% ../../nbs/checkpoints/80_load.ipynb #2c36f0de
 class LoadError(ValueError):
@@ -81,12 +85,23 @@ def _fetch(name: str) -> Path:
     return folder
 
 
+def _placed(where: str | Path) -> str | Path:
+    "`where`, or the folder that it stands for: of an embedded model, or below the home folder."
+    if not str(where).startswith(('asset:', '~')):
+        return where
+    try:
+        return Path(base_model(str(where))).expanduser()
+    except FileNotFoundError as e:
+        raise LoadError(str(e)) from None
+
+
 def find_model(where: str | Path) -> Path:
-    """The folder of a model: `where`, the `model/` of a run's folder, or the fetched files of a
-    name on the Hub. A name such as `zero:llama-3.2-3b` stays itself once its parts are there.
-    Raises `LoadError`."""
-    if not str(where):
+    """The folder of a model: `where`, the `model/` of a run's folder, an embedded model
+    (`asset:vlm`), or the fetched files of a name on the Hub. A name such as `zero:llama-3.2-3b`
+    stays itself once its parts are there. Raises `LoadError`."""
+    if where is None or not str(where):
         raise LoadError('model is empty: give a folder, or a name on the Hugging Face Hub')
+    where = _placed(where)
     try:
         if released_name(where):
             zero_release.fetch_release(where, find_model)
@@ -100,6 +115,10 @@ def find_model(where: str | Path) -> Path:
             return model_folder(kept)
         if not Path(where).exists() and HUB_NAME.fullmatch(str(where)):
             return _fetch(str(where))
+        if Path(where).is_file():
+            raise LoadError(f'{where} is a file: give the folder that it lies in') from None
+        if named := re.fullmatch(rf'https://huggingface\.co/({HUB_NAME.pattern})/?', str(where)):
+            raise LoadError(f'{where} is an address: give the name alone, {named[1]}') from None
         raise LoadError(
             f'{where}: no model there (no config.json); give the folder that a run saved as '
             'model/, a published folder, or a name on the Hugging Face Hub'
@@ -197,13 +216,24 @@ def known_type(folder: str | Path) -> str:
         )
     return kind
 
+
+def seeing_type(folder: str | Path) -> str:
+    """`known_type` of a folder whose model answers about pictures. Raises `LoadError` for a
+    language model or a tower, whatever files it lacks besides."""
+    kind = known_type(folder)
+    if CONFIG_MAPPING[kind] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return kind
+    speaks = CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    what = 'takes no pictures' if speaks else 'answers no questions'
+    raise LoadError(f'{folder}: a model of type {kind!r} {what}: give a vision-language model')
+
 # %% ../../nbs/checkpoints/80_load.ipynb #23b3f91b
 def _load_as_it_is(folder: Path, template: str | None, settings: Mapping[str, Any]) -> tuple:
     "`(model, processor)` of a folder in our own or transformers' layout."
-    ours = known_type(folder) == 'vlmbench'
+    ours = seeing_type(folder) == 'vlmbench'
     if not has_tokenizer(folder):
         raise LoadError(f'{folder} has no tokenizer (tokenizer.json or tokenizer.model)')
-    model = _from_pretrained(folder, settings)
+    model = load_complete(AutoModelForImageTextToText, folder, use_safetensors=True, **settings)
     if 'quantization_config' in settings:
         prepare_quantized(model, repack=True)
     backend = {} if ours else dict(backend='pil')  # ours has no other
@@ -216,17 +246,28 @@ def _load_as_it_is(folder: Path, template: str | None, settings: Mapping[str, An
         set_template(processor, template)
     return model, processor
 
+# %% ../../nbs/checkpoints/80_load.ipynb #af114313
+_DTYPES = dict(bf16='bfloat16', fp16='float16', fp32='float32')
+_DTYPES |= {name: name for name in (*_DTYPES.values(), 'auto')}
 
-def _from_pretrained(folder: Path, settings: Mapping[str, Any]) -> PreTrainedModel:
+
+def checked_settings(
+    settings: Mapping[str, Any], device: str | torch.device = 'cpu'
+) -> dict[str, Any]:
+    """Those `settings` of `from_pretrained` that are given (not None), for a model on `device`.
+    Raises `LoadError` for a `dtype` or an `attn_implementation` that there is not."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    asked = given.get('dtype', 'auto')
+    if isinstance(asked, str) and asked not in _DTYPES:
+        raise LoadError(f'dtype={asked!r} is unknown: use one of {", ".join(_DTYPES)}')
+    if isinstance(asked, str) and 'dtype' in given:
+        given['dtype'] = _DTYPES[asked]
     try:
-        return load_complete(AutoModelForImageTextToText, folder, use_safetensors=True, **settings)
-    except ValueError as e:  # which lists every model that would do
-        if 'Unrecognized configuration class' not in str(e):
-            raise
-        kind = read_config(folder).get('model_type')
-        raise LoadError(
-            f'{folder}: a model of type {kind!r} takes no pictures: give a vision-language model'
-        ) from None
+        place = None if 'device_map' in given else device
+        check_attention(given.get('attn_implementation'), place)
+    except ValueError as e:
+        raise LoadError(str(e)) from None
+    return given
 
 # %% ../../nbs/checkpoints/80_load.ipynb #8a91db8b
 def load_vlm(
@@ -248,7 +289,7 @@ def load_vlm(
     `quantization_config`, `device_map`, `max_memory`, `offload_folder`. Raises `LoadError`, which
     names the weights that a folder lacks."""
     folder = find_model(where)
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = checked_settings(settings, device)
     if template and template not in TEMPLATES:
         raise LoadError(f'template {template!r} is unknown; there are {", ".join(TEMPLATES)}')
     try:
@@ -304,6 +345,8 @@ def convert(
         if kind == 'vlmbench':
             both = load_vlm(folder, template=template)
         else:
+            if not is_original(folder):
+                seeing_type(folder)
             both = load_published(folder, vision, template or None, base=base)
         save_transformers(*both, out)
         write_card(out, converted_origin(where, folder, base, vision), kind='transformers')

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from .load import LoadError, converts, find_model
+from .load import LoadError, checked_settings, converts, find_model
 from .release import read_config
 from .zero_names import released_name
 from ..data.template import TEMPLATES
@@ -44,6 +44,7 @@ def load_text(
     (`template`) or by its own (''). `settings`: as for `load_vlm`. Raises `LoadError`."""
     folder = find_model(where)
     settings = {name: value for name, value in settings.items() if value not in (None, '')}
+    settings = checked_settings(settings, device)
     if seeing := sorted(_OF_PICTURES & settings.keys()):
         raise LoadError(
             f'{where} is a language model and takes no pictures: leave {", ".join(seeing)} out'

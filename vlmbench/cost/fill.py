@@ -18,14 +18,24 @@ MULTIPLE = 8  # rows are as long as a multiple of it
 
 
 def drawn_lengths(
-    samples: int, text_tokens: int, picture_tokens: int, share: float, most: int, seed: int = 0
+    samples: int,
+    text_tokens: int,
+    picture_tokens: int,
+    share: float,
+    most: int,
+    seed: int = 0,
+    most_text: int | None = None,
 ) -> list[int]:
     """Tokens of `samples` samples, at most `most` each: text of `text_tokens` tokens on average,
-    and with probability `share` a picture of `picture_tokens`."""
+    and with probability `share` a picture of `picture_tokens`. `most_text`: bound of a sample
+    where a picture counts as one token (`Stage.max_text_tokens`; None: none)."""
     draw, lengths = random.Random(seed), []
     for _ in range(samples):
         text = 1 + int(draw.expovariate(1 / max(text_tokens - 1, 1)))
-        lengths.append(min(text + picture_tokens * (draw.random() < share), most))
+        pictures = int(draw.random() < share)
+        if most_text is not None:
+            text = min(text, most_text - pictures)
+        lengths.append(min(text + picture_tokens * pictures, most))
     return lengths
 
 # %% ../../nbs/cost/25_fill.ipynb #3c9a8fef
@@ -62,7 +72,8 @@ def expected_fill(stage: Stage, text_tokens: int, picture_tokens: int, share: fl
     `text_tokens` tokens on average and pictures of `picture_tokens` with probability `share`."""
     enough = 512 if not stage.packing else 4 * stage.batch_rows * stage.max_tokens // text_tokens
     samples = max(256, min(enough, 2048))
-    lengths = drawn_lengths(samples, text_tokens, picture_tokens, share, stage.max_tokens)
+    bounds = dict(most=stage.max_tokens, most_text=stage.max_text_tokens)
+    lengths = drawn_lengths(samples, text_tokens, picture_tokens, share, **bounds)
     if stage.packing:
         return packed_fill(lengths, stage.max_tokens, stage.batch_rows)
     if stage.grouping:

@@ -164,6 +164,12 @@ def workload(method: Hooks, state: RunState, data: Data, rows: int | None = None
             f'stage {stage.name!r}: a picture of {picture_tokens} tokens and {data.text_tokens} of '
             f'text exceed max_tokens={stage.max_tokens}: assume shorter text or smaller pictures'
         )
+    words = data.text_tokens + (share > 0)
+    if stage.max_text_tokens is not None and words > stage.max_text_tokens:
+        raise RecipeError(
+            f'stage {stage.name!r}: {data.text_tokens} tokens of text, where a picture counts as '
+            f'one more, exceed max_text_tokens={stage.max_text_tokens}: assume shorter text'
+        )
     if stage.packing:
         samples = rows * stage.max_tokens / (share * picture_tokens + data.text_tokens)
         tokens = stage.max_tokens

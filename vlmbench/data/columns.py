@@ -213,8 +213,13 @@ _TEXT_COLUMNS = frozenset(
 _BESIDE = frozenset('mask masks segmentation depth thumbnail heatmap'.split())
 
 
+_NUMBERS = (
+    'embed embeds embedding embeddings feat feats feature features latent latents tokens codes'
+)
 # a picture under its format's name, as shards of tar files have it, or already in numbers
-_ENCODED_COLUMNS = frozenset('jpg jpeg png webp pixelvalues pixels'.split())
+_ENCODED_COLUMNS = frozenset('jpg jpeg png webp pixelvalues pixels'.split()) | frozenset(
+    map(''.join, product(('image', 'img', 'picture', 'visual', 'vision'), _NUMBERS.split()))
+)
 
 
 def _is_numbered(key: str) -> bool:
@@ -371,7 +376,8 @@ def refuse_unread_in(turn: Mapping[str, Any], what: str):
 # %% ../../nbs/data/03_columns.ipynb #58dd540e
 _PROMPT_COLUMNS = frozenset(
     'instruction instructions prompt preamble persona context background developer roleprompt'
-    ' history knowledge document documents tools functions input'.split()
+    ' history knowledge document documents tools functions input prefix passage hint'
+    ' lecture'.split()
 )
 _FOREIGN_MARK = re.compile(
     r'<(?:image_?here|image_?placeholder|img_?placeholder|image_soft_token|start_of_image)>'

@@ -10,7 +10,7 @@ __all__ = ['KEEP', 'MIXED', 'EVE_TABLE7', 'MIXES', 'source_files', 'text_row', '
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,12 @@ def draw_text(
 # %% ../../nbs/data/85_mix_files.ipynb #2ad17280
 @dataclass(frozen=True)
 class Mix:
-    "What a mix has: its `path`, and rows by their source, in order."
+    """What a mix has: its `path`, and rows by their source, in order; rows that were left out as
+    `bad`, by reason."""
 
     path: Path
     counts: dict[str, int]
+    bad: dict[str, int] = field(default_factory=dict)
 
 
 def _picture_folds(stored: Sequence, listed: Quarantine) -> dict[str, list[int]]:
@@ -154,7 +156,7 @@ def mix_pictures_and_text(
                 yield dict(readers[source](i), ds=ds, index=place)
 
         _write(out / MIXED, rows(), sum(sizes))
-    return Mix(out / MIXED, dict(zip([*folds, TEXT_FOLD], sizes)))
+    return Mix(out / MIXED, dict(zip([*folds, TEXT_FOLD], sizes)), listed.summary())
 
 # %% ../../nbs/data/85_mix_files.ipynb #c6df3246
 EVE_TABLE7 = dict(
@@ -256,4 +258,4 @@ def mix_sources(
             yield dict(stored[source][int(numbers[source][i])], source=names[source])
 
     _write(out / f'{name}.json', rows(), sum(sizes))
-    return Mix(out / f'{name}.json', dict(zip(names, sizes)))
+    return Mix(out / f'{name}.json', dict(zip(names, sizes)), listed.summary())

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 
 from tqdm.std import tqdm
 
+from .live_line import LiveLine
+
 # %% ../../nbs/data/02_progress.ipynb #198d25c6
 def in_kernel() -> bool:
     "Whether this process is a Jupyter kernel."
@@ -115,8 +117,10 @@ class Progress:
     """Reports a loop in the way that fits where it runs; made by `progress`. Iterate over it, or
     use it as a context and call `update`."""
 
-    def __init__(self, things: Iterable | None, total: float | None, bar: Any):
-        self.things, self.total, self.bar = things, total, bar
+    def __init__(
+        self, things: Iterable | None, total: float | None, bar: Any, curve: str | None = None
+    ):
+        self.things, self.total, self.bar, self.curve = things, total, bar, curve
 
     def update(self, done: float, **numbers: Any) -> None:
         """The loop has reached the count `done` (not: has done so many more); `numbers` stand
@@ -127,6 +131,8 @@ class Progress:
         if numbers:
             shown = (f'{name} {show_number(value)}' for name, value in numbers.items())
             self.bar.set_postfix_str(', '.join(shown), refresh=False)
+        if self.curve in numbers:
+            self.bar.point(numbers[self.curve])
         reached = done if self.total is None else min(done, self.total)
         self.bar.update(reached - self.bar.n)
 
@@ -159,6 +165,7 @@ def progress(
     seconds: float | None = 10.0,
     summary: bool = False,
     out: TextIO | None = None,
+    curve: str | None = None,
 ) -> Progress:
     """A `Progress` for `loop`: the things to iterate over, or how much there is to do (None:
     unknown).
@@ -167,7 +174,8 @@ def progress(
     the iterable does not know its length. `initial`: the count the loop begins at, for a loop that
     goes on from a checkpoint. `seconds`: shortest time between two lines of a log (0: a line for
     every update; None: no report anywhere). `summary`: a log gets the last line even of a loop
-    shorter than `seconds`. `out`: where a log's lines go (standard error)."""
+    shorter than `seconds`. `out`: where a log's lines go (standard error). `curve`: the number
+    whose curve an open notebook draws beside the count (None: none)."""
     things = loop if isinstance(loop, Iterable) else None
     if things is None:
         total = loop
@@ -178,6 +186,8 @@ def progress(
         return Progress(things, total, None)
     unit = f' {unit}' if unit else 'it'
     large = total is not None and total >= 100_000  # 1.25M reads better than 1250000
+    if kind == 'notebook' and curve is not None:
+        return Progress(things, total, LiveLine(total, name, unit, curve, initial, large), curve)
     if kind == 'log':
         out = sys.stderr if out is None else out
         bar = LogBar(total, name, unit, seconds, out, initial, large, summary)

@@ -94,6 +94,7 @@ _ROLE_OF = dict(
     assistant='assistant',
     model='assistant',
     system='system',
+    developer='system',  # what the newer chat interfaces call it
 )
 
 
@@ -101,8 +102,8 @@ def parse_turns(conversation, first_turn: str = 'drop') -> tuple[list[Turn], int
     """Turns of a `[{'from', 'value'}]` or `[{'role', 'content'}]` list, and how many leading ones
     were dropped.
 
-    An optional system turn comes first; then user and assistant alternate. A conversation that
-    opens with an assistant turn (ShareGPT has many) loses that turn as in LLaVA
+    An optional system turn (`developer`, too) comes first; then user and assistant alternate. A
+    conversation that opens with an assistant turn (ShareGPT has many) loses that turn as in LLaVA
     (`first_turn='drop'`) or is refused (`'error'`). Raises `BadRecord`."""
     if first_turn not in ('drop', 'error'):
         raise ValueError(f"first_turn={first_turn!r} is unknown; use 'drop' or 'error'")

@@ -157,12 +157,10 @@ def _json_lines(file) -> Iterator[tuple[int, int, RawRow]]:
     number, start = 0, 0
     while line := file.readline(MAX_ROW):
         end = start + len(line)
-        if line.lstrip(b'\xef\xbb\xbf' if not start else b'').strip():
+        if line.removeprefix(b'\xef\xbb\xbf').strip():  # also inside, where files were joined
             value, error, cut = None, None, False
             try:
-                value = json.loads(
-                    line.decode('utf-8-sig' if not start else 'utf-8', 'surrogateescape')
-                )
+                value = json.loads(line.decode('utf-8-sig', 'surrogateescape'))
             except RecursionError:
                 error = 'syntax error: nested too deeply'
             except ValueError as e:
@@ -218,11 +216,9 @@ def file_format(path: str | Path) -> str:
     """'json', 'jsonl' or 'parquet' for the file at `path`. Raises ValueError for another suffix,
     OSError where it cannot be read."""
     suffix = Path(path).suffix.lower()
-    if suffix in ('.jsonl', '.ndjson'):
-        return 'jsonl'
     if suffix in ('.parquet', '.pq'):
         return 'parquet'
-    if suffix != '.json':
+    if suffix not in ('.json', '.jsonl', '.ndjson'):
         raise ValueError(
             f'{path}: unknown suffix {suffix!r}; use .json, .jsonl or .parquet, or name the format'
         )
@@ -230,7 +226,9 @@ def file_format(path: str | Path) -> str:
         head = f.read(64).lstrip(b'\xef\xbb\xbf').lstrip()
         while not head and (more := f.read(WINDOW)):
             head = more.lstrip()
-    return 'json' if not head or head[:1] == b'[' else 'jsonl'
+    if not head:
+        return 'json' if suffix == '.json' else 'jsonl'
+    return 'json' if head[:1] == b'[' else 'jsonl'  # no row is a list, whatever the file is called
 
 # %% ../../nbs/data/05_rows.ipynb #564b5083
 def _spans(path, format=None, encoding='utf-8'):
@@ -310,7 +308,7 @@ class RowIndex(Sequence):
         ) as f:  # no state to share between threads or workers
             f.seek(self.starts[i])
             data = f.read(self.ends[i] - self.starts[i])
-        return json.loads(data.decode('utf-8-sig' if not i else 'utf-8', 'surrogateescape'))
+        return json.loads(data.decode('utf-8-sig', 'surrogateescape'))
 
     def _parquet_row(self, i):
         group = bisect_right(self.starts, i) - 1

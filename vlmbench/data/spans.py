@@ -250,12 +250,16 @@ def _flat_macro(image_sep: str) -> str:
     )
 
 
+# the newer chat interfaces call it developer
+_OPENS = "['system', 'developer']"
+
+
 def _opening(t: ChatTemplate, join: str, mark_targets: bool) -> str:
     "What stands before the first message: a check, the begin token, the default system message"
     out = ''
     if t.captions:
         out += _block(
-            "messages|length > 2 or messages[0]['role'] == 'system'",
+            f"messages|length > 2 or messages[0]['role'] in {_OPENS}",
             _fail(f'template {t.name} holds one user turn and one caption'),
         )
     if t.bos:
@@ -263,7 +267,7 @@ def _opening(t: ChatTemplate, join: str, mark_targets: bool) -> str:
     if t.default_system:
         text = _quote(t.default_system)
         said = _keep(text) if t.system_inside else join + _emit(t.system, text, mark_targets)
-        out += _block("messages[0]['role'] != 'system'", said)
+        out += _block(f"messages[0]['role'] not in {_OPENS}", said)
     return out
 
 # %% ../../nbs/data/08_spans.ipynb #af807ff6
@@ -289,7 +293,9 @@ def _jinja(t: ChatTemplate, mark_targets: bool) -> str:
         + _opening(t, join, mark_targets)
         + "{% for message in messages %}{% set text = flat(message['content']) %}{% set role = "
         "message['role'] %}"
-        "{% if role == 'system' and loop.first %}"
+        '{% if role in '
+        + _OPENS
+        + ' and loop.first %}'
         + _block('text', _keep('text') if t.system_inside else join + emit(t.system))
         + '{% elif role != ns.next %}'
         + order

@@ -48,10 +48,9 @@ def json_rows(path: str | Path, first: int = 0) -> Iterator[tuple[int, Any]]:
     on. Raises ValueError where the rest of the file cannot be read."""
     name = Path(path).name.lower()
     with gzip.open(path) if name.endswith('.gz') else open(path, 'rb') as file:
-        lines = name.endswith(('.jsonl', '.jsonl.gz'))
-        if not lines:
-            lines = file.read(1 << 16).removeprefix(_MARK).lstrip()[:1] == b'{'
-            file.seek(0)
+        first_sign = file.read(1 << 16).removeprefix(_MARK).lstrip()[:1]
+        file.seek(0)
+        lines = first_sign == b'{' or (not first_sign and name.endswith(('.jsonl', '.jsonl.gz')))
         for row in rows_in(file, lines):
             if row.fatal:
                 raise ValueError(f'row {row.number} of {path}: {row.error}; fetch the file again')

@@ -10,6 +10,7 @@ __all__ = ['TEMPLATES', 'IGNORE', 'get_template', 'to_messages', 'from_messages'
 import json, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
@@ -297,6 +298,34 @@ def _say_joined(begin: np.ndarray, end: np.ndarray, starts: np.ndarray, text: st
                 stacklevel=4,
             )
 
+# %% ../../nbs/data/10_template.ipynb #ed35f216
+@lru_cache(maxsize=64)
+def _read_alone(copy: Tokenizer, piece: str) -> tuple[int, ...]:
+    "The ids of the end of a prompt with nothing behind it."
+    return tuple(copy.encode(piece, add_special_tokens=False).ids)
+
+
+def _say_split(
+    copy: Tokenizer, ids: np.ndarray, offsets: np.ndarray, starts: np.ndarray, text: str
+) -> None:
+    "Warn of white space in front of an answer (`starts`) that is other tokens than in a prompt."
+    begin, end = offsets
+    for start in map(int, starts):
+        if not text[max(start - 2, 0) : start].isspace() or start < 2:
+            continue
+        opening = text.rfind(_OPEN, 0, start)
+        if opening < 0 or start - opening > 64:
+            continue
+        joined = ((begin < start) & (end > start)).any()  # said already
+        here = tuple(ids[(begin >= opening) & (end <= start)].tolist())
+        if not joined and here != _read_alone(copy, text[opening:start]):
+            warnings.warn(
+                f'The white space {text[start - 2 : start]!r} in front of an answer becomes other '
+                'tokens once the answer follows than at the end of its prompt: what is trained is '
+                'not what is asked. Take the template that belongs to this tokenizer.',
+                stacklevel=4,
+            )
+
 # %% ../../nbs/data/10_template.ipynb #537a13e3
 def _tokenise(spans: list[Span], tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "ids, target flags and, per control span, its token index"
@@ -322,6 +351,7 @@ def _tokenise(spans: list[Span], tokenizer) -> tuple[np.ndarray, np.ndarray, np.
     flags[at] = target[special]
     starts = (np.cumsum(size) - size)[[s.begins for s in spans]]
     _say_joined(np.delete(begin, at), np.delete(end, at), starts, text)  # text tokens only
+    _say_split(copy, np.array(enc.ids), np.stack([begin, end]), starts, text)
     return np.array(enc.ids), flags, at
 
 # %% ../../nbs/data/10_template.ipynb #71a173ba

@@ -6,13 +6,18 @@
 __all__ = ['load']
 
 # %% ../../nbs/demo/06_ask.ipynb #f55e59b2
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .chat import Chat, ChatModel
+from ..data.columns import BadRecord, picture_of_array
+from ..data.picture import ImageError
+from .chat import Chat, ChatError, ChatModel
 from .terminal import open_picture, prompts_from_options
 
 # %% ../../nbs/demo/06_ask.ipynb #b23e642d
@@ -27,13 +32,25 @@ def load(model: str | Path, **settings) -> ChatModel:
     return loaded
 
 # %% ../../nbs/demo/06_ask.ipynb #398d45f1
+def _shown(picture: Any) -> Image.Image | str | Path | bytes | None:
+    "What a person calls a picture as `load_image` takes it. Raises `ImageError`."
+    if isinstance(picture, io.IOBase):
+        return picture.read()
+    if isinstance(picture, np.ndarray):
+        try:
+            return picture_of_array(picture)
+        except BadRecord as e:
+            raise ImageError(str(e)) from None
+    return open_picture(picture)
+
+
 @patch
 def ask(
     self: ChatModel,
-    picture: Image.Image | str | Path | bytes | Sequence | None,
+    picture: Image.Image | str | Path | bytes | BinaryIO | np.ndarray | Sequence | None,
     question: str,
-    regions: Sequence[str] = (),
-    colors: Sequence[str] = (),
+    regions: str | Sequence[str] = (),
+    colors: str | Sequence[str] = (),
     stream: bool = False,
     system: str | None = None,
     max_new_tokens: int | None = None,
@@ -41,17 +58,23 @@ def ask(
     seed: int = 0,
     top_p: float = 1.0,
 ) -> str | Iterator[str]:
-    """The answer to `question` about `picture` (a PIL image, a file, a web address, bytes; None:
-    no picture; a list of them: frames of a clip, with time stamps where the model was trained so).
+    """The answer to `question` about `picture` (a PIL image, a file by its name or open, a web
+    address, bytes, uint8 pixels `[height, width, 3]`; None: no picture; a list of them: frames of
+    a clip, with time stamps where the model was trained so).
 
-    `regions`: markers drawn on it, each `kind:numbers` in pixels such as
+    `regions`: markers drawn on it, one or several, each `kind:numbers` in pixels such as
     `rectangle:10,10,40,40`; `colors`: one for all or one for each. `stream`: an iterator of the
     answer's pieces as they come, instead of the whole text. `max_new_tokens`: None for the model's
     own (`longest`). `temperature` 0 is greedy; `seed` draws otherwise, from the likeliest words
     that have the probability `top_p` together. Raises `ChatError`, `ImageError`, `ValueError`."""
-    pictures = picture if isinstance(picture, (list, tuple)) else [picture]
-    shown = [open_picture(p) for p in pictures]
-    chat = Chat(self, shown, prompts_from_options(regions, colors), system)
+    if not isinstance(question, str):
+        what = type(question).__name__
+        raise ChatError(f'the question is a {what}: give one text, several in calls of their own')
+    pictures = list(picture) if isinstance(picture, (list, tuple)) else [picture]
+    if not pictures:
+        raise ChatError('the list of pictures is empty: give None to ask without a picture')
+    regions, colors = ([s] if isinstance(s, str) else s for s in (regions, colors))
+    chat = Chat(self, list(map(_shown, pictures)), prompts_from_options(regions, colors), system)
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=top_p)
     pieces = chat.ask(question, **settings)
     return pieces if stream else ''.join(pieces).strip()

@@ -305,19 +305,21 @@ class ChatModel:
     def load(
         cls,
         folder: str | Path,
-        device: str = 'auto',
+        device: str | torch.device = 'auto',
         load_4bit: bool = False,
         load_8bit: bool = False,
         device_map: str | dict | None = None,
         name: str | None = None,
         template: str = '',
+        seeing: bool = False,
         **settings,
     ) -> 'ChatModel':
         """A model from a folder or the Hub (see `load_vlm`, also for `template`). `device_map`: how
         to spread it over GPUs ('auto', 'balanced', or module -> device); several CUDA devices with
         `device='auto'` mean 'auto'. `settings`: more of `load_vlm` (`image_mode`, `dtype`,
-        `max_memory`, `offload_folder`). A language model is asked without pictures. Raises
-        `ChatError`."""
+        `max_memory`, `offload_folder`). A language model is asked without pictures; it is refused
+        before its weights are read where `seeing`. Raises `ChatError`."""
+        device = str(device)
         place, bits = pick_device(device), quantization(load_4bit, load_8bit, device, _FULL)
         try:
             several = device == 'auto' and torch.cuda.device_count() > 1
@@ -326,9 +328,16 @@ class ChatModel:
             if device_map is None and bits is not None:
                 device_map = {'': place}
             settings |= dict(quantization_config=bits, device_map=device_map)
-            read = load_text if is_language_model(folder) else load_vlm
-            both = read(folder, place, template, **settings)
-            terms = licence_line(folder, find_model(folder))
+            speaks = is_language_model(folder)
+            if speaks and seeing:
+                raise LoadError(
+                    f'{folder} is a language model and takes no pictures: name a model that does, '
+                    'or ask without one (vlmbench chat, no --image)'
+                )
+            both = (load_text if speaks else load_vlm)(folder, place, template, **settings)
+            terms = licence_line(
+                folder, find_model(folder), settings.get('base'), settings.get('vision')
+            )
         except LoadError as e:
             raise ChatError(str(e)) from e
         return cls(*both, name or model_name(folder), terms)
@@ -367,14 +376,16 @@ class Loading:
     base: str | Path | None = None
     vision: str | Path | None = None
 
-    def load(self, folder: str | Path, name: str | None = None) -> ChatModel:
-        "The model in `folder` (or of that name); raises `ChatError`."
-        return ChatModel.load(folder, name=name, **vars(self))
+    def load(self, folder: str | Path, name: str | None = None, seeing: bool = False) -> ChatModel:
+        "The model in `folder` (or of that name), one that takes pictures if `seeing`; `ChatError`."
+        return ChatModel.load(folder, name=name, seeing=seeing, **vars(self))
 
 # %% ../../nbs/demo/00_chat.ipynb #e0fdab25
 def room(model, n: int, wanted: int) -> int:
     """How many tokens the answer to a prompt of `n` may have, `wanted` at most. Raises
-    `ChatError` where the prompt alone is too long."""
+    `ChatError` where that is no number, or the prompt alone is too long."""
+    if type(wanted) is not int or wanted < 1:
+        raise ChatError(f'max_new_tokens={wanted!r}: give a whole number above 0')
     text = getattr(model.config, 'text_config', model.config)
     limit = getattr(text, 'max_position_embeddings', None)
     if limit is None:

@@ -683,9 +683,7 @@ def load_models(
         )
     for folder in folders:
         own = base if folder in parts else None
-        model = ChatModel.load(folder, base=own, vision=vision, **settings)
-        if not model.sees:
-            raise ChatError(f'{folder} takes no pictures: vlmbench chat talks with it')
+        model = ChatModel.load(folder, base=own, vision=vision, seeing=True, **settings)
         while model.name in models:
             model.name += "'"
         models[model.name] = model

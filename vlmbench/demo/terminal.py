@@ -237,9 +237,7 @@ def chat_command(
     chat = Chat(None, [open_picture(p) for p in pictures], prompts, system, max_pixels)
     for q in questions:
         refer(q, prompts)
-    loaded = chat.model = replace(loading, **settings).load(model)
-    if image is not None and not loaded.sees:
-        raise ChatError(f'{model} takes no pictures: leave out --image, or name a model that does')
+    loaded = chat.model = replace(loading, **settings).load(model, seeing=image is not None)
     print(f'{loaded.name}: {loaded.licence}', flush=True)
     if image is not None and (prompts or save):
         print(f'marked picture: {save_picture(chat.marked, save or free_name(image), chat.source)}')

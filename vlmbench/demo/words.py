@@ -6,6 +6,8 @@
 __all__ = ['WordStreamer', 'until', 'words', 'Halt', 'GumbelSample']
 
 # %% ../../nbs/demo/02_words.ipynb #96a648b1
+import math
+
 import torch
 from transformers import (
     LogitsProcessor,
@@ -70,9 +72,16 @@ class Halt(StoppingCriteria):
 # %% ../../nbs/demo/02_words.ipynb #9714b3a8
 class GumbelSample(LogitsProcessor):
     """Gumbel noise from a generator of its own: the arg-max is then a draw from softmax(scores /
-    temperature), among the likeliest words that have the probability `top_p` together."""
+    temperature), among the likeliest words that have the probability `top_p` together. Raises
+    `ValueError` for a temperature that is not above 0 and a `top_p` that is no probability."""
 
     def __init__(self, temperature, seed, top_p=1.0):
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f'temperature={temperature!r}: give a number above 0, or 0 for the likeliest words'
+            )
+        if not 0 <= top_p <= 1:
+            raise ValueError(f'top_p={top_p!r} is no probability: give a number from 0 to 1')
         self.temperature, self.rng = temperature, torch.Generator().manual_seed(seed)
         self.likeliest = TopPLogitsWarper(top_p) if top_p < 1 else None
 

@@ -151,9 +151,7 @@ def add_command(
         import uvicorn  # noqa: F401
     except ImportError as e:
         raise ImportError(f"a worker needs fastapi ({e}): pip install 'vlmbench[serve]'") from None
-    model = loading.load(folder, name)
-    if not model.sees:
-        raise ChatError(f'{folder} takes no pictures: vlmbench chat talks with it')
+    model = loading.load(folder, name, seeing=True)
     app = build_worker(model, max_new_tokens, token)
     server, port = serve_app(app, host, port)
     card = dict(id=uuid.uuid4().hex, name=model.name, port=port, licence=model.licence)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDINALS', 'one_script', 'full_names', 'ordinal', 'one_ordinal', 'in_digits', 'ways', 'one_clock', 'clock_of',
-           'scaled', 'one_writing']
+           'scaled', 'scaled_of', 'one_writing']
 
 # %% ../../nbs/evaluate/05b_alike.ipynb #5c9eaf4e
 import re
@@ -148,6 +148,30 @@ def scaled(text: str) -> str:
         return text
     power = 3 if m[3] else 6 if m[4] else 9
     return f'{m[1]}{Decimal(m[2]).scaleb(power):f}'
+
+
+_POWERS = dict(k=3, thousand=3, m=6, million=6, b=9, bn=9, billion=9)
+_IN_SENTENCE = re.compile(
+    r'(?<![\w.,:/^-])(?P<sign>[$€£]?)(?P<number>\d+(?:,\d{3})*(?:\.\d+)?)'
+    r'(?:(?P<short>[kK]|\s?M|bn|BN|(?<=[$€£]\d)B|(?<=[$€£]\d\.\d)B)|\s?(?P<word>thousand|million|billion))'
+    r'(?![\w^/])'
+)
+_WRITTEN_OUT = re.compile(
+    r'(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\d.,]\d)|(?<![\w.,])\d+(?![\w.,]*\d)(?!\w)'
+)
+
+
+def scaled_of(text: str, wanted: Iterable[str]) -> str:
+    "`text` with 2k and 1.5 million written as one of the answers it may mean writes that number."
+    out = [found for answer in wanted for found in _WRITTEN_OUT.findall(answer)]
+    numbers = {Decimal(found.replace(',', '')): found for found in out}
+
+    def written(m: re.Match) -> str:
+        power = _POWERS[(m['short'] or m['word']).strip().lower()]
+        number = numbers.get(Decimal(m['number'].replace(',', '')).scaleb(power))
+        return m[0] if number is None else m['sign'] + number
+
+    return _IN_SENTENCE.sub(written, text) if numbers else text
 
 
 def one_writing(text: str) -> str:

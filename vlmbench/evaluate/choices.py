@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 # %% ../../nbs/evaluate/08_choices.ipynb #55203a3b
-from .alike import clock_of, one_writing, ways
+from .alike import clock_of, one_writing, scaled_of, ways
 from .answers import final_answer, normalise, spellings
 from .quantities import NUMBER_WORDS, one_spelling
+from .questions import without_questions
 from vlmbench.evaluate.weighed import (
     FIRST_SIGN,
     by_place,
@@ -505,6 +506,9 @@ def parse_choice(text: str, choices: Choices) -> str:
     lines = len([line for line in reply.splitlines() if line.strip()])
     if key := (_bare(reply, options) if lines == 1 else '') or _word_for_word(reply, options):
         return key
+    if not any('?' in str(option) for option in options.values()):
+        reply = without_questions(reply)
+    reply = scaled_of(reply, map(str, options.values()))
     masked = _mask_options(reply, options)
     weighed = _corrected(masked, options) or verdicts(masked, options) or likeliest(masked, options)
     if key := weighed or _bare(reply, options) or same_parts(reply, options):

@@ -45,6 +45,7 @@ from vlmbench.evaluate.prompts import (
 )
 from .results import Results, result_stem, score_predictions
 from .tasks import Item, Task
+from ..models.finite import NumbersOnly
 from ..models.processor import VLMProcessor
 from ..train.words import context_of
 
@@ -291,14 +292,16 @@ def answer(
     if self.engine is not None:
         new = self.engine.generate(inputs, self.max_new_tokens, self.stops, self.written)
         return read_answers(new, self.stops, tokenizer, self.written)
+    names = [item.id for item in batch]
+    checks: list[Any] = [NumbersOnly(self.model, dict(inputs), names)]
     if self.written:
         inputs['stopping_criteria'] = [WrittenStop(tokenizer, self.written, start)]
     if self.noise is not None:
-        ids = [item.id for item in batch]
-        inputs['logits_processor'] = [ItemNoise(*self.noise, ids)]
+        checks.append(ItemNoise(*self.noise, names))
     pad = tokenizer.pad_token_id
     ids = self.model.generate(
         **inputs,
+        logits_processor=checks,
         max_new_tokens=self.max_new_tokens,
         do_sample=False,
         num_beams=1,

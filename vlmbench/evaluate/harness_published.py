@@ -32,7 +32,7 @@ SAME: dict[tuple[str, str], tuple[str, str, str, float]] = {
     ('mmbench_en_dev', 'gpt_eval_score'): ('mmbench', 'dev', 'accuracy', 1),
     ('mmbench_cn_dev', 'gpt_eval_score'): ('mmbench_cn', 'dev', 'accuracy', 1),
     ('mmvet', 'gpt_eval_score'): ('mmvet', '', 'accuracy', 1),
-    ('llava_in_the_wild', 'gpt_eval_llava_all'): ('llava_wild', '', 'accuracy', 1),
+    ('llava_in_the_wild', 'gpt_eval_llava_all'): ('llava_wild', '', 'relative', 1),
 }
 SAME |= {(task, metric): (task, '', metric, 100) for task, (_, metric) in TEXT_SUITE.items()}
 

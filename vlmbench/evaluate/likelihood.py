@@ -23,6 +23,7 @@ from vlmbench.evaluate.prompts import (
     stop_ids,
     written_stop,
 )
+from ..models.finite import refuse_logits
 
 # %% ../../nbs/evaluate/23_likelihood.ipynb #d18f8e31
 def without_stop(
@@ -48,6 +49,7 @@ class Answered:
     images: list = field(default_factory=list)
     sample: Sample | None = None
     text: str = ''
+    id: str = ''
 
 
 def _ours(processor: Any, sample: Sample, answer: str) -> Answered:
@@ -80,7 +82,7 @@ def answered(model: Any, processor: Any, sample: Sample, answer: str) -> Answere
     it. Raises ValueError for an answer without a token."""
     sample, answer = as_frames(processor, sample), answer.strip()
     made = (_ours if encodes_samples(processor) else _theirs)(processor, sample, answer)
-    stops, written = stop_ids(model, processor), written_stop(processor)
+    made.id, stops, written = sample.id, stop_ids(model, processor), written_stop(processor)
     made.answer = without_stop(made.answer, stops, processor.tokenizer, written)
     if not made.answer:
         raise ValueError(f'item {sample.id!r}: the answer {answer!r} has no token to be likely')
@@ -106,7 +108,10 @@ def _judge(model: Any, rows: Sequence[Answered], inputs: dict) -> list[tuple[flo
     found = []
     for row, scores in zip(rows, logits):
         begin = row.start - 1 - first
-        scores = scores[begin : begin + len(row.answer)].float().log_softmax(-1)
+        scores = scores[begin : begin + len(row.answer)].float()
+        if (scores.isnan() | scores.isposinf()).any():
+            refuse_logits(model, inputs, [row.id])
+        scores = scores.log_softmax(-1)
         answer = torch.tensor(row.answer, device=scores.device)
         likely = scores.gather(1, answer[:, None]).sum().item()
         found.append((likely, bool((scores.argmax(-1) == answer).all())))
@@ -118,7 +123,8 @@ def likelihoods(
 ) -> list[tuple[float, bool]]:
     """For each (question, answer) the natural logarithm of the answer's probability, summed over
     its tokens, and whether greedy decoding would write it. Longest rows go first; rows of one batch
-    have equally many pictures. Raises what `answered` raises."""
+    have equally many pictures. Raises what `answered` raises, and ValueError for logits that are no
+    numbers."""
     made = [answered(model, processor, sample, answer) for sample, answer in asked]
     counts = [len(sample.images) for sample, _ in asked]
     order = sorted(range(len(made)), key=lambda k: (-counts[k], -len(made[k].tokens), k))

@@ -31,6 +31,7 @@ from vlmbench.evaluate.prompts import (
     stop_ids,
     written_stop,
 )
+from ..models.finite import NumbersOnly
 from ..train.process import Ranks
 
 # %% ../../nbs/evaluate/48_lmms.ipynb #287727bc
@@ -253,13 +254,15 @@ def _answer(self: Answering, samples: Sequence[Sample], how: Mapping[str, Any]) 
         ends.append(WrittenStop(tokenizer, self.written, start))
     if how['until']:
         ends.append(UntilStop(tokenizer, how['until'], start))
+    names = [sample.id for sample in samples]
+    checks: list[Any] = [NumbersOnly(self.model, dict(inputs), names)]
     if how['temperature']:
-        ids = [sample.id for sample in samples]
-        inputs['logits_processor'] = [ItemNoise(how['temperature'], 0, ids)]
+        checks.append(ItemNoise(how['temperature'], 0, names))
     pad = tokenizer.pad_token_id
     with torch.inference_mode():
         ids = self.model.generate(
             **inputs,
+            logits_processor=checks,
             max_new_tokens=how['longest'],
             do_sample=False,  # what is drawn is drawn by its own noise, equal in every batch
             num_beams=how['beams'],

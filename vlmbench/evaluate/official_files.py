@@ -57,8 +57,6 @@ def named(task: str, data: str | Path = '') -> tuple[str, Kind, Path]:
             'pope:FOLDER, or the name of a file in the data folder'
         )
     kind = OFFICIAL[name]
-    if kind.refused:
-        raise OfficialError(f'task {task}: {kind.title} is not asked here: {kind.refused}')
     places = [Path(given).expanduser()] + ([Path(data) / given] if str(data) else [])
     for place in places:
         if given and place.exists():
@@ -235,6 +233,8 @@ def _joined(task: str, rows: list[dict], beside: Beside, path: Path) -> list[dic
             f'task {task}: {path.name} has nothing for {len(absent)} rows, first '
             f'{beside.key}={absent[0]}'
         )
+    if beside.columns:
+        notes = {k: {to: note[c] for c, to in beside.columns} for k, note in notes.items()}
     return [{**notes[str(row[beside.key])], **row} for row in rows]
 
 

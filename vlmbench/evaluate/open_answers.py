@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 # %% ../../nbs/evaluate/11_open_answers.ipynb #0f81bd70
+from .alike import scaled_of
 from .answers import NUMBER_WORDS, final_answer, normalise
+from .questions import without_questions
 from .scorers import MultipleChoice, Scorer, row_answers
 
 # %% ../../nbs/evaluate/11_open_answers.ipynb #8764b3e3
@@ -42,6 +44,7 @@ class ChoiceOrWords(Scorer):
     reply is an accepted answer or says it as whole words; of its numbers the last one counts."""
 
     name: ClassVar[str] = 'choice_or_words'
+    version: ClassVar[str] = '2'
 
     def _several(self, row: Mapping[str, Any]) -> str:
         "The letters of a truth that names several options, '' for any other."
@@ -54,7 +57,8 @@ class ChoiceOrWords(Scorer):
 
     def parse(self, prediction, row):
         if not row.get('choices'):
-            return normalise(final_answer(prediction))
+            said = without_questions(final_answer(prediction))
+            return normalise(scaled_of(said, map(str, row_answers(row)))) if said else ''
         if not self._several(row):
             return MultipleChoice().parse(prediction, row)
         first = final_answer(prediction).strip().partition('\n')[0]
@@ -65,7 +69,9 @@ class ChoiceOrWords(Scorer):
     def score(self, prediction, row):
         said = self.parse(prediction, row)
         if not row.get('choices'):
-            return float(any(_says(said, normalise(a)) for a in row_answers(row)))
+            asked = normalise(final_answer(prediction))  # an answer may itself be a question
+            truths = list(map(normalise, row_answers(row)))
+            return float(asked in truths or any(_says(said, truth) for truth in truths))
         return float(said == (self._several(row) or MultipleChoice().truth(row)))
 
     def summary(self, frame):
@@ -108,6 +114,7 @@ class Containment(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'containment'
+    version: ClassVar[str] = '2'
 
     def parse(self, prediction, row=None):
         return prediction.lower() if self.reference else normalise(final_answer(prediction))
@@ -117,8 +124,9 @@ class Containment(Scorer):
         answers = [self.parse(a) for a in row_answers(row)]
         if self.reference:
             return float(any(said in a or a in said for a in answers))
-        pairs = [(f' {said} ', f' {a} ') for a in answers if said and a]
-        return float(any(x in y or y in x for x, y in pairs))
+        told = self.parse(without_questions(final_answer(prediction)))
+        pairs = [(f' {said} ', f' {told} ', f' {a} ') for a in answers if said and a]
+        return float(any(x in a or a in t for x, t, a in pairs))  # titles may be questions
 
 # %% ../../nbs/evaluate/11_open_answers.ipynb #89332ff2
 _TENS = 'thirty forty fifty sixty seventy eighty ninety'.split()

@@ -16,9 +16,10 @@ __all__ = ['MME_COGNITION', 'SCORERS', 'Scorer', 'row_answers', 'ExactMatch', 'v
            'index_letters', 'MultipleChoice', 'edit_distance', 'ANLS', 'Relaxed', 'get_scorer']
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #8a406eda
-from .alike import clock_of
+from .alike import clock_of, scaled_of
 from .answers import announced, final_answer, normalise, spellings
 from .choices import lettered_options, parse_choice
+from .questions import without_questions
 from .yes_no import parse_yes_no
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #42e699f6
@@ -79,21 +80,30 @@ class ExactMatch(Scorer):
     articles: bool = False
     reference: bool = False
     name: ClassVar[str] = 'exact_match'
-    version: ClassVar[str] = '4'
+    version: ClassVar[str] = '5'
+
+    @staticmethod
+    def said(prediction: str) -> str:
+        "What a reply gives as its answer; a question stays where the reply is nothing else."
+        reply = final_answer(prediction)
+        return announced(without_questions(reply) or reply)
 
     def parse(self, prediction, row):
-        said = prediction if self.reference else announced(final_answer(prediction))
+        said = prediction if self.reference else self.said(prediction)
         return normalise(said, self.articles, self.reference)
 
     def score(self, prediction, row):
         if self.reference:
             truths = {normalise(a, self.articles, True) for a in row_answers(row)}
             return float(self.parse(prediction, row) in truths)
-        said = announced(final_answer(prediction))
-        pairs = ((clock_of(said, [a]), a) for a in map(str, row_answers(row)))
-        return float(
-            any(spellings(x, self.articles) & spellings(a, self.articles) for x, a in pairs)
-        )
+        said = self.said(prediction)
+        for answer in map(str, row_answers(row)):
+            told = clock_of(said, [answer])
+            forms = spellings(told, self.articles)
+            forms |= spellings(scaled_of(told, [answer]), self.articles)
+            if forms & spellings(answer, self.articles):
+                return 1.0
+        return 0.0
 
 # %% ../../nbs/evaluate/10_scorers.ipynb #6c4bc15b
 _CONTRACTIONS = """
@@ -184,7 +194,7 @@ class POPE(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'pope'
-    version: ClassVar[str] = '4'
+    version: ClassVar[str] = '5'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -233,7 +243,7 @@ class MME(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'mme'
-    version: ClassVar[str] = '4'
+    version: ClassVar[str] = '5'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -309,7 +319,7 @@ class MultipleChoice(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
-    version: ClassVar[str] = '4'
+    version: ClassVar[str] = '5'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')

@@ -71,7 +71,7 @@ _MMB = Column('MMB', 'mmbench', 'circular', split='dev')
 _SEED = Column('SEED', 'seed')
 _SEED_I = Column('SEED-I', 'seed', 'accuracy/image')
 _MMVET = Column('MM-Vet', 'mmvet')
-_WILD = 'LLaVA-Bench (in the wild), which a judge compares: take lmms-eval for it'
+_WILD = Column('LLaVA-W', 'llava_wild', 'relative')
 
 # %% ../../nbs/evaluate/19_suites.ipynb #0f2bbb31
 _EVE = Suite(
@@ -102,14 +102,14 @@ _ZERO = Suite(
     (_MME_C, _MME_P, Column('POPE acc', 'pope'), Column('POPE F1', 'pope', 'mean_f1'))
     + (_SEED, _SEED_I, Column('SEED-V', 'seed', 'accuracy/video'), _MMVET, _MMB)
     + (Column('CV-2D', 'cvbench', 'accuracy/2D'), Column('CV-3D', 'cvbench', 'accuracy/3D'))
-    + (Column('CV', 'cvbench', 'mean_accuracy'), _GQA, Column('VizWiz', 'vizwiz', split='val')),
+    + (Column('CV', 'cvbench', 'mean_accuracy'), _GQA, Column('VizWiz', 'vizwiz', split='val'))
+    + (_WILD,),
     table='zero',
     shown={
         f'{model[-3:].lstrip("-")} {short}': (model, arm)
         for model in ('Llama-3.1-70B', 'Llama-3.1-8B', 'Llama-3.2-3B')
         for short, arm in (('SE', 'encoder on its surrogate'), ('ZG', 'zero-shot graft'))
     },
-    left_out=_WILD,
 )
 
 # %% ../../nbs/evaluate/19_suites.ipynb #b091102c
@@ -138,13 +138,12 @@ _VIP = Suite(
         _VIZWIZ,
         _MME_P,
     )
-    + (_TEXT, _VQA, _GQA, _SEED_I),
+    + (_TEXT, _VQA, _GQA, _SEED_I, _WILD),
     table='vip_llava',
     shown={
         'ViP-LLaVA-7B': ('ViP-LLaVA', 'Vicuna-7B'),
         'LLaVA-1.5-7B': ('LLaVA-1.5', 'Vicuna-7B'),
     },
-    left_out=_WILD,
 )
 SUITES = dict(eve=_EVE, vora=_VORA, zero=_ZERO, region=_REGION, vip=_VIP)
 
@@ -155,6 +154,7 @@ _CALLED = dict(
     mme=('mmebenchmarkreleaseversion',),
     infovqa=('infographicvqa', 'infographicsvqa'),
     mmbench_cn=('mmbench',),
+    llava_wild=('llavabenchinthewild', 'llavainthewild', 'llavabench'),
 )
 
 

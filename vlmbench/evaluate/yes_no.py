@@ -11,6 +11,7 @@ import unicodedata
 
 # %% ../../nbs/evaluate/09_yes_no.ipynb #99349311
 from .answers import final_answer
+from .questions import without_questions
 
 # %% ../../nbs/evaluate/09_yes_no.ipynb #9b5e5698
 _YES_WORDS = 'yes|y|yeah|yep|yup|aye|oui|sí|sì|sim|ja|да|evet|tak|ναι'
@@ -133,6 +134,7 @@ def parse_yes_no(text: str) -> str:
         return ('yes' if marks.pop() else 'no') if len(marks) == 1 else ''
     if corrected := _corrected(said):
         return corrected
+    said = without_questions(said)
     sentences = [s for s in re.findall(r'[^.!?。\n]+[.!?。]*', said) if re.search(r'\w', s)]
     told = [s for s in sentences if not s.endswith('?') or _LEADING.match(s)] or sentences
     for sentence in told:

@@ -30,6 +30,7 @@ from ..data.collate import collate_padded
 from ..data.record import Sample
 from ..data.template import encode, to_messages
 from ..evaluate.generate import render_prompt
+from ..evaluate.perplexity import begin_tokens
 from ..models.vlm import load_complete
 
 # %% ../../nbs/lab/12_calibration.ipynb #387c24ee
@@ -148,9 +149,15 @@ def _check_tokens(n, sample, most):
         raise ValueError(f'sample {sample.id!r} has {n} tokens, more than max_tokens={most}')
 
 # %% ../../nbs/lab/12_calibration.ipynb #64ec070b
-def _prompt(processor, asked, pictures):
+def _has_template(processor):
     tokenizer = getattr(processor, 'tokenizer', processor)
-    if not (getattr(processor, 'chat_template', None) or getattr(tokenizer, 'chat_template', None)):
+    return bool(
+        getattr(processor, 'chat_template', None) or getattr(tokenizer, 'chat_template', None)
+    )
+
+
+def _prompt(processor, asked, pictures):
+    if not _has_template(processor):
         return '\n'.join(turn.text for turn in asked.turns) + '\n'
     if pictures:
         return render_prompt(processor, asked)
@@ -166,7 +173,12 @@ def _prompt_tensors(processor, asked, prompt, pictures):
     settings = dict(return_tensors='pt', add_special_tokens=False)
     if not pictures:
         tokenizer = getattr(processor, 'tokenizer', processor)
-        return dict(tokenizer(prompt, **settings))
+        read = dict(tokenizer(prompt, **settings))
+        if not _has_template(processor):  # nobody wrote them: a base model reads as it was trained
+            ids = read['input_ids']
+            begin = ids.new_tensor([begin_tokens(tokenizer)], dtype=ids.dtype)
+            read['input_ids'] = torch.cat([begin, ids], 1)
+        return read
     images = [  # rows on disk are opened here; a PIL image has `load` too, but no `path`
         i.load() if hasattr(i, 'load') and hasattr(i, 'path') else i for i in asked.images
     ]

@@ -52,6 +52,7 @@ from vlmbench.lab.rankings import (
     RANKINGS,
     REFERENCE,
     cka_change,
+    distinct_rankings,
     gradients_of_each,
     rankings,
     rankings_against,
@@ -244,7 +245,7 @@ def measure(
         curves,
         streamed.maps(streamed.metrics),
         found,
-        agreement(found, k),
+        agreement(distinct_rankings(found), k),
         _stable(streamed.first.snapshots, k),
         transition,
         picked,
@@ -435,7 +436,7 @@ def trajectory_figure(measured: LayerScores, width: float = 11.2) -> Figure:
 # %% ../../nbs/lab/15_layers.ipynb #a3b466e3
 def agreement_figure(measured: LayerScores, width: float = 11.2) -> Figure:
     "Kendall's tau between the rankings (left) and their overlap in the top k (right)."
-    names = list(measured.rankings)
+    names = list(distinct_rankings(measured.rankings))
     tables = {c: pd.DataFrame(np.eye(len(names)), names, names) for c in ('tau', 'overlap')}
     for r in measured.agreement.itertuples():
         for c, t in tables.items():
@@ -497,8 +498,9 @@ def region_figure(measured: LayerScores, chosen: Mapping[str, Any], width: float
     rows = {
         'chosen': chosen['where'],
         **{s.replace('_', ' '): region(s, share, measured.depth) for s in STRATEGIES},
-        **{f'top by {n}': region(r, share, measured.depth) for n, r in measured.rankings.items()},
     }
+    for name, ranking in distinct_rankings(measured.rankings).items():
+        rows[f'top by {name}'] = region(ranking, share, measured.depth)
     with style():
         fig, axes = _figure(width, 0.6 + 0.2 * len(rows))
         ax = axes[0][0]
@@ -559,10 +561,7 @@ def figures(measured: LayerScores, chosen: Mapping[str, Any]) -> dict[str, tuple
         region=(f'The region: {chosen["source"]}', region_figure(measured, chosen)),
         scores=(
             'Every score',
-            heat_figure(
-                f[~f.metric.str.contains('_signed|_squared|_summed|_absolute|_loss|ppl_ratio')],
-                where,
-            ),
+            heat_figure(f[~f.metric.str.contains('_signed|_squared|_summed|_absolute')], where),
         ),
     )
     if f.span.eq(0).any():

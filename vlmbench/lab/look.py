@@ -511,12 +511,14 @@ def page_of(
 # %% ../../nbs/lab/18_look.ipynb #6043a7c8
 @dataclass(frozen=True)
 class Look:
-    "What a look found: the `table`, the first `reasons` of bad rows and the `page` as HTML."
+    """What a look found: the `table`, the first `reasons` of bad rows, the `page` as HTML, and how
+    many rows could be read as they are trained on."""
 
     table: pd.DataFrame
     reasons: list[tuple[str, str, str]]
     unknown: list[tuple[str, int]]
     page: str
+    readable: int = 0
 
 
 def look(
@@ -547,4 +549,5 @@ def look(
     reasons = [(one.name, *reason) for one in seen for reason in one.reasons[:5]]
     title = f'A look at {Path(where).resolve().name or where}'
     page = page_of(title, seen, reader, max_tokens, shown)
-    return Look(table_of(seen, reader, max_tokens), reasons, unknown, page)
+    readable = sum(len(one.lengths) for one in seen)
+    return Look(table_of(seen, reader, max_tokens), reasons, unknown, page, readable)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANKINGS', 'REFERENCE', 'find_ranking', 'rankings', 'cka_change', 'gradients_of_each', 'text_rankings',
-           'rankings_against']
+           'rankings_against', 'distinct_rankings']
 
 # %% ../../nbs/lab/13_rankings.ipynb #74a78d8a
 from collections.abc import Mapping, Sequence
@@ -105,11 +105,24 @@ def rankings_against(texts: Sequence[Sequence[pd.DataFrame]], left: list[str]) -
     return against(_distinct([text_rankings(frame) for frame in frames]), REFERENCE)
 
 
+def _alike(a: pd.Series, b: pd.Series) -> bool:
+    "Whether two scores hold the same numbers but for a factor, as SNIP and Taylor do."
+    a, b = a.sort_index().to_numpy(), b.sort_index().to_numpy()
+    sizes = np.abs(a).max(), np.abs(b).max()
+    return min(sizes) > 0 and np.allclose(a / sizes[0], b / sizes[1], rtol=1e-6, atol=1e-9)
+
+
 def _distinct(texts: Sequence[Mapping[str, tuple[pd.Series, float]]]) -> list[dict]:
     "The rankings without those that repeat an earlier one's numbers in every text."
     kept: list[str] = []
-    same = lambda text, a, b: a in text and b in text and np.allclose(text[a][0], text[b][0])
+    same = lambda text, a, b: a in text and b in text and _alike(text[a][0], text[b][0])
     for name in RANKINGS:
         if not any(all(same(text, name, earlier) for text in texts) for earlier in kept):
             kept.append(name)
     return [{name: text[name] for name in kept if name in text} for text in texts]
+
+
+def distinct_rankings(found: Mapping[str, pd.Series]) -> dict[str, pd.Series]:
+    "The rankings without those that repeat an earlier one's numbers, but for a factor."
+    (kept,) = _distinct([{name: (ranking, 1.0) for name, ranking in found.items()}])
+    return {name: ranking for name, (ranking, _) in kept.items()}

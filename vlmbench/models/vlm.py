@@ -30,6 +30,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.hub import cached_file
 
+from ..data.home import is_path
 from ..data.image import CLIP_MEAN, CLIP_STD, HALF, ImageTransform, from_image_processor
 from ..data.template import IMAGE
 from .attention import check_attention
@@ -70,6 +71,8 @@ def load_complete(auto_class: type, path: str | Path | None, **settings) -> PreT
     again. Raises `ValueError` naming the weights that the folder lacks or that are no numbers, or a
     damaged file."""
     if path is not None:  # None: the settings bring configuration and weights
+        if is_path(str(path)) and not Path(path).is_dir():
+            raise ValueError(f'{path}: there is no such folder; correct the path')
         check_files(path)
     settings |= dict(output_loading_info=True, trust_remote_code=False)  # which never asks
     model, info = auto_class.from_pretrained(path, **settings)

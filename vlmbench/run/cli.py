@@ -51,7 +51,10 @@ def _root(
 # %% ../../nbs/run/10_cli.ipynb #6f674713
 @app.command()
 def run(
-    notebook: Annotated[str, typer.Argument(help='A name such as train, or a path to an .ipynb.')],
+    notebook: Annotated[
+        Optional[str],
+        typer.Argument(help='A name such as train, or a path to an .ipynb; without: lists them.'),
+    ] = None,
     assignments: Annotated[
         Optional[list[str]], typer.Argument(metavar='NAME=VALUE...', help='Parameters.')
     ] = None,
@@ -70,7 +73,7 @@ def run(
     ] = True,
 ) -> None:
     "Run a notebook with checked parameters; leaves a run folder with a manifest."
-    from vlmbench.run.engine import find_notebook, run_notebook
+    from vlmbench.run.engine import find_notebook, known_notebooks, run_notebook
     from vlmbench.run.parameters import (
         given_parameters,
         load_notebook,
@@ -78,6 +81,11 @@ def run(
         parameter_help,
     )
 
+    if notebook is None:
+        rows = [(name, about) for name, about in known_notebooks().items()]
+        typer.echo('\n'.join(columns([('notebook', 'what it does'), *rows])))
+        typer.echo('vlmbench run NOTEBOOK --show lists the parameters of one')
+        return
     if show:
         path = find_notebook(notebook)
         typer.echo(

@@ -78,6 +78,10 @@ def look_command(
         with replacing(out) as file:
             file.write(found.page)
         typer.echo(f'page: {out}')
+    if not found.readable:
+        count = found.table['bad'].sum()
+        typer.echo(f'{data}: no row can be trained on, {count:,} are bad', err=True)
+        raise typer.Exit(1)
 
 # %% ../../nbs/run/09_cli_data.ipynb #7ef89a90
 @data_app.command('convert')
@@ -157,7 +161,8 @@ def mix_command(
             wanted = dict(genqa=text_rows)
     except (ValueError, OSError, TooManyBadRecords) as e:
         raise ParameterError(str(e)) from None
-    _say_counts(mix.counts | dict(rows=sum(mix.counts.values())))
+    left_out = {f'bad: {why}': n for why, n in mix.bad.items()}
+    _say_counts(mix.counts | dict(rows=sum(mix.counts.values())) | left_out)
     for name, n in wanted.items():
         if mix.counts[name] < n:
             typer.echo(f'note: {name} has {mix.counts[name]:,} rows that could be taken, not {n:,}')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'CHECKS', 'check_places', 'check_trackers', 'check_asked', 'check_weights', 'check_train', 'check_revert',
-           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity', 'check_early',
-           'check_here']
+           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity', 'check_model',
+           'check_early', 'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
 import re
@@ -109,6 +109,7 @@ def _scale_of(name: str) -> Any:
 
 def _check_bases(name: str) -> None:
     "Refuse a scale of which a base model, called by its Hub name, is neither here nor to be had."
+    import httpx
     import huggingface_hub
 
     from vlmbench.data.home import home, kept_model
@@ -125,7 +126,7 @@ def _check_bases(name: str) -> None:
         try:
             address = huggingface_hub.hf_hub_url(where, 'config.json')
             huggingface_hub.get_hf_file_metadata(address, timeout=10)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, httpx.HTTPError) as e:
             raise ParameterError(
                 f'scale={scale.name} needs {where} as its {part}, which is neither a folder below '
                 'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and the Hub does '
@@ -137,13 +138,16 @@ def _check_bases(name: str) -> None:
 
 # %% ../../nbs/run/03_early.ipynb #ddb32921
 def check_train(values: Mapping[str, Any]) -> None:
-    """Refuse a run of notebook `train` whose places, trackers, weights or published projector are
-    not there or do not fit; `values`: all its parameters. Raises `ParameterError`."""
+    """Refuse a run of notebook `train` whose recipe, scale, settings, places, files, trackers,
+    weights or published projector are not there or do not fit; `values`: all its parameters. Raises
+    `ParameterError`."""
     check_places(values)
+    _check_names(values)
     check_trackers(values['trackers'])
     check_weights(values)
     _check_start(values['model'])
     _check_attention(values['attn_implementation'])
+    _check_plan(values)
     _check_precision(values)
     check_asked(values)
     if not values['projector']:
@@ -171,6 +175,50 @@ def _planned(values: Mapping[str, Any]) -> tuple[Any, Any]:
     chosen = [values[name] for name in ('budget', 'overrides', 'variant')]
     whole = get_recipe(values['recipe'], scale, *chosen)
     return scale, after_projector(whole, values['stages'], values['projector'])
+
+# %% ../../nbs/run/03_early.ipynb #a170512e
+def _check_names(values: Mapping[str, Any]) -> None:
+    "Refuse a recipe or scale that does not exist."
+    from vlmbench.methods.names import METHODS
+    from vlmbench.plugins import PluginError
+
+    try:
+        METHODS.find(values['recipe'])
+    except PluginError as e:
+        raise ParameterError(str(e)) from None
+    from vlmbench.train.scale import SCALES
+
+    if values['scale'] in SCALES:
+        return
+    from vlmbench.methods.recipes import RecipeError, find_scale
+
+    try:
+        find_scale(values['scale'])
+    except (RecipeError, OSError) as e:
+        raise ParameterError(str(e)) from None
+
+
+def _check_plan(values: Mapping[str, Any]) -> None:
+    "Refuse settings of the recipe that it does not have, and data that its stages do not find."
+    said = [values[name] for name in ('variant', 'overrides', 'stages', 'data')]
+    if not any(said) and values['budget'] > 0:
+        return
+    from vlmbench.data.layouts import is_hub
+    from vlmbench.data.sources import check_data
+    from vlmbench.methods.recipes import override
+    from vlmbench.options import parse_assignment
+    from vlmbench.train.run_data import run_data
+
+    try:
+        _, recipe = _planned(values)
+        if not values['data']:
+            return  # the embedded world, which is written where it is not there
+        found = run_data(recipe, values['data'], values['difficulty'], values['streaming'])
+        recipe = override(recipe, dict(map(parse_assignment, found.overrides())))
+        reads = {stage.name: stage.data for stage in recipe.stages if not is_hub(stage.data)}
+        check_data(reads, found.folder)
+    except (ValueError, OSError) as e:
+        raise ParameterError(str(e)) from None
 
 # %% ../../nbs/run/03_early.ipynb #0b3f8215
 def _check_precision(values: Mapping[str, Any]) -> None:
@@ -309,6 +357,15 @@ def check_harness(values: Mapping[str, Any]) -> None:
     `ParameterError`."""
     if values['suite'] == 'vlm' and not values['tasks']:
         raise ParameterError('suite=vlm asks what tasks names, such as tasks=\'["mme", "pope"]\'')
+    if values['preset'] and (values['tasks'] or values['suite'] != 'text'):
+        raise ParameterError(
+            f'preset={values["preset"]} is a list of text tasks: give it with suite=text, and give '
+            'tasks or preset, not both'
+        )
+    if values['before'] and not (Path(values['before']) / 'results').is_dir():
+        raise ParameterError(
+            f'before={values["before"]} is no run of notebook harness: it has no folder results'
+        )
     if values['task_folder'] and not Path(values['task_folder']).is_dir():
         raise ParameterError(f'task_folder={values["task_folder"]}: there is no such folder')
     if not values['published'] and not any(':' in text for text in values['tasks']):
@@ -342,6 +399,18 @@ def check_perplexity(values: Mapping[str, Any]) -> None:
     except ValueError as e:
         raise ParameterError(str(e)) from None
 
+# %% ../../nbs/run/03_early.ipynb #93377256
+def check_model(values: Mapping[str, Any]) -> None:
+    "Refuse a `model` among `values` that is a path where nothing is. Raises `ParameterError`."
+    from vlmbench.data.home import is_path
+
+    model = values.get('model')
+    if isinstance(model, str) and is_path(model) and not Path(model).expanduser().exists():
+        raise ParameterError(
+            f'model={model}: nothing is there (relative paths begin at {Path.cwd()}). Give the '
+            'folder of a finished run, of a model in any published layout, or a name of the Hub'
+        )
+
 # %% ../../nbs/run/03_early.ipynb #83c4554b
 # notebook -> its check and the parameters that it reads
 CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] = {
@@ -355,6 +424,9 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
             'harness_tasks',
             'harness_every',
             'harness_folder',
+            'data',
+            'difficulty',
+            'streaming',
         ),
     ),
     'evaluate': (
@@ -363,7 +435,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
         + ('tasks', 'suite', 'data', 'image_roots', 'rule')
         + ('judge', 'judge_model', 'judge_key_env', 'judge_prompt'),
     ),
-    'harness': (check_harness, ('suite', 'tasks', 'task_folder', 'published')),
+    'harness': (check_harness, ('suite', 'tasks', 'preset', 'before', 'task_folder', 'published')),
     'perplexity': (check_perplexity, ('text', 'tokens', 'block', 'cuts')),
 }
 
@@ -373,6 +445,7 @@ def check_early(notebook: str, declared: Mapping[str, Parameter], given: Mapping
     where that needs no model. Raises `ParameterError`."""
     values = {name: one.default for name, one in declared.items()} | dict(given)
     check_places(values)
+    check_model(values)
     check, reads = CHECKS.get(notebook, (None, ()))
     if check is not None and declared.keys() >= set(reads):
         check(values)

@@ -15,17 +15,20 @@ import pandas as pd
 import torch
 
 from ..analysis.ablation import answer_loss, drop_one
+from ..analysis.picture_attention import picture_attention
 from ..analysis.prune import calibration_batches, prune_outside
 from ..analysis.streams import scores
 from ..analysis.trajectory import save_trajectory
 from ..checkpoints.card import origin_of, with_scores, with_step, write_card
 from ..checkpoints.load import find_model, load_vlm
 from ..data.docstrings import held_out
+from ..data.picture import load_image
 from ..data.sources import open_samples, open_stage_data
 from ..evaluate.assess import assess, load_tasks
 from ..evaluate.generate import fingerprint, prompt_inputs
 from ..evaluate.perplexity import text_blocks, tokenizer_of
 from ..lab.calibration import calibration, load_any
+from ..lab.layer_tables import SeenPicture, store_views
 from ..lab.layers import LayerScores, choose, figures, measure, write_layer_report
 from ..methods.visual_region import heal_stage
 from ..models.depth import check_layers, depth_of, find_decoder, prune
@@ -58,6 +61,36 @@ def _batches(settings: Mapping[str, Any], data: str, processor: Any) -> tuple[li
     return calibration(processor, [rows[i] for i in chosen], **how), len(chosen), len(rows)
 
 
+def _seen(net: Any, processor: Any, settings: Mapping[str, Any], data: str) -> list[SeenPicture]:
+    """Where the model looks in the first samples with one picture, `settings['attention']` of
+    them."""
+    if settings['samples'] == DOCSTRINGS:
+        return []
+    rows, found = open_samples(data, settings['samples']), []
+    for number in spread(len(rows), settings['limit']):
+        if len(found) == settings['attention']:
+            break
+        sample = rows[number]
+        if len(sample.images) != 1:
+            continue
+        (batch,) = calibration(processor, [sample], batch_size=1, template=settings['template'])
+        if (attention := picture_attention(net, batch)) is not None:
+            asked, answer = sample.turns[-2].text, sample.turns[-1].text
+            found.append(SeenPicture(load_image(sample.images[0]), attention, asked, answer))
+    return found
+
+
+def _store_views(job: Job, settings: Mapping, data: str, model: tuple, measured: Any) -> None:
+    "What the run keeps for looking at; an attention that cannot be read is named."
+    seen = []
+    if settings['attention']:
+        try:
+            seen = _seen(*model, settings, data)
+        except ValueError as e:
+            measured.left_out.append(f'attention on the picture: {e}')
+    store_views(job.folder, measured.curves, seen)
+
+
 def _measure(
     job: Job, settings: Mapping[str, Any], model: str, base: str, data: str
 ) -> tuple[LayerScores, dict[str, Any]]:
@@ -85,6 +118,8 @@ def _measure(
         tokenizer = tokenizer_of(processor)
         words = [repr(tokenizer.decode([i])) if i >= 0 else '' for i in measured.massive.token]
         measured.massive = measured.massive.assign(text=words)
+    if job.main:
+        _store_views(job, settings, data, (net, processor), measured)
     if job.main and settings['trajectory']:
         family = net.config.get_text_config().model_type
         save_trajectory(measured.curves['zero'], job.folder, family, settings['picked'])

@@ -381,6 +381,7 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
         initial=self.spent,
         seconds=self.progress_seconds if self.main else None,
         summary=True,
+        curve='loss',
     )
     cleanup.callback(self.progress.close)
     if not self.main:

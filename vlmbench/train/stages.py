@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunState', 'Hooks', 'BareRecipe', 'check_pictures', 'check_stages', 'world_size', 'RunResult', 'run_stages',
-           'sharing', 'forget_terms', 'read_recipe', 'train_stage', 'stage_processor']
+           'sharing', 'forget_terms', 'read_recipe', 'open_stage', 'train_stage', 'stage_processor']
 
 # %% ../../nbs/train/25_stages.ipynb #4a7923b5
 import copy, itertools, json, os
@@ -17,7 +17,14 @@ from typing import Any, Protocol
 from ..data.files import write_json
 from ..data.mixture import Mixture
 from ..data.quarantine import Quarantine
-from ..data.sources import Place, check_data, check_regions, open_stage_data, picture_share
+from vlmbench.data.sources import (
+    Place,
+    StageData,
+    check_data,
+    check_regions,
+    open_stage_data,
+    picture_share,
+)
 from ..data.stream import STREAM_BUFFER
 from ..data.transform import Transform
 from ..distill.terms import LossTerm
@@ -243,23 +250,20 @@ def read_recipe(folder: str | Path) -> Recipe | None:
     except (ValueError, AttributeError) as e:
         raise RecipeError(f'{file} holds no recipe of a run: {e}') from None
 
-# %% ../../nbs/train/25_stages.ipynb #b70eb619
-def train_stage(
+# %% ../../nbs/train/25_stages.ipynb #5d5f3af6
+def open_stage(
     hooks: Hooks,
     state: RunState,
     folder: Place,
-    place: Path,
     quarantine: Quarantine,
     roots: Sequence[str] = (),
     workers: int = 0,
     stream_buffer: int = STREAM_BUFFER,
     unknown_words: float = 0.01,
-    **settings: Any,
-) -> TrainResult:
-    """Opens the data of `state.stage`, lets the method prepare model and loss terms, and trains.
-    `workers`: processes of this rank that read and encode rows ahead (0: a thread);
-    `stream_buffer`: rows of a stream that are shuffled among each other; `unknown_words`: see
-    `run_stages`."""
+) -> StageData:
+    """The data of `state.stage`, opened, with model and loss terms prepared for it by the hooks.
+    Arguments as in `train_stage`. Raises what `open_stage_data`, `check_words` and `check_context`
+    raise."""
     stage = state.stage
     data = open_stage_data(
         folder,
@@ -278,6 +282,28 @@ def train_stage(
     hooks.before_stage(state)
     check_context(stage, state.model)
     hooks.terms(state)
+    return data
+
+# %% ../../nbs/train/25_stages.ipynb #b70eb619
+def train_stage(
+    hooks: Hooks,
+    state: RunState,
+    folder: Place,
+    place: Path,
+    quarantine: Quarantine,
+    roots: Sequence[str] = (),
+    workers: int = 0,
+    stream_buffer: int = STREAM_BUFFER,
+    unknown_words: float = 0.01,
+    **settings: Any,
+) -> TrainResult:
+    """Opens the data of `state.stage`, lets the method prepare model and loss terms, and trains.
+    `workers`: processes of this rank that read and encode rows ahead (0: a thread);
+    `stream_buffer`: rows of a stream that are shuffled among each other; `unknown_words`: see
+    `run_stages`."""
+    stage = state.stage
+    given = (roots, workers, stream_buffer, unknown_words)
+    data = open_stage(hooks, state, folder, quarantine, *given)
     result = train(
         state.model,
         stage_processor(state),
