@@ -37,7 +37,9 @@ def read_run(label: str, path: str) -> pd.DataFrame:
 def draw(table: pd.DataFrame, path: Path) -> None:
     "One panel for each score; a full line for seen styles, a broken one for the unseen style."
     titles = dict(name='Thing under its box', mark='Marked thing', there='A thing that is there')
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.8), sharex=True, sharey=True, layout='constrained')
+    fig, axes = plt.subplots(
+        1, 3, figsize=(10, 3.8), sharex=True, sharey=True, layout='constrained'
+    )
     for ax, (key, title) in zip(axes, titles.items()):
         for number, (label, rows) in enumerate(table.groupby('run', sort=False)):
             for style, line in (('seen', '-'), ('unseen', '--')):
