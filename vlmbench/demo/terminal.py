@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 from PIL import Image
 from ..data.picture import MAX_PIXELS, ImageError
+from ..data.marker_style import MarkerStyle
 from ..data.overlay import PALETTE
+from ..run.trained import trained_run
 from vlmbench.demo.chat import (
     Chat,
     ChatError,
@@ -239,6 +241,8 @@ def chat_command(
         refer(q, prompts)
     loaded = chat.model = replace(loading, **settings).load(model, seeing=image is not None)
     print(f'{loaded.name}: {loaded.licence}', flush=True)
+    if prompts and (note := trained_run(model).marker_note(MarkerStyle())):
+        print(f'note: {note}', flush=True)
     if image is not None and (prompts or save):
         print(f'marked picture: {save_picture(chat.marked, save or free_name(image), chat.source)}')
     for i, p in enumerate(prompts):

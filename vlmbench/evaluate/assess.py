@@ -18,14 +18,19 @@ import pandas as pd
 from ..data.fingerprint import data_hashes
 from ..data.quarantine import Quarantine
 from ..data.record import Sample, sample_from_row
-from ..data.region_rows import DrawRegions
-from ..data.sources import DATA_FILES, data_file, open_samples, prepare_data
-from ..data.placement import in_order
+from ..data.marker_style import in_look, look_of, look_text, marker_look
+from vlmbench.data.sources import (
+    DATA_FILES,
+    data_file,
+    open_samples,
+    prepare_data,
+    style_of_data,
+)
 from ..data.transform import Transform
 from .generate import evaluate
 from .official_files import is_official, official_task
 from .open_answers import Unscored
-from .results import Results, majority_baseline, text_retention
+from .results import Results, majority_baseline, scores_by, text_retention
 from .tasks import Task, load_task
 
 # %% ../../nbs/evaluate/25_assess.ipynb #2f4dd199
@@ -108,16 +113,32 @@ def ask_before(
     }
 
 # %% ../../nbs/evaluate/25_assess.ipynb #96a7dab3
-def shown_as(task: Task, transform: Transform | None) -> Transform | None:
-    "How the task's samples are shown: as in training, with marked regions drawn in any case."
-    if transform is not None and transform.shows_regions:
+def shown_as(
+    task: Task, transform: Transform | None, folder: str | Path = '', style: str = ''
+) -> Transform | None:
+    """How the task's samples are shown: as in training, with marked regions drawn in any case, in
+    the marker `style` where one is named, else as the card of the data in `folder` says. A style
+    that was not trained with is announced. Raises `ValueError` for an unknown style."""
+    if not any(sample.regions for sample in task.samples):
         return transform
-    if any(sample.regions for sample in task.samples):
-        print(
-            f'{task.name}: regions are drawn as markers, which the recipe does not say', flush=True
-        )
-        return in_order(DrawRegions(), transform)
-    return transform
+    trained, card = look_of(transform), style_of_data(folder)
+    learnt = transform is not None and transform.shows_regions
+    if not learnt:
+        look = marker_look(style or card or 'published')
+        say = f'regions are drawn as markers ({look_text(look)}), which the recipe does not say'
+    elif style and trained != marker_look(style):
+        look, before = marker_look(style), 'no markers' if trained is None else look_text(trained)
+        say = f'regions are drawn as markers ({look_text(look)}), but were {before} in training'
+    else:
+        if trained is not None and card and trained != marker_look(card):
+            print(
+                f'{task.name}: markers are those of the training ({look_text(trained)}); the card '
+                f'of the data asks for {card}, and marker_style={card} would ask with it',
+                flush=True,
+            )
+        return transform
+    print(f'{task.name}: {say}', flush=True)
+    return in_look(transform, look)
 
 
 def majority_of_training(
@@ -176,6 +197,13 @@ def _sent_in(task: Task, answers: Results, store: Path, write: bool) -> dict[str
     return dict(upload=f'{store.name}/{path.name}', scored=scored)
 
 # %% ../../nbs/evaluate/25_assess.ipynb #719db5ce
+def _write_by(answers: Results, task: Task, store: Path) -> None:
+    "Scores by what the rows say of their scene, as `TASK-by.csv`, where they say anything."
+    table = scores_by(answers, task)
+    if len(table):
+        table.to_csv(store / f'{task.name}-by.csv', index=False)
+
+
 def assess(
     model: Any,
     processor: Any,
@@ -188,18 +216,21 @@ def assess(
     check: Callable[[], None] | None = None,
     examples: int = 24,
     ranks: Any = None,
+    style: str = '',
     **settings: Any,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Asks every task and saves the results under `out/results`. Returns a tidy table (task,
     condition, question type, n, score, low, high) and the summary for the manifest: `score` of the
     first task and, per task, its accuracies and `retention`. `ranks` (all of whom call this) share
-    the questions; `settings` go to `evaluate`."""
+    the questions; `style`: see `shown_as`; `settings` go to `evaluate`."""
     store, rows, summary = Path(out) / 'results', [], {}
     for name, task in tasks.items():
-        shown = shown_as(task, transform)
+        shown = shown_as(task, transform, folder, style)
         ask = dict(out_dir=store, transform=shown, on_batch=checked(check), ranks=ranks, **settings)
         done = {'image': evaluate(model, processor, task, examples=examples, **ask)}
         main = ranks is None or ranks.rank == 0
+        if main and done['image'].scored:
+            _write_by(done['image'], task, store)
         entry: dict[str, Any] = dict(n=len(task)) | _sent_in(task, done['image'], store, main)
         summary[name] = entry
         if isinstance(task.scorer, Unscored):

@@ -15,8 +15,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['COLUMNS', 'result_stem', 'Results', 'score_predictions', 'majority_baseline', 'chance_baseline', 'compare',
-           'text_retention', 'run_facts', 'load_results', 'accuracy_table', 'paired_table']
+__all__ = ['COLUMNS', 'BY', 'result_stem', 'Results', 'score_predictions', 'scores_by', 'majority_baseline', 'chance_baseline',
+           'compare', 'text_retention', 'run_facts', 'load_results', 'accuracy_table', 'paired_table']
 
 # %% ../../nbs/evaluate/15_results.ipynb #30cf647f
 from .scorers import normalise
@@ -198,6 +198,32 @@ def score_predictions(
     if task.averages is not None and results.scored:
         results.header['metrics'] |= task.averages(task, frame)
     return results
+
+# %% ../../nbs/evaluate/15_results.ipynb #126c4520
+BY = ('things', 'size', 'style', 'family')  # columns of rows that scores are given by
+
+
+def scores_by(
+    results: Results,
+    task: Task,
+    by: Sequence[str] = BY,  # columns of the task's rows; those that no row has are left out
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Scores by columns of the task's rows: `column`, `value`, `n`, `score`, `low`, `high`,
+    `random` and `best_guess` (means of the rows; NaN where they have none). Rows without a value
+    are not counted."""
+    columns = ['column', 'value', 'n', 'score', 'low', 'high', 'random', 'best_guess']
+    meta = {str(s.id): s.meta for s in task.samples}
+    names = [i if i in meta else i.rpartition('/')[0] for i in results.frame['id']]
+    told = pd.DataFrame([meta[name] for name in names], index=results.frame.index)
+    told, rows = told.reindex(columns=[*by, 'random', 'best_guess']), []
+    for column in by:
+        known = told[column].where(told[column] != '').dropna()
+        for value, part in told.loc[known.index].groupby(known):
+            guess = part[['random', 'best_guess']].astype(float).mean().to_dict()
+            row = _type_row('', results.frame.loc[part.index], level)
+            rows.append(dict(column=column, value=str(value), **row, **guess))
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/evaluate/15_results.ipynb #0391f542
 def majority_baseline(task: Task, train: Task | Iterable[Sample]) -> Results:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
+from ..data.marker_style import MarkerStyle, draws_look, marker_look
 from ..data.placement import ImagesFirst, in_order
-from ..data.region_rows import DrawRegions
 from ..data.transform import Transform
 from .credits import Credits, Reference, credits_text
 from ..options import Option, check_options, option, options_of
@@ -42,6 +42,16 @@ class Method(Hooks):
     regions: Optional[Literal['overlay', 'text', 'none']] = option(
         None, 'marked regions of a row: drawn on the picture, named in words, or left out'
     )
+    marker_style: Literal['', 'published', 'thin'] = option(
+        '', "how markers look; empty: as the data's card says, published where it says nothing"
+    )
+    kinds: str = option(
+        '', "kinds of marker drawn in training (rectangle+arrow); empty: the style's"
+    )
+    marker_stroke: Optional[float] = option(None, "px of a marker's stroke; none: the style's")
+    marker_gap: Optional[float] = option(None, "px between region and stroke; none: the style's")
+    marker_palette: str = option('', "colours (lime+aqua), all of them (all); empty: the style's")
+    marker_alpha: Optional[int] = option(None, "opacity of markers, 0-255; none: the style's")
 
     def __post_init__(self):
         given = {name: vars(self)[name] for name in options_of(type(self))}
@@ -52,6 +62,7 @@ class Method(Hooks):
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self.check()
+        self.look()
 
     @classmethod
     def owed(cls) -> str:
@@ -71,8 +82,30 @@ class Method(Hooks):
 
     def transform(self, state: RunState) -> Transform | None:
         "Draws regions where the option `regions` says so; pictures first where the method does it."
-        drawn = None if self.regions is None else DrawRegions(how=self.regions)
+        drawn = None if self.regions is None else draws_look(self.look(), self.regions)
         return in_order(drawn, ImagesFirst() if self.images_first else None)
+
+    def look(self) -> MarkerStyle:
+        "How regions are drawn. Raises `RecipeError` for a look that cannot be drawn, or is not."
+        given = dict(
+            style=self.marker_style,
+            stroke=self.marker_stroke,
+            gap=self.marker_gap,
+            palette=self.marker_palette,
+            alpha=self.marker_alpha,
+        )
+        if said := [f'marker_{name}' for name, value in given.items() if value not in (None, '')]:
+            if self.regions != 'overlay':
+                raise RecipeError(
+                    f'recipe {self.name!r}: {said[0]} says how markers look, and regions='
+                    f'{self.regions} draws none: set regions=overlay, or leave {said[0]} out'
+                )
+        try:
+            return marker_look(
+                **given | dict(style=self.marker_style or 'published'), kinds=self.kinds
+            )
+        except ValueError as e:
+            raise RecipeError(f'recipe {self.name!r}: {e}') from None
 
     def settings_at(self, scale: Scale) -> dict[str, Any]:
         """The method's settings at `scale`: under its name, else those of the level it says it is

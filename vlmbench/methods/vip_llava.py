@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['FEATURE_LAYERS', 'VICUNA_13B', 'LLAMA_3_8B', 'PHI_3_MINI', 'PAPER_SCALES', 'SETTINGS', 'REGION_DATA', 'CHAT_DATA',
-           'WORLD_DATA', 'feature_layers', 'front_end', 'marker_kinds', 'ViPLLaVA']
+           'WORLD_DATA', 'feature_layers', 'front_end', 'ViPLLaVA']
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #d079334f
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastcore.basics import patch
 import torch
 
-from ..data.overlay import MARKERS
+from ..data.marker_style import draws_look
 from ..data.placement import Chain, ImagesFirst
-from ..data.region_rows import DrawRegions
 from ..data.transform import Transform
 from .base import Method, option, whole_language_model
 from .credits import CREDITS, REFERENCES
@@ -162,20 +160,6 @@ REGION_DATA = 'vqa_train*5+region_train*4+text_train*1'  # published: 520k of 1.
 CHAT_DATA = 'region_train*1+vqa_train*1'
 WORLD_DATA = dict(align='caption_train', region=REGION_DATA, chat=CHAT_DATA)
 
-# %% ../../nbs/methods/10_vip_llava.ipynb #d1da9761
-def marker_kinds(kinds: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Marker kinds from names, or from one text such as 'rectangle+mask contour'; nothing means
-    all. Raises `RecipeError`."""
-    if isinstance(kinds, str) and kinds:
-        kinds = [kind.strip() for kind in kinds.split('+')]
-    found = tuple(kinds or MARKERS)
-    unknown = [kind for kind in found if kind not in MARKERS]
-    if unknown:
-        raise RecipeError(
-            f'vip_llava: marker kind {unknown[0]!r} is unknown; kinds are {", ".join(MARKERS)}'
-        )
-    return found
-
 # %% ../../nbs/methods/10_vip_llava.ipynb #f026587a
 @dataclass(frozen=True)
 class ViPLLaVA(Method):
@@ -195,7 +179,6 @@ class ViPLLaVA(Method):
         'full', 'how the language model trains; lora, as published: dropout .05 in every block'
     )
     layers: Literal['fused', 'last'] = option('fused', 'states of the encoder: five, or the last')
-    kinds: str = option('', 'kinds of marker drawn in training (rectangle+arrow); empty: all')
     load: Literal['', '4bit', '8bit'] = option('', 'base weights under LoRA (QLoRA); empty: whole')
     grouping: Literal['', 'length', 'modality'] = option(
         '', 'padded batches of rows that are alike'
@@ -209,9 +192,6 @@ class ViPLLaVA(Method):
     quant_type: Literal['nf4', 'fp4'] = option('nf4', 'number format of 4-bit weights')
     double_quant: bool = option(True, 'quantize the constants of 4-bit weights, too')
     reference: bool = option(False, 'read rows of the published data with the published faults')
-
-    def check(self) -> None:
-        marker_kinds(self.kinds)
 
     def front_end(self, scale: Scale) -> dict[str, Any]:
         "The fused front end on the scale's tower, or with the first of its states alone."
@@ -301,8 +281,7 @@ def recipe(self: ViPLLaVA, scale: Scale) -> Recipe:
 @patch
 def transform(self: ViPLLaVA, state: RunState) -> Transform:
     "Draws, names or drops the regions of a row, and puts its picture first."
-    kinds = marker_kinds(self.kinds)
-    return Chain((DrawRegions(kinds, how=self.regions, reference=self.reference), ImagesFirst()))
+    return Chain((draws_look(self.look(), self.regions, self.reference), ImagesFirst()))
 
 
 @patch

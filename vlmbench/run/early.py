@@ -205,12 +205,13 @@ def _check_plan(values: Mapping[str, Any]) -> None:
         return
     from vlmbench.data.layouts import is_hub
     from vlmbench.data.sources import check_data
-    from vlmbench.methods.recipes import override
+    from vlmbench.methods.recipes import marked_as_data, override
     from vlmbench.options import parse_assignment
     from vlmbench.train.run_data import run_data
 
     try:
         _, recipe = _planned(values)
+        marked_as_data(values['recipe'], values['variant'], values['data'])
         if not values['data']:
             return  # the embedded world, which is written where it is not there
         found = run_data(recipe, values['data'], values['difficulty'], values['streaming'])

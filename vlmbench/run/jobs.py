@@ -358,6 +358,7 @@ def evaluate_job(
         if settings['engine'] == 'vllm':
             with job.phase('engine'):
                 more['engine'], compared = _start_engine(job, loaded, questions, settings, more)
+        more['style'] = settings['marker_style']
         table = _assess(job, loaded, (questions, data), settings, ranks=job.ranks, **more)
         return table | dict(engine=compared)
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..checkpoints.load import load_vlm
 from ..data.image import ImageTransform
+from ..data.marker_style import MarkerStyle
 from ..data.quarantine import Quarantine
 from ..evaluate.assess import checked
 from ..evaluate.captions import Caption
@@ -34,6 +35,7 @@ from ..evaluate.results import Results, result_stem
 from ..evaluate.tasks import Task
 from ..evaluate.uploads import write_answers
 from .jobs import Job
+from .trained import trained_run
 
 # %% ../../nbs/run/16_region_job.ipynb #4f37649b
 def marker_kinds(settings: Mapping[str, Any]) -> dict[str, list[str | None]]:
@@ -154,6 +156,9 @@ def region_tasks_job(
             tasks = load_region_tasks(settings, job.folder if job.main else None)
             where = str(job.ranks.device)
             model = load_vlm(settings['model'], where, settings['template'])
+            # the published sets are asked as published, whatever a model was trained with
+            if job.main and (note := trained_run(settings['model']).marker_note(MarkerStyle())):
+                print(f'note: {note}', flush=True)
         asked = [
             dict(set=name, task=str(members[0]), text=members[0].items[0].turns[-1].text)
             for name, members in tasks.items()

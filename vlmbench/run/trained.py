@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.zero_names import released_name
+from ..data.marker_style import MarkerStyle, look_text
 from ..data.transform import Transform
 from ..methods.base import Method
 from ..methods.recipes import get_method
@@ -22,13 +23,15 @@ from ..train.stages import RunState, read_recipe
 @dataclass(frozen=True)
 class TrainedRun:
     """A folder that may hold a run. `notebook`, `parameters`, `results`: of its manifest, empty
-    where there is none; `recipe`: what it trained, None where the folder does not say."""
+    where there is none; `recipe`: what it trained, None where the folder does not say; `markers`:
+    the look of those it trained with, empty where none were drawn."""
 
     folder: Path
     notebook: str = ''
     parameters: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
+    markers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> Method | None:
@@ -44,6 +47,13 @@ class TrainedRun:
         method = self.method
         return None if method is None else method.transform(RunState(self.recipe))
 
+    def marker_note(self, asked: MarkerStyle) -> str:
+        "A sentence where its training drew markers in another style than `asked`; else ''."
+        look, shown = self.markers.get('look', ''), look_text(asked)
+        if look in ('', shown):
+            return ''
+        return f'{self.folder} was trained with markers of style {look}, and is asked with {shown}'
+
 
 def trained_run(where: str | Path) -> TrainedRun:
     """The training run that folder `where` is, or that the model in it belongs to (`RUN/model`).
@@ -55,10 +65,13 @@ def trained_run(where: str | Path) -> TrainedRun:
     manifest = {}
     if (home / 'manifest.json').exists():
         manifest = Manifest(home).read()
+    markers = manifest.get('markers') or {}
+    chosen = {'variant': markers['variant']} if 'variant' in markers else {}
     return TrainedRun(
         home,
         manifest.get('notebook', ''),
-        manifest.get('parameters') or {},
+        (manifest.get('parameters') or {}) | chosen,
         manifest.get('results') or {},
         read_recipe(home),
+        markers,
     )
