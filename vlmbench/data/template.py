@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'IGNORE', 'get_template', 'to_messages', 'from_messages', 'images_first', 'Encoded', 'encode',
-           'target_texts', 'Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']
+           'target_texts', 'fitting_templates', 'Span', 'ChatTemplate', 'pieces', 'IMAGE', 'BOS', 'EOS', 'CONTENT']
 
 # %% ../../nbs/data/10_template.ipynb #2b8875ce
 import json, warnings
@@ -14,6 +14,7 @@ from functools import lru_cache
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from .record import Turn
 from .spans import BOS, CONTENT, EOS, IMAGE, ChatTemplate, Span, pieces
@@ -452,3 +453,27 @@ def target_texts(encoded: Encoded, tokenizer) -> list[str]:
             runs[-1].append(t)
         prev = t != IGNORE
     return [tokenizer.decode(r) for r in runs]
+
+# %% ../../nbs/data/10_template.ipynb #477fb58f
+def fitting_templates(tokenizer) -> list[str]:
+    """Names of the templates that write a conversation with a system sentence as the tokenizer's
+    own chat template does, white space at its end left aside; those first that write one without it
+    the same, too. Raises `ValueError` where the tokenizer has no template."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f'{type(tokenizer).__name__} has no chat template: it belongs to a model that was not '
+            "taught to talk; take the template 'vicuna_v1', which needs no control tokens"
+        )
+    said = [Turn('user', 'A?'), Turn('assistant', 'B.'), Turn('user', 'C?'), Turn('assistant', 'D')]
+    bos, eos = tokenizer.bos_token or '', tokenizer.eos_token or EOS
+
+    def same(template: ChatTemplate, turns: Sequence[Turn]) -> bool:
+        try:
+            own = tokenizer.apply_chat_template(to_messages(turns), tokenize=False)
+        except TemplateError:  # it refuses such a conversation, a system turn say
+            return False
+        return own.rstrip() == template.render(turns, bos=bos, eos=eos).rstrip()
+
+    chat = [t for t in TEMPLATES.values() if not t.captions]
+    fitting = [t for t in chat if same(t, [Turn('system', 'S.'), *said])]
+    return [t.name for t in sorted(fitting, key=lambda t: not same(t, said))]

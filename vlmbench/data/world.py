@@ -9,10 +9,13 @@ import functools
 import json
 import os
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 import filelock
 import numpy as np
 from PIL import Image
@@ -253,7 +256,8 @@ def write_world(
     parts: WorldParts | None = None,  # another world; None is the first one
 ) -> Path:
     """Write the world as `folder/<kind>_<split>.json` with `folder/images/`; returns the folder.
-    Raises `FileExistsError` for another world in the same place."""
+    Raises `FileExistsError` for another world in the same place, and `SystemExit` where the process
+    is told to stop meanwhile: what was written so far is deleted then."""
     folder, want = Path(folder), dict(config=asdict(config), sizes=asdict(sizes), format=1)
     if parts is not None:
         # through JSON, as it will be read back: a tuple of the settings is a list there
@@ -261,7 +265,7 @@ def write_world(
     if _holds_world(folder, want):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder):
+    with _stops_at_once(), _one_at_a_time(folder):
         if _holds_world(folder, want):  # another process wrote it meanwhile
             return folder
         # built beside the folder and renamed when complete: an interrupted world is never found
@@ -300,6 +304,34 @@ def _holds_world(folder: Path, want: dict) -> bool:
             f'{folder} is not empty and holds no finished world; choose another folder'
         )
     return mark.exists()
+
+# %% ../../nbs/data/60_world.ipynb #de0d4b91
+@contextlib.contextmanager
+def _stops_at_once() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and SIGINT raise `SystemExit` (75 behind a handler, which is called first,
+    else 128 + the signal), from the main thread; a signal that is ignored stays so."""
+    old: dict[int, Any] = {}
+
+    def stop(number: int, frame: Any) -> None:
+        if not callable(old[number]):
+            raise SystemExit(128 + number)
+        old[number](number, frame)
+        raise SystemExit(75)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, *_USR1):
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None, signal.default_int_handler):
+                old[number] = handler
+                signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+_USR1 = [signal.SIGUSR1] if hasattr(signal, 'SIGUSR1') else []  # Windows has none
 
 # %% ../../nbs/data/60_world.ipynb #55fb536a
 @contextlib.contextmanager

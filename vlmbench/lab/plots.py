@@ -312,7 +312,7 @@ def loss_figure(
     curves: Mapping[tuple[str, int, str], pd.DataFrame], key: str = 'loss', width: float = 11.2
 ) -> Figure:
     """`curves`: (method, seed, stage) -> metrics table (`step`, `loss`, optionally `seen_targets`).
-    One panel per stage name."""
+    One panel per stage name; a stage of a single step is a point."""
     curves = {k: v for k, v in curves.items() if key in v and len(v)}
     if not curves:
         raise ValueError(f'no metrics with a {key!r} column to draw')
@@ -334,7 +334,8 @@ def loss_figure(
                 )
                 s = smooth(y, len(y) / 20)
                 ax.plot(x, y, color=colors[m], alpha=0.22, lw=0.8)
-                ax.plot(x, s, color=colors[m], label=None if m in named else _pretty(m))
+                label, point = None if m in named else _pretty(m), 'o' if len(f) == 1 else None
+                ax.plot(x, s, color=colors[m], label=label, marker=point)
                 named.add(m)
                 tops += [np.nanquantile(y, 0.98), np.nanmax(s[len(s) // 20 :])]
             ax.set_title(_pretty(stage))

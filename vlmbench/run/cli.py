@@ -172,11 +172,18 @@ def _say_submitted(begun: Sequence, place: Path) -> None:
 def bench(
     seeds: Annotated[int, typer.Option(min=1, help='How many seeds: 0, 1, ...')] = 1,
     methods: Annotated[
-        Optional[str], typer.Option(help='Comma-separated methods; default: all built in.')
+        Optional[str],
+        typer.Option(
+            help='Comma-separated methods, or all; default: llava, the control, at laptop '
+            'visual_region beside it.'
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help='Folder of the runs and the report.')] = Path(
-        'runs/bench'
-    ),
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            help='Folder of the runs and the report; default: runs/bench, runs/bench-SCALE.'
+        ),
+    ] = None,
     scale: Annotated[
         str, typer.Option(help='Base models: tiny (embedded), laptop, small, paper.')
     ] = 'tiny',
@@ -212,11 +219,13 @@ def bench(
     sbatch: _Sbatch = None,
 ) -> None:
     "Train and evaluate every method with every seed on the embedded world, and write the report."
-    from vlmbench.methods.recipes import BUILT_IN, METHODS
+    from vlmbench.methods.recipes import METHODS
     from vlmbench.run.bench import bench as run_bench
+    from vlmbench.run.bench import bench_methods
 
-    chosen = [m.strip() for m in methods.split(',')] if methods else list(BUILT_IN)
-    known = METHODS.offered()
+    chosen, known = bench_methods(methods, scale), METHODS.offered()
+    if out is None:
+        out = Path('runs/bench' if scale == 'tiny' else f'runs/bench-{Path(scale).stem}')
     check_places(dict(out=out))
     unknown = [m for m in chosen if m not in known]
     if unknown:

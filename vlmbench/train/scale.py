@@ -397,12 +397,64 @@ def weightless(
     with torch.device(device):
         return VLMForConditionalGeneration(config)
 
+# %% ../../nbs/train/01_scale.ipynb #bb80a78f
+def _need_named(scale: Scale, field: str, known: Any) -> None:
+    "Refuse a value of `field` that is not among the names `known`."
+    value = vars(scale)[field]
+    need(
+        value in known,
+        f'scale {scale.name!r}: {field}={value!r} is unknown{nearest_hint(value, known)}; '
+        f'there are {", ".join(known)}',
+    )
+
+
+def _check_shapes(scale: Scale, field: str, needed: tuple[str, ...], kind: str) -> None:
+    """Refuse a configuration in `field` of a type that transformers does not know, with a misspelt
+    setting, without the settings `needed` of such a model, or whose heads do not share its width
+    evenly."""
+    from transformers import AutoConfig
+
+    given, at = dict(vars(scale)[field]), f'scale {scale.name!r}: {field}'
+    need('model_type' in given, f"{at} needs 'model_type', as the config.json of its model has it")
+    try:
+        config = AutoConfig.for_model(given.pop('model_type'), **given)
+    except (ValueError, TypeError) as e:
+        raise RecipeError(f'{at}: {str(e).partition(" Should contain")[0]}') from None
+    known = type(config)().to_dict()
+    lacks = [name for name in needed if name not in known]
+    need(not lacks, f'{at}: a {config.model_type} is no {kind}: it has no {", ".join(lacks)}')
+    for name in given.keys() - known.keys():
+        hint = nearest_hint(name, known)
+        need(not hint, f'{at}: a {config.model_type} has no setting {name!r}{hint}')
+    there = config.to_dict()
+    width, heads = there['hidden_size'], there.get('num_attention_heads', 1)
+    need(
+        there.get('head_dim') or width % heads == 0,
+        f'{at}: hidden_size={width} does not divide into num_attention_heads={heads}',
+    )
+
+
+def _check_own(scale: Scale) -> None:
+    "Refuse what the fields of a scale name and nothing here has."
+    from vlmbench.data.image import MODES
+    from vlmbench.data.template import TEMPLATES
+
+    _need_named(scale, 'template', TEMPLATES)
+    _need_named(scale, 'image_mode', MODES)
+    if scale.llm_config is not None and 'text_config' not in scale.llm_config:
+        _check_shapes(scale, 'llm_config', ('hidden_size', 'vocab_size'), 'language model')
+    if scale.vision_config is not None and 'vision_config' not in scale.vision_config:
+        _check_shapes(scale, 'vision_config', ('hidden_size', 'patch_size'), 'vision encoder')
+
 # %% ../../nbs/train/01_scale.ipynb #0f5c0d32
 def read_scale(path: str | Path) -> Scale:
-    "The scale that a JSON file describes. Raises `RecipeError` naming the file."
+    """The scale that a JSON file describes. Raises `RecipeError` naming the file, and the field
+    that names or holds what there is not."""
     try:
-        return Scale.from_dict(json.loads(Path(path).read_text(encoding='utf8')))
+        scale = Scale.from_dict(json.loads(Path(path).read_text(encoding='utf8')))
+        _check_own(scale)
     except (OSError, json.JSONDecodeError) as e:
         raise RecipeError(f'scale {path}: {e}') from None
     except RecipeError as e:
         raise RecipeError(f'{path}: {e}') from None
+    return scale
