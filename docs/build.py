@@ -9,7 +9,7 @@ kept in `_proc/run`; it is
    API entry for each
    public symbol. Notebooks in `nbs/runs` are experiments and not executed.
 2. Names in backticks become links; pages for data cards, stored results and the contributor
-guide join (`_proc/src`).
+guide join, and those behind the four doors (`_proc/src`).
 3. Sphinx with myst-nb writes `_site`, which opens from file:// with search. A last pass refuses
 resources from other
    hosts.
@@ -25,9 +25,11 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from doors import navigation
 from notebooks import execute_all, link_pages, notebooks
-from pages import copy_reports, data_cards, guide, navigation, results_page
+from pages import data_cards, guide
 from places import nbs, root, src_dir
+from results import copy_reports, results_pages
 
 
 def mathjax(static: Path) -> None:
@@ -95,7 +97,7 @@ def main() -> None:
     shutil.rmtree(src_dir, ignore_errors=True)
     src_dir.mkdir(parents=True)
     link_pages(files)
-    navigation(files, data_cards(), results_page(), guide())
+    navigation(files, results_pages(), data_cards(), guide())
     if not args.no_math:
         mathjax(root / 'docs' / '_static')
     shutil.rmtree(args.output, ignore_errors=True)

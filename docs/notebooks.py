@@ -307,9 +307,10 @@ def relink(text: str, src: Path) -> str:
         if rel.name == 'CONTRIBUTING.md':
             return f'[{words}](/contributing.md)'
         if rel.parts[0] == 'figures':
-            return (
-                f'[{words}](/{rel.as_posix() if rel.suffix in (".png", ".svg") else "results.md"})'
-            )
+            stored = path if path.is_dir() else path.parent
+            page = root / 'figures' in stored.parents and (stored / 'README.md').exists()
+            named = f'results/{stored.name}.md' if page else 'results.md'
+            return f'[{words}](/{rel.as_posix() if rel.suffix in (".png", ".svg") else named})'
         return words
 
     return re.sub(r'(?<!\\)\[([^\]\[]*)\]\(([^)\s]+)\)', sub, text)

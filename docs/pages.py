@@ -1,32 +1,12 @@
-"""Pages of the site that are no notebooks: data cards, stored results, the contributor guide; and
-the navigation."""
+"""Pages of the site that are no notebooks: data cards and the contributor guide."""
 
 import re
-import shutil
-from pathlib import Path
 
-import nbformat
 import yaml
 from notebooks import relink
-from places import nbs, root, src_dir
+from places import root, src_dir
 from render import cell, escape
 
-# left navigation: caption -> folder of nbs/
-SECTIONS = {
-    'Tutorials': 'tutorials',
-    'Data': 'data',
-    'Models': 'models',
-    'Distillation': 'distill',
-    'Layer analysis': 'analysis',
-    'Training': 'train',
-    'Methods': 'methods',
-    'Evaluation': 'evaluate',
-    'What it costs': 'cost',
-    'Lab': 'lab',
-    'Using a model': 'demo',
-    'Running experiments': 'run',
-    'Runs': 'runs',
-}
 CARD_ROLES = {
     'embedded': 'In this package',
     'pre-training': 'Pre-training',
@@ -127,72 +107,6 @@ def data_cards() -> list[str]:
     return ['data_cards/index']
 
 
-def result_section(folder: Path) -> list[str]:
-    "A stored result: its README.md, table.md, a link to report.html."
-    note, table, report = folder / 'README.md', folder / 'table.md', folder / 'report.html'
-    text = front_matter(note.read_text(encoding='utf8'))[1].strip() if note.exists() else ''
-    head = re.match(r'# (.+)\n?', text)
-    body = re.sub(r'^#', '##', text[head.end() :] if head else text, flags=re.M)
-    # a folder's own pictures follow on the page, whether its README shows them or not
-    body = re.sub(r'^!\[[^\]]*\]\([^/)]+\)\n*', '', body, flags=re.M)
-    out = [f'## {head[1] if head else folder.name.replace("_", " ")}', '', body, '']
-    if table.exists():
-        out += [table.read_text(encoding='utf8'), '']
-    if report.exists():
-        where = report.relative_to(root).as_posix()
-        words = 'Full report: curves, examples, what trained, speed and memory'
-        out += [f'<p><a class="report" href="{where}">{words}</a></p>', '']
-    return out
-
-
-def results_page() -> list[str]:
-    """figures/ as a page: for each folder what is stored there, and its pictures; returns what the
-    navigation shows. Folders named under `order` in the front matter of figures/README.md come
-    first, in that order."""
-    fig = root / 'figures'
-    lead = fig / 'README.md'
-    head, intro = front_matter(lead.read_text(encoding='utf8')) if lead.exists() else ({}, '')
-    rank = {n: i for i, n in enumerate(head.get('order', []))}
-    folders = sorted(d for d in fig.iterdir() if d.is_dir()) if fig.exists() else []
-    folders = [fig, *sorted(folders, key=lambda d: rank.get(d.name, len(rank)))] if folders else []
-    out = []
-    for folder in folders:
-        if folder != fig:
-            out += result_section(folder)
-        inner = folder.glob('*') if folder == fig else folder.rglob('*')
-        for p in sorted(
-            p
-            for p in inner
-            if p.suffix in ('.png', '.svg') and 'runs' not in p.relative_to(folder).parts
-        ):
-            target = src_dir / p.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(p, target)
-            caption = p.stem.replace('_', ' ').replace('-', ': ', 1)
-            out += [f'![{p.stem}]({p.relative_to(root).as_posix()})', '', f'*{caption}*', '']
-    if not out:
-        return []
-    intro = re.sub(r'^# .*\n', '', intro.strip()).strip()
-    head = [
-        '# Results',
-        '',
-        '> Stored runs: every number has its seeds and its manifests',
-        '',
-        intro,
-        '',
-    ]
-    (src_dir / 'results.md').write_text('\n'.join(head + out) + '\n', encoding='utf8')
-    return ['results']
-
-
-def copy_reports(site: Path) -> None:
-    "Reports are pages of their own, kept as they are."
-    for report in (root / 'figures').glob('*/report.html'):
-        target = site / report.relative_to(root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(report, target)
-
-
 def guide() -> list[str]:
     "CONTRIBUTING.md as a page."
     page = root / 'CONTRIBUTING.md'
@@ -200,27 +114,3 @@ def guide() -> list[str]:
         relink(page.read_text(encoding='utf8'), page), encoding='utf8'
     )
     return ['contributing']
-
-
-def navigation(files: list[Path], cards: list[str], results: list[str], more: list[str]) -> None:
-    "Append hidden table-of-contents blocks to the home page: the left navigation."
-
-    def tree(caption: str, docs: list[str]) -> str:
-        return (
-            f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(docs) + '\n```'
-            if docs
-            else ''
-        )
-
-    rels = [p.relative_to(nbs).with_suffix('').as_posix() for p in files]
-    parts = {
-        caption: [r for r in rels if r.startswith(f'{folder}/')]
-        for caption, folder in SECTIONS.items()
-    }
-    placed = {'index', 'lab_log', *(r for part in parts.values() for r in part)}
-    parts['Data'] += cards
-    parts['Project'] = results + [r for r in rels if r == 'lab_log' or r not in placed] + more
-    nb = nbformat.read(src_dir / 'index.ipynb', as_version=4)
-    blocks = '\n\n'.join(b for b in (tree(c, d) for c, d in parts.items()) if b)
-    nb.cells.append(nbformat.v4.new_markdown_cell(blocks, id='navigation'))
-    nbformat.write(nb, src_dir / 'index.ipynb')
