@@ -68,6 +68,8 @@ def test_no_letter_is_favoured(letter):
         alone = re.findall(r'(?<![A-Za-z])[A-DＡ-Ｄa-d](?![A-Za-z])', row['reply'])
         if alone != ['B'] or re.search('cat|dog|bird|fish', row['reply'], re.I):
             continue
+        if letter.islower() and row['reply'].rstrip().endswith('?'):
+            continue  # a small letter in a question names no option: "What about a?"
         said = re.sub(r'(?<![A-Za-z])B(?![A-Za-z])', letter, row['reply'])
         assert parse_choice(said, options) == letter.upper(), said
         right = MultipleChoice().score(said, dict(choices=options, answers=[letter.upper()]))

@@ -61,7 +61,7 @@ def test_the_stored_dtype_stays_unless_another_is_asked_for(name, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} == {model.config.dtype}
     assert logits(model, processor).isfinite().all()
     assert load(folder, dtype='float16')[0].dtype == torch.float16
-    with pytest.raises(LoadError, match="dtype='int3' is unknown; there are auto, float32"):
+    with pytest.raises(LoadError, match="dtype='int3' is unknown: use one of bf16"):
         load(folder, dtype='int3')
 
 

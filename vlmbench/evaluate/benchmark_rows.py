@@ -293,7 +293,8 @@ def unshown_prompts(row: Mapping[str, Any], said: str) -> list[str]:
     hint = row.get('hint')
     hints = ['hint'] if isinstance(hint, str) and hint.strip() not in (said, '', 'nan') else []
     system = [key for key, _ in [system_column(row)] if key]
-    return [*unshown_columns(row, said), *(h for h in hints if str(hint) not in said), *system]
+    hints = [h for h in hints if str(hint) not in said]
+    return [*dict.fromkeys([*unshown_columns(row, said), *hints, *system])]
 
 
 def row_pictures(
