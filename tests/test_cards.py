@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from vlmbench.data.card_rows import field_problem
 from vlmbench.data.cards import (
     METHODS,
     SIZES,
@@ -19,7 +20,6 @@ from vlmbench.data.cards import (
     cards_dir,
     check,
     check_command,
-    field_problem,
     front_problems,
     list_cards,
     load_card,
