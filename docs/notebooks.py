@@ -99,6 +99,22 @@ def code_cell(cell, directives: dict):
     return new
 
 
+def about_run(src: Path) -> str:
+    "What stands at the top of a run notebook's page: how it is started, and its parameters."
+    from render import cell, code
+
+    from vlmbench.run.parameters import load_notebook, notebook_parameters
+
+    note = f'An experiment: `vlmbench run {src.stem} name=value ...` executes it with checked '
+    note += 'parameters. It is shown as it stands, without results.'
+    out = ['```{note}', note, '```', '', '## Parameters', '']
+    out += ['| name | type | default | meaning |', '|---|---|---|---|']
+    for p in notebook_parameters(load_notebook(src), src.stem).values():
+        row = code(p.name), code(str(p.type)), code(repr(p.default)), cell(p.help)
+        out.append('| ' + ' | '.join(row) + ' |')
+    return '\n'.join([*out, '', '## The notebook'])
+
+
 def prepare(src: Path, dst: Path, execute: bool) -> None:
     """Execute one notebook and write it with API entries in place of exported cells. Exits with the
     cell that failed."""
@@ -177,16 +193,7 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
             out.append(new)
     out += sources
     if nbs / 'runs' in src.parents:
-        note = (
-            f'An experiment: `vlmbench run {src.stem} name=value ...` executes it with checked '
-            'parameters. '
-        )
-        out.insert(
-            1,
-            new_markdown_cell(
-                f'```{{note}}\n{note}It is shown as it stands, without results.\n```'
-            ),
-        )
+        out.insert(1, new_markdown_cell(about_run(src)))
     page = new_notebook(cells=out)
     page.metadata.update(
         kernelspec=dict(name='python3', display_name='Python 3', language='python'),
@@ -344,10 +351,32 @@ def link_pages(files: list[Path]) -> None:
             if cell.cell_type != 'markdown':
                 continue
             own = (cell.metadata.get('symbol') or {}).get('label')
-            cell.source = relink(link(cell.source, rel, own), nbs / rel)
+            cell.source = relink(papers_linked(link(cell.source, rel, own)), nbs / rel)
+        nb.cells += citation(rel)
         dst = src_dir / rel
         dst.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, dst)
+
+
+def papers_linked(text: str) -> str:
+    "`arXiv 2406.11832` as a link, outside of code and links."
+    chunks = re.split(r'(```.*?```|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>\s]+>)', text, flags=re.S)
+    named = r'\barXiv[: ](\d{4}\.\d{4,5})\b'
+    said = r'[arXiv \1](https://arxiv.org/abs/\1)'
+    return ''.join(c if i % 2 else re.sub(named, said, c) for i, c in enumerate(chunks))
+
+
+def citation(page: Path) -> list:
+    "The last cell of a method's page: its paper's BibTeX entry, and what it owes; else nothing."
+    from vlmbench.methods.credits import CREDITS, REFERENCES, credits_text
+
+    method = page.stem.partition('_')[2]
+    if page.parent.name != 'methods' or method not in REFERENCES:
+        return []
+    paper = REFERENCES[method]
+    head = f'## To cite\n\n{paper.title} ({paper.year}), arXiv {paper.arxiv}.\n\n'
+    text = head + credits_text(paper, CREDITS.get(method))
+    return [new_markdown_cell(papers_linked(text), id='citation')]
 
 
 def relink(text: str, src: Path) -> str:
