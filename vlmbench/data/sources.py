@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COUNTED_ROWS', 'FIRST_STREAMED', 'Place', 'SEEDS_APART', 'DataError', 'data_file', 'published_names', 'Found',
            'find_data', 'plain_name', 'data_files', 'check_data', 'data_roots', 'published_folders', 'published_root',
-           'prepare_data', 'style_of_data', 'has_picture', 'first_rows', 'published_rows', 'picture_share', 'Shards',
-           'open_streamed', 'open_drawn', 'open_samples', 'check_regions', 'grouped_order', 'StageData',
-           'open_stage_data']
+           'embedded_world', 'prepare_data', 'style_of_data', 'has_picture', 'first_rows', 'published_rows',
+           'picture_share', 'Shards', 'open_streamed', 'open_drawn', 'open_samples', 'check_regions', 'grouped_order',
+           'StageData', 'open_stage_data']
 
 # %% ../../nbs/data/75_sources.ipynb #b72d5cbe
 import difflib, itertools, json
@@ -225,14 +225,26 @@ def published_root(name: str) -> Path | None:
     raise DataError(f'data={name} is not in {looked}. {how}')
 
 # %% ../../nbs/data/75_sources.ipynb #0a8cfca2
-def prepare_data(folder: str | Path = '', difficulty: str = 'default') -> Path:
-    """The data folder: `folder`, or when empty the embedded world, written to
-    `runs/world-<difficulty>` unless it is there already, or the folder below which published data
-    of this name lies. Raises `DataError` for a folder that does not exist or holds a world of
-    another difficulty than the one asked for, FileExistsError when the place of the embedded world
-    holds another."""
+def embedded_world(world: str = '', difficulty: str = 'default') -> Path:
+    """The folder below runs/ of an embedded world, written unless it is there already. `world`:
+    'things:easy', or empty for the first one; a `difficulty` other than 'default' takes the place
+    of its level. Raises `FileExistsError` where another one is in its place."""
+    from vlmbench.data.thing_world import named_level, write_named_world
+
+    name, level = named_level(world)
+    level = level if difficulty == 'default' else difficulty
+    if name == 'world1':
+        return write_world(Path('runs') / f'world-{level}', WorldConfig.at(level))
+    return write_named_world(name, Path('runs') / f'world-{name}-{level}', level)
+
+
+def prepare_data(folder: str | Path = '', difficulty: str = 'default', world: str = '') -> Path:
+    """The data folder: `folder`, or when empty the embedded `world` (`embedded_world`), or the
+    folder below which published data of this name lies. Raises `DataError` for a folder that does
+    not exist or holds a world of another difficulty than the one asked for, FileExistsError when
+    the place of the embedded world holds another."""
     if not str(folder):
-        return write_world(Path('runs') / f'world-{difficulty}', WorldConfig.at(difficulty))
+        return embedded_world(world, difficulty)
     folder = Path(folder)
     if is_hub(folder):
         raise DataError(

@@ -39,7 +39,7 @@ from .world import KINDS, WorldParts, WorldSize, write_world
 __all__ = ['THING_TYPES', 'PLURAL', 'MASS', 'OPPOSITE', 'SAID', 'DRAWN', 'DESCRIBE_THINGS', 'BUILDERS', 'REGION_THINGS', 'WORLDS',
            'with_article', 'relations', 'caption', 'thing_facts', 'group_counts', 'describe_things', 'thing_questions',
            'one_of_each', 'placed_region', 'thing_samples', 'ThingSize', 'write_things', 'write_named_world',
-           'guess_levels', 'thing_words', 'thing_tokenizer']
+           'named_level', 'guess_levels', 'thing_words', 'thing_tokenizer']
 
 # %% ../../nbs/data/61_thing_world.ipynb #44e40d67
 THING_TYPES = (
@@ -425,6 +425,12 @@ def write_named_world(
     if name == 'things':
         return write_things(folder, ThingConfig.at(difficulty, seed=seed))
     raise ValueError(f'world {name!r} is unknown; use one of {WORLDS}')
+
+
+def named_level(world: str) -> tuple[str, str]:
+    "Name and level of an embedded world written 'things:easy'; empty: the first one at 'default'."
+    name, _, level = world.partition(':')
+    return name or WORLDS[0], level or 'default'
 
 # %% ../../nbs/data/61_thing_world.ipynb #466682cd
 def _asked(samples: Sequence[Sample]) -> list[tuple[str, str, str, dict]]:

@@ -89,7 +89,9 @@ _PAPER = dict(
     finetune_hd=(2e-5, 0.01, 2),
     published=_STEPS,
 )
-SETTINGS = dict(tiny=_TINY, laptop=_LAPTOP, small=_SMALL, paper=_PAPER)
+# windows of 16 px, as the patches of that tower
+_THINGS = _TINY | dict.fromkeys(('eve', 'eve_v2'), (128, dict(channels=96, patch_stride=8)))
+SETTINGS = dict(tiny=_TINY, things=_THINGS, laptop=_LAPTOP, small=_SMALL, paper=_PAPER)
 
 # %% ../../nbs/methods/20_eve.ipynb #2609824f
 def stride_of(front_end: Mapping[str, Any]) -> int:

@@ -46,6 +46,8 @@ _PAPER = dict(
 )
 SETTINGS = {
     'tiny': _TINY,
+    # scenes of things are told at greater length; fewer rows a step give more steps
+    'things': _TINY | dict(rows=(8, 8), tokens=320),
     'laptop': _LAPTOP,
     'small': _SMALL,
     'paper': _PAPER,

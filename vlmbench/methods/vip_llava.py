@@ -148,6 +148,7 @@ _PAPER = dict(
 )
 SETTINGS = {
     'tiny': _TINY,
+    'things': _TINY | dict(rows=(8, 8), tokens=320),  # as the control's
     'laptop': _LAPTOP,
     'small': _SMALL,
     'paper': _PAPER,

@@ -185,7 +185,7 @@ def bench(
         ),
     ] = None,
     scale: Annotated[
-        str, typer.Option(help='Base models: tiny (embedded), laptop, small, paper.')
+        str, typer.Option(help='Base models: tiny or things (embedded), laptop, small, paper.')
     ] = 'tiny',
     budget: Annotated[float, typer.Option(min=0.0, help="Factor on every stage's budget.")] = 1.0,
     data: Annotated[

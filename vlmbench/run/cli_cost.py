@@ -41,7 +41,8 @@ _Figure = Annotated[Optional[Path], typer.Option(help='Write the table as a figu
 def cost(
     recipe: Annotated[str, typer.Argument(help='A method, as `vlmbench methods` lists them.')],
     scale: Annotated[
-        str, typer.Option(help='tiny, laptop, small, paper, a published scale or a JSON file.')
+        str,
+        typer.Option(help='tiny, things, laptop, small, paper, a published scale or a JSON file.'),
     ] = 'paper',
     variant: _Variant = None,
     rows: _Rows = None,

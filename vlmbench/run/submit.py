@@ -478,8 +478,7 @@ def plan_bench_jobs(
     """The jobs of `vlmbench.run.bench.bench` with the same arguments, its comparison last. The
     embedded world is written here, once; `resume` leaves out completed runs of the same code.
     Raises `ParameterError`."""
-    from vlmbench.data.world import write_world
-    from vlmbench.run.bench import plan_bench, reusable
+    from vlmbench.run.bench import bench_world, plan_bench, reusable
 
     out = Path(out).absolute()
     runs = plan_bench(methods, seeds, out, **params)
@@ -497,7 +496,7 @@ def plan_bench_jobs(
             raise ParameterError(str(e)) from None
         jobs.append(NotebookJob(str(train.absolute()), given, str(run.folder)))
     if not params.get('data'):
-        world = str(write_world(out / 'world'))
+        world = str(bench_world(out, params.get('scale', 'tiny')))
         jobs = [replace(job, params={**job.params, 'data': world}) for job in jobs]
     every = dict(runs=[str(run.folder) for run in runs], report=str(out))
     return [*jobs, BenchReport(str(compare.absolute()), every, str(out / 'compare'))]

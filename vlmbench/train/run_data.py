@@ -108,10 +108,14 @@ class RunData:
 
 
 def run_data(
-    recipe: Recipe, data: str = '', difficulty: str = 'default', streaming: bool = False
+    recipe: Recipe,
+    data: str = '',
+    difficulty: str = 'default',
+    streaming: bool = False,
+    world: str = '',
 ) -> RunData:
     """What `data` (a folder, the name of published rows or of their folder, `hub:ORG/NAME`; empty:
-    the embedded world) and `streaming` say for a run of `recipe`. Raises `DataError` and
+    the embedded `world`) and `streaming` say for a run of `recipe`. Raises `DataError` and
     `RecipeError`."""
     folder, reads, whole, name = Path(), {}, False, PurePath(data).name
     if is_hub(data):
@@ -125,7 +129,7 @@ def run_data(
         if found != data and not asked:
             reads = _in_place(recipe, data, found)
     else:
-        folder = prepare_data(data, difficulty)
+        folder = prepare_data(data, difficulty, world)
         whole = not streaming and (not data or folder == Path(data))
     if streaming:
         reads = {s.name: as_stream(reads.get(s.name, s.data)) for s in recipe.stages}

@@ -47,7 +47,9 @@ class Scale:
     `llm_config`, `vision_config`: transformers configuration dicts with `model_type`, used to build
     from shapes without weights. `image_size`: side of the square input in pixels. `template`: chat
     template. `image_mode`: what becomes of pictures that are not square. `dtype`: storage of frozen
-    weights. `like`: the level (one of `LEVELS`) whose settings methods take for it."""
+    weights. `like`: the level (one of `LEVELS`) whose settings methods take for it. `world`: the
+    embedded world that runs without data read, with the level its models know ('things:easy');
+    empty: the first world."""
 
     name: str
     llm: str
@@ -60,6 +62,7 @@ class Scale:
     dtype: str = 'float32'
     notes: str = ''
     like: str = ''
+    world: str = ''
 
     def __post_init__(self):
         check_number(self.image_size, f'scale {self.name!r}: image_size', 1, integer=True)
@@ -207,7 +210,17 @@ _LAPTOP = Scale(
     image_mode='pad',
     notes='pretrained; two CPU cores, 8 GB',
 )
-SCALES = {scale.name: scale for scale in (_TINY, _LAPTOP, _SMALL, _PAPER)}
+_THINGS = Scale(
+    'things',
+    'asset:things_llm',
+    'asset:things_vit',
+    128,
+    'world',
+    notes='world of things; two CPU cores',
+    like='tiny',
+    world='things:easy',
+)
+SCALES = {scale.name: scale for scale in (_TINY, _THINGS, _LAPTOP, _SMALL, _PAPER)}
 
 
 def get_scale(name: str) -> Scale:
