@@ -40,7 +40,7 @@ from ..data.layouts import hub_parts, is_hub
 from ..data.mixture import Mixture
 from ..data.sources import published_names
 from ..methods.recipes import get_method
-from ..methods.zero import GRAFT, ON_SURROGATE
+from ..methods.zero import GRAFTED, UNGRAFTED
 from ..models.files import cached_folder
 from ..models.vlm import model_folder, model_name
 
@@ -164,7 +164,7 @@ def origin_of(
     return Origin([dict(part=part, name=str(where), licences=[UNKNOWN.id])])
 
 # %% ../../nbs/checkpoints/75_card.ipynb #5e4a2528
-_ASKED_IN_TEXT = {GRAFT: 'language model', ON_SURROGATE: 'surrogate'}
+_ASKED_IN_TEXT = {GRAFTED: 'language model', UNGRAFTED: 'surrogate'}
 
 
 def arm_of(where: str | Path, sees: bool = True) -> str:

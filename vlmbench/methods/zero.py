@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_SCALES', 'Ranges', 'MEASURED_SPLITS', 'FRONT_END',
-           'STAGES', 'ON_SURROGATE', 'SETTINGS', 'GRAFT', 'WHOLE_MODEL', 'OTHER_MODEL', 'DECODER_TRAINED',
-           'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of', 'Zero', 'check_target', 'graft_onto',
-           'check_origin']
+           'STAGES', 'ON_SURROGATE', 'SETTINGS', 'GRAFTED', 'UNGRAFTED', 'WHOLE_MODEL', 'OTHER_MODEL',
+           'DECODER_TRAINED', 'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of', 'Zero',
+           'check_target', 'graft_onto', 'check_origin']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
@@ -198,7 +198,7 @@ def last_third_of(depth: int) -> tuple[int, ...]:
 
 # %% ../../nbs/methods/40_zero.ipynb #fd83dc51
 # arms: how the encoder of a model came before its language model
-GRAFT, ON_SURROGATE = 'zero-shot graft', 'encoder on its surrogate'  # as published
+GRAFTED, UNGRAFTED = 'zero-shot graft', 'encoder on its surrogate'  # as published
 WHOLE_MODEL, OTHER_MODEL = 'encoder trained with the whole model', 'encoder of another model'
 DECODER_TRAINED = 'language model trained behind the encoder'
 
@@ -262,7 +262,7 @@ class Zero(Method):
             return ''
         if not self.cuts:
             return OTHER_MODEL if self.stand_in else WHOLE_MODEL
-        return GRAFT if self.grafts else ON_SURROGATE
+        return GRAFTED if self.grafts else UNGRAFTED
 
     @property
     def cuts(self) -> bool:
