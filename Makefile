@@ -15,6 +15,7 @@
 #   make lab              JupyterLab on 127.0.0.1
 #   make figures          redraw figures/ from the stored results
 #   make speed            print speed ratios measured in one run
+#   make tutorials        execute the tutorials and keep the small outputs that their files show
 #   make export           notebooks -> vlmbench/, cleaned, README.md and the mirrored run notebooks refreshed
 #   make clean            remove what these commands generated (not .venv, not runs)
 
@@ -40,7 +41,7 @@ RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background 
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-notebooks test-python test-ranks test-slurm test-engines test-real weights docs lab figures speed export clean venv venv-core
+.PHONY: help bench test test-notebooks test-python test-ranks test-slurm test-engines test-real weights docs lab figures speed tutorials export clean venv venv-core
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -117,6 +118,9 @@ docs: venv
 lab: venv
 	cd nbs && ../$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) --no-browser \
 		--ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter
+
+tutorials: venv
+	$(BIN)/python scripts/tutorials.py
 
 export: venv
 	$(BIN)/python scripts/export.py

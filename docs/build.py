@@ -3,19 +3,19 @@
     python docs/build.py [--output _site] [--jobs 2] [--only nbs/data/00_record.ipynb ...]
     [--no-execute] [--no-math]
 
-1. Every notebook is executed in a process of its own, in its own folder, and its outputs are
-kept in `_proc/run`; it is
-   not executed again while it and the package stay the same. Exported cells fold away behind an
-   API entry for each
-   public symbol. Notebooks in `nbs/runs` are experiments and not executed.
-2. Names in backticks become links; pages for data cards, stored results and the contributor
-guide join, and those behind the four doors (`_proc/src`).
-3. Sphinx with myst-nb writes `_site`, which opens from file:// with search. A last pass refuses
-resources from other
-   hosts.
+1. Every notebook is executed in a process of its own, in its own folder, and its outputs are kept
+   in `_proc/run`; it is not executed again while it and the modules that it reads stay the same.
+   Exported cells fold away behind an API entry for each public symbol. Notebooks in `nbs/runs` are
+   experiments and not executed.
+2. Names in backticks become links; pages for commands, data cards, stored results and the
+   contributor guide join, and those behind the four doors (`_proc/src`).
+3. Sphinx with myst-nb writes `_site`, which opens from file:// with search: all of it, or only
+   what differs from the last time where no page has come, gone or changed its title. A last pass
+   refuses resources from other hosts.
 """
 
 import argparse
+import filecmp
 import re
 import shutil
 import subprocess
@@ -25,10 +25,11 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from doors import navigation
+from commands import command_pages
+from doors import navigation, title_and_subtitle
 from notebooks import execute_all, link_pages, notebooks
 from pages import data_cards, guide
-from places import nbs, root, src_dir
+from places import kept_dir, nbs, root, src_dir
 from results import copy_reports, results_pages
 
 
@@ -56,6 +57,34 @@ def mathjax(static: Path) -> None:
     print('  MathJax unpacked')
 
 
+def titles() -> str:
+    "Every page with its title: what the navigation of all the others shows."
+    pages = [p for p in src_dir.rglob('*') if p.suffix in ('.md', '.ipynb')]
+    names = sorted(p.relative_to(src_dir).with_suffix('').as_posix() for p in pages)
+    return '\n'.join(f'{name}: {title_and_subtitle(name)[0]}' for name in names)
+
+
+def bring_over() -> None:
+    "Put what this build wrote where Sphinx reads; a file that stays the same keeps its time."
+    for old in kept_dir.rglob('*') if kept_dir.exists() else ():
+        if old.is_file() and not (src_dir / old.relative_to(kept_dir)).is_file():
+            old.unlink()
+    for new in src_dir.rglob('*'):
+        kept = kept_dir / new.relative_to(src_dir)
+        if new.is_dir() or kept.is_file() and filecmp.cmp(new, kept, shallow=False):
+            continue
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(new, kept)
+
+
+def start_over_if_pages_differ(output: Path) -> None:
+    "Forget the site that was built before unless it has the same pages by the same titles."
+    stamp, now = root / '_proc' / 'titles.txt', f'{output}\n{titles()}'
+    if not stamp.exists() or stamp.read_text(encoding='utf8') != now:
+        shutil.rmtree(output, ignore_errors=True)
+    stamp.write_text(now, encoding='utf8')
+
+
 def foreign_resources(site: Path) -> list[str]:
     "Scripts, styles, fonts and pictures that a page would fetch from another host."
     loads = re.compile(
@@ -74,7 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ap.add_argument('--output', type=Path, default=root / '_site')
-    ap.add_argument('--jobs', type=int, default=2, help='notebooks executed at once')
+    ap.add_argument('--jobs', type=int, default=2, help='notebooks and pages made at once')
     ap.add_argument(
         '--only',
         nargs='*',
@@ -97,12 +126,13 @@ def main() -> None:
     shutil.rmtree(src_dir, ignore_errors=True)
     src_dir.mkdir(parents=True)
     link_pages(files)
-    navigation(files, results_pages(), data_cards(), guide())
+    navigation(files, results_pages(), [*command_pages(), *data_cards()], guide())
     if not args.no_math:
         mathjax(root / 'docs' / '_static')
-    shutil.rmtree(args.output, ignore_errors=True)
+    start_over_if_pages_differ(args.output)
+    bring_over()
     strict = [] if args.only else ['-W']
-    folders = ['-c', root / 'docs', '-d', root / '_proc' / 'doctrees', src_dir, args.output]
+    folders = ['-c', root / 'docs', '-d', root / '_proc' / 'doctrees', kept_dir, args.output]
     sphinx = [
         sys.executable,
         '-m',
@@ -110,6 +140,8 @@ def main() -> None:
         *strict,
         '--keep-going',
         '-q',
+        '-j',
+        str(args.jobs),
         '-b',
         'html',
         *map(str, folders),

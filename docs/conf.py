@@ -1,17 +1,19 @@
 """Sphinx settings of the documentation site. The pages come from docs/build.py; nothing is executed
 here."""
 
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
+sys.path.insert(0, str(here))
 settings = ConfigParser(delimiters=['='], interpolation=None)
 settings.read(here.parent / 'settings.ini', encoding='utf8')
 cfg = settings['DEFAULT']
 
 project, author, copyright = cfg['title'], cfg['author'], cfg['copyright']
 version = release = cfg['version']
-extensions = ['myst_nb', 'sphinx_copybutton']
+extensions = ['myst_nb', 'sphinx_copybutton', 'excerpts']
 root_doc = 'index'
 exclude_patterns = ['jupyter_execute', '**/.ipynb_checkpoints']
 
@@ -44,9 +46,11 @@ html_logo = str(here / '_static' / 'logo.svg')
 html_favicon = str(here / '_static' / 'favicon.svg')
 html_copy_source = False
 html_show_sourcelink = False
+html_show_search_summary = False  # excerpts.py: Sphinx's own needs a server
 html_context = {'default_mode': 'auto'}
 html_theme_options = {
     'home_page_in_toc': False,
+    'collapse_navigation': True,  # a page lists what is near it, not all 450 (100 kB a page)
     'show_navbar_depth': 1,
     'show_toc_level': 2,
     'use_download_button': False,

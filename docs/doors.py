@@ -25,6 +25,7 @@ EXPLANATION = (
     'fault_catalogue',
     'credits',
 )
+GLOSSARY = 'analysis/50_glossary'  # stands in the reference itself, not with the modules
 # modules in the reference: folder of nbs/ -> caption
 MODULES = {
     'data': 'Data',
@@ -113,11 +114,12 @@ def make_doors(
     ways = [r for r in HOW_TO if r in rels]
     reasons = [r for r in EXPLANATION if r in rels]
     runs = [r for r in rels if r.startswith('runs/')]
-    placed = {'index', *lessons, *ways, *reasons, *runs}
+    glossary = [r for r in rels if r == GLOSSARY]
+    placed = {'index', *lessons, *ways, *reasons, *runs, *glossary}
     if runs:
         words = 'Notebooks that `vlmbench run` executes, each with the parameters it takes'
-        reference = [*reference, written(Door('reference/runs', 'Experiments', words, tuple(runs)))]
-    reference = [*reference, *module_pages([r for r in rels if r not in placed])]
+        reference = [written(Door('reference/runs', 'Experiments', words, tuple(runs))), *reference]
+    reference = [*glossary, *reference, *module_pages([r for r in rels if r not in placed])]
     doors = [
         ('tutorials', 'Tutorials', 'Lessons to follow from the first line to the last', lessons),
         ('howto', 'How-to', 'One task, the commands for it, and nothing else', [*ways, *how_to]),

@@ -21,6 +21,8 @@ from places import nbs, root, run_dir, src_dir
 
 SKIPPED = {'gpu', 'slow', 'notest'}  # cells with these flags are shown, not executed
 WIDGET = 'application/vnd.jupyter.widget-view+json'
+# programs that tell of the machine or of git, and read nothing of the package
+QUIET_PROGRAMS = {'git', 'lscpu', 'uname', 'ldconfig', 'fc-list', 'nvidia-smi'}
 
 
 def notebooks() -> list[Path]:
@@ -95,6 +97,22 @@ def code_cell(cell, directives: dict):
     new.outputs = [] if quiet else clean_outputs(cell.get('outputs') or [])
     new.metadata['folded'] = 'imports' if imports else 'source' if exported else ''
     return new
+
+
+def about_run(src: Path) -> str:
+    "What stands at the top of a run notebook's page: how it is started, and its parameters."
+    from render import cell, code
+
+    from vlmbench.run.parameters import load_notebook, notebook_parameters
+
+    note = f'An experiment: `vlmbench run {src.stem} name=value ...` executes it with checked '
+    note += 'parameters. It is shown as it stands, without results.'
+    out = ['```{note}', note, '```', '', '## Parameters', '']
+    out += ['| name | type | default | meaning |', '|---|---|---|---|']
+    for p in notebook_parameters(load_notebook(src), src.stem).values():
+        row = code(p.name), code(str(p.type)), code(repr(p.default)), cell(p.help)
+        out.append('| ' + ' | '.join(row) + ' |')
+    return '\n'.join([*out, '', '## The notebook'])
 
 
 def prepare(src: Path, dst: Path, execute: bool) -> None:
@@ -175,16 +193,7 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
             out.append(new)
     out += sources
     if nbs / 'runs' in src.parents:
-        note = (
-            f'An experiment: `vlmbench run {src.stem} name=value ...` executes it with checked '
-            'parameters. '
-        )
-        out.insert(
-            1,
-            new_markdown_cell(
-                f'```{{note}}\n{note}It is shown as it stands, without results.\n```'
-            ),
-        )
+        out.insert(1, new_markdown_cell(about_run(src)))
     page = new_notebook(cells=out)
     page.metadata.update(
         kernelspec=dict(name='python3', display_name='Python 3', language='python'),
@@ -196,41 +205,96 @@ def prepare(src: Path, dst: Path, execute: bool) -> None:
     nbformat.write(page, dst)
 
 
+def said_in(path: Path) -> str:
+    "Hash of a file's bytes."
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def fingerprint() -> str:
-    """Changes when anything an executed notebook can see changes: package, assets, stored results,
-    these files."""
-    h = hashlib.sha256()
+    """Changes when what every executed notebook may read changes: assets, cards, results, these
+    files. Modules of the package count notebook by notebook (`Watch`)."""
     seen = [
-        *(root / 'vlmbench').rglob('*'),
+        *(root / 'vlmbench' / 'assets').rglob('*'),
         *(root / 'data_cards').glob('*'),
         *(root / 'figures').rglob('*.json'),
-        root / 'docs' / 'notebooks.py',
-        root / 'docs' / 'copies.py',
-        root / 'docs' / 'render.py',
+        root / 'settings.ini',
+        *(root / 'docs' / name for name in ('notebooks.py', 'copies.py', 'render.py')),
     ]
-    for p in sorted(seen):
-        if p.is_file() and '__pycache__' not in p.parts:
-            h.update(str(p.relative_to(root)).encode() + p.read_bytes())
-    return h.hexdigest()
+    files = [p for p in sorted(seen) if p.is_file()]
+    said = ''.join(f'{p.relative_to(root)} {said_in(p)}\n' for p in files)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def package_files() -> dict[str, str]:
+    "Every module and run notebook of the package with the hash of what it says."
+    package = root / 'vlmbench'
+    files = [*package.rglob('*.py'), *package.rglob('*.ipynb')]
+    return {p.relative_to(root).as_posix(): said_in(p) for p in sorted(files)}
+
+
+class Watch:
+    """What of the package a notebook reads, seen from within its process: the modules that are
+    imported, and all of them once it starts another process."""
+
+    def __init__(self):
+        self.started = set()
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, arguments: tuple) -> None:
+        if event == 'subprocess.Popen':
+            self.started.add(Path(os.fspath(arguments[0] or arguments[1][0])).name)
+        elif event in ('os.fork', 'os.posix_spawn', 'os.system'):
+            self.started.add(event)
+
+    def read(self) -> dict[str, str]:
+        "Those files with their hashes."
+        files = package_files()
+        if self.started - QUIET_PROGRAMS:
+            return files
+        names = [n.replace('.', '/') for n in sys.modules if n.split('.')[0] == 'vlmbench']
+        read = [p for n in names for p in (f'{n}.py', f'{n}/__init__.py') if p in files]
+        return {p: files[p] for p in read}
+
+
+def cost() -> float:
+    "Processor seconds of this process and of those it has waited for."
+    return sum(os.times()[:4])
+
+
+def is_current(stamp: Path, key: str, package: dict[str, str]) -> bool:
+    "Whether the page beside `stamp` was made from the same notebook and the same modules."
+    if not stamp.with_suffix('.ipynb').exists() or not stamp.exists():
+        return False
+    made = json.loads(stamp.read_text(encoding='utf8'))
+    return made['key'] == key and all(package.get(p) == h for p, h in made['read'].items())
+
+
+def made_anew(src: Path, dst: Path, execute: bool, stamp: Path, key: str) -> None:
+    "`prepare`, and beside the page what it was made from and what that cost."
+    watch = Watch()
+    prepare(src, dst, execute)
+    made = dict(key=key, seconds=round(cost(), 2), read=watch.read(), started=sorted(watch.started))
+    stamp.write_text(json.dumps(made), encoding='utf8')
 
 
 def execute_all(files: list[Path], jobs: int, execute: bool, timeout: int = 900) -> None:
     """Prepare the notebooks that changed, `jobs` at a time. Exits with every failed cell once all
     have been tried."""
-    package = fingerprint()
+    base, package = fingerprint(), package_files()
     context = warm_context()
+    costs = {}
 
     def one(src: Path) -> str | None:
         rel = src.relative_to(nbs)
         dst, runs = run_dir / rel, execute and rel.parts[0] != 'runs'
-        key = hashlib.sha256(f'{package}{runs}'.encode() + src.read_bytes()).hexdigest()
-        stamp = dst.with_suffix('.key')
-        if dst.exists() and stamp.exists() and stamp.read_text() == key:
+        key = hashlib.sha256(f'{base}{runs}'.encode() + src.read_bytes()).hexdigest()
+        stamp = dst.with_suffix('.json')
+        if is_current(stamp, key, package):
             return None
-        how = context, prepare, (src, dst, runs), dst.with_suffix('.log'), timeout
-        if failure := in_a_copy(*how):
+        what = src, dst, runs, stamp, key
+        if failure := in_a_copy(context, made_anew, what, dst.with_suffix('.log'), timeout):
             return f'{rel}: {failure}'
-        stamp.write_text(key)
+        costs[rel] = json.loads(stamp.read_text(encoding='utf8'))['seconds']
         print(f'  {rel}', flush=True)
 
     wanted = {run_dir / p.relative_to(nbs) for p in files}
@@ -239,6 +303,9 @@ def execute_all(files: list[Path], jobs: int, execute: bool, timeout: int = 900)
             old.unlink()
     with ThreadPoolExecutor(jobs) as pool:
         failures = [f for f in pool.map(one, files) if f]
+    for rel in sorted(costs, key=costs.get, reverse=True)[:10]:
+        print(f'{costs[rel]:6.1f} s  {rel}')
+    print(f'{len(costs)} notebooks executed in {sum(costs.values()):.0f} s of a processor')
     if failures:
         sys.exit('\n\n'.join(failures) + f'\n{len(failures)} of {len(files)} notebooks failed')
 
@@ -284,10 +351,32 @@ def link_pages(files: list[Path]) -> None:
             if cell.cell_type != 'markdown':
                 continue
             own = (cell.metadata.get('symbol') or {}).get('label')
-            cell.source = relink(link(cell.source, rel, own), nbs / rel)
+            cell.source = relink(papers_linked(link(cell.source, rel, own)), nbs / rel)
+        nb.cells += citation(rel)
         dst = src_dir / rel
         dst.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, dst)
+
+
+def papers_linked(text: str) -> str:
+    "`arXiv 2406.11832` as a link, outside of code and links."
+    chunks = re.split(r'(```.*?```|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>\s]+>)', text, flags=re.S)
+    named = r'\barXiv[: ](\d{4}\.\d{4,5})\b'
+    said = r'[arXiv \1](https://arxiv.org/abs/\1)'
+    return ''.join(c if i % 2 else re.sub(named, said, c) for i, c in enumerate(chunks))
+
+
+def citation(page: Path) -> list:
+    "The last cell of a method's page: its paper's BibTeX entry, and what it owes; else nothing."
+    from vlmbench.methods.credits import CREDITS, REFERENCES, credits_text
+
+    method = page.stem.partition('_')[2]
+    if page.parent.name != 'methods' or method not in REFERENCES:
+        return []
+    paper = REFERENCES[method]
+    head = f'## To cite\n\n{paper.title} ({paper.year}), arXiv {paper.arxiv}.\n\n'
+    text = head + credits_text(paper, CREDITS.get(method))
+    return [new_markdown_cell(papers_linked(text), id='citation')]
 
 
 def relink(text: str, src: Path) -> str:

@@ -2,7 +2,8 @@
 
 * every file              formatted (ruff format, notebooks too)
 * `vlmbench/`              exported modules (nbdev_export)
-* `nbs/**/*.ipynb`         without stray metadata (nbdev_clean) and without outputs
+* `nbs/**/*.ipynb`         without stray metadata (nbdev_clean) and without outputs, which only
+                           tutorials keep (scripts/tutorials.py)
 * `vlmbench/_notebooks/`   copies of `nbs/runs/*.ipynb`, so that an installed wheel can run them
 * `README.md`              `nbs/index.ipynb` as Markdown
 
@@ -37,8 +38,11 @@ def notebooks(folder: Path) -> list[Path]:
 
 
 def strip() -> None:
-    "Empty the outputs of every notebook; the site makes them afresh."
+    """Empty the outputs of every notebook but the tutorials, which are read where nothing is
+    executed; the site makes them afresh."""
     for path in notebooks(root / 'nbs'):
+        if path.parent.name == 'tutorials':
+            continue
         nb = read_nb(path)
         stored = [c for c in nb.cells if c.cell_type == 'code' and c.outputs]
         for cell in stored:

@@ -1,10 +1,12 @@
 """Typed notebook parameters: what is accepted, what is refused, and that text and value
 round-trip."""
 
+import papermill
 import pytest
 from hypothesis import given, strategies as st
 
 from vlmbench.options import OptionType, check_value, parse_text
+from vlmbench.run.engine import find_notebook
 from vlmbench.run.parameters import (
     ParameterError,
     check_parameters,
@@ -176,3 +178,25 @@ def test_only_one_cell_may_declare_and_a_broken_file_is_named(tmp_path):
         (tmp_path / 'x.ipynb').write_text(content)
         with pytest.raises(ParameterError, match='x.ipynb: not a notebook'):
             load_notebook(tmp_path / 'x.ipynb')
+
+
+def test_a_type_may_carry_a_name():
+    above = dict(cell_type='code', metadata={}, source="%time\nKind = Literal['a', 'b']\nX = Kind")
+    kept = "kind: Kind = 'a'\nkinds: Optional[Kind] = None"
+    cell = dict(cell_type='code', metadata=dict(tags=['parameters']), source=kept)
+    found = notebook_parameters({'cells': [above, cell]})
+    literal = OptionType('literal', choices=('a', 'b'))
+    assert found['kind'].type == literal
+    assert found['kinds'].type == OptionType('literal', True, ('a', 'b'))
+    with pytest.raises(ParameterError, match="kind: type 'Kind' is not one of"):
+        notebook_parameters({'cells': [cell, above]})
+
+
+RUNS = sorted(p.stem for p in find_notebook('train').parent.glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_papermill_alone_knows_every_parameter_of_a_run_notebook(name):
+    path = find_notebook(name)
+    declared = notebook_parameters(load_notebook(path), name)
+    assert list(papermill.inspect_notebook(str(path))) == list(declared)
