@@ -48,6 +48,7 @@ def told(text: str) -> str:
     for place, said in places.items():
         text = text.replace(place, said)
     text = re.sub(r' at 0x[0-9a-f]+', '', text)
+    text = re.sub(r"^\{.*'train_runtime'.*\}\n?", '', text, flags=re.M)  # how long a trainer took
     if len(text) > LONGEST and '<table' not in text:
         text = f'{text[:LONGEST].rstrip()}\n...\n'
     return text
