@@ -29,7 +29,7 @@ from copies import in_a_copy, warm_context
 from notebooks import SKIPPED, clean_outputs
 
 TUTORIALS = root / 'nbs' / 'tutorials'
-JOBS, TIMEOUT = 2, 900  # processes; seconds for one notebook
+JOBS, TIMEOUT = 2, 1800  # processes; seconds for one notebook
 LARGEST = 46_500  # bytes of a file
 # widest picture in px and its colours, from the best to what is still readable
 SIZES = ((720, 64), (640, 48), (560, 32), (480, 24), (420, 16))
