@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from vlmbench.data.card_rows import field_problem
 from vlmbench.data.cards import (
     METHODS,
     SIZES,
@@ -19,7 +20,6 @@ from vlmbench.data.cards import (
     cards_dir,
     check,
     check_command,
-    field_problem,
     front_problems,
     list_cards,
     load_card,
@@ -379,6 +379,36 @@ def test_patterns_parquet_and_tsv(copy):
     assert problems(copy, full=True) == [('image', 1)]
     (copy / 't.tsv').write_text('index\tpicture\n1\tA\n2\tB\n')
     assert problems(copy) == [('image', 1), ('field missing', 0), ('field missing', 1)]
+
+
+@pytest.mark.parametrize('key', ['images', 'image_path', 'img', 'photo'])
+@pytest.mark.parametrize('value', ['gone.png', ['gone.png'], [{'path': 'gone.png'}]])
+def test_pictures_under_any_key_are_opened(copy, key, value):
+    "A card's fields name one column, and rows may keep their pictures in another."
+    (copy / 'rows.json').write_text(json.dumps([row(1) | {key: value}, row(2), row(3)]))
+    assert problems(copy) == [('image', 0)]
+
+
+def test_columns_that_no_model_sees_are_said(copy):
+    rows = [row(1, 'a.png') | dict(hint='round'), row(2) | dict(hint='red'), row(3)]
+    (copy / 'rows.json').write_text(json.dumps(rows))
+    report = check(copy / 'card.md', copy)
+    assert report.status == 0 and list(report.notes.values()) == [2]
+    assert "rows.json: note: column 'hint' is not shown (2 rows)" in str(report)
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_tables_with_a_byte_order_mark(copy, encoding):
+    front = changed()
+    front['files'] = [dict(path='t.tsv', format='tsv', rows=1, fields={'index': 'str'})]
+    (copy / 'card.md').write_text('---\n' + yaml.safe_dump(front) + '---\n')
+    (copy / 't.tsv').write_text('index\tquestion\n1\tWhat?\n', encoding=encoding)
+    assert problems(copy) == []
+
+
+def test_another_encoding_of_json_is_named(copy):
+    (copy / 'rows.json').write_text(json.dumps([row(1), row(2), row(3)]), encoding='utf-16')
+    assert 'the file is UTF-16; save it as UTF-8' in str(check(copy / 'card.md', copy))
 
 
 def test_ordered_sizes():

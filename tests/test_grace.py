@@ -1,5 +1,6 @@
 """A run that is told to stop in the middle of a long step leaves the state before it, within the
-seconds that it is given, and goes on from there to the same bits; a second signal ends it."""
+seconds that it is given, and goes on from there to the same bits, on several ranks too; a second
+signal ends it."""
 
 import os
 import signal
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_stubs import a_stage, run
+from rank_server import on_ranks
+from train_stubs import a_stage, packed_loader, run
+from vlmbench.models.vlm import VLMForConditionalGeneration
 from vlmbench.train.checkpoint import latest, load_state
+from vlmbench.train.process import Preempted
 
 STEPS, SLOW = 4, 2  # steps of two micro-batches, and the one whose second lasts
 
 
-def train_slowly(out, how):
+def train_slowly(out, how, loader=None, **settings):
     "What the process that is stopped does: one of its steps never ends in time."
     import hashlib
 
@@ -31,18 +35,29 @@ def train_slowly(out, how):
             Path(out, 'slow').touch()
             if how == 'in python':
                 time.sleep(60)
-            else:  # one call of a library, in which no handler of Python's runs
+            elif how == 'in a library':  # in one call of which no handler of Python's runs
                 hashlib.pbkdf2_hmac('sha256', b'', b'', 40_000_000)
 
     heard = nn.modules.module.register_module_forward_hook(
         lambda module, *rest: forward_hook(module, *rest) if is_whole(module) else None
     )
-    run(Path(out), stage=a_stage(steps=STEPS, save_every=100), progress_seconds=None)
+    stage = a_stage(steps=STEPS, save_every=100)
+    run(Path(out), stage=stage, loader=loader, progress_seconds=None, **settings)
     heard.remove()
 
 
+def on_a_rank(out, parallel, slow):
+    "What each of two ranks does: rank 1 is slow, and rank 0 waits for it among the gradients."
+    rank = int(os.environ['RANK'])
+    os.environ['VLMBENCH_GRACE'] = '8'
+    how = 'in python' if slow and rank else 'not at all'
+    loader = packed_loader(600, rank=rank, ranks=2, rows=1)
+    settings = dict(dropout=0.0, loader=loader, parallel=parallel)
+    train_slowly(out, how, **settings)
+
+
 def is_whole(module):
-    return type(module).__name__ == 'VLMForConditionalGeneration'
+    return isinstance(module, VLMForConditionalGeneration)
 
 
 def start(out, how, **env):
@@ -82,6 +97,27 @@ def test_the_state_before_the_step_is_left_in_time(how, tmp_path):
     assert ours.weights.keys() == theirs.weights.keys()
     assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in theirs.weights)
     assert resumed.history.loss.tolist() == whole.history.loss.tolist()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
+def test_two_ranks_give_the_same_step_up(parallel, tmp_path):
+    out, whole = tmp_path / 'run', tmp_path / 'whole'
+    target, settings = 'test_grace:on_a_rank', dict(parallel=parallel)
+    with pytest.raises(Preempted, match='resume from .*step-00000003'):
+        slow = (out / 'slow').exists
+        on_ranks(target, tmp_path, 2, 50, until=slow, out=str(out), slow=True, **settings)
+    said = (tmp_path / 'logs' / 'rank-0.log').read_text()
+    assert 'stopped in the middle of a step' in said
+    # with half the micro-batches of a step on each rank, the slow one is that of the last step
+    assert load_state(latest(out), ranks=2).step == STEPS - 1
+    on_ranks(target, tmp_path, 2, 50, out=str(out), slow=False, **settings)
+    on_ranks(target, tmp_path, 2, 50, out=str(whole), slow=False, **settings)
+    for rank in range(2):
+        ours, theirs = (load_state(latest(p), rank=rank, ranks=2) for p in (out, whole))
+        assert ours.step == theirs.step == STEPS and ours.weights.keys() == theirs.weights.keys()
+        assert all(torch.equal(ours.weights[n], theirs.weights[n]) for n in theirs.weights)
+        assert all(torch.equal(ours.optimizer[n], theirs.optimizer[n]) for n in theirs.optimizer)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):

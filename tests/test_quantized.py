@@ -2,6 +2,7 @@
 and folding back on a CPU."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,42 @@ def test_recipe(load):
         get_method('vip_llava', ['load=2bit'])
 
 
+@pytest.mark.parametrize(
+    'variant,name,groups',
+    [
+        ('llm=lora', 'eve-lora', ['vision', 'projector', 'layers']),
+        ('load=8bit', 'eve-qlora', ['vision', 'projector', 'layers']),
+        ('llm=frozen', 'eve-frozen', ['vision', 'projector']),
+    ],
+)
+def test_eve_trains_its_language_model_otherwise(variant, name, groups):
+    r = get_recipe('eve', get_scale('paper'), variant=[variant])
+    assert r.name == name
+    for stage in r.stages[1:]:
+        assert [group for group, tune in stage.trains.items() if tune.trains] == groups
+    layers = r.stage('finetune').trains['layers']
+    assert (layers.r, layers.alpha, layers.dropout) == (64, 16, 0.05) or variant == 'llm=frozen'
+    assert r.stage('finetune').merge == (variant != 'load=8bit')
+
+
+def test_a_model_that_training_goes_on_from_comes_in_few_bits(monkeypatch):
+    "`model=` beside `load=4bit`: neither is left out in silence."
+    from vlmbench.run import jobs
+
+    asked = {}
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+    monkeypatch.setattr(jobs, 'find_model', Path)
+    monkeypatch.setattr(jobs, 'is_foreign', lambda where: True)
+    monkeypatch.setattr(jobs, 'load_vlm', lambda where, **kw: (asked.update(kw), None))
+    method, scale = get_method('eve', ['load=4bit', 'quant_type=fp4']), get_scale('tiny')
+    with pytest.raises(RecipeError, match='which the stages do not train'):
+        jobs._trained_model('x', method.recipe(scale), scale, method.few_bits('cpu'))
+    config = asked['quantization_config']
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, 'fp4')
+    assert (asked['device_map'], asked['dtype']) == ({'': 'cpu'}, torch.bfloat16)
+    assert method.few_bits('cpu') and not get_method('eve', []).few_bits('cpu')
+
+
 @needs_bnb
 @pytest.mark.parametrize('load', ['4bit', '8bit'])
 def test_train_and_fold_back(load, tmp_path):
@@ -116,11 +153,11 @@ def test_train_and_fold_back(load, tmp_path):
 
 
 def test_the_device_of_a_run_reaches_the_weights(monkeypatch):
-    from vlmbench.methods import vip_llava
+    from vlmbench.methods import qlora
 
     asked = []
     monkeypatch.setattr(
-        vip_llava, 'load_quantized', lambda where, load, device, **kw: asked.append(device)
+        qlora, 'load_quantized', lambda where, load, device, **kw: asked.append(device)
     )
     monkeypatch.setattr(Scale, 'build', lambda *args, **kw: (torch.nn.Module(), None))
     method, scale = get_method('vip_llava', ['load=4bit']), get_scale('tiny')

@@ -4,6 +4,7 @@ them: it is shown, or the row is a bad one."""
 import io
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmbench.data.picture import ImageError
 from vlmbench.data.quarantine import BadRecord
 from vlmbench.data.record import ImageRef, sample_from_llava, sample_from_row, sample_from_vora
 from vlmbench.data.region_rows import sample_from_region_row
@@ -112,6 +114,35 @@ def test_no_row_is_read_without_what_it_names(drawn, reader):
     assert not film or film.startswith('video') and row.get('frames')
     assert [turn.text for turn in sample.turns][-1] == SAID
     assert ASKED in sample.turns[-2].text
+
+
+@pytest.mark.parametrize('key', 'visual media screenshot clip movie speech systems'.split())
+@pytest.mark.parametrize('reader', READERS)
+def test_looser_names_that_hold_a_place_are_refused(reader, key):
+    "What has no ending of a picture or a film, under a name that says little, is still refused."
+    row = dict(conversation('conversations', 0), id='1')
+    with pytest.raises(BadRecord, match=key):
+        reader(dict(row, **{key: 'parts/17'}), '/data')
+    prose = dict(row, **{key: 'seen at noon'})
+    if key != 'systems':
+        assert reader(prose, '/data').turns[-1].text == SAID
+
+
+@pytest.mark.parametrize('key', ['pre_prompt', 'task_instruction', 'few_shot', 'suffix'])
+def test_columns_called_like_a_prompt_are_noted(key):
+    noted = []
+    row = dict(conversation('conversations', 0), id='1', **{key: 'Answer in French.'})
+    sample_from_row(row, '/data', note=noted.append)
+    assert noted == [f'column {key!r} is not shown']
+
+
+@pytest.mark.parametrize('at', ['http://x.org/1.png', 's3://bucket/1.png', 'file:///data/1.png'])
+def test_addresses_are_refused_by_name(at):
+    row = dict(conversation('conversations', 1), id='1', image=at)
+    with pytest.raises(BadRecord, match=re.escape(f'{at!r} is no file; download it first')):
+        sample_from_row(row, '/data')
+    with pytest.raises(ImageError, match=re.escape(f'{at!r} is an address; download it first')):
+        ImageRef(at, '/data').load()
 
 
 GOOD = [

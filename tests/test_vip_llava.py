@@ -117,7 +117,7 @@ def test_the_first_stage_fits_pictures_its_own_way(scale, variant, modes):
 def test_quantization_is_an_option(monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        'vlmbench.methods.vip_llava.load_quantized',
+        'vlmbench.methods.qlora.load_quantized',
         lambda *a, **kw: seen.update(kw) or (_ for _ in ()).throw(KeyboardInterrupt),
     )
     method = get_method('vip_llava', ['load=4bit', 'quant_type=fp4', 'double_quant=False'])

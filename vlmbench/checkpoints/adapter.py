@@ -21,7 +21,7 @@ from .card import origin_of, with_step, write_card
 from .llava import CLIP, SELECT_LAYERS, TEMPLATE, layout_of, to_reference
 from .load import LoadError, load_vlm
 from ..methods.vip_llava import FEATURE_LAYERS
-from ..models.config import share_weights
+from ..models.config import share_folder
 from ..models.modeling import VLMForConditionalGeneration
 from ..train.recipe import Stage
 from ..train.stages import read_recipe
@@ -171,6 +171,6 @@ def export_adapter(where: str | Path, out: str | Path) -> Path:
     torch.save(beside, out / 'non_lora_trainables.bin')
     (out / 'config.json').write_text(json.dumps(settings, indent=1), encoding='utf8')
     processor.tokenizer.save_pretrained(out)
-    share_weights(out)
+    share_folder(out)
     write_card(out, with_step(origin, 'the adapter and projector of it alone'))
     return out

@@ -35,6 +35,7 @@ from .zero import stage_of
 from .zoo import published_projector
 from ..data.cards import cards_dir, load_card
 from ..data.files import replacing
+from ..data.home import public_name
 from ..data.layouts import hub_parts, is_hub
 from ..data.mixture import Mixture
 from ..data.sources import published_names
@@ -120,7 +121,9 @@ def _of_folder(folder: Path, part: str) -> 'Origin':
     stated = _stated(resolved, part)
     if not any(base['part'] == part for base in stated):
         # a tower that is named says nothing of the rest of the weights
-        stated.insert(0, dict(part=part, name=model_name(resolved), licences=[UNKNOWN.id]))
+        name = public_name(folder) or model_name(resolved)
+        licences = [one.id for one in weights_licences(name)]
+        stated.insert(0, dict(part=part, name=name, licences=licences))
     return Origin(stated)
 
 

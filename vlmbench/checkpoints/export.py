@@ -19,7 +19,7 @@ from .card import origin_of, with_step, write_card
 from .load import LoadError, find_model, load_vlm
 from .names import few
 from .vora import load_release, to_reference
-from ..models.config import share_weights
+from ..models.config import share_folder
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.vision_lora import merge_vision_lora, vision_lora_layers
 from ..train.checkpoint import export
@@ -95,7 +95,7 @@ def export_language_model(
     }
     (folder / PATCHES).parent.mkdir(exist_ok=True)
     save_file(patches, folder / PATCHES)
-    share_weights(folder)
+    share_folder(folder)
     shutil.copymode(folder / 'config.json', folder / PATCHES)
     return folder
 

@@ -67,7 +67,7 @@ from ..data.image import ImageTransform, from_image_processor, mean_color
 from ..data.template import TEMPLATES
 from ..methods.vip_llava import FEATURE_LAYERS
 from ..train.scale import base_model
-from ..models.config import share_weights
+from ..models.config import share_folder
 from ..models.modeling import VLMConfig, VLMForConditionalGeneration
 from ..models.processor import VLMProcessor
 from ..models.vision import num_prefix_tokens
@@ -596,5 +596,5 @@ def save_transformers(
         theirs.model.vision_tower.vision_model = tower
     theirs.save_pretrained(folder)
     both.save_pretrained(folder)
-    share_weights(folder)
+    share_folder(folder)
     return Path(folder)

@@ -46,7 +46,7 @@ from .names import CheckpointFormatError, hub_refusal
 from .release import read_config, set_template
 from .zero_names import released_name
 from .zoo import published_base
-from ..data.home import kept_model
+from ..data.home import kept_model, public_name
 from ..data.template import TEMPLATES
 from ..models.attention import check_attention
 from ..models.files import check_files, has_tokenizer
@@ -305,6 +305,8 @@ def load_vlm(
             model, processor = _load_as_it_is(folder, template or None, settings)
         if image_mode:
             set_image_mode(processor, image_mode)
+        # what peft and others write as the model that theirs belongs to
+        model.name_or_path = public_name(folder) or str(folder)
     except LoadError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:

@@ -15,7 +15,7 @@ from .release import read_config
 from .zero_names import released_name, write_original
 from .zero_release import original_files
 from ..data.template import get_template
-from ..models.config import share_weights
+from ..models.config import share_folder
 from ..models.depth import causal_lm
 from ..models.modeling import VLMForConditionalGeneration
 
@@ -76,7 +76,7 @@ def export_text(where: str | Path, out: str | Path, config: str | Path | None = 
     if processor.template is not None:
         processor.tokenizer.chat_template = get_template(processor.template).jinja()
     processor.tokenizer.save_pretrained(out)
-    share_weights(out)
+    share_folder(out)
     origin = with_step(origin_of(where, folder), 'the language model of it alone')
     write_card(out, origin, kind='language')
     return out

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PICTURE_COLUMNS', 'FILM_COLUMNS', 'MEDIA_COLUMNS', 'UNREAD_COLUMNS', 'PICTURE_SUFFIXES', 'MEDIA_SUFFIXES',
            'SYSTEM_COLUMNS', 'column_name', 'is_empty', 'looks_like_picture', 'looks_like_media', 'picture_column',
-           'picture_of_array', 'system_column', 'refuse_unread_in', 'unshown_columns', 'refuse_foreign_marks']
+           'is_loose_media', 'picture_of_array', 'system_column', 'refuse_unread_in', 'unshown_columns',
+           'refuse_foreign_marks']
 
 # %% ../../nbs/data/03_columns.ipynb #a06c79c6
 import os
@@ -212,6 +213,27 @@ _TEXT_COLUMNS = frozenset(
 # what belongs to a picture and is nothing to be shown
 _BESIDE = frozenset('mask masks segmentation depth thumbnail heatmap'.split())
 
+# looser names, which hold a picture, a film or a sound where their text is a place
+_LOOSE_PICTURES = frozenset(
+    'vision visual visuals visualinput visualpath media mediapath mediafile mediafiles screenshot'
+    ' screenshots gif depthmap videoframes framespath thumbnailurl mmdata'.split()
+)
+_LOOSE_FILMS = frozenset(
+    'movie film clip mp4 wav mp3 speech speechpath sound sounds voice recording'.split()
+)
+
+
+def _is_place(value: Any) -> bool:
+    "Whether a cell is one word with a slash in it, or a list with one, such as clips/17."
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_place, value))
+    return isinstance(value, str) and '/' in value and len(value.split()) == 1
+
+
+def is_loose_media(key: str, value: Any) -> bool:
+    "Whether a column of such a looser name holds the place of a picture, a film or a sound."
+    return column_name(key) in _LOOSE_PICTURES | _LOOSE_FILMS and _is_place(value)
+
 
 _NUMBERS = (
     'embed embeds embedding embeddings feat feats feature features latent latents tokens codes'
@@ -267,6 +289,8 @@ def _lost(key: str, value: Any, pictures: list, top: bool) -> str:
         return 'picture' if not pictures or several else ''
     if name in _ENCODED_COLUMNS and not number and not pictures:
         return 'picture'
+    if is_loose_media(key, value) and (name in _LOOSE_FILMS or not pictures):
+        return 'video or sound' if name in _LOOSE_FILMS else 'picture'
     if name in PICTURE_COLUMNS and top or pictures and name in _BESIDE:
         return ''  # judged already, or of these pictures
     named = _is_numbered(key) and not number
@@ -327,7 +351,7 @@ def _called_prompt(key: str) -> bool:
     developer = words[0] == 'developer' and words[-1] in _PROMPTS and len(words) > 1
     if words == ['preamble']:
         return True
-    return developer or words[0] in ('system', 'sys') and words[-1] not in _NO_PROMPT
+    return developer or words[0] in ('system', 'systems', 'sys') and words[-1] not in _NO_PROMPT
 
 
 def _is_prompt(key: str, value: Any) -> bool:
@@ -377,8 +401,9 @@ def refuse_unread_in(turn: Mapping[str, Any], what: str):
 _PROMPT_COLUMNS = frozenset(
     'instruction instructions prompt preamble persona context background developer roleprompt'
     ' history knowledge document documents tools functions input prefix passage hint'
-    ' lecture'.split()
+    ' lecture fewshot demonstrations suffix guidelines questionprefix questionsuffix'.split()
 )
+_PROMPT_ENDS = ('prompt', 'instruction', 'instructions')
 _FOREIGN_MARK = re.compile(
     r'<(?:image_?here|image_?placeholder|img_?placeholder|image_soft_token|start_of_image)>'
     r'|<\|(?:image|image_pad|image_1|vision_start|media_placeholder)\|>'
@@ -392,7 +417,7 @@ def unshown_columns(row: Mapping[str, Any], said: str) -> list[str]:
     return [
         key
         for key, value in row.items()
-        if column_name(key) in _PROMPT_COLUMNS
+        if (column_name(key) in _PROMPT_COLUMNS or column_name(key).endswith(_PROMPT_ENDS))
         and isinstance(value, (str, list, Mapping))
         and not is_empty(value)
         and not (isinstance(value, str) and value.strip() in said)

@@ -78,7 +78,10 @@ def encode_picture(
         if isinstance(picture, ImageRef):
             data = picture.data
             if data is None:
-                data = resolve_path(picture.path, picture.root).read_bytes()
+                place = resolve_path(picture.path, picture.root)
+                if place.exists() and not place.is_file():  # a pipe would be waited for
+                    raise BadRecord(f'not a file: {picture.path}')
+                data = place.read_bytes()
             whole = load_image(data, note=lambda what: None)
             for magic, ending in _MAGIC.items():
                 if data.startswith(magic):
@@ -87,8 +90,11 @@ def encode_picture(
             whole = load_image(picture, note=lambda what: None)
     except FileNotFoundError:
         raise BadRecord(f'missing: {picture.path}') from None
-    except (ImageError, OSError) as e:
+    except ImageError as e:
         raise BadRecord(str(e)) from None
+    except OSError as e:
+        path = picture.path[:200] if isinstance(picture, ImageRef) else 'picture'
+        raise BadRecord(f'unreadable: {path}: {e.strerror or e}') from None
     note('picture written as PNG')
     made = io.BytesIO()
     whole.save(made, 'PNG')

@@ -29,7 +29,7 @@ from vlmbench.data.columns import (
 from .quarantine import BadRecord, Quarantine
 from .files import replacing
 from .layouts import open_rows
-from .picture import ImageRef
+from .picture import ImageRef, is_address
 from .region import Region, parse_regions, _text
 from .row_shapes import frames_prompt, plain_row
 from .rows import iter_rows
@@ -148,7 +148,7 @@ def _image_ref(value, root, allow_absolute=False) -> ImageRef | Image.Image:
     path = _text(value, 'an image path')
     if not path.strip() or '\0' in path:
         raise BadRecord(f'bad image path: {path[:40]!r}')
-    if path.startswith(('http://', 'https://', 'data:')):
+    if is_address(path):
         raise BadRecord(f'bad image path: {path[:40]!r} is no file; download it first')
     if os.path.isabs(path):
         for i, folder in enumerate((root,) if isinstance(root, (str, Path)) else root or ()):

@@ -110,6 +110,9 @@ def _next_value(w: _Window, decoder: json.JSONDecoder):
             return value
 
 # %% ../../nbs/data/05_rows.ipynb #5cc98d3d
+_UTF_16 = ('\udcff\udcfe', '\udcfe\udcff')  # its mark, as surrogate escapes
+
+
 def _json_list(file, encoding='utf-8') -> Iterator[tuple[int, int, RawRow]]:
     """`(start, end, row)` for every item of the JSON list in binary `file`; offsets count decoded
     characters."""
@@ -121,6 +124,9 @@ def _json_list(file, encoding='utf-8') -> Iterator[tuple[int, int, RawRow]]:
     w.peek()
     for mark in ('\ufeff', '\xef\xbb\xbf'):
         w.pos += len(mark) * w.text.startswith(mark, w.pos)
+    if w.text.startswith(_UTF_16):
+        yield broken('encoding: the file is UTF-16; save it as UTF-8')
+        return
     if w.peek() != '[':
         yield broken(
             'syntax error: the file is no list' if w.peek() else 'empty: the file holds no list'

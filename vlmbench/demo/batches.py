@@ -26,6 +26,7 @@ from ..data.record import Sample, Turn
 from .chat import ChatError, ChatModel, room
 from .words import GumbelSample, WordStreamer, words
 from ..evaluate.prompts import prompt_inputs
+from ..models.finite import LogitsError, NumbersOnly
 
 # %% ../../nbs/demo/12_batches.ipynb #e86b1406
 @dataclass
@@ -164,16 +165,20 @@ class Batcher:
     def _generate(self, batch: Sequence[Question]) -> None:
         model, processor = self.model.model, self.model.processor
         inputs = prompt_inputs(processor, [question.sample for question in batch])
-        tensors = {k: v.to(self.model.device) for k, v in inputs.items() if torch.is_tensor(v)}
+        inputs = {
+            k: v.to(self.model.device) if torch.is_tensor(v) else v for k, v in inputs.items()
+        }
+        asked = [question.sample.turns[-1].text for question in batch]
+        numbers = NumbersOnly(model, inputs, asked)
         model.generate(
-            **{**inputs, **tensors},
+            **inputs,
             max_new_tokens=max(question.limit for question in batch),
             do_sample=False,  # the rows that want it are drawn by `_DrawRows`
             num_beams=1,
             eos_token_id=self.model.stops,
             pad_token_id=processor.tokenizer.pad_token_id,
             streamer=_ToEach(batch),
-            logits_processor=LogitsProcessorList([_DrawRows(batch)]),
+            logits_processor=LogitsProcessorList([numbers, _DrawRows(batch)]),
             stopping_criteria=StoppingCriteriaList([_DoneRows(batch)]),
         )
 
@@ -212,5 +217,6 @@ def answer_pieces(batcher: Batcher, question: Question) -> Iterator[str]:
             question.gone.set()
     if question.failed is not None:
         why = question.failed
-        raise ChatError(f'{model.name} failed: {why}') if isinstance(why, RuntimeError) else why
+        said = isinstance(why, (RuntimeError, LogitsError))
+        raise ChatError(f'{model.name} failed: {why}') if said else why
     return 'stop' if question.streamer.ended or question.streamer.written else 'length'

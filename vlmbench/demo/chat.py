@@ -41,6 +41,7 @@ from ..checkpoints.text import is_language_model, load_text
 from .words import GumbelSample, Halt, WordStreamer, words
 from ..models.depth import depth_of
 from ..models.device import check_device, first_device
+from ..models.finite import LogitsError, NumbersOnly
 from ..models.text import TextProcessor
 from ..models.quantized import quantization_config
 from ..models.vlm import model_name
@@ -424,6 +425,7 @@ def stream(
                 inputs = {
                     k: v.to(self.device) if torch.is_tensor(v) else v for k, v in inputs.items()
                 }
+                numbers = NumbersOnly(self.model, inputs, [turns[-1].text])
                 self.model.generate(
                     **inputs,
                     max_new_tokens=room(
@@ -436,7 +438,7 @@ def stream(
                     eos_token_id=self.stops,
                     streamer=streamer,
                     pad_token_id=self.processor.tokenizer.pad_token_id,
-                    logits_processor=LogitsProcessorList(draw),
+                    logits_processor=LogitsProcessorList([numbers, *draw]),
                     stopping_criteria=StoppingCriteriaList([Halt(halt)]),
                 )
         except Exception as e:
@@ -452,7 +454,7 @@ def stream(
         # also when the reader closed the generator: the lock has to be free afterwards
         halt.set()
         worker.join()
-    if failed and isinstance(failed[0], RuntimeError):
+    if failed and isinstance(failed[0], (RuntimeError, LogitsError)):
         raise ChatError(f'{self.name} failed: {failed[0]}') from failed[0]
     if failed:
         raise failed[0]

@@ -28,6 +28,7 @@ from vlmbench.data.columns import (
     PICTURE_COLUMNS,
     UNREAD_COLUMNS,
     column_name,
+    is_loose_media,
     looks_like_media,
     looks_like_picture,
     refuse_foreign_marks,
@@ -283,7 +284,8 @@ def unshown_picture(row: Mapping[str, Any], shown: bool) -> str:
         if is_missing(value) or isinstance(value, (bool, int, float)) or not isinstance(key, str):
             continue
         named = column_name(key) in PICTURE_COLUMNS | UNREAD_COLUMNS or looks_like_picture(value)
-        if looks_like_media(value) or named and not shown:
+        loose = is_loose_media(key, value)
+        if looks_like_media(value) or (named or loose) and not shown:
             return key
     return ''
 

@@ -25,7 +25,7 @@ from transformers import (
 from .generate import evaluate, fingerprint
 from .results import Results
 from .tasks import Task
-from ..models.config import share_weights
+from ..models.config import share_folder
 from ..models.depth import causal_lm, find_decoder
 from ..models.modeling import VLMForConditionalGeneration
 from ..models.vision_lora import vision_lora_layers
@@ -112,7 +112,7 @@ def write_language_model(model: PreTrainedModel, tokenizer: Any, folder: str | P
     shutil.rmtree(unfinished, ignore_errors=True)
     language.save_pretrained(unfinished, state_dict=state)
     tokenizer.save_pretrained(unfinished)
-    share_weights(unfinished)
+    share_folder(unfinished)
     return unfinished.rename(folder)
 
 # %% ../../nbs/evaluate/22_engines.ipynb #8c2c4f6b

@@ -80,6 +80,13 @@ class Method(Hooks):
         "Joins the scale's language model and vision tower by the recipe's front end."
         state.model, state.processor = state.scale.build(state.recipe, state.seed)
 
+    def few_bits(self, device: str | None) -> dict[str, Any]:
+        "Settings of `load_vlm` for a model that training goes on from, beside the scale's."
+        return {}
+
+    def takes_up(self, model: Any) -> None:
+        "Prepares a model that training goes on from."
+
     def transform(self, state: RunState) -> Transform | None:
         "Draws regions where the option `regions` says so; pictures first where the method does it."
         drawn = None if self.regions is None else draws_look(self.look(), self.regions)

@@ -19,8 +19,9 @@ from ..distill.align import PatchAligner, grid_ratio
 from .base import Method, option, whole_language_model
 from .credits import CREDITS, REFERENCES
 from .llava import INSTRUCT_DATA, LLaVA
+from .qlora import QLoRA
 from ..models.vision import front_end_class
-from ..train.recipe import Recipe, RecipeError, Stage, Tune, full
+from ..train.recipe import Recipe, RecipeError, Stage, Tune, full, lora
 from ..train.scale import Scale
 from ..train.stages import RunState, stage_processor
 
@@ -125,7 +126,7 @@ def transform_of(
 
 # %% ../../nbs/methods/20_eve.ipynb #a8cdbb94
 @dataclass(frozen=True)
-class EVE(Method):
+class EVE(QLoRA):
     "No vision encoder: a patch embedding layer, and a frozen encoder that only teaches."
 
     name = 'eve'
@@ -138,11 +139,19 @@ class EVE(Method):
     align: bool = option(True, 'align hidden states with the patches of a frozen encoder')
     hd: bool = option(False, 'the last stage at twice the canvas')
     patches: Literal['eve', 'eve_v2'] = option('eve', 'the patch embedding layer')
+    llm: Literal['full', 'lora', 'frozen'] = option(
+        'full', 'how the language model trains behind the first stage; lora: r 64, alpha 16'
+    )
     canvas: Optional[int] = option(None, 'long side of the pictures in px; none: as the scale says')
 
     def check(self) -> None:
         if self.patches == 'eve_v2' and self.align:
             raise RecipeError('eve: patches=eve_v2 has no aligner: set align=False as well')
+        if self.load and self.llm == 'frozen':
+            raise RecipeError(
+                f'eve: load={self.load} is for LoRA over few bits, and llm=frozen trains no LoRA: '
+                'leave one of them out'
+            )
         if self.canvas is not None and self.canvas < 1:
             raise RecipeError(
                 f'eve: canvas must be a whole number of px above 0, got {self.canvas!r}'
@@ -166,6 +175,22 @@ def settings_at(self: EVE, scale: Scale) -> dict[str, Any]:
         own = settings['eve'][1] | dict(patch_stride=tower.patch_size)
         settings['eve'] = (2 * tower.image_size, own)
     return settings
+
+# %% ../../nbs/methods/20_eve.ipynb #3c50acc5
+@patch
+def language(self: EVE, scale: Scale) -> dict[str, Tune]:
+    "How the language model's groups train in the stages behind the first."
+    if self.llm == 'frozen':
+        return {}
+    if self.llm == 'lora' or self.load:
+        return dict(layers=lora(64, 16, dropout=0.05))
+    return whole_language_model(scale)
+
+
+@patch(as_prop=True)
+def recipe_name(self: EVE) -> str:
+    "`eve`, with the way its language model trains where it is not whole."
+    return 'eve-qlora' if self.load else 'eve' if self.llm == 'full' else f'eve-{self.llm}'
 
 # %% ../../nbs/methods/20_eve.ipynb #00aa8ae5
 @patch
@@ -199,7 +224,7 @@ def recipe(self: EVE, scale: Scale) -> Recipe:
     settings = self.settings_at(scale)
     side, front_end = settings[self.patches]
     new = dict(vision=full(), projector=full())
-    every = new | whole_language_model(scale)
+    every = new | self.language(scale)
     last = 'finetune_hd' if self.hd else 'finetune'
     captions, questions = LLaVA().budgets(scale)
     first = captions // 2 if self.prealign else 0
@@ -211,8 +236,10 @@ def recipe(self: EVE, scale: Scale) -> Recipe:
         stages.insert(0, self.stage('prealign', new, scale, first))
     published = 'EVE, sections 3 and 4.1'
     taught = 'encoder-free; frozen encoder as teacher in training'
+    if self.load:  # what is left of it becomes ordinary weights
+        stages[-1] = replace(stages[-1], merge=False)
     return Recipe(
-        'eve',
+        self.recipe_name,
         tuple(stages),
         dict(type=self.patches, **front_end),
         published if self.patches == 'eve' else 'EVEv2, patch embedding',
@@ -229,7 +256,7 @@ def picture(self: EVE, state: RunState) -> tuple[int, int]:
 
 
 @patch
-def build(self: EVE, state: RunState) -> None:
+def join(self: EVE, state: RunState, **parts: Any) -> None:
     "The scale's language model behind a new patch embedding layer."
     recipe, scale = state.recipe, state.scale
     front_end = front_end_class(recipe.front_end).resolve(dict(recipe.front_end))
@@ -245,6 +272,7 @@ def build(self: EVE, state: RunState) -> None:
         front_end=front_end,
         transform=transform_of(recipe.canvas, multiple, colours.mean, colours.std, mode),
         dtype=getattr(torch, scale.dtype),
+        **parts,
     )
 
 # %% ../../nbs/methods/20_eve.ipynb #17ac495c

@@ -11,17 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastcore.basics import patch
-import torch
 
 from ..data.marker_style import draws_look
 from ..data.placement import Chain, ImagesFirst
 from ..data.transform import Transform
-from .base import Method, option, whole_language_model
+from .base import option, whole_language_model
 from .credits import CREDITS, REFERENCES
 from .llava import first_stage_pictures
-from ..models.quantized import dequantize, load_quantized
+from .qlora import QLoRA
 from ..train.recipe import Recipe, RecipeError, Stage, Tune, full, lora
-from ..train.scale import Scale, base_model, get_scale
+from ..train.scale import Scale, get_scale
 from ..train.stages import RunState
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #0df158da
@@ -162,7 +161,7 @@ WORLD_DATA = dict(align='caption_train', region=REGION_DATA, chat=CHAT_DATA)
 
 # %% ../../nbs/methods/10_vip_llava.ipynb #f026587a
 @dataclass(frozen=True)
-class ViPLLaVA(Method):
+class ViPLLaVA(QLoRA):
     "Markers drawn on the picture, five depths of the encoder fused."
 
     name = 'vip_llava'
@@ -179,7 +178,6 @@ class ViPLLaVA(Method):
         'full', 'how the language model trains; lora, as published: dropout .05 in every block'
     )
     layers: Literal['fused', 'last'] = option('fused', 'states of the encoder: five, or the last')
-    load: Literal['', '4bit', '8bit'] = option('', 'base weights under LoRA (QLoRA); empty: whole')
     grouping: Literal['', 'length', 'modality'] = option(
         '', 'padded batches of rows that are alike'
     )
@@ -189,8 +187,6 @@ class ViPLLaVA(Method):
     pictures: Literal['', 'pad', 'crop', 'squash'] = option(
         '', 'what the first stage does to pictures that are not square; empty: as published'
     )
-    quant_type: Literal['nf4', 'fp4'] = option('nf4', 'number format of 4-bit weights')
-    double_quant: bool = option(True, 'quantize the constants of 4-bit weights, too')
     reference: bool = option(False, 'read rows of the published data with the published faults')
 
     def front_end(self, scale: Scale) -> dict[str, Any]:
@@ -282,31 +278,3 @@ def recipe(self: ViPLLaVA, scale: Scale) -> Recipe:
 def transform(self: ViPLLaVA, state: RunState) -> Transform:
     "Draws, names or drops the regions of a row, and puts its picture first."
     return Chain((draws_look(self.look(), self.regions, self.reference), ImagesFirst()))
-
-
-@patch
-def build(self: ViPLLaVA, state: RunState) -> None:
-    """Joins language model and tower; with `load`, over quantized base weights. Raises
-    `QuantizationError`, before anything is read."""
-    if not self.load:
-        return Method.build(self, state)
-    where = base_model(state.scale.llm)
-    quantized = load_quantized(
-        where,
-        self.load,
-        state.device,
-        quant_type=self.quant_type,
-        double_quant=self.double_quant,
-    )
-    state.model, state.processor = state.scale.build(
-        state.recipe, state.seed, llm=quantized, tokenizer=where
-    )
-    # peft looks here before it adapts a quantized model
-    setattr(state.model, f'is_loaded_in_{self.load}', True)
-
-
-@patch
-def after_stage(self: ViPLLaVA, state: RunState) -> None:
-    "After the last stage quantized weights become ordinary ones."
-    if self.load and state.stage.name == state.recipe.stages[-1].name:
-        dequantize(state.model, getattr(torch, state.scale.dtype))

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .attention import document_lengths
-from .config import VLMConfig, share_weights
+from .config import VLMConfig, share_folder
 from .finite import refuse_not_finite
 from .masks import attention_mask as build_mask, document_positions, image_ids_of
 from .vision import FrontEnd, build_front_end
@@ -90,7 +90,7 @@ class VLMPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **settings):
         "As any transformers model, with weight files that others may read."
         super().save_pretrained(save_directory, **settings)
-        share_weights(save_directory)
+        share_folder(save_directory)
 
     def _init_weights(self, module):
         # transformers calls this for every module, with the weights it found already marked

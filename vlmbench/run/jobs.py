@@ -199,7 +199,9 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
         warnings.simplefilter('always')
         if settings['model']:
             state = RunState(recipe, scale, settings['seed'], settings['device'])
-            state.model, state.processor = _trained_model(settings['model'], recipe, scale)
+            bits = method.few_bits(state.device)
+            state.model, state.processor = _trained_model(settings['model'], recipe, scale, bits)
+            method.takes_up(state.model)
         else:
             state = method.start(recipe, scale, settings['seed'], settings['device'])
         if settings['projector']:
@@ -207,15 +209,18 @@ def _build(job: Job, method, recipe, scale, settings) -> tuple[Any, list[str]]:
     return state, [str(warning.message) for warning in announced]
 
 
-def _trained_model(where: str, recipe: Recipe, scale: Scale) -> tuple:
+def _trained_model(
+    where: str, recipe: Recipe, scale: Scale, bits: Mapping[str, Any] | None = None
+) -> tuple:
     """The model `where` with its processor; one that somebody else published comes with the dtype
-    and the template of `scale`. Raises `RecipeError` for another front end."""
+    and the template of `scale`. `bits`: more settings of `load_vlm`. Raises `RecipeError` for
+    another front end."""
     settings = dict(attn_implementation=recipe.attn_implementation)
     if is_foreign(where):
         settings |= dict(dtype=scale.dtype, template=scale.template)
     if (folder := find_model(where)).is_dir() and is_original(folder):
         _check_front(where, front_of(read_config(folder)), recipe, scale)  # before its weights
-    model, processor = load_vlm(where, **settings)
+    model, processor = load_vlm(where, **settings | dict(bits or {}))
     if not isinstance(model, VLMForConditionalGeneration):
         raise RecipeError(
             f'model={where} is a {type(model).__name__}, which the stages do not train: give a '

@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,7 +34,8 @@ import torch.distributed as dist
 from torch.distributed import run as torchrun
 
 from ..data.files import write_json
-from .process import STOP_FILE, Preempted
+from .grace import grace_seconds
+from .process import ENDING_FILE, STOP_FILE, Preempted
 
 # %% ../../nbs/train/30_launch.ipynb #6343d679
 class LaunchError(RuntimeError):
@@ -126,6 +128,7 @@ def worker(folder: str) -> None:
     log = os.open(place / f'rank-{rank}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
+    os.environ[ENDING_FILE] = str(_ending(place, rank))
     job = json.loads((place / 'work.json').read_text(encoding='utf8'))
     end = dict(code=0, reason=None, value=None)
     try:
@@ -205,6 +208,9 @@ def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -
         PYTHONUNBUFFERED=1,
         **{STOP_FILE: folder / 'stop'},
     )
+    # an agent that is told to stop kills its ranks so many seconds later
+    if 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT' not in os.environ:
+        env['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] = math.ceil(max(30, grace_seconds()))
     if layout.cpu:
         env['ACCELERATE_USE_CPU'] = 'true'  # otherwise accelerate makes every rank rank 0 of 1
     return {name: str(value) for name, value in env.items()}

@@ -45,7 +45,7 @@ from vlmbench.train.checkpoint import (
 )
 from .elastic import Lanes, redeal, take_up
 from .forward import Forward, autocast, match_terms
-from .grace import Grace
+from .grace import Grace, Votes
 from .guard import GradientAudit, NoGradient, NonFiniteLoss
 from .loader import in_steps, lane_numbers, make_lanes, samples_hash, take
 from vlmbench.train.metrics import (
@@ -63,7 +63,7 @@ from .optimizer import lr_factor, make_optimizer
 from .prepare import prepare
 from .process import FolderInUse, FolderLock, Preempted, Ranks, StopFlag
 from .recipe import RecipeError, Stage
-from .saver import Saver
+from .saver import Saver, writers_group
 from .sharding import Parallel, lay_out
 
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
@@ -302,9 +302,11 @@ def begin(self: Trainer, cleanup: ExitStack) -> None:
     self.stop = self.stop_flag
     if self.stop is None:
         self.stop = cleanup.enter_context(StopFlag())
-    # several ranks can only stop together, at the end of a step
-    seconds = None if self.ranks.size == 1 else 0
-    self.grace = cleanup.enter_context(Grace(self.stop, self._rescue, seconds))
+    votes = None
+    if self.ranks.size > 1:
+        votes = Votes(self.ranks)
+        writers_group()  # made here, where all ranks are: a rescue is written in it
+    self.grace = cleanup.enter_context(Grace(self.stop, self._rescue, votes=votes))
     self.began = time.perf_counter(), self.used
 
 
@@ -413,7 +415,7 @@ def _open_log(self: Trainer, cleanup: ExitStack, found: Path | None) -> None:
 def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
     """Make one optimizer step. Returns its row of metrics (None where the data has ended) and its
     micro-batches."""
-    self.grace.enter(self._place)
+    self.grace.enter(self._place, self.step)
     started = time.perf_counter()
     micro, counts = take(self.batches, self.stage.accumulation, self._count)
     waited = time.perf_counter() - started
@@ -426,10 +428,10 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
         raise RecipeError(f'step {self.step + 1}: no sample of {ids} has a target token')
     shares, most = self._shares(micro, counts), self.most_micro
     parts = self.layout.backward(micro, shares, most, counts)
-    self.grace.leave()
     self.loss_scale.unscale(self.optimizer)
     norm = self.layout.clip(self.stage.clip or math.inf)
     parts, norm = self._agree(parts, norm)
+    self.grace.leave()  # all ranks have come this far, and none has moved a weight
     skip = self.loss_scale.skips(norm, parts)
     if not skip:
         if not all(map(math.isfinite, [norm, *parts])):
@@ -586,25 +588,26 @@ def _place(self: Trainer) -> dict[str, Any]:
 
 
 @patch
-def save(self: Trainer, wait: bool = True, place: dict | None = None) -> Path:
+def save(self: Trainer, wait: bool = True, place: dict | None = None, aside: bool = False) -> Path:
     """Write a training state: trained weights, optimizer, data position, generators, counters.
-    Without `wait` the training may go on before it is on the disk. `place`: default, here."""
+    Without `wait` the training may go on before it is on the disk. `place`: default, here.
+    `aside`: from a thread, while the ranks compute together."""
     local = place or self._place()
     shared = dict(targets=self.seen_targets, metric=self.metric, audit=dict(vars(self.audit)))
     if self.precision == 'fp16':
         shared['loss_scale'] = self.loss_scale.state_dict()
     state = self.step, self.params, self.optimizer, shared, local, self.metric
-    return self.saver.save(*state, wait=wait)
+    return self.saver.save(*state, wait=wait, aside=aside)
 
 
 @patch
 def _rescue(self: Trainer, place: dict) -> Path | None:
     "The state before the step that is running; None where no step was made yet."
     self.saver.wait()
-    done = self.out_dir / 'checkpoints' / f'step-{self.step:08d}'
-    if done.exists() or not self.step:
-        return done if self.step else None
-    return self.save(place=place)
+    # no look at the disk, where ranks on two machines may see different things
+    if not self.step or (self.path and self.path.name == f'step-{self.step:08d}'):
+        return self.path
+    return self.save(place=place, aside=self.ranks.size > 1)
 
 
 @patch

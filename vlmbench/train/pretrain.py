@@ -6,6 +6,7 @@
 from __future__ import annotations
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -26,6 +27,8 @@ from vlmbench.data.scene import (
     world_tokenizer,
     world_words,
 )
+from ..data.thing_world import thing_samples, thing_words
+from ..data.things import ThingConfig
 from ..data.world import geometry, render, scene_samples
 from ..models.vlm import build_vlm
 from .stages import BareRecipe, RunState, run_stages
@@ -33,17 +36,38 @@ from .optimizer import make_optimizer
 from .recipe import Recipe, Stage, full
 
 # %% auto #0
-__all__ = ['PHRASE_WORDS', 'PHRASES', 'BARS', 'TextScenes', 'base_vit', 'pixels', 'base_llm', 'language_recipe', 'pretrain_llm',
-           'squashed', 'phrase_ids', 'patch_weights', 'PhraseTower', 'contrastive', 'pretrain_vit', 'linear_probe',
-           'save_base']
+__all__ = ['SHAPES_TOLD', 'THINGS_TOLD', 'PHRASE_WORDS', 'PHRASES', 'BARS', 'TextWorld', 'TextScenes', 'base_vit', 'pixels',
+           'base_llm', 'language_recipe', 'pretrain_llm', 'squashed', 'phrase_ids', 'patch_weights', 'PhraseTower',
+           'contrastive', 'pretrain_vit', 'linear_probe', 'save_base', 'save_thing_reader']
+
+# %% ../../nbs/train/40_pretrain.ipynb #8999ea56
+@dataclass(frozen=True)
+class TextWorld:
+    "What a language model reads and how long it may be."
+
+    samples: Callable  # (kind, split, index, config, one_question) -> (scene, rows)
+    words: Callable[[], list[str]]  # the vocabulary in id order, special tokens first
+    max_tokens: int  # of a packed row, at least as long as the longest telling
+
+
+SHAPES_TOLD = TextWorld(scene_samples, world_words, 256)
+THINGS_TOLD = TextWorld(thing_samples, thing_words, 448)
 
 # %% ../../nbs/train/40_pretrain.ipynb #613d77fb
 class TextScenes:
     """A sequence of `n` text-only `Sample`s; with chance `copying` a sample is a list of random
     words to repeat."""
 
-    def __init__(self, config: WorldConfig, split: str, n: int, copying: float = 0.0):
+    def __init__(
+        self,
+        config: WorldConfig | ThingConfig,
+        split: str,
+        n: int,
+        copying: float = 0.0,
+        world: TextWorld = SHAPES_TOLD,
+    ):
         self.config, self.split, self.n, self.copying = config, split, n, copying
+        self.world, self.words = world, world.words()[len(SPECIALS) :]
 
     def __len__(self):
         return self.n
@@ -53,8 +77,8 @@ class TextScenes:
             raise IndexError(f'text scene {i} of {self.n}')
         rng = np.random.default_rng([self.config.seed, 11, i])
         if rng.random() >= self.copying:
-            return scene_samples('text', self.split, i, self.config)[1][0]
-        words = ' '.join(rng.choice(world_words()[len(SPECIALS) :], int(rng.integers(8, 25))))
+            return self.world.samples('text', self.split, i, self.config)[1][0]
+        words = ' '.join(rng.choice(self.words, int(rng.integers(8, 25))))
         return Sample(
             f'copy-{i}', [Turn('user', words), Turn('assistant', words)], [], [], 'world', {}
         )
@@ -116,7 +140,11 @@ def base_llm(
 
 # %% ../../nbs/train/40_pretrain.ipynb #53a05e4d
 def language_recipe(
-    steps: int = 1500, warm_steps: int = 200, rows: int = 10, lr: float = 3e-3
+    steps: int = 1500,
+    warm_steps: int = 200,
+    rows: int = 10,
+    lr: float = 3e-3,
+    max_tokens: int = 256,
 ) -> Recipe:
     """Two stages on text: mostly copying, then scenes. Every weight of the language model trains,
     block matrices by Muon."""
@@ -128,7 +156,7 @@ def language_recipe(
         template='world',
         betas=(0.9, 0.98),
         weight_decay=0.1,
-        max_tokens=256,
+        max_tokens=max_tokens,
         batch_rows=rows,
     )
     return Recipe(
@@ -150,7 +178,7 @@ def language_recipe(
 
 # %% ../../nbs/train/40_pretrain.ipynb #fa9559d5
 def pretrain_llm(
-    config: WorldConfig,
+    config: WorldConfig | ThingConfig,
     out: str | Path,
     steps: int = 1500,
     warm_steps: int = 200,
@@ -160,6 +188,8 @@ def pretrain_llm(
     samples: int = 1_000_000,
     hidden: int = 96,
     layers: int = 8,
+    heads: int = 4,
+    world: TextWorld = SHAPES_TOLD,  # that `config` belongs to
     **settings,
 ):
     """`(language model, tokenizer, stage results)` trained on text scenes of `config` by the
@@ -167,16 +197,16 @@ def pretrain_llm(
 
     The loop trains VLMs, so the language model sits in one whose (unused) vision front end is
     frozen. `settings` go to `run_stages`."""
-    tokenizer = world_tokenizer()
-    llm = base_llm(len(tokenizer), hidden, layers, seed=seed)
+    tokenizer = world_tokenizer(world.words())
+    llm = base_llm(len(tokenizer), hidden, layers, heads, seed=seed)
     model, processor = build_vlm(
         llm, base_vit(hidden=32, layers=1), tokenizer=tokenizer, template='world'
     )
     data = dict(
-        copying=TextScenes(config, 'train', samples, copying=0.6),
-        scenes=TextScenes(config, 'train', samples, copying=0.05),
+        copying=TextScenes(config, 'train', samples, 0.6, world),
+        scenes=TextScenes(config, 'train', samples, 0.05, world),
     )
-    recipe = language_recipe(steps, warm_steps, rows)
+    recipe = language_recipe(steps, warm_steps, rows, max_tokens=world.max_tokens)
     state = RunState(recipe, seed=seed, model=model, processor=processor)
     trained = run_stages(BareRecipe(), state, data, out, precision=precision, **settings)
     return llm.eval(), tokenizer, trained.stages
@@ -531,4 +561,30 @@ def save_base(
             f'{folder} holds {size:.1f} MB, more than limit_mb={limit_mb}: choose a smaller width '
             'or depth'
         )
+    return folder
+
+# %% ../../nbs/train/40_pretrain.ipynb #8895914e
+def save_thing_reader(
+    folder: str | Path,  # gets a folder `llm`
+    llm,
+    tokenizer,
+    scores: dict[str, float],  # share right by type of question, with 'all'
+    level: str,  # of the world it was trained on
+    seed: int = 0,
+) -> Path:
+    "Writes the language model of things with its tokenizer and card; returns `folder`."
+    folder = Path(folder)
+    llm.save_pretrained(folder / 'llm')
+    tokenizer.save_pretrained(folder / 'llm')
+    low = [kind for kind, score in scores.items() if score < BARS['text']]
+    lines = [
+        'A `Qwen3ForCausalLM` that reads a described scene of things and answers questions about '
+        f'it. World of things, level {level}; the figures are held-out text scenes by question.'
+    ]
+    if low:
+        lines.append(f'**Below the bar of {BARS["text"]:.0%}:** {", ".join(low)}.')
+    parameters = sum(p.numel() for p in llm.parameters())
+    title = 'The tiny language model of things'
+    card = _card(title, 'text-generation', lines, scores, parameters, seed)
+    (folder / 'llm' / 'README.md').write_text(card, encoding='utf8')
     return folder

@@ -102,20 +102,24 @@ def save(
     local: Any,
     metric: float | None = None,
     wait: bool = True,
+    aside: bool = False,
 ) -> Path:
     """Write a state (`save_state`); returns the folder that it has, or will have. `wait`: until it
-    is there. All ranks call this together. Raises CheckpointError for this state or the one
+    is there. `aside`: the ranks meet in `writers_group`, whatever they do in their own group at
+    this moment. All ranks call this together. Raises CheckpointError for this state or the one
     before."""
     began = time.perf_counter()
     self.wait()
     moments = optimizer_tensors(optimizer)
     trees = shared, local
     state = dict(self.settings, metric=metric)
-    if wait or not self.background:
+    if (wait or not self.background) and not aside:
         state |= dict(agree=self.ranks.agree)
         path = save_state(self.out_dir, step, weights, moments, *trees, **state)
     else:
         path = self._hand_over(step, weights, moments, trees, state)
+        if wait:
+            self.wait()
     self.stood_still = time.perf_counter() - began
     return path
 
