@@ -42,6 +42,8 @@ RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background 
 PART ?=
 LIMIT ?= 1800
 AND := $(if $(PART), and $(PART))
+# a set of ranks waits much of its time for its start and for one process among it: two files at once
+RANK_WORKERS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # without this two torch processes on the same cores run several times slower
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -97,7 +99,8 @@ test-python: venv
 
 test-ranks: venv
 	@echo "== several processes"
-	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 $(RANKS)
+	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 \
+		$(RANK_WORKERS) $(RANKS)
 
 test-slurm: venv
 	@echo "== jobs on an emulated cluster"
