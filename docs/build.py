@@ -78,9 +78,10 @@ def bring_over() -> None:
 
 
 def start_over_if_pages_differ(output: Path) -> None:
-    "Forget the site that was built before unless it has the same pages by the same titles."
+    "Forget the site that was built before unless it is whole, with the same pages and titles."
     stamp, now = root / '_proc' / 'titles.txt', f'{output}\n{titles()}'
-    if not stamp.exists() or stamp.read_text(encoding='utf8') != now:
+    whole = stamp.exists() and (output / 'searchindex.js').exists()  # written last
+    if not whole or stamp.read_text(encoding='utf8') != now:
         shutil.rmtree(output, ignore_errors=True)
     stamp.write_text(now, encoding='utf8')
 

@@ -50,7 +50,7 @@ html_show_search_summary = False  # excerpts.py: Sphinx's own needs a server
 html_context = {'default_mode': 'auto'}
 html_theme_options = {
     'home_page_in_toc': False,
-    'collapse_navigation': True,  # a page lists what is near it, not all 450 (100 kB a page)
+    'collapse_navbar': True,  # a page lists what is near it, not all 480 (58 kB a page)
     'show_navbar_depth': 1,
     'show_toc_level': 2,
     'use_download_button': False,

@@ -14,6 +14,8 @@ from typing import Any, Callable
 # other packages that nearly every notebook imports (ten seconds of a processor). Never vlmbench
 # itself: what a notebook needs of it, it must import
 IMPORTED = [
+    'warm',
+    'papermill',
     'torch',
     'transformers.models.clip.modeling_clip',
     'transformers.models.llama.modeling_llama',

@@ -15,7 +15,8 @@ def prose(doctree: nodes.document) -> str:
     "Paragraphs of a page, without code, outputs and formulas."
     said = []
     for paragraph in doctree.findall(nodes.paragraph):
-        said.append(' '.join(paragraph.astext().split()))
+        text = ' '.join(paragraph.astext().split())
+        said.append(text if text.endswith(('.', ':', '?', '!')) else f'{text}.')
     return ' '.join(said)[:LONGEST]
 
 

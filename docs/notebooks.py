@@ -218,7 +218,7 @@ def fingerprint() -> str:
         *(root / 'data_cards').glob('*'),
         *(root / 'figures').rglob('*.json'),
         root / 'settings.ini',
-        *(root / 'docs' / name for name in ('notebooks.py', 'copies.py', 'render.py')),
+        *(root / 'docs' / name for name in ('notebooks.py', 'copies.py', 'warm.py', 'render.py')),
     ]
     files = [p for p in sorted(seen) if p.is_file()]
     said = ''.join(f'{p.relative_to(root)} {said_in(p)}\n' for p in files)

@@ -2,13 +2,15 @@
 
 vLLM pins much that this package does not need, so it never enters .venv. FOLDER is an environment
 that sees the packages of the interpreter that runs this script through a .pth file, with vLLM's CPU
-build and what that misses on top. Where it cannot be had, the tests are skipped with the reason.
+build and what that misses on top. Where it cannot be had, or not within VLMBENCH_FETCH_SECONDS
+(default 1500), the tests are skipped with the reason.
 """
 
 import os
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
 from pathlib import Path
 
@@ -46,9 +48,21 @@ sys.meta_path.insert(0, BeforeTorchvision())
 """
 
 
+SECONDS = float(os.environ.get('VLMBENCH_FETCH_SECONDS', 1500))
+LATEST = time.monotonic() + SECONDS
+
+
 def call(*command: str | Path) -> str:
-    "Output of `command`; RuntimeError with the end of what it said where it fails."
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    """Output of `command`; RuntimeError with the end of what it said where it fails, or where the
+    environment takes too long to make."""
+    left = LATEST - time.monotonic()
+    try:
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f'{" ".join(map(str, command[:5]))}: no end within the {SECONDS:.0f} s for the whole '
+            'environment (VLMBENCH_FETCH_SECONDS)'
+        ) from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise RuntimeError(f'{" ".join(map(str, command[:5]))}: {said[-1] if said else "failed"}')

@@ -29,7 +29,7 @@ from copies import in_a_copy, warm_context
 from notebooks import SKIPPED, clean_outputs
 
 TUTORIALS = root / 'nbs' / 'tutorials'
-JOBS, TIMEOUT = 2, 900  # processes; seconds for one notebook
+JOBS, TIMEOUT = 2, 1800  # processes; seconds for one notebook
 LARGEST = 46_500  # bytes of a file
 # widest picture in px and its colours, from the best to what is still readable
 SIZES = ((720, 64), (640, 48), (560, 32), (480, 24), (420, 16))
@@ -48,6 +48,7 @@ def told(text: str) -> str:
     for place, said in places.items():
         text = text.replace(place, said)
     text = re.sub(r' at 0x[0-9a-f]+', '', text)
+    text = re.sub(r"^\{.*'train_runtime'.*\}\n?", '', text, flags=re.M)  # how long a trainer took
     if len(text) > LONGEST and '<table' not in text:
         text = f'{text[:LONGEST].rstrip()}\n...\n'
     return text

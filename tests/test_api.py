@@ -133,6 +133,8 @@ def test_a_reader_who_leaves_frees_the_model(served):
         (dict(messages=[dict(role='tool', content='x', tool_call_id='1')]), 'messages.0.role'),
         (dict(messages=[dict(role='assistant', content='x')]), "must be the user's"),
         (dict(messages=messages('<image> what ?')), 'holds <image>'),
+        (dict(messages=messages('<|image_pad|> what ?')), 'holds <|image_pad|>'),
+        (dict(messages=[dict(role='user', content='what ?', images=['a.png'])]), "'images', which"),
         (dict(messages=seeing('http://169.254.169.254/')), 'fetches no addresses'),
         (dict(messages=seeing('data:image/png;base64,AAAA')), 'not an image'),
     ],

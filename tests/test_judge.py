@@ -300,7 +300,7 @@ def test_replies_without_a_grade_are_counted():
 def test_the_published_grade_file_layout():
     grades = grade_answers(ANSWERS, ExactJudge(), 2)
     assert json.loads(json.dumps(grades.published()))['q1'] == dict(
-        model=['exact/2'] * 2, content=['1.0'] * 2, score=[1.0, 1.0]
+        model=['exact/3'] * 2, content=['1.0'] * 2, score=[1.0, 1.0]
     )
     with pytest.raises(ValueError, match="'absent' is not graded"):
         grades.matrix(['q0', 'absent'])

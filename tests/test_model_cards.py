@@ -28,7 +28,7 @@ from vlmbench.models.vlm import build_vlm
 from vlmbench.run.engine import run_notebook
 from vlmbench.train.scale import read_scale
 
-SETTINGS = dict(model='', recipe='eve', seed=3, budget=0.5, variant=['distill=none'])
+SETTINGS = dict(model='', recipe='eve', seed=3, budget=0.5, variant=['align=false'])
 STAGES = [dict(name='prealign', steps=7, targets=1234)]
 TABLE = [
     dict(task='vqa', condition='image', question_type=kind, n=8, score=0.5, low=0.25, high=0.75)
@@ -83,7 +83,7 @@ def test_data_that_rules_commerce_out_rules_it_out_for_the_model(tmp_path):
 
 def test_a_card_says_the_recipe_and_how_sure_the_scores_are(tmp_path):
     card = card_of(tmp_path, 'lmsys/vicuna-7b-v1.5', CLIP)
-    assert 'Method `eve` with distill=none at scale `own`, seed 3, budget 0.5.' in card.text
+    assert 'Method `eve` with align=false at scale `own`, seed 3, budget 0.5.' in card.text
     assert '| prealign | 7 | 1,234 | mine |' in card.text
     assert '| vqa | image | 8 | 50.0 [25.0, 75.0] |' in card.text
     (result,) = card.data.eval_results

@@ -1,8 +1,10 @@
 """Official files of the benchmarks: found, read, asked and scored by hand-computed values."""
 
+import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -49,6 +51,8 @@ from vlmbench.evaluate.suites import (
 )
 from vlmbench.evaluate.uploads import check_upload
 from vlmbench.run.cli import app
+from vlmbench.run.early import check_judge
+from vlmbench.run.parameters import ParameterError
 
 # per kind: what a model says to each question, in order, and what comes of it by hand
 SAID = dict(
@@ -119,6 +123,28 @@ def test_a_kind_s_card_names_its_task():
         if entry.card:
             card = (cards_dir() / f'{entry.card}.md').read_text(encoding='utf8')
             assert f'tasks={kind}:PATH' in card, entry.card
+
+
+def test_files_as_they_also_lie_about(folders, tmp_path):
+    "POPE as JSON Lines by name, MME in its archive's folders, a fifth option, archives unpacked."
+    for file in folders['pope'].glob('*.json'):
+        shutil.copy(file, tmp_path / f'{file.stem}.jsonl')
+    shutil.copytree(folders['pope'] / 'val2014', tmp_path / 'val2014')
+    assert len(official_task(f'pope:{tmp_path}')) == 6
+    shutil.copytree(folders['mme'], tmp_path / 'MME release (v1)' / 'MME_Benchmark')
+    assert len(official_task(f'mme:{tmp_path / "MME release (v1)"}')) == 8
+    table = next(folders['mmbench'].glob('*.tsv'))
+    csv.field_size_limit(2**31 - 1)
+    with open(table, encoding='utf8', newline='') as file:
+        rows = list(csv.DictReader(file, delimiter='\t'))
+    write_tsv(tmp_path / 'MMBench_DEV_EN.tsv', [row | dict(E='a fifth thing') for row in rows])
+    assert 'E. a fifth thing' in official_task(f'mmbench:{tmp_path}').items[0].turns[-1].text
+    (tmp_path / 'packed').mkdir()
+    (tmp_path / 'packed' / 'v2_Questions_Val_mscoco.zip').write_bytes(b'PK')
+    with pytest.raises(OfficialError, match='unpack v2_Questions_Val_mscoco.zip first'):
+        official_task(f'vqav2:{tmp_path / "packed"}')
+    with pytest.raises(OfficialError, match='no data file; unpack it first'):
+        official_task(f'vqav2:{tmp_path / "packed" / "v2_Questions_Val_mscoco.zip"}')
 
 
 @pytest.mark.parametrize('rule', ['ours', 'published'])
@@ -360,6 +386,21 @@ def test_a_judge_grades_every_ability(folders, tmp_path):
     assert card['accuracy'] == pytest.approx(0.7) and card['published_prompt'] is False
     grade_task(task, tmp_path, ChatJudge(endpoint), runs=2)
     assert len(asked) == 4  # kept in the log
+
+
+def test_the_exact_judge_compares_nothing(folders, tmp_path):
+    "Its accuracy would stand for LLaVA-Bench's relative score, which is another number."
+    task = official_task(f'llava_wild:{folders["llava_wild"]}')
+    answered(task, ['A red boat.', 'a cat']).save(tmp_path)
+    with pytest.raises(ValueError, match='llava_wild: .* name an endpoint as judge'):
+        grade_task(task, tmp_path, make_judge('exact'))
+    given = dict(suite='', judge='exact', tasks=[f'llava_wild:{folders["llava_wild"]}'])
+    given |= dict(judge_model='m', judge_key_env='', judge_prompt='')
+    with pytest.raises(ParameterError, match='judge=exact .* name an endpoint'):
+        check_judge(given)
+    check_judge(given | dict(judge='http://127.0.0.1:9/v1'))
+    with pytest.raises(ParameterError, match='grades mmvet:PATH and llava_wild:PATH, which no'):
+        check_judge(given | dict(tasks=['pope:X']))
 
 
 def test_a_judge_compares_answers_with_references(folders, tmp_path, monkeypatch):
@@ -666,7 +707,7 @@ def test_the_command_on_one_rank_and_on_two(tmp_path):
     assert (one / 'summary.tsv').read_text() == (two / 'summary.tsv').read_text()
     table = pd.read_csv(one / 'summary.tsv', sep='\t')
     first = table.drop_duplicates('task').set_index('task')['metric']
-    assert first.to_dict() | dict(vqav2='') == dict(
+    assert first.to_dict() | dict(vqav2='', llava_wild='') == dict(
         pope='mean_f1',
         mme='perception',
         mmbench='circular',
@@ -676,9 +717,10 @@ def test_the_command_on_one_rank_and_on_two(tmp_path):
         hallusionbench='accuracy',
         vqav2='',
         mmvet='accuracy',
-        llava_wild='accuracy',
+        llava_wild='',
     )
-    assert 'no score' in first['vqav2']
+    assert 'no score' in first['vqav2'] and 'no score' in first['llava_wild']
+    assert not (one / 'results' / 'llava_wild@judged.json').exists()
     judged = json.loads((one / 'results' / 'mmvet@judged.json').read_text())
     assert judged['judge_runs'] == 1 and set(judged['metrics']) > {'accuracy/ocr'}
     for name in first.index:

@@ -274,7 +274,8 @@ def test_notebook_is_tidy(path):
     for i, c in enumerate(cs):
         if c['cell_type'] != 'code':
             continue
-        assert not c['outputs'] and c['execution_count'] is None, (
+        kept = path.parent.name == 'tutorials'  # test_tutorials.py looks at these
+        assert (kept or not c['outputs']) and c['execution_count'] is None, (
             f'cell {i} has stored outputs: run nbdev_clean'
         )
         assert set(c['metadata']) <= {'tags'}, f'cell {i} carries metadata {sorted(c["metadata"])}'

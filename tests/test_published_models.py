@@ -35,6 +35,7 @@ from vlmbench.checkpoints.zoo import CLIP, PUBLISHED, SIGLIP
 from vlmbench.data.image import ImageTransform
 from vlmbench.data.scene import world_tokenizer
 from vlmbench.demo.serve import load_models
+from vlmbench.evaluate.results import accuracy_table, load_results
 from vlmbench.methods.recipes import find_scale, get_recipe
 from vlmbench.methods.zero import PAPER_SCALES, ranges_at
 from vlmbench.models.vlm import build_vlm
@@ -254,6 +255,11 @@ def test_an_evaluation_takes_it(name, zoo, world, tmp_path):
     Manifest(tmp_path).start('evaluate', {})
     done = jobs.evaluate_job(settings, str(find_model(name)), world, str(tmp_path))
     assert done['summary']['vqa_test'] is not None and done['table']
+    table = accuracy_table(load_results([tmp_path]))
+    arm = ''
+    if PUBLISHED[name].method == 'zero':
+        arm = 'encoder on its surrogate' if name.endswith('@surrogate') else 'zero-shot graft'
+    assert set(table['arm'] if arm else ['']) == {arm} and ('arm' in table) == bool(arm)
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -94,7 +94,7 @@ def test_vip_bench_grades_other_models_answers_offline(tmp_path):
     assert (found['bbox']['score'], found['human']['score'], found['judge']) == (
         20.0,
         20.0,
-        'exact/2',
+        'exact/3',
     )
 
 

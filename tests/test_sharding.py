@@ -163,13 +163,22 @@ def test_rows_of_a_step_that_ranks_cannot_share(tmp_path):
         on_ranks('elastic_run', tmp_path, 2, out=str(tmp_path / 'run'), accumulation=3)
 
 
-@pytest.mark.parametrize('ranks, parallel', [(2, 'fsdp'), (1, None)])
-def test_lanes_go_on_exactly_on_other_ranks(bases, one, tmp_path, ranks, parallel):
-    """Four shards stop inside the first stage; two, or one process, end where one process ends that
-    was never stopped: the same micro-batches, half-filled packs included."""
-    where = dict(root=str(bases), out=str(tmp_path), methods=['llava'])
+@pytest.fixture(scope='module')
+def stopped_inside(bases, tmp_path_factory):
+    "Four shards that were stopped inside the first stage."
+    out = tmp_path_factory.mktemp('inside')
+    where = dict(root=str(bases), out=str(out), methods=['llava'])
     with pytest.raises(Preempted):
-        on_ranks('run_all', tmp_path, 4, parallel='fsdp', stop_after=1, **where)
+        on_ranks('run_all', out, 4, parallel='fsdp', stop_after=1, **where)
+    return out
+
+
+@pytest.mark.parametrize('ranks, parallel', [(2, 'fsdp'), (1, None)])
+def test_lanes_go_on_exactly_on_other_ranks(bases, one, stopped_inside, tmp_path, ranks, parallel):
+    """Two ranks, or one process, go on from four and end where one process ends that was never
+    stopped: the same micro-batches, half-filled packs included."""
+    shutil.copytree(stopped_inside, tmp_path, dirs_exist_ok=True)
+    where = dict(root=str(bases), out=str(tmp_path), methods=['llava'])
     if ranks == 1:
         run_all(**where)
     else:

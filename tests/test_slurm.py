@@ -36,7 +36,8 @@ def cluster():
     with tempfile.TemporaryDirectory(prefix='slurm-') as home:
         cluster = Cluster(Path(home))
         try:
-            cluster.start()
+            if refused := cluster.refusal():
+                pytest.skip(refused)
             yield cluster
         finally:
             cluster.stop()
@@ -133,6 +134,7 @@ def assert_continued(folder: Path, steps: int, first: str, seed: int = 0) -> dic
     return manifest
 
 
+@pytest.mark.short
 def test_a_sweep_is_an_array_with_its_own_folders_exit_codes_and_limit(desk):
     "Four jobs, at most two at once; those that fail are failed jobs with the run's exit code."
     jobs, folders, said = desk.submit(STEPS, 'seed=0..1', 'fail=false,true', '--array', '2')
@@ -298,6 +300,7 @@ def test_a_full_disk_ends_the_job_with_its_reason(desk, small_disk):
     assert 'No space left' in said and 'nothing was submitted' in said
 
 
+@pytest.mark.short
 def test_a_read_only_folder_is_refused_before_anything_is_submitted(desk, small_disk):
     before = desk.cluster.call('squeue', '-h', '-t', 'all')
     subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
@@ -306,6 +309,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_submitted(desk, small_
     assert desk.cluster.call('squeue', '-h', '-t', 'all') == before
 
 
+@pytest.mark.short
 def test_two_nodes_train_as_one_process(desk, bases):
     "srun starts a torchrun on each node, they meet at the first, and the model is one process's."
     settings = test_runs.params(bases, evaluate=False, budget=0.01, blind=False)

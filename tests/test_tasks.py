@@ -4,6 +4,7 @@ hashes, clusters."""
 import base64
 import io
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -497,3 +498,18 @@ def test_a_file_in_another_encoding_is_named(name, tmp_path):
     (tmp_path / 'b.jsonl').write_text('{"id": 1}\n{"id": 2}{"id": 3}')
     with pytest.raises(ValueError, match='b.jsonl line 2: not JSON'):
         read_rows(tmp_path / 'b.jsonl')
+
+
+def test_a_hint_beside_a_conversation_is_said(tmp_path):
+    asked = [{'from': 'human', 'value': 'What?'}, {'from': 'gpt', 'value': 'red'}]
+    rows = [dict(id=n, conversations=asked, hint='It is warm.') for n in range(2)]
+    (tmp_path / 'mine.json').write_text(json.dumps(rows))
+    with pytest.warns(UserWarning, match="mine: column 'hint' of 2 rows is not shown"):
+        load_task(tmp_path / 'mine.json')
+    rows[0]['conversations'][0]['value'] = rows[1]['conversations'][0]['value'] = (
+        'It is warm. What?'
+    )
+    (tmp_path / 'mine.json').write_text(json.dumps(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_task(tmp_path / 'mine.json')

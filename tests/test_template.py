@@ -199,6 +199,8 @@ def template(request):
 
 
 PLAIN = st.text(st.characters(codec='utf-8', exclude_categories=('Cs', 'Cn', 'Co')), max_size=12)
+# words of a template are drawn too, and in a rendered string they would be control tokens
+PLAIN = PLAIN.filter(lambda text: not re.search(r'<[^\s<>]+>', text))
 PHRASE = st.one_of(
     PLAIN,
     st.sampled_from(
@@ -931,3 +933,12 @@ def test_golden_zero_qwen(case):
                     setting,
                     k,
                 )
+
+
+def test_a_prompt_of_nothing_is_refused():
+    "The plain template leaves out the words of a question; without a picture nothing is left."
+    trained = Tokenizer(models.BPE())
+    trained.train_from_iterator(['What?'], trainers.BpeTrainer(show_progress=False))
+    bare = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token='</s>')  # it begins nothing
+    with pytest.raises(ValueError, match="'llava_plain' writes nothing of these turns"):
+        encode([Turn('user', 'What?')], bare, 'llava_plain', add_generation_prompt=True)

@@ -203,7 +203,9 @@ def vllm():
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize('kind', [*FRONTS, 'surrogate'])
+@pytest.mark.parametrize(
+    'kind', [pytest.param('encoder', marks=pytest.mark.short), 'eve', 'vora', 'surrogate']
+)
 def test_its_answers_are_those_of_transformers(kind, vllm, task, tmp_path, capsys):
     model, processor = small(FRONTS.get(kind, FRONTS['encoder']))
     if kind == 'surrogate':

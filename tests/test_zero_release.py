@@ -28,7 +28,7 @@ from transformers import (
 
 import vlmbench
 from vlmbench.checkpoints import zero_names
-from vlmbench.checkpoints.card import licence_line, origin_of
+from vlmbench.checkpoints.card import arm_of, licence_line, origin_of
 from vlmbench.checkpoints.load import LoadError, convert, find_model, is_foreign, load_vlm
 from vlmbench.checkpoints.names import CheckpointFormatError
 from vlmbench.checkpoints.original import export_original
@@ -42,7 +42,9 @@ from vlmbench.demo.chat import ChatError, ChatModel
 from vlmbench.demo.terminal import chat_command
 from vlmbench.evaluate.generate import fingerprint
 from vlmbench.evaluate.prompts import prompt_inputs
+from vlmbench.evaluate.published import read_published
 from vlmbench.lab.calibration import load_any
+from vlmbench.methods.recipes import get_method
 from vlmbench.methods.zero import FRONT_END, PAPER_SCALES, Zero, graft_onto, ranges_at
 from vlmbench.models.depth import build_surrogate, depth_of, find_decoder, graft, weights_hash
 from vlmbench.models.processor import VLMProcessor
@@ -390,6 +392,18 @@ def test_layers_evaluate_and_manifests_know_the_name():
         (scale.llm, scale.vision, REPOSITORY), '0' * 40
     )
     assert [stage['steps'] for stage in origin_of(PAIR).stages] == [3568, 4880]
+
+
+def test_the_arm_is_named_as_the_paper_names_it(tmp_path):
+    published = set(read_published('zero')['arm'])
+    named = {arm_of(name, sees) for name in (GRAFT, PAIR) for sees in (True, False)}
+    assert named == published and 'arm: zero-shot graft' in licence_line(GRAFT)
+    assert arm_of(convert(PAIR, tmp_path / 'pair')) == 'encoder on its surrogate'
+    both = ['ranges=[]', 'stages=["adapt","encoder"]']
+    assert get_method('zero', both).arm == 'encoder trained with the whole model'
+    later = get_method('zero', ['stages=["adapt","encoder","decoder"]'])
+    assert later.arm == 'language model trained behind the encoder'
+    assert [get_method(name, []).arm for name in ('zero', 'eve')] == ['zero-shot graft', '']
 
 
 def test_text_alone(tmp_path):

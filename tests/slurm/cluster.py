@@ -65,7 +65,11 @@ def install() -> str:
         return ''
     command = ['apt-get', 'install', '-y', '--no-install-recommends', *PACKAGES]
     if shutil.which('apt-get') and os.geteuid() == 0:
-        subprocess.run(command, capture_output=True, timeout=300, check=False)
+        try:
+            subprocess.run(['apt-get', 'update'], capture_output=True, timeout=60, check=False)
+            subprocess.run(command, capture_output=True, timeout=120, check=False)
+        except subprocess.TimeoutExpired as e:
+            return f'{" ".join(e.cmd[:2])} did not end within {e.timeout:.0f} s'
     missing = [p for p in PROGRAMS if not shutil.which(p)]
     return f'{", ".join(missing)} not installed: {" ".join(command)}' if missing else ''
 
@@ -113,6 +117,14 @@ class Cluster:
         self.call('slurmctld', '-f', str(self.config))
         for node in NODES:
             self.start_node(node)
+
+    def refusal(self) -> str:
+        "Starts all daemons; why they do not start on this machine, or nothing."
+        try:
+            self.start()
+        except (AssertionError, OSError, subprocess.TimeoutExpired) as e:
+            return f'Slurm is installed and does not start here: {" ".join(str(e).split())[:300]}'
+        return ''
 
     def call(self, *command: str, check: bool = True) -> str:
         "Standard output of a command that talks to this cluster."

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .names import CheckpointFormatError, refusing
 from ..data.home import kept_model
-from ..methods.zero import PAPER_SCALES, SETTINGS
+from ..methods.zero import GRAFTED, UNGRAFTED, PAPER_SCALES, SETTINGS
 from ..train.scale import Scale
 
 # %% ../../nbs/checkpoints/52_zero_names.ipynb #56a0d81b
@@ -65,6 +65,11 @@ class ReleasedName:
 
     scale: Scale
     surrogate: bool = False
+
+    @property
+    def arm(self) -> str:
+        "Which arm of the published tables it is."
+        return UNGRAFTED if self.surrogate else GRAFTED
 
     @property
     def files(self) -> dict[str, ReleasedFile]:

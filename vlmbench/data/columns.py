@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_COLUMNS', 'FILM_COLUMNS', 'MEDIA_COLUMNS', 'UNREAD_COLUMNS', 'PICTURE_SUFFIXES', 'MEDIA_SUFFIXES',
            'SYSTEM_COLUMNS', 'column_name', 'is_empty', 'looks_like_picture', 'looks_like_media', 'picture_column',
-           'is_loose_media', 'picture_of_array', 'system_column', 'refuse_unread_in', 'unshown_columns',
+           'is_loose_media', 'picture_of_array', 'system_column', 'refuse_unread_in', 'unshown_columns', 'foreign_mark',
            'refuse_foreign_marks']
 
 # %% ../../nbs/data/03_columns.ipynb #a06c79c6
@@ -424,10 +424,16 @@ def unshown_columns(row: Mapping[str, Any], said: str) -> list[str]:
     ]
 
 
+def foreign_mark(text: str) -> str:
+    "The first mark of a picture in `text` that is another tool's; '' where there is none."
+    found = _FOREIGN_MARK.search(text)
+    return found[0] if found else ''
+
+
 def refuse_foreign_marks(text: str, what: str) -> None:
     "Raise `BadRecord` where `text`, which is `what`, marks a picture in another tool's way."
-    if m := _FOREIGN_MARK.search(text):
+    if mark := foreign_mark(text):
         raise BadRecord(
-            f'picture mark: {what} has {m[0]!r}, which is not read; write <image> in its place, '
+            f'picture mark: {what} has {mark!r}, which is not read; write <image> in its place, '
             "and the picture's path under 'image'"
         )

@@ -42,7 +42,8 @@ def resolve_path(path: str | Path, root: str | Path | tuple | None = None) -> Pa
     if '\0' in str(path):
         raise ImageError(f'bad path: {str(path)[:60]!r} holds a null character')
     if is_address(path):
-        raise ImageError(f'no file: {str(path)[:60]!r} is an address; download it first')
+        what = 'decode it' if str(path).startswith('data:') else 'download it first'
+        raise ImageError(f'no file: {str(path)[:60]!r} is an address; {what}')
     if root is None:
         return Path(path)
     roots = (root,) if isinstance(root, (str, Path)) else tuple(root)

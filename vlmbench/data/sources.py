@@ -6,8 +6,8 @@
 __all__ = ['COUNTED_ROWS', 'FIRST_STREAMED', 'Place', 'SEEDS_APART', 'DataError', 'data_file', 'published_names', 'Found',
            'find_data', 'plain_name', 'data_files', 'check_data', 'data_roots', 'published_folders', 'published_root',
            'embedded_world', 'prepare_data', 'style_of_data', 'has_picture', 'first_rows', 'published_rows',
-           'picture_share', 'Shards', 'open_streamed', 'open_drawn', 'open_samples', 'check_regions', 'grouped_order',
-           'StageData', 'open_stage_data']
+           'picture_share', 'Shards', 'open_streamed', 'open_drawn', 'streamed_rows', 'open_samples', 'check_regions',
+           'grouped_order', 'StageData', 'open_stage_data']
 
 # %% ../../nbs/data/75_sources.ipynb #b72d5cbe
 import difflib, itertools, json
@@ -36,7 +36,7 @@ from vlmbench.data.stream import (
     is_stream,
 )
 from .stream_mix import MixedSamples, PassedSamples
-from .stream_rows import streamable
+from .stream_rows import open_shards, streamable
 from .transform import Transform
 from .world import WorldConfig, write_world
 
@@ -515,6 +515,15 @@ def open_drawn(
     return MixedSamples(sources, weights) if len(sources) > 1 else next(iter(sources.values()))
 
 
+def streamed_rows(folder: str | Path, data: str) -> int | None:
+    """Rows of the one stream that `data` names, as its files or its data card say; None where they
+    do not, and for several sources, which end at different times. Raises `DataError`."""
+    name, *others = Mixture.parse(data)
+    if others:
+        return None
+    return open_shards(name, find_data(folder, name).files).count() or published_rows(name)
+
+
 SEEDS_APART = 1 << 32  # of the sources of a mixture, so that no two are drawn alike
 
 
@@ -594,10 +603,13 @@ class StageData:
 
     @property
     def rows(self) -> int:
-        """Rows of an epoch: of a mixture, those that it draws before it begins again. Raises
-        `DataError` for a stream."""
+        """Rows of an epoch: of a mixture, those that it draws before it begins again; of a stream,
+        what its files or its data card say. Raises `DataError` where they say nothing."""
         if isinstance(self.samples, DrawnSamples):
-            raise DataError(f'{self.samples.name} is streamed, and nobody has counted its rows')
+            rows = self.samples.rows or published_rows(self.samples.name)
+            if rows is None:
+                raise DataError(f'{self.samples.name} is streamed, and nobody has counted its rows')
+            return rows
         mixed = isinstance(self.samples, Mixture)
         return len(self.samples.order if mixed else self.samples)
 

@@ -152,6 +152,7 @@ class DrawnSamples(ABC):
 
     name: str
     order: Drawn
+    rows: int | None  # of a pass over all of them, None where nobody has counted them
 
     def __len__(self) -> int:
         return len(self.order)
@@ -235,6 +236,11 @@ class StreamedSamples(OpenStreams):
         streams = 2 ** (min(shards, STREAMS).bit_length() - 1)
         self.order = Endless(streams, -(-buffer // streams), shards)
         self._open({})
+
+    @property
+    def rows(self) -> int | None:
+        "Rows of all shards, None where nobody has counted them."
+        return self.data.count()
 
     def _open(self, marks: Mapping[int, Sequence[Mark]]) -> None:
         self._process, self._lock = os.getpid(), threading.Lock()

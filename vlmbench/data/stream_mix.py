@@ -111,6 +111,7 @@ class PassedSamples(DrawnSamples):
 
     def __init__(self, name: str, samples: Sequence[Sample], seed: int = 0):
         self.name, self.samples, self.order = name, samples, Passes(len(samples), seed)
+        self.rows = len(samples)
         self._orders: dict[int, np.ndarray] = {}
 
     def __getitem__(self, draw):
@@ -140,6 +141,7 @@ class MixedSamples(DrawnSamples):
 
     def __init__(self, sources: Mapping[str, DrawnSamples], weights: Mapping[str, float]):
         self.name, self.sources = '+'.join(sources), list(sources.values())
+        self.rows = None  # they end at different times
         turn = turn_of([weights[name] for name in sources])
         self.order = EndlessMix(tuple(source.order for source in self.sources), turn)
 

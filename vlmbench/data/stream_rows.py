@@ -23,6 +23,7 @@ from vlmbench.data.layouts import (
     tar_row,
 )
 from .quarantine import BadRecord
+from .row_cache import open_row_index
 from .rows import rows_in
 
 # %% ../../nbs/data/44_stream_rows.ipynb #cb42d415
@@ -87,6 +88,10 @@ class OpenShards(ABC):
     def rows(self, shard: int, first: int = 0) -> Iterator[tuple[int, Any]]:
         "`(number, stored)` of the rows of a shard from `first` on (`as_cells`)."
 
+    @abstractmethod
+    def count(self) -> int | None:
+        "Rows of all shards, None where only reading everything would tell."
+
 
 STREAMED_FILES = ('.json', '.jsonl', '.json.gz', '.jsonl.gz', '.tar', '.parquet')
 
@@ -101,12 +106,33 @@ class FileShards(OpenShards):
         path = self.files[shard]
         return (tar_samples if path.suffix.lower() == '.tar' else json_rows)(path, first)
 
+    def count(self):
+        if any(path.suffix.lower() == '.gz' for path in self.files):
+            return None
+        return sum(map(_rows_of, self.files))
+
+
+def _rows_of(path: Path) -> int:
+    if path.suffix.lower() == '.tar':
+        return sum(1 for _ in tar_samples(path))
+    index = open_row_index(path)
+    return len(index) + sum(not bad.fatal for bad in index.errors)
+
 
 class TableShards(OpenShards):
-    "What `datasets` streams."
+    "What `datasets` streams, of a `split` of the Hub or of parquet `files`."
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Any, files: Sequence[str] = (), split: str = 'train'):
         self.data, self.num_shards = data, data.num_shards
+        self.files, self.split = files, split
+
+    def count(self):
+        if self.files:
+            import pyarrow.parquet as pq
+
+            return sum(pq.read_metadata(path).num_rows for path in self.files)
+        told = (self.data.info.splits or {}).get(self.split)
+        return told.num_examples or None if told else None
 
     def rows(self, shard, first=0):
         part = self.data.shard(num_shards=self.num_shards, index=shard, contiguous=False)
@@ -143,12 +169,13 @@ def open_shards(name: str, files: Sequence[str | Path]) -> OpenShards:
         if is_hub(files[0]):
             repository, config, split = hub_parts(files[0])
             data = datasets.load_dataset(repository, config, split=split, streaming=True)
+            return TableShards(data, split=split)
         else:
             places = [str(Path(path).resolve()) for path in files]
             data = datasets.load_dataset(
                 'parquet', data_files=places, split='train', streaming=True
             )
-        return TableShards(data)
+        return TableShards(data, places)
     except (OSError, ValueError) as e:
         reason = ' '.join(str(e).split())[:300]
         raise StreamError(

@@ -423,6 +423,11 @@ def encode(
             parts += [(Span(image_token, special=True), True)] * bool(i) + [
                 (Span(text, s.target, begins=s.begins and i == 0), False)
             ] * bool(text)
+    if not parts:
+        raise ValueError(
+            f'template {template.name!r} writes nothing of these turns and there is no picture: '
+            'nothing is left to read; take another template, or give the picture'
+        )
     missing = {s.text for s, _ in parts if s.special} - {
         *tokenizer.get_added_vocab(),
         *tokenizer.all_special_tokens,

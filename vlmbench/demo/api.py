@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
+from ..data.columns import foreign_mark
 from ..data.image import MAX_PIXELS, ImageError, load_image
 from ..data.record import Turn
 from .batches import Batcher, Question, answer_pieces, question_for
@@ -32,6 +33,7 @@ def request_class() -> type:
     from pydantic import BaseModel, ConfigDict, Field
 
     class Message(BaseModel):
+        model_config = ConfigDict(extra='allow')  # clients send empty keys back
         role: Literal['system', 'developer', 'user', 'assistant']
         content: str | list[dict[str, Any]]
 
@@ -72,14 +74,20 @@ def _picture(part: Mapping[str, Any]):
 
 
 def _text(text: str) -> str:
-    if '<image>' in text:
-        raise ChatError('a text holds <image>: give the picture as a part of type image_url')
+    if mark := '<image>' * ('<image>' in text) or foreign_mark(text):
+        raise ChatError(f'a text holds {mark}: give the picture as a part of type image_url')
     return text
 
 
 def _turn(message: Any, images: list) -> Turn:
     "`message` of a request as a turn; its pictures join `images`."
     role = 'system' if message.role == 'developer' else message.role
+    unread = [k for k, v in message.model_extra.items() if k != 'name' and v not in (None, '', [])]
+    if unread:
+        raise ChatError(
+            f'a message has {unread[0]!r}, which is not read: give pictures as parts of type '
+            'image_url, and everything that is said as content'
+        )
     if isinstance(message.content, str):
         return Turn(role, _text(message.content))
     written = []

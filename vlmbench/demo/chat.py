@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 # %% ../../nbs/demo/00_chat.ipynb #021c9eef
+from ..data.columns import foreign_mark
 from ..data.frames import check_frames
 from ..data.picture import MAX_PIXELS, load_image
 from vlmbench.data.overlay import (
@@ -551,8 +552,8 @@ def refer(question: str, prompts: Sequence[VisualPrompt]) -> str:
     question = question.strip()
     if not question:
         raise ChatError('the question is empty: type one')
-    if '<image>' in question:
-        raise ChatError('leave <image> out of the question: the picture is placed for you')
+    if mark := '<image>' * ('<image>' in question) or foreign_mark(question):
+        raise ChatError(f'leave {mark} out of the question: the picture is placed for you')
 
     def name(m):
         i = int(m[1] or 0)

@@ -225,7 +225,9 @@ _SAME = str.maketrans(
 
 def _one_form(text: str) -> str:
     "Lower case, and one form of every sign; no number is folded into another one."
-    text = re.sub(r'[\u200b-\u200f\u2060\ufeff]', '', text)  # nobody sees these
+    text = re.sub(
+        r'[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]', '', text
+    )  # unseen
     text = re.sub(r'(?<=\d)\s*[º˚]', '°', text)  # NFKC would make a letter of it
     text = re.sub(r'\\[dt]?frac\s*(\d)\s*(\d)(?!\d)', r'\1/\2', text)
     text = re.sub(r'^\s*(?:minus|negative)\s+(?=[\d.])', '-', text, flags=re.I)
@@ -236,6 +238,7 @@ def _one_form(text: str) -> str:
     text = unicodedata.normalize('NFKC', text.translate(_SAME)).translate(_SAME)
     text = one_spelling(one_writing(text))
     text = re.sub(r'(?<=\b\w) & (?=\w\b)', '&', text.lower())
+    text = re.sub(r'(?<=\w) & (?=\w)', ' and ', text)
     return re.sub(r'(?<!\S)-\s+(?=\.?\d)', '-', text)  # a minus apart from its number
 
 # %% ../../nbs/evaluate/06_answers.ipynb #6bf8088f
@@ -300,6 +303,9 @@ def spellings(text: str, articles: bool = False) -> set[str]:
     forms = {normalise(form, articles) for form in (text, apart, scaled(text.strip()))}
     if re.fullmatch(r'\W*an?\s+(?:third|quarter|fourth|fifth)\W*', text, re.I):
         forms.add(normalise(text, articles=True))  # a third is 1/3, the third is not
+    if bare := _ENDING.sub('', text.strip()):
+        forms.add(normalise(bare, articles))
+    forms |= {re.sub(r'\bgrey', 'gray', form).replace('colour', 'color') for form in forms}
     return forms | set(map(in_digits, forms))
 
 

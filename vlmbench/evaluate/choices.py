@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 # %% ../../nbs/evaluate/08_choices.ipynb #55203a3b
-from .alike import clock_of, one_writing, scaled_of, ways
+from .alike import OTHER_SCRIPT as _OTHER_SCRIPT
+from .alike import clock_of, scaled_of, ways
+from .alike import spaced as _spaced
 from .answers import final_answer, normalise, spellings
-from .quantities import NUMBER_WORDS, one_spelling
+from .quantities import NUMBER_WORDS
 from .questions import without_questions
 from vlmbench.evaluate.weighed import (
     FIRST_SIGN,
@@ -39,29 +41,6 @@ def lettered_options(choices: Choices) -> dict[str, str]:
     if isinstance(choices, Mapping):
         return dict(choices)
     return dict(zip(string.ascii_uppercase, choices))
-
-# %% ../../nbs/evaluate/08_choices.ipynb #5f853d79
-_OTHER_SCRIPT = (
-    r'[^\W\d_\u0000-\u036f\u1e00-\u1eff\ufb00-\ufb06]'  # word characters that are not Latin
-)
-_TOUCHING = re.compile(rf'(?<={_OTHER_SCRIPT})(?=[A-Za-z])|(?<=[A-Za-z])(?={_OTHER_SCRIPT})')
-
-
-_RINGED = {start + k: 65 + k for start in (0x1F150, 0x1F170) for k in range(26)}  # 🅑, 🅱
-_ORDINARY = str.maketrans('。、’‘“”‐‑−⁄', '.,\'\'""---/')
-
-
-def _spaced(text: str) -> str:
-    "Full-width letters as ordinary ones, and a space between a Latin letter and another script."
-    text = re.sub(r'[\u200b-\u200f\u2060\ufeff]', '', text)
-    text = re.sub(r'(?<=\d)(?=[¼½¾⅐-⅞])', ' ', text)
-    text = re.sub(r'(?<=\d)\s*[º˚]', '°', re.sub(r'(?<=[\w)])(?=[⁻⁰¹²³⁴⁵⁶⁷⁸⁹])', '^', text))
-    text = unicodedata.normalize('NFKC', text.translate(_RINGED)).translate(_ORDINARY)
-    text = re.sub(r'\bN/A\b', 'none', text)
-    text = re.sub(r'\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}', r'\1', text)
-    text = re.sub(r'\\[()\[\]]|(?:<\|?\w{2,}\|?>|</\w+>)(?=\s*$)|^```\w*\s|```\s*$', ' ', text)
-    text = re.sub('[「」『』《》【】«»]', '"', text)
-    return _TOUCHING.sub(' ', one_spelling(one_writing(text.strip())))
 
 # %% ../../nbs/evaluate/08_choices.ipynb #ef290ec2
 _UNSPACED = r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]'  # scripts that put no space between words
@@ -152,6 +131,9 @@ _MOVED = re.compile(  # from one option to another, which is no range of options
 )
 
 
+_SWAPPED = re.compile(r'\b(?:instead|rather|other)\s+(?:of|than)\s*$', re.I)  # instead of A, B
+
+
 @lru_cache(maxsize=256)
 def _lists(text: str, keys: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     "Where the lists of several options in `text` begin and end, as A or B."
@@ -164,7 +146,11 @@ def _lists(text: str, keys: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     for m in re.finditer(rf'{bounded}(?:{_BETWEEN}{bounded})+', text):
         pieces = re.sub(r'\b(?:an?|the)\s+(?=[\ue000-\ue0ff])', '', m[0])
         moved = re.search(r'\bto\b', m[0]) and _MOVED.search(text[: m.start()])
-        if not moved and len({_key(one, options) for one in re.findall(single, pieces)}) > 1:
+        swapped = ',' in m[0] and _SWAPPED.search(text[: m.start()])
+        if (
+            not (moved or swapped)
+            and len({_key(one, options) for one in re.findall(single, pieces)}) > 1
+        ):
             found.append(m.span())
     return tuple(found)
 
@@ -312,7 +298,7 @@ _REFUTED = re.compile(
     |obviously|definitely|simply|just|all|both)\s+)*(?:not\b(?!\s+\(?[A-Z]\b)|wrong\b|incorrect\b|false\b|invalid\b|eliminated\b
     |a\s+distractor\b|ruled\s+out\b|cannot\b|can't\b|doesn't\b|does\s+not\b|isn't\b|wasn't\b|\?\s*no\b)
     |\s*(?:선택지|选项|選項)?\s*[は은는]?\s*(?:是)?(?:错|錯|不(?!是\s*\(?[A-Z])|误|誤|間違|틀|[✗✘❌×]
-    |ではな|じゃな|[가이는은]?\s*아니)""",
+    |ではな|じゃな|[가이는은]?\s*아[니닙])""",
     re.I | re.X,
 )
 _ALL_BUT = re.compile(
@@ -363,17 +349,37 @@ def _stated(text: str, options: Mapping[str, str]) -> str:
     return doubted
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b455facf
+# a letter behind one of these is a name, where an option's text is said as well
+_LABEL = re.compile(
+    r'\b(?:figure|fig\.?|panel|diagram|graph|chart|table|map|part|section|row|column|box)\s+\(?$',
+    re.I,
+)
+
+
 def _alone(text: str, options: Mapping[str, str]) -> str:
     "The one capital letter that stands alone in a masked `text`, of several the one without doubt."
     letter = rf"(?<![\w°])(?<!\w['-])([{_letters(options)}])(?![\w]|'\w|-\w)"
+    worded = re.search('[\ue000-\ue0ff]', text)
     found = [
         m
         for m in re.finditer(letter, text)
         if not _is_word(m[1], text[m.end() :], announced=False)
         and not _ruled_out(text, m.start(), m.end())
         and not _listed(text, m.start(), options)
+        and not (worded and _LABEL.search(text[: m.start()]))
     ]
     return _only([(m[1], is_hedged(text, m.start(), m.end())) for m in found])
+
+
+def _closing(text: str, options: Mapping[str, str]) -> str:
+    "The letter that closes a sentence which begins with its reason."
+    m = re.fullmatch(
+        r'\W*(?:since|because|as|given|although|while|if)\b.*[,:]\s*(?:(?:then|so|it\s+is)\s+)?'
+        rf'[(\[*"]*([{_letters(options)}])[)\]*".!]*',
+        text.strip(),
+        re.I | re.S,
+    )
+    return _key(m[1], options) if m and not _listed(text, m.start(1), options) else ''
 
 
 def _only(found: Sequence[tuple[str, bool]]) -> str:
@@ -412,6 +418,9 @@ def _list_ruled_out(masked: str, place: int, options: Mapping[str, str]) -> bool
     )
 
 
+_REASON = re.compile(r'\b(?:because|since)\b', re.I)
+
+
 def _by_text(text: str, masked: str, options: Mapping[str, str]) -> str:
     "The one option whose text occurs in the reply."
     signs = [
@@ -422,6 +431,12 @@ def _by_text(text: str, masked: str, options: Mapping[str, str]) -> str:
     ]
     if sign := _only(signs):
         return _key(sign, options)
+    reason = _REASON.search(masked)
+    if signs and reason and reason.start():
+        return _by_text('', masked[: reason.start()], options)
+    denied = [m for m in re.finditer('[\ue000-\ue0ff]', masked) if _ruled_out(masked, *m.span())]
+    if any(not comes_second(masked, *m.span()) for m in denied):
+        return ''
     plain = f' {normalise(text, articles=True)} '
     texts = {k: normalise(_spaced(str(v)), articles=True) for k, v in options.items()}
     inside = [k for k, v in texts.items() if v and f' {v} ' in plain]
@@ -519,7 +534,13 @@ def parse_choice(text: str, choices: Choices) -> str:
     if key := _leading(reply, options) or _leading_text(masked, options):
         return key
     said = _stated(masked, options) or _alone(masked, options) or _by_text(reply, masked, options)
-    said = said or judged or _alone_small(masked, options) or _remaining(masked, options)
+    said = (
+        said
+        or _closing(masked, options)
+        or judged
+        or _alone_small(masked, options)
+        or _remaining(masked, options)
+    )
     if not said and {str(v).strip().lower() for v in options.values()} == {'yes', 'no'}:
         answer = parse_yes_no(reply)
         said = next((k for k, v in options.items() if str(v).strip().lower() == answer), '')

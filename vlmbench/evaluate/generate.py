@@ -446,6 +446,7 @@ def evaluate(
     ranks: Any = None,
     engine: Any = None,
     weights: str | None = None,
+    arm: str = '',
 ) -> Results:
     """Answers of `model` to all of `task`, greedy, scored.
 
@@ -459,7 +460,8 @@ def evaluate(
     raise from it to stop early. `ranks`: the `Ranks` that share the questions, every one of which
     must make this call; all get all answers, and rank 0 writes them. `engine`: what writes the
     words in the model's place (`vlmbench.evaluate.engines`), greedily. `weights`: what the results
-    call the weights (None: their `fingerprint`).
+    call the weights (None: their `fingerprint`). `arm`: which arm of a paper the model is, recorded
+    only.
 
     Raises ValueError for a blind run without pictures, a log of other weights or of another engine,
     a prompt that differs from the training prompt, or an engine that should sample."""
@@ -490,6 +492,7 @@ def evaluate(
     name = f'{task.name} {condition}'
     answers, measured = _answer_all(interview, store, name, batch_size, on_batch, ranks)
     header = facts | dict(seed=seed, batch_size=batch_size) | measured | sampled
+    header |= dict(arm=arm) if arm else {}
     results = score_predictions(task, answers, condition, header)
     results.header['cut_short'] = int((results.frame['finish'] == 'length').sum())
     if store is not None:

@@ -208,7 +208,7 @@ class ExactJudge:
 
     @property
     def spec(self) -> str:
-        return 'exact/2' + '[contains]' * self.contains
+        return 'exact/3' + '[contains]' * self.contains
 
     @property
     def prompt_sha256(self) -> str:

@@ -106,6 +106,9 @@ def _beside(task: str, files: Files, folders: Iterable[Path]) -> dict[Beside, Pa
     return found
 
 # %% ../../nbs/evaluate/17_official_files.ipynb #c29627c9
+_PACKED = ('.zip', '.tar', '.gz', '.tgz', '.7z', '.rar', '.xz', '.zst')
+
+
 def _of_folder(task: str, kind: Kind, folder: Path) -> FoundFiles:
     absent = []
     for files in kind.files:
@@ -127,9 +130,11 @@ def _of_folder(task: str, kind: Kind, folder: Path) -> FoundFiles:
         if len(missing) < len(parts):
             absent.append(f'{", ".join(missing)} missing')
     there = sorted(p.name for p in folder.iterdir())[:12]
+    packed = [p.name for p in folder.iterdir() if p.suffix in _PACKED]
+    unpack = f'unpack {", ".join(sorted(packed)[:4])} first; ' * bool(packed)
     raise OfficialError(
         f'task {task}: {"; ".join(absent) or "none of its files"} in {folder}, which has {there}; '
-        f'{_expected(kind)}'
+        f'{unpack}{_expected(kind)}'
     )
 
 
@@ -143,7 +148,8 @@ def _of_file(task: str, kind: Kind, path: Path) -> FoundFiles:
                 return _of_folder(task, kind, path.parent)
             return FoundFiles(files, {part: [path]}, _beside(task, files, near), path.parent)
     if path.suffix not in ('.json', '.jsonl', '.tsv', '.csv', '.parquet'):
-        raise OfficialError(f'task {task}: {path.name} is no data file; {_expected(kind)}')
+        packed = '; unpack it first' * (path.suffix in _PACKED)
+        raise OfficialError(f'task {task}: {path.name} is no data file{packed}; {_expected(kind)}')
     return FoundFiles(Files({'': path.name}), {'': [path]}, {}, path.parent)
 
 
@@ -180,8 +186,10 @@ def _mme_places(category: Path) -> tuple[Path, Path]:
 
 
 def mme_categories(folder: Path) -> list[Path]:
-    "The category folders of MME in `folder`, or in the one folder that its archive makes."
-    for place in (folder, folder / 'MME_Benchmark_release_version'):
+    "The category folders of MME in `folder`, or in the folders that its archives make."
+    inside = ('', 'MME_Benchmark_release_version', 'MME_Benchmark')
+    inside += ('MME_Benchmark_release_version/MME_Benchmark',)
+    for place in (folder / name for name in inside):
         found = []
         for category in sorted(place.iterdir()) if place.is_dir() else []:
             if category.is_dir():

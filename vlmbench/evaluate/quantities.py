@@ -7,6 +7,7 @@ __all__ = ['NUMBER_WORDS', 'UNIT', 'number_of', 'one_spelling', 'plain_value']
 
 # %% ../../nbs/evaluate/05a_quantities.ipynb #5eada7e4
 import re
+import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -95,6 +96,12 @@ _N = r'\d[\d,]*(?:\.\d+)?'
 _REWRITTEN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r'(?<=[\w)])(?=[⁻⁰¹²³⁴⁵⁶⁷⁸⁹])', '^'),  # 5² is not 52
     (r'(?<=\w)\*\*(?=-?\d)', '^'),
+    (r'(?<=\d)\s*\b(mm|cm|dm|km|m|ft)([23])(?![\w.])', r' \1^\2'),  # 5 m2
+    (r'(?<=\d)\s*(?:sq\.?|square)\s+([a-z]+)\b', r' \1^2'),
+    (r'(?<=\d)\s*(?:cu\.?|cubic)\s+([a-z]+)\b', r' \1^3'),
+    (r"(?<![\w.,'])\d{1,3}(?:'\d{3})+(?![\d'])", lambda m: m[0].replace("'", '')),  # 1'000
+    (r'\bhalf[\s-]+(?:an?[\s-]+)?dozen\b', '6'),
+    (rf'\b(?:an?|({_SMALL}))\s+dozen\b', lambda m: str(12 * number_of((m[1] or 'one').lower()))),
     (r'\^\{\s*(-?\w+)\s*\}', r'^\1'),
     (r'(?<=\w)\s+squared\b', '^2'),
     (r'(?<=\w)\s+cubed\b', '^3'),
@@ -154,6 +161,7 @@ _COMPILED = [(re.compile(pattern, re.I), to) for pattern, to in _REWRITTEN]
 
 def one_spelling(text: str) -> str:
     "`text` with its quantities in one spelling, and all else as it was."
+    text = re.sub(r'(?![0-9])\d', lambda m: str(unicodedata.decimal(m[0])), text)  # ٥ is 5
     for pattern, to in _COMPILED:
         text = pattern.sub(to, text)
     if text.count('$') == 1:  # two enclose a formula
@@ -177,12 +185,14 @@ _POWER = re.compile(
     r'(-?\d+(?:\.\d+)?)?'
     r'(?:(?<=\d)×10\^(-?\d{1,2})|(?<=\d)e([+-]?\d{1,2})|(?<!\d)10\^(-?\d{1,2}))'
 )
+_ABOUT = 'about|around|approximately|approx|roughly|circa'
 _LARGE_VALUE = re.compile(rf'(-?\d+(?:\.\d+)?)\s+({_LARGE})')
 
 
 def plain_value(text: str) -> str:
     "A whole answer in lower case, in digits where it is a number."
     text = re.sub(r'^(?:=\s*)+(?=[^\s=])', '', text)
+    text = re.sub(rf'^(?:{_ABOUT})\s+(?=[-$€£]?\.?\d)', '', text)
     text = re.sub(r'^(?:an?\s+)?half$', '1/2', text)
     text = str(_SCALES[text]) if text in _SCALES else text
     text = re.sub(r'^a (third|quarter|fourth|fifth)$', lambda m: _fraction('one', m[1]), text)

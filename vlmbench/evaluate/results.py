@@ -363,7 +363,7 @@ def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         if not files:
             missing.append(f'{folder.name}: results/*.parquet')
         for f in files:
-            frame = pd.read_parquet(f)
+            frame = pd.read_parquet(f.absolute())  # 'zero:NAME/...' would be an address
             if not frame['score'].notna().all():
                 missing.append(f'{folder.name}: scores of {f.stem} (its answers are not public)')
                 continue
@@ -375,9 +375,10 @@ def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
                     method=facts['method'],
                     seed=facts['seed'],
                     prompt_hash=card.get('prompt_hash', ''),
+                    arm=card.get('arm', ''),
                 )
             )
-    empty = pd.DataFrame(columns=[*COLUMNS, 'run', 'method', 'seed', 'prompt_hash'])
+    empty = pd.DataFrame(columns=[*COLUMNS, 'run', 'method', 'seed', 'prompt_hash', 'arm'])
     out = pd.concat(frames, ignore_index=True) if frames else empty
     out.attrs['not_recorded'] = missing
     return out
@@ -414,7 +415,8 @@ def _interval(frame: pd.DataFrame, level: float) -> Interval:
 # %% ../../nbs/evaluate/15_results.ipynb #412393b4
 def accuracy_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     """Per task, method, condition and question type ('all' included): seeds, n, score, low, high
-    and how the interval was made."""
+    and how the interval was made; `arm` behind the method where one of them is an arm of its
+    paper."""
     rows = []
     for (task, method, condition), f in frame.groupby(['task', 'method', 'condition'], sort=False):
         for t, part in [*f.groupby('question_type', sort=True), ('all', f)]:
@@ -435,7 +437,13 @@ def accuracy_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
             )
     facts = ['task', 'method', 'condition', 'question_type', 'seeds', 'n']
     columns = [*facts, 'score', 'low', 'high', 'interval']
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    if 'arm' not in frame or not frame['arm'].any():
+        return table
+    # one method may have been asked as several arms; all are named
+    arms = frame.groupby('method')['arm'].agg(lambda one: ', '.join(filter(None, one.unique())))
+    table.insert(2, 'arm', table['method'].map(arms))
+    return table
 
 # %% ../../nbs/evaluate/15_results.ipynb #81026b88
 class _NotComparable(Exception):

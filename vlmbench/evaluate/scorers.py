@@ -80,7 +80,7 @@ class ExactMatch(Scorer):
     articles: bool = False
     reference: bool = False
     name: ClassVar[str] = 'exact_match'
-    version: ClassVar[str] = '5'
+    version: ClassVar[str] = '6'
 
     @staticmethod
     def said(prediction: str) -> str:
@@ -194,7 +194,7 @@ class POPE(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'pope'
-    version: ClassVar[str] = '5'
+    version: ClassVar[str] = '6'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -243,7 +243,7 @@ class MME(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'mme'
-    version: ClassVar[str] = '5'
+    version: ClassVar[str] = '6'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -319,7 +319,7 @@ class MultipleChoice(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
-    version: ClassVar[str] = '5'
+    version: ClassVar[str] = '6'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')

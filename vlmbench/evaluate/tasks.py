@@ -5,6 +5,7 @@
 # %% ../../nbs/evaluate/00_tasks.ipynb #a683d6fc
 from __future__ import annotations
 import hashlib, json, re, warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = ['KINDS', 'Item', 'lettered', 'apply_prompt', 'sample_items', 'Averagi
            'shown_choices', 'rows_task']
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #f301b4e2
+from ..data.columns import unshown_columns
 from ..data.record import IMAGE_TOKEN, Quarantine, Sample, Turn, allowed_roots, read_records
 from vlmbench.evaluate.benchmark_rows import (
     IMAGE_COLUMNS,
@@ -270,6 +272,19 @@ def head(self: Task, n: int) -> Task:
     return replace(self, name=f'{self.name}.head{n}', samples=self.samples[:end])
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #ca642b57
+def _warn_unshown(name: str, hidden: Mapping[str, int]) -> None:
+    for column, count in hidden.items():
+        warnings.warn(
+            f'{name}: column {column!r} of {count} rows is not shown; put it into the question'
+        )
+
+
+def _unshown_keys(samples: Iterable[Sample]) -> Counter:
+    "How many samples have each key that is called like a prompt and is in none of their turns."
+    said = ((sample, '\n'.join(turn.text for turn in sample.turns)) for sample in samples)
+    return Counter(key for sample, text in said for key in unshown_columns(sample.meta, text))
+
+
 def load_task(
     path: str | Path,
     name: str | None = None,
@@ -282,11 +297,9 @@ def load_task(
     its folder; `roots`: further folders pictures may lie in (`allowed_roots`); `kwargs` go to
     `Task`. Raises `BadRecord` at the first unusable row unless a `quarantine` is given."""
     path = Path(path)
-    return Task(
-        name or path.stem,
-        list(read_records(path, image_root or path.parent, quarantine, roots=roots)),
-        **kwargs,
-    )
+    samples = list(read_records(path, image_root or path.parent, quarantine, roots=roots))
+    _warn_unshown(name or path.stem, _unshown_keys(samples))
+    return Task(name or path.stem, samples, **kwargs)
 
 # %% ../../nbs/evaluate/00_tasks.ipynb #4b59c55f
 _BRIEF = '{question}\nAnswer the question using a single word or phrase.'
@@ -425,8 +438,5 @@ def rows_task(
                 'columns to read'
             ) from None
         samples.append(sample)
-    for column, count in hidden.items():
-        warnings.warn(
-            f'{name}: column {column!r} of {count} rows is not shown; put it into the question'
-        )
+    _warn_unshown(name, hidden)
     return Task(name, samples, scorer, prompt, **kwargs)

@@ -60,7 +60,7 @@ def verdicts(masked: str, options: Mapping[str, str]) -> str:
 # %% ../../nbs/evaluate/07_weighed.ipynb #74824091
 _LESSER = re.compile(
     r'(?:(?<!\w)[A-Z\ue000-\ue0ff][)\]"\'*]*\s*\(?(?:>|(?:over|beats?|before|ahead\s+of|as\s+opposed\s+to|优于'
-    r'|優於|胜过|強于|强于))|[Pp]refer\w*\s+(?:(?:the|option)\s+)*[A-Z\ue000-\ue0ff]\s+to|\banything\s+but|比|与其|與其'
+    r'|優於|胜过|強于|强于))|[Pp]refer\w*\s+(?:(?:the|option)\s+)*[A-Z\ue000-\ue0ff]\s+to|\b[Aa]nything\s+(?:but|except)|比|与其|與其'
     r'|\b(?:second|2nd|third|3rd)\s+(?:choice|guess|place)\s*(?:is|:)?|\brunner-up\s*(?:is|:)?'
     r'|\b(?:2nd|3rd)\s*:)\s*(?:(?:option|the|an?)\s+)*[("\']*$'
 )

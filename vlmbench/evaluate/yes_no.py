@@ -14,13 +14,16 @@ from .answers import final_answer
 from .questions import without_questions
 
 # %% ../../nbs/evaluate/09_yes_no.ipynb #9b5e5698
-_YES_WORDS = 'yes|y|yeah|yep|yup|aye|oui|sí|sì|sim|ja|да|evet|tak|ναι'
-_NO_WORDS = 'no|n|nope|nah|nay|nein|não|non|нет|не|nie|hayır|όχι|nej'
+_YES_WORDS = 'yes|y|yeah|yep|yup|aye|oui|sí|sì|sim|ja|да|evet|tak|ναι|ya|có|ใช่|כן'
+_NO_WORDS = 'no|n|nope|nah|nay|nein|não|non|нет|не|nie|hayır|όχι|nej|nee|tidak|không|ไม่ใช่|ไม่|לא'
 _AGREES = (
     'true|correct|right|absolutely|certainly|definitely|sure|indeed|affirmative|of course|surely'
     '|without (?:a|any) doubt|i (?:think|believe) so|uh-?huh'
 )
-_DENIES = 'false|incorrect|wrong|negative|never|nothing|i doubt it|unlikely|zero|neither'
+_DENIES = (
+    'false|incorrect|wrong|negative|never|nothing|nobody|uh-uh|nuh-uh|i doubt it|unlikely|zero'
+    '|neither'
+)
 _YES_ELSEWHERE = (
     r'(?:嗯\W*)?(?:是的?|有的?|对的?|對的?|没错|沒錯|正[确確]的?|はい|そうです|正しいです?|います|あります|네|예'
     r'|그렇습니다|맞[아습]\w*|있[습어]\w*|हाँ|نعم)(?=\W|$)'
@@ -90,12 +93,22 @@ def _corrected(text: str) -> str:
     return _corrected(tail) or _side(found['last'])
 
 # %% ../../nbs/evaluate/09_yes_no.ipynb #ac21e4ae
-_NEGATION = re.compile(r"\b(?:no|not|nope|none|cannot)\b|n't\b")
+_NEGATION = re.compile(r"\b(?:no|not|nope|none|nobody|cannot)\b|n't\b")
 _LEADING = re.compile(rf'\W*(?P<said>{_YES_WORDS}|{_NO_WORDS})(?![\w\'])(?P<ends>\s*(?:\W|$))?')
+
+
+_AFFIRMED = re.compile(
+    r'\W*(?:without (?:a|any) doubt|(?:there is )?no doubt(?: about (?:it|that))?'
+    r'|(?:it|this|that|there|he|she|they|we|i)'
+    r' (?:is|are|was|were|does|do|did|has|have|can|will))\W*'
+)
+_COMMITTED = re.compile(r'\bbut,? (?:i(?: would|\'d) say |probably |likely )?(?:yes|no)\W*$')
 
 
 def _sentence(text: str) -> str:
     "yes, no or '' for one sentence in lower case."
+    if _AFFIRMED.fullmatch(text):
+        return 'yes'
     text = _BOTH.sub(' ', _NOTHING_DENIED.sub(' ', text))
     concluded = list(_CONCLUDED.finditer(text))
     last = (concluded[-1]['last'] or concluded[-1]['stated']) if concluded else ''
@@ -139,6 +152,7 @@ def parse_yes_no(text: str) -> str:
     told = [s for s in sentences if not s.endswith('?') or _LEADING.match(s)] or sentences
     for sentence in told:
         undecided = _UNDECIDED.search(sentence) and not _LEADING.match(sentence)
+        undecided = undecided and not _COMMITTED.search(sentence)
         if undecided or _NO_ANSWER.search(sentence):
             return ''
         if answer := _sentence(sentence.rstrip('.!?。 ')):

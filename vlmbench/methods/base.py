@@ -69,6 +69,11 @@ class Method(Hooks):
         "What to cite and what the method builds on, as Markdown; '' where it says neither."
         return credits_text(cls.citation, cls.credits)
 
+    @property
+    def arm(self) -> str:
+        "Which arm of its paper its options make, as results say it; '' where there is one alone."
+        return ''
+
     def check(self) -> None:
         "Raises `RecipeError` where options contradict each other."
 

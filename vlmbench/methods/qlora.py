@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FULL', 'QLoRA']
 
-# %% ../../nbs/methods/02_qlora.ipynb #faee16c2
+# %% ../../nbs/methods/02_qlora.ipynb #2c9df189
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from vlmbench.models.quantized import (
 from ..train.scale import base_model
 from ..train.stages import RunState
 
-# %% ../../nbs/methods/02_qlora.ipynb #2a5c876a
+# %% ../../nbs/methods/02_qlora.ipynb #ce48ea25
 # in full precision whatever the blocks lie in: the head, and what makes image tokens
 FULL = ('lm_head', 'model.vision', 'model.vision_tower', 'model.multi_modal_projector')
 

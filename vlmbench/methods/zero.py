@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LLAMA_3_2_3B', 'LLAMA_3_1_8B', 'LLAMA_3_1_70B', 'QWEN3_4B', 'PAPER_SCALES', 'Ranges', 'MEASURED_SPLITS', 'FRONT_END',
-           'STAGES', 'ON_SURROGATE', 'SETTINGS', 'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of',
-           'Zero', 'check_target', 'graft_onto', 'check_origin']
+           'STAGES', 'ON_SURROGATE', 'SETTINGS', 'GRAFTED', 'UNGRAFTED', 'WHOLE_MODEL', 'OTHER_MODEL',
+           'DECODER_TRAINED', 'default_ranges', 'ranges_at', 'split', 'last_third', 'last_third_of', 'Zero',
+           'check_target', 'graft_onto', 'check_origin']
 
 # %% ../../nbs/methods/40_zero.ipynb #649f0dc7
 import warnings
@@ -196,6 +197,12 @@ def last_third_of(depth: int) -> tuple[int, ...]:
     return tuple(range(min(round(depth * 2 / 3), depth - 1), depth))
 
 # %% ../../nbs/methods/40_zero.ipynb #fd83dc51
+# arms: how the encoder of a model came before its language model
+GRAFTED, UNGRAFTED = 'zero-shot graft', 'encoder on its surrogate'  # as published
+WHOLE_MODEL, OTHER_MODEL = 'encoder trained with the whole model', 'encoder of another model'
+DECODER_TRAINED = 'language model trained behind the encoder'
+
+
 @dataclass(frozen=True)
 class Zero(Method):
     "Train the encoder on a cheap surrogate of the language model, then graft it onto the whole."
@@ -245,6 +252,17 @@ class Zero(Method):
                 "recipe 'zero' changes its samples already (wrap): leave out "
                 f'regions={self.regions!r}, or wrap'
             )
+
+    @property
+    def arm(self) -> str:
+        "How its encoder came before the language model, in the words of the published tables."
+        if 'decoder' in self.stages:
+            return DECODER_TRAINED
+        if 'encoder' not in self.stages:
+            return ''
+        if not self.cuts:
+            return OTHER_MODEL if self.stand_in else WHOLE_MODEL
+        return GRAFTED if self.grafts else UNGRAFTED
 
     @property
     def cuts(self) -> bool:

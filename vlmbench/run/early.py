@@ -310,12 +310,21 @@ def check_judge(values: Mapping[str, Any]) -> None:
     if not values['judge']:
         return
     from vlmbench.evaluate.endpoint import Endpoint
+    from vlmbench.evaluate.kinds import COMPARER, GRADER, OFFICIAL
     from vlmbench.evaluate.suites import SUITES
 
     kinds = [column.kind for column in SUITES[values['suite']].columns] if values['suite'] else []
     kinds += [task.partition(':')[0] for task in values['tasks']]
-    if 'mmvet' not in kinds:
-        raise ParameterError(f'judge={values["judge"]} grades mmvet:PATH, which no task asks')
+    judged = {OFFICIAL[kind].judged for kind in kinds if kind in OFFICIAL}
+    if not judged & {GRADER, COMPARER}:
+        raise ParameterError(
+            f'judge={values["judge"]} grades mmvet:PATH and llava_wild:PATH, which no task asks'
+        )
+    if values['judge'] == 'exact' and GRADER not in judged:
+        raise ParameterError(
+            'judge=exact compares words, and the answers of llava_wild are compared with a '
+            'reference by a language model: name an endpoint'
+        )
     if values['judge_prompt'] and not Path(values['judge_prompt']).is_file():
         raise ParameterError(f'judge_prompt={values["judge_prompt"]} is no file')
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 # %% ../../nbs/run/18_harness_job.ipynb #545a4753
+from ..checkpoints.card import arm_of
 from ..checkpoints.load import load_vlm
 from ..checkpoints.text import is_language_model, load_text
 from ..data.files import replacing, write_json
@@ -35,14 +36,19 @@ def load_asked(settings: Mapping[str, Any], model: str, job: Job) -> tuple:
 
 # %% ../../nbs/run/18_harness_job.ipynb #bc3d8ff4
 def _write(
-    folder: Path, task: str, found: Mapping[str, Any], table: pd.DataFrame, measured: list[dict]
+    folder: Path,
+    task: str,
+    found: Mapping[str, Any],
+    table: pd.DataFrame,
+    measured: list[dict],
+    arm: str = '',
 ) -> None:
     "One task's scores as `results/TASK.json` and its answers as `results/TASK.samples.jsonl`."
     place = folder / 'results'
     place.mkdir(exist_ok=True)
     kept = ('results', 'groups', 'versions', 'n-shot', 'n-samples', 'higher_is_better')
     facts = {name: found[name] for name in kept if name in found}
-    facts |= dict(quoted=quoted(table, task), measured=measured)
+    facts |= dict(quoted=quoted(table, task), measured=measured) | (dict(arm=arm) if arm else {})
     write_json(place / f'{task}.json', redact(json.loads(json.dumps(facts, default=str))))
     for name, rows in found.get('samples', {}).items():
         with replacing(place / f'{name}.samples.jsonl') as f:
@@ -69,6 +75,7 @@ def harness_job(
                 print(f'skipped {text}: {why}', flush=True)
         asked = [text for text in suite.tasks if text not in skipped]
         tables, numbers, measured = [], {}, []
+        arm = arm_of(model, _sees(settings))
         if asked:
             with job.phase('load'):
                 loaded = load_asked(settings, model, job)
@@ -83,7 +90,7 @@ def harness_job(
                 # the first questions of a benchmark are not the benchmark
                 here = [] if settings['limit'] else harness_measured(rows, found.get('n-shot'))
                 measured += here
-                _write(job.folder, task, found, tables[-1], here)
+                _write(job.folder, task, found, tables[-1], here, arm)
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
         beside = []
         if job.main:

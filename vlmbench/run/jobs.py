@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.card import run_origin, with_scores, write_card
+from ..checkpoints.card import arm_of, run_origin, with_scores, write_card
 from ..analysis.weights import revert_layers
 from ..checkpoints.llava import front_of, is_original
 from ..checkpoints.load import find_model, is_foreign, load_vlm
@@ -152,6 +152,7 @@ def train_job(
                     settings,
                     transform=method.transform(state),
                     before=before,
+                    arm=method.arm,
                     **how,
                 )
             if job.main:  # the card says how well it answers as soon as that is known
@@ -363,7 +364,7 @@ def evaluate_job(
         if settings['engine'] == 'vllm':
             with job.phase('engine'):
                 more['engine'], compared = _start_engine(job, loaded, questions, settings, more)
-        more['style'] = settings['marker_style']
+        more |= dict(style=settings['marker_style'], arm=arm_of(model))
         table = _assess(job, loaded, (questions, data), settings, ranks=job.ranks, **more)
         return table | dict(engine=compared)
 

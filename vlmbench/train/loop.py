@@ -63,7 +63,7 @@ from .optimizer import lr_factor, make_optimizer
 from .prepare import prepare
 from .process import FolderInUse, FolderLock, Preempted, Ranks, StopFlag
 from .recipe import RecipeError, Stage
-from .saver import Saver, writers_group
+from .saver import Saver
 from .sharding import Parallel, lay_out
 
 # %% ../../nbs/train/10_loop.ipynb #20a71ae7
@@ -302,10 +302,7 @@ def begin(self: Trainer, cleanup: ExitStack) -> None:
     self.stop = self.stop_flag
     if self.stop is None:
         self.stop = cleanup.enter_context(StopFlag())
-    votes = None
-    if self.ranks.size > 1:
-        votes = Votes(self.ranks)
-        writers_group()  # made here, where all ranks are: a rescue is written in it
+    votes = Votes(self.ranks) if self.ranks.size > 1 else None
     self.grace = cleanup.enter_context(Grace(self.stop, self._rescue, votes=votes))
     self.began = time.perf_counter(), self.used
 
@@ -431,7 +428,7 @@ def step_once(self: Trainer) -> tuple[dict | None, list[dict]]:
     self.loss_scale.unscale(self.optimizer)
     norm = self.layout.clip(self.stage.clip or math.inf)
     parts, norm = self._agree(parts, norm)
-    self.grace.leave()  # all ranks have come this far, and none has moved a weight
+    self.grace.leave()  # no rank has moved a weight
     skip = self.loss_scale.skips(norm, parts)
     if not skip:
         if not all(map(math.isfinite, [norm, *parts])):

@@ -23,6 +23,7 @@ from vlmbench.data.sources import (
     published_names,
     published_root,
     published_rows,
+    streamed_rows,
 )
 from ..data.cards import cards_dir, load_card
 from ..data.stream import STREAM, is_stream
@@ -34,27 +35,30 @@ def as_stream(data: str) -> str:
     return '+'.join(part if is_stream(part) else STREAM + part for part in data.split('+'))
 
 
-def _unserved(stage: Stage) -> list[tuple[str, str]]:
-    "What `stage` asks of a stream that has no number of rows, and the override that does not."
+def _unserved(stage: Stage, folder: str | Path) -> list[tuple[str, str]]:
+    "What `stage` asks of a stream in `folder` in vain, and the override that does not."
     at, found = f'stages.{stage.name}', []
-    if stage.epochs is not None:
+    if stage.epochs is not None and streamed_rows(folder, stage.data) is None:
         rows = published_rows(stage.data)
         steps = stage.resolved(rows).steps if rows else 'N'
-        found.append((f'epochs={stage.epochs:g} needs the number of rows', f'{at}.steps={steps}'))
+        needs = f'epochs={stage.epochs:g} needs the number of rows, which nobody has counted'
+        found.append((needs, f'{at}.steps={steps}'))
     if stage.grouping is not None:
-        needs = f'grouping={stage.grouping} needs the length of every row'
+        needs = f'grouping={stage.grouping} needs the length of every row before the first is drawn'
         found.append((needs, f'{at}.grouping=null'))
     return found
 
 
-def check_stream(stage: Stage) -> None:
-    "Raises `RecipeError` listing what `stage` asks of a stream in vain, and what to set."
-    faults = _unserved(stage) if any(map(is_stream, Mixture.parse(stage.data))) else []
+def check_stream(stage: Stage, folder: str | Path) -> None:
+    """Raises `RecipeError` listing what `stage` asks of a stream in `folder` in vain, and what to
+    set."""
+    streams = any(map(is_stream, Mixture.parse(stage.data)))
+    faults = _unserved(stage, folder) if streams else []
     if faults:
         needs, settings = zip(*faults)
         raise RecipeError(
-            f'stage {stage.name!r} reads {stage.data}, a stream, whose rows nobody has counted: '
-            f'{"; ".join(needs)}. Set overrides={json.dumps(settings)}, or leave streaming out'
+            f'stage {stage.name!r} reads {stage.data}, a stream: {"; ".join(needs)}. '
+            f'Set overrides={json.dumps(settings)}, or leave streaming out'
         )
 
 # %% ../../nbs/train/24_run_data.ipynb #257436c0

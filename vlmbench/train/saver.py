@@ -69,6 +69,8 @@ class Saver:
         self.settings = dict(identity=identity, keep_last=keep_last, best=best, shards=shards)
         self.settings |= dict(rank=ranks.rank, ranks=ranks.size)
         self.thread, self.error, self.path = None, None, None
+        if ranks.size > 1:
+            writers_group()  # all ranks are here; when a state is due they may not be
 
     @property
     def failed(self) -> bool:

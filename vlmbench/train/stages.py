@@ -146,7 +146,8 @@ def check_stages(hooks: Hooks, state: RunState, folder: Place) -> None:
     recipe, ranks = state.recipe, world_size()
     for stage in recipe.stages:
         stage.over(ranks)
-        check_stream(stage)
+        if not isinstance(folder, Mapping):
+            check_stream(stage, folder)
     transform = hooks.transform(state)
     drawn = transform is not None and transform.shows_regions
     if not isinstance(folder, Mapping):
