@@ -52,7 +52,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
                     label=label if style == 'seen' else None,
                 )
         ax.set(title=title, xlabel='thousand pictures seen', xscale='log', ylim=(0, 100))
-        ax.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ['0.5', '1', '2', '5', '10', '20', '50'])
+        ax.set_xticks(
+            [0.5, 1, 2, 5, 10, 20, 50, 80], ['0.5', '1', '2', '5', '10', '20', '50', '80']
+        )
         ax.xaxis.set_minor_formatter('')
     axes[0].axhline(85, color='grey', lw=0.8, ls=':')
     axes[0].set_ylabel('held-out pictures, %')
