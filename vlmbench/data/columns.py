@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PICTURE_COLUMNS', 'FILM_COLUMNS', 'MEDIA_COLUMNS', 'UNREAD_COLUMNS', 'PICTURE_SUFFIXES', 'MEDIA_SUFFIXES',
            'SYSTEM_COLUMNS', 'column_name', 'is_empty', 'looks_like_picture', 'looks_like_media', 'picture_column',
-           'is_loose_media', 'picture_of_array', 'system_column', 'refuse_unread_in', 'unshown_columns', 'foreign_mark',
-           'refuse_foreign_marks']
+           'is_loose_media', 'picture_of_array', 'system_column', 'refuse_unread_in', 'refuse_asked_otherwise',
+           'unshown_columns', 'foreign_mark', 'refuse_foreign_marks']
 
 # %% ../../nbs/data/03_columns.ipynb #a06c79c6
 import os
@@ -395,6 +395,29 @@ def refuse_unread_in(turn: Mapping[str, Any], what: str):
         if column_name(key) in SYSTEM_COLUMNS or _is_prompt(key, value):
             raise BadRecord(
                 f'system prompt: {key!r} of {what} is not read; put it under the row\'s "system"'
+            )
+
+# %% ../../nbs/data/03_columns.ipynb #3fcdcfff
+_LEARNED = frozenset('weight loss lossweight lossscale train trainable learn'.split())
+_OTHER_WORDS = frozenset(
+    'reasoning reasoningcontent thinking thought toolcalls functioncall'.split()
+)
+
+
+def refuse_asked_otherwise(turn: Mapping[str, Any], what: str):
+    """Raise `BadRecord` where the message `what` says that it is not learned, or learned to a
+    degree, or where it says something beside its content."""
+    for key, value in turn.items():
+        name = column_name(str(key))
+        if name in _LEARNED and isinstance(value, (bool, int, float)) and value != 1:
+            raise BadRecord(
+                f'unlearned turn: {key!r} of {what} is {value!r}, and every answer is learned '
+                'alike here; leave out the turn, or the key'
+            )
+        if name in _OTHER_WORDS and not is_empty(value):
+            raise BadRecord(
+                f'words beside a turn: {key!r} of {what} is not read; put its words into the '
+                'content, or leave it out'
             )
 
 # %% ../../nbs/data/03_columns.ipynb #58dd540e

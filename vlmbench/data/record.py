@@ -21,6 +21,7 @@ from vlmbench.data.columns import (
     is_empty,
     picture_column,
     picture_of_array,
+    refuse_asked_otherwise,
     refuse_unread_in,
     refuse_foreign_marks,
     system_column,
@@ -114,6 +115,7 @@ def parse_turns(conversation, first_turn: str = 'drop') -> tuple[list[Turn], int
         if not isinstance(turn, dict):
             raise BadRecord(f'wrong type: turn {i} is {type(turn).__name__}, not an object')
         refuse_unread_in(turn, f'turn {i}')
+        refuse_asked_otherwise(turn, f'turn {i}')
         role, text = turn.get('from', turn.get('role')), turn.get('value', turn.get('content'))
         if not isinstance(role, str) or role not in _ROLE_OF:
             raise BadRecord(
