@@ -13,6 +13,8 @@ TUTORIALS = ('first_vlm', 'own_data', 'point_at_things', 'own_regions', 'layers_
 HOW_TO = (
     'tutorials/install',
     'tutorials/a_published_model',
+    'tutorials/the_published_data',
+    'tutorials/evaluate_a_model',
     'tutorials/use_it_with',
     'tutorials/from_the_papers_scripts',
     'tutorials/on_a_cluster',

@@ -4,6 +4,7 @@ refusals, crowds."""
 import io
 import json
 import os
+import platform
 import socket
 import struct
 import subprocess
@@ -425,6 +426,30 @@ def test_pictures_from_the_web_are_fetched_within_the_limit(picture):
                 open_picture(at + name, 0.001)
         web.shutdown()
     assert open_picture('x.png') == 'x.png' and free_name(at + 'a.png?b=c').name == 'a-marked.png'
+
+
+# system, sys.platform, devices that may be named there ('' is the one that is found)
+MACHINES = [('Darwin', 'darwin', ['', 'mps']), ('Windows', 'win32', [''])]
+
+
+@pytest.mark.parametrize('flag', ['--load-4bit', '--load-8bit'])
+@pytest.mark.parametrize('system, name, devices', MACHINES)
+def test_small_weights_are_refused_where_there_is_no_cuda(
+    system, name, devices, flag, tmp_path, monkeypatch
+):
+    "On a Mac and on Windows as they usually are, `chat` and `serve` say so before they load."
+    monkeypatch.setattr(sys, 'platform', name)
+    monkeypatch.setattr(platform, 'system', lambda: system)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: 'mps' in devices)
+    (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='vlmbench')))
+    for command in (['chat', '--question', 'x'], ['serve']):
+        for device in devices:
+            place = ['--device', device] if device else []
+            done = CliRunner().invoke(app, [*command, str(tmp_path), flag, *place])
+            assert isinstance(done.exception, ParameterError) and done.exception.exit_code == 2
+            said = str(done.exception)
+            assert f'{flag} needs a CUDA device' in said and '\n' not in said
 
 
 @pytest.mark.parametrize('option, value', [('--max-pixels', '-1'), ('--max-upload-mb', 'nan')])

