@@ -459,10 +459,14 @@ def check_early(notebook: str, declared: Mapping[str, Parameter], given: Mapping
         check(values)
 
 # %% ../../nbs/run/03_early.ipynb #f02c83ec
+_IN_DOUBLES = ('layers', 'prune')  # notebooks that measure layers
+
+
 def check_here(values: Mapping[str, Any], notebook: str = '') -> None:
     """Refuse parameters of a run whose kernel starts on this machine: a `device` that it does not
-    have, flash attention without its package, and where `notebook` is `train`, weights in few bits
-    without theirs. `values`: parameters by name. Raises `ParameterError`."""
+    have or that cannot do what `notebook` asks, flash attention without its package, and where
+    `notebook` is `train`, weights in few bits without theirs. `values`: parameters by name. Raises
+    `ParameterError`."""
     device, attention = values.get('device'), values.get('attn_implementation')
     if isinstance(attention, str) and attention:
         from vlmbench.models.flash import check_package
@@ -478,6 +482,11 @@ def check_here(values: Mapping[str, Any], notebook: str = '') -> None:
             check_device(device)
         except ValueError as e:
             raise ParameterError(f'{e}, or leave device out') from None
+    if device == 'mps' and notebook in _IN_DOUBLES:
+        raise ParameterError(
+            f"device=mps: {notebook} sums in 64-bit floats, which Apple's GPU does not have: use "
+            'device=cpu'
+        )
     if notebook == 'train' and values.keys() >= {'recipe', 'variant', 'device'}:
         _check_few_bits(values)
 
