@@ -35,6 +35,11 @@ OFFICIAL = {
         'llava-1.5-665k-instructions/llava_v1_5_mix665k_shuffled.json',
         'llava-1.5-665k-instructions/train_split/coco/train2017',
     ),
+    'llava_v1_5_mix665k_shuffled_full': (
+        'llava_665k_shuffled_full',
+        'llava-1.5-665k-instructions/llava_v1_5_mix665k_shuffled_full.json',
+        'llava-1.5-665k-instructions/train_split/coco/val2017',
+    ),
     'llava-1.5-665k-genqa-500k-instructions': (
         'llava_genqa_mix',
         'llava-1.5-665k-genqa-500k-instructions/llava-665k_genqa-500k_shuffled.json',
@@ -53,6 +58,7 @@ ROOTS = {
     'bunny_pretrain_laion_2m': 'pretrain/images',
     'llava-1.5-558k-captions': 'llava-1.5-558k-captions/train_split',
     'llava-1.5-665k-instructions': 'llava-1.5-665k-instructions/train_split',
+    'llava_v1_5_mix665k_shuffled_full': 'llava-1.5-665k-instructions/train_split',
     'llava-1.5-665k-genqa-500k-instructions': 'llava-1.5-665k-instructions/train_split',
     'eve_instruct_mix1.8m': 'EVE-Finetune',
 }

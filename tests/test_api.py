@@ -12,6 +12,7 @@ import pytest
 import vlmbench
 from vlmbench.data.scene import WorldConfig, make_scene
 from vlmbench.data.world import asset_path, render
+from vlmbench.demo import batches
 from vlmbench.demo.api import serve_api
 
 
@@ -109,6 +110,68 @@ def test_questions_that_wait_are_answered_together(served):
     assert greedy == alone[:4]  # a drawn row beside them changes nothing
     drawn = model.ask(picture(4), QUESTION, max_new_tokens=8, temperature=1.5, seed=3)
     assert replies[4].choices[0].message.content == drawn
+
+
+def asked_together(served, texts):
+    "The replies to several questions that wait for the model together, or what was raised instead."
+    model, client = served
+    replies = {}
+
+    def read(number):
+        draw = dict(temperature=1.5, seed=3) if number == 2 else {}
+        try:
+            reply = ask(client, texts[number], picture(number), **draw)
+            replies[number] = reply.choices[0].message.content
+        except openai.APIStatusError as refused:
+            replies[number] = refused
+
+    readers = [threading.Thread(target=read, args=[number]) for number in range(len(texts))]
+    with model._lock:
+        for reader in readers:
+            reader.start()
+        time.sleep(1)
+    for reader in readers:
+        reader.join()
+    return replies
+
+
+@pytest.fixture
+def wanted(served):
+    "What three questions get alone, the last of them drawn."
+    model, _ = served
+    alone = [model.ask(picture(n), QUESTION, max_new_tokens=8) for n in range(2)]
+    drawn = model.ask(picture(2), QUESTION, max_new_tokens=8, temperature=1.5, seed=3)
+    return dict(enumerate([*alone, drawn]))
+
+
+def test_one_question_that_fails_leaves_the_others_their_answers(served, wanted):
+    model, _ = served
+    embed = model.model.get_input_embeddings()
+    (bad,) = model.processor.tokenizer('zero', add_special_tokens=False)['input_ids']
+
+    def spoil(module, inputs, output):
+        return output.masked_fill((inputs[0] == bad)[..., None], float('nan'))
+
+    hook = embed.register_forward_hook(spoil)
+    replies = asked_together(served, [QUESTION] * 3 + ['zero ?'])
+    hook.remove()
+    failed = replies.pop(3)
+    assert replies == wanted
+    assert failed.status_code == 500 and 'NaN' in failed.message and "zero ?'" in failed.message
+
+
+def test_what_fails_in_the_middle_of_a_batch_goes_on_alone(served, wanted, monkeypatch):
+    deal, calls = batches._DrawRows.__call__, []
+
+    def fail_once(self, input_ids, scores):
+        calls.append(len(scores))
+        if calls == [3, 3]:
+            raise RuntimeError('CUDA out of memory')
+        return deal(self, input_ids, scores)
+
+    monkeypatch.setattr(batches._DrawRows, '__call__', fail_once)
+    assert asked_together(served, [QUESTION] * 3) == wanted
+    assert calls[:2] == [3, 3] and set(calls[2:]) == {1}
 
 
 def test_a_reader_who_leaves_frees_the_model(served):

@@ -1,8 +1,12 @@
 """The attention back end that was asked for is the one that runs: in the decoder, in the tower,
 after zero's graft and in a reloaded folder, or the run is refused before a weight is read."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,9 +18,11 @@ from sharding_stubs import METHODS, ROWS, scale_of, short
 from vlmbench.checkpoints.load import load_vlm
 from vlmbench.data.world import asset_path
 from vlmbench.methods.recipes import get_method, get_recipe
-from vlmbench.models.attention import ATTENTION, check_attention, document_lengths
+from vlmbench.models.attention import check_attention, document_lengths
+from vlmbench.models.flash import ATTENTION
 from vlmbench.models.vlm import build_vlm
 from vlmbench.run.engine import run_notebook
+from vlmbench.run.parameters import ParameterError
 from vlmbench.train.stages import run_stages
 
 THREE = ('llava', 'visual_region', 'zero')
@@ -79,13 +85,32 @@ def test_a_folder_opens_with_it(tmp_path):
     assert implementations(model) == {'eager'}
 
 
-@pytest.mark.slow
-def test_a_run_is_refused_before_it_builds(tmp_path):
-    settings = dict(attn_implementation='flash_attention_2', device='cpu')
-    run_notebook('train', dict(out=str(tmp_path / 'run'), **settings))
-    manifest = json.loads((tmp_path / 'run' / 'manifest.json').read_text())
-    assert manifest['status'] == 'failed' and 'needs a CUDA GPU' in manifest['reason']
-    assert not (tmp_path / 'run' / 'stages').exists()
+def test_a_run_is_refused_before_its_kernel(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    absent = ('flash_attn', 'bitsandbytes')
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda name, *a: None if name in absent else found(name, *a)
+    )
+    flash = dict(attn_implementation='flash_attention_2')
+    for settings, why in (
+        (flash | dict(device='cpu'), 'needs a CUDA GPU, and this runs on cpu'),
+        (flash, r"flash-attn: pip install 'vlmbench\[flash\]'"),
+        (dict(recipe='eve', variant=['load=8bit']), r"pip install 'vlmbench\[quant\]'"),
+        (dict(recipe='vip_llava', variant=['load=4bit'], device='cpu'), r'vlmbench\[quant\]'),
+    ):
+        with pytest.raises(ParameterError, match=why) as refused:
+            run_notebook('train', dict(out=str(tmp_path / 'run'), **settings))
+        assert '\n' not in str(refused.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_flash_attention_is_looked_for_without_pytorch():
+    code = 'import sys\nfrom vlmbench.run.early import check_here\n'
+    code += "try:\n    check_here(dict(attn_implementation='flash_attention_2', device=None))\n"
+    code += "except ValueError as e:\n    print(e)\nprint('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == 'False'
+    assert find_spec('flash_attn') or 'vlmbench[flash]' in ended.stdout
 
 
 @pytest.mark.parametrize(

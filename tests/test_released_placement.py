@@ -7,10 +7,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_missing_weights import built, original, write
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import vlmbench.demo.chat as chat_module
 from vlmbench.checkpoints import eve, vora
 from vlmbench.checkpoints.load import LoadError, load_vlm
-from vlmbench.demo.chat import ChatModel
+from vlmbench.data.record import Sample, Turn
+from vlmbench.demo.chat import ChatError, ChatModel
+from vlmbench.demo.words import GumbelSample
+from vlmbench.evaluate.prompts import prompt_inputs
 from vlmbench.models.quantized import quantized_modules
 
 NAMES = ['llava', 'eve', 'vora']
@@ -120,3 +125,44 @@ def test_few_bits(name, bits, tmp_path):
     whole = logits(*load(folder)).float()
     few = logits(chat.model, chat.processor).float()
     assert torch.cosine_similarity(few.flatten(), whole.flatten(), dim=0) > 0.9
+
+
+class NoDoubles(TorchDispatchMode):
+    "Refuses every product of 64-bit floats, which Apple's GPU does not have."
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        parts = made if isinstance(made, (tuple, list)) else [made]
+        if any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in parts):
+            raise TypeError(f'{func} makes float64')
+        return made
+
+
+def test_an_apple_gpu_is_found_and_nothing_asks_for_doubles(tmp_path, monkeypatch):
+    folder, asked = released(tmp_path, 'llava', torch.float16), {}
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+
+    def load_here(where, device, *args, **settings):
+        asked.update(device=device, dtype=settings.get('dtype'))
+        return load_vlm(where, 'cpu', *args, **settings)
+
+    monkeypatch.setattr(chat_module, 'load_vlm', load_here)
+    chat = ChatModel.load(folder, template='world')
+    assert asked == dict(device='mps', dtype=None)
+    assert {p.dtype for p in chat.model.parameters()} == {torch.float16}
+    with pytest.raises(ChatError, match='needs a CUDA device'):
+        ChatModel.load(folder, 'mps', template='world', load_4bit=True)
+    chat.model.float()  # a CPU answers in fp16 by another way
+    turns = [Turn('user', '<image>\nwhat ?')]
+    inputs = prompt_inputs(
+        chat.processor, [Sample('a', turns, [Image.new('RGB', (40, 24), 'red')])]
+    )
+    for drawn in ([], [GumbelSample(1.0, 0)]):
+        with NoDoubles():
+            ids = chat.model.generate(
+                **inputs, max_new_tokens=3, do_sample=False, logits_processor=drawn
+            )
+        assert ids.shape[1] > inputs['input_ids'].shape[1]
+    with NoDoubles(), pytest.raises(TypeError, match='makes float64'):
+        torch.ones(1).double()

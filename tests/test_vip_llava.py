@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vlmbench.checkpoints.licences import weights_licences
+from vlmbench.cost.planner import plan
 from vlmbench.data.record import Region, Sample, Turn
 from vlmbench.methods.recipes import METHODS, find_scale, get_method, get_recipe
 from vlmbench.methods.vip_llava import (
@@ -204,6 +206,7 @@ def test_transform_draws_markers():
         ('vicuna-13b', 'llava_v1', (16, 1), 52_449_280),
         ('llama-3-8b', 'llama_3', (8, 2), 37_767_168),
         ('phi-3-mini', 'phi_3', (8, 2), 25_182_208),
+        ('vicuna-7b-224', 'llava_v1', (16, 1), 37_767_168),
     ],
 )
 def test_paper_base_models(name, template, rows, size):
@@ -223,6 +226,16 @@ def test_paper_base_models(name, template, rows, size):
     )
     last = scale.weightless(ViPLLaVA(layers='last').recipe(scale))
     assert sum(p.numel() for p in last.model.vision.projector.parameters()) < size
+
+
+def test_a_tower_of_224_pixels_makes_256_tokens_behind_vicunas_prompt():
+    scale = find_scale('vicuna-7b-224')
+    assert (scale.llm, scale.vision) == ('lmsys/vicuna-7b-v1.1', 'openai/clip-vit-large-patch14')
+    tower = scale.weightless(get_recipe('vip_llava', scale)).model.vision
+    assert (tower.num_tokens(224, 224), scale.template) == (256, 'vicuna_v1')
+    table = plan('vip_llava', scale, budget=0.01)
+    assert list(table['stage']) == ['align', 'region', 'chat']
+    assert [one.id for one in weights_licences(scale.llm)] == ['vicuna-non-commercial']
 
 
 def test_unknown_scales_and_options():

@@ -42,8 +42,9 @@ from vlmbench.demo.chat import ChatError, ChatModel
 from vlmbench.demo.terminal import chat_command
 from vlmbench.evaluate.generate import fingerprint
 from vlmbench.evaluate.prompts import prompt_inputs
-from vlmbench.evaluate.published import read_published
+from vlmbench.evaluate.published import NAMES_ARMS, read_published
 from vlmbench.lab.calibration import load_any
+from vlmbench.methods.names import BUILT_IN
 from vlmbench.methods.recipes import get_method
 from vlmbench.methods.zero import FRONT_END, PAPER_SCALES, Zero, graft_onto, ranges_at
 from vlmbench.models.depth import build_surrogate, depth_of, find_decoder, graft, weights_hash
@@ -404,6 +405,10 @@ def test_the_arm_is_named_as_the_paper_names_it(tmp_path):
     later = get_method('zero', ['stages=["adapt","encoder","decoder"]'])
     assert later.arm == 'language model trained behind the encoder'
     assert [get_method(name, []).arm for name in ('zero', 'eve')] == ['zero-shot graft', '']
+
+
+def test_methods_with_arms_are_the_ones_that_are_compared_by_them():
+    assert {name for name in BUILT_IN if get_method(name, []).arm} == set(NAMES_ARMS)
 
 
 def test_text_alone(tmp_path):

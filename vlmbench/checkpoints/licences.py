@@ -111,6 +111,8 @@ WEIGHTS = {  # exact name, or organisation/beginning of a name with a star -> id
     'lmsys/vicuna-13b-v1.5': ('llama2',),
     'lmsys/vicuna-7b-v1.5-16k': ('llama2',),
     'lmsys/vicuna-13b-v1.5-16k': ('llama2',),
+    'lmsys/vicuna-7b-v1.1': ('vicuna-non-commercial',),
+    'lmsys/vicuna-13b-v1.1': ('vicuna-non-commercial',),
     'lmsys/vicuna-7b-v1.3': ('vicuna-non-commercial',),
     'lmsys/vicuna-13b-v1.3': ('vicuna-non-commercial',),
     'meta-llama/Llama-2-*': ('llama2',),

@@ -203,7 +203,7 @@ async def breathing(
     finally:
         gone.set()
         if step is not None:  # it may still be under way in its thread
-            step.add_done_callback(lambda _: events.close())
+            step.add_done_callback(lambda one: one.cancelled() or events.close())
 
 # %% ../../nbs/demo/14_api.ipynb #a23cdeb1
 def _refused(request, error):

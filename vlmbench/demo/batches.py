@@ -32,32 +32,53 @@ from ..models.finite import LogitsError, NumbersOnly
 @dataclass
 class Question:
     """A question of `tokens` prompt tokens that waits for its answer. `limit`: its longest answer
-    in tokens. `written` counts the answer's tokens; `gone` is set when nobody reads on."""
+    in tokens. `given` are the answer's tokens so far, of which the reader has the first `written`;
+    `gone` is set when nobody reads on."""
 
     sample: Sample
     tokens: int
     limit: int
     streamer: WordStreamer
     draw: GumbelSample | None = None
-    written: int = 0
+    given: list[int] = field(default_factory=list)
+    calls: int = 0
     closed: bool = False
     gone: threading.Event = field(default_factory=threading.Event)
     failed: Exception | None = None
+
+    @property
+    def written(self) -> int:
+        "Tokens of the answer that the reader has."
+        return len(self.given)
 
     @property
     def done(self) -> bool:
         "Whether no further token of it is of use."
         return self.streamer.ended or self.written >= self.limit or self.gone.is_set()
 
+    @property
+    def repeats(self) -> int | None:
+        "The next token of the answer where the reader has it from an earlier try."
+        return self.given[self.calls - 1] if 0 < self.calls <= len(self.given) else None
+
     def put(self, tokens: torch.Tensor) -> None:
-        "The prompt, and then one token a call."
+        "The prompt, and then one token a call; what the reader has is passed over."
         if self.closed:
             return
-        if not self.streamer.next_tokens_are_prompt:
-            self.written += 1
+        number, self.calls = self.calls, self.calls + 1  # 0: the prompt
+        if number <= len(self.given) and not self.streamer.next_tokens_are_prompt:
+            return
+        if number:
+            self.given.append(int(tokens))
         self.streamer.put(tokens)
         if self.done:
             self.close()
+
+    def again(self) -> None:
+        "Begin another try, which repeats the words that the reader has and goes on from there."
+        self.calls = 0
+        if self.draw is not None:
+            self.draw.restart()
 
     def close(self) -> None:
         "End the reader's words; more than one call changes nothing."
@@ -93,7 +114,8 @@ class _DoneRows(StoppingCriteria):
 
 
 class _DrawRows(LogitsProcessor):
-    "Rows with a temperature are drawn, each from its own seed; the others stay greedy."
+    """Rows with a temperature are drawn, each from its own seed; the others stay greedy, and what
+    is asked again repeats what its reader has."""
 
     def __init__(self, questions: Sequence[Question]):
         self.questions = questions
@@ -102,7 +124,11 @@ class _DrawRows(LogitsProcessor):
         rows = []
         for row, question in enumerate(self.questions):
             one = scores[row : row + 1]
-            rows.append(one if question.draw is None else question.draw(input_ids, one))
+            one = one if question.draw is None else question.draw(input_ids, one)
+            if (token := question.repeats) is not None:
+                one = torch.full_like(one, -torch.inf)
+                one[:, token] = 0
+            rows.append(one)
         return torch.cat(rows)
 
 # %% ../../nbs/demo/12_batches.ipynb #4368a7c9
@@ -148,19 +174,24 @@ class Batcher:
                 self._answer([question for question in batch if not question.gone.is_set()])
 
     def _answer(self, batch: Sequence[Question]) -> None:
-        "Generate for all of `batch`; what goes wrong is raised where the answers are read."
-        if not batch:
-            return
+        "Answer all of `batch`; what goes wrong is raised where its answer is read."
         self.largest = max(self.largest, len(batch))
+        # the error of several is not kept: the memory of what failed would stay with it
+        together = len(batch) > 1 and self._failure(batch) is None
+        for question in batch:
+            if not together and not question.done:
+                question.again()
+                question.failed = self._failure([question])
+            question.close()
+
+    def _failure(self, batch: Sequence[Question]) -> Exception | None:
+        "Generate for all of `batch`; what went wrong, or None."
         try:
             with torch.inference_mode():
                 self._generate(batch)
         except Exception as e:
-            for question in batch:
-                question.failed = e
-        finally:
-            for question in batch:
-                question.close()
+            return e
+        return None
 
     def _generate(self, batch: Sequence[Question]) -> None:
         model, processor = self.model.model, self.model.processor

@@ -85,6 +85,10 @@ class GumbelSample(LogitsProcessor):
         self.temperature, self.rng = temperature, torch.Generator().manual_seed(seed)
         self.likeliest = TopPLogitsWarper(top_p) if top_p < 1 else None
 
+    def restart(self):
+        "Draw from the beginning once more."
+        self.rng.manual_seed(self.rng.initial_seed())
+
     def __call__(self, input_ids, scores):
         # drawn on the CPU: the same seed gives the same words on every device. At u = 0 or 1 the
         # logarithms would be infinite

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from .harness import TEXT_SUITE
-from .published import published_methods, read_published
+from .published import published_methods, read_published, same_arm
 
 # %% ../../nbs/evaluate/52_harness_published.ipynb #7dbb8c21
 SAME: dict[tuple[str, str], tuple[str, str, str, float]] = {
@@ -61,10 +61,11 @@ def harness_measured(
 BESIDE_COLUMNS = 'benchmark split metric shots here model arm published difference source'.split()
 
 
-def beside_harness(found: Iterable[Mapping[str, Any]], method: str) -> pd.DataFrame:
+def beside_harness(found: Iterable[Mapping[str, Any]], method: str, arm: str = '') -> pd.DataFrame:
     """`harness_measured` rows beside every number of `method`'s paper on the same benchmark, split
-    and metric, with the same examples where the paper says how many (`BESIDE_COLUMNS`). Raises
-    `ValueError` for a method without a table."""
+    and metric, with the same examples where the paper says how many (`BESIDE_COLUMNS`), and of the
+    same `arm` where the model is one ('': `same_arm` lets all stand). Raises `ValueError` for a
+    method without a table."""
     paper, rows = read_published(method), []
     for one in found:
         same = (
@@ -72,7 +73,7 @@ def beside_harness(found: Iterable[Mapping[str, Any]], method: str) -> pd.DataFr
             == [one['benchmark'], one['split'], one['metric']]
         ).all(axis=1)
         for row in paper[same].to_dict('records'):
-            if row['shots'] not in ('', one['shots']):
+            if row['shots'] not in ('', one['shots']) or not same_arm(method, arm, row['arm']):
                 continue
             about = {key: one[key] for key in ('benchmark', 'split', 'metric', 'shots')}
             about |= dict(here=round(one['value'], 2), model=row['model'], arm=row['arm'])

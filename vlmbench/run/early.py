@@ -272,11 +272,9 @@ def _check_precision(values: Mapping[str, Any]) -> None:
 
 def _check_attention(name: str | None) -> None:
     "Refuse a back end that does not exist; whether it runs is seen on the machine of the run."
-    if not name:
-        return
-    from vlmbench.models.attention import ATTENTION
+    from vlmbench.models.flash import ATTENTION
 
-    if name not in ATTENTION:
+    if name and name not in ATTENTION:
         raise ParameterError(
             f'attn_implementation={name} is unknown: use one of {", ".join(ATTENTION)}'
         )
@@ -484,15 +482,48 @@ def check_early(notebook: str, declared: Mapping[str, Parameter], given: Mapping
         check(values)
 
 # %% ../../nbs/run/03_early.ipynb #f02c83ec
-def check_here(values: Mapping[str, Any]) -> None:
-    """Refuse parameters of a run whose kernel starts on this machine and that name a `device` which
-    it does not have. Raises `ParameterError`."""
-    device = values.get('device')
-    if not isinstance(device, str) or device == 'cpu':
-        return
-    from vlmbench.models.device import check_device
+_IN_DOUBLES = ('layers', 'prune')  # notebooks that measure layers
+
+
+def check_here(values: Mapping[str, Any], notebook: str = '') -> None:
+    """Refuse parameters of a run whose kernel starts on this machine: a `device` that it does not
+    have or that cannot do what `notebook` asks, flash attention without its package, and where
+    `notebook` is `train`, weights in few bits without theirs. `values`: parameters by name. Raises
+    `ParameterError`."""
+    device, attention = values.get('device'), values.get('attn_implementation')
+    if isinstance(attention, str) and attention:
+        from vlmbench.models.flash import check_package
+
+        try:
+            check_package(attention, device)
+        except ValueError as e:
+            raise ParameterError(str(e)) from None
+    if isinstance(device, str) and device != 'cpu':
+        from vlmbench.models.device import check_device
+
+        try:
+            check_device(device)
+        except ValueError as e:
+            raise ParameterError(f'{e}, or leave device out') from None
+    if device == 'mps' and notebook in _IN_DOUBLES:
+        raise ParameterError(
+            f"device=mps: {notebook} sums in 64-bit floats, which Apple's GPU does not have: use "
+            'device=cpu'
+        )
+    if notebook == 'train' and values.keys() >= {'recipe', 'variant', 'device'}:
+        _check_few_bits(values)
+
+
+def _check_few_bits(values: Mapping[str, Any]) -> None:
+    "Refuse base weights in 4 or 8 bits where they cannot be had."
+    if not values['variant']:
+        return  # few bits are never a default, and methods bring torch
+    from vlmbench.methods.qlora import QLoRA
+    from vlmbench.methods.recipes import get_method
 
     try:
-        check_device(device)
+        method = get_method(values['recipe'], values['variant'])
+        if isinstance(method, QLoRA):
+            method.few_bits(values['device'])
     except ValueError as e:
-        raise ParameterError(f'{e}, or leave device out') from None
+        raise ParameterError(str(e)) from None

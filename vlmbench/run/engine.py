@@ -122,7 +122,7 @@ def _started(
     declared = notebook_parameters(nb, name)
     values = check_parameters(declared, nb.metadata.papermill.get('parameters', {}), name)
     check_early(name, declared, values)
-    check_here(values)
+    check_here({k: p.default for k, p in declared.items()} | dict(values), name)
     folder = _run_folder(name, declared, values, output_path)
     if 'out' in declared:
         values['out'] = str(folder)

@@ -95,17 +95,17 @@ def harness_job(
         beside = []
         if job.main:
             table.to_csv(job.folder / 'harness.csv', index=False)
-            beside = _beside(paper, measured, job.folder)
+            beside = _beside(paper, measured, job.folder, arm)
     judge = judge_facts(os.environ) if _sees(settings) and os.environ.get(KEY) else None
     rows = table.astype(object).where(table.notna(), None).to_dict('records')
     return dict(table=rows, quoted=numbers, skipped=skipped, judge=judge, published=beside)
 
 
-def _beside(paper: str, measured: list[dict], folder: Path) -> list[dict]:
+def _beside(paper: str, measured: list[dict], folder: Path, arm: str) -> list[dict]:
     "The rows of published.csv, where the run has a paper to stand beside."
     if not paper:
         return []
-    table = beside_harness(measured, paper)
+    table = beside_harness(measured, paper, arm)
     table.to_csv(folder / 'published.csv', index=False)
     return table.to_dict('records')
 

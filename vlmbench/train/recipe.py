@@ -483,7 +483,7 @@ def scaled_bound(stage: Stage, factor: float) -> dict[str, float]:
 class Recipe:
     """A method at one scale: vision front end, mask and stages. `section` says where the paper
     states it. `canvas`: long side of the pictures in pixels, where the method resizes them itself
-    (EVE). `attn_implementation`: the attention back end (`vlmbench.models.attention.ATTENTION`),
+    (EVE). `attn_implementation`: the attention back end (`vlmbench.models.flash.ATTENTION`),
     None for transformers' choice.
 
     `front_end` is the settings dict of the vision front end (`type` and its options, see
