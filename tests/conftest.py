@@ -32,9 +32,11 @@ def pytest_configure(config):
     import torch
 
     # a change is judged by the same examples each time; new ones are looked for elsewhere
-    hypothesis.settings.register_profile('judge', derandomize=True)
-    if os.environ.get('CI', '').lower() in ('1', 'true'):
-        hypothesis.settings.load_profile('judge')
+    hypothesis.settings.register_profile('judge', derandomize=True, deadline=None)
+    # cores are shared: how long an example takes says nothing
+    hypothesis.settings.register_profile('calm', deadline=None)
+    ci = os.environ.get('CI', '').lower() in ('1', 'true')
+    hypothesis.settings.load_profile('judge' if ci else 'calm')
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', '2')))
     if 'VLMBENCH_TEST_KERNELS' not in os.environ:  # the processes of xdist have it from the first
         os.environ['VLMBENCH_TEST_KERNELS'] = folder = tempfile.mkdtemp(prefix='kernels-')
