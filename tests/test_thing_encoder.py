@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, CLIPVisionModel
+from transformers import AutoImageProcessor, AutoModelForCausalLM, CLIPVisionModel
 
 from vlmbench.data.things import ThingConfig
 from vlmbench.run.engine import run_notebook
@@ -95,8 +95,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(drawn):
     assert torch.equal(before, run.vit.post_layernorm.weight) and run.pictures == 0
 
 
-def test_the_run_makes_an_encoder_of_things(tmp_path):
-    "A CLIP tower with its processor, what it saw, its probes beside a random tower's, and a card."
+def test_the_run_makes_the_bases_of_things(tmp_path):
+    "A language model; a CLIP tower with processor, what it saw, its probes beside a random one, cards."
     settings = dict(
         world='things',
         difficulty='easy',
@@ -104,6 +104,10 @@ def test_the_run_makes_an_encoder_of_things(tmp_path):
         teacher_pictures=32,
         probe_pictures=24,
         workers=0,
+        llm_steps=3,
+        warm_steps=2,
+        questions=4,
+        precision='fp32',
     )
     assert run_notebook('base', settings, tmp_path / 'r', progress=False) == 0, (
         tmp_path / 'r' / 'output.log'
@@ -118,3 +122,6 @@ def test_the_run_makes_an_encoder_of_things(tmp_path):
     assert CLIPVisionModel.from_pretrained(made).config.image_size == 128
     assert AutoImageProcessor.from_pretrained(made).do_center_crop is False
     assert 'Below the bar' in (made / 'README.md').read_text(encoding='utf8')
+    read = AutoModelForCausalLM.from_pretrained(made.parent / 'llm')
+    assert read.config.head_dim == 32 and 0 <= found['text']['all'] <= 1
+    assert 'Below the bar' in (made.parent / 'llm' / 'README.md').read_text(encoding='utf8')
