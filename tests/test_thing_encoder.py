@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(drawn):
 
 
 def test_the_run_makes_the_bases_of_things(tmp_path):
-    "A language model; a CLIP tower with processor, what it saw, its probes beside a random one, cards."
+    "A language model; a CLIP tower, what it saw, its probes beside a random one, and cards."
     settings = dict(
         world='things',
         difficulty='easy',
