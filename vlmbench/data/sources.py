@@ -38,7 +38,7 @@ from vlmbench.data.stream import (
 from .stream_mix import MixedSamples, PassedSamples
 from .stream_rows import open_shards, streamable
 from .transform import Transform
-from .world import WorldConfig, write_world
+from .world import WorldConfig
 
 # %% ../../nbs/data/75_sources.ipynb #4fb58783
 class DataError(ValueError):
@@ -233,9 +233,8 @@ def embedded_world(world: str = '', difficulty: str = 'default') -> Path:
 
     name, level = named_level(world)
     level = level if difficulty == 'default' else difficulty
-    if name == 'world1':
-        return write_world(Path('runs') / f'world-{level}', WorldConfig.at(level))
-    return write_named_world(name, Path('runs') / f'world-{name}-{level}', level)
+    folder = f'world-{level}' if name == 'world1' else f'world-{name}-{level}'
+    return write_named_world(name, Path('runs') / folder, level)
 
 
 def prepare_data(folder: str | Path = '', difficulty: str = 'default', world: str = '') -> Path:
