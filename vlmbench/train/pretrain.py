@@ -507,13 +507,17 @@ def _card(title: str, kind: str, lines: list[str], scores: dict, parameters: int
     )
 
 
+def _below_the_bar(low: list[str]) -> list[str]:
+    "The line of a card that names what is below the bar of text, if anything is."
+    return [f'**Below the bar of {BARS["text"]:.0%}:** {", ".join(low)}.'] if low else []
+
+
 def _write_cards(
     folder: Path, llm, vit, text_scores: dict, probe_scores: dict, config: WorldConfig, seed: int
 ) -> None:
     "The README of both models: what it is, the world it knows, how well it does."
     reached = {**probe_scores, 'text': text_scores['all']}
     low = [k for k, bar in BARS.items() if reached[k] < bar]
-    note = [f'**Below the bar of 95%:** {", ".join(low)}.'] if low else []
     world = (
         f'World: {config.min_objects} to {config.max_objects} objects, {config.image_size} '
         f'px, jitter {config.jitter}, noise {config.noise}.'
@@ -528,7 +532,7 @@ def _write_cards(
         ('vit', vit, 'The tiny vision encoder', 'image-feature-extraction', sees, probe_scores),
     ):
         parameters = sum(p.numel() for p in model.parameters())
-        card = _card(title, kind, [what, world, *note], scores, parameters, seed)
+        card = _card(title, kind, [what, world, *_below_the_bar(low)], scores, parameters, seed)
         (folder / name / 'README.md').write_text(card, encoding='utf8')
 
 # %% ../../nbs/train/40_pretrain.ipynb #9d4006cd
@@ -579,10 +583,9 @@ def save_thing_reader(
     low = [kind for kind, score in scores.items() if score < BARS['text']]
     lines = [
         'A `Qwen3ForCausalLM` that reads a described scene of things and answers questions about '
-        f'it. World of things, level {level}; the figures are held-out text scenes by question.'
+        f'it. World of things, level {level}; the figures are held-out text scenes by question.',
+        *_below_the_bar(low),
     ]
-    if low:
-        lines.append(f'**Below the bar of {BARS["text"]:.0%}:** {", ".join(low)}.')
     parameters = sum(p.numel() for p in llm.parameters())
     title = 'The tiny language model of things'
     card = _card(title, 'text-generation', lines, scores, parameters, seed)
