@@ -27,7 +27,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from commands import command_pages
 from doors import navigation, title_and_subtitle
-from notebooks import execute_all, link_pages, notebooks
+from links import link_pages
+from notebooks import execute_all, notebooks
 from pages import data_cards, guide
 from places import kept_dir, nbs, root, src_dir
 from results import copy_reports, results_pages

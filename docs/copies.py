@@ -1,11 +1,14 @@
 """Notebooks in processes of their own that need not import torch and the rest anew: each is a copy
-of one process that has. The site's build and `make test-notebooks` both run them this way."""
+of one process that has: for the site, for `make test-notebooks` and for `make tutorials`."""
 
 import atexit
 import os
 import shutil
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -71,3 +74,36 @@ def in_a_copy(
         return f'exit {process.exitcode}\n{said.read_text(encoding="utf8")[-8000:]}'
     said.unlink()
     return None
+
+
+@dataclass(frozen=True)
+class Work:
+    "What one copy does: `target(*arguments)`; what it prints goes to the file `said`."
+
+    name: str
+    target: Callable
+    arguments: tuple
+    said: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    "How it ended: `failure` is None, or what went wrong; `seconds` it took."
+
+    name: str
+    failure: str | None
+    seconds: float
+
+
+def in_copies(work: list[Work], jobs: int, timeout: float) -> list[Outcome]:
+    "All of `work`, `jobs` at a time, each at most `timeout` seconds; a line is printed for each."
+    context = warm_context()
+
+    def one(what: Work) -> Outcome:
+        started = time.monotonic()
+        failure = in_a_copy(context, what.target, what.arguments, what.said, timeout)
+        print(f'  {"FAILED " if failure else ""}{what.name}', flush=True)
+        return Outcome(what.name, failure, time.monotonic() - started)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, work))

@@ -9,15 +9,14 @@ import json
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 
 import nbformat
-from copies import in_a_copy, warm_context
+from copies import Work, in_copies
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from places import nbs, root, run_dir, src_dir
+from places import nbs, root, run_dir
 
 SKIPPED = {'gpu', 'slow', 'notest'}  # cells with these flags are shown, not executed
 WIDGET = 'application/vnd.jupyter.widget-view+json'
@@ -115,94 +114,129 @@ def about_run(src: Path) -> str:
     return '\n'.join([*out, '', '## The notebook'])
 
 
-def prepare(src: Path, dst: Path, execute: bool) -> None:
-    """Execute one notebook and write it with API entries in place of exported cells. Exits with the
-    cell that failed."""
-    from execnb.shell import CaptureShell
-    from nbdev.process import NBProcessor
-    from nbdev.processors import add_show_docs, hide_line, populate_language, strip_ansi
-    from render import entry
+class Page:
+    """A notebook on its way to a page, cell by cell: `shown` are its API entries (cell number ->
+    symbol), `shell` executes its examples (None: they are not executed)."""
 
-    nb = NBProcessor(
-        src, procs=[populate_language, add_show_docs, strip_ansi, hide_line], process=True
-    ).nb
-    nb.cells = [
-        c
-        for auto, group in groupby(nb.cells, lambda c: bool(getattr(c, 'has_sd', False)))
-        for c in (reversed(list(group)) if auto else group)
-    ]  # nbdev adds a cell's entries last name first
-    modname = module_name(nbformat.reads(src.read_text(encoding='utf8'), as_version=4))
-    module, shell = (
-        import_module(modname) if modname else None,
-        CaptureShell(src) if execute else None,
-    )
-    shown = {
-        i: m[1]
-        for i, c in enumerate(nb.cells)
-        if (m := re.match(r'show_doc\(\s*([\w.]+)', c.source))
-    }
-    os.chdir(src.parent)
-    out, level, labels, sources = [], 1, set(), []
-    for i, cell in enumerate(nb.cells):
-        directives = dict(getattr(cell, 'directives_', None) or {})
-        if i in shown:
-            name = shown[i]
-            obj = find_symbol(name, module, shell.user_ns if shell else {})
-            if obj is None:
-                sys.exit(f'{src.relative_to(root)}: show_doc({name}) names nothing in {modname}')
-            label = f'{modname or src.stem}.{name}'.lower()
-            if label in labels:
-                label += f'-{len(labels)}'
-            labels.add(label)
-            new = new_markdown_cell(entry(obj, name, min(level + 1, 4), label, set(shown.values())))
-            new.metadata['symbol'] = dict(name=name, label=label, module=modname)
-            out.append(new)
-            continue
-        out += sources  # folded source comes after the entries that describe it
-        sources = []
-        if cell.cell_type == 'markdown':
-            heads = re.findall(
-                r'^(#{1,6}) ', re.sub(r'```.*?```', '', cell.source, flags=re.S), re.M
-            )
-            if heads:
-                level = len(heads[-1])
-            out.append(new_markdown_cell(cell.source))
-        if cell.cell_type != 'code':
-            continue
-        if (
-            shell
-            and cell.source.strip()
-            and not SKIPPED & directives.keys()
-            and first(directives, 'eval:') != 'false'
-        ):
-            shell.cell(cell)
-            if shell.exc:
-                trace = shell.prettytb(fname=src.name)
-                sys.exit(f'{src.relative_to(root)}: this cell failed\n\n{cell.source}\n\n{trace}')
+    def __init__(self, src: Path, cells: list, execute: bool):
+        from execnb.shell import CaptureShell
+
+        self.src, self.cells, self.sources = src, [], []
+        self.modname = module_name(nbformat.reads(src.read_text(encoding='utf8'), as_version=4))
+        self.module = import_module(self.modname) if self.modname else None
+        self.shell = CaptureShell(src) if execute else None
+        entries = ((i, re.match(r'show_doc\(\s*([\w.]+)', c.source)) for i, c in enumerate(cells))
+        self.shown = {i: m[1] for i, m in entries if m}
+        self.level, self.labels = 1, set()
+
+    def entry(self, name: str) -> None:
+        "An API entry; the source that it describes comes after it."
+        from render import entry
+
+        obj = find_symbol(name, self.module, self.shell.user_ns if self.shell else {})
+        if obj is None:
+            here = self.src.relative_to(root)
+            sys.exit(f'{here}: show_doc({name}) names nothing in {self.modname}')
+        label = f'{self.modname or self.src.stem}.{name}'.lower()
+        if label in self.labels:
+            label += f'-{len(self.labels)}'
+        self.labels.add(label)
+        depth = min(self.level + 1, 4)
+        new = new_markdown_cell(entry(obj, name, depth, label, set(self.shown.values())))
+        new.metadata['symbol'] = dict(name=name, label=label, module=self.modname)
+        self.cells.append(new)
+
+    def prose(self, source: str) -> None:
+        "A cell of prose; entries after it lie below its last heading."
+        heads = re.findall(r'^(#{1,6}) ', re.sub(r'```.*?```', '', source, flags=re.S), re.M)
+        if heads:
+            self.level = len(heads[-1])
+        self.cells.append(new_markdown_cell(source))
+
+    def executed(self, cell, directives: dict) -> None:
+        "Execute a cell, unless it is one that the site only shows; ends the process if it fails."
+        skipped = SKIPPED & directives.keys() or first(directives, 'eval:') == 'false'
+        if not self.shell or not cell.source.strip() or skipped:
+            return
+        self.shell.cell(cell)
+        if self.shell.exc:
+            trace = self.shell.prettytb(fname=self.src.name)
+            here = self.src.relative_to(root)
+            sys.exit(f'{here}: this cell failed\n\n{cell.source}\n\n{trace}')
+
+    def code(self, cell, directives: dict) -> None:
+        "A code cell with its output; imports that follow one another become one cell."
+        self.executed(cell, directives)
         new = code_cell(cell, directives)
         if new is None:
-            continue
+            return
         folded = new.metadata.pop('folded')
-        if folded == 'imports' and out and out[-1].metadata.get('imports'):
-            out[-1].source += '\n' + new.source
-        elif folded == 'source':
-            sources.append(new)
+        if folded == 'source':
+            self.sources.append(new)
+        elif folded and self.cells and self.cells[-1].metadata.get('imports'):
+            self.cells[-1].source += '\n' + new.source
         else:
             if folded:
                 new.metadata['imports'] = True
-            out.append(new)
-    out += sources
-    if nbs / 'runs' in src.parents:
-        out.insert(1, new_markdown_cell(about_run(src)))
-    page = new_notebook(cells=out)
-    page.metadata.update(
-        kernelspec=dict(name='python3', display_name='Python 3', language='python'),
-        language_info=dict(name='python'),
-    )
-    for i, c in enumerate(page.cells):
-        c['id'] = f'c{i}'
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(page, dst)
+            self.cells.append(new)
+
+    def add(self, number: int, cell) -> None:
+        "The next cell of the notebook."
+        if number in self.shown:
+            self.entry(self.shown[number])
+            return
+        self.flush()
+        if cell.cell_type == 'markdown':
+            self.prose(cell.source)
+        elif cell.cell_type == 'code':
+            self.code(cell, dict(getattr(cell, 'directives_', None) or {}))
+
+    def flush(self) -> None:
+        "Put the folded source in its place: after the entries that describe it."
+        self.cells += self.sources
+        self.sources = []
+
+    def write(self, dst: Path) -> None:
+        "Write the page as a notebook."
+        self.flush()
+        if nbs / 'runs' in self.src.parents:
+            self.cells.insert(1, new_markdown_cell(about_run(self.src)))
+        page = new_notebook(cells=self.cells)
+        page.metadata.update(
+            kernelspec=dict(name='python3', display_name='Python 3', language='python'),
+            language_info=dict(name='python'),
+        )
+        for i, cell in enumerate(page.cells):
+            cell['id'] = f'c{i}'
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(page, dst)
+
+
+def documented_cells(src: Path) -> list:
+    "Cells of a notebook, an API entry after each that exports something, in the source's order."
+    from nbdev.process import NBProcessor
+    from nbdev.processors import add_show_docs, hide_line, populate_language, strip_ansi
+
+    steps = [populate_language, add_show_docs, strip_ansi, hide_line]
+    cells = []
+    # nbdev adds a cell's entries last name first
+    for added, group in groupby(
+        NBProcessor(src, procs=steps, process=True).nb.cells,
+        lambda c: bool(getattr(c, 'has_sd', False)),
+    ):
+        cells += reversed(list(group)) if added else group
+    return cells
+
+
+def prepare(src: Path, dst: Path, execute: bool) -> None:
+    """Execute one notebook and write it with API entries in place of exported cells. Exits with the
+    cell that failed."""
+    cells = documented_cells(src)
+    page = Page(src, cells, execute)
+    os.chdir(src.parent)
+    for number, cell in enumerate(cells):
+        page.add(number, cell)
+    page.write(dst)
 
 
 def said_in(path: Path) -> str:
@@ -281,128 +315,27 @@ def execute_all(files: list[Path], jobs: int, execute: bool, timeout: int = 900)
     """Prepare the notebooks that changed, `jobs` at a time. Exits with every failed cell once all
     have been tried."""
     base, package = fingerprint(), package_files()
-    context = warm_context()
-    costs = {}
-
-    def one(src: Path) -> str | None:
-        rel = src.relative_to(nbs)
-        dst, runs = run_dir / rel, execute and rel.parts[0] != 'runs'
+    stamps, changed = {}, []
+    for src in files:
+        name = src.relative_to(nbs)
+        dst, runs = run_dir / name, execute and name.parts[0] != 'runs'
         key = hashlib.sha256(f'{base}{runs}'.encode() + src.read_bytes()).hexdigest()
-        stamp = dst.with_suffix('.json')
-        if is_current(stamp, key, package):
-            return None
-        what = src, dst, runs, stamp, key
-        if failure := in_a_copy(context, made_anew, what, dst.with_suffix('.log'), timeout):
-            return f'{rel}: {failure}'
-        costs[rel] = json.loads(stamp.read_text(encoding='utf8'))['seconds']
-        print(f'  {rel}', flush=True)
-
-    wanted = {run_dir / p.relative_to(nbs) for p in files}
+        stamps[name] = stamp = dst.with_suffix('.json')
+        if not is_current(stamp, key, package):
+            what = src, dst, runs, stamp, key
+            changed.append(Work(name.as_posix(), made_anew, what, dst.with_suffix('.log')))
     for old in run_dir.rglob('*.ipynb') if run_dir.exists() else ():
-        if old not in wanted:
+        if old.relative_to(run_dir) not in stamps:
             old.unlink()
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = [f for f in pool.map(one, files) if f]
-    for rel in sorted(costs, key=costs.get, reverse=True)[:10]:
-        print(f'{costs[rel]:6.1f} s  {rel}')
+    done = in_copies(changed, jobs, timeout)
+    failures = [f'{o.name}: {o.failure}' for o in done if o.failure]
+    made = [stamps[Path(o.name)] for o in done if not o.failure]
+    costs = {p: json.loads(p.read_text(encoding='utf8'))['seconds'] for p in made}
+    for stamp in sorted(costs, key=costs.get, reverse=True)[:10]:
+        print(f'{costs[stamp]:6.1f} s  {stamp.relative_to(run_dir).with_suffix("")}')
     print(f'{len(costs)} notebooks executed in {sum(costs.values()):.0f} s of a processor')
     if failures:
         sys.exit('\n\n'.join(failures) + f'\n{len(failures)} of {len(files)} notebooks failed')
-
-
-def link_pages(files: list[Path]) -> None:
-    """Copy the executed notebooks to the Sphinx source folder, names in backticks linked to their
-    API entries."""
-    pages = {
-        p.relative_to(nbs): nbformat.read(run_dir / p.relative_to(nbs), as_version=4) for p in files
-    }
-    symbols, home, modules = {}, {}, {}  # name -> labels; label -> page; module -> page
-    for rel, nb in pages.items():
-        for cell in nb.cells:
-            if s := cell.metadata.get('symbol'):
-                symbols.setdefault(s['name'], set()).add(s['label'])
-                symbols[f'{s["module"]}.{s["name"]}'] = {s['label']}
-                home[s['label']], modules[s['module']] = rel, rel
-
-    def target(name: str, rel: Path, own: str | None) -> str | None:
-        if name in modules:
-            return f'/{modules[name].as_posix()}' if modules[name] != rel else None
-        parts = name.split('.')
-        for n in range(len(parts), 0, -1):  # `Packer.push` leads to Packer where push has no entry
-            labels = symbols.get('.'.join(parts[:n]), set())
-            here = sorted(x for x in labels if home[x] == rel) or (
-                sorted(labels) if len(labels) == 1 else []
-            )
-            if here:
-                return f'#{here[0]}' if here[0] != own else None
-
-    def link(text: str, rel: Path, own: str | None) -> str:
-        def sub(m: re.Match) -> str:
-            return f'[{m[0]}]({to})' if (to := target(m[1], rel, own)) else m[0]
-
-        chunks = re.split(
-            r'(```.*?```|^#.*$)', text, flags=re.S | re.M
-        )  # not in fences and headings
-        names = r'(?<![`\[\w])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]\w])'
-        return ''.join(c if i % 2 else re.sub(names, sub, c) for i, c in enumerate(chunks))
-
-    for rel, nb in pages.items():
-        for cell in nb.cells:
-            if cell.cell_type != 'markdown':
-                continue
-            own = (cell.metadata.get('symbol') or {}).get('label')
-            cell.source = relink(papers_linked(link(cell.source, rel, own)), nbs / rel)
-        nb.cells += citation(rel)
-        dst = src_dir / rel
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, dst)
-
-
-def papers_linked(text: str) -> str:
-    "`arXiv 2406.11832` as a link, outside of code and links."
-    chunks = re.split(r'(```.*?```|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>\s]+>)', text, flags=re.S)
-    named = r'\barXiv[: ](\d{4}\.\d{4,5})\b'
-    said = r'[arXiv \1](https://arxiv.org/abs/\1)'
-    return ''.join(c if i % 2 else re.sub(named, said, c) for i, c in enumerate(chunks))
-
-
-def citation(page: Path) -> list:
-    "The last cell of a method's page: its paper's BibTeX entry, and what it owes; else nothing."
-    from vlmbench.methods.credits import CREDITS, REFERENCES, credits_text
-
-    method = page.stem.partition('_')[2]
-    if page.parent.name != 'methods' or method not in REFERENCES:
-        return []
-    paper = REFERENCES[method]
-    head = f'## To cite\n\n{paper.title} ({paper.year}), arXiv {paper.arxiv}.\n\n'
-    text = head + credits_text(paper, CREDITS.get(method))
-    return [new_markdown_cell(papers_linked(text), id='citation')]
-
-
-def relink(text: str, src: Path) -> str:
-    """Links from `src` to files outside nbs/: those with a page lead there, the others keep only
-    their words."""
-
-    def sub(m: re.Match) -> str:
-        words, link = m[1], m[2]
-        if re.match(r'[a-z]+:|#|/', link):
-            return m[0]
-        path = Path(os.path.normpath(src.parent / link.split('#')[0]))
-        if not path.is_relative_to(root) or path.is_relative_to(nbs):
-            return m[0]
-        rel = path.relative_to(root)
-        if rel.parts[0] == 'data_cards':
-            return f'[{words}](/data_cards/{rel.name if rel.suffix else "index.md"})'
-        if rel.name == 'CONTRIBUTING.md':
-            return f'[{words}](/contributing.md)'
-        if rel.parts[0] == 'figures':
-            stored = path if path.is_dir() else path.parent
-            page = root / 'figures' in stored.parents and (stored / 'README.md').exists()
-            named = f'results/{stored.name}.md' if page else 'results.md'
-            return f'[{words}](/{rel.as_posix() if rel.suffix in (".png", ".svg") else named})'
-        return words
-
-    return re.sub(r'(?<!\\)\[([^\]\[]*)\]\(([^)\s]+)\)', sub, text)
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 import re
 
 import yaml
-from notebooks import relink
+from links import relink
 from places import root, src_dir
 from render import cell, escape
 

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from notebooks import relink
+from links import relink
 from pages import front_matter
 from places import root, src_dir
 from render import cell

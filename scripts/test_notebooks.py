@@ -10,14 +10,12 @@ copies of a process that has imported everything else.
 
 import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root / 'docs'))
 
-from copies import in_a_copy, warm_context
+from copies import Work, in_copies
 
 JOBS, TIMEOUT = 2, 600  # processes; seconds for one notebook
 
@@ -43,21 +41,14 @@ def chosen(paths: list[str]) -> list[Path]:
 
 def main() -> None:
     files = chosen(sys.argv[1:] or [str(root / 'nbs')])
-    context, failures, took = warm_context(), [], []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
-
-        def one(path: Path) -> None:
-            name, started = path.relative_to(root / 'nbs'), time.monotonic()
-            said = Path(folder) / f'{"-".join(name.parts)}.log'
-            failure = in_a_copy(context, test_one, (path,), said, TIMEOUT)
-            took.append((time.monotonic() - started, name))
-            print(f'{"FAILED" if failure else "ok"} {name}', flush=True)
-            if failure:
-                failures.append(f'{name}: {failure}')
-
-        list(pool.map(one, files))
-    for seconds, name in sorted(took, reverse=True)[:10]:
-        print(f'{seconds:4.0f} s  {name}')
+    with tempfile.TemporaryDirectory() as folder:
+        names = [path.relative_to(root / 'nbs') for path in files]
+        logs = [Path(folder) / f'{"-".join(name.parts)}.log' for name in names]
+        work = [Work(str(n), test_one, (p,), s) for n, p, s in zip(names, files, logs)]
+        done = in_copies(work, JOBS, TIMEOUT)
+    for outcome in sorted(done, key=lambda o: o.seconds, reverse=True)[:10]:
+        print(f'{outcome.seconds:4.0f} s  {outcome.name}')
+    failures = [f'{o.name}: {o.failure}' for o in done if o.failure]
     print(f'{len(files) - len(failures)} of {len(files)} notebooks passed')
     sys.exit('\n\n'.join(failures) or 0)
 

@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image, ImageChops, ImageStat
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root / 'docs'))
 
-from copies import in_a_copy, warm_context
+from copies import Work, in_copies
 from notebooks import SKIPPED, clean_outputs
 
 TUTORIALS = root / 'nbs' / 'tutorials'
@@ -123,8 +122,8 @@ def stored(outputs: list, left_out: list, width: int, colours: int) -> list:
     return kept
 
 
-def store(path: Path, outputs: dict[str, list]) -> int:
-    "Write a notebook with its `outputs` by cell id, as large as fits; returns its bytes."
+def store(path: Path, outputs: dict[str, list]) -> None:
+    "Write a notebook with its `outputs` by cell id, as large as fits."
     nb = read_nb(path)
     nb.metadata['executed'] = executed_hash(nb)
     large = sorted((o for cell in outputs.values() for o in cell), key=rank)
@@ -134,9 +133,9 @@ def store(path: Path, outputs: dict[str, list]) -> int:
                 if cell.cell_type == 'code':
                     shown = outputs.get(cell.id, [])
                     cell.outputs = stored(shown, large[:count], width, colours)
-            if (size := len(nb2str(nb).encode())) <= LARGEST:
+            if len(nb2str(nb).encode()) <= LARGEST:
                 write_nb(nb, path)
-                return size
+                return
     raise ValueError(f'{path.name}: its source alone is larger than {LARGEST:,} bytes; split it')
 
 
@@ -154,7 +153,7 @@ def tutorial(path: Path) -> None:
         if shell.exc:
             sys.exit(f'{path.name}: {cell.source}\n\n{shell.prettytb(fname=path.name)}')
         outputs[cell.id] = clean_outputs(cell.get('outputs') or [])
-    print(f'{store(path, outputs):,} bytes')
+    store(path, outputs)
 
 
 def main() -> None:
@@ -162,18 +161,12 @@ def main() -> None:
     files = [p for p in sorted(TUTORIALS.glob('*.ipynb')) if not names or p.stem in names]
     if unknown := set(names) - {p.stem for p in files}:
         sys.exit(f'{", ".join(sorted(unknown))}: no such tutorial in {TUTORIALS.relative_to(root)}')
-    context, failures = warm_context(), []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
-
-        def one(path: Path) -> None:
-            said = Path(folder) / f'{path.stem}.log'
-            failure = in_a_copy(context, tutorial, (path,), said, TIMEOUT)
-            print(f'{"FAILED" if failure else path.stat().st_size} {path.stem}', flush=True)
-            if failure:
-                failures.append(f'{path.stem}: {failure}')
-
-        list(pool.map(one, files))
-    sys.exit('\n\n'.join(failures) or 0)
+    with tempfile.TemporaryDirectory() as folder:
+        work = [Work(p.stem, tutorial, (p,), Path(folder) / f'{p.stem}.log') for p in files]
+        done = in_copies(work, JOBS, TIMEOUT)
+    for path in files:
+        print(f'{path.stat().st_size:6,} bytes  {path.stem}')
+    sys.exit('\n\n'.join(f'{o.name}: {o.failure}' for o in done if o.failure) or 0)
 
 
 if __name__ == '__main__':

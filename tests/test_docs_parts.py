@@ -77,7 +77,7 @@ def test_a_process_that_starts_others_reads_the_whole_package(docs):
 
 
 def test_papers_become_links_outside_of_code_and_links(docs):
-    from notebooks import papers_linked
+    from links import papers_linked
 
     link = '[arXiv 2406.11832](https://arxiv.org/abs/2406.11832)'
     assert papers_linked('EVE (arXiv 2406.11832).') == f'EVE ({link}).'
