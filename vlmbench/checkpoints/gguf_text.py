@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .wheels import WeightsError
+from ..models.config import share_folder
 
 # %% ../../nbs/checkpoints/97_gguf_text.ipynb #90cd5269
 def read_gguf(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -55,4 +56,5 @@ def write_text(path: str | Path, folder: str | Path) -> PreTrainedModel:
     model, tokenizer = read_gguf(path)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_folder(folder)
     return model

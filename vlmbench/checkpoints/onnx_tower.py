@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from .wheels import WeightsError
+from ..models.config import share_folder
 from ..data.files import write_json
 
 # %% ../../nbs/checkpoints/98_onnx_tower.ipynb #dfa5854c
@@ -135,6 +136,7 @@ def write_tower(path: str | Path, folder: str | Path, head_width: int = HEAD_WID
     tower_shape(weights, head_width).save_pretrained(folder)
     save_file(weights, folder / 'model.safetensors', metadata=dict(format='pt'))
     write_json(folder / 'preprocessor_config.json', PREPROCESSOR)
+    share_folder(folder)
     model, info = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     missing, more = sorted(info['missing_keys']), sorted(info['unexpected_keys'])
     if missing or more:

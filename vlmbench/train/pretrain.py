@@ -30,6 +30,7 @@ from vlmbench.data.scene import (
 from ..data.thing_world import thing_samples, thing_words
 from ..data.things import ThingConfig
 from ..data.world import geometry, render, scene_samples
+from ..models.config import share_folder
 from ..models.vlm import build_vlm
 from .stages import BareRecipe, RunState, run_stages
 from .optimizer import make_optimizer
@@ -558,6 +559,8 @@ def save_base(
     tokenizer.save_pretrained(folder / 'llm')
     vit.save_pretrained(folder / 'vit')
     SiglipImageProcessorPil(size=dict(height=side, width=side)).save_pretrained(folder / 'vit')
+    share_folder(folder / 'llm')
+    share_folder(folder / 'vit')
     _write_cards(folder, llm, vit, text_scores, probe_scores, config, seed)
     size = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 2**20
     if size > limit_mb:
@@ -580,6 +583,7 @@ def save_thing_reader(
     folder = Path(folder)
     llm.save_pretrained(folder / 'llm')
     tokenizer.save_pretrained(folder / 'llm')
+    share_folder(folder / 'llm')
     low = [kind for kind, score in scores.items() if score < BARS['text']]
     lines = [
         'A `Qwen3ForCausalLM` that reads a described scene of things and answers questions about '

@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 from ..data.things import ThingConfig
+from ..models.config import share_folder
 from .pretrain_things import EncoderPlan, EncoderRun, thing_tower, under_boxes
 from .thing_pictures import ThingPicture, ThingPictures, thing_batch, thing_names
 
@@ -162,6 +163,7 @@ def save_thing_encoder(
     CLIPImageProcessorPil(
         size=size, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(folder / 'vit')
+    share_folder(folder / 'vit')
     numbers = sum(p.numel() for p in vit.parameters())
     named = probes.loc[('name', 'seen'), 'score']
     below = f'**Below the bar of {NAME_BAR:.0%}** for the name of a thing under its box. '
