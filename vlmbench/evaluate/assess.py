@@ -61,12 +61,16 @@ def load_tasks(
     return {name: task.head(limit) if limit else task for name, task in tasks.items()}
 
 
-def data_folder(data: str | Path, names: Sequence[str]) -> str | Path:
-    """The folder that tasks are read from: `prepare_data`'s, or '' where all are `KIND:PATH` and
-    need none."""
-    if not str(data) and names and all(map(is_official, names)):
+def data_folder(
+    data: str | Path, names: Sequence[str], difficulty: str = 'default', world: str = ''
+) -> str | Path:
+    """The folder that tasks are read from: `data`, or the embedded `world` at its `difficulty`
+    where it is empty; '' where all names are `KIND:PATH` and need none."""
+    if str(data):
+        return prepare_data(data)
+    if names and all(map(is_official, names)):
         return ''
-    return prepare_data(data)
+    return prepare_data('', difficulty, world)
 
 
 def task_hashes(folder: str | Path, tasks: Mapping[str, Task]) -> dict[str, Any]:
