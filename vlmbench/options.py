@@ -142,7 +142,11 @@ def _parse_list(text: str, type: OptionType) -> list:
         try:
             values = ast.literal_eval(body)
         except (ValueError, SyntaxError):
-            raise ValueError('write a list such as 1,2,3 or [1, 2, 3]') from None
+            # a shell takes the quotes of tasks=["a", "b"] away
+            if item == 'str' and (bare := re.fullmatch(r'\[([^][()"\']+)\]', body)):
+                return [part.strip() for part in bare[1].split(',')]
+            shown = 'a,b or ["a", "b"]' if item == 'str' else '1,2,3 or [1, 2, 3]'
+            raise ValueError(f'write a list such as {shown}') from None
         return check_value(values, type)
     if item not in SCALARS:
         raise ValueError('write a list of lists such as [[1, 2], [3, 4]]')
