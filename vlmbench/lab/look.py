@@ -96,7 +96,14 @@ def data_sets(where: str | Path) -> dict[str, Found]:
     sets = _published(where, list(published_names()))
     sets |= _own_sets(where, {path for found in sets.values() for path in found.files})
     if not sets:  # shards alone, or a saved data set
-        sets = {where.name: find_data(where.resolve().parent, where.resolve().name)}
+        whole = where.resolve()
+        try:
+            sets = {whole.name: find_data(whole.parent, whole.name)}
+        except DataError:
+            raise DataError(
+                f'{where} holds no rows: there is no JSON, JSON lines, parquet or tar file in it, '
+                'and it is no saved data set. Name the file, or the folder that has it'
+            ) from None
     return _as_shards(where, sets)
 
 

@@ -45,6 +45,9 @@ def parse_variant(variant: Sequence[str] | Mapping[str, Any], name: str) -> dict
     declared = method_options(method_class(name))
     try:
         given = variant if isinstance(variant, Mapping) else dict(map(parse_assignment, variant))
+    except ValueError as e:
+        raise RecipeError(f'variant {e}; options of {name} are {", ".join(declared)}') from None
+    try:
         return check_options(declared, given, f'recipe {name!r}')
     except ValueError as e:
         raise RecipeError(str(e)) from None
