@@ -8,7 +8,7 @@ __all__ = ['LICENSES', 'TASKS', 'SIZES', 'ROLES', 'SOURCES', 'METHODS', 'CARD_FO
            'check_command', 'list_cards']
 
 # %% ../../nbs/data/70_cards.ipynb #a591a70e
-import os, random
+import difflib, os, random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -328,15 +328,26 @@ def cards_dir() -> Path:
     )
 
 
+def _card_of_data(name: str) -> Path:
+    "The card that describes published data of this `name`. Raises `CardError` where none does."
+    cards = {path.stem: path for path in sorted(cards_dir().glob('*.md'))}
+    names = {data: path for path in cards.values() for data in load_card(path).data_names}
+    if name in names:
+        return names[name]
+    near = difflib.get_close_matches(name, [*cards, *names], n=1)
+    meant = f' (did you mean {near[0]}?)' if near else ''
+    raise CardError(
+        f'no card named {name!r}{meant}, and none of data of this name; known: {[*cards]}'
+    )
+
+
 def load_card(card: str | Path) -> Card:
-    """The card at a path, or of a name in `cards_dir()`. Raises `CardError` listing every problem
-    of its front matter."""
+    """The card at a path, or of a name in `cards_dir()`: its own, or that of data it describes.
+    Raises `CardError` listing every problem of its front matter."""
     path = Path(card)
     if path.suffix != '.md' and not path.is_file():
         path = cards_dir() / f'{card}.md'
-        if not path.is_file():
-            known = sorted(p.stem for p in path.parent.glob('*.md'))
-            raise CardError(f'no card named {str(card)!r} in {path.parent}; known: {known}')
+        path = path if path.is_file() else _card_of_data(str(card))
     try:
         front = metadata_load(path)
     except FileNotFoundError:
