@@ -167,13 +167,17 @@ def _in_tower(told: str | tuple) -> bool:
 @contextmanager
 def _no_table() -> Iterator[None]:
     "Without transformers' table of the weights of the other tower, which nobody asked for."
+    # a filter, as transformers looks at the logger's level, and says other things by it
     log = logging.getLogger('transformers.modeling_utils')
-    level = log.level
-    log.setLevel(logging.ERROR)
+    log.addFilter(_serious)
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.removeFilter(_serious)
+
+
+def _serious(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 # %% ../../nbs/models/20_vlm.ipynb #d60e1b24
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
