@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 from typer.testing import CliRunner
 
 from vlmbench.checkpoints.release import CheckpointFormatError, read_weights
-from vlmbench.checkpoints.load import load_vlm
+from vlmbench.checkpoints.load import convert, load_vlm
 from vlmbench.checkpoints.text import load_text
 from vlmbench.data.world import asset_path
 from vlmbench.lab.calibration import load_any
-from vlmbench.models.vlm import build_vlm
+from vlmbench.models.vlm import build_vlm, load_tower
 from vlmbench.run.cli import app
 
 POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n'
@@ -37,6 +38,25 @@ def gone(file):
     file.unlink()
 
 
+def a_list(file):
+    file.write_text('[1, 2]')
+
+
+def no_settings(file):
+    file.write_text('{}')
+
+
+def set_text(**settings):
+    "Damage that gives the language model of a config.json other settings."
+
+    def damage(file):
+        config = json.loads(file.read_text())
+        config['text_config'] |= settings
+        file.write_text(json.dumps(config))
+
+    return damage
+
+
 def copy(name, place, damage, file):
     "A copy of an embedded model in which `file` is damaged."
     folder = shutil.copytree(asset_path(name), place / 'm')
@@ -54,6 +74,13 @@ WHOLE = [
     (cut, 'tokenizer.json', 'tokenizer.json is cut or damaged'),
     (gone, 'tokenizer.json', r'has no tokenizer \(tokenizer.json or tokenizer.model\)'),
     (gone, 'tokenizer_config.json', 'no token for padding: is tokenizer_config.json there'),
+    (a_list, 'config.json', 'config.json cannot be read: it holds a list, no settings by name'),
+    (a_list, 'processor_config.json', 'processor_config.json holds a list'),
+    (a_list, 'tokenizer_config.json', 'tokenizer_config.json holds a list'),
+    (no_settings, 'tokenizer.json', "holds no tokenizer .it lacks 'model'"),
+    (no_settings, 'config.json', 'model type None is known neither'),
+    (set_text(hidden_size='wide'), 'config.json', "cannot be read .*'hidden_size' expected int"),
+    (set_text(hidden_size=192), 'config.json', r'other shapes than its config.json says, .*, 96\)'),
 ]
 
 
@@ -66,6 +93,40 @@ def test_chat_names_it_in_one_line(damage, file, said, tmp_path):
     assert done.exit_code and '\n' not in str(done.exception)
     with pytest.raises(ValueError, match=said):
         raise done.exception
+
+
+def test_shards_that_were_not_fetched_are_named(tmp_path):
+    folder = copy('vlm', tmp_path, lambda file: None, 'config.json')
+    index = dict(weight_map=dict(a='model.safetensors', b='model-2-of-2.safetensors'))
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    with pytest.raises(ValueError, match='lacks 1 of the files .*, e.g. model-2-of-2.safetensors'):
+        load_vlm(folder)
+
+
+def test_transformers_layout_without_its_processor(tmp_path):
+    folder = convert(asset_path('vlm'), tmp_path / 'm')
+    gone(folder / 'processor_config.json')
+    with pytest.raises(
+        ValueError, match='has no processor_config.json or preprocessor_config'
+    ) as e:
+        load_vlm(folder)
+    assert '\n' not in str(e.value)
+
+
+def test_half_of_a_clip_is_loaded_without_a_table_of_the_other_half(tmp_path, capfd):
+    half = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    seen = half | dict(image_size=4, patch_size=2)
+    whole = CLIPModel(CLIPConfig(text_config=half, vision_config=seen, projection_dim=4))
+    whole.save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_tower(tmp_path)
+    said = capfd.readouterr().err
+    assert 'UNEXPECTED' not in said and 'not sharded' not in said
+    set_vision = json.loads((tmp_path / 'config.json').read_text())
+    set_vision['vision_config']['hidden_size'] = 16
+    (tmp_path / 'config.json').write_text(json.dumps(set_vision))
+    with pytest.raises(ValueError, match='other shapes than its config.json says'):
+        load_tower(tmp_path)
 
 
 def as_pickle(folder):

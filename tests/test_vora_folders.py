@@ -306,6 +306,10 @@ def test_chat_and_the_served_page_see_at_native_resolution(world_release, others
     assert chat(world_release, tmp_path / 'a.png').exit_code == 0
     refused = chat(others / 'llava', tmp_path / 'a.png').exception
     assert isinstance(refused, ParameterError) and "front end 'encoder' sees" in str(refused)
+    (tmp_path / 'theirs').mkdir()  # a published one is told apart by its configuration alone
+    (tmp_path / 'theirs' / 'config.json').write_text('{"model_type": "llava_llama"}')
+    refused = chat(tmp_path / 'theirs', tmp_path / 'a.png').exception
+    assert isinstance(refused, ParameterError) and "front end 'encoder' sees" in str(refused)
     refused = chat(world_release, tmp_path / 'line.png').exception
     assert '2000 x 1 has an aspect ratio over 200' in str(refused)
     model = vlmbench.load(world_release, image_mode='native', device='cpu')

@@ -33,12 +33,14 @@ def check_image_mode(folder: str | Path, mode: str) -> None:
     kind = config.get('model_type')
     front = dict(type=kind if kind in _NAMED_AFTER_THEIR_FRONT_END else 'encoder')
     with refusing(str(folder)):
-        _native(config['vision_config'] if kind == 'vlmbench' else front, ImageTransform())
+        _native(config.get('vision_config') if kind == 'vlmbench' else front, ImageTransform())
 
 
 def _native(front: dict, transform: ImageTransform) -> ImageTransform:
     cls = front_end_class(front)
-    return cls.native(cls.resolve(front), transform)
+    # the settings of a published folder are not read yet, only whose they are
+    settings = cls.resolve(front) if front.keys() > {'type'} else dict(cls.defaults, **front)
+    return cls.native(settings, transform)
 
 # %% ../../nbs/checkpoints/78_image_mode.ipynb #e8079239
 def set_image_mode(processor: Any, mode: str) -> None:

@@ -63,9 +63,14 @@ class LoadError(ValueError):
     "A model that cannot be loaded or converted; the message says why and what to do."
 
 
+_TOLD = (OSError, ValueError, RuntimeError, SafetensorError)  # those whose words say what is wrong
+
+
 def _refusal(folder: Path, error: Exception, what: str) -> LoadError:
     "`error` as a `LoadError` that names the folder once."
-    why = str(error)
+    why = ' '.join(str(error).split())
+    if not isinstance(error, _TOLD):  # whatever settings that are none make transformers raise
+        why = f'its files cannot be read ({type(error).__name__}: {why})'
     # errors of a conversion begin in the folder already
     return LoadError(why if why.startswith(str(folder)) else f'{folder} {what}: {why}')
 
@@ -237,9 +242,15 @@ def _load_as_it_is(folder: Path, template: str | None, settings: Mapping[str, An
     if 'quantization_config' in settings:
         prepare_quantized(model, repack=True)
     backend = {} if ours else dict(backend='pil')  # ours has no other
-    processor = AutoProcessor.from_pretrained(folder, **backend)
-    if ours and processor.tokenizer.pad_token is None:  # saved folders have one
-        raise LoadError(f'{folder} has no token for padding: is tokenizer_config.json there?')
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **backend)
+    except OSError as e:
+        if ours:
+            raise
+        raise LoadError(
+            f'{folder} has no processor_config.json or preprocessor_config.json that says how '
+            'pictures are prepared: give the whole folder'
+        ) from e
     if template and not ours:
         return with_template(model, processor, template)
     if template:
@@ -309,8 +320,10 @@ def load_vlm(
         model.name_or_path = public_name(folder) or str(folder)
     except LoadError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+    except Exception as e:  # whatever a stranger's folder makes transformers raise
         raise _refusal(folder, e, 'is not a model that can answer') from e
+    if processor.tokenizer.pad_token is None:  # saved folders have one
+        raise LoadError(f'{folder} has no token for padding: is tokenizer_config.json there?')
     # a device map has put every module where it belongs
     return (model if 'device_map' in settings else model.to(device)).eval(), processor
 
@@ -355,7 +368,7 @@ def convert(
         return out
     except LoadError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except Exception as e:  # as above
         raise _refusal(folder, e, 'cannot be converted') from e
 
 # %% ../../nbs/checkpoints/80_load.ipynb #ac8f9233
@@ -385,7 +398,7 @@ def _convert_zero(
                 set_template(processor, template)
     except LoadError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except Exception as e:  # as above
         raise _refusal(where, e, 'cannot be converted') from e
     export(model, processor, out, overwrite=True)
     write_card(out, with_step(origin, _AS_FOLDER))

@@ -9,6 +9,7 @@ __all__ = ['file_fault', 'cached_folder', 'check_files', 'has_tokenizer']
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -31,12 +32,20 @@ def file_fault(file: str | Path) -> str:
         return 'is cut or damaged (its end is missing): fetch it again'
     try:
         if file.suffix == '.json':
-            json.loads(file.read_text(encoding='utf8'))
+            return _settings_fault(file.name, json.loads(file.read_text(encoding='utf8')))
         if file.suffix == '.safetensors':
-            with safe_open(file, 'pt'):
+            with safe_open(file, 'np'):  # as light as can be: nothing is read
                 pass
     except (ValueError, SafetensorError) as e:
         return f'is cut or damaged ({e}): fetch it again'
+    return ''
+
+
+def _settings_fault(name: str, held: Any) -> str:
+    if not isinstance(held, dict):
+        return f'holds a {type(held).__name__}, no settings by name: fetch it again'
+    if name == 'tokenizer.json' and not {'model', 'added_tokens'} <= held.keys():
+        return "holds no tokenizer (it lacks 'model' or 'added_tokens'): fetch it again"
     return ''
 
 # %% ../../nbs/models/12_files.ipynb #43af61f0
@@ -71,6 +80,26 @@ def check_files(where: str | Path) -> None:
         for file in sorted(folder.glob(pattern)):
             if fault := file_fault(file):
                 raise ValueError(f'{file} {fault}')
+    if Path(where).is_dir():  # a name may yet be fetched
+        _check_shards(Path(where))
+
+
+# the files that say which shard holds which weight; pickles are read where there is nothing else
+_SHARDS = {'model.safetensors.index.json': '*.safetensors', 'pytorch_model.bin.index.json': '*.bin'}
+
+
+def _check_shards(folder: Path) -> None:
+    for name, pattern in _SHARDS.items():
+        there = {file.name for file in folder.glob(pattern)}
+        if (folder / name).is_file():
+            named = json.loads((folder / name).read_text(encoding='utf8')).get('weight_map', {})
+            if lacking := sorted(set(named.values()) - there):
+                raise ValueError(
+                    f'{folder} lacks {len(lacking)} of the files that {name} names, e.g. '
+                    f'{lacking[0]}: fetch the whole folder'
+                )
+        if there:
+            return
 
 
 def has_tokenizer(where: str | Path) -> bool:

@@ -8,8 +8,9 @@ __all__ = ['load_complete', 'mend_generation', 'load_tower', 'read_tokenizer', '
            'VLMForConditionalGeneration', 'VLMModelOutput', 'VLMOutput', 'VLMProcessor']
 
 # %% ../../nbs/models/20_vlm.ipynb #26646c02
-import json, warnings
-from collections.abc import Iterable
+import json, logging, warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -74,15 +75,29 @@ def load_complete(auto_class: type, path: str | Path | None, **settings) -> PreT
         if is_path(str(path)) and not Path(path).is_dir():
             raise ValueError(f'{path}: there is no such folder; correct the path')
         check_files(path)
-    settings |= dict(output_loading_info=True, trust_remote_code=False)  # which never asks
-    model, info = auto_class.from_pretrained(path, **settings)
-    _refuse_missing(info['missing_keys'], path, model)
+    settings |= dict(trust_remote_code=False)  # which never asks
+    model, info = auto_class.from_pretrained(path, **_TOLD, **settings)
+    _refuse_unfit(info, path, model)
     if isinstance(model, VLMForConditionalGeneration):  # has looked at its numbers itself
         say_unexpected(info['unexpected_keys'], path, model)
     else:
         refuse_not_finite(model, path)
     mend_generation(model, path)
     return model
+
+
+# what does not fit is told, not raised in words that point to a table
+_TOLD = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+
+
+def _refuse_unfit(info: dict, path: str | Path, model: PreTrainedModel) -> None:
+    other = [f'{name} {tuple(a)} for {tuple(b)}' for name, a, b in sorted(info['mismatched_keys'])]
+    if other:
+        raise ValueError(
+            f'{path}: {len(other)} weights have other shapes than its config.json says, e.g. '
+            f'{other[0]}: give the weights and the configuration that belong together'
+        )
+    _refuse_missing(info['missing_keys'], path, model)
 
 
 def _refuse_missing(missing: Iterable[str], path: str | Path, model: PreTrainedModel) -> None:
@@ -130,17 +145,39 @@ def load_tower(path: str | Path, dtype: torch.dtype | str = 'auto') -> PreTraine
     check_files(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     vision = tower_config(config)
-    model, info = MODEL_MAPPING[type(vision)].from_pretrained(
-        path, config=vision, dtype=dtype, output_loading_info=True
-    )
-    missing = info['missing_keys']
-    if missing and vision is not config:  # names differ: load both towers, keep one
-        whole, info = AutoModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    with nullcontext() if vision is config else _no_table():
+        model, info = MODEL_MAPPING[type(vision)].from_pretrained(
+            path, config=vision, dtype=dtype, **_TOLD
+        )
+    if info['missing_keys'] and vision is not config:  # names differ: load both towers, keep one
+        whole, info = AutoModel.from_pretrained(path, dtype=dtype, **_TOLD)
         model = whole.vision_model
-        missing = [name for name in info['missing_keys'] if name.startswith('vision_model.')]
-    _refuse_missing(missing, path, model)
+        for told in ('missing_keys', 'mismatched_keys'):
+            info[told] = [one for one in info[told] if _in_tower(one)]
+    _refuse_unfit(info, path, model)
     refuse_not_finite(model, path)
     return model
+
+
+def _in_tower(told: str | tuple) -> bool:
+    name = told if isinstance(told, str) else told[0]
+    return name.startswith('vision_model.')
+
+
+@contextmanager
+def _no_table() -> Iterator[None]:
+    "Without transformers' table of the weights of the other tower, which nobody asked for."
+    # a filter, as transformers looks at the logger's level, and says other things by it
+    log = logging.getLogger('transformers.modeling_utils')
+    log.addFilter(_serious)
+    try:
+        yield
+    finally:
+        log.removeFilter(_serious)
+
+
+def _serious(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 # %% ../../nbs/models/20_vlm.ipynb #d60e1b24
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'WORLDS', 'CHECKS', 'check_places', 'check_trackers', 'check_asked', 'check_weights', 'check_train',
            'check_revert', 'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity',
-           'check_model', 'check_early', 'check_here']
+           'check_early', 'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
 import re
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .early_models import check_models, hub_fault, why_not
 from .parameters import Parameter, ParameterError
 from .questions import WORLD_TASKS, check_files
 
@@ -80,19 +81,6 @@ def check_asked(values: Mapping[str, Any]) -> None:
         raise ParameterError(str(e)) from None
 
 # %% ../../nbs/run/03_early.ipynb #cc2edaa6
-def _why_not(error: Exception) -> str:
-    "Why the Hub did not give a model, in words where its answer says why."
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return 'it gives it to those who have accepted its terms and are logged in'
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return 'it has no model of this name for whoever asks'
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return 'it is not asked, as HF_HUB_OFFLINE is set'
-    return f'it does not give it ({type(error).__name__})'
-
-
 def _not_given(what: str, part: str, where: str, error: Exception) -> str:
     "One line: `what` needs the model `where` as its `part`, why there is none, and what to do."
     from vlmbench.checkpoints.licences import weights_licences
@@ -102,7 +90,7 @@ def _not_given(what: str, part: str, where: str, error: Exception) -> str:
     return (
         f'{what} needs {where} as its {part}, which is neither a folder below '
         'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and of the Hub: '
-        f'{_why_not(error)}. See its terms (licence: {terms}) on https://huggingface.co/{where} '
+        f'{why_not(error)}. See its terms (licence: {terms}) on https://huggingface.co/{where} '
         f'and log in (hf auth login), or put it into '
         f'{(home() or Path("VLMBENCH_HOME")) / "models" / where} '
         f'(hf download {where} --local-dir that folder, where there is a network), or take '
@@ -140,9 +128,6 @@ def _scale_of(name: str) -> Any:
 
 def _check_bases(name: str) -> None:
     "Refuse a scale of which a base model, called by its Hub name, is neither here nor to be had."
-    import httpx
-    import huggingface_hub
-
     from vlmbench.data.home import kept_model
 
     scale = _scale_of(name)
@@ -152,13 +137,8 @@ def _check_bases(name: str) -> None:
         is_name = re.fullmatch(r'[\w.-]+/[\w.-]+', where) and not Path(where).exists()
         if not is_name or kept_model(where):
             continue
-        if isinstance(huggingface_hub.try_to_load_from_cache(where, 'config.json'), str):
-            continue
-        try:
-            address = huggingface_hub.hf_hub_url(where, 'config.json')
-            huggingface_hub.get_hf_file_metadata(address, timeout=10)
-        except (OSError, ValueError, httpx.HTTPError) as e:
-            raise ParameterError(_not_given(f'scale={scale.name}', part, where, e)) from None
+        if (fault := hub_fault(where)) is not None:
+            raise ParameterError(_not_given(f'scale={scale.name}', part, where, fault))
 
 # %% ../../nbs/run/03_early.ipynb #ddb32921
 def check_train(values: Mapping[str, Any]) -> None:
@@ -445,18 +425,6 @@ def check_perplexity(values: Mapping[str, Any]) -> None:
     except ValueError as e:
         raise ParameterError(str(e)) from None
 
-# %% ../../nbs/run/03_early.ipynb #93377256
-def check_model(values: Mapping[str, Any]) -> None:
-    "Refuse a `model` among `values` that is a path where nothing is. Raises `ParameterError`."
-    from vlmbench.data.home import is_path
-
-    model = values.get('model')
-    if isinstance(model, str) and is_path(model) and not Path(model).expanduser().exists():
-        raise ParameterError(
-            f'model={model}: nothing is there (relative paths begin at {Path.cwd()}). Give the '
-            'folder of a finished run, of a model in any published layout, or a name of the Hub'
-        )
-
 # %% ../../nbs/run/03_early.ipynb #83c4554b
 # notebook -> its check and the parameters that it reads
 CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] = {
@@ -493,7 +461,7 @@ def check_early(notebook: str, declared: Mapping[str, Parameter], given: Mapping
     where that needs no model. Raises `ParameterError`."""
     values = {name: one.default for name, one in declared.items()} | dict(given)
     check_places(values)
-    check_model(values)
+    check_models(notebook, values)
     check, reads = CHECKS.get(notebook, (None, ()))
     if check is not None and declared.keys() >= set(reads):
         check(values)
