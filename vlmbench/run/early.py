@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'CHECKS', 'check_places', 'check_trackers', 'check_asked', 'check_weights', 'check_train', 'check_revert',
-           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity', 'check_model',
-           'check_early', 'check_here']
+           'check_tasks', 'check_judge', 'check_evaluate', 'check_harness', 'check_perplexity', 'check_compare',
+           'check_model', 'check_early', 'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
 import re
@@ -432,6 +432,34 @@ def check_perplexity(values: Mapping[str, Any]) -> None:
     except ValueError as e:
         raise ParameterError(str(e)) from None
 
+# %% ../../nbs/run/03_early.ipynb #cc3d8243
+def _no_runs(folder: str) -> str:
+    "Why a folder is no run, and which are below it."
+    from vlmbench.run.manifest import read_runs
+
+    below = [run['folder'] for run in read_runs(folder)][:3] if Path(folder).is_dir() else []
+    more = f'; below it are runs: {", ".join(below)}' if below else ''
+    return f'{folder} (no manifest.json, no results{more})'
+
+
+def check_compare(values: Mapping[str, Any]) -> None:
+    """Refuse a run of notebook `compare` whose `runs` are all no runs, or whose table is unknown;
+    `values`: all its parameters. Raises `ParameterError`."""
+    from vlmbench.evaluate.published import read_published
+
+    try:
+        if values['published']:
+            read_published(values['published'])
+    except ValueError as e:
+        raise ParameterError(str(e)) from None
+    holds = [
+        (Path(run) / 'manifest.json').is_file() or any(Path(run).glob('results/*'))
+        for run in values['runs']
+    ]
+    if values['runs'] and not any(holds):
+        why = '; '.join(map(_no_runs, values['runs']))
+        raise ParameterError(f'runs: there is nothing to compare: {why}')
+
 # %% ../../nbs/run/03_early.ipynb #93377256
 def check_model(values: Mapping[str, Any]) -> None:
     "Refuse a `model` among `values` that is a path where nothing is. Raises `ParameterError`."
@@ -470,6 +498,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     ),
     'harness': (check_harness, ('suite', 'tasks', 'preset', 'before', 'task_folder', 'published')),
     'perplexity': (check_perplexity, ('text', 'tokens', 'block', 'cuts')),
+    'compare': (check_compare, ('runs', 'published')),
 }
 
 
