@@ -174,6 +174,23 @@ def text(folders, kind, n=0, rule='ours'):
     return official_task(f'{kind}:{folders[kind]}', rule=rule).items[n].turns[-1].text
 
 
+# by lmms-eval's functions: they read no option text in AI2D, and a letter in front in SEED-Bench
+LMMS = {kind: 0.5 for kind in ('gqa', 'textvqa', 'sqa', 'ai2d')} | dict(vqav2=0.45, vizwiz=1.0)
+LMMS |= dict(pope=4 / 6, mme=7 / 8, seed=2 / 3, mmmu=2 / 3, mmbench=2 / 3)
+
+
+@pytest.mark.parametrize('kind', LMMS)
+def test_scores_by_lmms_eval_s_verdicts(kind, folders):
+    "Every row of the file is asked and scored: MMMU's open questions, too."
+    said = SAID[kind][0]
+    task = official_task(f'{kind}:{folders[kind]}', rule='lmms')
+    assert answered(task, said).accuracy == pytest.approx(LMMS[kind])
+
+
+def test_every_kind_with_lmms_eval_s_verdicts_is_tried():
+    assert set(LMMS) == {kind for kind, entry in OFFICIAL.items() if entry.lmms}
+
+
 def test_prompts_show_what_the_file_has(folders):
     letter = "Answer with the option's letter from the given choices directly."
     brief = 'Answer the question using a single word or phrase.'

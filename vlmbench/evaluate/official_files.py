@@ -488,7 +488,7 @@ def _sample(
     images, places = _pictures(kind, row, folders)
     text = _question(kind, asked, row, places)
     choices = _options(kind, row, text, places)
-    if choices is None and isinstance(asked.scorer, MultipleChoice):
+    if choices is None and isinstance(kind.ours.scorer, MultipleChoice):
         raise ValueError(f'no options ({", ".join((*kind.options, *kind.letters))})')
     ident = _filled(row, kind.id)
     ident = number if ident is None else ident
