@@ -179,6 +179,25 @@ LMMS = {kind: 0.5 for kind in ('gqa', 'textvqa', 'sqa', 'ai2d')} | dict(vqav2=0.
 LMMS |= dict(pope=4 / 6, mme=7 / 8, seed=2 / 3, mmmu=2 / 3, mmbench=2 / 3)
 
 
+@pytest.mark.parametrize('kind', [kind for kind, entry in OFFICIAL.items() if entry.card])
+def test_the_official_files_are_checked_as_they_are(kind, folders):
+    "A card names files of the published methods, which a copy of the benchmark need not have."
+    asked = ['data', 'check', OFFICIAL[kind].card, str(folders[kind])]
+    done = CliRunner().invoke(app, asked)
+    questions = len(official_task(f'{kind}:{folders[kind]}'))
+    assert f'official files, {kind}:{folders[kind]}' in done.output
+    assert f': {questions} questions, and their pictures open' in done.output
+    differs = {'qbench', 'mmmu', 'llava_wild'}  # whose cards name these very files, and their rows
+    assert done.exit_code == int(kind in differs), done.output
+
+
+def test_official_files_without_a_picture_are_no_copy(tmp_path):
+    folder = write_kind('chartqa', tmp_path)
+    next(folder.rglob('human.png')).write_bytes(b'no picture')
+    done = CliRunner().invoke(app, ['data', 'check', 'chartqa', str(folder)])
+    assert done.exit_code == 1 and 'is no image format' in done.output, done.output
+
+
 @pytest.mark.parametrize('kind', LMMS)
 def test_scores_by_lmms_eval_s_verdicts(kind, folders):
     "Every row of the file is asked and scored: MMMU's open questions, too."
