@@ -35,6 +35,7 @@ from vlmbench.data.cards import cards_dir
 from vlmbench.data.picture import load_image
 from vlmbench.data.world import asset_path
 from vlmbench.evaluate.assess import load_tasks, summary_rows
+from vlmbench.evaluate.endpoint import JudgeError
 from vlmbench.evaluate.graded import grade_task, make_judge
 from vlmbench.evaluate.judge import ChatJudge, Reply
 from vlmbench.evaluate.kinds import COMPARER, OFFICIAL
@@ -437,6 +438,14 @@ def test_the_exact_judge_compares_nothing(folders, tmp_path):
     check_judge(given | dict(judge='http://127.0.0.1:9/v1'))
     with pytest.raises(ParameterError, match='grades mmvet:PATH and llava_wild:PATH, which no'):
         check_judge(given | dict(tasks=['pope:X']))
+
+
+def test_a_key_that_is_not_there_is_missed_before_anything_is_asked(monkeypatch):
+    monkeypatch.delenv('JUDGE_KEY', raising=False)
+    with pytest.raises(JudgeError, match='variable JUDGE_KEY is not set; put the key there'):
+        make_judge('http://127.0.0.1:9/v1', 'm', 'JUDGE_KEY')
+    monkeypatch.setenv('JUDGE_KEY', 'k')
+    assert make_judge('http://127.0.0.1:9/v1', 'm', 'JUDGE_KEY').endpoint.model == 'm'
 
 
 def test_a_judge_compares_answers_with_references(folders, tmp_path, monkeypatch):
