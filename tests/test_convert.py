@@ -224,6 +224,15 @@ def test_the_command_and_too_many_bad_rows(tmp_path, monkeypatch):
         convert_data('../shards', '../none', 'chat', bad_rows=0.0)
 
 
+@pytest.mark.parametrize('text', ['', '[]'])
+def test_a_file_without_rows_is_no_conversion(text, tmp_path):
+    source = tmp_path / ('rows.json' if text else 'rows.jsonl')
+    source.write_text(text)
+    with pytest.raises(DataError, match='holds no rows: there is nothing to convert'):
+        convert_data(source, tmp_path / 'out', 'vora')
+    assert not (tmp_path / 'out' / 'conversion.json').exists()
+
+
 @pytest.mark.parametrize('to', ['vora', 'chat'])
 def test_it_trains(tmp_path, to):
     write_source(tmp_path / 'shards')

@@ -151,6 +151,14 @@ def test_counts_bad_rows_and_missing_sources(tmp_path, monkeypatch):
         mix_sources('eve_table7', tmp_path / 'again', bad_rows=0.5)
 
 
+def test_rows_that_are_none_and_files_without_pictures_say_so(sources):
+    "Neither with words of Python's, nor as if a damaged file were a clean one without pictures."
+    pictures = sources / 'damaged.json'
+    pictures.write_text(json.dumps([5, None, 'x', []]))
+    with pytest.raises(DataError, match=r'no row of 4 has a picture; bad: wrong type \(4\)'):
+        mix_pictures_and_text(pictures, sources / 'genqa', sources / 'mixed', bad_rows=1.0)
+
+
 def test_the_command_from_another_folder(sources, monkeypatch):
     monkeypatch.chdir(sources / 'genqa')
     asked = ['data', 'mix', '--pictures', '../llava_v1_5_mix665k_shuffled.json', '--text', '.']

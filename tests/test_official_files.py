@@ -35,6 +35,7 @@ from vlmbench.data.cards import cards_dir
 from vlmbench.data.picture import load_image
 from vlmbench.data.world import asset_path
 from vlmbench.evaluate.assess import load_tasks, summary_rows
+from vlmbench.evaluate.endpoint import JudgeError
 from vlmbench.evaluate.graded import grade_task, make_judge
 from vlmbench.evaluate.judge import ChatJudge, Reply
 from vlmbench.evaluate.kinds import COMPARER, OFFICIAL
@@ -172,6 +173,42 @@ def test_first_rows_are_enough_to_check(kind, folders):
 
 def text(folders, kind, n=0, rule='ours'):
     return official_task(f'{kind}:{folders[kind]}', rule=rule).items[n].turns[-1].text
+
+
+# by lmms-eval's functions: they read no option text in AI2D, and a letter in front in SEED-Bench
+LMMS = {kind: 0.5 for kind in ('gqa', 'textvqa', 'sqa', 'ai2d')} | dict(vqav2=0.45, vizwiz=1.0)
+LMMS |= dict(pope=4 / 6, mme=7 / 8, seed=2 / 3, mmmu=2 / 3, mmbench=2 / 3)
+
+
+@pytest.mark.parametrize('kind', [kind for kind, entry in OFFICIAL.items() if entry.card])
+def test_the_official_files_are_checked_as_they_are(kind, folders):
+    "A card names files of the published methods, which a copy of the benchmark need not have."
+    asked = ['data', 'check', OFFICIAL[kind].card, str(folders[kind])]
+    done = CliRunner().invoke(app, asked)
+    questions = len(official_task(f'{kind}:{folders[kind]}'))
+    assert f'official files, {kind}:{folders[kind]}' in done.output
+    assert f': {questions} questions, and their pictures open' in done.output
+    differs = {'qbench', 'mmmu', 'llava_wild'}  # whose cards name these very files, and their rows
+    assert done.exit_code == int(kind in differs), done.output
+
+
+def test_official_files_without_a_picture_are_no_copy(tmp_path):
+    folder = write_kind('chartqa', tmp_path)
+    next(folder.rglob('human.png')).write_bytes(b'no picture')
+    done = CliRunner().invoke(app, ['data', 'check', 'chartqa', str(folder)])
+    assert done.exit_code == 1 and 'is no image format' in done.output, done.output
+
+
+@pytest.mark.parametrize('kind', LMMS)
+def test_scores_by_lmms_eval_s_verdicts(kind, folders):
+    "Every row of the file is asked and scored: MMMU's open questions, too."
+    said = SAID[kind][0]
+    task = official_task(f'{kind}:{folders[kind]}', rule='lmms')
+    assert answered(task, said).accuracy == pytest.approx(LMMS[kind])
+
+
+def test_every_kind_with_lmms_eval_s_verdicts_is_tried():
+    assert set(LMMS) == {kind for kind, entry in OFFICIAL.items() if entry.lmms}
 
 
 def test_prompts_show_what_the_file_has(folders):
@@ -401,6 +438,14 @@ def test_the_exact_judge_compares_nothing(folders, tmp_path):
     check_judge(given | dict(judge='http://127.0.0.1:9/v1'))
     with pytest.raises(ParameterError, match='grades mmvet:PATH and llava_wild:PATH, which no'):
         check_judge(given | dict(tasks=['pope:X']))
+
+
+def test_a_key_that_is_not_there_is_missed_before_anything_is_asked(monkeypatch):
+    monkeypatch.delenv('JUDGE_KEY', raising=False)
+    with pytest.raises(JudgeError, match='variable JUDGE_KEY is not set; put the key there'):
+        make_judge('http://127.0.0.1:9/v1', 'm', 'JUDGE_KEY')
+    monkeypatch.setenv('JUDGE_KEY', 'k')
+    assert make_judge('http://127.0.0.1:9/v1', 'm', 'JUDGE_KEY').endpoint.model == 'm'
 
 
 def test_a_judge_compares_answers_with_references(folders, tmp_path, monkeypatch):

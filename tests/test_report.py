@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from official_files import write_kind
 from PIL import Image
 
 from vlmbench.data.record import ImageRef, Sample, Turn
 from vlmbench.evaluate.generate import save_examples
+from vlmbench.evaluate.official_files import official_task
 from vlmbench.evaluate.results import (
+    accuracy_table,
     load_results,
     majority_baseline,
     paired_table,
@@ -295,6 +298,25 @@ def test_a_papers_numbers_stand_beside_those_measured(beside, runs, tmp_path):
     assert 'id="published"' not in write_report(runs[:1], tmp_path, figures=False).read_text()
     with pytest.raises(ValueError, match='published=vara: use one of'):
         write_report(runs[:1], tmp_path / 'x', figures=False, published='vara')
+
+
+def test_answers_for_a_server_and_questions_without_a_type_are_no_obstacle(tmp_path):
+    "Files of answers lie beside the results; TextVQA's questions have no type, some others do."
+    folder = write_kind('textvqa', tmp_path)
+    run = tmp_path / 'run'
+    task = official_task(f'textvqa:{folder}')
+    said = {item.id: 'stop' for item in task.items}
+    header = dict(kind='textvqa', split='val')
+    score_predictions(task, said, header=header).save(run / 'results')
+    (run / 'results' / 'vqav2.upload.json').write_text('[{"question_id": 1, "answer": "no"}]')
+    (run / 'results' / 'mmvet.upload.json').write_text('{"v1_0": "no"}')
+    assert list(read_run(run).cards) == ['textvqa']
+    html = write_report([run], tmp_path / 'r.html', figures=False, published='eve').read_text()
+    assert 'published numbers were measured here' in html
+    accuracy = accuracy_table(load_results([run]))
+    assert accuracy[['question_type', 'n', 'score']].values.tolist() == [['all', 2, 1.0]]
+    frame = load_results([run]).assign(question_type=['all', 'sign'])
+    assert accuracy_table(frame)['n'].tolist() == [1, 2]
 
 
 CHROMIUM = next(

@@ -47,6 +47,14 @@ PAIR = [dict(user='What is it?', assistant='a dog', source='s')]
 
 ONE = {
     'parts and a list of paths': dict(messages=chat(HERE, ASK), images=['a.png']),
+    'an object of lists': dict(
+        image='a.png',
+        conversations={'from': ['human', 'gpt'], 'value': [LLAVA[0]['value'], 'a dog']},
+    ),
+    'texts as an object of lists': dict(
+        images=['a.png'], texts=dict(user=['What is it?'], assistant=['a dog'])
+    ),
+    'an address with the picture inside': dict(image=URI, conversations=LLAVA),
     'parts and bytes': dict(messages=chat(HERE, ASK), images=[INSIDE]),
     'parts and a decoded picture': dict(messages=chat(HERE, ASK), images=[DECODED]),
     'parts, empty cells filled in': dict(

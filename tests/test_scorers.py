@@ -211,7 +211,7 @@ def test_normalise_is_idempotent_with_every_sign(text):
 
 def test_the_published_exact_match_drops_every_sign():
     published = ExactMatch(reference=True)
-    assert published.spec == 'exact_match/6[reference=True]'
+    assert published.spec == 'exact_match/7[reference=True]'
     for said, truth in (('-5', '5'), ('1.5', '15'), ('C++', 'C'), ('10:30', '1030')):
         assert published.score(said, dict(answers=[truth])) == 1
 

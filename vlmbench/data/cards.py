@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LICENSES', 'TASKS', 'SIZES', 'ROLES', 'SOURCES', 'METHODS', 'CARD_FORMATS', 'CardError', 'FilePlace', 'DataName',
            'file_places', 'find_place', 'Card', 'front_problems', 'cards_dir', 'load_card', 'Report', 'check',
-           'check_command', 'list_cards']
+           'names_files_of', 'check_command', 'list_cards']
 
 # %% ../../nbs/data/70_cards.ipynb #a591a70e
 import difflib, os, random
@@ -540,6 +540,15 @@ def check(
     return Report(card.name, str(folder), table, *about)
 
 # %% ../../nbs/data/70_cards.ipynb #a24801a3
+def names_files_of(card: str | Path, folder: str | Path) -> bool:
+    "Whether any file that the card names is in `folder`; a card that is none is for `check`."
+    try:
+        entries = load_card(card).files
+    except CardError:
+        return True
+    return any(find_place(file_places(entry), Path(folder)) for entry in entries)
+
+
 def check_command(
     card: str | Path,
     folder: str | Path,

@@ -6,7 +6,7 @@
 __all__ = ['PICTURE_COLUMNS', 'FILM_COLUMNS', 'MEDIA_COLUMNS', 'UNREAD_COLUMNS', 'PICTURE_SUFFIXES', 'MEDIA_SUFFIXES',
            'SYSTEM_COLUMNS', 'column_name', 'is_empty', 'looks_like_picture', 'looks_like_media', 'picture_column',
            'is_loose_media', 'picture_of_array', 'system_column', 'refuse_unread_in', 'refuse_asked_otherwise',
-           'unshown_columns', 'foreign_mark', 'refuse_foreign_marks']
+           'unshown_columns', 'foreign_mark', 'names_picture', 'refuse_foreign_marks']
 
 # %% ../../nbs/data/03_columns.ipynb #a06c79c6
 import os
@@ -430,7 +430,8 @@ _PROMPT_ENDS = ('prompt', 'instruction', 'instructions')
 _FOREIGN_MARK = re.compile(
     r'<(?:image_?here|image_?placeholder|img_?placeholder|image_soft_token|start_of_image)>'
     r'|<\|(?:image|image_pad|image_1|vision_start|media_placeholder)\|>'
-    r'|<img>\s*[^<>\n]{1,300}\.(?:jpe?g|png|webp|gif|bmp)\s*</img>',
+    r'|<img>\s*[^<>\n]{1,300}\.(?:jpe?g|png|webp|gif|bmp)\s*</img>'
+    r'|!\[[^\]\n]*\]\(\s*data:image/|<img\s[^<>]{0,200}?src\s*=\s*["\']data:image/',
     re.I,
 )
 
@@ -451,6 +452,14 @@ def foreign_mark(text: str) -> str:
     "The first mark of a picture in `text` that is another tool's; '' where there is none."
     found = _FOREIGN_MARK.search(text)
     return found[0] if found else ''
+
+
+_NAMED = re.compile(r'!\[[^\]\n]*\]\([^()\s]+\)|<img\s[^<>]*\bsrc\s*=', re.I)
+
+
+def names_picture(text: str) -> bool:
+    "Whether `text` names a picture as Markdown or HTML does, which is no mark of one."
+    return bool(_NAMED.search(text))
 
 
 def refuse_foreign_marks(text: str, what: str) -> None:

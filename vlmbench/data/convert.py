@@ -420,6 +420,9 @@ def convert_data(
     out.mkdir(parents=True, exist_ok=True)
     writer = _writer(to, out, name, shard_rows, state.get('writer', {}), listed.note)
     _convert_rows(found.files, root, to, out, state, listed, writer, settings)
+    if not listed.n_seen:
+        (out / '.conversion.json').unlink()
+        raise DataError(f'{source} holds no rows: there is nothing to convert')
     writer.close()
     counts = dict(read=listed.n_seen, written=listed.n_seen - listed.n_bad, bad=listed.n_bad)
     counts |= {f'bad: {why}': n for why, n in listed.summary().items()}

@@ -107,8 +107,11 @@ def _picture_folds(stored: Sequence, listed: Quarantine) -> dict[str, list[int]]
     for i in progress(range(len(stored)), 'pictures', 'rows'):
         listed.seen()
         try:
-            fold = picture_fold(stored[i])
-        except (BadRecord, AttributeError) as e:
+            row = stored[i]
+            if not isinstance(row, Mapping):
+                raise BadRecord(f'wrong type: the row is {type(row).__name__}, not an object')
+            fold = picture_fold(row)
+        except BadRecord as e:
             listed.add('pictures', i, None, str(e))
             continue
         if fold is not None:
@@ -140,7 +143,11 @@ def mix_pictures_and_text(
     if TEXT_FOLD in folds:
         raise DataError(f'{pictures}: pictures lie in a folder {TEXT_FOLD!r}, the name of the text')
     if not folds:
-        raise DataError(f'{pictures}: no row has a picture')
+        bad = ', '.join(f'{reason} ({n})' for reason, n in listed.summary().items())
+        raise DataError(
+            f'{pictures}: no row of {len(stored):,} has a picture'
+            + (f'; bad: {bad}' if bad else '')
+        )
     with tempfile.TemporaryDirectory() as place:
         index, numbers = draw_text(files, text_rows, seed, listed, Path(place) / 'text.jsonl')
         listed.close()

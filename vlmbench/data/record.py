@@ -23,6 +23,7 @@ from vlmbench.data.columns import (
     picture_of_array,
     refuse_asked_otherwise,
     refuse_unread_in,
+    names_picture,
     refuse_foreign_marks,
     system_column,
     unshown_columns,
@@ -32,7 +33,7 @@ from .files import replacing
 from .layouts import open_rows
 from .picture import ImageRef, is_address
 from .region import Region, parse_regions, _text
-from .row_shapes import frames_prompt, plain_row
+from .row_shapes import decoded_address, frames_prompt, plain_row
 from .rows import iter_rows
 
 # %% ../../nbs/data/00_record.ipynb #e0348d62
@@ -144,10 +145,14 @@ def _image_ref(value, root, allow_absolute=False) -> ImageRef | Image.Image:
     if isinstance(value, np.ndarray):
         return picture_of_array(value)
     if isinstance(value, dict):
+        if not {'bytes', 'path'} & set(value):
+            raise BadRecord(f"wrong type: a picture has neither 'bytes' nor 'path', but {[*value]}")
         value = value.get('bytes') or value.get('path')  # a Hugging Face image column
     if isinstance(value, (bytes, bytearray)):
         return ImageRef('', None, bytes(value))
     path = _text(value, 'an image path')
+    if path.startswith('data:'):
+        return ImageRef('', None, decoded_address(path, 'the row'))
     if not path.strip() or '\0' in path:
         raise BadRecord(f'bad image path: {path[:40]!r}')
     if is_address(path):
@@ -299,7 +304,8 @@ def sample_from_llava(
             if regions
             else ''
         )
-        raise BadRecord(f"no turns: the row has no 'conversations'{hint}")
+        has = sorted(map(str, row))[:8]
+        raise BadRecord(f"no turns: the row has no 'conversations'{hint}, but {has}")
     turns, dropped = parse_turns(conversation, first_turn) if conversation is not None else ([], 0)
     if dropped:
         note('dropped leading assistant turn')
@@ -309,6 +315,8 @@ def sample_from_llava(
         turns = _mark_pictures(turns, key, len(images), missing_mark, note)
         for column in unshown_columns(row, '\n'.join(turn.text for turn in turns)):
             note(f'column {column!r} is not shown')
+        if not images and any(t.role == 'user' and names_picture(t.text) for t in turns):
+            note('a question names a picture that is not shown')
     read = _LLAVA_KEYS | {key, prompt_key}
     meta = {k: v for k, v in row.items() if k not in read}
     _strings_only(meta)

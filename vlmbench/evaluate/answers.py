@@ -52,6 +52,7 @@ _SHOWN_TAGS = (
 _APART = re.compile(
     rf'<(?!(?:{_SHOWN_TAGS})\b)([^\W\d][\w:-]*)(?:\s[^<>]*)?>.*?</\1\s*>|<!--.*?-->', re.I | re.S
 )
+_STRUCK = re.compile(r'~~(?!\s)[^~\n]+~~')  # crossed out
 _THOUGHT_LABEL = rf'(?:{_THOUGHTS}|explanation|思考(?:过程|過程)?|推理|分析)'
 _FENCED = re.compile(
     r'\s*(?P<fence>```|~~~)[^\S\n]*(?P<info>[^\n]*)\n(?P<inside>.*?)\n\s*(?P=fence)[^\S\n]*\n(?=.*\S)',
@@ -99,7 +100,7 @@ def _is_thought(info: str, inside: str) -> bool:
 
 def _without_asides(text: str) -> str:
     "`text` without what it sets apart from its answer."
-    rest = _APART.sub(' ', text)
+    rest = _STRUCK.sub(' ', _APART.sub(' ', text))
     text = rest if rest.strip() else text
     if m := _MURMURED.match(text):
         text = text[m.end() :]
@@ -207,6 +208,8 @@ def _kept(match: re.Match) -> str:
     keeps = dict.fromkeys('<>=%$', True)
     keeps |= dict.fromkeys('+#^', bool(left))  # C++ and C#, but +5 is 5
     keeps |= {'/': bool(left and right), '-': number or bool(left) != bool(right)}
+    keeps['-'] |= bool(re.fullmatch(r'\w-\w', match.string))  # A-B is not AB
+    keeps['|'] = bool(left and right) or bool(re.fullmatch(r'-?\|[^|]+\|', match.string))
     kept = ''
     for i, sign in enumerate(run):
         if keeps.get(sign, False) or run[i : i + 2] == '!=':
@@ -254,9 +257,21 @@ def _plain_number(word: str) -> str:
     return re.sub(r'^([-$€£]*\d+)(?:\.0+|(\.\d*?[1-9])0+)(?=%?$)', r'\1\2', word)
 
 
+_CHINESE = {**dict(zip('零一二三四五六七八九', range(10))), '〇': 0, '两': 2}
+
+
+def _chinese_number(text: str) -> int:
+    "The value of a Chinese number below a hundred."
+    tens, ten, ones = text.rpartition('十')
+    return 10 * _CHINESE.get(tens, 1) * bool(ten) + _CHINESE.get(ones, 0)
+
+
 def _spelled(text: str) -> str:
     "Signs, units and number words of a whole answer in one spelling."
-    text = re.sub(r'(?<=\w) ([=+<>/]) (?=[\w-])', r'\1', text)  # x = 5 is x=5
+    text = re.sub(r'(?<=\w) ([=+<>/≤≥≠]) (?=[\w-])', r'\1', text)  # x = 5 is x=5
+    text = re.sub(r'(?<=\w) ([<>≤≥])(?=[\w.-])', r'\1', text)
+    if re.fullmatch(r'[〇零一二两三四五六七八九]?十?[〇零一二两三四五六七八九]?', text):
+        return str(_chinese_number(text)) if text else text
     text = re.sub(r'(?<=\d) per ?cent$', '%', text)
     text = str(NUMBER_WORDS.index(text)) if text in NUMBER_WORDS else plain_value(text)
     return re.sub(rf'(?<=\d) (?=(?:{UNIT}|am|pm)$)', '', text)  # 5 cm is 5cm
@@ -299,7 +314,7 @@ def normalise(text: str, articles: bool = False, reference: bool = False) -> str
 def spellings(text: str, articles: bool = False) -> set[str]:
     """`normalise`d, with words that a hyphen joins as one and as several (ice-cream, ice cream),
     numbers in words and in digits (first, 1st), and 2k as 2000."""
-    apart = re.sub(r'(?<=[^\W\d])[-‐‑](?=[^\W\d]{2})', ' ', text)
+    apart = re.sub(r'(?<=\w)[-‐‑](?=[^\W\d]{2})', ' ', text)  # 7-Eleven, too
     forms = {normalise(form, articles) for form in (text, apart, scaled(text.strip()))}
     if re.fullmatch(r'\W*an?\s+(?:third|quarter|fourth|fifth)\W*', text, re.I):
         forms.add(normalise(text, articles=True))  # a third is 1/3, the third is not

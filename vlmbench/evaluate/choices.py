@@ -22,15 +22,20 @@ from .questions import without_questions
 from vlmbench.evaluate.weighed import (
     FIRST_SIGN,
     by_place,
+    by_truth,
     comes_second,
     is_hedged,
     likeliest,
+    none_of_them,
+    pointed,
     same_parts,
+    switched,
     verdicts,
+    without_assent,
+    without_unit,
 )
 from .weighed import option_key as _key
 from .weighed import option_letters as _letters
-from .yes_no import parse_yes_no
 
 # %% ../../nbs/evaluate/08_choices.ipynb #b3b41437
 Choices = Sequence[str] | Mapping[str, str]
@@ -199,13 +204,14 @@ def _leading(text: str, options: Mapping[str, str]) -> str:
     forms = (
         rf'[(\[*]*([{letters}])(?:[)\]*.:,]|\s+[-:]|{_BESIDES})(?!\w)',
         rf'(?i:[(\[*]+([{letters}])[)\]*]|([{letters}])(?:[).:](?=\s)|{_BESIDES}))',
+        rf'Option\s+([{letters}])\s*(?:\([^()\n]*\))?\s*(?:[.:]\s|$)',
     )
     for form in forms:
         if m := re.match(form, text):
-            place = m.start(1) if m[1] else m.start(2)
+            place = m.start(m.lastindex)
             if re.match(rf'[)\]]\s*[(\[][{letters}][)\]]', text[place + 1 :]):
                 return ''  # (A)(B)
-            return '' if _listed(text, place, options) else _key(m[1] or m[2], options)
+            return '' if _listed(text, place, options) else _key(m[m.lastindex], options)
     return ''
 
 
@@ -223,8 +229,11 @@ _FILLERS = (
     r'(?:\s+(?:the|option|choice|letter|answer|alternative|(?:most\s+)?(?:likely|probably)|clearly'
     r'|definitely|certainly|obviously|simply|therefore|thus|indeed)\b)*'
 )
+_NOT_EARLIER = ''.join(
+    rf'(?<!{word}\s)' for word in ('first', 'initial', 'original', 'previous', 'earlier', 'old')
+)
 _STATED = (
-    rf'{_NO_WORD}(?:answer|ans\.?|choice|option|response|solution|conclusion|(?:correct|right|best)\s+one)'
+    rf'{_NO_WORD}{_NOT_EARLIER}(?:answer|ans\.?|choice|option|response|solution|conclusion|(?:correct|right|best)\s+one)'
     r'(?!\w)(?:\s+(?:to|for|of)\b[^.!?:;\n]{0,60}?)?[*_]*'
     rf'(?:{_IS}|\s*(?::|=|->|→|⇒)|\s+[-–—]\s)[*_]*:?{_FILLERS}:?\s*'
 )
@@ -255,8 +264,8 @@ _MENTIONED = (
 _JUDGED = (
     r'[)\]*."]*\s*(?:\s(?:is|would\s+be|must\s+be|seems?(?:\s+to\s+be)?|appears\s+to\s+be)\s+'
     r'(?:(?:the|clearly|indeed|most|therefore|probably|definitely|only)\s+)*'
-    r'(?:correct|right(?!\s+(?:of|side))|best|better|true|accurate|answer)\b'
-    r'|(?:选项|選項)?\s*(?:是)?(?:正确|正確|对的|對的))'
+    r'(?:correct|right(?!\s+(?:of|side))|best|better|true|accurate|answer|my\s+(?:answer|choice))\b'
+    r'(?!\s+if\b)|(?:选项|選項)?\s*(?:是)?(?:正确|正確|对的|對的))'
 )
 
 # %% ../../nbs/evaluate/08_choices.ipynb #481dd1b9
@@ -479,6 +488,8 @@ def _enumerated(text: str, options: Mapping[str, str]) -> tuple[str, str]:
     if len({key for key, _ in walked}) < 2:
         return '', text
     right = {k for k, t in walked if _MARKED_RIGHT.search(t) and not _MARKED_WRONG.search(t)}
+    bold = {_key(m[1], options) for m, line in lines if m and re.match(r'\s*(?:\*\*|__)\S', line)}
+    right = right or (bold if len(bold) == 1 else set())
     left = right or {key for key, told in walked if not _MARKED_WRONG.search(told)}
     rest = '\n'.join(line for m, line in lines if not m)
     return left.pop() if len(left) == 1 else '', rest
@@ -521,11 +532,19 @@ def parse_choice(text: str, choices: Choices) -> str:
     lines = len([line for line in reply.splitlines() if line.strip()])
     if key := (_bare(reply, options) if lines == 1 else '') or _word_for_word(reply, options):
         return key
+    if key := none_of_them(reply, options) or without_unit(reply, options):
+        return key
     if not any('?' in str(option) for option in options.values()):
         reply = without_questions(reply)
+    reply = without_assent(reply, options)
     reply = scaled_of(reply, map(str, options.values()))
     masked = _mask_options(reply, options)
-    weighed = _corrected(masked, options) or verdicts(masked, options) or likeliest(masked, options)
+    weighed = (
+        switched(masked, options)
+        or _corrected(masked, options)
+        or verdicts(masked, options)
+        or likeliest(masked, options)
+    )
     if key := weighed or _bare(reply, options) or same_parts(reply, options):
         return key
     judged, rest = _enumerated(reply, options)
@@ -534,14 +553,10 @@ def parse_choice(text: str, choices: Choices) -> str:
     if key := _leading(reply, options) or _leading_text(masked, options):
         return key
     said = _stated(masked, options) or _alone(masked, options) or _by_text(reply, masked, options)
-    said = (
-        said
-        or _closing(masked, options)
+    said = said or (
+        _closing(masked, options)
         or judged
         or _alone_small(masked, options)
         or _remaining(masked, options)
     )
-    if not said and {str(v).strip().lower() for v in options.values()} == {'yes', 'no'}:
-        answer = parse_yes_no(reply)
-        said = next((k for k, v in options.items() if str(v).strip().lower() == answer), '')
-    return said or by_place(masked, options)
+    return said or by_truth(reply, options) or by_place(masked, options) or pointed(masked, options)

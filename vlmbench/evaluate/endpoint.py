@@ -213,6 +213,12 @@ def _key(self: Endpoint) -> str:
 
 
 @patch
+def check_key(self: Endpoint) -> None:
+    "Raises `JudgeError` where the variable that holds the key is not set."
+    self._key()
+
+
+@patch
 def _retrying(self: Endpoint, body: bytes) -> Retrying:
     "Attempts and pauses of one request."
     jitter, growing = random.Random(body), wait_exponential(multiplier=self.backoff)

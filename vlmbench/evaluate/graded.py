@@ -33,11 +33,14 @@ from .tasks import Task
 def make_judge(judge: str, model: str = '', key_env: str = '', prompt: str = '') -> Judge:
     """The judge at the address `judge`, an OpenAI-compatible endpoint that serves `model`, or the
     offline one (`exact`). `key_env`: name of the variable with the key; `prompt`: a text file,
-    empty for ours. Raises ValueError for an address that is none."""
+    empty for ours. Raises ValueError for an address that is none, `JudgeError` where the variable
+    is not set."""
     if judge == 'exact':
         return ExactJudge()
     text = Path(prompt).read_text(encoding='utf8') if prompt else PROMPT
-    return ChatJudge(Endpoint(judge, model, key_env), text)
+    endpoint = Endpoint(judge, model, key_env)
+    endpoint.check_key()
+    return ChatJudge(endpoint, text)
 
 
 def needs_judge(task: Task) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OfficialError', 'is_official', 'named', 'FoundFiles', 'find_files', 'file_of_split', 'mme_categories',
-           'official_rows', 'NoPicture', 'official_task', 'check_official']
+           'official_rows', 'NoPicture', 'official_task', 'check_official', 'official_copies']
 
 # %% ../../nbs/evaluate/17_official_files.ipynb #14d7b2e4
 import json
@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 # %% ../../nbs/evaluate/17_official_files.ipynb #a3e5b6a3
-from ..data.picture import ImageRef
+from ..data.picture import ImageError, ImageRef, load_image
 from ..data.record import Sample, Turn, allowed_roots
 from .ai2d import ai2d_home, ai2d_rows, ai2d_test_ids
 from vlmbench.evaluate.benchmark_rows import (
@@ -488,7 +488,7 @@ def _sample(
     images, places = _pictures(kind, row, folders)
     text = _question(kind, asked, row, places)
     choices = _options(kind, row, text, places)
-    if choices is None and isinstance(asked.scorer, MultipleChoice):
+    if choices is None and isinstance(kind.ours.scorer, MultipleChoice):
         raise ValueError(f'no options ({", ".join((*kind.options, *kind.letters))})')
     ident = _filled(row, kind.id)
     ident = number if ident is None else ident
@@ -640,3 +640,28 @@ def check_official(
     "Raises `OfficialError` for a task `KIND:PATH` whose files are not there or not of its kind."
     for task in filter(is_official, tasks):
         official_task(task, data, roots, rule, first=4)
+
+# %% ../../nbs/evaluate/17_official_files.ipynb #f10811fe
+def official_copies(card: str, folder: str | Path, sample: int = 200) -> tuple[list[str], bool]:
+    """A line for each set of official files in `folder` of the benchmark whose data card is `card`,
+    and whether all can be read, with the pictures of `sample` questions."""
+    lines, sound, seen = [], True, set()
+    for name, kind in OFFICIAL.items():
+        for files in kind.files if kind.card == card else ():
+            try:
+                place = file_of_split(name, Path(folder), files.split)
+            except OfficialError:
+                continue
+            if place in seen:
+                continue
+            seen.add(place)
+            try:
+                task = official_task(f'{name}:{place}')
+                for item in task.items[:sample]:
+                    for picture in item.images:
+                        load_image(picture)
+                what = f'{len(task):,} questions, and their pictures open'
+            except (OfficialError, ImageError, OSError) as e:
+                sound, what = False, str(e)
+            lines.append(f'{name}:{place}: {what}')
+    return lines, sound

@@ -44,7 +44,7 @@ class ChoiceOrWords(Scorer):
     reply is an accepted answer or says it as whole words; of its numbers the last one counts."""
 
     name: ClassVar[str] = 'choice_or_words'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def _several(self, row: Mapping[str, Any]) -> str:
         "The letters of a truth that names several options, '' for any other."
@@ -114,7 +114,7 @@ class Containment(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'containment'
-    version: ClassVar[str] = '3'
+    version: ClassVar[str] = '4'
 
     def parse(self, prediction, row=None):
         return prediction.lower() if self.reference else normalise(final_answer(prediction))

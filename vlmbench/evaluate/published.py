@@ -14,6 +14,9 @@ from typing import Any
 
 import pandas as pd
 
+# %% ../../nbs/evaluate/21_published.ipynb #4e4f070c
+from .results import result_files
+
 # %% ../../nbs/evaluate/21_published.ipynb #2e3898b1
 PUBLISHED_COLUMNS = 'method model arm benchmark split metric shots value source'.split()
 
@@ -36,8 +39,13 @@ def published_methods() -> list[str]:
     return sorted(path.stem for path in published_dir().glob('*.csv'))
 
 
+_BY_SUITE = dict(region='visual_region', vip='vip_llava')  # what suite= calls them
+
+
 def read_published(method: str) -> pd.DataFrame:
-    "The table of a method (`PUBLISHED_COLUMNS`; '' where a cell is empty). Raises `ValueError`."
+    """The table of a method or of its suite (`PUBLISHED_COLUMNS`; '' where a cell is empty). Raises
+    `ValueError`."""
+    method = _BY_SUITE.get(method, method)
     if method not in published_methods():
         raise ValueError(f'published={method}: use one of {", ".join(published_methods())}')
     text = pd.read_csv(published_dir() / f'{method}.csv', dtype=str, keep_default_na=False)
@@ -61,7 +69,7 @@ def measured(folders: Iterable[str | Path]) -> pd.DataFrame:
     and the arm of its paper that the run is ('': it does not say)."""
     rows = []
     for folder in map(Path, folders):
-        for path in sorted((folder / 'results').glob('*.json')):
+        for path in result_files(folder):
             result = json.loads(path.read_text(encoding='utf8'))
             if not isinstance(result, dict):
                 continue

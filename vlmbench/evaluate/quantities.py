@@ -54,6 +54,7 @@ _UNITS = {
     'ft': r'foot|feet',
     'mg': r'milligram(?:me)?s?',
     'kg': r'kilogram(?:me)?s?|kilos?|kgs',
+    'lb': r'lbs',
     'g': r'gram(?:me)?s?',
     'ml': r'milli(?:liter|litre)s?',
     'l': r'(?:liter|litre)s?',
@@ -93,6 +94,32 @@ def _symbol(match: re.Match) -> str:
 
 # %% ../../nbs/evaluate/05a_quantities.ipynb #1e465aae
 _N = r'\d[\d,]*(?:\.\d+)?'
+_SPEED = (
+    r'(?P<m_s>met(?:er|re)s?\s+per\s+sec(?:ond)?|mps)|(?P<km_h>kilomet(?:er|re)s?\s+per\s+hour|kph|kmph)'
+    r'|(?P<mph>miles?\s+per\s+hour|mi/h)'
+)
+
+
+def _speed(match: re.Match) -> str:
+    return ' ' + match.lastgroup.replace('_', '/')
+
+
+def _opened(match: re.Match, signs: str) -> bool:
+    "Whether a quotation is open in front of a match, so that the sign behind its number ends it."
+    return len(re.findall(rf'(?<!\w)[{signs}]|[{signs}](?!\w)', match.string[: match.start()])) % 2
+
+
+def _feet(match: re.Match) -> str:
+    "5'10 and a double stroke as 5 ft 10 in, 5' as 5 ft."
+    if _opened(match, "'′"):
+        return match[0]
+    return f'{match[1]} ft' + (f' {match[2]} in' if match[2] else '')
+
+
+def _inches(match: re.Match) -> str:
+    return match[0] if _opened(match, '"″') else f'{match[1]} in'
+
+
 _REWRITTEN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r'(?<=[\w)])(?=[⁻⁰¹²³⁴⁵⁶⁷⁸⁹])', '^'),  # 5² is not 52
     (r'(?<=\w)\*\*(?=-?\d)', '^'),
@@ -100,6 +127,15 @@ _REWRITTEN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r'(?<=\d)\s*(?:sq\.?|square)\s+([a-z]+)\b', r' \1^2'),
     (r'(?<=\d)\s*(?:cu\.?|cubic)\s+([a-z]+)\b', r' \1^3'),
     (r"(?<![\w.,'])\d{1,3}(?:'\d{3})+(?![\d'])", lambda m: m[0].replace("'", '')),  # 1'000
+    (rf'(?<=\d)\s*(?:{_SPEED})(?!\w)', _speed),  # 5 metres per second, 5 kph
+    (
+        r'(?<![\w.,°])(\d+(?:\.\d+)?)\s?[\'′](?![a-z\'′])(?:\s?(\d+(?:\.\d+)?)(?:\s?(?:["″]|′′))?)?',
+        _feet,
+    ),
+    (r'(?<![\w.,°′])(\d+(?:\.\d+)?)\s?(?:["″]|′′)(?!\w)', _inches),
+    (r'([€£])-(?=\d)', r'-\1'),
+    (r'!=|≠', '≠'),
+    (rf'\bbetween\s+({_N})\s+and\s+(?={_N})', r'\1-'),
     (r'\bhalf[\s-]+(?:an?[\s-]+)?dozen\b', '6'),
     (rf'\b(?:an?|({_SMALL}))\s+dozen\b', lambda m: str(12 * number_of((m[1] or 'one').lower()))),
     (r'\^\{\s*(-?\w+)\s*\}', r'^\1'),
@@ -142,7 +178,7 @@ _REWRITTEN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r'(?:\\|\b)sqrt\s*[{(]?\s*(\w+)\s*[})]?|\b(?:the\s+)?square\s+root\s+of\s+(\w+)', r'√\1\2'),
     (r'[(\[]-?[\d.]+(?:\s*,\s*-?[\d.]+)+[)\]]', lambda m: re.sub(r'\s*,\s*', ', ', m[0])),
     (r'\b(\d{1,2})h(\d\d)\b', r'\1:\2'),
-    (r'(?<=\d)\s+:\s+(?=\d\d\b)', ':'),
+    (r'(?<=\d)\s+:\s+(?=\d)', ':'),
     (r'(?<=\d)\s*[x×*✕·]\s*(?=\d)', '×'),
     (r'(?<=\d)(?:\s+(?:-|–|—|to)\s+|[–—])(?=\d)', '-'),
     (r'\b(?:one|a)[\s-]half\b', '1/2'),
@@ -166,6 +202,7 @@ def one_spelling(text: str) -> str:
         text = pattern.sub(to, text)
     if text.count('$') == 1:  # two enclose a formula
         text = re.sub(rf'(?<![\d.,$])({_N})\s*\$', r'$\1', text)
+        text = re.sub(r'\$-(?=\d)', '-$', text)
     return _NUMBERED_UNIT.sub(_symbol, text)
 
 # %% ../../nbs/evaluate/05a_quantities.ipynb #9beccd9d

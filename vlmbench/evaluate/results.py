@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['COLUMNS', 'BY', 'result_stem', 'Results', 'score_predictions', 'scores_by', 'majority_baseline', 'chance_baseline',
-           'compare', 'text_retention', 'run_facts', 'load_results', 'accuracy_table', 'paired_table']
+           'compare', 'text_retention', 'run_facts', 'result_files', 'load_results', 'accuracy_table', 'paired_table']
 
 # %% ../../nbs/evaluate/15_results.ipynb #30cf647f
 from .scorers import normalise
@@ -64,6 +64,12 @@ def _type_row(name: str, frame: pd.DataFrame, level: float) -> dict[str, Any]:
     return dict(question_type=name, n=len(frame), score=i.mean, low=i.low, high=i.high)
 
 
+def _parts(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    "The rows of each question type, then 'all' of them: the type of what has none, too."
+    typed = frame[frame['question_type'] != 'all']
+    return [*typed.groupby('question_type', sort=True), ('all', frame)]
+
+
 @dataclass
 class Results:
     """Scored answers of one task under one condition: `frame` (`COLUMNS`) and `header` (hashes,
@@ -89,7 +95,7 @@ class Results:
 
     def by_type(self, level: float = 0.95) -> pd.DataFrame:
         "Per question type, then 'all': n, score, low, high."
-        parts = [*self.frame.groupby('question_type', sort=True), ('all', self.frame)]
+        parts = _parts(self.frame)
         return pd.DataFrame([_type_row(name, frame, level) for name, frame in parts])
 
     def summary(self, level: float = 0.95) -> dict[str, Any]:
@@ -349,6 +355,12 @@ def run_facts(folder: str | Path) -> dict[str, Any]:
         missing=missing,
     )
 
+# %% ../../nbs/evaluate/15_results.ipynb #af3b7c19
+def result_files(folder: str | Path) -> list[Path]:
+    "The records `results/TASK.json` of a run folder, without the answers written for a server."
+    files = sorted((Path(folder) / 'results').glob('*.json'))
+    return [path for path in files if not path.stem.endswith('.upload')]
+
 # %% ../../nbs/evaluate/15_results.ipynb #088676ec
 def load_results(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     """All result tables under the run folders as one tidy frame, with run, method and seed. A run
@@ -419,7 +431,7 @@ def accuracy_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     paper."""
     rows = []
     for (task, method, condition), f in frame.groupby(['task', 'method', 'condition'], sort=False):
-        for t, part in [*f.groupby('question_type', sort=True), ('all', f)]:
+        for t, part in _parts(f):
             i = _interval(part, level)
             rows.append(
                 dict(

@@ -80,7 +80,7 @@ class ExactMatch(Scorer):
     articles: bool = False
     reference: bool = False
     name: ClassVar[str] = 'exact_match'
-    version: ClassVar[str] = '6'
+    version: ClassVar[str] = '7'
 
     @staticmethod
     def said(prediction: str) -> str:
@@ -155,7 +155,7 @@ class VQASoft(Scorer):
     tokenize: bool = False
     reference: bool = False
     name: ClassVar[str] = 'vqa_soft'
-    version: ClassVar[str] = '4'
+    version: ClassVar[str] = '5'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
@@ -194,7 +194,7 @@ class POPE(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'pope'
-    version: ClassVar[str] = '6'
+    version: ClassVar[str] = '7'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -243,7 +243,7 @@ class MME(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'mme'
-    version: ClassVar[str] = '6'
+    version: ClassVar[str] = '7'
 
     def parse(self, prediction, row=None):
         if not self.reference:
@@ -319,7 +319,7 @@ class MultipleChoice(Scorer):
 
     reference: bool = False
     name: ClassVar[str] = 'multiple_choice'
-    version: ClassVar[str] = '6'
+    version: ClassVar[str] = '7'
 
     def options(self, row) -> dict[str, str]:
         c = row.get('choices')
@@ -380,7 +380,7 @@ class ANLS(Scorer):
 
     threshold: float = 0.5
     name: ClassVar[str] = 'anls'
-    version: ClassVar[str] = '4'
+    version: ClassVar[str] = '5'
     binary: ClassVar[bool] = False
 
     def parse(self, prediction, row=None):
@@ -408,7 +408,7 @@ class Relaxed(Scorer):
 
     tolerance: float = 0.05
     name: ClassVar[str] = 'relaxed'
-    version: ClassVar[str] = '4'
+    version: ClassVar[str] = '5'
 
     def parse(self, prediction, row=None):
         return final_answer(prediction).strip().lower()

@@ -78,7 +78,7 @@ _EVE = Suite(
     'EVE, table 3',
     (_VQA, _GQA, _VIZWIZ, _SQA, _TEXT, _POPE, _MME_P, _MMB, _SEED, _SEED_I, _MMVET),
     table='eve',
-    shown={name: (name, '') for name in ('EVE-7B', 'EVE-7B-HD', 'LLaVA-1.5-7B')},
+    shown={name: (name, '') for name in ('EVE-7B', 'EVE-7B-HD', 'Fuyu-8B', 'LLaVA-1.5-7B')},
 )
 
 # %% ../../nbs/evaluate/19_suites.ipynb #a73c621a

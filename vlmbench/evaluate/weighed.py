@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIRST_SIGN', 'option_key', 'option_letters', 'verdicts', 'comes_second', 'is_hedged', 'likeliest', 'by_place',
-           'same_parts']
+           'none_of_them', 'without_unit', 'by_truth', 'switched', 'pointed', 'without_assent', 'same_parts']
 
 # %% ../../nbs/evaluate/07_weighed.ipynb #b73f1cce
 import re
 from collections.abc import Mapping
 
-from .quantities import NUMBER_WORDS
+from .quantities import NUMBER_WORDS, one_spelling
+from .yes_no import parse_yes_no
 
 # %% ../../nbs/evaluate/07_weighed.ipynb #6ae1601c
 FIRST_SIGN = 0xE000  # of Unicode's private use area: the first option's text
@@ -137,6 +138,79 @@ def by_place(masked: str, options: Mapping[str, str]) -> str:
     found = {_place(word.lower(), len(options)) for word in said}
     place = found.pop() if len(found) == 1 else 0
     return list(options)[place - 1] if 0 < place <= len(options) else ''
+
+# %% ../../nbs/evaluate/07_weighed.ipynb #5a641a73
+_NONE = re.compile(
+    r"\W*(?:(?:it\s+is|it's|the\s+answer\s+is)\s+)?(?:none|neither)"
+    r'(?:\s+of\s+(?:them|these|those|(?:the|these|those)\s+(?:options|choices|answers|above)))?\W*',
+    re.I,
+)
+_NONE_OPTION = re.compile(r'\W*(?:none|neither)\s+of\s+(?:the\s+)?(?:above|these|them)\b.*', re.I)
+
+
+def none_of_them(reply: str, options: Mapping[str, str]) -> str:
+    "The one option that says none of the above, where that is what the reply says."
+    found = [key for key, text in options.items() if _NONE_OPTION.fullmatch(str(text))]
+    return found[0] if len(found) == 1 and _NONE.fullmatch(reply) else ''
+
+
+_WITH_UNIT = re.compile(r'\s*(-?\d+(?:\.\d+)?)\s*(\S.*?)\s*')
+
+
+def without_unit(reply: str, options: Mapping[str, str]) -> str:
+    "The one option of a number that is the reply, where all options have the same unit behind it."
+    parts = {key: _WITH_UNIT.fullmatch(one_spelling(str(text))) for key, text in options.items()}
+    word = reply.strip(' .').lower()
+    said = str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else one_spelling(reply)
+    number = re.fullmatch(r'\W*?(-?\d+(?:\.\d+)?)[\s.]*', said)
+    if not number or not all(parts.values()) or len({part[2] for part in parts.values()}) != 1:
+        return ''
+    if not re.match(r'[^\W\d]|°', next(iter(parts.values()))[2]):
+        return ''  # 5 of 5-10 and of 5:30 is no value, and 50 is not 50%
+    same = [key for key, part in parts.items() if float(part[1]) == float(number[1])]
+    return same[0] if len(same) == 1 else ''
+
+
+def by_truth(reply: str, options: Mapping[str, str]) -> str:
+    "The option of yes and no, or of true and false, that the reply means."
+    texts = {str(text).strip().lower(): key for key, text in options.items()}
+    if texts.keys() == {'true', 'false'}:
+        short = re.fullmatch(r'\W*([tf])\W*', reply.lower())
+        said = parse_yes_no(reply) if not short else 'yes' if short[1] == 't' else 'no'
+        return texts.get({'yes': 'true', 'no': 'false'}.get(said, ''), '')
+    return texts.get(parse_yes_no(reply), '') if texts.keys() == {'yes', 'no'} else ''
+
+# %% ../../nbs/evaluate/07_weighed.ipynb #fe862642
+_SWITCH = (
+    r'\b(?:chang|switch|mov|revis|correct|updat)\w*(?:\s+(?:my|the|answer|choice|it))*\s+from\s+{one}'
+    r'\s+to\s+{one}'
+    r'|\b(?:first|initial|original|previous|earlier)\s+(?:answer|choice|guess|thought)\s+was\s+{one}'
+    r'[,;.]?\s*(?:and\s+|but\s+)?(?:now|the\s+final\s+one|then)\b[^.\n]{{0,20}}?\s{one}'
+)
+_ENDS_WITH = r'(?:->|=>|→|⇒|➡)\s*{one}\W*$'
+_ASSENT = re.compile(
+    r"^\W*(?:(?:that|you|this)(?:'s|'re|\s+is|\s+are)\s+|all\s+|yes,?\s+)(?:right|correct|true)\s*[,.!;:]\s+(?=\w)",
+    re.I,
+)
+
+
+def switched(masked: str, options: Mapping[str, str]) -> str:
+    "The option to which a reply says that it moves."
+    found = re.search(_SWITCH.format(one=_element(options)), masked, re.I)
+    return option_key([one for one in found.groups() if one][-1], options) if found else ''
+
+
+def pointed(masked: str, options: Mapping[str, str]) -> str:
+    "The option at which an arrow points at the end."
+    found = re.search(_ENDS_WITH.format(one=_element(options)), masked)
+    return option_key(found[1], options) if found else ''
+
+
+def without_assent(reply: str, options: Mapping[str, str]) -> str:
+    "`reply` without an assent in front, where its words are an option's: that's right, it is left."
+    texts = {str(text).strip().lower() for text in options.values()}
+    found = _ASSENT.match(reply)
+    return reply[found.end() :] if found and texts & {'right', 'correct', 'true'} else reply
 
 # %% ../../nbs/evaluate/07_weighed.ipynb #93b8b9c2
 _AND = re.compile(r'\s*(?:,\s*and\b|\band\b|[,&+/和与與])\s*', re.I)

@@ -18,19 +18,21 @@ _YES_WORDS = 'yes|y|yeah|yep|yup|aye|oui|sí|sì|sim|ja|да|evet|tak|ναι|ya|
 _NO_WORDS = 'no|n|nope|nah|nay|nein|não|non|нет|не|nie|hayır|όχι|nej|nee|tidak|không|ไม่ใช่|ไม่|לא'
 _AGREES = (
     'true|correct|right|absolutely|certainly|definitely|sure|indeed|affirmative|of course|surely'
-    '|without (?:a|any) doubt|i (?:think|believe) so|uh-?huh'
+    '|without (?:(?:a|any) )?doubt|i (?:think|believe|guess|suppose) so|uh-?huh|exactly|precisely'
+    '|totally|obviously|by all means|(?:most|quite) certainly|for sure|you bet'
 )
 _DENIES = (
     'false|incorrect|wrong|negative|never|nothing|nobody|uh-uh|nuh-uh|i doubt it|unlikely|zero'
-    '|neither'
+    '|neither(?: of (?:them|these|those))?|hardly|scarcely|doubtful'
 )
 _YES_ELSEWHERE = (
-    r'(?:嗯\W*)?(?:是的?|有的?|对的?|對的?|没错|沒錯|正[确確]的?|はい|そうです|正しいです?|います|あります|네|예'
-    r'|그렇습니다|맞[아습]\w*|있[습어]\w*|हाँ|نعم)(?=\W|$)'
+    r'(?:嗯\W*)?(?:是的?|有的?|对的?|對的?|没错|沒錯|正[确確]的?|存在|可以|[会會能行真](?:的)?|はい|そうです|正しいです?'
+    r'|います|あります|いる|ある|네|예|그렇습니다|맞[아습]\w*|있[습어]\w*|हाँ|نعم)(?=\W|$)'
 )
 _NO_ELSEWHERE = (
-    r'不是|不对|不對|不正[确確]|不存在|[错錯][误誤]|没有|沒有|^[不否没沒无無错錯](?=\W|$)|いいえ|ありません|いません'
-    r'|違います|아니[요오]?|아닙니다|없|नहीं|^لا(?=\W|$)'
+    r'不是|不对|不對|不正[确確]|不存在|[错錯][误誤]|没有|沒有|^[不否没沒无無错錯假](?=\W|$)'
+    r'|^不(?:可以|[会會能行要])(?=\W|$)|いいえ|ありません|いません|^(?:い)?ない(?:です)?(?=\W|$)'
+    r'|違います|틀[렸려리립]|아니[요오]?|아닙니다|없|नहीं|^لا(?=\W|$)'
 )
 _NOTHING_DENIED = re.compile(
     r'\b(?:no|without (?:a|any)|beyond (?:a|any)) (?:doubt|problem|question|worries|matter)\b'
@@ -102,6 +104,17 @@ _AFFIRMED = re.compile(
     r'|(?:it|this|that|there|he|she|they|we|i)'
     r' (?:is|are|was|were|does|do|did|has|have|can|will))\W*'
 )
+_CLAIM = re.compile(
+    r"\W*(?:it|that)(?:'s| is) (?P<denied>not )?(?P<said>true|correct|right|false|incorrect|wrong)"
+    r' that\b(?P<what>.*)'
+)
+_OTHER_WORDS = re.compile(  # which mean something else in front of a word
+    r'\W*(?:(?:(?P<yes>da|ano|igen|kyllä)|bukan|ne|nem|ei)(?=\W*$|\s*[,;:—–])'
+    r'|(?:(?P<also>так)|ні|nu)(?=\W*$))'
+)
+_THAT_IS = (
+    r"(?:(?:(?:that|this|it)|(?:the|this|that) (?:statement|claim|sentence|answer))(?:'s| is) )?"
+)
 _COMMITTED = re.compile(r'\bbut,? (?:i(?: would|\'d) say |probably |likely )?(?:yes|no)\W*$')
 
 
@@ -122,10 +135,15 @@ def _sentence(text: str) -> str:
         return 'yes'
     if _UNDECIDED.search(text):
         return ''
+    if claim := _CLAIM.match(text):
+        denials = bool(claim['denied']), bool(_NEGATION.search(claim['what']))
+        denied = (claim['said'] in ('false', 'incorrect', 'wrong')) ^ denials[0] ^ denials[1]
+        return 'no' if denied else 'yes'
+    if word := _OTHER_WORDS.match(text):
+        return 'yes' if word['yes'] or word['also'] else 'no'
     if _NEGATION.search(text) or re.search(_NO_ELSEWHERE, text.strip()):
         return 'no'
-    that_is = r"(?:(?:(?:that|this|it)|(?:the|this|that) (?:statement|claim|sentence))(?:'s| is) )?"
-    if word := re.match(rf'\W*{that_is}({_AGREES}|{_DENIES})\s*(?:[^\w\s]|$)', text):
+    if word := re.match(rf'\W*{_THAT_IS}({_AGREES}|{_DENIES})\s*(?:[^\w\s]|$)', text):
         return _side(word[1])
     if re.match(r'\W*(?:indeed|certainly|definitely|absolutely|surely)\b', text):
         return 'yes'

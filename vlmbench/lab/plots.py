@@ -4,8 +4,9 @@
 
 # %% ../../nbs/lab/00_plots.ipynb #71b13e78
 from __future__ import annotations
-import io, re
+import io, re, textwrap, warnings
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 import matplotlib
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # %% auto #0
@@ -73,10 +75,29 @@ def method_colors(methods: Sequence[str]) -> dict[str, str]:
     }
 
 # %% ../../nbs/lab/00_plots.ipynb #1189d04b
+_WIDE_FONTS = ('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Source Han Sans SC', 'WenQuanYi Micro Hei')
+_WIDE_FONTS += ('PingFang SC', 'Hiragino Sans GB', 'Microsoft YaHei', 'SimHei', 'Malgun Gothic')
+
+
+@lru_cache
+def _more_fonts() -> tuple[str, ...]:
+    "Fonts for scripts that the usual one lacks, of those that are installed."
+    installed = set(fontManager.get_font_names())
+    return tuple(name for name in _WIDE_FONTS if name in installed)
+
+
 @contextmanager
 def style():
     "matplotlib settings of all figures here, for the duration of a `with`."
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**_STYLE, 'font.family': ['sans-serif', *_more_fonts()]}):
+        yield
+
+
+@contextmanager
+def _quiet():
+    "Text that no font can write shows as boxes, and is not warned of sign by sign."
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font')
         yield
 
 
@@ -85,7 +106,8 @@ class Chart(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, format='png', facecolor='white')
+        with _quiet():
+            self.savefig(buffer, format='png', facecolor='white')
         return buffer.getvalue()
 
 
@@ -98,7 +120,8 @@ def save_png(fig: Figure, path: str | Path, dpi: int = 160) -> Path:
     "Write `fig` on white; returns the path."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=dpi, facecolor='white', metadata={'Software': None})
+    with _quiet():
+        fig.savefig(path, dpi=dpi, facecolor='white', metadata={'Software': None})
     return path
 
 
@@ -352,6 +375,11 @@ def loss_figure(
     return fig
 
 # %% ../../nbs/lab/00_plots.ipynb #afede998
+def _few_lines(text: str, wide: int = 46, lines: int = 3) -> str:
+    "`text` in lines of `wide` characters; what is too long for `lines` of them ends in dots."
+    return textwrap.fill(text, wide, max_lines=lines, placeholder=' …')
+
+
 def examples_figure(
     examples: Sequence[Mapping[str, Any]], cols: int = 4, width: float = 11.2
 ) -> Figure:
@@ -375,13 +403,14 @@ def examples_figure(
                 np.asarray(picture), interpolation='nearest' if min(picture.size) < 128 else None
             )
             right = e['score'] >= 0.5
+            said = f'{"✓" if right else "✗"} {e["prediction"] or "(nothing)"}'
+            truth = '' if right else f'  (truth: {", ".join(dict.fromkeys(e["answers"]))})'
             ax.set_title(
-                f'{e["question"]}\n{"✓" if right else "✗"} {e["prediction"] or "(nothing)"}'
-                + ('' if right else f'  (truth: {", ".join(dict.fromkeys(e["answers"]))})'),
+                f'{_few_lines(e["question"])}\n{_few_lines(said + truth)}',
                 fontsize=8,
                 fontweight='normal',
                 color=PALETTE[2] if right else PALETTE[4],
-                wrap=True,
+                parse_math=False,  # a reply may hold any TeX
             )
     return fig
 

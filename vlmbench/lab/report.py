@@ -24,7 +24,13 @@ from PIL import Image
 
 # %% ../../nbs/lab/10_report.ipynb #42593606
 from ..evaluate.published import NOT_MEASURED, beside_published, measured_too
-from ..evaluate.results import accuracy_table, load_results, paired_table, run_facts
+from vlmbench.evaluate.results import (
+    accuracy_table,
+    load_results,
+    paired_table,
+    result_files,
+    run_facts,
+)
 from .curves import harness_figure, harness_numbers
 from vlmbench.lab.page import (
     NOT_RECORDED,
@@ -115,7 +121,7 @@ def read_run(folder: str | Path) -> RunRecord:
         folder, facts['method'], facts['seed'], facts['manifest'], missing=list(facts['missing'])
     )
     _read_stages(run, _json(folder / 'recipe.json', run.missing, f'{folder.name}: recipe.json'))
-    for path in sorted((folder / 'results').glob('*.json')):
+    for path in result_files(folder):
         card = _json(path, run.missing, f'{folder.name}: {path.name}')
         if card is not None:
             run.cards[path.stem] = card

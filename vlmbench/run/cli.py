@@ -309,13 +309,18 @@ def check(
     folder: Annotated[Path, typer.Argument(help='The local copy of the data.')],
 ) -> None:
     "Validate a local copy of a dataset against its card; says exactly what is wrong (exit code 1)."
-    from vlmbench.data.cards import check_command
+    from vlmbench.data.cards import check_command, names_files_of
     from vlmbench.data.refcocog import refcocog_problems
+    from vlmbench.evaluate.official_files import official_copies
     from vlmbench.evaluate.vip_bench import vip_problems
 
     # files of these that hold no rows: a pickle, and answers by id
     more = dict(refcocog=refcocog_problems, vip_bench=vip_problems).get(card.stem)
-    status = 0 if card.stem == 'refcocog' else check_command(card, folder)
+    copies, sound = official_copies(card.stem, folder) if folder.is_dir() else ([], True)
+    for copy in copies:
+        typer.echo(f'official files, {copy}')
+    asked = card.stem != 'refcocog' and not (copies and not names_files_of(card, folder))
+    status = max(check_command(card, folder) if asked else 0, int(not sound))
     problems = [] if more is None else more(folder)
     for problem in problems:
         typer.echo(problem)

@@ -15,7 +15,7 @@ from typing import Any
 
 from .early_models import check_models, hub_fault, why_not
 from .parameters import Parameter, ParameterError
-from .questions import WORLD_TASKS, check_files
+from .questions import WORLD_TASKS, check_compare, check_files
 
 # %% ../../nbs/run/03_early.ipynb #72fc01d2
 PLACES = ('out', 'data', 'images', 'image_roots')
@@ -453,6 +453,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     ),
     'harness': (check_harness, ('suite', 'tasks', 'preset', 'before', 'task_folder', 'published')),
     'perplexity': (check_perplexity, ('text', 'tokens', 'block', 'cuts')),
+    'compare': (check_compare, ('runs', 'published')),
 }
 
 

@@ -298,6 +298,7 @@ def _execute(
                 timeout=execution_timeout,
                 startup_timeout=start_timeout,
                 kernel_name=kernel_name,
+                extra_arguments=['--log-level=50'],  # the interrupt that ends it is no error
                 log=logger,
                 log_output=log_output,
                 stdout_file=stdout_file,
