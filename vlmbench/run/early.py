@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .parameters import Parameter, ParameterError
+from .ranges import check_layout, check_ranges
 
 # %% ../../nbs/run/03_early.ipynb #72fc01d2
 PLACES = ('out', 'data', 'images', 'image_roots')
@@ -100,7 +101,7 @@ def _not_given(what: str, part: str, where: str, error: Exception) -> str:
     terms = ', '.join(licence.name for licence in weights_licences(where))
     return (
         f'{what} needs {where} as its {part}, which is neither a folder below '
-        'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and of the Hub: '
+        'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and the Hub does not help: '
         f'{_why_not(error)}. See its terms (licence: {terms}) on https://huggingface.co/{where} '
         f'and log in (hf auth login), or put it into '
         f'{(home() or Path("VLMBENCH_HOME")) / "models" / where} '
@@ -171,6 +172,8 @@ def check_train(values: Mapping[str, Any]) -> None:
     _check_start(values['model'])
     _check_attention(values['attn_implementation'])
     _check_plan(values)
+    if values['offload'] or values['nodes'] * (values['gpus'] or 0) > 1:
+        check_layout(values, _planned(values)[1])
     _check_precision(values)
     check_asked(values)
     if not values['projector']:
@@ -460,6 +463,10 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
             'data',
             'difficulty',
             'streaming',
+            'gpus',
+            'nodes',
+            'parallel',
+            'offload',
         ),
     ),
     'evaluate': (
@@ -478,6 +485,7 @@ def check_early(notebook: str, declared: Mapping[str, Parameter], given: Mapping
     where that needs no model. Raises `ParameterError`."""
     values = {name: one.default for name, one in declared.items()} | dict(given)
     check_places(values)
+    check_ranges(declared, values)
     check_model(values)
     check, reads = CHECKS.get(notebook, (None, ()))
     if check is not None and declared.keys() >= set(reads):
