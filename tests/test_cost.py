@@ -6,7 +6,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmbench.cost.counter import Meter, Workload, _batch, training_cost
 from vlmbench.cost.planner import Data, inference, plan, stage_states
-from vlmbench.cost.renting import micro_batches, rank_memory, renting
+from vlmbench.cost.renting import (
+    find_gpu,
+    hours,
+    micro_batches,
+    padded_hours,
+    rank_memory,
+    renting,
+    time_limit,
+)
 from vlmbench.methods.recipes import find_scale, get_method
 from vlmbench.models.vlm import module_groups
 from vlmbench.train.metrics import FlopModel
@@ -352,3 +360,12 @@ def test_a_price_and_a_share_of_the_peak_must_be_possible():
             renting(stages, 'h100', **given)
     with pytest.raises(RecipeError, match='unknown GPU'):
         renting(stages, 'h1000')
+
+
+def test_the_time_to_ask_for_covers_the_padding():
+    "Zero's rows leave so much padding that a limit for full rows would end the job early."
+    stages = plan('zero', 'llama-3.1-8b', ranks=16)
+    found = find_gpu('a100-40')
+    padded = padded_hours(stages, found, 16).sum()
+    assert padded > 1.5 * hours(stages, found, 16).sum()
+    assert time_limit(padded) in renting(stages, 'a100-40', 16)

@@ -159,3 +159,24 @@ def test_the_page_in_a_browser(folder, tmp_path, browser):
         colours.add(page.eval_on_selector('mark', style))
         page.close()
     assert len(colours) == 2
+
+
+def test_what_lies_beside_the_rows_is_no_set(folder, tmp_path):
+    "What `datasets` writes beside its splits, what a Mac leaves, and a folder of other files."
+    for name in ('dataset_dict.json', 'dataset_infos.json', 'state.json', '._mine.jsonl'):
+        (folder / name).write_text('{"splits": ["train"]}')
+    assert list(data_sets(folder)) == ['mine.jsonl']
+    (tmp_path / 'table').mkdir()
+    (tmp_path / 'table' / 'rows.csv').write_text('image,text')
+    with pytest.raises(DataError, match=r"table has no file of rows .* it has \['rows.csv'\]"):
+        data_sets(tmp_path / 'table')
+
+
+@pytest.mark.parametrize('text', ['iVBORw0KGgo' * 3, 'iVBORw0KGgo' * 30, 'iVBORw0KG/o' * 900])
+def test_a_picture_written_as_text_is_a_bad_row(text, folder):
+    rows = [row('good'), row('text', text)]
+    (folder / 'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    found = look(folder)
+    assert found.table['bad'].tolist() == [1]
+    ((_, _, why),) = found.reasons
+    assert len(why) < 200 and ('missing' if len(text) < 255 else 'picture in base64') in why

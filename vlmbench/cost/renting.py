@@ -204,14 +204,15 @@ def renting(
     each = hours(stages, found, ranks, mfu)
     took, table = each.sum(), fitting(stages, found, ranks, per_node, parallel)
     peak = f'{found.name}: {si(found.memory, "B")}, {si(found.flops, "FLOP")}/s'
+    padded = padded_hours(stages, found, ranks, mfu).sum()
     parts = ', '.join(f'{name} {time:.3g} h' for name, time in zip(stages.stage, each))
     lines = [
         f'{ranks} x {peak}',
         _share_line(mfu, useful(stages)),
         f'{took:.3g} hours ({took / 24:.2g} days): {parts}',
-        _padding_line(stages, padded_hours(stages, found, ranks, mfu).sum()),
+        _padding_line(stages, padded),
         f'{took * ranks:,.4g} GPU-hours; ' + _price_line(took * ranks, price),
-        f'time limit to ask for: {time_limit(took)}',
+        f'time limit to ask for: {time_limit(padded)}',
         '',
         f'memory of a rank at the stage that takes most ({USABLE:.0%} of a GPU may be used)',
         _memory_text(table),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA_FILES', 'PACKED_FILES', 'StoredRows', 'GzipRows', 'Member', 'sample_key', 'tar_members', 'TarRows', 'tar_row',
            'put_pictures', 'is_saved', 'SavedRows', 'is_hub', 'hub_parts', 'row_of_tar', 'HubRows', 'ParquetRows',
-           'open_rows']
+           'is_data_file', 'open_rows']
 
 # %% ../../nbs/data/05b_layouts.ipynb #e447f50f
 import gzip, json, os, shutil, tarfile, tempfile, warnings, zlib
@@ -319,8 +319,17 @@ class ParquetRows(StoredRows):
 # %% ../../nbs/data/05b_layouts.ipynb #5f886b55
 DATA_FILES = ('.json', '.jsonl', '.parquet')
 PACKED_FILES = ('.json.gz', '.jsonl.gz', '.tar')
+# in which `datasets` describes what lies beside them
+_DESCRIBING = ('dataset_dict.json', 'dataset_info.json', 'dataset_infos.json', 'state.json')
 
 
+def is_data_file(path: str | Path) -> bool:
+    "Whether a path has the name of a file of rows, and not of a hidden or a describing one."
+    name = Path(path).name
+    told = name.startswith('.') or name in _DESCRIBING
+    return not told and name.endswith((*DATA_FILES, *PACKED_FILES))
+
+# %% ../../nbs/data/05b_layouts.ipynb #0d4d201a
 def open_rows(path: str | Path) -> Sequence:
     """The rows of a file, a `save_to_disk` folder or a data set of the Hub by number. Raises
     OSError where there is no such file, ValueError for an unknown ending or a name of the Hub."""

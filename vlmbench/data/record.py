@@ -155,6 +155,11 @@ def _image_ref(value, root, allow_absolute=False) -> ImageRef | Image.Image:
         return ImageRef('', None, decoded_address(path, 'the row'))
     if not path.strip() or '\0' in path:
         raise BadRecord(f'bad image path: {path[:40]!r}')
+    if len(path) > 1024 or max(map(len, path.split('/'))) > 255:
+        raise BadRecord(
+            f'bad image path: {path[:40]!r}... has {len(path)} characters, as no path has; write a '
+            'picture in base64 to a file, or give its bytes'
+        )
     if is_address(path):
         raise BadRecord(f'bad image path: {path[:40]!r} is no file; download it first')
     if os.path.isabs(path):

@@ -21,7 +21,14 @@ from typing import Any
 from .cards import DataName, cards_dir, find_place, load_card
 from .columns import column_name, is_empty, picture_column
 from .home import home
-from .layouts import DATA_FILES, PACKED_FILES, is_hub, is_saved, open_rows
+from vlmbench.data.layouts import (
+    DATA_FILES,
+    PACKED_FILES,
+    is_data_file,
+    is_hub,
+    is_saved,
+    open_rows,
+)
 from .mixture import Grouped, Mixture, Shuffled
 from .quarantine import BadRecord, Quarantine
 from .record import Records, Sample, refuse_blind, sample_from_row
@@ -50,7 +57,7 @@ def data_file(folder: str | Path, name: str) -> Path:
     for end in DATA_FILES:
         if (Path(folder) / f'{name}{end}').exists():
             return Path(folder) / f'{name}{end}'
-    there = sorted(p.name for p in Path(folder).glob('*') if _is_data(p))
+    there = sorted(p.name for p in Path(folder).glob('*') if is_data_file(p))
     wanted = ', '.join(f'{name}{end}' for end in DATA_FILES)
     what = f'it has {there}' if there else 'it has no file of rows'
     if not Path(folder).is_dir():
@@ -58,11 +65,6 @@ def data_file(folder: str | Path, name: str) -> Path:
     elif not any(Path(folder).iterdir()):
         what = 'the folder is empty'
     raise DataError(f'{folder} has no {wanted}; {what}')
-
-
-def _is_data(path: Path) -> bool:
-    "Whether a path has the name of a data file, and not that of a hidden one."
-    return not path.name.startswith('.') and path.name.endswith((*DATA_FILES, *PACKED_FILES))
 
 # %% ../../nbs/data/75_sources.ipynb #3c41139e
 def _inside(folder: Path, name: str) -> Path:
@@ -86,12 +88,12 @@ def _shards_of_folder(path: Path) -> list[Path]:
     "The data set or the shards in a folder; none where it holds neither."
     if is_saved(path):
         return [path]
-    if (path / 'dataset_dict.json').is_file():
-        splits = sorted(p.name for p in path.iterdir() if is_saved(p))
+    splits = sorted(p.name for p in path.iterdir() if is_saved(p))
+    if splits and (path / 'dataset_dict.json').is_file():
         raise DataError(
             f'{path} holds the splits {splits}: name one, as in {path.name}/{splits[0]}'
         )
-    shards = sorted(p for p in path.iterdir() if p.is_file() and _is_data(p))
+    shards = sorted(p for p in path.iterdir() if p.is_file() and is_data_file(p))
     ends = sorted({''.join(p.suffixes[-2:]) if p.suffix == '.gz' else p.suffix for p in shards})
     if len(ends) > 1:
         raise DataError(
@@ -112,7 +114,7 @@ def _own_files(folder: Path, name: str) -> list[Path]:
         shards = _shards_of_folder(_inside(folder, name))
     elif name.endswith((*DATA_FILES, *PACKED_FILES)):
         _inside(folder, name)
-        shards = sorted(p for p in folder.glob(name) if p.is_file() and _is_data(p))
+        shards = sorted(p for p in folder.glob(name) if p.is_file() and is_data_file(p))
     return shards or [data_file(folder, name)]
 
 # %% ../../nbs/data/75_sources.ipynb #f310bc83

@@ -27,7 +27,7 @@ from ..checkpoints.load import find_model, load_vlm
 from ..checkpoints.llava import with_template
 from ..checkpoints.release import read_config, set_template
 from ..data.cards import find_place
-from ..data.layouts import is_hub
+from ..data.layouts import is_data_file, is_hub
 from ..data.picture import ImageError, load_image
 from ..data.quarantine import Quarantine
 from ..data.record import ImageRef, Records, Sample, Turn, sample_from_row
@@ -37,7 +37,7 @@ from vlmbench.data.sources import (
     DataError,
     Found,
     Shards,
-    _is_data,
+    _shards_of_folder,
     find_data,
     published_names,
     published_root,
@@ -67,7 +67,7 @@ def _own_sets(folder: Path, taken: set[Path]) -> dict[str, Found]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith('.') or path in taken:
             continue
-        if path.is_file() and _is_data(path) and _is_rows(path):
+        if path.is_file() and is_data_file(path) and _is_rows(path):
             found[path.name] = Found([path], folder)
         elif path.is_dir():
             try:
@@ -95,6 +95,11 @@ def data_sets(where: str | Path) -> dict[str, Found]:
         return _published(root, names)
     sets = _published(where, list(published_names()))
     sets |= _own_sets(where, {path for found in sets.values() for path in found.files})
+    if not sets and not _shards_of_folder(where):
+        there = sorted(path.name for path in where.iterdir())[:5]
+        raise DataError(
+            f'{where} has no file of rows (.json, .jsonl, .parquet, .tar); it has {there}'
+        )
     if not sets:  # shards alone, or a saved data set
         whole = where.resolve()
         try:

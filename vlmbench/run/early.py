@@ -16,6 +16,7 @@ from typing import Any
 from .early_models import check_models, hub_fault, why_not
 from .parameters import Parameter, ParameterError
 from .questions import WORLD_TASKS, check_compare, check_files
+from .ranges import check_layout, check_ranges
 
 # %% ../../nbs/run/03_early.ipynb #72fc01d2
 PLACES = ('out', 'data', 'images', 'image_roots')
@@ -89,7 +90,7 @@ def _not_given(what: str, part: str, where: str, error: Exception) -> str:
     terms = ', '.join(licence.name for licence in weights_licences(where))
     return (
         f'{what} needs {where} as its {part}, which is neither a folder below '
-        'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and of the Hub: '
+        'VLMBENCH_HOME/models nor in the cache of the Hugging Face Hub, and the Hub does not help: '
         f'{why_not(error)}. See its terms (licence: {terms}) on https://huggingface.co/{where} '
         f'and log in (hf auth login), or put it into '
         f'{(home() or Path("VLMBENCH_HOME")) / "models" / where} '
@@ -152,6 +153,8 @@ def check_train(values: Mapping[str, Any]) -> None:
     _check_start(values['model'])
     _check_attention(values['attn_implementation'])
     _check_plan(values)
+    if values['offload'] or values['nodes'] * (values['gpus'] or 0) > 1:
+        check_layout(values, _planned(values)[1])
     _check_precision(values)
     check_asked(values)
     _check_questions(values)
@@ -443,6 +446,10 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
             'streaming',
             'evaluate',
             'tasks',
+            'gpus',
+            'nodes',
+            'parallel',
+            'offload',
         ),
     ),
     'evaluate': (
@@ -462,6 +469,7 @@ def check_early(notebook: str, declared: Mapping[str, Parameter], given: Mapping
     where that needs no model. Raises `ParameterError`."""
     values = {name: one.default for name, one in declared.items()} | dict(given)
     check_places(values)
+    check_ranges(declared, values)
     check_models(notebook, values)
     check, reads = CHECKS.get(notebook, (None, ()))
     if check is not None and declared.keys() >= set(reads):

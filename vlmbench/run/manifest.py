@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'HEARTBEAT_SECONDS', 'ENVIRONMENT', 'PACKAGES', 'RunFolderError', 'redact', 'versions', 'git_state',
-           'code_state', 'host_facts', 'later_start', 'Manifest', 'Heartbeat', 'default_folder', 'Stop', 'Run',
-           'read_runs']
+           'code_state', 'host_facts', 'later_start', 'Manifest', 'check_folder', 'Heartbeat', 'default_folder', 'Stop',
+           'Run', 'read_runs']
 
 # %% ../../nbs/run/04_manifest.ipynb #4dd8dd39
 import atexit, datetime, hashlib, json, os, platform, re, shutil, signal, socket, subprocess, sys
@@ -312,12 +312,26 @@ def timed(self: Manifest, name: str) -> Iterator[None]:
         self.update(phases=[*self.read().get('phases', []), entry])
 
 # %% ../../nbs/run/04_manifest.ipynb #16bee285
+def check_folder(folder: str | Path) -> None:
+    "Refuse a place where no run folder can be made or written. Raises `RunFolderError`."
+    place = Path(folder).absolute()
+    there = next(p for p in (place, *place.parents) if p.exists())
+    if not there.is_dir():
+        raise RunFolderError(
+            f'{folder}: {there} is a file, and no run folder; choose another `out`'
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunFolderError(f'{folder}: {there} cannot be written; choose another `out`')
+
+
 @patch
 def claim(self: Manifest, overwrite: bool = False) -> list[dict]:
     """Makes sure that a new attempt may use the folder; returns the summaries of earlier
     attempts. `overwrite` empties the folder of a finished run. Raises `RunFolderError` for a
     living run (unless this process is a later start of the same Slurm job), and for a completed
-    one without `overwrite`, unless it has recorded that it `collects` (other runs' results)."""
+    one without `overwrite`, unless it has recorded that it `collects` (other runs' results); for
+    a place that `check_folder` refuses."""
+    check_folder(self.folder)
     if not self.path.exists():
         return []
     try:
