@@ -360,17 +360,12 @@ def find_notebook(name: str | Path) -> Path:
     )
 
 # %% ../../nbs/run/00_engine.ipynb #9b039c1c
-def _make_folder(folder: Path) -> None:
-    "The run folder, where it is not there yet. Raises `ParameterError` where it cannot be made."
+def _check_place(folder: Path) -> None:
+    "Refuse a place where no run folder can be made or written. Raises `ParameterError`."
     try:
         check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
     except RunFolderError as e:
         raise ParameterError(str(e)) from None
-    except OSError as e:
-        raise ParameterError(
-            f'{folder}: no run folder can be made there ({e.strerror}); choose another `out`'
-        ) from None
 
 # %% ../../nbs/run/00_engine.ipynb #4bd7bbe0
 def run_notebook(
@@ -393,7 +388,7 @@ def run_notebook(
     full = {k: p.default for k, p in declared.items()} | values
     check_places(full)  # while an address is still one: Path would make a folder of it
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
-    _make_folder(folder)
+    _check_place(folder)
     if 'out' in declared:
         values['out'] = str(folder)
     import papermill

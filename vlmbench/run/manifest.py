@@ -372,37 +372,37 @@ def start(
 ) -> dict:
     "Claims the folder and writes the first state, `running`. Raises `RunFolderError`."
     attempts = self.claim(overwrite)
-    self.folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        self.path,
-        redact(
-            dict(
-                schema=1,
-                id=uuid.uuid4().hex[:12],
-                notebook=notebook,
-                status='running',
-                reason=None,
-                exit_code=None,
-                started=_now(),
-                ended=None,
-                seconds=None,
-                parameters=dict(parameters),
-                seeds={},
-                data={},
-                phases=[],
-                results={},
-                command=sys.argv,
-                pid=os.getpid(),
-                versions=versions(),
-                code=code_state(),
-                host=host_facts(),
-                environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
-                attempts=attempts,
-            )
-            | facts
-        ),
+    first = dict(
+        schema=1,
+        id=uuid.uuid4().hex[:12],
+        notebook=notebook,
+        status='running',
+        reason=None,
+        exit_code=None,
+        started=_now(),
+        ended=None,
+        seconds=None,
+        parameters=dict(parameters),
+        seeds={},
+        data={},
+        phases=[],
+        results={},
+        command=sys.argv,
+        pid=os.getpid(),
+        versions=versions(),
+        code=code_state(),
+        host=host_facts(),
+        environment={k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+        attempts=attempts,
     )
-    self.beat()
+    try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, redact(first | facts))
+        self.beat()
+    except OSError as e:
+        raise RunFolderError(
+            f'{self.folder}: no run folder can be made there ({e.strerror}); choose another `out`'
+        ) from None
     return self.read()
 
 # %% ../../nbs/run/04_manifest.ipynb #16e4969a
