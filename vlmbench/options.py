@@ -8,7 +8,7 @@ __all__ = ['SCALARS', 'LISTS', 'TRUTH', 'OptionType', 'read_type', 'type_of', 'p
 
 # %% ../nbs/02_options.ipynb #69b0231b
 import ast, dataclasses, difflib, math, re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,11 @@ def _parse_scalar(text: str, kind: str) -> Any:
     return value
 
 # %% ../nbs/02_options.ipynb #bd63d4cc
+def _listed(choices: Iterable[Any]) -> str:
+    "Choices for a message; the empty one is what stands there without any."
+    return ', '.join(str(choice) for choice in choices if str(choice))
+
+
 def parse_text(text: str, type: OptionType) -> Any:
     "A typed text read by its declared type. Raises ValueError with the reason."
     named = type.kind == 'literal' and text.strip() in map(str, type.choices)
@@ -127,7 +132,7 @@ def parse_text(text: str, type: OptionType) -> Any:
     if type.kind == 'literal':
         found = [choice for choice in type.choices if str(choice) == text.strip()]
         if not found:
-            raise ValueError('choose one of ' + ', '.join(map(str, type.choices)))
+            raise ValueError(f'choose one of {_listed(type.choices)}')
         return found[0]
     if type.kind == 'union':
         return _first_that_fits(text, type)
@@ -192,7 +197,7 @@ def check_value(value: Any, type: OptionType) -> Any:
         # 1 == True: a number is no truth value and no text
         if any(value == choice and value.__class__ is choice.__class__ for choice in type.choices):
             return value
-        raise ValueError('choose one of ' + ', '.join(map(str, type.choices)))
+        raise ValueError(f'choose one of {_listed(type.choices)}')
     if type.kind == 'union':
         return _first_that_fits(value, type)
     if type.kind.startswith('list['):

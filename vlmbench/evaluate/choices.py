@@ -270,7 +270,7 @@ _JUDGED = (
 
 # %% ../../nbs/evaluate/08_choices.ipynb #481dd1b9
 _NOT_A_NOUN = (
-    r'(?:because|since|as|and|or|is|was|which|so|for|due|based|probably|likely|most\s+likely|maybe'
+    r'(?:because|since|as|and|n?or|to|is|was|which|so|for|due|based|probably|likely|most\s+likely|maybe'
     r'|perhaps|definitely|certainly|clearly|obviously|surely|seems|looks|appears|would|will|must'
     r'|should|has\s+to|fits|matches|describes|shows|depicts|best|here|only|alone|it|i|if|but|not|then|rather'
     r'|applies|holds|wins|works|with)\b'
@@ -401,7 +401,7 @@ def _only(found: Sequence[tuple[str, bool]]) -> str:
 _LEADS_TO_LETTER = (
     r'(?:probably|maybe|perhaps|likely|definitely|certainly|surely|obviously|clearly|so|thus|hence'
     r"|therefore|is|it's|its|be|with|yes|ok|okay|sure|see|say|one|assistant|correct|says|either|but"
-    r'|only|just|simply|ans|vote|except|ist|lautet|cevap|är|án|là)'
+    r'|only|just|simply|ans|vote|except|like|seems|of|ist|lautet|cevap|är|án|là)'
 )
 
 

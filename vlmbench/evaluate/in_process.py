@@ -85,8 +85,13 @@ class VisionSuite:
         with undisturbed():
             lmms_class()  # says what is missing
             from lmms_eval.tasks import TaskManager
+            from loguru import logger
 
-            self.manager = _manager(TaskManager, self.tasks, settings['task_folder'])
+            logger.disable('lmms_eval.tasks')  # of its own files some are no tasks
+            try:
+                self.manager = _manager(TaskManager, self.tasks, settings['task_folder'])
+            finally:
+                logger.enable('lmms_eval.tasks')
         self.index = self.manager.task_index
 
     def ask(

@@ -152,6 +152,7 @@ _REWRITTEN: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (_COMPOUND.pattern, lambda m: str(number_of(m[0].lower()))),
     (_BEFORE_UNIT.pattern, lambda m: str(number_of(m['number'].lower()))),
     (rf'\b(?:minus|negative)\s+({_SMALL})\b', lambda m: f'-{number_of(m[1].lower())}'),
+    (rf'\b(than|least|most)\s+({_SMALL})\b', lambda m: f'{m[1]} {number_of(m[2].lower())}'),
     (r'(?<!\d )(?<!\d)(?<!\b[a-z] )\b(?:minus|negative)\s+(?=\.?\d)', '-'),
     (r'(?<!\d )(?<!\d)(?<!\b[a-z] )\b(?:plus|positive)\s+(?=\.?\d)', ''),
     (r'(?<=\d)\s*(?:°|degrees?\b|deg\b\.?)\s*(?:celsius|centigrade|c)\b', '°C'),

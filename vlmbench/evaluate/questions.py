@@ -52,8 +52,7 @@ def without_questions(reply: str) -> str:
     something follows stay."""
     if not re.search(r'\w', reply):
         return reply
-    sentences = _SENTENCES.split(reply)
+    sentences, asked = _SENTENCES.split(reply), False
     while sentences and (not re.search(r'\w', sentences[-1]) or is_question(sentences[-1])):
-        sentences.pop()
-    kept = ''.join(sentences)
-    return reply if len(kept.strip()) == len(reply.strip()) else kept.rstrip()
+        asked = bool(re.search(r'\w', sentences.pop())) or asked  # signs alone ask nothing
+    return ''.join(sentences).rstrip() if asked else reply

@@ -154,12 +154,18 @@ def none_of_them(reply: str, options: Mapping[str, str]) -> str:
     return found[0] if len(found) == 1 and _NONE.fullmatch(reply) else ''
 
 
+_AROUND_VALUE = re.compile(
+    r"^(?:(?:there\s+(?:is|are)|i\s+(?:can\s+)?(?:see|count)|it\s+is|it's|that\s+is|about|around|exactly)\s+)+"
+    r'|\s*,?\s*i\s+(?:think|believe|guess)$',
+    re.I,
+)
 _WITH_UNIT = re.compile(r'\s*(-?\d+(?:\.\d+)?)\s*(\S.*?)\s*')
 
 
 def without_unit(reply: str, options: Mapping[str, str]) -> str:
     "The one option of a number that is the reply, where all options have the same unit behind it."
     parts = {key: _WITH_UNIT.fullmatch(one_spelling(str(text))) for key, text in options.items()}
+    reply = _AROUND_VALUE.sub('', reply.strip(' .'))
     word = reply.strip(' .').lower()
     said = str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else one_spelling(reply)
     number = re.fullmatch(r'\W*?(-?\d+(?:\.\d+)?)[\s.]*', said)
@@ -194,6 +200,9 @@ _ASSENT = re.compile(
 )
 
 
+_NO_DOUBT = re.compile(r'\b(?:without|beyond)\s+(?:(?:a|any)\s+)?doubt\b[\s,:]*', re.I)
+
+
 def switched(masked: str, options: Mapping[str, str]) -> str:
     "The option to which a reply says that it moves."
     found = re.search(_SWITCH.format(one=_element(options)), masked, re.I)
@@ -207,8 +216,10 @@ def pointed(masked: str, options: Mapping[str, str]) -> str:
 
 
 def without_assent(reply: str, options: Mapping[str, str]) -> str:
-    "`reply` without an assent in front, where its words are an option's: that's right, it is left."
+    """`reply` without an assent in front whose words are an option's, as in that's right, it is
+    left; and without the doubt that it has not."""
     texts = {str(text).strip().lower() for text in options.values()}
+    reply = _NO_DOUBT.sub('', reply)
     found = _ASSENT.match(reply)
     return reply[found.end() :] if found and texts & {'right', 'correct', 'true'} else reply
 
