@@ -16,14 +16,7 @@ import click, psutil
 
 # %% ../../nbs/run/00_engine.ipynb #312c4e54
 from .early import check_early, check_here, check_places
-from vlmbench.run.manifest import (
-    EXIT_CODES,
-    Heartbeat,
-    Manifest,
-    RunFolderError,
-    check_folder,
-    default_folder,
-)
+from .manifest import EXIT_CODES, Heartbeat, Manifest, RunFolderError, default_folder
 from vlmbench.run.parameters import (
     ParameterError,
     check_parameters,
@@ -139,6 +132,10 @@ def _started(
         state = manifest.start(name, full, overwrite, **told)
     except RunFolderError as e:
         raise ParameterError(str(e)) from None
+    except OSError as e:  # a disk that is full, a place that only looks as if it were one
+        raise ParameterError(
+            f'{folder}: no run folder can be made there ({e.strerror}); choose another `out`'
+        ) from None
     return manifest, state, values
 
 # %% ../../nbs/run/00_engine.ipynb #d6af2b09
@@ -358,19 +355,6 @@ def find_notebook(name: str | Path) -> Path:
         'or give a path to an .ipynb'
     )
 
-# %% ../../nbs/run/00_engine.ipynb #9b039c1c
-def _make_folder(folder: Path) -> None:
-    "The run folder, where it is not there yet. Raises `ParameterError` where it cannot be made."
-    try:
-        check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except RunFolderError as e:
-        raise ParameterError(str(e)) from None
-    except OSError as e:
-        raise ParameterError(
-            f'{folder}: no run folder can be made there ({e.strerror}); choose another `out`'
-        ) from None
-
 # %% ../../nbs/run/00_engine.ipynb #4bd7bbe0
 def run_notebook(
     name: str | Path,
@@ -392,7 +376,6 @@ def run_notebook(
     full = {k: p.default for k, p in declared.items()} | values
     check_places(full)  # while an address is still one: Path would make a folder of it
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
-    _make_folder(folder)
     if 'out' in declared:
         values['out'] = str(folder)
     import papermill
