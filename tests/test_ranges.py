@@ -1,10 +1,19 @@
 """Numbers and places that no run can mean are said in one line, before a kernel starts."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
 from vlmbench.run.cli import app
-from vlmbench.run.parameters import ParameterError
+from vlmbench.run.engine import find_notebook
+from vlmbench.run.parameters import (
+    ParameterError,
+    check_parameters,
+    load_notebook,
+    notebook_parameters,
+)
+from vlmbench.train.checkpoint import CheckpointError, check_identity
 
 
 def refused(*words):
@@ -68,3 +77,19 @@ def test_a_file_for_a_cluster_needs_no_weights_here(tmp_path, monkeypatch):
     assert done.stderr.startswith('note: not on this machine: scale=llama-3.1-8b needs meta-llama/')
     assert '#SBATCH --nodes=1' in done.stdout and 'note' not in done.stdout
     assert 'needs meta-llama/' in refused(*words)
+
+
+def test_what_a_refused_resume_advises_can_be_typed():
+    "The advice names parameters of the notebook, in words that it reads, and all differences."
+    saved, now = (
+        dict(recipe='llava', stages=['a'], seed=0),
+        dict(recipe='eve', stages=['b'], seed=1),
+    )
+    with pytest.raises(CheckpointError) as refusal:
+        check_identity(saved, now)
+    advice = re.findall(r'(resume=\w+|allow_changed=\S+)', str(refusal.value))
+    words = dict(word.split('=', 1) for word in advice)
+    declared = notebook_parameters(load_notebook(find_notebook('train')))
+    read = check_parameters(declared, words, 'train')
+    assert read['resume'] is False
+    check_identity(saved, now, read['allow_changed'])
