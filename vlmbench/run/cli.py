@@ -497,7 +497,11 @@ def submit(
     given = given_parameters(assignments or [], file or [], typer.echo)
     # a sweep is read from text; what a file has typed is one value
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
-    jobs = plan_jobs(notebook, texts, requeues, nodes=nodes, gpus=gpus)
+    notes: set[str] = set()  # a printed file may be for another machine
+    where = notes if dry_run else None
+    jobs = plan_jobs(notebook, texts, requeues, where, nodes=nodes, gpus=gpus)
+    for note in sorted(notes):
+        typer.echo(f'note: not on this machine: {note}', err=True)
     if dry_run:
         typer.echo(sbatch_text(jobs, resources))
         return

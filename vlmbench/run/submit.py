@@ -18,7 +18,7 @@ from typing import Any
 # %% ../../nbs/run/30_submit.ipynb #cf82108e
 from ..options import OptionType
 from ..lab.run_folders import JOB_FILE, ask_slurm, job_record, progress, queue
-from .early import check_early
+from .early import NotHere, check_early
 from .engine import find_notebook, run_notebook
 from vlmbench.run.manifest import (
     EXIT_CODES,
@@ -154,8 +154,11 @@ def _folders(
     return folders
 
 # %% ../../nbs/run/30_submit.ipynb #051fdc33
-def _expand(declared: Mapping[str, Parameter], given: Mapping[str, str], name: str) -> list[dict]:
-    "Every combination of the given values, in the order they were typed. Raises `ParameterError`."
+def _expand(
+    declared: Mapping[str, Parameter], given: Mapping[str, str], name: str, notes: set | None
+) -> list[dict]:
+    """Every combination of the given values, in the order they were typed; `notes` takes what is
+    not on this machine and may be on another. Raises `ParameterError`."""
     check_parameters(declared, {k: v for k, v in given.items() if k not in declared}, name)
     values = {}
     for key, text in given.items():
@@ -165,16 +168,39 @@ def _expand(declared: Mapping[str, Parameter], given: Mapping[str, str], name: s
             raise ParameterError(f'{name}: parameter {key!r}: {e}') from None
     runs = [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
     for run in runs:
-        check_early(name, declared, check_parameters(declared, run, name))
+        try:
+            check_early(name, declared, check_parameters(declared, run, name))
+        except NotHere as e:
+            if notes is None:
+                raise
+            notes.add(str(e))
     return runs
 
 
+def _check_devices(runs: Sequence[Mapping[str, str]], devices: Mapping[str, int]) -> None:
+    "Refuse runs that want more nodes, or more ranks than GPUs, than their jobs ask Slurm for."
+    for run in runs:
+        for name, count in devices.items():
+            wanted = run.get(name, '')
+            idle = name == 'gpus' and (not count or run.get('device') == 'cpu')
+            if wanted.isdigit() and int(wanted) > count and not idle:
+                raise ParameterError(
+                    f'{name}={wanted} is more than a job has (--{name} {count}): give --{name} '
+                    f'{wanted} alone, which is handed to the run as well'
+                )
+
+
 def plan_jobs(
-    notebook: str, given: Mapping[str, str], requeues: int = REQUEUES, **devices: int
+    notebook: str,
+    given: Mapping[str, str],
+    requeues: int = REQUEUES,
+    notes: set[str] | None = None,
+    **devices: int,
 ) -> list[NotebookJob]:
     """One job for each combination of the given values. `devices` (`nodes`, `gpus`) are handed to
-    a notebook that declares such a parameter; more than one node needs one that does. Raises
-    `ParameterError` for whatever would be refused on the node."""
+    a notebook that declares such a parameter; more than one node needs one that does. `notes`
+    takes what this machine lacks, where the jobs will run on another. Raises `ParameterError` for
+    whatever else would be refused on the node."""
     path = find_notebook(notebook)
     declared = notebook_parameters(load_notebook(path), path.stem)
     if devices.get('nodes', 1) > 1 and 'nodes' not in declared:
@@ -183,7 +209,8 @@ def plan_jobs(
             f'--nodes {devices["nodes"]} would idle'
         )
     known = {k: str(n) for k, n in devices.items() if n > 1 and k in declared and k not in given}
-    runs = _expand(declared, {**given, **known}, path.stem)
+    runs = _expand(declared, {**given, **known}, path.stem, notes)
+    _check_devices(runs, devices)
     jobs = []
     for run, folder in zip(runs, _folders(path.stem, declared, runs)):
         try:

@@ -108,10 +108,8 @@ def check_identity(
         lines = '\n'.join(f'  {k}: saved {a.get(k)!r}, now {b.get(k)!r}' for k in diff[:12])
         raise CheckpointError(
             f'{where} belongs to another run:\n{lines}\nUse the same settings and base model, '
-            'train '
-            f'into another folder, '
-            f'start over with resume=None, or name the differences to '
-            f'accept in allow_changed={tuple(diff[:2])!r}'
+            'train into another folder, start over with resume=false (None in Python), or accept '
+            f'the differences with allow_changed=[{",".join(diff)}]'
         )
 
 # %% ../../nbs/train/20_checkpoint.ipynb #77e3661b
