@@ -8,6 +8,7 @@ __all__ = ['PLACES', 'WORLDS', 'CHECKS', 'check_places', 'check_trackers', 'chec
            'check_early', 'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -242,7 +243,10 @@ def _check_precision(values: Mapping[str, Any]) -> None:
     that the scale stores in half precision, and fp16 over bf16."""
     scale = _scale_of(values['scale'])
     kept = ('float32', 'float16') if values['precision'] == 'fp16' else ('float32',)
-    if values['precision'] == 'bf16' or values['model'] or scale is None or scale.dtype in kept:
+    if values['precision'] == 'bf16' or scale is None:
+        return
+    whose, dtype = _kept_in(values['model'], scale)
+    if dtype in kept:
         return
     try:
         _, recipe = _planned(values)
@@ -255,11 +259,22 @@ def _check_precision(values: Mapping[str, Any]) -> None:
             frozen.append(stage.name)
     if frozen or values['precision'] == 'fp16':
         raise ParameterError(
-            f'precision={values["precision"]}: scale={scale.name} stores its weights in '
-            f'{scale.dtype}, in which they stay where a stage freezes them '
-            f'({", ".join(frozen) or "none"}). Train with precision=bf16, or with '
-            'a JSON file of the scale that says dtype float32'
+            f'precision={values["precision"]}: {whose} stores its weights in {dtype}, in which '
+            f'they stay where a stage freezes them ({", ".join(frozen) or "none"}). Train with '
+            'precision=bf16, or with a JSON file of the scale that says dtype float32'
         )
+
+
+def _kept_in(model: str, scale: Any) -> tuple[str, str]:
+    "What says in which precision frozen weights are kept, and the precision."
+    for place in (Path(model), Path(model) / 'model') if model else ():
+        if (place / 'config.json').is_file():
+            settings = json.loads((place / 'config.json').read_text('utf8'))
+            if (
+                settings.get('model_type') == 'vlmbench'
+            ):  # what others saved comes as the scale says
+                return f'model={model}', settings.get('dtype') or 'float32'
+    return f'scale={scale.name}', scale.dtype
 
 
 def _check_attention(name: str | None) -> None:
