@@ -360,11 +360,15 @@ def find_notebook(name: str | Path) -> Path:
     )
 
 # %% ../../nbs/run/00_engine.ipynb #9b039c1c
-def _make_folder(folder: Path) -> None:
-    "The run folder, where it is not there yet. Raises `ParameterError` where it cannot be made."
+def _try_folder(folder: Path) -> None:
+    """Raises `ParameterError` where no run folder can be made. None stays: the run may yet be
+    refused."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for place in made:
+            place.rmdir()
     except RunFolderError as e:
         raise ParameterError(str(e)) from None
     except OSError as e:
@@ -393,7 +397,7 @@ def run_notebook(
     full = {k: p.default for k, p in declared.items()} | values
     check_places(full)  # while an address is still one: Path would make a folder of it
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
-    _make_folder(folder)
+    _try_folder(folder)
     if 'out' in declared:
         values['out'] = str(folder)
     import papermill
