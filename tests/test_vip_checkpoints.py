@@ -348,6 +348,9 @@ def test_convert_writes_what_transformers_loads(tmp_path):
     torch.testing.assert_close(
         answers(theirs, batch)[0], answers(ours, batch)[0], atol=1e-5, rtol=0
     )
+    words = AutoProcessor.from_pretrained(tmp_path / 'out', backend='pil').tokenizer
+    short, long = words(['what ?', 'what is the color ?'], padding=True)['attention_mask']
+    assert short[0] == 0 and short[-1] == 1 == long[0]  # else a shorter question ends in padding
     model, read = load_vlm(tmp_path / 'out', template='llava_v1')
     assert read.template == 'llava_v1' and torch.equal(
         model(**batch).logits, theirs(**batch).logits

@@ -9,6 +9,7 @@ __all__ = ['VIP_LLAVA', 'TRANSFORMERS', 'SELECT_LAYERS', 'TEMPLATE', 'CLIP', 'na
            'save_transformers']
 
 # %% ../../nbs/checkpoints/20_llava.ipynb #e10ce739
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -581,9 +582,11 @@ def save_transformers(
     itself, and vLLM; returns the folder. Raises `CheckpointFormatError`, before anything is
     written."""
     theirs, front = to_transformers(model), model.config.vision_config
+    words = copy.deepcopy(processor.tokenizer)
+    words.init_kwargs['padding_side'] = 'left'  # theirs pads as its tokenizer's file says
     both = LlavaProcessor(
         _image_processor(processor.transform),
-        processor.tokenizer,
+        words,
         patch_size=theirs.config.vision_config.patch_size,
         vision_feature_select_strategy=_strategy(front),
         num_additional_image_tokens=num_prefix_tokens(front['backbone']),

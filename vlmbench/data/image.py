@@ -191,7 +191,7 @@ def native_size(
     """(height, width) near the own size, multiples of `multiple`, within the pixel budget; a side
     below one multiple is enlarged to one. Raises `ImageError` for an aspect ratio over 200."""
     if max(h, w) / min(h, w) > 200:
-        raise ImageError(f'too elongated: {w} x {h} has an aspect ratio over 200')
+        raise ImageError(f'too elongated: {w} x {h} has an aspect ratio over 200: crop it')
     new = [max(1, round(side / multiple)) * multiple for side in (h, w)]
     if new[0] * new[1] > max_pixels:
         shrink = math.sqrt(max(h, multiple) * max(w, multiple) / max_pixels)

@@ -8,6 +8,7 @@ __all__ = ['PLACES', 'WORLDS', 'CHECKS', 'check_places', 'check_trackers', 'chec
            'check_perplexity', 'check_early', 'check_here']
 
 # %% ../../nbs/run/03_early.ipynb #0e845895
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from .early_models import check_models, hub_fault, why_not
 from .parameters import Parameter, ParameterError
-from .questions import WORLD_TASKS, check_compare, check_files
+from .questions import WORLD_TASKS, check_compare, check_files, check_folder
 from .ranges import check_layout, check_ranges
 
 # %% ../../nbs/run/03_early.ipynb #72fc01d2
@@ -155,7 +156,7 @@ def check_train(values: Mapping[str, Any]) -> None:
     check_trackers(values['trackers'])
     _check_start(values['model'])
     _check_attention(values['attn_implementation'])
-    _check_folder(values['data'])
+    check_folder(values['data'])
     _check_plan(values)
     if values['offload'] or values['nodes'] * (values['gpus'] or 0) > 1:
         check_layout(values, _planned(values)[1])
@@ -164,19 +165,6 @@ def check_train(values: Mapping[str, Any]) -> None:
     _check_questions(values)
     _check_projector(values)
     check_weights(values)  # the last, as a job's machine may have them
-
-
-def _check_folder(data: str) -> None:
-    "Refuse data that is nowhere, before what takes seconds to import is asked about it."
-    from vlmbench.data.layouts import is_hub
-    from vlmbench.data.sources import DataError, prepare_data, published_names
-
-    if not data or is_hub(data) or Path(data).is_dir() or data in published_names():
-        return
-    try:
-        prepare_data(data)
-    except DataError as e:
-        raise ParameterError(str(e)) from None
 
 
 def _check_projector(values: Mapping[str, Any]) -> None:
@@ -265,7 +253,10 @@ def _check_precision(values: Mapping[str, Any]) -> None:
     that the scale stores in half precision, and fp16 over bf16."""
     scale = _scale_of(values['scale'])
     kept = ('float32', 'float16') if values['precision'] == 'fp16' else ('float32',)
-    if values['precision'] == 'bf16' or values['model'] or scale is None or scale.dtype in kept:
+    if values['precision'] == 'bf16' or scale is None:
+        return
+    whose, dtype = _kept_in(values['model'], scale)
+    if dtype in kept:
         return
     try:
         _, recipe = _planned(values)
@@ -278,11 +269,20 @@ def _check_precision(values: Mapping[str, Any]) -> None:
             frozen.append(stage.name)
     if frozen or values['precision'] == 'fp16':
         raise ParameterError(
-            f'precision={values["precision"]}: scale={scale.name} stores its weights in '
-            f'{scale.dtype}, in which they stay where a stage freezes them '
-            f'({", ".join(frozen) or "none"}). Train with precision=bf16, or with '
-            'a JSON file of the scale that says dtype float32'
+            f'precision={values["precision"]}: {whose} stores its weights in {dtype}, in which '
+            f'they stay where a stage freezes them ({", ".join(frozen) or "none"}). Train with '
+            'precision=bf16, or with a JSON file of the scale that says dtype float32'
         )
+
+
+def _kept_in(model: str, scale: Any) -> tuple[str, str]:
+    "What says in which precision frozen weights are kept, and the precision."
+    for place in (Path(model), Path(model) / 'model') if model else ():
+        if (place / 'config.json').is_file():
+            settings = json.loads((place / 'config.json').read_text('utf8'))
+            if settings.get('model_type') == 'vlmbench':  # others come as the scale says
+                return f'model={model}', settings.get('dtype') or 'float32'
+    return f'scale={scale.name}', scale.dtype
 
 
 def _check_attention(name: str | None) -> None:
