@@ -94,7 +94,8 @@ def test_the_command_filters_counts_and_writes_the_same_bytes_twice(data, tmp_pa
     assert counts == {
         'read': N,
         'dropped: small picture': 2,
-        'dropped: unreadable picture': 2,
+        'dropped: missing picture': 1,
+        'dropped: unreadable picture': 1,
         'dropped: repetition': 2,
         'dropped: cut caption': 2,
         'dropped: far from its centre': left - kept,

@@ -87,6 +87,8 @@ def refusal(sample: Sample, choice: Choice) -> str:
         return 'no picture'
     try:
         sizes = [picture_size(ref) for ref in sample.images]
+    except FileNotFoundError:
+        return 'missing picture'
     except (OSError, ValueError):
         return 'unreadable picture'
     if choice.above is not None and min(map(min, sizes)) <= choice.above:
@@ -221,7 +223,12 @@ def filter_captions(
             numbers = spread_out(rows, root, numbers, choice, work, counts)
             (work / 'embeddings.npy').unlink()
         if not len(numbers):
-            raise ValueError(f'no row of {source} is left: {counts}; ask for less')
+            told = ', '.join(f'{why} ({n})' for why, n in sorted(counts.items()))
+            lost = f' Pictures are named from {Path(root or ".").resolve()}.'
+            raise ValueError(
+                f'no row of {source} is left: {told}; ask for less.'
+                + (lost if counts.get('missing picture') else '')
+            )
         written = dict(all=numbers)
         if choice.rows is not None:
             order = np.random.default_rng(choice.seed).permutation(len(numbers))
