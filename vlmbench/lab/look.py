@@ -102,13 +102,7 @@ def data_sets(where: str | Path) -> dict[str, Found]:
         )
     if not sets:  # shards alone, or a saved data set
         whole = where.resolve()
-        try:
-            sets = {whole.name: find_data(whole.parent, whole.name)}
-        except DataError:
-            raise DataError(
-                f'{where} holds no rows: there is no JSON, JSON lines, parquet or tar file in it, '
-                'and it is no saved data set. Name the file, or the folder that has it'
-            ) from None
+        sets = {whole.name: find_data(whole.parent, whole.name)}
     return _as_shards(where, sets)
 
 
