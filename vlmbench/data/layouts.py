@@ -319,8 +319,9 @@ class ParquetRows(StoredRows):
 # %% ../../nbs/data/05b_layouts.ipynb #5f886b55
 DATA_FILES = ('.json', '.jsonl', '.parquet')
 PACKED_FILES = ('.json.gz', '.jsonl.gz', '.tar')
-# in which `datasets` describes what lies beside them
+# in which `datasets`, and the commands below `vlmbench data`, describe what lies beside them
 _DESCRIBING = ('dataset_dict.json', 'dataset_info.json', 'dataset_infos.json', 'state.json')
+_DESCRIBING += ('conversion.json', 'counts.json', 'world.json')
 
 
 def is_data_file(path: str | Path) -> bool:
