@@ -16,7 +16,14 @@ from typing import Any
 
 from .early_models import check_models, hub_fault, why_not
 from .parameters import Parameter, ParameterError
-from .questions import WORLD_TASKS, check_compare, check_files, check_folder
+from vlmbench.run.questions import (
+    WORLD_TASKS,
+    check_compare,
+    check_files,
+    check_folder,
+    check_region_sets,
+    check_vip_bench,
+)
 from .ranges import check_layout, check_ranges
 
 # %% ../../nbs/run/03_early.ipynb #72fc01d2
@@ -484,6 +491,8 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     'harness': (check_harness, ('suite', 'tasks', 'preset', 'before', 'task_folder', 'published')),
     'perplexity': (check_perplexity, ('text', 'tokens', 'block', 'cuts')),
     'compare': (check_compare, ('runs', 'published')),
+    'region_tasks': (check_region_sets, ('data', 'sets')),
+    'vip_bench': (check_vip_bench, ('data',)),
 }
 
 
