@@ -28,6 +28,7 @@ from vlmbench.lab.calibration import load_any
 from vlmbench.models.vision_lora import LoRASettings
 from vlmbench.models.vlm import build_vlm
 from vlmbench.run.engine import run_notebook
+from vlmbench.run.parameters import ParameterError
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
 TEXT = SMALL | dict(vocab_size=len(world_tokenizer()), num_hidden_layers=2, num_key_value_heads=2)
@@ -328,15 +329,13 @@ def test_adapters_to_be_analysed(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_evaluation_of_such_a_folder_fails(tmp_path, capfd):
+def test_an_evaluation_of_such_a_folder_is_refused(tmp_path):
     for part in built('llava'):
         part.save_pretrained(tmp_path / 'm')
     whole = load_file(tmp_path / 'm' / 'model.safetensors')
     rest = {n: t for n, t in whole.items() if 'projector' not in n}
     save_file(rest, tmp_path / 'm' / 'model.safetensors', metadata=dict(format='pt'))
     given = dict(model=str(tmp_path / 'm'), limit=1)
-    assert run_notebook('evaluate', given, tmp_path / 'run', progress=False) == 1
-    manifest = json.loads((tmp_path / 'run' / 'manifest.json').read_text())
-    assert manifest['status'] == 'failed' and not manifest['results']
-    assert re.search(r'LoadError: .*/m lacks 4 weights .*projector', manifest['reason'])
-    assert 'failed in cell' in capfd.readouterr().err
+    with pytest.raises(ParameterError, match='m has no weights of its projector'):
+        run_notebook('evaluate', given, tmp_path / 'run', progress=False)
+    assert not (tmp_path / 'run').exists()

@@ -152,7 +152,8 @@ def test_what_does_not_fit_is_refused_before_the_kernel_starts(bases, tmp_path, 
     assert 'to a language model of width 64' in refusal(bases, SIGLIP, projector=file)
     torch.save({f'model.mm_projector.clip_layernorm.{n}': torch.ones(2) for n in 'ab'}, file)
     assert 'unknown here' in refusal(bases, SIGLIP, projector=file)
-    assert 'give one of both' in refusal(bases, SIGLIP, projector=file, model=tmp_path)
+    assert 'give one of both' in refusal(bases, SIGLIP, projector=file, model='asset:vlm')
+    assert 'holds no model' in refusal(bases, SIGLIP, projector=file, model=tmp_path)
     said = refusal(bases, SIGLIP, projector='BoyaWu10/none-there')
     assert 'Hub did not give mm_projector.bin' in said
 

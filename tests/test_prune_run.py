@@ -15,7 +15,7 @@ from vlmbench.models.depth import depth_of, prune
 from vlmbench.run.engine import find_notebook, run_notebook
 from vlmbench.run.layer_jobs import prune_job
 from vlmbench.run.manifest import Manifest
-from vlmbench.run.parameters import load_notebook, notebook_parameters
+from vlmbench.run.parameters import ParameterError, load_notebook, notebook_parameters
 
 
 def test_a_run_loses_a_layer_and_is_healed(trained, bases, tmp_path):  # noqa: F811
@@ -49,7 +49,6 @@ def test_a_run_loses_a_layer_and_is_healed(trained, bases, tmp_path):  # noqa: F
 @pytest.mark.parametrize(
     'given, says',
     [
-        (dict(model='nowhere'), 'nowhere: no model there'),
         (dict(k=2, region=[0]), 'only 1 layers lie outside'),
         pytest.param(
             dict(remove=[0], region=[0]), 'they cannot go and stay', marks=pytest.mark.slow
@@ -63,6 +62,12 @@ def test_bad_requests_are_refused(trained, bases, tmp_path, given, says):  # noq
     )
     assert run_notebook('prune', given, tmp_path / 'p', progress=False, quiet=True) == 1
     assert says in (tmp_path / 'p' / 'prune.ipynb').read_text()
+
+
+def test_a_model_that_is_not_there_is_refused_before_the_kernel(tmp_path):
+    with pytest.raises(ParameterError, match='model=nowhere: nothing is there'):
+        run_notebook('prune', dict(model='nowhere'), tmp_path / 'p', progress=False, quiet=True)
+    assert not (tmp_path / 'p').exists()
 
 
 def test_named_layers_go_from_any_folder_and_keep_their_numbers(bases, tmp_path):  # noqa: F811

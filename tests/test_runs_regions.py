@@ -164,6 +164,8 @@ def test_region_tasks(saved, tmp_path):
 
 
 def test_a_refusal_says_what_to_do(tmp_path):
+    for name in ('vip-bench-meta-data.json', 'v7w-test.json', 'pointQA_twice_test.json'):
+        (tmp_path / name).touch()
     assert (
         run_notebook('vip_bench', dict(data=str(tmp_path)), tmp_path / 'out', progress=False) != 0
     )
@@ -176,6 +178,7 @@ def test_a_refusal_says_what_to_do(tmp_path):
 
 
 def test_a_caption_metric_that_cannot_run_is_refused_before_a_run_begins(saved, tmp_path):
+    (tmp_path / 'refcocog-test.json').touch()
     params = dict(model=str(saved), data=str(tmp_path), sets=['refcocog'], metrics=['rouge'])
     assert run_notebook('region_tasks', params, tmp_path / 'out', progress=False) != 0
     said = json.dumps(Manifest(tmp_path / 'out').read())
