@@ -181,7 +181,7 @@ def test_a_caption_metric_that_cannot_run_is_refused_before_a_run_begins(saved, 
     (tmp_path / 'refcocog-test.json').touch()
     params = dict(model=str(saved), data=str(tmp_path), sets=['refcocog'], metrics=['rouge'])
     assert run_notebook('region_tasks', params, tmp_path / 'out', progress=False) != 0
-    said = json.dumps(Manifest(tmp_path / 'out').read())
+    said = Manifest(tmp_path / 'out').read()['reason']
     assert "caption metric 'rouge' is unknown" in said and 'missing' not in said
 
 
