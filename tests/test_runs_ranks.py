@@ -209,7 +209,7 @@ def test_a_bench_gives_its_trainings_the_ranks(bases, tmp_path):
 
 def test_what_cannot_be_is_refused_before_anything_is_built(bases, one, tmp_path):
     done = run(tmp_path, 'train', **settings(bases, out='run', gpus=3))
-    assert done.returncode == 1 and 'use 1, 2 ranks' in done.stderr
+    assert done.returncode == 2 and 'use 1, 2 ranks' in done.stderr
     changed = settings(bases, out='run') | dict(recipe='visual_region')
     done = run(one.parent, 'train', **changed)
     assert done.returncode == 2 and 'completed' in done.stderr
