@@ -56,10 +56,12 @@ def check_files(tasks: Sequence[str], data: str, worlds: Sequence[str] = ('',)) 
 def check_folder(data: str) -> None:
     """Refuse `data` that is nowhere, before what takes seconds to import is asked about it. Raises
     `ParameterError`."""
+    if not data or Path(data).is_dir():
+        return  # the import brings torch
     from vlmbench.data.layouts import is_hub
     from vlmbench.data.sources import DataError, prepare_data, published_names
 
-    if not data or is_hub(data) or Path(data).is_dir() or data in published_names():
+    if is_hub(data) or data in published_names():
         return
     try:
         prepare_data(data)
