@@ -55,11 +55,14 @@ def test_layers_put_back_answer_as_before(tuned, bases, tmp_path):  # noqa: F811
     assert changed == {'3'}
 
 
+MODEL = str(asset_path('vlm'))
+
+
 @pytest.mark.parametrize(
     'given, why',
-    [(dict(revert=[3]), 'needs revert_to'), (dict(revert_to='B'), 'name the layers')],
+    [(dict(revert=[3]), 'needs revert_to'), (dict(revert_to=MODEL), 'name the layers')],
 )
 def test_half_a_request_is_refused_before_a_kernel_starts(tmp_path, given, why):
     with pytest.raises(ParameterError, match=why):
-        run_notebook('evaluate', dict(model='M', out=str(tmp_path / 'r')) | given, quiet=True)
+        run_notebook('evaluate', dict(model=MODEL, out=str(tmp_path / 'r')) | given, quiet=True)
     assert not (tmp_path / 'r').exists()

@@ -8,9 +8,12 @@ __all__ = ['decoded_address', 'frames_prompt', 'plain_row']
 # %% ../../nbs/data/04_row_shapes.ipynb #0136f005
 import base64
 import binascii
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from PIL import Image
 
 from .columns import _same, is_empty, picture_column, refuse_unread_in, system_column
 from .quarantine import BadRecord
@@ -25,16 +28,23 @@ _PART_KEYS = {*_CARRIERS, 'type', 'text', 'index', 'detail'}
 
 
 def decoded_address(address: str, at: str) -> Any:
-    """The bytes in a `data:` address, other text as it is; `at`: whose it is. Raises `BadRecord`
-    for the web's."""
+    """The picture's bytes in a `data:` address, other text as it is; `at`: whose it is. Raises
+    `BadRecord` for one that holds no picture, and for the web's."""
     if address.startswith('data:'):
         head, _, body = address.partition(',')
         try:
             if not head.endswith(';base64'):
                 raise ValueError
-            return base64.b64decode(body, validate=True)
+            data = base64.b64decode(body, validate=True)
         except (ValueError, binascii.Error):
             raise BadRecord(f'content part: {at} has a data address that is no base64') from None
+        try:
+            Image.open(io.BytesIO(data)).close()  # reads the head alone
+        except (OSError, Image.DecompressionBombError):
+            raise BadRecord(
+                f'content part: {at} has a data address that holds no picture'
+            ) from None
+        return data
     if address.startswith(('http://', 'https://')):
         raise BadRecord(
             f'content part: {at} names {address[:60]!r}, which is no file; download it first and '
