@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 # %% ../../nbs/run/20_bench.ipynb #6ce53f62
-from .engine import run_notebook
+from .engine import check_place, run_notebook
 from .expected import best_precision, expected_seconds
-from .manifest import EXIT_CODES, Manifest, RunFolderError, check_folder, code_state
+from .manifest import EXIT_CODES, Manifest, code_state
 from .parameters import ParameterError
 
 # %% ../../nbs/run/20_bench.ipynb #c6c067b9
@@ -62,10 +62,7 @@ def plan_bench(
 ) -> list[BenchRun]:
     """Runs in order, `<out>/<method>-s<seed>`; `params` go to every run. Raises `ParameterError`
     for no methods, repeats, no seeds, and a place where no folder can be made."""
-    try:
-        check_folder(out)
-    except RunFolderError as e:
-        raise ParameterError(str(e)) from None
+    check_place(out)
     if world_of_scale(params.get('scale', 'tiny'))[0] == 'things':
         params = dict(tasks=THING_TASKS) | params
     if seeds < 1:

@@ -19,8 +19,8 @@ from .parameters import Parameter, ParameterError
 from vlmbench.run.questions import (
     WORLD_TASKS,
     check_compare,
+    check_data_folder,
     check_files,
-    check_folder,
     check_region_sets,
     check_vip_bench,
 )
@@ -163,7 +163,7 @@ def check_train(values: Mapping[str, Any]) -> None:
     check_trackers(values['trackers'])
     _check_start(values['model'])
     _check_attention(values['attn_implementation'])
-    check_folder(values['data'])
+    check_data_folder(values['data'])
     _check_plan(values)
     if values['offload'] or values['nodes'] * (values['gpus'] or 0) > 1:
         check_layout(values, _planned(values)[1])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunStopped', 'verdict', 'kill_run', 'VlmbenchEngine', 'notebook_folders', 'known_notebooks', 'find_notebook',
-           'run_notebook']
+           'check_place', 'run_notebook']
 
 # %% ../../nbs/run/00_engine.ipynb #cea59703
 import os, signal, sys
@@ -360,7 +360,7 @@ def find_notebook(name: str | Path) -> Path:
     )
 
 # %% ../../nbs/run/00_engine.ipynb #9b039c1c
-def _check_place(folder: Path) -> None:
+def check_place(folder: str | Path) -> None:
     "Refuse a place where no run folder can be made or written. Raises `ParameterError`."
     try:
         check_folder(folder)
@@ -388,7 +388,7 @@ def run_notebook(
     full = {k: p.default for k, p in declared.items()} | values
     check_places(full)  # while an address is still one: Path would make a folder of it
     folder = Path(out_dir or full.get('out') or default_folder(path.stem, full))
-    _check_place(folder)
+    check_place(folder)
     if 'out' in declared:
         values['out'] = str(folder)
     import papermill
