@@ -28,9 +28,10 @@ from vlmbench.train.thing_pictures import (
 )
 
 # %% auto #0
-__all__ = ['STARTS', 'CODE', 'NEIGHBOURS', 'CUT', 'EncoderPlan', 'place_code', 'place_shift', 'look_at_neighbours', 'thing_tower',
-           'box_weights', 'under_boxes', 'CutOutNet', 'cut_outs', 'train_teacher', 'ThingHeads', 'feature_loss',
-           'thing_losses', 'rate_at', 'EncoderRun', 'train_step', 'heads_right', 'pretrain_thing_encoder']
+__all__ = ['STARTS', 'CODE', 'NEIGHBOURS', 'CUT', 'READ', 'EncoderPlan', 'place_code', 'place_shift', 'look_at_neighbours',
+           'thing_tower', 'box_weights', 'under_boxes', 'CutOutNet', 'cut_outs', 'train_teacher', 'ThingHeads',
+           'feature_loss', 'token_loss', 'thing_losses', 'rate_at', 'EncoderRun', 'train_step', 'heads_right',
+           'pretrain_thing_encoder']
 
 # %% ../../nbs/train/42_pretrain_things.ipynb #7123c298
 STARTS = ('neighbours', 'random')
@@ -54,6 +55,7 @@ class EncoderPlan:
     lr: float = 1.5e-3  # peak rate of vectors, embeddings and heads
     matrix_lr: float = 1e-2  # peak rate of the blocks' matrices (Muon)
     name: float = 1.0  # weight of the names under boxes
+    token: float = 1.0  # weight of the same names, asked of each token alone at `READ` layers
     mark: float = 0.3  # weight of the marked thing's name
     presence: float = 0.3  # weight of the names in the picture
     feature: float = 0.5  # weight of the teacher's features; 0 makes no teacher
@@ -229,6 +231,9 @@ def train_teacher(
     return net.eval().requires_grad_(False)
 
 # %% ../../nbs/train/42_pretrain_things.ipynb #9866929c
+READ = (-2, -1)  # layers whose single tokens are asked: a method's projector reads either
+
+
 class ThingHeads(nn.Module):
     "What is asked of tokens `[n, 1 + grid * grid, width]`."
 
@@ -238,6 +243,7 @@ class ThingHeads(nn.Module):
             torch.manual_seed(plan.seed + 1)
             self.norm = nn.LayerNorm(plan.hidden)
             self.name = nn.Linear(plan.hidden, names)
+            self.token = nn.ModuleList(nn.Linear(plan.hidden, names) for _ in READ)
             self.mark = nn.Linear(plan.hidden, names)
             self.presence = nn.Linear(plan.hidden, names)
             self.feature = nn.Linear(plan.hidden, CutOutNet.width)
@@ -256,15 +262,30 @@ def feature_loss(seen: torch.Tensor, taught: torch.Tensor, batch: ThingBatch, si
     return ((seen - taught).square().mean(-1) * weight).sum() / weight.sum()
 
 
+def token_loss(tokens: torch.Tensor, name: nn.Module, batch: ThingBatch, side: int):
+    """Cross-entropy of a thing's name, asked of every single token under its box and weighted by
+    the share of the box in it, of `tokens` `[pictures, grid * grid, width]`."""
+    said = F.log_softmax(name(tokens), -1)[batch.owner]  # [things, tokens, names]
+    said = said.gather(2, batch.names[:, None, None].expand(-1, said.shape[1], 1))[..., 0]
+    weights = box_weights(batch.boxes, math.isqrt(tokens.shape[1]), side)
+    return -(said * weights).sum(1).mean()
+
+
 def thing_losses(
     vit: CLIPVisionModel, heads: ThingHeads, teacher: CutOutNet | None, batch: ThingBatch
 ) -> dict[str, torch.Tensor]:
     "The loss of each target, and the share of names that are `right`."
     side, names = vit.config.image_size, heads.name.out_features
-    tokens = vit(pixel_values=batch.pixels).last_hidden_state
+    layers = vit(pixel_values=batch.pixels, output_hidden_states=True).hidden_states
+    tokens = layers[-1]
     first = heads.norm(tokens[:, 0])
     said = heads.name(heads.norm(under_boxes(tokens[:, 1:], batch, side)))
     out = dict(name=F.cross_entropy(said, batch.names))
+    alone = [
+        token_loss(heads.norm(layers[layer][:, 1:]), name, batch, side)
+        for layer, name in zip(READ, heads.token)
+    ]
+    out['token'] = sum(alone) / len(alone)
     pointed = batch.marked >= 0
     if pointed.any():
         out['mark'] = F.cross_entropy(heads.mark(first[pointed]), batch.marked[pointed])
