@@ -140,7 +140,10 @@ def test_its_answers_are_those_of_evaluate(lmms_eval, model, tmp_path):
     assert answers(found, 'pairs') == things
 
 
-def command(tmp_path, *launcher, model, tasks, logs, more=()):
+TWO = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes=2']
+
+
+def command(tmp_path, *, model, tasks, logs, more=(), ranks=1):
     "A user's command, from another folder; the entry point is read from metadata made afresh."
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     meta = tmp_path / 'metadata'
@@ -148,16 +151,21 @@ def command(tmp_path, *launcher, model, tasks, logs, more=()):
         meta.mkdir()
         made = [sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(meta)]
         subprocess.run(made, cwd=root, check=True, capture_output=True)
-    line = [sys.executable, *launcher, '-m', 'lmms_eval', '--model', 'vlmbench']
+    line = [sys.executable, *(TWO if ranks == 2 else ()), '-m', 'lmms_eval', '--model', 'vlmbench']
     line += ['--model_args', f'pretrained={model},device=cpu', '--tasks', tasks]
     line += ['--include_path', str(tmp_path), '--batch_size', '2', '--log_samples']
     env = os.environ | dict(
         PYTHONPATH=os.pathsep.join([str(meta), root]), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'
     )
+    if ranks > 1:  # without it the launcher starts one process where there is no GPU, and is silent
+        env['ACCELERATE_USE_CPU'] = 'true'
     line += ['--output_path', str(logs), *more]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
-    said = (done.stdout + done.stderr)[-3000:]
+    printed = done.stdout + done.stderr
+    said = printed[-3000:]
     assert done.returncode == 0, said
+    for rank in range(ranks):
+        assert f'Running on rank {rank} ' in printed, printed[-6000:]
     found = {}
     for task in tasks.split(','):
         logged = sorted(logs.rglob(f'*samples_{task}.jsonl'))
@@ -176,8 +184,7 @@ def test_the_command_on_one_rank_and_on_two(lmms_eval, model, tmp_path):
     one = command(tmp_path, **where, logs=tmp_path / 'one')
     ours = [str(model.ask(row['image'], row['question'])) for row in rows]
     assert one['things'] == dict(enumerate(ours)) and len(one['pairs']) == len(rows)
-    launcher = ['-m', 'accelerate.commands.launch', '--num_processes=2', '--cpu']
-    assert command(tmp_path, *launcher, **where, logs=tmp_path / 'two') == one
+    assert command(tmp_path, **where, ranks=2, logs=tmp_path / 'two') == one
 
 
 JUDGED = """

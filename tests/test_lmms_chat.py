@@ -135,8 +135,7 @@ def test_messages_and_plain_tasks_by_one_command(model, tmp_path):
     simple = command(tmp_path, **where, logs=tmp_path / 'simple', more=['--force_simple'])
     assert simple['pairs'] == one['pairs'] and simple['things'] == one['things']
     assert simple['talk'] == one['pairs'] != one['talk']  # two pictures and a text, no turns
-    launcher = ['-m', 'accelerate.commands.launch', '--num_processes=2', '--cpu']
-    assert command(tmp_path, *launcher, **where, logs=tmp_path / 'two') == one
+    assert command(tmp_path, **where, ranks=2, logs=tmp_path / 'two') == one
 
 
 @pytest.mark.slow

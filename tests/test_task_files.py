@@ -138,8 +138,7 @@ def test_the_command_of_lmms_eval_on_one_rank_and_on_two(model, sets, tmp_path):
         part.save_pretrained(tmp_path / 'saved')
     where = dict(model=tmp_path / 'saved', tasks='vlmbench_v7w,vlmbench_refcocog')
     one = command(tmp_path, **where, logs=tmp_path / 'one')
-    launcher = ['-m', 'accelerate.commands.launch', '--num_processes=2', '--cpu']
-    assert command(tmp_path, *launcher, **where, logs=tmp_path / 'two') == one
+    assert command(tmp_path, **where, ranks=2, logs=tmp_path / 'two') == one
     task = region_task('v7w', sets / FILES['v7w'], sets)
     ours = evaluate(model.model, model.processor, task, batch_size=2)
     assert [one['vlmbench_v7w'][n] for n in range(2)] == ours.frame['prediction'].tolist()

@@ -7,6 +7,7 @@ __all__ = ['PICTURES', 'LONGEST', 'chosen', 'shown_pictures', 'marked_question',
            'lmms_base', 'lmms_class', 'lmms_models']
 
 # %% ../../nbs/evaluate/48_lmms.ipynb #6b5640d2
+import atexit
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import StoppingCriteria
 
 # %% ../../nbs/evaluate/48_lmms.ipynb #a7fab7a3
@@ -117,6 +119,13 @@ class UntilStop(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
 # %% ../../nbs/evaluate/48_lmms.ipynb #b886d4e4
+def _leave() -> None:
+    """Ends this process's part in the group of ranks: lmms-eval leaves it open, and the threads of
+    gloo then abort now and again a command that has written all its results."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Answering:
     """A model as lmms-eval asks it. `pretrained`: what `load_vlm` reads, or a loaded (model,
     processor); `pictures`: `PICTURES`; `settings`: more of `load_vlm` (`dtype`, `template`,
@@ -141,6 +150,8 @@ class Answering:
         if pictures not in PICTURES:
             raise ValueError(f'pictures={pictures!r}: choose one of {", ".join(PICTURES)}')
         ranks = Ranks(device)
+        if ranks.size > 1:
+            atexit.register(_leave)
         self._rank, self._world_size, self.pictures = ranks.rank, ranks.size, pictures
         self.shared_by = ranks if in_step and ranks.size > 1 else None
         if isinstance(pretrained, tuple):
