@@ -126,6 +126,10 @@ def test_the_command_from_another_folder(folder, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert 'median words' in done.stdout and 'page: new/look.html' in done.stdout
     assert '<mark>' in (tmp_path / 'new' / 'look.html').read_text()
+    for given, page in (('new', 'new/look.html'), ('look', 'look.html')):  # a folder; no ending
+        (tmp_path / page).unlink(missing_ok=True)
+        done = CliRunner().invoke(data_app, [*asked[:-1], given])
+        assert f'page: {page}' in done.stdout and (tmp_path / page).is_file()
     done = CliRunner().invoke(data_app, ['look', 'nothing'])
     assert done.exit_code != 0 and 'is no file' in str(done.exception)
 

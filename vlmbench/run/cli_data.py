@@ -74,6 +74,10 @@ def look_command(
         words = ', '.join(f'{word} ({n:,})' for word, n in found.unknown)
         typer.echo(f'words the tokenizer does not know: {words}')
     if out is not None:
+        if out.is_dir():
+            out = out / 'look.html'
+        elif out.suffix not in ('.html', '.htm'):  # no browser shows a page without it
+            out = out.with_name(f'{out.name}.html')
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as file:
             file.write(found.page)
