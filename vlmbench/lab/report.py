@@ -32,6 +32,7 @@ from vlmbench.evaluate.results import (
     run_facts,
 )
 from .curves import harness_figure, harness_numbers
+from .exposure import exposure_section
 from vlmbench.lab.page import (
     NOT_RECORDED,
     Section,
@@ -555,6 +556,7 @@ def _sections(found: _Findings) -> list[Section]:
         *_harness_section(found),
         Section('examples', 'Examples', shown, examples_html(found.examples)),
         _freeze_section(found),
+        *exposure_section([run.folder for run in found.runs]),
         Section('speed', 'Speed and memory', speed, speed_html(found.runs)),
         Section('runs', 'Runs', '', manifests_html(found.runs)),
     ]

@@ -22,6 +22,7 @@ from vlmbench.run.questions import (
     check_data_folder,
     check_files,
     check_region_sets,
+    check_scaling,
     check_vip_bench,
 )
 from .ranges import check_layout, check_ranges
@@ -492,6 +493,7 @@ CHECKS: dict[str, tuple[Callable[[Mapping[str, Any]], None], tuple[str, ...]]] =
     'perplexity': (check_perplexity, ('text', 'tokens', 'block', 'cuts')),
     'compare': (check_compare, ('runs', 'published')),
     'region_tasks': (check_region_sets, ('data', 'sets')),
+    'scaling': (check_scaling, ('recipes', 'factors', 'scale', 'task', 'data')),
     'vip_bench': (check_vip_bench, ('data',)),
 }
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_TASKS', 'VIP_META', 'world_files', 'check_files', 'check_data_folder', 'check_region_sets', 'check_vip_bench',
-           'check_compare']
+           'check_compare', 'check_scaling']
 
 # %% ../../nbs/run/02b_questions.ipynb #d0efad29
 import difflib
@@ -126,3 +126,25 @@ def check_compare(values: Mapping[str, Any]) -> None:
     if values['runs'] and not any(holds):
         why = '; '.join(map(_no_runs, values['runs']))
         raise ParameterError(f'runs: there is nothing to compare: {why}')
+
+# %% ../../nbs/run/02b_questions.ipynb #cb6d72cc
+def check_scaling(values: Mapping[str, Any]) -> None:
+    """Refuse a run of notebook `scaling` with recipes, scale or task that do not exist, or with
+    fewer than two different budgets; `values`: all its parameters. Raises `ParameterError`."""
+    recipes, factors = values['recipes'], values['factors']
+    if not recipes or len(set(recipes)) < len(recipes):
+        raise ParameterError(f'recipes={list(recipes)}: name at least one, each once')
+    if len(set(factors)) < len(factors) or len(factors) < 2 or min(factors) <= 0:
+        raise ParameterError(
+            f'factors={list(factors)}: a curve needs two or more positive factors, each once'
+        )
+    from vlmbench.methods.recipes import find_scale, get_method
+    from vlmbench.train.recipe import RecipeError
+
+    try:
+        world = find_scale(values['scale']).world
+        for name in recipes:
+            get_method(name)
+    except RecipeError as e:
+        raise ParameterError(str(e)) from None
+    check_files([values['task']], values['data'], [world])
