@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from vlmbench.run.engine import run_notebook
-from vlmbench.run.exposure import seen_before
+from vlmbench.evaluate.exposure import seen_before
 from vlmbench.run.manifest import Manifest
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from .page import NOT_RECORDED, Section, html_table
-from ..run.exposure import exposure_table
+from ..evaluate.exposure import exposure_table
 
 # %% ../../nbs/lab/06_exposure.ipynb #9b94937e
 SHOWN = dict(
