@@ -69,8 +69,8 @@ def _texts():
     """Every text file of the project with its content; reference vectors and generated folders are
     left out."""
     skip = set(
-        """.git .venv .venv-engines _proc _site build dist golden jupyter_execute mathjax node_modules __pycache__
-        .pytest_cache
+        """.git .venv .venv-engines _proc _site build dist golden jupyter_execute mathjax
+        node_modules __pycache__ .pytest_cache
         .hypothesis
                   .ruff_cache .ipynb_checkpoints vlmbench.egg-info""".split()
     )
