@@ -95,6 +95,7 @@ def test_a_run_is_refused_before_its_kernel(tmp_path, monkeypatch):
     for settings, why in (
         (flash | dict(device='cpu'), 'needs a CUDA GPU, and this runs on cpu'),
         (flash, r"flash-attn: pip install 'vlmbench\[flash\]'"),
+        (dict(attn_implementation='flex_attention', device='cpu'), 'trains on a CUDA GPU only'),
         (dict(recipe='eve', variant=['load=8bit']), r"pip install 'vlmbench\[quant\]'"),
         (dict(recipe='vip_llava', variant=['load=4bit'], device='cpu'), r'vlmbench\[quant\]'),
     ):

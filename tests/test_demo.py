@@ -364,7 +364,10 @@ def test_chat_command_refuses_in_one_line(args, why, picture, tmp_path, monkeypa
         (('--save', 'photo.png', '--image', 'photo.png'), 'is the picture itself'),
         (('--save', './sub/../photo.png', '--image', 'photo.png'), 'is the picture itself'),
         (('--save', 'x.jpg', '--image', 'photo.png'), 'end the name in .png'),
-        (('--question', 'where is <region1> ?', '--image', 'photo.png'), 'there are 1 markers'),
+        (
+            ('--question', 'where is <region1> ?', '--image', 'photo.png'),
+            'there are 1 markers, up to <region0>',
+        ),
         (('--question', ' '), 'empty'),
         (('--image', 'http://127.0.0.1:9/x.png'), 'unreachable: http://127.0.0.1:9/x.png'),
     ],

@@ -165,6 +165,10 @@ def test_draw_ask_and_see_what_the_model_saw(served, page, tmp_path):
         'the page shows another picture than the model got'
     )
     assert models['plain'].turns[-1].text == f'<image>\n{asked}'
+    said = page.locator('#seen-left .caption-label').all_inner_texts()
+    assert ['marked,', 'as it enters the model,'] == [
+        line.rstrip('0123456789 ×px').strip() for line in said
+    ]
     shot(page, tmp_path, 'serve')
     assert box.input_value() == '' and not page.foreign and not page.problems, (
         page.foreign,

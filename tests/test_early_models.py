@@ -141,3 +141,15 @@ print('torch' in sys.modules)
     words = [sys.executable, '-c', code, str(asset_path('vlm'))]
     said = subprocess.run(words, capture_output=True, text=True)
     assert said.stdout == 'False\n', said.stderr
+
+
+def test_a_name_in_the_cache_is_asked_how_it_sees(tmp_path, hub, monkeypatch):
+    (tmp_path / 'theirs').mkdir()
+    (tmp_path / 'theirs' / 'config.json').write_text('{"model_type": "llava_llama"}')
+    named = hub(tmp_path / 'theirs', 'mucai/vip-llava-7b')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    words = ['run', 'evaluate', f'model={named}', 'image_mode=native', 'device=cpu']
+    refused = CliRunner().invoke(app, words).exception
+    assert isinstance(refused, ParameterError) and "front end 'encoder' sees" in str(refused)
+    assert not any((tmp_path / 'elsewhere').iterdir())

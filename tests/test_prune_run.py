@@ -2,16 +2,20 @@
 on disk."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 import vlmbench.models.vlm  # noqa: F401
+from test_released_placement import released
 from test_runs import bases, benched, trained  # noqa: F401
 from vlmbench.checkpoints.load import load_vlm
 from vlmbench.data.world import asset_path
 from vlmbench.models.depth import depth_of, prune
+from vlmbench.run.cli import app
 from vlmbench.run.engine import find_notebook, run_notebook
 from vlmbench.run.layer_jobs import prune_job
 from vlmbench.run.manifest import Manifest
@@ -46,22 +50,38 @@ def test_a_run_loses_a_layer_and_is_healed(trained, bases, tmp_path):  # noqa: F
     )
 
 
+@pytest.mark.slow
+def test_bad_requests_are_refused(trained, bases, tmp_path):  # noqa: F811
+    given = dict(model=str(trained), data=str(bases / 'world'), calibration=4, limit=6)
+    given |= dict(device='cpu', remove=[0], region=[0])
+    assert run_notebook('prune', given, tmp_path / 'p', progress=False, quiet=True) == 1
+    assert 'they cannot go and stay' in (tmp_path / 'p' / 'prune.ipynb').read_text()
+
+
 @pytest.mark.parametrize(
-    'given, says',
+    'words, says',
     [
-        (dict(k=2, region=[0]), 'only 1 layers lie outside'),
-        pytest.param(
-            dict(remove=[0], region=[0]), 'they cannot go and stay', marks=pytest.mark.slow
-        ),
+        (['prune', 'remove=[99]'], 'remove=99: .* has no layer 99, its decoder has layers 0..1'),
+        (['prune', 'region=[0,2]'], 'region=0,2: .* has no layer 2'),
+        (['prune', 'k=3'], 'k=3: the decoder of .* has only 2 layers'),
+        (['layers', 'picked=2'], 'picked=2: .* has no layer 2'),
+        (['evaluate', 'revert=[2]', 'revert_to=HUB'], 'revert=2: .* has no layer 2'),
     ],
 )
-def test_bad_requests_are_refused(trained, bases, tmp_path, given, says):  # noqa: F811
-    given = (
-        dict(model=str(trained), data=str(bases / 'world'), calibration=4, limit=6, device='cpu')
-        | given
-    )
-    assert run_notebook('prune', given, tmp_path / 'p', progress=False, quiet=True) == 1
-    assert says in (tmp_path / 'p' / 'prune.ipynb').read_text()
+@pytest.mark.parametrize('where', ['folder', 'hub'])
+def test_layers_that_are_not_there_are_refused_before_the_kernel(
+    where, words, says, tmp_path, hub, monkeypatch
+):
+    "A release in bf16, by its folder and by its name: the configuration says enough."
+    folder = released(tmp_path, 'eve', torch.bfloat16)
+    named = hub(folder, 'BAAI/EVE-7B-v1.0')
+    model = named if where == 'hub' else str(folder)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    notebook, *given = [word.replace('HUB', named) for word in words]
+    done = CliRunner().invoke(app, ['run', notebook, f'model={model}', *given, 'device=cpu'])
+    assert isinstance(done.exception, ParameterError) and re.search(says, str(done.exception))
+    assert not any((tmp_path / 'elsewhere').iterdir())
 
 
 def test_a_model_that_is_not_there_is_refused_before_the_kernel(tmp_path):

@@ -72,6 +72,7 @@ LAYOUTS = (
     'mucai/vip-llava-phi-3-mini-3.8B',
     'mucai/llava-1.5-llama-3-8b',
     'BAAI/EVE-7B-v1.0',
+    'BAAI/EVE-7B-Pretrain-v1.0',
     'Hon-Wong/VoRA-7B-Instruct',
     'mucai/vip-llava-7b-pretrain',
     'BoyaWu10/bunny-pretrain-llama3-8b-siglip',
@@ -238,6 +239,8 @@ def test_chat_and_the_page_take_it(name, zoo, picture):
     known |= dict(eve='vicuna_v1', vora='chatml', zero='zero_llama3')
     if name.startswith('BoyaWu10/'):
         known = dict(visual_region=dict(llama='bunny_llama', phi3='bunny_phi3')[kind])
+    if 'EVE-7B-Pretrain' in name:
+        known = dict(eve='llava_plain')  # it has seen captions alone
     assert served.processor.template == known.get(method, known.get(kind))
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIGNER', 'names_of', 'from_reference', 'to_reference', 'term_from_reference', 'term_to_reference',
-           'release_settings', 'load_release']
+           'release_settings', 'stage_template', 'load_release']
 
 # %% ../../nbs/checkpoints/30_eve.ipynb #5fc14e72
 import re
@@ -163,6 +163,12 @@ def release_settings(
     look = {n: tuple(settings[f'image_{n}']) for n in ('mean', 'std') if settings.get(f'image_{n}')}
     return front, ImageTransform('any_aspect', side, patch=step, multiple=step, **look)
 
+# %% ../../nbs/checkpoints/30_eve.ipynb #cba5c3d0
+def stage_template(folder: str | Path, config: Mapping[str, Any]) -> str:
+    "Chat template of the last stage of the release in `folder`, whose `config.json` is `config`."
+    names = (*Path(folder).resolve().parts, str(config.get('_name_or_path', '')))
+    return 'llava_plain' if any('EVE-7B-Pretrain' in name for name in names) else 'vicuna_v1'
+
 # %% ../../nbs/checkpoints/30_eve.ipynb #979f853e
 def load_release(
     folder: str | Path,
@@ -173,7 +179,7 @@ def load_release(
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Model and processor of a released EVE folder (safetensors or bin shards).
 
-    `template`: None for that of the last stage ('vicuna_v1'; EVE-7B-Pretrain has 'llava_plain').
+    `template`: None for that of its last stage (`stage_template`).
     `preprocessor`: a preprocessor file, else the one in the folder that `mm_vision_tower` names,
     else `release_settings` by name. `dtype`: that of the weights as stored. `place`: as in
     `build_release`. Raises `CheckpointFormatError` naming what does not fit."""
@@ -189,6 +195,6 @@ def load_release(
         empty_language_model('llama', config, stored_dtype(published, dtype)),
         place=place,
         front_end=front,
-        template=template or 'vicuna_v1',
+        template=template or stage_template(folder, config),
         transform=transform,
     )

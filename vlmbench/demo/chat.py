@@ -558,7 +558,9 @@ def refer(question: str, prompts: Sequence[VisualPrompt]) -> str:
     def name(m):
         i = int(m[1] or 0)
         if i >= len(prompts):
-            there = f'there are {len(prompts)} markers' if prompts else 'nothing is marked yet'
+            last = f'up to <region{len(prompts) - 1}>'  # the first is <region0>
+            there = f'there are {len(prompts)} markers, {last}'
+            there = there if prompts else 'nothing is marked yet'
             raise ChatError(
                 f'the question refers to {m[0]}, but {there}: draw one, or leave {m[0]} out'
             )

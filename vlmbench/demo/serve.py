@@ -145,7 +145,7 @@ def choose(self: _Handlers, side: str, name: str, visit: Visit | None) -> list:
 # %% ../../nbs/demo/10_serve.ipynb #6c0e5ce0
 @patch
 def seen(self: _Handlers, visit: Visit) -> list:
-    "For each side the marked picture, then what the encoder made of it."
+    "For each side the marked picture, then what enters the model (EVE and VoRA have no encoder)."
     galleries = []
     for side in self.sides:
         chat = visit.chats[side]
@@ -158,7 +158,7 @@ def seen(self: _Handlers, visit: Visit) -> list:
         except ChatError:  # its worker has just left: the marked picture is what it was given
             views = []
         labels = [f'marked, {marked.width} × {marked.height} px']
-        labels += [f'in its encoder, {view.width} × {view.height} px' for view in views]
+        labels += [f'as it enters the model, {view.width} × {view.height} px' for view in views]
         pictures = [marked, *views]
         # small pictures are enlarged without smoothing: a pixel is then a square
         small = max(max(picture.size) for picture in pictures) <= 512

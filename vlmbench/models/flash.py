@@ -20,16 +20,25 @@ def check_name(name: str) -> None:
         )
 
 
-def check_package(name: str | None, device: str | None = None) -> None:
+def check_package(name: str | None, device: str | None = None, trains: bool = False) -> None:
     """Refuse a back end of attention that is none of `ATTENTION`, and `flash_attention_2` where
     `device` ('cpu', 'cuda', 'cuda:1', 'mps'; None: not known yet) is no CUDA GPU or flash-attn is
-    not installed. None asks for no back end. Raises ValueError, in one line."""
+    not installed; where the model `trains`, `flex_attention` too, which has no backward pass on
+    others. None asks for no back end. Raises ValueError, in one line."""
     if name is None:
         return
     check_name(name)
+    asked = f'attn_implementation={name}'
+    if name == 'flex_attention' and trains:
+        if device is None:  # what the run will take; this brings torch
+            from vlmbench.models.device import first_device
+
+            device = first_device()
+        if device.partition(':')[0] != 'cuda':
+            where = f'and this runs on {device}'
+            raise ValueError(f'{asked} trains on a CUDA GPU only, {where}: use sdpa')
     if name != 'flash_attention_2':
         return
-    asked = f'attn_implementation={name}'
     if device is not None and device.partition(':')[0] != 'cuda':
         raise ValueError(f'{asked} needs a CUDA GPU, and this runs on {device}: use sdpa')
     if importlib.util.find_spec('flash_attn') is None:

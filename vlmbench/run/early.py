@@ -523,7 +523,7 @@ def check_here(values: Mapping[str, Any], notebook: str = '') -> None:
         from vlmbench.models.flash import check_package
 
         try:
-            check_package(attention, device)
+            check_package(attention, device, notebook == 'train')
         except ValueError as e:
             raise ParameterError(str(e)) from None
     if isinstance(device, str) and device != 'cpu':
