@@ -321,7 +321,9 @@ def check_folder(folder: str | Path) -> None:
             f'{folder}: {there} is a file, and no run folder; choose another `out`'
         )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RunFolderError(f'{folder}: {there} cannot be written; choose another `out`')
+        fixed = hasattr(os, 'statvfs') and os.statvfs(there).f_flag & os.ST_RDONLY
+        why = 'its file system is read-only' if fixed else 'its permissions do not allow it'
+        raise RunFolderError(f'{folder}: {there} cannot be written, as {why}; choose another `out`')
 
 
 @patch
