@@ -14,7 +14,7 @@ import torch
 
 from train_stubs import ENV, RowLoader, a_stage, run, stubs_on_ranks
 from vlmbench.train.checkpoint import CheckpointError, latest, load_state
-from vlmbench.train.launch import LaunchError
+from vlmbench.train.launch import LaunchError, launch
 from vlmbench.train.metrics import read_metrics
 from vlmbench.train.process import Preempted
 
@@ -90,6 +90,20 @@ def test_non_finite_on_one_rank_stops_both_with_the_sample_named(tmp_path, paral
     assert all('not finite in input pixel_values' in log for log in logs)
     assert '"s0"' in (tmp_path / 'run' / 'nonfinite.json').read_text()
     assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_the_rank_that_failed_first_is_named_in_one_line(failing, tmp_path, capfd):
+    "Its traceback is in its log and not on the screen; the other rank only lost its neighbour."
+    launched = (dict(failing=failing), 2, tmp_path / 'logs', 1)
+    with pytest.raises(LaunchError) as failure:
+        launch('train_stubs:one_fails', *launched, timeout=120, env=ENV)
+    log = tmp_path / 'logs' / f'rank-{failing}.log'
+    why = 'ValueError: 7.json row 3: no picture'
+    assert str(failure.value) == f'rank {failing} of 2 failed: {why} (its traceback: {log})'
+    shown = capfd.readouterr()
+    assert shown.out == 'said before\n' and not shown.err
+    assert log.read_text().count('Traceback') == 1
 
 
 PARENT = textwrap.dedent("""

@@ -223,6 +223,45 @@ def test_a_living_run_is_not_joined_and_the_current_folder_is_not_emptied(tmp_pa
     assert Manifest('.').read()['status'] == 'completed'
 
 
+BEGIN = """
+import sys, time
+from vlmbench.run.manifest import Manifest, RunFolderError
+run = Manifest(sys.argv[1])
+sys.stdin.readline()
+try:
+    print(run.start('demo', dict(seed=int(sys.argv[2])))['id'], flush=True)
+    time.sleep(60)
+except RunFolderError as e:
+    print('refused:', e)
+"""
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_of_two_runs_that_begin_at_once_one_is_refused(overwrite, tmp_path):
+    "In a fresh folder, and in one that holds a completed run which is to be emptied."
+    if overwrite:
+        with Run(tmp_path / 'r', 'demo', {}):
+            pass
+    code = BEGIN.replace('))[', f'), overwrite={overwrite})[')
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    both = [
+        subprocess.Popen([sys.executable, '-c', code, str(tmp_path / 'r'), seed], **pipes)
+        for seed in '01'
+    ]
+    try:
+        for process in both:
+            process.stdin.write('go\n')
+            process.stdin.flush()
+        said = [process.stdout.readline().strip() for process in both]
+        refused = [line for line in said if line.startswith('refused:')]
+        assert len(refused) == 1 and 'a run is still going there' in refused[0], said
+        assert Manifest(tmp_path / 'r').read()['id'] in said
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+
+
 def test_two_writers_lose_nothing(tmp_path):
     Manifest(tmp_path).start('demo', {})
 

@@ -59,11 +59,21 @@ def test_a_run_folder_that_is_a_file_is_named(taken, tmp_path, monkeypatch):
         ('--gpus 2 gpus=3', 'gpus=3 is more than a job has (--gpus 2)'),
         ('nodes=2', 'nodes=2 is more than a job has (--nodes 1)'),
         ('--gpus 5', '24 rows, and 5 ranks cannot share them'),
+        ('--nodes 5', "nodes=5: stage 'align': a step has 24 rows, and 5 ranks cannot share them"),
+        ('--nodes 5 --gpus 1', 'cannot share them evenly: use 1, 2, 3, 4, 6, 8, 12, 24 ranks'),
+        ('--nodes 2 --gpus 5', 'gpus=5, nodes=2: stage'),
     ],
 )
 def test_a_job_that_asks_for_too_little_is_not_printed(words, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert why in refused('submit', 'train', *words.split(), '--dry-run')
+
+
+def test_a_bench_of_jobs_with_a_layout_that_does_not_fit_is_not_submitted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ['--methods', 'llava', '--jobs', 'slurm', '--nodes', '5', '--out', 'b']
+    assert '24 rows, and 5 ranks cannot share them evenly' in refused('bench', *words)
+    assert not (tmp_path / 'b').exists()
 
 
 def test_a_file_for_a_cluster_needs_no_weights_here(tmp_path, monkeypatch):

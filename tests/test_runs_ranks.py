@@ -3,6 +3,8 @@ are answered alike row for row, a stop is saved and taken up, torchrun by hand d
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +80,8 @@ def test_two_ranks_train_and_answer_as_one(bases, one, tmp_path, parallel):
     assert_same_end(tmp_path / 'run', one)
     for task in ('vqa_test', 'text_test'):
         assert answers(tmp_path / 'run', task) == answers(one, task)
+    logs = [(tmp_path / 'run' / 'ranks' / f'rank-{rank}.log').read_text() for rank in (0, 1)]
+    assert 'warning: ' not in ''.join(logs) and 'deprecated' not in ''.join(logs)
     assert (tmp_path / 'run' / 'ranks' / 'rank-1.log').exists()
 
 
@@ -160,6 +164,23 @@ def test_pruning_measures_alike(bases, one, tmp_path):
         assert (weights(tmp_path / 'two')[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-7
     done = run(tmp_path, 'prune', out='three', gpus=3, **given)
     assert done.returncode == 1 and 'use 1, 2 ranks' in done.stderr
+
+
+def test_missing_pictures_are_said_in_one_line(bases, tmp_path):
+    "Which rank, which file and row, and why; the traceback is in the log of the rank."
+    shutil.copytree(bases / 'world', tmp_path / 'world')
+    file = tmp_path / 'world' / 'caption_train.json'
+    rows = [row | dict(image='none.png') for row in json.loads(file.read_text())]
+    file.write_text(json.dumps(rows))
+    given = settings(bases, out='run', gpus=2, data=tmp_path / 'world', precision='bf16')
+    done = run(tmp_path, 'train', **given)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and 'Traceback' not in said, said
+    why = r'rank [01] of 2 failed: ValueError: 100 samples in a row are bad at draw \d+; the last: '
+    why += r'sample \d+ \(id .*, caption_train\.json:\d+\): missing: .*none\.png \(its traceback: '
+    assert re.search(why, Manifest(tmp_path / 'run').read()['reason'])
+    logs = [(tmp_path / 'run' / 'ranks' / f'rank-{rank}.log').read_text() for rank in (0, 1)]
+    assert 'Traceback' in ''.join(logs)
 
 
 def test_region_questions_are_answered_alike(one, tmp_path):

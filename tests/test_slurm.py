@@ -303,9 +303,13 @@ def test_a_full_disk_ends_the_job_with_its_reason(desk, small_disk):
 @pytest.mark.short
 def test_a_read_only_folder_is_refused_before_anything_is_submitted(desk, small_disk):
     before = desk.cluster.call('squeue', '-h', '-t', 'all')
-    subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
+    fix = ['mount', '-o', 'remount,ro', str(small_disk)]
+    fixed = subprocess.run(fix, capture_output=True, text=True, check=False)
+    if fixed.returncode:
+        pytest.skip(f'a disk cannot be made read-only here: {fixed.stderr.strip()}')
     said = desk.vlmbench('submit', STEPS, 'seed=0..2', f'out={small_disk}/run', code=2)
-    assert 'Read-only' in said and 'nothing was submitted' in said
+    assert f'{small_disk} cannot be written, as its file system is read-only' in said
+    assert 'Traceback' not in said and len(said.strip().splitlines()) == 1
     assert desk.cluster.call('squeue', '-h', '-t', 'all') == before
 
 

@@ -261,3 +261,15 @@ def sleepy(out):
     with open(os.path.join(out, f'pid-{os.environ["RANK"]}'), 'w') as f:
         f.write(str(os.getpid()))
     time.sleep(300)
+
+
+def one_fails(failing):
+    "One rank has a reason to fail, the others wait for it; all have said something before."
+    import torch.distributed as dist
+
+    dist.init_process_group('gloo')
+    print('said before', flush=True)
+    if int(os.environ['RANK']) == failing:
+        raise ValueError('7.json row 3: no picture')
+    dist.all_reduce(torch.ones(1))
+    raise AssertionError('came through')

@@ -276,20 +276,19 @@ def _document(self: BatchLoader, k: int, index: int) -> tuple[Encoded | None, li
                 reason = f'too long: {doc.n_tokens} tokens, max_tokens={most}'
         except self.errors as e:
             reason = f'{e}' if ': ' in f'{e}' else f'{type(e).__name__}: {e}'
-        name = str(getattr(sample, 'id', ''))
+        name, where = (str(getattr(sample, part, '')) for part in ('id', 'where'))
         if not reason:
             return doc, events
+        who = f'sample {i} (id {name!r}{", " * bool(where)}{where})'
         if self.on_bad == 'error' or (self.too_long == 'error' and reason.startswith('too long')):
             raise ValueError(
-                f'sample {i} (id {name!r}) is {reason}. Raise max_tokens or repair the sample; '
+                f'{who} is {reason}. Raise max_tokens or repair the sample; '
                 "or set too_long='truncate', 'turns' or 'skip', on_bad='replace' or 'skip'"
             )
         events.append(('bad', i, name, reason))
         if self.on_bad == 'skip':
             return None, events
-    raise ValueError(
-        f'100 samples in a row are bad at draw {k}; the last: sample {i} (id {name!r}): {reason}'
-    )
+    raise ValueError(f'100 samples in a row are bad at draw {k}; the last: {who}: {reason}')
 
 # %% ../../nbs/data/50_packing.ipynb #e91f01de
 @patch

@@ -166,7 +166,7 @@ def check_train(values: Mapping[str, Any]) -> None:
     _check_attention(values['attn_implementation'])
     check_data_folder(values['data'])
     _check_plan(values)
-    if values['offload'] or values['nodes'] * (values['gpus'] or 0) > 1:
+    if values['offload'] or values['nodes'] * (values['gpus'] or 1) > 1:
         check_layout(values, _planned(values)[1])
     _check_precision(values)
     check_asked(values)

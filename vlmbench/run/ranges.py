@@ -57,10 +57,11 @@ def check_layout(values: Mapping[str, Any], recipe: Any) -> None:
             'offload=true moves shards to the CPU, and only parallel=fsdp and parallel=hsdp make '
             f'any, not parallel={values["parallel"]}'
         )
-    if values['gpus'] is None:
-        return  # as many as are visible, where the run will be
+    gpus = values['gpus'] or 1  # None: as many as are visible where the run will be, one at least
+    said = f'nodes={values["nodes"]}'
+    said = said if values['gpus'] is None else f'gpus={gpus}, {said}'
     try:
         for stage in recipe.stages:
-            stage.over(values['gpus'] * values['nodes'])
+            stage.over(gpus * values['nodes'])
     except RecipeError as e:
-        raise ParameterError(f'gpus={values["gpus"]}, nodes={values["nodes"]}: {e}') from None
+        raise ParameterError(f'{said}: {e}') from None

@@ -514,7 +514,7 @@ def plan_bench_jobs(
     jobs = []
     for run in runs:
         given = {k: v for k, v in run.params.items() if v is not None}
-        check_parameters(declared, given, train.stem)
+        check_early(train.stem, declared, check_parameters(declared, given, train.stem))
         if resume and reusable(run):
             continue
         try:

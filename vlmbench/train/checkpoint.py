@@ -302,7 +302,7 @@ class _StateWriter:
             f'The previous state {kept[0]} is intact. ' if kept else 'No earlier state exists. '
         )
         disk = error is None or isinstance(error, (OSError, SafetensorError))
-        advice = 'Free space or choose another out_dir, then resume.' if disk else ''
+        advice = 'Free space there, then start it again.' if disk else ''
         raise CheckpointError(
             f'could not write {self.final}: {error or "another rank failed"}. {intact}{advice}'
         ) from error

@@ -137,9 +137,12 @@ def worker(folder: str) -> None:
     except Preempted as e:
         end |= dict(code=75, reason=str(e))
     except BaseException as e:
-        write_json(_ending(place, rank), dict(code=1, reason=f'{type(e).__name__}: {e}'))
+        sys.stdout.flush()
+        # what the log holds from here on is a traceback, which stays there
+        end |= dict(code=1, reason=f'{type(e).__name__}: {e}', at=time.time())
+        write_json(_ending(place, rank), end | dict(said=os.fstat(log).st_size))
         traceback.print_exc()
-        raise
+        sys.exit(1)
     write_json(_ending(place, rank), end)
     leave()
 
@@ -206,6 +209,7 @@ def rank_environment(layout: Layout, folder: Path, threads: int | None = None) -
         OMP_NUM_THREADS=threads or max(1, _cores() // layout.gpus),
         OMP_WAIT_POLICY='PASSIVE',
         PYTHONUNBUFFERED=1,
+        HF_HUB_DISABLE_PROGRESS_BARS=1,  # transformers' too: a log is no terminal
         **{STOP_FILE: folder / 'stop'},
     )
     # an agent that is told to stop kills its ranks so many seconds later
@@ -328,6 +332,9 @@ class _Watch:
         with open(log, 'rb') as f:
             f.seek(self.shown)
             new = f.read()
+        said = self.endings().get(0, {}).get('said')  # written before the traceback is
+        if said is not None:
+            new = new[: max(0, said - self.shown)]
         if new:
             print(new.decode(errors='replace'), end='', flush=True)
         self.shown += len(new)
@@ -346,7 +353,9 @@ def endings(self: _Watch) -> dict[int, dict]:
 
 @patch
 def failed(self: _Watch) -> list[int]:
-    return [rank for rank, end in self.endings().items() if end['code'] not in (0, 75)]
+    "Ranks that failed, the first to do so first: the others may have failed for want of it."
+    ends = {rank: end for rank, end in self.endings().items() if end['code'] not in (0, 75)}
+    return sorted(ends, key=lambda rank: ends[rank]['at'])
 
 
 @patch
@@ -364,16 +373,16 @@ def result(self: _Watch) -> Any:
 
 @patch
 def _raise_failure(self: _Watch, rank: int, reason: str | None) -> None:
-    log = self.folder / f'rank-{rank}.log'
+    log, who = self.folder / f'rank-{rank}.log', f'rank {rank} of {self.layout.ranks}'
+    if reason is not None:
+        raise LaunchError(f'{who} failed: {reason} (its traceback: {log})')
     if not log.exists():
         log = self.folder / 'torchrun.log'
     end = '\n'.join(log.read_text(errors='replace').splitlines()[-12:])
-    how = reason or 'ended without a word, killed or out of memory'
-    if reason is None and self.asked_at is not None:
+    how = 'ended without a word, killed or out of memory'
+    if self.asked_at is not None:
         how = f'had not saved {self.grace:.0f} s after it was asked to stop'
-    raise LaunchError(
-        f'{self.target}: rank {rank} of {self.layout.ranks} {how}; the end of {log}:\n{end}'
-    )
+    raise LaunchError(f'{self.target}: {who} {how}; the end of {log}:\n{end}')
 
 # %% ../../nbs/train/30_launch.ipynb #cd0cbd0c
 def run_job(

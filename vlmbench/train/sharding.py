@@ -8,7 +8,7 @@ __all__ = ['PARALLEL', 'LAYOUTS', 'Parallel', 'Step', 'Single', 'compile_blocks'
            'Sharded', 'lay_out']
 
 # %% ../../nbs/train/12_sharding.ipynb #8bbcf8f6
-import copy, gc, os, warnings
+import copy, gc, inspect, os, warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -217,6 +217,10 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return blocks if tower is None else [*blocks, *blocks_of(tower)]
 
 # %% ../../nbs/train/12_sharding.ipynb #9016e2f7
+_NEWER = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = 'forward_sync_buffers' if _NEWER else 'broadcast_buffers'
+
+
 class Replicated(Single):
     "The model whole on every rank, gradients summed by `DistributedDataParallel`."
 
@@ -224,7 +228,7 @@ class Replicated(Single):
         super()._open()
         self.step = DistributedDataParallel(
             Step(self.compute, anchored=True),
-            broadcast_buffers=False,
+            **{_SYNC_BUFFERS: False},
             find_unused_parameters=True,
             gradient_as_bucket_view=True,
         )
