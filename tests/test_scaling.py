@@ -37,7 +37,7 @@ def test_what_is_no_curve_is_refused_before_the_kernel(words, told, tmp_path):
 @pytest.mark.slow
 def test_two_recipes_two_budgets_two_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = dict(recipes='llava,eve', factors='.01,.02', seeds='2', draws='40')
+    given = dict(recipes='llava,eve', factors='.01,.02', seeds='2', draws='40', jobs='2')
     assert run_notebook('scaling', given, tmp_path / 'out', progress=False) == 0
     out = tmp_path / 'out'
     table = pd.read_csv(out / 'scaling.csv')

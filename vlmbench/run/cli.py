@@ -23,7 +23,7 @@ from .cli_models import models
 from .cli_tasks import tasks_command
 from .cli_text import aligned, columns, method_page, plain_warnings, runs_table
 from .cli_weights import weights
-from .early import check_places
+from .ranges import check_places
 from .parameters import ParameterError
 
 # %% ../../nbs/run/10_cli.ipynb #9a144c90

@@ -15,7 +15,8 @@ from typing import Any, Iterator, Mapping
 import click, psutil
 
 # %% ../../nbs/run/00_engine.ipynb #312c4e54
-from .early import check_early, check_here, check_places
+from .early import check_early, check_here
+from .ranges import check_places
 from vlmbench.run.manifest import (
     EXIT_CODES,
     Heartbeat,

@@ -20,7 +20,7 @@ import filelock, psutil
 
 from ..data.files import write_json
 from ..lab.run_folders import true_status
-from .early import check_places
+from .ranges import check_places
 
 # %% ../../nbs/run/04_manifest.ipynb #17835ad7
 EXIT_CODES = dict(completed=0, failed=1, refused=2, preempted=75, interrupted=130)
