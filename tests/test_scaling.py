@@ -37,7 +37,7 @@ def test_what_is_no_curve_is_refused_before_the_kernel(words, told, tmp_path):
 @pytest.mark.slow
 def test_two_recipes_two_budgets_two_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = dict(recipes='llava,eve', factors='.01,.02', seeds='2', draws='40', jobs='2')
+    given = dict(recipes='llava,eve', factors='.01,.04', seeds='2', draws='40', jobs='2')
     assert run_notebook('scaling', given, tmp_path / 'out', progress=False) == 0
     out = tmp_path / 'out'
     table = pd.read_csv(out / 'scaling.csv')
@@ -67,6 +67,3 @@ def test_two_recipes_two_budgets_two_seeds(tmp_path, monkeypatch):
     assert 'extrapolation' in (out / 'reading.md').read_text()
     manifest = Manifest(out).read()
     assert manifest['status'] == 'completed' and len(manifest['compared']) == 8
-    # the same command again trains nothing
-    assert run_notebook('scaling', given, out, progress=False) == 0
-    assert '8 runs, 8 kept' in (out / 'output.log').read_text()

@@ -122,7 +122,7 @@ def curves_of(scores: pd.DataFrame) -> tuple[Curves, list[float]]:
     return Curves(sums, asked), factors
 
 # %% ../../nbs/evaluate/31_scaling.ipynb #546bff9b
-WIDE = 2.0  # times that the largest budget of a law is the smallest, at least
+WIDE = 1.5  # times that the largest budget of a law is the smallest, at least
 
 
 def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
