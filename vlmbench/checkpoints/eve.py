@@ -25,6 +25,8 @@ from vlmbench.checkpoints.release import (
     read_weights,
     stored_dtype,
 )
+from .zoo import PUBLISHED
+from ..data.home import public_name
 from ..data.image import ImageTransform
 from ..distill.align import PatchAligner, grid_ratio
 from ..models.modeling import VLMForConditionalGeneration
@@ -166,8 +168,12 @@ def release_settings(
 # %% ../../nbs/checkpoints/30_eve.ipynb #cba5c3d0
 def stage_template(folder: str | Path, config: Mapping[str, Any]) -> str:
     "Chat template of the last stage of the release in `folder`, whose `config.json` is `config`."
-    names = (*Path(folder).resolve().parts, str(config.get('_name_or_path', '')))
-    return 'llava_plain' if any('EVE-7B-Pretrain' in name for name in names) else 'vicuna_v1'
+    names = {public_name(folder), config.get('_name_or_path'), *Path(folder).resolve().parts}
+    for model in PUBLISHED.values():
+        if (model.method, model.stage) == ('eve', 'pretrain'):
+            if names & {model.name, model.name.rpartition('/')[2]}:
+                return 'llava_plain'
+    return 'vicuna_v1'
 
 # %% ../../nbs/checkpoints/30_eve.ipynb #979f853e
 def load_release(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.files import replacing
+from ..data.files import write_json
 from .results import run_facts
 from ..models.vision import EncoderFrontEnd, front_end_class
 from ..train.metrics import read_metrics
@@ -44,8 +44,7 @@ PUBLISHED_ENCODERS = {
 
 def write_seen(folder: str | Path, seen: Seen) -> None:
     "Puts what a base has seen beside its weights in `folder`."
-    with replacing(Path(folder) / EXPOSURE_FILE) as file:
-        json.dump(asdict(seen), file, indent=1)
+    write_json(Path(folder) / EXPOSURE_FILE, asdict(seen))
 
 
 def seen_before(name: str) -> Seen:
@@ -110,8 +109,8 @@ def run_exposure(folder: str | Path) -> Exposure:
             note = f'began with {given["model"]}, of which nobody says what it saw'
             return Exposure(**stages, base_pictures=None, teacher_pictures=None, note=note)
         first = run_exposure(before)
-        base = None if first.total_pictures is None else first.total_pictures
-        return Exposure(**stages, base_pictures=base, teacher_pictures=first.teacher_pictures)
+        seen = dict(base_pictures=first.total_pictures, teacher_pictures=first.teacher_pictures)
+        return Exposure(**stages, **seen)
     encoder = seen_before(recipe['scale']['vision'])
     inside = issubclass(front_end_class(recipe['front_end']), EncoderFrontEnd)
     taught = not inside and any(stage['losses'] for stage in recipe['stages'])
